@@ -1,0 +1,1 @@
+"""Recipes: plain functions that choose the mixing coefficients alpha."""

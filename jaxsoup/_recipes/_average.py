@@ -1,0 +1,183 @@
+"""Averages whose coefficients are given: uniform, and along a trajectory.
+
+```
+soup = jaxsoup.uniform(ingredients)
+soup = jaxsoup.average(checkpoints_of_one_run, jaxsoup.swa(20, start=10))
+```
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsoup import _tree
+from jaxsoup._soup import AverageInfo
+from jaxsoup._soup import Params
+from jaxsoup._soup import Soup
+
+
+def uniform(
+    ingredients: Sequence[Params], *, non_float_from: int | None = None
+) -> Soup:
+  """Averages all ingredients: the uniform soup.
+
+  `theta = 1/K sum_k theta_k`, as one running sum in float32 (or wider), divided
+  and rounded once. One ingredient is read at a time.
+
+  Args:
+    ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
+    non_float_from: the ingredient whose leaves that are not floats (steps,
+      counters, PRNG keys) are taken; without it they must be equal.
+
+  Returns:
+    A `Soup` with alpha `[K]`, 1/K each, and an `AverageInfo`.
+
+  Raises:
+    ValueError: no ingredients, or they do not fit (see `check_compatible`).
+
+  Example:
+    >>> uniform([{'w': np.float32(1)}, {'w': np.float32(2)}]).params
+    {'w': Array(1.5, dtype=float32)}
+
+  Source: Wortsman et al. 2022, section 2.
+  """
+  checked = _tree.Checked(ingredients, non_float_from)
+  alpha = np.full(len(checked), 1 / len(checked), np.float32)
+  return _soup(checked, _tree.weighted_sum(checked), len(checked), alpha)
+
+
+def average(
+    ingredients: Sequence[Params],
+    alpha: Any,
+    *,
+    non_float_from: int | None = None,
+) -> Soup:
+  """Averages with given coefficients, one ingredient at a time.
+
+  `theta = sum_k alpha_k theta_k`: what `mix` does, for models that do not fit
+  into memory together. An ingredient whose coefficients are all zero is not
+  read.
+
+  Args:
+    ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
+    alpha: mixing coefficients `[K]`, such as those of `swa`, `ema` and `lawa`;
+      or a prefix tree of those (see `mix`).
+    non_float_from: as in `uniform`.
+
+  Returns:
+    A `Soup` with this alpha and an `AverageInfo`.
+
+  Raises:
+    ValueError: the ingredients do not fit, or alpha has another length.
+
+  Example:
+    >>> average([np.float32(1), np.float32(2)], [0.25, 0.75]).params
+    Array(1.75, dtype=float32)
+  """
+  checked = _tree.Checked(ingredients, non_float_from)
+  alpha = _tree.nest({
+      path: np.asarray(jax.device_get(x), np.float32)
+      for path, x in _tree.entries_of(alpha).items()
+  })
+  lengths = {np.shape(x) for x in jax.tree.leaves(alpha)}
+  if lengths != {(len(checked),)}:
+    raise ValueError(
+        f'alpha has shape {" and ".join(map(str, sorted(lengths)))}, but there '
+        f'are {len(checked)} ingredients: expected ({len(checked)},).'
+    )
+  used = np.any([x != 0 for x in jax.tree.leaves(alpha)], axis=0)
+  total = _tree.weighted_sum(checked, alpha, np.flatnonzero(used).tolist())
+  return _soup(checked, total, 1, alpha)
+
+
+def swa(num: int, *, start: int = 0, every: int = 1) -> np.ndarray:
+  """Coefficients of stochastic weight averaging: late iterates, equally.
+
+  Args:
+    num: number of checkpoints along the trajectory, K.
+    start: the first one that counts.
+    every: take one in so many, counted from `start`.
+
+  Returns:
+    alpha, `[K]` float32, sums to one.
+
+  Raises:
+    ValueError: nothing would be averaged.
+
+  Example:
+    >>> swa(4, start=2)
+    array([0. , 0. , 0.5, 0.5], dtype=float32)
+
+  Source: Izmailov et al. 2018, algorithm 1. Networks with BatchNorm need its
+  statistics estimated anew afterwards.
+  """
+  if not 0 <= start < num or every < 1:
+    raise ValueError(
+        f'swa(num={num}, start={start}, every={every}) averages nothing: it '
+        'needs 0 <= start < num and every >= 1.'
+    )
+  alpha = np.zeros(num, np.float32)
+  alpha[start::every] = 1
+  return alpha / alpha.sum()
+
+
+def ema(num: int, *, decay: float) -> np.ndarray:
+  """Coefficients of an exponential moving average over checkpoints.
+
+  `theta_bar_k = decay theta_bar_{k-1} + (1 - decay) theta_k`, begun at the
+  first: `alpha_k = (1 - decay) decay^(K-1-k)`, and `alpha_0 = decay^(K-1)`.
+
+  Args:
+    num: number of checkpoints along the trajectory, K.
+    decay: in [0, 1); per checkpoint, not per training step.
+
+  Returns:
+    alpha, `[K]` float32, sums to one.
+
+  Raises:
+    ValueError: a decay outside [0, 1), or no checkpoints.
+
+  Example:
+    >>> ema(3, decay=0.5)
+    array([0.25, 0.25, 0.5 ], dtype=float32)
+  """
+  if num < 1 or not 0 <= decay < 1:
+    raise ValueError(
+        f'ema(num={num}, decay={decay}): num must be at least 1 and decay in '
+        '[0, 1).'
+    )
+  alpha = (1 - decay) * decay ** np.arange(num - 1, -1, -1.0)
+  alpha[0] = decay ** (num - 1)
+  return alpha.astype(np.float32)
+
+
+def lawa(num: int, *, last: int) -> np.ndarray:
+  """Coefficients of latest weight averaging: the last few, equally.
+
+  Args:
+    num: number of checkpoints along the trajectory, K.
+    last: how many of them count.
+
+  Returns:
+    alpha, `[K]` float32, sums to one.
+
+  Raises:
+    ValueError: `last` is not in 1..num.
+
+  Example:
+    >>> lawa(3, last=2)
+    array([0. , 0.5, 0.5], dtype=float32)
+
+  Source: Kaddour 2022, "Stop wasting my time! Saving days of ImageNet and BERT
+  training with latest weight averaging".
+  """
+  if not 1 <= last <= num:
+    raise ValueError(f'lawa(num={num}, last={last}): last must be in 1..{num}.')
+  return swa(num, start=num - last)
+
+
+def _soup(checked, total, count, alpha) -> Soup:
+  floats = _tree.rounded(total, _tree.numbers(count), checked.float_dtypes)
+  return Soup(checked.replace(floats), alpha, AverageInfo(checked.duplicates()))

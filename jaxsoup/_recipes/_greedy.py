@@ -1,0 +1,140 @@
+"""The greedy soup.
+
+```
+soup = jaxsoup.greedy(ingredients, eval_fn)
+soup.info.accepted, soup.info.score
+```
+"""
+
+from collections.abc import Callable, MutableMapping, Sequence
+
+import jax
+import numpy as np
+
+from jaxsoup import _tree
+from jaxsoup._recipes import _search
+from jaxsoup._soup import EvalFn
+from jaxsoup._soup import Members
+from jaxsoup._soup import Params
+from jaxsoup._soup import SearchInfo
+from jaxsoup._soup import Soup
+from jaxsoup._soup import Trial
+
+
+def greedy(
+    ingredients: Sequence[Params],
+    eval_fn: EvalFn,
+    *,
+    order: Sequence[int] | jax.Array | None = None,
+    strict: bool = False,
+    num_passes: int = 1,
+    with_replacement: bool = False,
+    max_ingredients: int | None = None,
+    scores: MutableMapping[Members, float] | None = None,
+    on_trial: Callable[[Trial], None] | None = None,
+    non_float_from: int | None = None,
+) -> Soup:
+  """Adds ingredients one by one, and keeps each that does not hurt.
+
+  ```
+  soup = {}
+  for k in order:
+    if score(mean(soup + {k})) >= score(mean(soup)): soup = soup + {k}
+  ```
+
+  Deterministic given its arguments. To go on after an interruption, call it
+  again with the same `scores`: trials that are known are not evaluated, and
+  ingredients that they rejected are not read.
+
+  Args:
+    ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
+    eval_fn: score of a model on held-out data, any metric, higher is better.
+      Data that choose must not be the data that report.
+    order: None tries the best single model first (ties: the lower index first);
+      or the indices in the order of trial; or a PRNG key (`jax.random.key`) for
+      a random order.
+    strict: whether a tie is a rejection, as in the code of the paper's authors;
+      by default a tie is accepted, as in the paper.
+    num_passes: how often to go through the ingredients; later passes try those
+      that were rejected, and end early when a pass accepts none.
+    with_replacement: whether later passes also try those already accepted, which
+      then count more than once.
+    max_ingredients: stop when the soup has so many.
+    scores: remembered scores, read and written; maps the indices of a candidate
+      in ascending order to its score, such as `{(0,): 0.91, (0, 3): 0.92}`. A
+      dict, or `checkpoints.ScoreLog`.
+    on_trial: is called after each trial.
+    non_float_from: as in `uniform`.
+
+  Returns:
+    A `Soup` with alpha `[K]` and a `SearchInfo`. One ingredient alone is its own
+    soup. Only ingredients that were read are looked at for duplicates.
+
+  Raises:
+    ValueError: no ingredients, ingredients that do not fit, a score that is NaN
+      or infinite, or an order that names no or unknown ingredients.
+    TypeError: a score that is not one number.
+
+  Example:
+    >>> models = [np.float32(x) for x in (1.0, 4.0, -2.0)]
+    >>> soup = greedy(models, lambda x: -abs(x))
+    >>> soup.info.accepted, soup.params
+    ((0, 2), Array(-0.5, dtype=float32))
+
+  Source: Wortsman et al. 2022, recipe 1. With replacement: Caruana et al. 2004,
+  "Ensemble selection from libraries of models".
+  """
+  checked = _tree.Checked(ingredients, non_float_from)
+  num_most = _num_most(max_ingredients, num_passes, len(checked))
+  search = _search.Search(
+      checked, eval_fn, strict=strict, log=scores, on_trial=on_trial
+  )
+  if order is None:
+    singles = search.scores_of_singles()
+    order = sorted(range(len(checked)), key=lambda k: (-singles[k], k))
+  else:
+    order = _given_order(order, len(checked))
+  for _ in range(num_passes):
+    before = search.accepted
+    to_try = [k for k in order if with_replacement or k not in before]
+    for k, then in zip(to_try, [*to_try[1:], None]):
+      if len(search.accepted) < num_most:
+        search.add(k, then)
+    if search.accepted == before:
+      break
+  return search.soup(order)
+
+
+def _num_most(max_ingredients, num_passes, num_ingredients) -> int:
+  for name, value in [
+      ('max_ingredients', max_ingredients),
+      ('num_passes', num_passes),
+  ]:
+    if value is not None and value < 1:
+      raise ValueError(f'{name} is {value}: it must be at least 1.')
+  if max_ingredients is None:
+    return num_ingredients * num_passes
+  return max_ingredients
+
+
+def _given_order(order, num_ingredients: int) -> list[int]:
+  if isinstance(order, jax.Array) and jax.dtypes.issubdtype(
+      order.dtype, jax.dtypes.prng_key
+  ):
+    # Under jit, because eager sampling transfers constants to the device.
+    order = jax.jit(jax.random.permutation, static_argnums=1)(
+        order, num_ingredients
+    )
+  order = np.asarray(jax.device_get(order))
+  if order.ndim != 1 or order.dtype.kind not in 'iu' or not order.size:
+    raise ValueError(
+        f'order has shape {order.shape} and dtype {order.dtype}: it must be a '
+        'list of indices of ingredients, or a key from jax.random.key.'
+    )
+  wrong = sorted(set(order.tolist()) - set(range(num_ingredients)))
+  if wrong or len(set(order.tolist())) < len(order):
+    raise ValueError(
+        f'order is {order.tolist()}: it must name ingredients in '
+        f'0..{num_ingredients - 1}, each at most once.'
+    )
+  return order.tolist()

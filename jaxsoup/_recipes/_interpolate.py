@@ -1,0 +1,80 @@
+"""Interpolation between two models (WiSE-FT), and beyond them.
+
+```
+curve = jaxsoup.interpolate(theta_0, theta_1, jnp.linspace(0, 1, 11))
+accuracies = jax.vmap(accuracy)(curve.params)
+```
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsoup import _tree
+from jaxsoup._soup import AverageInfo
+from jaxsoup._soup import Params
+from jaxsoup._soup import Soup
+
+
+def interpolate(
+    theta_0: Params,
+    theta_1: Params,
+    t: Any,
+    *,
+    non_float_from: int | None = None,
+) -> Soup:
+  """Walks from one model to another in a straight line.
+
+  `theta(t) = (1 - t) theta_0 + t theta_1`. With theta_0 the zero-shot or
+  pre-trained model and theta_1 the fine-tuned one (or a soup), this is WiSE-FT.
+
+  Args:
+    theta_0: parameters at t = 0.
+    theta_1: parameters at t = 1, of the same structure.
+    t: a number, or `[T]` for a whole curve at once. Values below 0 or above 1
+      extrapolate.
+    non_float_from: 0 or 1, whose leaves that are not floats are taken; without
+      it they must be equal.
+
+  Returns:
+    A `Soup` with alpha `[2]`, the coefficients of theta_0 and theta_1; or, for a
+    curve, with alpha `[T, 2]` and a leading axis T on every leaf.
+
+  Raises:
+    ValueError: the two do not fit (see `check_compatible`), or t is not a finite
+      number or vector.
+
+  Example:
+    >>> interpolate({'w': 0.0}, {'w': 2.0}, np.array([0, 0.25, 1.5])).params
+    {'w': Array([0. , 0.5, 3. ], dtype=float32)}
+
+  Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
+  """
+  t = np.asarray(jax.device_get(t), np.float32)
+  if t.ndim > 1 or not np.isfinite(t).all():
+    raise ValueError(
+        f't has shape {t.shape} and values {t}: it must be one finite number, or'
+        ' a vector of them.'
+    )
+  checked = _tree.Checked([theta_0, theta_1], non_float_from)
+  stacked = _tree.stack_leaves(checked)
+  alpha = np.stack([1 - t, t], axis=-1)
+  floats = _curve(_tree.numbers(alpha), stacked)
+  params = checked.replace(floats)
+  if t.ndim:
+    params = _with_repeated_non_floats(params, len(t))
+  return Soup(params, alpha, AverageInfo(checked.duplicates()))
+
+
+@jax.jit
+def _curve(alpha: jax.Array, stacked: list[jax.Array]) -> list[jax.Array]:
+  mix = lambda a: _tree.mix_leaves([a] * len(stacked), stacked)
+  return jax.vmap(mix)(alpha) if alpha.ndim == 2 else mix(alpha)
+
+
+def _with_repeated_non_floats(params: Params, num: int) -> Params:
+  flat = _tree.flatten(params)
+  return flat.replace(
+      x if _tree.is_float(x) else _tree.repeat([x], num)[0] for x in flat.leaves
+  )

@@ -1,0 +1,213 @@
+"""The learned soup: mixing coefficients and a temperature by gradient descent.
+
+```
+soup = jaxsoup.learned(ingredients, loss_fn, batches, tx=optax.adamw(0.05))
+soup.alpha, soup.info.beta
+```
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxsoup import _tree
+from jaxsoup._soup import LearnedInfo
+from jaxsoup._soup import LossFn
+from jaxsoup._soup import Params
+from jaxsoup._soup import Soup
+
+
+def hyperplane(w: jax.Array) -> jax.Array:
+  """Coefficients that sum to one and may be negative, for `learned`.
+
+  `alpha = w + (1 - sum_k w_k) / K`: the projection of w onto the hyperplane.
+
+  Args:
+    w: unconstrained, `[K]`.
+
+  Returns:
+    alpha, `[K]`.
+
+  Example:
+    >>> hyperplane(jnp.array([2.0, 0.0]))
+    Array([ 1.5, -0.5], dtype=float32)
+
+  Source: MEHL-Soup, 2024.
+  """
+  return w + (1 - w.sum()) / w.size
+
+
+def learned(
+    ingredients: Sequence[Params],
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    tx: optax.GradientTransformation,
+    num_epochs: int = 5,
+    depth: float | None = None,
+    alpha_fn: Callable[[jax.Array], jax.Array] = jax.nn.softmax,
+    beta: float | None = None,
+    val_batches: Iterable[Any] | None = None,
+    patience: int | None = None,
+    non_float_from: int | None = None,
+) -> Soup:
+  """Learns how much of each ingredient to take.
+
+  `min over w, beta of sum_j loss(beta f(x_j; sum_k alpha_k theta_k), y_j)` with
+  `alpha = alpha_fn(w)`, from w = 0 (with softmax and `hyperplane`: the uniform
+  soup) and beta = 1.
+
+  The stack of all ingredients is held in memory, beside one model, its gradient
+  and what `loss_fn` needs.
+
+  Args:
+    ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
+    loss_fn: mean loss of a batch, `loss_fn(params, batch, beta) -> scalar`;
+      multiplies the logits by beta.
+    batches: held-out data: an iterable of pytrees of arrays that can be walked
+      through once an epoch. Batches of equal shapes compile once.
+    tx: any optimizer; the paper's authors use `optax.adamw(0.05,
+      weight_decay=0.0)`.
+    num_epochs: at most so many walks through the batches.
+    depth: None learns one alpha a model; a number one for each group of leaves
+      that share so many first keys of their paths (1: by top-level module);
+      `math.inf` one for each tensor.
+    alpha_fn: alpha `[K]` from unconstrained w `[K]`: `jax.nn.softmax`,
+      `hyperplane`, or your own.
+    beta: None learns the temperature from 1; a number keeps it fixed.
+    val_batches: a second split of held-out data. With it the coefficients of
+      the epoch with the least mean loss there are returned; the start counts.
+    patience: stop when so many epochs in a row brought no less loss on
+      `val_batches`.
+    non_float_from: as in `uniform`.
+
+  Returns:
+    A `Soup` with alpha `[K]` or, with a depth, nested dicts of `[K]`; and a
+    `LearnedInfo` with beta and the losses. To use the temperature multiply the
+    logits by `soup.info.beta`; the prediction does not depend on it.
+
+  Raises:
+    ValueError: no or misfitting ingredients, no batches, a loss that is NaN or
+      infinite, or patience without `val_batches`.
+
+  Example:
+    >>> models = [{'w': np.float32(-1)}, {'w': np.float32(3)}]
+    >>> loss_fn = lambda params, y, beta: (params['w'] - y) ** 2
+    >>> soup = learned(models, loss_fn, [np.float32(0)], tx=optax.adam(0.1),
+    ...                num_epochs=100)
+    >>> soup.alpha.round(2)
+    array([0.75, 0.25], dtype=float32)
+
+  Source: Wortsman et al. 2022, section 3.3 and appendix I.
+  """
+  if patience is not None and val_batches is None:
+    raise ValueError('patience needs val_batches: a second held-out split.')
+  checked = _tree.Checked(ingredients, non_float_from)
+  stacked = _tree.stack_leaves(checked)
+  groups = [_tree.group_of(path, depth) for path in checked.float_paths]
+  w = {g: _tree.numbers(np.zeros(len(checked))) for g in groups}
+  variables = (w, _tree.numbers(1.0 if beta is None else beta))
+
+  def loss_of(variables, stacked, batch):
+    w, scale = variables
+    alpha = {g: alpha_fn(w[g]) for g in w}
+    floats = _tree.mix_leaves([alpha[g] for g in groups], stacked)
+    if beta is not None:
+      scale = jax.lax.stop_gradient(scale)
+    return loss_fn(checked.replace(floats), batch, scale)
+
+  fit = _Fit(loss_of, stacked, tx, variables, num_epochs, patience)
+  w, scale = fit.run(batches, val_batches)
+  alpha = {g: jax.jit(alpha_fn)(w[g]) for g in w}
+  floats = _tree.mix_leaves([alpha[g] for g in groups], stacked)
+  info = LearnedInfo(
+      beta=float(jax.device_get(scale)),
+      losses=np.array(fit.losses, np.float32),
+      val_losses=np.array(fit.val_losses, np.float32),
+      best_epoch=fit.best_epoch,
+      duplicates=checked.duplicates(),
+  )
+  alpha = _tree.nest(jax.tree.map(np.asarray, jax.device_get(alpha)))
+  return Soup(checked.replace(floats), alpha, info)
+
+
+class _Fit:
+  """Gradient descent with early stopping on a second split."""
+
+  def __init__(self, loss_of, stacked, tx, variables, num_epochs, patience):
+    self.losses: list[float] = []
+    self.val_losses: list[float] = []
+    self.best_epoch = 0
+    self._stacked = stacked
+    self._start = variables
+    self._num_epochs = num_epochs
+    self._patience = patience
+    self._tx = tx
+    self._loss = jax.jit(loss_of)
+    self._step = jax.jit(self._make_step(loss_of), donate_argnums=(0, 1))
+
+  def run(self, batches, val_batches):
+    variables = jax.tree.map(jnp.copy, self._start)
+    opt_state = jax.jit(self._tx.init)(variables)
+    best = self._start
+    if val_batches is not None:
+      self.val_losses.append(self._mean_loss(variables, val_batches))
+    for epoch in range(1, self._num_epochs + 1):
+      losses = []
+      for batch in batches:
+        batch = jax.tree.map(_tree.on_device, batch)
+        variables, opt_state, loss = self._step(
+            variables, opt_state, self._stacked, batch
+        )
+        losses.append(loss)
+      self._record(losses, epoch)
+      if val_batches is None:
+        self.best_epoch, best = epoch, variables
+        continue
+      self.val_losses.append(self._mean_loss(variables, val_batches))
+      if self.val_losses[-1] < self.val_losses[self.best_epoch]:
+        self.best_epoch = epoch
+        best = jax.tree.map(jnp.copy, variables)  # The step donates them.
+      elif self._patience and epoch - self.best_epoch >= self._patience:
+        break
+    return best
+
+  def _make_step(self, loss_of):
+    def step(variables, opt_state, stacked, batch):
+      loss, gradient = jax.value_and_grad(loss_of)(variables, stacked, batch)
+      updates, opt_state = self._tx.update(gradient, opt_state, variables)
+      return optax.apply_updates(variables, updates), opt_state, loss
+
+    return step
+
+  def _mean_loss(self, variables, batches) -> float:
+    losses = [
+        self._loss(
+            variables, self._stacked, jax.tree.map(_tree.on_device, batch)
+        )
+        for batch in batches
+    ]
+    return float(np.mean(_finite(losses, 'val_batches')))
+
+  def _record(self, losses, epoch) -> None:
+    self.losses.extend(_finite(losses, f'batches, epoch {epoch}'))
+
+
+def _finite(losses, where: str) -> list[float]:
+  losses = [float(x) for x in jax.device_get(losses)]
+  if not losses:
+    raise ValueError(
+        f'There was no batch ({where}). An iterator is used up after one walk: '
+        'pass a list, or an object whose __iter__ starts anew.'
+    )
+  bad = [i for i, x in enumerate(losses) if not np.isfinite(x)]
+  if bad:
+    raise ValueError(
+        f'The loss is {losses[bad[0]]} at batch {bad[0]} ({where}). Lower the '
+        'learning rate of tx, or look at loss_fn on that batch.'
+    )
+  return losses

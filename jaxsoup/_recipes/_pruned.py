@@ -1,0 +1,86 @@
+"""The pruned soup.
+
+```
+soup = jaxsoup.pruned(ingredients, eval_fn)
+```
+"""
+
+from collections.abc import Callable, MutableMapping, Sequence
+import itertools
+
+from jaxsoup import _tree
+from jaxsoup._recipes import _search
+from jaxsoup._soup import EvalFn
+from jaxsoup._soup import Members
+from jaxsoup._soup import Params
+from jaxsoup._soup import SearchInfo
+from jaxsoup._soup import Soup
+from jaxsoup._soup import Trial
+
+
+def pruned(
+    ingredients: Sequence[Params],
+    eval_fn: EvalFn,
+    *,
+    strict: bool = False,
+    num_passes: int | None = None,
+    scores: MutableMapping[Members, float] | None = None,
+    on_trial: Callable[[Trial], None] | None = None,
+    non_float_from: int | None = None,
+) -> Soup:
+  """Starts from the mean of all, and takes out each that is not missed.
+
+  ```
+  soup = all ingredients
+  for k in order, worst single model first, pass after pass:
+    if score(mean(soup - {k})) >= score(mean(soup)): soup = soup - {k}
+  ```
+
+  Never returns less on the held-out data than the uniform soup, where it
+  starts, nor than the best single model, which it returns if that is better
+  than what was left.
+
+  Args:
+    ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
+    eval_fn: score of a model on held-out data, any metric, higher is better.
+    strict: whether a tie keeps the ingredient; by default a tie takes it out.
+    num_passes: at most so many passes; without it until a pass takes none out.
+    scores: remembered scores, as in `greedy`; one log may serve both.
+    on_trial: is called after each trial.
+    non_float_from: as in `uniform`.
+
+  Returns:
+    A `Soup` with alpha `[K]` and a `SearchInfo`, whose trials are removals.
+
+  Raises:
+    ValueError: no ingredients, ingredients that do not fit, or a score that is
+      NaN or infinite.
+    TypeError: a score that is not one number.
+
+  Example:
+    >>> import numpy as np
+    >>> models = [np.float32(x) for x in (1.0, 4.0, -2.0)]
+    >>> soup = pruned(models, lambda x: -abs(x))
+    >>> soup.info.accepted, soup.params
+    ((0, 2), Array(-0.5, dtype=float32))
+
+  Source: Dansereau et al. 2023, section 3.
+  """
+  checked = _tree.Checked(ingredients, non_float_from)
+  search = _search.Search(
+      checked, eval_fn, strict=strict, log=scores, on_trial=on_trial
+  )
+  singles = search.scores_of_singles()
+  order = sorted(range(len(checked)), key=lambda k: (singles[k], k))
+  search.start_from_all()
+  for _ in itertools.count() if num_passes is None else range(num_passes):
+    before = search.accepted
+    for k, then in zip(order, [*order[1:], None]):
+      if k in search.accepted and len(search.accepted) > 1:
+        search.take_out(k, then)
+    if search.accepted == before:
+      break
+  best = max(range(len(checked)), key=lambda k: (singles[k], -k))
+  if singles[best] > search.score:
+    search.start_from(best, singles[best])
+  return search.soup(order)

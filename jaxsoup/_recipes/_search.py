@@ -1,0 +1,155 @@
+"""What the searches over subsets share: one running sum, scores asked for once."""
+
+from collections.abc import Callable, MutableMapping, Sequence
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsoup import _tree
+from jaxsoup._soup import EvalFn
+from jaxsoup._soup import Members
+from jaxsoup._soup import SearchInfo
+from jaxsoup._soup import Soup
+from jaxsoup._soup import Trial
+
+
+class Search:
+  """A soup that changes by one ingredient at a time.
+
+  Attributes:
+    accepted: ingredients of the present soup, in the order they were taken.
+    score: its score.
+  """
+
+  def __init__(
+      self,
+      checked: _tree.Checked,
+      eval_fn: EvalFn,
+      *,
+      strict: bool,
+      log: MutableMapping[Members, float] | None,
+      on_trial: Callable[[Trial], None] | None,
+  ):
+    self.accepted: tuple[int, ...] = ()
+    self.score = -np.inf
+    self._checked = checked
+    self._eval_fn = eval_fn
+    self._strict = strict
+    self._log = {} if log is None else log
+    self._on_trial = on_trial or (lambda trial: None)
+    self._total: list[jax.Array] | None = None
+    self._scores: dict[Members, float] = {}
+    self._trials: list[Trial] = []
+
+  def scores_of_singles(self) -> list[float]:
+    """The score of every ingredient alone."""
+    unknown = [k for k in range(len(self._checked)) if (k,) not in self._log]
+    for k, leaves in _tree.in_order(self._checked, unknown):
+      self._score((k,), lambda leaves=leaves: leaves)
+    return [self._score((k,), list) for k in range(len(self._checked))]
+
+  def start_from_all(self) -> None:
+    """Makes the uniform soup the present one."""
+    self.accepted = tuple(range(len(self._checked)))
+    self._total = _tree.weighted_sum(self._checked)
+    self.score = self._score(self.accepted, self._mean)
+
+  def start_from(self, k: int, score: float) -> None:
+    """Makes ingredient k alone the present soup."""
+    self.accepted, self.score, self._total = (k,), score, None
+    self._change(self._checked[k], 1)
+
+  def add(self, k: int, then: int | None = None) -> bool:
+    """Tries to add ingredient k; `then` is likely to be tried next."""
+    return self._try(k, 1, (*self.accepted, k), then)
+
+  def take_out(self, k: int, then: int | None = None) -> bool:
+    """Tries to take ingredient k out."""
+    return self._try(k, -1, tuple(m for m in self.accepted if m != k), then)
+
+  def soup(self, order: Sequence[int]) -> Soup:
+    """The present soup, and all that was seen."""
+    info = SearchInfo(
+        trials=tuple(self._trials),
+        accepted=self.accepted,
+        score=self.score,
+        scores=dict(self._scores),
+        order=tuple(order),
+        strict=self._strict,
+        duplicates=self._checked.duplicates(),
+    )
+    counts = np.bincount(self.accepted, minlength=len(self._checked))
+    alpha = (counts / len(self.accepted)).astype(np.float32)
+    return Soup(self._checked.replace(self._mean()), alpha, info)
+
+  def _try(self, k: int, sign: int, accepted: Members, then) -> bool:
+    @functools.cache
+    def leaves():
+      read = self._checked[k]
+      if then is not None:
+        self._checked.prefetch(then)
+      return read
+
+    members = tuple(sorted(accepted))
+    score = self._score(
+        members, lambda: self._candidate(leaves(), sign, len(members))
+    )
+    is_kept = score > self.score if self._strict else score >= self.score
+    if is_kept:
+      self._change(leaves(), sign)
+      self.accepted, self.score = accepted, score
+    self._trials.append(Trial(k, members, score, bool(is_kept)))
+    self._on_trial(self._trials[-1])
+    return bool(is_kept)
+
+  def _score(
+      self, members: Members, floats_fn: Callable[[], list[jax.Array]]
+  ) -> float:
+    """A candidate's score; its leaves are made only where the log lacks it."""
+    if members not in self._log:
+      score = self._eval_fn(self._checked.replace(floats_fn()))
+      self._log[members] = self._valid(score, members, 'eval_fn returned')
+    score = self._valid(self._log[members], members, 'the score log holds')
+    self._scores[members] = score
+    return score
+
+  def _valid(self, score: Any, members: Members, said: str) -> float:
+    value = np.asarray(jax.device_get(score))
+    who = ' + '.join(map(self._checked.name, members))
+    # Of kind V are the small floats: bfloat16 and its like.
+    if value.ndim or value.dtype.kind not in 'fiubV':
+      raise TypeError(
+          f'{said} {value.dtype}{list(value.shape)} for {who}; a score is one '
+          'number, higher is better.'
+      )
+    if not np.isfinite(float(value)):
+      raise ValueError(
+          f'{said} {float(value)} for {who}; scores must be finite. Leave that '
+          "ingredient out, or return the metric's worst value in its place."
+      )
+    return float(value)
+
+  def _weights(self, sign: int) -> jax.Array:
+    return _tree.numbers(np.full(len(self._checked.float_paths), sign))
+
+  def _candidate(self, leaves, sign, count):
+    if self._total is None:
+      return leaves
+    return _tree.rounded_with(
+        self._total, leaves, self._weights(sign), _tree.numbers(count)
+    )
+
+  def _change(self, leaves, sign) -> None:
+    if self._total is None:
+      self._total = _tree.scaled(leaves, self._weights(sign))
+    else:
+      self._total = _tree.add(self._total, leaves, self._weights(sign))
+
+  def _mean(self) -> list[jax.Array]:
+    return _tree.rounded(
+        self._total,
+        _tree.numbers(len(self.accepted)),
+        self._checked.float_dtypes,
+    )

@@ -1,0 +1,123 @@
+"""Model Stock: how far to go from the initialization, without data.
+
+```
+soup = jaxsoup.model_stock(ingredients, theta_0)
+```
+"""
+
+from collections.abc import Sequence
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoup import _tree
+from jaxsoup._soup import Params
+from jaxsoup._soup import Soup
+from jaxsoup._soup import StockInfo
+
+
+def model_stock(
+    ingredients: Sequence[Params],
+    theta_0: Params,
+    *,
+    non_float_from: int | None = None,
+) -> Soup:
+  """Moves from the initialization towards the mean, tensor by tensor.
+
+  `theta = t mean_k theta_k + (1 - t) theta_0`, with
+  `t = K cos / (1 + (K - 1) cos)` for each tensor, where cos is the mean cosine
+  between two task vectors `theta_k - theta_0`. The more the fine-tuned models
+  agree, the further the soup goes. Needs no data: one pass over the ingredients,
+  which keeps two sums, of theta_k and of the unit task vectors
+  (`|sum_k u_k|^2 = K + K (K - 1) cos`).
+
+  Args:
+    ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
+    theta_0: the parameters they were all fine-tuned from.
+    non_float_from: as in `uniform`.
+
+  Returns:
+    A `Soup` with alpha a nested dict of `[K]`, t/K each: the rest, 1 - t, is
+    theta_0's. Its `StockInfo` holds cos and t. Tensors that no ingredient moved
+    stay (t = 1), and negative cosines count as 0. One ingredient alone is its
+    own soup (t = 1).
+
+  Raises:
+    ValueError: no ingredients, or they or theta_0 do not fit.
+
+  Example:
+    >>> models = [{'w': np.array([2.0, 0])}, {'w': np.array([2.0, 2.0])}]
+    >>> soup = model_stock(models, {'w': np.zeros(2)})
+    >>> soup.info.ratio, soup.params
+    ({'w': array(0.828, dtype=float32)},
+     {'w': Array([1.657, 0.828], dtype=float32)})
+
+  Source: Jang et al. 2024, "Model Stock: All we need is just a few fine-tuned
+  models", equations 3 and 5.
+  """
+  checked = _tree.Checked(ingredients, non_float_from)
+  start = _fitting_leaves(checked, theta_0)
+  num = len(checked)
+  total = units = None
+  for _, leaves in _tree.in_order(checked, range(num)):
+    total, units = _add(total, units, leaves, start)
+  floats, cosine, ratio = _towards_mean(total, units, start, num)
+  cosine, ratio = jax.device_get((cosine, ratio))
+  paths = checked.float_paths
+  by_path = lambda values: _tree.nest(dict(zip(paths, values)))
+  alpha = by_path([np.full(num, t / num, np.float32) for t in ratio])
+  info = StockInfo(by_path(cosine), by_path(ratio), checked.duplicates())
+  return Soup(checked.replace(floats), alpha, info)
+
+
+def _fitting_leaves(checked, theta_0) -> list[jax.Array]:
+  checked[0]
+  start = _tree.Checked([checked.replace(checked[0]), theta_0], 0)
+  try:
+    return start[1]
+  except ValueError as e:
+    raise ValueError(
+        str(e).replace('ingredient 1', 'theta_0').replace('first one', 'models')
+    ) from None
+
+
+def _add(total, units, leaves, start):
+  if total is None:
+    ones = _tree.numbers(np.ones(len(leaves)))
+    return _tree.scaled(leaves, ones), _unit_vectors(leaves, start)
+  return _add_in_place(total, units, leaves, start)
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _add_in_place(total, units, leaves, start):
+  total = [t + x.astype(t.dtype) for t, x in zip(total, leaves)]
+  return total, [u + v for u, v in zip(units, _unit_vectors(leaves, start))]
+
+
+@jax.jit
+def _unit_vectors(leaves, start):
+  """`(theta_k - theta_0) / |theta_k - theta_0|`; zero where nothing moved."""
+  wide = lambda x: x.astype(_tree.wide_dtype(x.dtype))
+  task = [wide(x) - wide(x_0) for x, x_0 in zip(leaves, start)]
+  norms = [jnp.sqrt(jnp.sum(jnp.abs(v) ** 2)) for v in task]
+  return [v / jnp.where(n > 0, n, 1) for v, n in zip(task, norms)]
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _towards_mean(total, units, start, num):
+  squares = [jnp.sum(jnp.abs(u) ** 2) for u in units]
+  cosines = [(s - num) / max(num * (num - 1), 1) for s in squares]
+  ratios = [_ratio(cos, s, num) for cos, s in zip(cosines, squares)]
+  floats = [
+      (t * s / num + (1 - t) * x_0.astype(s.dtype)).astype(x_0.dtype)
+      for t, s, x_0 in zip(ratios, total, start)
+  ]
+  return floats, cosines, ratios
+
+
+def _ratio(cos, square, num):
+  cos = jnp.clip(cos, 0, 1)
+  ratio = num * cos / (1 + (num - 1) * cos)
+  return jnp.where((square > 0) & (num > 1), ratio, 1.0)

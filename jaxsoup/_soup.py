@@ -1,0 +1,118 @@
+"""What a recipe returns.
+
+```
+soup = jaxsoup.greedy(ingredients, eval_fn)
+soup.params, soup.alpha, soup.info.trials
+```
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Params = Any  # A pytree of arrays: linen dicts, nnx.State, nnx.Module, ...
+Members = tuple[int, ...]  # Ingredients of one candidate, ascending.
+EvalFn = Callable[[Params], float | jax.Array]
+LossFn = Callable[[Params, Any, jax.Array], jax.Array]
+
+
+class Soup(NamedTuple):
+  """An average of K models, and how it came about.
+
+  Attributes:
+    params: `sum_k alpha_k theta_k`, in the container and dtypes of the
+      ingredients.
+    alpha: mixing coefficients, `[K]` float32; or nested dicts of those, one for
+      every group of leaves. `alpha[k]` belongs to the k-th ingredient as given.
+    info: what the recipe saw and did: one of the NamedTuples below.
+  """
+
+  params: Params
+  alpha: Any
+  info: Any
+
+
+class Trial(NamedTuple):
+  """One candidate of a search over subsets.
+
+  Attributes:
+    ingredient: the one that was added, or taken out.
+    members: the candidate's ingredients, ascending, repeated if taken twice.
+    score: the candidate's score, higher is better.
+    accepted: whether the candidate became the soup.
+  """
+
+  ingredient: int
+  members: Members
+  score: float
+  accepted: bool
+
+
+class AverageInfo(NamedTuple):
+  """Of `uniform`, `average` and `interpolate`.
+
+  Attributes:
+    duplicates: groups of ingredients with equal parameters.
+  """
+
+  duplicates: tuple[Members, ...]
+
+
+class SearchInfo(NamedTuple):
+  """Of `greedy` and `pruned`.
+
+  Attributes:
+    trials: every candidate, in the order of trial.
+    accepted: the soup's ingredients, in the order in which they were taken
+      (`greedy`) or ascending (`pruned`).
+    score: the soup's score.
+    scores: every score that the search used, by members: `scores[(3,)]` is that
+      of ingredient 3 alone.
+    order: the order in which the ingredients were tried.
+    strict: whether a tie was a rejection.
+    duplicates: groups of ingredients with equal parameters.
+  """
+
+  trials: tuple[Trial, ...]
+  accepted: Members
+  score: float
+  scores: dict[Members, float]
+  order: tuple[int, ...]
+  strict: bool
+  duplicates: tuple[Members, ...]
+
+
+class LearnedInfo(NamedTuple):
+  """Of `learned`.
+
+  Attributes:
+    beta: the temperature, which multiplies the logits.
+    losses: loss of every step, `[num_steps]`.
+    val_losses: loss on the second split before the first epoch and after each,
+      `[num_epochs + 1]`; empty without a second split.
+    best_epoch: the epoch after which alpha was taken; 0 is the start.
+    duplicates: groups of ingredients with equal parameters.
+  """
+
+  beta: float
+  losses: np.ndarray
+  val_losses: np.ndarray
+  best_epoch: int
+  duplicates: tuple[Members, ...]
+
+
+class StockInfo(NamedTuple):
+  """Of `model_stock`.
+
+  Attributes:
+    cosine: mean cosine between two task vectors, a nested dict of scalars.
+    ratio: how far from the initialization (0) to the mean of the ingredients
+      (1) the soup lies, a nested dict of scalars.
+    duplicates: groups of ingredients with equal parameters.
+  """
+
+  cosine: Any
+  ratio: Any
+  duplicates: tuple[Members, ...]

@@ -1,0 +1,108 @@
+"""Ensembles of logits: the baseline, at K times the cost of inference.
+
+```
+logits = ensembles.collect(ingredients, logits_fn, batches)       # [K, N, C]
+ensembles.uniform(logits).logits
+ensembles.greedy(logits, lambda x: metrics.accuracy(x, labels)).logits
+```
+
+An ensemble averages outputs where a soup averages parameters, so the recipes
+are the same functions, applied to logits: no ingredient is run twice.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxsoup import _tree
+from jaxsoup import evaluation
+from jaxsoup._recipes import _average
+from jaxsoup._recipes import _greedy
+from jaxsoup._soup import Params
+
+
+class Ensemble(NamedTuple):
+  """Averaged logits.
+
+  Attributes:
+    logits: `sum_k alpha_k logits_k`, `[N, C]`.
+    alpha: `[K]`; the members are those that are not zero.
+    info: as of the soup with the same recipe.
+  """
+
+  logits: jax.Array
+  alpha: np.ndarray
+  info: Any
+
+
+def collect(
+    ingredients: Sequence[Params],
+    logits_fn: Callable[[Params, Mapping[str, Any]], jax.Array],
+    batches: Any,
+) -> np.ndarray:
+  """Runs every ingredient once over the data.
+
+  Args:
+    ingredients: K pytrees, or `checkpoints.Ingredients`.
+    logits_fn: `logits_fn(params, batch) -> [B, C]`.
+    batches: as in `evaluation.mean_of`.
+
+  Returns:
+    Logits `[K, N, C]`; masked examples are dropped.
+
+  Raises:
+    ValueError: no ingredients, or they do not fit (see `check_compatible`).
+  """
+  checked = _tree.Checked(ingredients, non_float_from=0)
+  run = evaluation.logits_of(logits_fn, batches)
+  order = range(len(checked))
+  return np.stack([
+      run(checked.replace(leaves))
+      for _, leaves in _tree.in_order(checked, order)
+  ])
+
+
+def uniform(logits: Any) -> Ensemble:
+  """The mean of the logits of all models.
+
+  Args:
+    logits: `[K, N, C]`.
+
+  Returns:
+    An `Ensemble` with alpha 1/K each.
+
+  Example:
+    >>> uniform(np.array([[[0.0, 1.0]], [[2.0, 1.0]]])).logits
+    Array([[1., 1.]], dtype=float32)
+  """
+  return Ensemble(*_average.uniform(_models(logits)))
+
+
+def greedy(
+    logits: Any, score_fn: Callable[[jax.Array], Any], **options: Any
+) -> Ensemble:
+  """The greedy rule of recipe 1 over mean logits.
+
+  Args:
+    logits: held-out logits `[K, N, C]`.
+    score_fn: `score_fn(logits [N, C]) -> scalar`, higher is better.
+    **options: those of `jaxsoup.greedy`.
+
+  Returns:
+    An `Ensemble`. For its test logits mix those of the test data:
+    `jaxsoup.mix(test_logits, ensemble.alpha)`.
+
+  Source: Wortsman et al. 2022, appendix H; Caruana et al. 2004.
+  """
+  return Ensemble(*_greedy.greedy(_models(logits), score_fn, **options))
+
+
+def _models(logits: Any) -> list[Any]:
+  if np.ndim(logits) != 3:
+    raise ValueError(
+        f'logits have shape {np.shape(logits)}: expected [K, N, C], one row a '
+        'model, as ensembles.collect returns them.'
+    )
+  return list(logits)

@@ -1,0 +1,165 @@
+"""Metrics of classifiers: pure functions of logits and labels.
+
+```
+metrics.accuracy(logits, labels)
+metrics.expected_calibration_error(logits, labels, num_bins=15)
+```
+
+All take logits `[N, C]` and labels `[N]` (integers in 0..C-1) and return a
+float32 scalar. Higher is better for `accuracy`, `top_k_accuracy`, `f1` and
+`matthews`; lower for the others: put a minus in front to select on them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _metric(fn):
+  """Compiles a metric; brings NumPy input to the device explicitly."""
+  compiled = jax.jit(fn, static_argnames=tuple(fn.__kwdefaults__ or ()))
+
+  @functools.wraps(fn)
+  def wrapper(logits, labels, **kwargs):
+    logits, labels = (
+        x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x))
+        for x in (logits, labels)
+    )
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not labels.size:
+      raise ValueError(
+          f'{fn.__name__}: logits have shape {logits.shape} and labels '
+          f'{labels.shape}: expected [N, C] and [N], with N at least 1.'
+      )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+      raise TypeError(
+          f'{fn.__name__}: labels have dtype {labels.dtype}: expected integers, '
+          'not one-hot rows or probabilities.'
+      )
+    return compiled(logits, labels, **kwargs)
+
+  return wrapper
+
+
+def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Whether each prediction is right, `[N]` float32: for `evaluation.mean_of`."""
+  return (logits.argmax(-1) == labels).astype(jnp.float32)
+
+
+@_metric
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """The share of examples whose largest logit is that of the label.
+
+  Example:
+    >>> accuracy(np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([0, 0]))
+    Array(0.5, dtype=float32)
+  """
+  return correct(logits, labels).mean()
+
+
+@_metric
+def top_k_accuracy(
+    logits: jax.Array, labels: jax.Array, *, k: int = 5
+) -> jax.Array:
+  """The share of examples whose label is among the k largest logits."""
+  _, top = jax.lax.top_k(logits, min(k, logits.shape[-1]))
+  return (top == labels[:, None]).any(-1).mean(dtype=jnp.float32)
+
+
+@_metric
+def negative_log_likelihood(
+    logits: jax.Array, labels: jax.Array
+) -> jax.Array:
+  """`-1/N sum_j log softmax(logits_j)[label_j]`, in nats."""
+  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+  return -jnp.take_along_axis(log_p, labels[:, None], -1).mean()
+
+
+@_metric
+def brier(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """`1/N sum_j |softmax(logits_j) - onehot(label_j)|^2`, from 0 to 2.
+
+  Source: Brier 1950, "Verification of forecasts expressed in terms of
+  probability".
+  """
+  p = jax.nn.softmax(logits.astype(jnp.float32))
+  return jnp.square(p - jax.nn.one_hot(labels, p.shape[-1])).sum(-1).mean()
+
+
+@_metric
+def expected_calibration_error(
+    logits: jax.Array, labels: jax.Array, *, num_bins: int = 15
+) -> jax.Array:
+  """The mean gap between confidence and accuracy, in bins of equal mass.
+
+  `sum_b |b|/N |acc(b) - conf(b)|`, where the bins hold the examples in the order
+  of their confidence, as equally as N allows.
+
+  Args:
+    logits: `[N, C]`.
+    labels: `[N]`.
+    num_bins: number of bins; at most N are used.
+
+  Returns:
+    A scalar in [0, 1], 0 is best.
+
+  Source: Nguyen and O'Connor 2015 (adaptive bins); Guo et al. 2017.
+  """
+  num = labels.shape[0]
+  num_bins = min(num_bins, num)
+  confidence = jax.nn.softmax(logits.astype(jnp.float32)).max(-1)
+  order = jnp.argsort(confidence, stable=True)
+  gap = (correct(logits, labels) - confidence)[order]
+  # The same cut points as np.array_split: the first bins are one longer.
+  bins = np.repeat(
+      np.arange(num_bins), [len(b) for b in np.array_split(range(num), num_bins)]
+  )
+  return jnp.abs(jax.ops.segment_sum(gap, bins, num_bins)).sum() / num
+
+
+def _confusion(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Counts `[C, C]`: rows are labels, columns predictions."""
+  num_classes = logits.shape[-1]
+  predicted = logits.argmax(-1)
+  flat = labels.astype(jnp.int32) * num_classes + predicted
+  counts = jnp.bincount(flat, length=num_classes**2)
+  return counts.reshape(num_classes, num_classes).astype(jnp.float32)
+
+
+@_metric
+def f1(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """The harmonic mean of precision and recall.
+
+  `F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c)`: of class 1 where there are two
+  classes (as GLUE asks), else the mean over the classes that occur among labels
+  or predictions (macro).
+  """
+  counts = _confusion(logits, labels)
+  total = counts.sum(0) + counts.sum(1)
+  scores = 2 * jnp.diagonal(counts) / jnp.where(total > 0, total, 1)
+  if logits.shape[-1] == 2:
+    return scores[1]
+  return scores.sum() / (total > 0).sum()
+
+
+@_metric
+def matthews(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Matthews' correlation of labels and predictions, for any number of classes.
+
+  `(c s - sum_k p_k t_k) / sqrt((s^2 - sum_k p_k^2) (s^2 - sum_k t_k^2))` with c
+  the number of right predictions among s, and p_k, t_k how often class k was
+  predicted and true. Zero where one class only was predicted or true.
+
+  Source: Gorodkin 2004, "Comparing two K-category assignments by a K-category
+  correlation coefficient".
+  """
+  shares = _confusion(logits, labels) / labels.shape[0]
+  right, predicted, true = jnp.trace(shares), shares.sum(0), shares.sum(1)
+  variances = (1 - (predicted**2).sum()) * (1 - (true**2).sum())
+  covariance = right - (predicted * true).sum()
+  # One class only: the variance is zero up to rounding.
+  safe = variances > 1e-12
+  return jnp.where(
+      safe, covariance / jnp.sqrt(jnp.where(safe, variances, 1)), 0.0
+  )
