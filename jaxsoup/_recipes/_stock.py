@@ -50,9 +50,8 @@ def model_stock(
   Example:
     >>> models = [{'w': np.array([2.0, 0])}, {'w': np.array([2.0, 2.0])}]
     >>> soup = model_stock(models, {'w': np.zeros(2)})
-    >>> soup.info.ratio, soup.params
-    ({'w': array(0.828, dtype=float32)},
-     {'w': Array([1.657, 0.828], dtype=float32)})
+    >>> soup.info.ratio['w'].item(), soup.params['w'].tolist()
+    (0.828, [1.657, 0.828])
 
   Source: Jang et al. 2024, "Model Stock: All we need is just a few fine-tuned
   models", equations 3 and 5.

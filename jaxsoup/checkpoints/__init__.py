@@ -1,0 +1,19 @@
+"""Ingredients from checkpoints, and soups with their provenance.
+
+```
+from jaxsoup import checkpoints
+
+ingredients = checkpoints.Ingredients(run_dirs, abstract_params)
+soup = jaxsoup.uniform(ingredients)
+checkpoints.save('runs/soup', soup, ingredients=ingredients)
+checkpoints.load('runs/soup').info
+```
+"""
+
+from jaxsoup.checkpoints._ingredients import Ingredients as Ingredients
+from jaxsoup.checkpoints._orbax import Metadata as Metadata
+from jaxsoup.checkpoints._orbax import metadata as metadata
+from jaxsoup.checkpoints._score_log import ScoreLog as ScoreLog
+from jaxsoup.checkpoints._soups import load as load
+from jaxsoup.checkpoints._soups import provenance as provenance
+from jaxsoup.checkpoints._soups import save as save

@@ -1,0 +1,100 @@
+"""A score log in a file."""
+
+from collections.abc import Iterator, MutableMapping
+import json
+import os
+import pathlib
+from typing import Any
+
+from jaxsoup._soup import Members
+
+
+class ScoreLog(MutableMapping):
+  """Remembered scores, one JSON line each: what makes a search resumable.
+
+  Pass it as `scores=` to `jaxsoup.greedy` and `jaxsoup.pruned`. Each score is on
+  the disk before the search goes on, so that a search that was stopped at any
+  point continues where it was when it is called again.
+
+  Example:
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + '/scores.jsonl'
+    >>> ScoreLog(path)[(0, 3)] = 0.91
+    >>> dict(ScoreLog(path))
+    {(0, 3): 0.91}
+  """
+
+  def __init__(self, path: Any, ingredients: Any = None):
+    """Opens a log, or begins one.
+
+    Args:
+      path: a file, which is made when the first score comes.
+      ingredients: `checkpoints.Ingredients`, whose identities are stored with
+        the scores and compared when the log is opened again.
+
+    Raises:
+      ValueError: an unreadable line; or scores of other ingredients.
+    """
+    self._path = pathlib.Path(path)
+    self._identities = (
+        None
+        if ingredients is None
+        else [ingredients.identity(k) for k in range(len(ingredients))]
+    )
+    self._scores: dict[Members, float] = {}
+    if self._path.exists():
+      self._read()
+
+  def __getitem__(self, members: Members) -> float:
+    return self._scores[members]
+
+  def __setitem__(self, members: Members, score: float) -> None:
+    if not self._path.exists():
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      if self._identities is not None:
+        self._append({'ingredients': self._identities})
+    self._append({'members': list(members), 'score': score})
+    self._scores[members] = score
+
+  def __delitem__(self, members: Members) -> None:
+    raise TypeError('A score log only grows. Delete the file to forget it.')
+
+  def __iter__(self) -> Iterator[Members]:
+    return iter(self._scores)
+
+  def __len__(self) -> int:
+    return len(self._scores)
+
+  def _append(self, row: dict[str, Any]) -> None:
+    with self._path.open('a') as file:
+      file.write(json.dumps(row) + '\n')
+      file.flush()
+      os.fsync(file.fileno())
+
+  def _read(self) -> None:
+    lines = self._path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b'\n'):
+      # The writer was stopped in the middle of a line: that score is lost.
+      os.truncate(self._path, sum(map(len, lines[:-1])))
+      lines.pop()
+    for number, line in enumerate(lines, 1):
+      try:
+        row = json.loads(line)
+        if 'ingredients' in row:
+          self._check_identities(row['ingredients'])
+        else:
+          members = tuple(int(k) for k in row['members'])
+          self._scores[members] = float(row['score'])
+      except (KeyError, TypeError, json.JSONDecodeError) as e:
+        raise ValueError(
+            f'{self._path}, line {number} is unreadable: {line[:80]!r}. Delete '
+            'that line: its score will be computed again.'
+        ) from e
+
+  def _check_identities(self, identities: list[str]) -> None:
+    if self._identities is not None and identities != self._identities:
+      raise ValueError(
+          f'{self._path} holds scores of other ingredients '
+          f'({len(identities)} then, {len(self._identities)} now, or written '
+          'anew since). Delete it, or give another path.'
+      )
