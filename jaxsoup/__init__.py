@@ -7,26 +7,64 @@ soup = jaxsoup.uniform(ingredients)             # a list of pytrees, of States..
 soup = jaxsoup.greedy(ingredients, eval_fn)     # higher is better
 soup.params, soup.alpha, soup.info
 ```
+
+Names are imported when they are first used: `jaxsoup --help` does not wait for
+jax, nor `import jaxsoup` for flax and orbax.
 """
 
-from jaxsoup import ensembles as ensembles
-from jaxsoup import evaluation as evaluation
-from jaxsoup import metrics as metrics
-from jaxsoup._recipes._average import average as average
-from jaxsoup._recipes._average import ema as ema
-from jaxsoup._recipes._average import lawa as lawa
-from jaxsoup._recipes._average import swa as swa
-from jaxsoup._recipes._average import uniform as uniform
-from jaxsoup._recipes._greedy import greedy as greedy
-from jaxsoup._recipes._interpolate import interpolate as interpolate
-from jaxsoup._recipes._learned import hyperplane as hyperplane
-from jaxsoup._recipes._learned import learned as learned
-from jaxsoup._recipes._pruned import pruned as pruned
-from jaxsoup._recipes._stock import model_stock as model_stock
-from jaxsoup._soup import Soup as Soup
-from jaxsoup._soup import Trial as Trial
-from jaxsoup._tree import check_compatible as check_compatible
-from jaxsoup._tree import mix as mix
-from jaxsoup._tree import stack as stack
+import importlib
+from typing import Any, TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from jaxsoup import checkpoints as checkpoints
+  from jaxsoup import ensembles as ensembles
+  from jaxsoup import evaluation as evaluation
+  from jaxsoup import metrics as metrics
+  from jaxsoup import report as report
+  from jaxsoup import sharding as sharding
+  from jaxsoup._recipes._average import average as average
+  from jaxsoup._recipes._average import ema as ema
+  from jaxsoup._recipes._average import lawa as lawa
+  from jaxsoup._recipes._average import swa as swa
+  from jaxsoup._recipes._average import uniform as uniform
+  from jaxsoup._recipes._greedy import greedy as greedy
+  from jaxsoup._recipes._interpolate import interpolate as interpolate
+  from jaxsoup._recipes._learned import hyperplane as hyperplane
+  from jaxsoup._recipes._learned import learned as learned
+  from jaxsoup._recipes._pruned import pruned as pruned
+  from jaxsoup._recipes._stock import model_stock as model_stock
+  from jaxsoup._soup import Soup as Soup
+  from jaxsoup._soup import Trial as Trial
+  from jaxsoup._tree import check_compatible as check_compatible
+  from jaxsoup._tree import mix as mix
+  from jaxsoup._tree import stack as stack
 
 __version__ = '0.1.0'
+
+_EXPORTS = {
+    '_recipes._average': ('average', 'ema', 'lawa', 'swa', 'uniform'),
+    '_recipes._greedy': ('greedy',),
+    '_recipes._interpolate': ('interpolate',),
+    '_recipes._learned': ('hyperplane', 'learned'),
+    '_recipes._pruned': ('pruned',),
+    '_recipes._stock': ('model_stock',),
+    '_soup': ('Soup', 'Trial'),
+    '_tree': ('check_compatible', 'mix', 'stack'),
+}
+_MODULES = (
+    'checkpoints', 'ensembles', 'evaluation', 'metrics', 'report', 'sharding'
+)  # fmt: skip
+__all__ = sorted([*sum(_EXPORTS.values(), ()), *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+  if name in _MODULES:
+    return importlib.import_module(f'jaxsoup.{name}')
+  for module, names in _EXPORTS.items():
+    if name in names:
+      return getattr(importlib.import_module(f'jaxsoup.{module}'), name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+  return __all__

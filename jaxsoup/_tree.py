@@ -85,7 +85,7 @@ def on_device(leaf: Any, path: Path = ()) -> Any:
 # --- Checks -------------------------------------------------------------------
 
 
-def _misfits(first: Flat, other: Flat) -> list[str]:
+def misfits(first: Flat, other: Flat) -> list[str]:
   """What differs between two trees, without looking at values."""
   first_leaves = dict(zip(first.paths, first.leaves))
   other_leaves = dict(zip(other.paths, other.leaves))
@@ -225,12 +225,12 @@ class Checked(Sequence):
     return self.template
 
   def _check(self, k: int, flat: Flat) -> None:
-    misfits = _misfits(self._template(), flat)
-    if misfits:
-      more = f' (and {len(misfits) - 5} more)' if len(misfits) > 5 else ''
+    found = misfits(self._template(), flat)
+    if found:
+      more = f' (and {len(found) - 5} more)' if len(found) > 5 else ''
       raise ValueError(
           f'{self.name(k)} does not fit the first one: '
-          f'{"; ".join(misfits[:5])}{more}. {_remedy(misfits[0])}'
+          f'{"; ".join(found[:5])}{more}. {_remedy(found[0])}'
       )
     self._check_non_floats(k, flat)
     leaves = dict(zip(flat.paths, flat.leaves))

@@ -1,0 +1,132 @@
+"""Digits: a sweep of small ViTs, pre-trained and fine-tuned on real images.
+
+  python -m jaxsoup.experiments.main --config=configs/digits.py --workdir=DIR
+  python -m jaxsoup.experiments.main --config=configs/digits.py:runlocal ...
+
+Pre-training is supervised, on 250 digits that are shifted, turned and scaled;
+fine-tuning sees 250 others, upright. Every run starts from that one model,
+head included: it has the same ten classes, so no linear probe comes first.
+Train-time augmentation is geometric and mixup; the shifts are neither: no
+run has trained on one.
+
+Expected, per cent, mean ± standard deviation over seeds 0 to 7 (the seed
+changes the split, the pre-training and the sweep):
+
+                   held-out    test        mean of shifts
+  best single      97.3 ± 0.9  96.2 ± 0.9  67.7 ± 3.6
+  mean of singles  95.4 ± 1.0  95.1 ± 0.9  70.9 ± 1.8
+  uniform          96.4 ± 1.1  96.2 ± 1.0  76.0 ± 1.6
+  greedy           97.7 ± 0.7  96.4 ± 1.0  73.2 ± 3.5
+  ensemble         97.0 ± 0.8  96.8 ± 0.8  76.3 ± 2.2
+  greedy ensemble  97.8 ± 0.7  96.7 ± 1.0  74.6 ± 2.5
+
+Pre-training and the 24 runs take about 20 seconds on two cores, of which 12
+are spent in the compiler.
+"""
+
+import ml_collections
+import numpy as np
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """Returns the experiment.
+
+  Args:
+    arg: None, or 'runlocal' for a short version: eight runs, fewer epochs.
+
+  Returns:
+    The config; `sweep(config)` draws its runs.
+
+  Raises:
+    ValueError: `arg` is something else.
+  """
+  if arg not in (None, '', 'runlocal'):
+    raise ValueError(f"Unknown argument {arg!r}: 'runlocal', or none.")
+  is_short = arg == 'runlocal'
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+
+  config.model = dict(
+      image_shape=(8, 8, 1),
+      num_classes=10,
+      patch_size=4,
+      width=48,
+      depth=3,
+      num_heads=3,
+      mlp_width=96,
+      has_cls_token=False,
+  )
+  # Few examples to train on: with 500 the models reach 99 %, and nothing is
+  # left to gain. Many to report on: a test accuracy has an error of 0.6.
+  config.data = dict(
+      sizes=dict(pretrain=250, train=250, held_out=400, test=897)
+  )
+  config.pretrain = dict(
+      num_epochs=100 if is_short else 200,
+      batch_size=50,
+      warmup=0.1,
+      final=0.0,
+      run=dict(learning_rate=2e-3, weight_decay=0.05, affine=0.5),
+  )
+  config.finetune = dict(
+      num_epochs=10 if is_short else 20, batch_size=50, warmup=0.1, final=0.0
+  )
+  # Ranges, low to high. Above a rate of 1e-2 runs leave the common basin.
+  config.sweep = dict(
+      num_runs=8 if is_short else 24,
+      group_size=8,
+      learning_rate=(1e-3, 1e-2),
+      weight_decay=(1e-3, 0.5),
+      label_smoothing=(0.0, 0.25),
+      mixup=(0.0, 0.9),
+      affine=(0.0, 0.5),
+  )
+  config.shifts = dict(
+      noise=0.3, blur=0.9, contrast=0.6, occlusion=0.4, shear=0.4
+  )
+  # Of the held-out examples a quarter decides when to stop learning.
+  config.learned = dict(
+      learning_rate=0.05,
+      num_epochs=10,
+      batch_size=50,
+      val_fraction=0.25,
+      patience=3,
+  )
+  config.batch_size = 500
+  return config
+
+
+def sweep(config: ml_collections.ConfigDict) -> list[dict[str, float]]:
+  """Draws the runs by random search, by `config.seed`.
+
+  Rates and decays are log-uniform, the rest uniform; mixup and augmentation
+  are off in half of the runs, as RandAugment was in a third of the paper's.
+
+  Args:
+    config: the experiment.
+
+  Returns:
+    `config.sweep.num_runs` dicts, of which fewer are always the first of more.
+
+  Source: Wortsman et al., "Model soups", ICML 2022.
+  """
+  # The name keeps this stream apart from that of the split.
+  rng = np.random.default_rng([config.seed, *b'sweep'])
+  return [_draw_run(config.sweep, rng) for _ in range(config.sweep.num_runs)]
+
+
+def _draw_run(ranges, rng):
+  def uniform(name):
+    return float(rng.uniform(*ranges[name]))
+
+  def log_uniform(name):
+    return float(np.exp(rng.uniform(*np.log(ranges[name]))))
+
+  return {
+      'seed': int(rng.integers(2**31)),
+      'learning_rate': log_uniform('learning_rate'),
+      'weight_decay': log_uniform('weight_decay'),
+      'label_smoothing': uniform('label_smoothing'),
+      'mixup': uniform('mixup') if rng.random() < 0.5 else 0.0,
+      'affine': uniform('affine') if rng.random() < 0.5 else 0.0,
+  }

@@ -1,0 +1,163 @@
+"""What is in checkpoints, and what does not fit together.
+
+```
+found = inspection.inspect(run_dirs)
+found.problems
+```
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoup import _tree
+from jaxsoup.checkpoints import _ingredients
+from jaxsoup.checkpoints import _orbax
+
+
+class Inspection(NamedTuple):
+  """What was found.
+
+  Attributes:
+    paths: the checkpoints.
+    leaves: (path, shape, dtype, bytes) of every leaf of the first one.
+    num_params: numbers in each checkpoint.
+    num_bytes: bytes of each checkpoint.
+    norms: Euclidean norm of the floats of each; empty unless read.
+    problems: what does not fit together, or is damaged.
+  """
+
+  paths: tuple[str, ...]
+  leaves: tuple[tuple[str, tuple[int, ...], str, int], ...]
+  num_params: tuple[int, ...]
+  num_bytes: tuple[int, ...]
+  norms: tuple[float, ...]
+  problems: tuple[str, ...]
+
+  def as_json(self) -> dict[str, Any]:
+    """A dict for `json.dumps`."""
+    return self._asdict()
+
+  def as_text(self) -> str:
+    """Lines for a terminal; repeated blocks of one shape are not folded."""
+    width = max((len(name) for name, *_ in self.leaves), default=0)
+    lines = [
+        f'{name:<{width}}  {dtype:<9} {list(shape)}'
+        for name, shape, dtype, _ in self.leaves
+    ]
+    lines.append('')
+    for k, path in enumerate(self.paths):
+      norm = f'  norm {self.norms[k]:.4g}' if self.norms else ''
+      lines.append(
+          f'{k:>3}  {self.num_params[k]:,} numbers  '
+          f'{_human(self.num_bytes[k])}{norm}  {path}'
+      )
+    lines.append('')
+    lines += [f'Problem: {problem}' for problem in self.problems]
+    if not self.problems:
+      lines.append('They fit together.' if len(self.paths) > 1 else 'No problem.')
+    return '\n'.join(lines)
+
+
+def inspect(
+    paths: Sequence[Any], *, item: str | None = None, deep: bool = False
+) -> Inspection:
+  """Compares checkpoints by their metadata, or by their values.
+
+  Args:
+    paths: checkpoints or run directories, as for `checkpoints.Ingredients`.
+    item: which item of a step that holds several.
+    deep: also reads the arrays: NaN and infinite values, duplicates, norms, and
+      the checksums that were stored with them.
+
+  Returns:
+    An `Inspection`.
+
+  Raises:
+    FileNotFoundError: a path without a finished checkpoint.
+  """
+  ingredients = _ingredients.Ingredients(paths, item=item)
+  sources = [ingredients.metadata(k) for k in range(len(ingredients))]
+  problems = _misfits(sources)
+  norms: list[float] = []
+  if deep:
+    norms, found = _read_all(ingredients)
+    problems += found
+  return Inspection(
+      paths=ingredients.paths,
+      leaves=tuple(
+          (_tree.name_of(p), tuple(x.shape), str(x.dtype), _bytes(x))
+          for p, x in sources[0].leaves.items()
+      ),
+      num_params=tuple(
+          sum(int(np.prod(x.shape)) for x in s.leaves.values()) for s in sources
+      ),
+      num_bytes=tuple(sum(map(_bytes, s.leaves.values())) for s in sources),
+      norms=tuple(norms),
+      problems=tuple(problems),
+  )
+
+
+def _misfits(sources: Sequence[_orbax.Metadata]) -> list[str]:
+  first = sources[0]
+  found = []
+  for source in sources[1:]:
+    pair = [
+        _tree.Flat(list(s.leaves.values()), list(s.leaves), None)
+        for s in (first, source)
+    ]
+    misfits = _tree.misfits(*pair)
+    if misfits:
+      more = f' (and {len(misfits) - 5} more)' if len(misfits) > 5 else ''
+      found.append(
+          f'{source.path} does not fit {first.path}: '
+          f'{"; ".join(misfits[:5])}{more}'
+      )
+  return found
+
+
+def _read_all(ingredients) -> tuple[list[float], list[str]]:
+  """Norms, and what only the values show."""
+  norms, problems = [], []
+  seen: dict[str, str] = {}
+  for k, path in enumerate(ingredients.paths):
+    try:
+      flat = _tree.flatten(ingredients[k])
+    except ValueError as e:
+      norms.append(float('nan'))
+      problems.append(str(e))
+      continue
+    floats = [
+        (name, np.asarray(x, np.float64))
+        for name, x in zip(flat.paths, flat.leaves)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    norms.append(float(np.sqrt(sum(np.sum(x**2) for _, x in floats))))
+    bad = [_tree.name_of(n) for n, x in floats if not np.isfinite(x).all()]
+    if bad:
+      problems.append(
+          f'{path} has NaN or infinite values in {", ".join(bad[:5])}: leave '
+          'it out.'
+      )
+    content_hash = ingredients.content_hash(k)
+    if content_hash in seen:
+      problems.append(
+          f'{path} and {seen[content_hash]} have equal parameters: one model '
+          'would count twice.'
+      )
+    seen.setdefault(content_hash, path)
+  return norms, problems
+
+
+def _bytes(leaf) -> int:
+  return int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+
+def _human(num_bytes: float) -> str:
+  for unit in ('B', 'kB', 'MB'):
+    if num_bytes < 1000:
+      return f'{num_bytes:.3g} {unit}'
+    num_bytes /= 1000
+  return f'{num_bytes:.3g} GB'

@@ -1,0 +1,303 @@
+"""The `jaxsoup` command. Imports jax only when a command needs it."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import importlib
+import json
+import math
+import pathlib
+import sys
+import traceback
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name='jaxsoup',
+    help='Model soups: average fine-tuned models, get a better one.',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={'help_option_names': ['-h', '--help']},
+)
+
+Json = Annotated[
+    bool, typer.Option('--json', help='Print JSON for another program.')
+]
+Item = Annotated[
+    str | None,
+    typer.Option(help='Which item of a checkpoint that holds several.'),
+]
+Runs = Annotated[
+    list[pathlib.Path],
+    typer.Argument(help='Checkpoints or run directories.', show_default=False),
+]
+
+RECIPES = ('uniform', 'greedy', 'pruned', 'learned', 'model_stock')
+
+
+def main() -> None:
+  """The entry point: 0 is success, 1 a failure, 2 wrong usage."""
+  app()
+
+
+class UserCodeError(Exception):
+  """What the user's own function raised, with its place."""
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+  """Turns the errors that a user can mend into one line and exit code 1."""
+  try:
+    yield
+  except (
+      ImportError, OSError, TypeError, UserCodeError, ValueError
+  ) as e:  # fmt: skip
+    _fail(str(e), code=1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+  typer.echo(f'Error: {message}', err=True)
+  raise typer.Exit(code)
+
+
+@app.command()
+def demo(
+    workdir: Annotated[
+        pathlib.Path, typer.Option(help='Where everything goes.')
+    ] = pathlib.Path('runs/demo'),
+    seeds: Annotated[
+        int, typer.Option(min=1, help='Repeat with so many seeds.')
+    ] = 1,
+    short: Annotated[
+        bool, typer.Option('--short', help='Fewer runs and epochs.')
+    ] = False,
+    as_json: Json = False,
+) -> None:
+  """Fine-tunes a sweep on real images, cooks every soup, shows the table."""
+  with _failures():
+    from jaxsoup import report
+    from jaxsoup.experiments import configs
+    from jaxsoup.experiments import main as experiment
+    from jaxsoup.experiments import progress
+
+    file = f'{_config_file("digits.py")}{":runlocal" if short else ""}'
+    tables = []
+    for seed in range(seeds):
+      config, runs = configs.load(file, [f'--config.seed={seed}'])
+      folder = workdir / f'seed{seed}' if seeds > 1 else workdir
+      with progress.shown(experiment.STAGES) as progress_fn:
+        tables.append(experiment.run(config, runs, folder, progress_fn))
+    summaries = [report.summary(rows) for rows in tables]
+    means, deviations = report.mean_rows(summaries)
+    many = deviations if seeds > 1 else None
+    (workdir / 'table.md').write_text(report.markdown(means, many) + '\n')
+    if as_json:
+      rows = [[row._asdict() for row in table] for table in tables]
+      typer.echo(json.dumps({'workdir': str(workdir), 'tables': rows}))
+    else:
+      experiment.show(means, workdir, many)
+
+
+def _config_file(name: str) -> pathlib.Path:
+  """A config of the repository, or its copy inside an installed wheel."""
+  here = pathlib.Path(__file__).parent
+  for folder in (here.parent / 'configs', here / 'configs'):
+    if (folder / name).is_file():
+      return folder / name
+  raise FileNotFoundError(f'configs/{name} is missing: reinstall jaxsoup.')
+
+
+@app.command()
+def soup(
+    runs: Runs,
+    recipe: Annotated[str, typer.Option(help=' | '.join(RECIPES))],
+    out: Annotated[
+        pathlib.Path, typer.Option(help='A new directory for the soup.')
+    ],
+    eval_name: Annotated[
+        str | None,
+        typer.Option(
+            '--eval',
+            metavar='PACKAGE.MODULE:FUNCTION',
+            help=(
+                'greedy, pruned: FUNCTION(params) returns the score on held-out'
+                ' data, higher is better. learned: FUNCTION() returns loss_fn'
+                ' and batches, perhaps val_batches. Params are nested dicts.'
+            ),
+        ),
+    ] = None,
+    init: Annotated[
+        pathlib.Path | None,
+        typer.Option(help='model_stock: what all runs were fine-tuned from.'),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option('--strict', help='greedy, pruned: reject ties.')
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(help='greedy: try in a random order, not by score.'),
+    ] = None,
+    per_tensor: Annotated[
+        bool, typer.Option('--per-tensor', help='learned: one alpha a tensor.')
+    ] = False,
+    learning_rate: Annotated[
+        float, typer.Option(help='learned: of AdamW.')
+    ] = 0.05,
+    epochs: Annotated[int, typer.Option(min=1, help='learned.')] = 5,
+    scores: Annotated[
+        pathlib.Path | None,
+        typer.Option(help='greedy, pruned: a score log, to go on from.'),
+    ] = None,
+    item: Item = None,
+    as_json: Json = False,
+) -> None:
+  """Makes a soup of checkpoints, and stores it with its provenance."""
+  if recipe not in RECIPES:
+    raise typer.BadParameter(
+        f'{recipe!r} is not one of {", ".join(RECIPES)}.', param_hint='--recipe'
+    )
+  if recipe in ('greedy', 'pruned', 'learned') and eval_name is None:
+    raise typer.BadParameter(
+        f'{recipe} needs held-out data: --eval package.module:function.',
+        param_hint='--eval',
+    )
+  if recipe == 'model_stock' and init is None:
+    raise typer.BadParameter(
+        'model_stock needs the initialization.', param_hint='--init'
+    )
+  if out.exists():
+    raise typer.BadParameter(f'{out} exists.', param_hint='--out')
+  with _failures():
+    import jax
+    import jaxsoup
+    from jaxsoup import checkpoints
+    import optax
+
+    ingredients = checkpoints.Ingredients(runs, item=item)
+    function = None if eval_name is None else _user_function(eval_name)
+    log = None if scores is None else checkpoints.ScoreLog(scores, ingredients)
+    if recipe == 'uniform':
+      made = jaxsoup.uniform(ingredients)
+    elif recipe == 'greedy':
+      order = None if seed is None else jax.random.key(seed)
+      made = jaxsoup.greedy(
+          ingredients, function, order=order, strict=strict, scores=log
+      )
+    elif recipe == 'pruned':
+      made = jaxsoup.pruned(ingredients, function, strict=strict, scores=log)
+    elif recipe == 'learned':
+      loss_fn, batches, *val_batches = function()
+      made = jaxsoup.learned(
+          ingredients,
+          loss_fn,
+          batches,
+          tx=optax.adamw(learning_rate, weight_decay=0.0),
+          num_epochs=epochs,
+          depth=math.inf if per_tensor else None,
+          val_batches=val_batches[0] if val_batches else None,
+      )
+    else:
+      theta_0 = checkpoints.Ingredients([init], item=item)[0]
+      made = jaxsoup.model_stock(ingredients, theta_0)
+    checkpoints.save(
+        out, made, ingredients=ingredients, metadata={'recipe': recipe}
+    )
+    _show_soup(made, ingredients, out, recipe, as_json)
+
+
+def _user_function(name: str) -> Callable[..., Any]:
+  """The function behind package.module:function, its errors with their place."""
+  module_name, _, function_name = name.partition(':')
+  if not function_name:
+    raise ValueError(f'--eval {name}: write package.module:function.')
+  sys.path.insert(0, '')
+  try:
+    module = importlib.import_module(module_name)
+  except ImportError as e:
+    raise ValueError(
+        f'--eval {name}: cannot import {module_name}: {e}. Modules are looked '
+        'for in the present directory and among installed packages.'
+    ) from e
+  function = getattr(module, function_name, None)
+  if not callable(function):
+    raise ValueError(f'--eval {name}: {module_name} has no such function.')
+
+  def call(*args):
+    try:
+      return function(*args)
+    except Exception as e:
+      place = traceback.extract_tb(e.__traceback__)
+      last = next((f for f in reversed(place) if f.filename == module.__file__), place[-1])  # fmt: skip
+      raise UserCodeError(
+          f'{name} raised {type(e).__name__}: {e} ({last.filename}, line '
+          f'{last.lineno})'
+      ) from e
+
+  return call
+
+
+def _show_soup(made, ingredients, out, recipe, as_json) -> None:
+  import numpy as np
+
+  alpha = made.alpha
+  if isinstance(alpha, dict):
+    import jax
+
+    alpha = np.mean(jax.tree.leaves(alpha), axis=0)
+  score = getattr(made.info, 'score', None)
+  if as_json:
+    rows = dict(zip(ingredients.paths, map(float, alpha)))
+    content = {'out': str(out), 'recipe': recipe, 'alpha': rows, 'score': score}
+    typer.echo(json.dumps(content))
+    return
+  for path, value in zip(ingredients.paths, alpha):
+    typer.echo(f'{value:8.4f}  {path}')
+  if isinstance(made.alpha, dict):
+    typer.echo('(alpha: the mean over the tensors)')
+  if score is not None:
+    best = max(v for m, v in made.info.scores.items() if len(m) == 1)
+    typer.echo(f'held-out score {score:.4f}, best single {best:.4f}')
+  typer.echo(f'Soup: {out}')
+
+
+@app.command()
+def inspect(
+    runs: Runs,
+    deep: Annotated[
+        bool,
+        typer.Option(
+            '--deep', help='Also read: NaN, duplicates, norms, checksums.'
+        ),
+    ] = False,
+    item: Item = None,
+    as_json: Json = False,
+) -> None:
+  """Shows what is in checkpoints, and what does not fit together."""
+  with _failures():
+    from jaxsoup.checkpoints import inspection
+
+    found = inspection.inspect(runs, item=item, deep=deep)
+    if as_json:
+      typer.echo(json.dumps(found.as_json()))
+    else:
+      from rich import console
+
+      console.Console().print(found.as_text(), highlight=False, soft_wrap=True)
+  if found.problems:
+    raise typer.Exit(1)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+  """Shows versions, devices, and pairs of versions that are known to clash."""
+  with _failures():
+    from jaxsoup import doctor as doctor_lib
+
+    found = doctor_lib.examine()
+    if as_json:
+      typer.echo(json.dumps(found))
+    else:
+      typer.echo(doctor_lib.as_text(found))
+  if found['problems']:
+    raise typer.Exit(1)

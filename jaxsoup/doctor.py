@@ -1,0 +1,113 @@
+"""What is installed, and what of it does not work together.
+
+```
+doctor.examine()['problems']
+```
+"""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+_PACKAGES = (
+    'jaxsoup',
+    'jax',
+    'jaxlib',
+    'flax',
+    'optax',
+    'orbax-checkpoint',
+    'tensorstore',
+    'numpy',
+    'ml_collections',
+    'tensorflow-datasets',
+    'safetensors',
+    'scikit-learn',
+    'matplotlib',
+)
+_OPTIONAL = ('scikit-learn', 'matplotlib')
+
+
+def examine() -> dict[str, Any]:
+  """Looks at versions and devices.
+
+  Returns:
+    A dict of `python`, `versions` (None where a package is missing), `devices`
+    and `problems`, each a text that says what to do.
+  """
+  versions = {name: _version(name) for name in _PACKAGES}
+  problems = [
+      f'{name} is not installed: pip install -U jaxsoup'
+      for name, version in versions.items()
+      if version is None and name not in _OPTIONAL
+  ]
+  problems += _clashes(versions)
+  devices: list[str] = []
+  if not any('flax' not in p and 'jax' in p for p in problems):
+    devices, trouble = _devices()
+    problems += trouble
+  return {
+      'python': platform.python_version(),
+      'versions': versions,
+      'devices': devices,
+      'problems': problems,
+  }
+
+
+def as_text(found: dict[str, Any]) -> str:
+  """The lines of a terminal."""
+  lines = [f'python               {found["python"]}']
+  for name, version in found['versions'].items():
+    lines.append(f'{name:<20} {version or "not installed"}')
+  lines.append(f'devices              {", ".join(found["devices"]) or "none"}')
+  lines += [f'Problem: {problem}' for problem in found['problems']]
+  if not found['problems']:
+    lines.append('No problems found.')
+  return '\n'.join(lines)
+
+
+def _version(name: str) -> str | None:
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _numbers(version: str | None) -> tuple[int, ...]:
+  parts = (version or '').split('.')
+  return tuple(int(p) for p in parts if p.isdigit())
+
+
+def _clashes(versions: dict[str, str | None]) -> list[str]:
+  clashes = []
+  jax, flax = _numbers(versions['jax']), _numbers(versions['flax'])
+  if jax >= (0, 11, 1) and flax and flax <= (0, 12, 8):
+    clashes.append(
+        f'flax {versions["flax"]} fails to import with jax {versions["jax"]}: '
+        'pip install -U flax (Python 3.12 or later), or pip install "jax<0.11"'
+    )
+  jaxlib = _numbers(versions['jaxlib'])
+  if jaxlib and jax and jaxlib[:2] != jax[:2]:
+    clashes.append(
+        f'jaxlib {versions["jaxlib"]} does not belong to jax '
+        f'{versions["jax"]}: pip install -U jax jaxlib'
+    )
+  safetensors = _numbers(versions['safetensors'])
+  if safetensors and safetensors < (0, 4):
+    clashes.append(
+        f'safetensors {versions["safetensors"]} cannot read bfloat16 into '
+        'NumPy: pip install -U safetensors'
+    )
+  return clashes
+
+
+def _devices() -> tuple[list[str], list[str]]:
+  try:
+    import jax
+
+    kinds = [f'{d.platform}: {d.device_kind}' for d in jax.devices()]
+    counted = dict.fromkeys(kinds)
+    return [f'{kinds.count(k)} x {k}' for k in counted], []
+  except Exception as e:
+    # Whatever a broken installation raises is what the user came to see.
+    first = str(e).strip().split('\n')[0]
+    return [], [f'jax finds no device: {type(e).__name__}: {first}']

@@ -1,0 +1,1 @@
+"""Experiments: pre-train, fine-tune a sweep, make soups, evaluate, report."""

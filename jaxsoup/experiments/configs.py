@@ -1,0 +1,164 @@
+"""Configs: files in which an experiment is a function, and their overrides.
+
+```
+config, runs = configs.load('configs/digits.py', ['--config.seed=1'])
+```
+"""
+
+from collections.abc import Sequence
+import difflib
+import importlib.util
+import json
+import pathlib
+from typing import Any
+
+from absl import flags
+import ml_collections
+from ml_collections import config_flags
+
+Runs = list[dict[str, float]]
+
+
+class UsageError(ValueError):
+  """What the user typed does not fit; the message says what would."""
+
+
+def parse(argv: Sequence[str]) -> tuple[str, str, list[str]]:
+  """Takes `--config=FILE --workdir=DIR --config.x=y ...` apart.
+
+  Args:
+    argv: the arguments, without the program's name.
+
+  Returns:
+    (config file, workdir, overrides).
+
+  Raises:
+    UsageError: an unknown, missing or malformed argument.
+  """
+  values = flags.FlagValues()
+  flags.DEFINE_string('config', None, '', flag_values=values)
+  flags.DEFINE_string('workdir', None, '', flag_values=values)
+  is_override = lambda a: a.lstrip('-').startswith('config.')
+  try:
+    rest = values(['main', *(a for a in argv if not is_override(a))])
+  except flags.Error as e:
+    raise UsageError(f'{e}. Usage: {USAGE}') from e
+  if rest[1:] or not values.config or not values.workdir:
+    raise UsageError(f'{_missing(values, rest[1:])}. Usage: {USAGE}')
+  return values.config, values.workdir, [a for a in argv if is_override(a)]
+
+
+USAGE = (
+    'python -m jaxsoup.experiments.main --config=FILE[:ARG] --workdir=DIR '
+    '[--config.NAME=VALUE ...]'
+)
+
+
+def _missing(values, rest) -> str:
+  if rest:
+    return f'Unexpected argument {rest[0]!r}: write NAME=VALUE'
+  return '--config is missing' if not values.config else '--workdir is missing'
+
+
+def load(
+    path: str, overrides: Sequence[str] = ()
+) -> tuple[ml_collections.ConfigDict, Runs]:
+  """Reads a config and draws the runs of its sweep.
+
+  Args:
+    path: a Python file with `get_config(arg)` and `sweep(config)`, perhaps with
+      an argument behind a colon: 'configs/digits.py:runlocal'.
+    overrides: such as '--config.seed=1'.
+
+  Returns:
+    (config, runs): the runs are dicts of hyper-parameters.
+
+  Raises:
+    UsageError: no such file, key, or a value of another type.
+  """
+  file, _, _ = path.partition(':')
+  if not pathlib.Path(file).is_file():
+    folder = pathlib.Path(file).parent
+    there = sorted(p.name for p in folder.glob('*.py')) if folder.is_dir() else []
+    raise UsageError(
+        f'There is no config {file}.'
+        + (f' In {folder} there is: {", ".join(there)}.' if there else '')
+    )
+  values = flags.FlagValues()
+  argv = ['main', f'--config={path}', *overrides]
+  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+  try:
+    values(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+    config, _ = load(path) if overrides else (ml_collections.ConfigDict(), [])
+    raise UsageError(_explain(overrides, config, e)) from e
+  config = values.config
+  return config, _module(file).sweep(config)
+
+
+def _explain(overrides, config, error) -> str:
+  """Names the override that does not fit, and what would."""
+  known = _flat(config)
+  for override in overrides:
+    name = override.lstrip('-').partition('=')[0].removeprefix('config.')
+    if name not in known and not any(k.startswith(f'{name}[') for k in known):
+      near = difflib.get_close_matches(name, known, 3, 0.4)
+      return (
+          f'The config has no {name!r}. '
+          + (f'Did you mean {" or ".join(near)}? ' if near else '')
+          + f'It has: {", ".join(sorted(known))}.'
+      )
+  first = str(error).strip().split('\n')[0]
+  types = [
+      f'{name} is {type(known[name]).__name__}, such as {known[name]!r}'
+      for o in overrides
+      if (name := o.lstrip('-').partition('=')[0].removeprefix('config.'))
+      in known
+  ]
+  return f'{first} ({"; ".join(types)})' if types else first
+
+
+def _flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      flat |= {f'{key}.{k}': v for k, v in _flat(value).items()}
+    else:
+      flat[key] = value
+  return flat
+
+
+def _module(file: str) -> Any:
+  spec = importlib.util.spec_from_file_location('jaxsoup_config', file)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def check_unchanged(
+    config: ml_collections.ConfigDict, file: pathlib.Path
+) -> None:
+  """Stores the config with a workdir, or compares it with the stored one.
+
+  Raises:
+    UsageError: the workdir belongs to another config; names what differs.
+  """
+  now = json.loads(json.dumps(_flat(config)))
+  if not file.exists():
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix('.tmp')
+    unfinished.write_text(json.dumps(now, indent=2))
+    unfinished.replace(file)
+    return
+  then = json.loads(file.read_text())
+  differing = [
+      f'{key} was {then.get(key)!r}, is {now.get(key)!r}'
+      for key in sorted(then.keys() | now.keys())
+      if then.get(key) != now.get(key)
+  ]
+  if differing:
+    raise UsageError(
+        f'{file.parent} was begun with another config: {"; ".join(differing)}. '
+        'Give another workdir, or delete this one.'
+    )

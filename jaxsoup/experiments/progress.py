@@ -1,0 +1,88 @@
+"""Progress of a script: a bar with the time left, or plain lines."""
+
+from collections.abc import Callable, Mapping
+import contextlib
+import sys
+import time
+from typing import Any
+
+# A callback: which stage, and how much of it is done, in 0..1.
+ProgressFn = Callable[[str, float], None]
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def silent(stage: str, done: float) -> None:
+  """Shows nothing."""
+
+
+@contextlib.contextmanager
+def shown(shares: Mapping[str, float], *, file: Any = None):
+  """Shows progress on a terminal as a bar, elsewhere as a line now and then.
+
+  Args:
+    shares: the stages in their order, and how long each takes, in any unit.
+    file: where to; standard error by default.
+
+  Yields:
+    A `ProgressFn`.
+  """
+  file = file or sys.stderr
+  if file.isatty():
+    with _bar(shares, file) as progress_fn:
+      yield progress_fn
+  else:
+    yield _Lines(shares, file)
+
+
+def _total_done(shares: Mapping[str, float], stage: str, done: float) -> float:
+  names = list(shares)
+  before = sum(shares[name] for name in names[: names.index(stage)])
+  return (before + done * shares[stage]) / sum(shares.values())
+
+
+@contextlib.contextmanager
+def _bar(shares, file):
+  from rich import console
+  from rich import progress
+
+  columns = (
+      progress.TextColumn('{task.description:<24}'),
+      progress.BarColumn(),
+      progress.TaskProgressColumn(),
+      progress.TimeRemainingColumn(elapsed_when_finished=True),
+  )
+  with progress.Progress(*columns, console=console.Console(file=file)) as bar:
+    task = bar.add_task(next(iter(shares)), total=1.0)
+
+    def progress_fn(stage, done):
+      total = _total_done(shares, stage, done)
+      bar.update(task, description=stage, completed=total)
+
+    yield progress_fn
+    bar.update(task, description='done', completed=1.0)
+
+
+class _Lines:
+  """One line when a stage begins, and every ten seconds."""
+
+  def __init__(self, shares, file):
+    self._shares = shares
+    self._file = file
+    self._start = time.monotonic()
+    self._last = (None, -float('inf'))
+
+  def __call__(self, stage: str, done: float) -> None:
+    now = time.monotonic()
+    last_stage, last_time = self._last
+    if stage == last_stage and now - last_time < _SECONDS_BETWEEN_LINES:
+      return
+    self._last = (stage, now)
+    total = _total_done(self._shares, stage, done)
+    elapsed = now - self._start
+    left = f', {elapsed / total - elapsed:.0f} s left' if total > 0.05 else ''
+    print(
+        f'{stage}: {total:.0%} of all, {elapsed:.0f} s{left}',
+        file=self._file,
+        flush=True,
+    )

@@ -1,0 +1,154 @@
+"""A vision transformer in Flax nnx.
+
+model = vit.ViT((8, 8, 1), num_classes=10, patch_size=2, rngs=nnx.Rngs(0))
+logits = model(image)  # [B, 8, 8, 1] -> [B, 10]
+"""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+
+class Mlp(nnx.Module):
+  """Two dense layers with a GELU between them.
+
+  Args:
+    width: size of the input and of the output.
+    mlp_width: size of the hidden layer.
+    rngs: source of the initial parameters.
+  """
+
+  def __init__(self, width: int, mlp_width: int, *, rngs: nnx.Rngs):
+    self.dense_in = nnx.Linear(width, mlp_width, rngs=rngs)
+    self.dense_out = nnx.Linear(mlp_width, width, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.dense_out(nnx.gelu(self.dense_in(x), approximate=False))
+
+
+class Block(nnx.Module):
+  """One pre-LN transformer block.
+
+  y = x + Attention(LN(x)),  out = y + MLP(LN(y))
+
+  Args:
+    width: size of a token.
+    mlp_width: size of the hidden layer of the MLP.
+    num_heads: number of attention heads; divides `width`.
+    rngs: source of the initial parameters.
+  """
+
+  def __init__(
+      self, width: int, mlp_width: int, num_heads: int, *, rngs: nnx.Rngs
+  ):
+    # 1e-6 as in the original ViT; Flax's default as well, but files depend on
+    # it, so it is written out.
+    self.norm_attention = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
+    self.attention = nnx.MultiHeadAttention(
+        num_heads=num_heads, in_features=width, decode=False, rngs=rngs
+    )
+    self.norm_mlp = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
+    self.mlp = Mlp(width, mlp_width, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x + self.attention(self.norm_attention(x))
+    return x + self.mlp(self.norm_mlp(x))
+
+
+class ViT(nnx.Module):
+  """A vision transformer for classification.
+
+  patches -> linear embedding + position -> blocks -> LN -> pool -> linear head
+
+  Args:
+    image_shape: (H, W, C) of one image; `patch_size` divides H and W.
+    num_classes: number of logits.
+    patch_size: side of a square patch, in pixels.
+    width: size of a token.
+    depth: number of blocks.
+    num_heads: number of attention heads; divides `width`.
+    mlp_width: size of the hidden layers, `4 * width` if not given.
+    has_cls_token: pools by a class token if true, else by the mean over
+      tokens (GAP).
+    rngs: source of the initial parameters.
+
+  Example:
+    >>> model = ViT((8, 8, 1), num_classes=10, patch_size=4, rngs=nnx.Rngs(0))
+    >>> model(jnp.zeros((2, 8, 8, 1))).shape
+    (2, 10)
+
+  Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021.
+  """
+
+  def __init__(
+      self,
+      image_shape: tuple[int, int, int],
+      num_classes: int,
+      *,
+      patch_size: int,
+      width: int = 64,
+      depth: int = 4,
+      num_heads: int = 4,
+      mlp_width: int | None = None,
+      has_cls_token: bool = False,
+      rngs: nnx.Rngs,
+  ):
+    height, image_width, channels = image_shape
+    if height % patch_size or image_width % patch_size:
+      raise ValueError(
+          f'patch_size {patch_size} does not divide the image, '
+          f'{height} x {image_width}: choose a divisor of both sides.'
+      )
+    num_tokens = (height // patch_size) * (image_width // patch_size)
+    self.patch_size, self.depth = patch_size, depth
+    self.has_cls_token = has_cls_token
+    self.embed = nnx.Linear(patch_size**2 * channels, width, rngs=rngs)
+    normal = nnx.initializers.normal(0.02)
+    self.position = nnx.Param(normal(rngs.params(), (num_tokens, width)))
+    if has_cls_token:
+      self.cls_token = nnx.Param(jnp.zeros((1, width)))
+    # Attributes rather than a list: the keys of the parameters are strings,
+    # and a list of modules is spelled differently from release to release.
+    for i in range(depth):
+      block = Block(width, mlp_width or 4 * width, num_heads, rngs=rngs)
+      setattr(self, f'block_{i}', block)
+    self.norm = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
+    self.head = nnx.Linear(width, num_classes, rngs=rngs)
+
+  def features(self, image: jax.Array) -> jax.Array:
+    """Returns what the head sees, [B, width], for images [B, H, W, C]."""
+    x = self.embed(patchify(image, self.patch_size)) + self.position[...]
+    if self.has_cls_token:
+      cls_token = jnp.broadcast_to(
+          self.cls_token[...], (x.shape[0], 1, x.shape[-1])
+      )
+      x = jnp.concatenate([cls_token, x], axis=1)
+    for i in range(self.depth):
+      x = getattr(self, f'block_{i}')(x)
+    x = self.norm(x)
+    return x[:, 0] if self.has_cls_token else x.mean(axis=1)
+
+  def __call__(self, image: jax.Array) -> jax.Array:
+    """Returns logits, [B, num_classes], for images [B, H, W, C]."""
+    return self.head(self.features(image))
+
+
+def patchify(image: jax.Array, patch_size: int) -> jax.Array:
+  """Cuts images into flattened patches, row by row.
+
+  Args:
+    image: [B, H, W, C].
+    patch_size: P, which divides H and W.
+
+  Returns:
+    [B, (H / P) * (W / P), P * P * C].
+
+  Example:
+    >>> patchify(jnp.zeros((2, 8, 8, 3)), 4).shape
+    (2, 4, 48)
+  """
+  batch, height, width, channels = image.shape
+  rows, columns = height // patch_size, width // patch_size
+  x = image.reshape(batch, rows, patch_size, columns, patch_size, channels)
+  x = x.transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(batch, rows * columns, patch_size**2 * channels)

@@ -1,0 +1,18 @@
+"""Tables and pictures of models and the soups made from them.
+
+```
+rows = report.read_rows('runs/digits/results.json')
+print(report.markdown(rows))
+report.scatter(plt.gca(), rows)
+```
+"""
+
+from jaxsoup.report._plots import save as save
+from jaxsoup.report._plots import scatter as scatter
+from jaxsoup.report._plots import trials as trials
+from jaxsoup.report._tables import markdown as markdown
+from jaxsoup.report._tables import mean_rows as mean_rows
+from jaxsoup.report._tables import read_rows as read_rows
+from jaxsoup.report._tables import rich_table as rich_table
+from jaxsoup.report._tables import Row as Row
+from jaxsoup.report._tables import summary as summary

@@ -1,0 +1,134 @@
+"""Pictures that take an Axes."""
+
+from collections.abc import Mapping, Sequence
+import pathlib
+from typing import Any
+
+from jaxsoup._soup import SearchInfo
+from jaxsoup.report._tables import Row
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+_GREY = '#9a9a9a'
+_MARKERS = ('*', 'P', 'X', 'D', '^', 'v')
+
+
+def scatter(
+    ax: Any, rows: Sequence[Row], *, label: str = 'accuracy (%)'
+) -> None:
+  """Test against shifted score of every model and soup.
+
+  Args:
+    ax: a matplotlib Axes.
+    rows: all models, singles included.
+    label: what the scores are.
+
+  Source: figure 1 of Wortsman et al. 2022.
+  """
+  singles = [row for row in rows if row.kind == 'single']
+  best = max(singles, key=lambda row: row.held_out, default=None)
+  points = [(row.test * 100, row.mean_shift * 100) for row in singles]
+  ax.scatter(
+      *zip(*points),
+      s=22,
+      color=_GREY,
+      linewidths=0,
+      alpha=0.75,
+      label='fine-tuned models',
+      zorder=2,
+  )
+  if best is not None:
+    ax.scatter(
+        best.test * 100,
+        best.mean_shift * 100,
+        s=64,
+        facecolors='none',
+        edgecolors='black',
+        linewidths=1.3,
+        label='best on held-out',
+        zorder=4,
+    )
+  for kind, filled in (('soup', True), ('ensemble', False)):
+    for i, row in enumerate(row for row in rows if row.kind == kind):
+      colour = _COLOURS[i % len(_COLOURS)]
+      ax.scatter(
+          row.test * 100,
+          row.mean_shift * 100,
+          s=120 if _MARKERS[i % len(_MARKERS)] == '*' else 62,
+          marker=_MARKERS[i % len(_MARKERS)] if filled else 's',
+          facecolors=colour if filled else 'white',
+          edgecolors='white' if filled else colour,
+          linewidths=0.7 if filled else 1.6,
+          label=row.name + ('' if filled else f' (x{row.cost:.0f})'),
+          zorder=3,
+      )
+  ax.set_xlabel(f'test {label}')
+  ax.set_ylabel(f'mean of shifts, {label}')
+  _tidy(ax)
+  ax.legend(
+      frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1.01, 1)
+  )
+
+
+def trials(
+    ax: Any, infos: Mapping[str, SearchInfo], *, label: str = 'held-out score'
+) -> None:
+  """Held-out score against trial: what a search accepted and rejected.
+
+  Args:
+    ax: a matplotlib Axes.
+    infos: the `info` of soups from `greedy` or `pruned`, by name.
+    label: what the scores are.
+  """
+  for i, (name, info) in enumerate(infos.items()):
+    colour = _COLOURS[i % len(_COLOURS)]
+    numbers = range(1, len(info.trials) + 1)
+    kept = [t.accepted for t in info.trials]
+    scores = [t.score for t in info.trials]
+    bars, bar = [], None
+    for trial in info.trials:
+      bar = trial.score if trial.accepted or bar is None else bar
+      bars.append(bar)
+    ax.step(numbers, bars, where='post', color=colour, label=f'{name} soup')
+    for accepted, style in ((True, {'facecolors': colour}), (False, {'facecolors': 'white'})):  # fmt: skip
+      chosen = [(n, s) for n, s, k in zip(numbers, scores, kept) if k == accepted]
+      ax.scatter(
+          *(zip(*chosen) if chosen else ((), ())),
+          s=30,
+          edgecolors=colour,
+          linewidths=1.1,
+          zorder=3,
+          **style,
+      )
+  for colour, text in (('black', 'accepted'), ('white', 'rejected')):
+    ax.scatter(
+        [], [], s=30, facecolors=colour, edgecolors='black', label=text
+    )
+  ax.set_xlabel('trial')
+  ax.set_ylabel(label)
+  ax.xaxis.get_major_locator().set_params(integer=True)
+  _tidy(ax)
+  ax.legend(frameon=False, fontsize=8)
+
+
+def save(draw: Any, path: Any, *, size: tuple[float, float] = (6.4, 4)) -> None:
+  """Draws into a new figure and writes it, without a display.
+
+  Args:
+    draw: is called with an Axes.
+    path: a file; its ending says the format.
+    size: width and height in inches, at 160 dots each.
+  """
+  # Not pyplot: it keeps state, and may ask for a display.
+  from matplotlib import figure
+
+  fig = figure.Figure(figsize=size, layout='constrained')
+  draw(fig.add_subplot())
+  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+  fig.savefig(path, dpi=160)
+
+
+def _tidy(ax: Any) -> None:
+  ax.spines[['top', 'right']].set_visible(False)
+  ax.grid(color='#e6e6e6', linewidth=0.6, zorder=0)
+  ax.set_axisbelow(True)
