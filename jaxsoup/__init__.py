@@ -13,7 +13,8 @@ jax, nor `import jaxsoup` for flax and orbax.
 """
 
 import importlib
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
+from typing import Any
 
 if TYPE_CHECKING:
   from jaxsoup import checkpoints as checkpoints

@@ -7,7 +7,8 @@ soup.params, soup.alpha, soup.info.trials
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np

@@ -10,9 +10,12 @@ two `nnx.State` with different metadata are the same model, and so are an
 `nnx.Module` and another one that was built from another seed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import functools
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 import warnings
 
 import jax
@@ -107,9 +110,7 @@ def misfits(first: Flat, other: Flat) -> list[str]:
 
 def _remedy(misfits: str) -> str:
   if 'dtype' in misfits:
-    return (
-        'Cast one of them: jax.tree.map(lambda x: x.astype(jnp.float32), params)'
-    )
+    return 'Cast one of them: jax.tree.map(lambda x: x.astype(jnp.float32), params)'
   return (
       'Only models of one architecture can be averaged. Where just the heads '
       'differ, pass the subtrees that agree, such as [p["backbone"] for p in '
@@ -136,9 +137,6 @@ class Checked(Sequence):
 
   The first one that is read is the template: the others must have its paths,
   shapes and dtypes, finite values, and equal leaves where those are not floats.
-
-  Attributes:
-    template: the `Flat` of the template.
   """
 
   def __init__(
@@ -162,7 +160,7 @@ class Checked(Sequence):
     self._equal_non_floats = non_float_from is None
     self._sums: dict[int, bytes] = {}
     self._duplicates: dict[int, int] = {}
-    self.template: Flat | None = None
+    self._first: Flat | None = None
     if non_float_from is not None:
       self[non_float_from]  # The template: whose non-float leaves are taken.
 
@@ -173,13 +171,21 @@ class Checked(Sequence):
     """The leaves of ingredient k that are floats."""
     k = range(len(self))[k]
     flat = flatten(self._source[k])
-    if self.template is None:
-      self.template = flat
+    if self._first is None:
+      self._first = flat
     if k not in self._sums:
       self._check(k, flat)
     # Sorted as the template is: a State may list its leaves in another order.
     leaves = dict(zip(flat.paths, flat.leaves))
     return [leaves[path] for path in self.float_paths]
+
+  @property
+  def template(self) -> Flat:
+    """The first ingredient that was read, or else ingredient 0."""
+    if self._first is None:
+      self[0]
+    assert self._first is not None
+    return self._first
 
   def prefetch(self, k: int) -> None:
     """Says that ingredient k will be asked for next."""
@@ -192,16 +198,16 @@ class Checked(Sequence):
 
   @functools.cached_property
   def float_paths(self) -> list[Path]:
-    flat = self._template()
+    flat = self.template
     return [p for p, x in zip(flat.paths, flat.leaves) if is_float(x)]
 
   @functools.cached_property
   def float_dtypes(self) -> tuple[Any, ...]:
-    return tuple(x.dtype for x in self._template().leaves if is_float(x))
+    return tuple(x.dtype for x in self.template.leaves if is_float(x))
 
   def replace(self, floats: Iterable[jax.Array]) -> Params:
     """The template's container with these leaves as its floats."""
-    flat = self._template()
+    flat = self.template
     floats = iter(floats)
     return flat.replace(next(floats) if is_float(x) else x for x in flat.leaves)
 
@@ -218,14 +224,8 @@ class Checked(Sequence):
       )
     return tuple(tuple(group) for group in groups.values())
 
-  def _template(self) -> Flat:
-    if self.template is None:
-      self[0]
-    assert self.template is not None
-    return self.template
-
   def _check(self, k: int, flat: Flat) -> None:
-    found = misfits(self._template(), flat)
+    found = misfits(self.template, flat)
     if found:
       more = f' (and {len(found) - 5} more)' if len(found) > 5 else ''
       raise ValueError(
@@ -249,7 +249,7 @@ class Checked(Sequence):
     if not self._equal_non_floats:
       return
     leaves = dict(zip(flat.paths, flat.leaves))
-    for path, expected in zip(self._template().paths, self._template().leaves):
+    for path, expected in zip(self.template.paths, self.template.leaves):
       if is_float(expected) or leaves[path] is expected:
         continue
       expected, actual = _host_value(expected), _host_value(leaves[path])
@@ -438,15 +438,11 @@ def stack(
     {'w': Array([1., 3.], dtype=float32)}
   """
   checked = Checked(ingredients, non_float_from)
-  floats = stack_leaves(checked)
+  floats = iter(stack_leaves(checked))
   flat = checked.template
-  copies = len(checked)
-  others = [
-      jnp.stack([leaf] * copies) for leaf in flat.leaves if not is_float(leaf)
-  ]
-  floats, others = iter(floats), iter(others)
   return flat.replace(
-      next(floats) if is_float(x) else next(others) for x in flat.leaves
+      next(floats) if is_float(x) else repeat([x], len(checked))[0]
+      for x in flat.leaves
   )
 
 

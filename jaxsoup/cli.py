@@ -1,6 +1,7 @@
 """The `jaxsoup` command. Imports jax only when a command needs it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 import contextlib
 import importlib
 import json
@@ -8,7 +9,9 @@ import math
 import pathlib
 import sys
 import traceback
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
+from typing import Any
+from typing import NoReturn
 
 import typer
 
@@ -170,12 +173,13 @@ def soup(
     raise typer.BadParameter(f'{out} exists.', param_hint='--out')
   with _failures():
     import jax
-    import jaxsoup
-    from jaxsoup import checkpoints
     import optax
 
+    import jaxsoup
+    from jaxsoup import checkpoints
+
     ingredients = checkpoints.Ingredients(runs, item=item)
-    function = None if eval_name is None else _user_function(eval_name)
+    function = _user_function(eval_name or '')
     log = None if scores is None else checkpoints.ScoreLog(scores, ingredients)
     if recipe == 'uniform':
       made = jaxsoup.uniform(ingredients)
@@ -209,6 +213,8 @@ def soup(
 def _user_function(name: str) -> Callable[..., Any]:
   """The function behind package.module:function, its errors with their place."""
   module_name, _, function_name = name.partition(':')
+  if not name:
+    return lambda *_: None  # For recipes that need no data.
   if not function_name:
     raise ValueError(f'--eval {name}: write package.module:function.')
   sys.path.insert(0, '')

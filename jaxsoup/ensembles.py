@@ -10,8 +10,11 @@ An ensemble averages outputs where a soup averages parameters, so the recipes
 are the same functions, applied to logits: no ingredient is run twice.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -58,10 +61,12 @@ def collect(
   checked = _tree.Checked(ingredients, non_float_from=0)
   run = evaluation.logits_of(logits_fn, batches)
   order = range(len(checked))
-  return np.stack([
-      run(checked.replace(leaves))
-      for _, leaves in _tree.in_order(checked, order)
-  ])
+  return np.stack(
+      [
+          run(checked.replace(leaves))
+          for _, leaves in _tree.in_order(checked, order)
+      ]
+  )
 
 
 def uniform(logits: Any) -> Ensemble:

@@ -10,7 +10,9 @@ soup = jaxsoup.greedy(ingredients, evaluation.mean_of(correct, batches))
 ```
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -141,7 +143,9 @@ def logits_of(
       keep = slice(None) if mask is None else np.asarray(jax.device_get(mask))
       rows.append(logits[keep])
     if not rows:
-      raise ValueError('There was no batch: an iterator is used up by one walk.')
+      raise ValueError(
+          'There was no batch: an iterator is used up by one walk.'
+      )
     return np.concatenate(rows)
 
   return fn

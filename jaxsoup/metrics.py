@@ -68,9 +68,7 @@ def top_k_accuracy(
 
 
 @_metric
-def negative_log_likelihood(
-    logits: jax.Array, labels: jax.Array
-) -> jax.Array:
+def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """`-1/N sum_j log softmax(logits_j)[label_j]`, in nats."""
   log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
   return -jnp.take_along_axis(log_p, labels[:, None], -1).mean()
@@ -113,7 +111,8 @@ def expected_calibration_error(
   gap = (correct(logits, labels) - confidence)[order]
   # The same cut points as np.array_split: the first bins are one longer.
   bins = np.repeat(
-      np.arange(num_bins), [len(b) for b in np.array_split(range(num), num_bins)]
+      np.arange(num_bins),
+      [len(b) for b in np.array_split(range(num), num_bins)],
   )
   return jnp.abs(jax.ops.segment_sum(gap, bins, num_bins)).sum() / num
 

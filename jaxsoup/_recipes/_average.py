@@ -77,10 +77,12 @@ def average(
     Array(1.75, dtype=float32)
   """
   checked = _tree.Checked(ingredients, non_float_from)
-  alpha = _tree.nest({
-      path: np.asarray(jax.device_get(x), np.float32)
-      for path, x in _tree.entries_of(alpha).items()
-  })
+  alpha = _tree.nest(
+      {
+          path: np.asarray(jax.device_get(x), np.float32)
+          for path, x in _tree.entries_of(alpha).items()
+      }
+  )
   lengths = {np.shape(x) for x in jax.tree.leaves(alpha)}
   if lengths != {(len(checked),)}:
     raise ValueError(

@@ -6,7 +6,9 @@ soup.info.accepted, soup.info.score
 ```
 """
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable
+from collections.abc import MutableMapping
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -16,7 +18,6 @@ from jaxsoup._recipes import _search
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Members
 from jaxsoup._soup import Params
-from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
 

@@ -6,7 +6,9 @@ soup.alpha, soup.info.beta
 ```
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import jax

@@ -5,7 +5,9 @@ soup = jaxsoup.pruned(ingredients, eval_fn)
 ```
 """
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable
+from collections.abc import MutableMapping
+from collections.abc import Sequence
 import itertools
 
 from jaxsoup import _tree
@@ -13,7 +15,6 @@ from jaxsoup._recipes import _search
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Members
 from jaxsoup._soup import Params
-from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
 

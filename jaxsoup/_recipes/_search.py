@@ -1,6 +1,8 @@
 """What the searches over subsets share: one running sum, scores asked for once."""
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable
+from collections.abc import MutableMapping
+from collections.abc import Sequence
 import functools
 from typing import Any
 
@@ -47,7 +49,7 @@ class Search:
     """The score of every ingredient alone."""
     unknown = [k for k in range(len(self._checked)) if (k,) not in self._log]
     for k, leaves in _tree.in_order(self._checked, unknown):
-      self._score((k,), lambda leaves=leaves: leaves)
+      self._score((k,), functools.partial(list, leaves))
     return [self._score((k,), list) for k in range(len(self._checked))]
 
   def start_from_all(self) -> None:

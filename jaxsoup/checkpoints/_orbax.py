@@ -5,7 +5,8 @@ import contextlib
 import hashlib
 import json
 import re
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 import zlib
 
 from absl import logging
@@ -183,7 +184,8 @@ def _leaves(tree: Any):
 
 def without_value_keys(paths: list[_tree.Path]) -> dict[_tree.Path, _tree.Path]:
   """Stored paths by the name of the leaf: `nnx.State` is stored with a last
-  key `value`, which is no part of the name."""
+  key `value`, which is no part of the name.
+  """
   if paths and all(path[-1:] == ('value',) for path in paths):
     return {path[:-1]: path for path in paths}
   return {path: path for path in paths}
@@ -249,9 +251,7 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
         'path.'
     )
   flat = _tree.flatten(params)
-  arrays = {
-      p: _host_array(leaf, p) for p, leaf in zip(flat.paths, flat.leaves)
-  }
+  arrays = {p: _host_array(leaf, p) for p, leaf in zip(flat.paths, flat.leaves)}
   dotted = {'.'.join(p) for p in arrays}
   if len(dotted) < len(arrays) or () in arrays:
     raise ValueError(
@@ -283,7 +283,8 @@ def _host_array(leaf: Any, path: _tree.Path) -> np.ndarray:
 
 def checksum(array: np.ndarray) -> int:
   """CRC-32 of the bytes: at some 7 GB/s it costs less than reading them."""
-  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+  octets = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+  return zlib.crc32(octets.data)
 
 
 def content_hash(arrays: Mapping[_tree.Path, np.ndarray]) -> str:

@@ -1,6 +1,7 @@
 """A score log in a file."""
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
+from collections.abc import MutableMapping
 import json
 import os
 import pathlib

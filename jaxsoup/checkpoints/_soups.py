@@ -12,7 +12,6 @@ import numpy as np
 
 import jaxsoup
 from jaxsoup import _soup
-from jaxsoup import _tree
 from jaxsoup._soup import Params
 from jaxsoup._soup import Soup
 from jaxsoup.checkpoints import _ingredients
@@ -70,7 +69,7 @@ def save(
       'ingredients': _describe(ingredients),
       'versions': _versions(),
       'command': sys.argv,
-      'time': datetime.datetime.now(datetime.timezone.utc).isoformat(),
+      'time': datetime.datetime.now(datetime.UTC).isoformat(),
   }
   return str(_orbax.write(path, params, {'jaxsoup': own}))
 
@@ -118,7 +117,10 @@ def _describe(ingredients: Any) -> list[dict[str, Any]]:
   if ingredients is None:
     return []
   return [
-      {'path': ingredients.paths[k], 'content_hash': ingredients.content_hash(k)}
+      {
+          'path': ingredients.paths[k],
+          'content_hash': ingredients.content_hash(k),
+      }
       for k in range(len(ingredients))
   ]
 
@@ -134,7 +136,7 @@ def _versions() -> dict[str, str]:
 
 def _to_json(value: Any) -> Any:
   """NamedTuples with their names, dicts with any keys, arrays as lists."""
-  if isinstance(value, tuple) and type(value).__name__ in _NAMED_TUPLES:
+  if type(value).__name__ in _NAMED_TUPLES:
     fields = {k: _to_json(v) for k, v in value._asdict().items()}
     return {'__type__': type(value).__name__, **fields}
   if isinstance(value, Mapping):

@@ -7,7 +7,8 @@ found.problems
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,9 @@ class Inspection(NamedTuple):
     lines.append('')
     lines += [f'Problem: {problem}' for problem in self.problems]
     if not self.problems:
-      lines.append('They fit together.' if len(self.paths) > 1 else 'No problem.')
+      lines.append(
+          'They fit together.' if len(self.paths) > 1 else 'No problem.'
+      )
     return '\n'.join(lines)
 
 

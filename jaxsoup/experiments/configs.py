@@ -79,7 +79,9 @@ def load(
   file, _, _ = path.partition(':')
   if not pathlib.Path(file).is_file():
     folder = pathlib.Path(file).parent
-    there = sorted(p.name for p in folder.glob('*.py')) if folder.is_dir() else []
+    there = (
+        sorted(p.name for p in folder.glob('*.py')) if folder.is_dir() else []
+    )
     raise UsageError(
         f'There is no config {file}.'
         + (f' In {folder} there is: {", ".join(there)}.' if there else '')
@@ -119,7 +121,7 @@ def _explain(overrides, config, error) -> str:
 
 
 def _flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in config.items():
     if isinstance(value, ml_collections.ConfigDict):
       flat |= {f'{key}.{k}': v for k, v in _flat(value).items()}

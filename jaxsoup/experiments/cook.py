@@ -6,7 +6,9 @@ rows = cook.evaluate(...)
 ```
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import math
 from typing import Any
 

@@ -10,9 +10,12 @@ run depends on its own dict, and in its last bits on the number of runs beside
 it; the same call gives the same bits.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import functools
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 from flax import nnx
 import jax

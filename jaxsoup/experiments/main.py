@@ -10,8 +10,11 @@ workdir holds `theta_0/` and `runs/NN/` (Orbax checkpoints with config and
 held-out score), `scores.jsonl`, `soups/NAME/`, `results.json`, and pictures.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
 import json
+import operator
 import pathlib
 import shutil
 import sys
@@ -61,10 +64,19 @@ def run(
   data = _evaluation_data(config, splits)
   logits_fn = finetune.make_model(config).logits_fn
   theta_0 = _theta_0(config, splits, workdir, progress_fn)
-  ingredients = _ingredients(config, runs, theta_0, splits, workdir, progress_fn)
+  ingredients = _ingredients(
+      config, runs, theta_0, splits, workdir, progress_fn
+  )
   logits = cook.all_logits(config, ingredients, logits_fn, data)
   soups = _soups(
-      config, ingredients, theta_0, logits_fn, data, logits, workdir, progress_fn
+      config,
+      ingredients,
+      theta_0,
+      logits_fn,
+      data,
+      logits,
+      workdir,
+      progress_fn,
   )
   progress_fn('reporting', 0.0)
   soup_logits = cook.all_logits(
@@ -107,25 +119,39 @@ def _ingredients(config, runs, theta_0, splits, workdir, progress_fn):
   paths = [workdir / 'runs' / f'{i:02d}' for i in range(len(runs))]
   size = config.sweep.group_size
   for start in range(0, len(runs), size):
-    group = range(start, min(start + size, len(runs)))
-    if all(paths[i].exists() for i in group):
-      continue
-    # The whole group, so that a run does not depend on what was there already.
-    stacked = finetune.finetune(
+    group = list(zip(paths, runs))[start : start + size]
+    _finetune_group(
         config,
         theta_0,
-        [runs[i] for i in group],
+        group,
         splits['train'],
-        progress_fn=lambda n, num, _: progress_fn(
-            'fine-tuning', (start + n / num * len(group)) / len(runs)
-        ),
+        functools.partial(_part, progress_fn, start, len(group), len(runs)),
     )
-    for row, i in enumerate(group):
-      if not paths[i].exists():
-        params = jax.tree.map(lambda x: x[row], stacked)
-        checkpoints.save(paths[i], params, metadata=dict(runs[i]))
   abstract_params = jax.eval_shape(lambda: theta_0)
   return checkpoints.Ingredients(paths, abstract_params)
+
+
+def _part(progress_fn, start, num_runs, num_all, epoch, num_epochs, _) -> None:
+  done = (start + num_runs * epoch / num_epochs) / num_all
+  progress_fn('fine-tuning', done)
+
+
+def _finetune_group(config, theta_0, group, train, progress_fn) -> None:
+  """Trains all runs of a group if one is missing, and saves those.
+
+  All of them, so that what a run becomes does not depend on what was there.
+  """
+  if all(path.exists() for path, _ in group):
+    return
+  runs = [run for _, run in group]
+  stacked = finetune.finetune(
+      config, theta_0, runs, train, progress_fn=progress_fn
+  )
+  stacked = jax.device_get(stacked)
+  for i, (path, run) in enumerate(group):
+    if not path.exists():
+      params = jax.tree.map(operator.itemgetter(i), stacked)
+      checkpoints.save(path, params, metadata=dict(run))
 
 
 def _soups(
@@ -185,7 +211,7 @@ def _write_report(workdir, config, runs, rows, soups) -> None:
       size=(7.2, 4.2),
   )
   report.save(
-      lambda ax: report.trials(ax, searches, label='held-out accuracy'),
+      lambda ax: report.trials(ax, searches),
       workdir / 'trials.png',
   )
   (workdir / 'table.md').write_text(

@@ -1,6 +1,7 @@
 """Progress of a script: a bar with the time left, or plain lines."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from collections.abc import Mapping
 import contextlib
 import sys
 import time
@@ -70,7 +71,7 @@ class _Lines:
     self._shares = shares
     self._file = file
     self._start = time.monotonic()
-    self._last = (None, -float('inf'))
+    self._last = ('', -float('inf'))
 
   def __call__(self, stage: str, done: float) -> None:
     now = time.monotonic()

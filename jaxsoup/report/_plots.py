@@ -1,6 +1,7 @@
 """Pictures that take an Axes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 import pathlib
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxsoup.report._tables import Row
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _GREY = '#9a9a9a'
 _MARKERS = ('*', 'P', 'X', 'D', '^', 'v')
+_AREAS = (190, 90, 90, 60, 80, 80)
 
 
 def scatter(
@@ -54,13 +56,14 @@ def scatter(
       ax.scatter(
           row.test * 100,
           row.mean_shift * 100,
-          s=120 if _MARKERS[i % len(_MARKERS)] == '*' else 62,
+          s=_AREAS[i % len(_AREAS)] if filled else 48,
           marker=_MARKERS[i % len(_MARKERS)] if filled else 's',
           facecolors=colour if filled else 'white',
           edgecolors='white' if filled else colour,
           linewidths=0.7 if filled else 1.6,
           label=row.name + ('' if filled else f' (x{row.cost:.0f})'),
-          zorder=3,
+          # Where two coincide, the one that the legend names first is on top.
+          zorder=3 - 0.05 * i,
       )
   ax.set_xlabel(f'test {label}')
   ax.set_ylabel(f'mean of shifts, {label}')
@@ -71,7 +74,11 @@ def scatter(
 
 
 def trials(
-    ax: Any, infos: Mapping[str, SearchInfo], *, label: str = 'held-out score'
+    ax: Any,
+    infos: Mapping[str, SearchInfo],
+    *,
+    label: str = 'held-out accuracy (%)',
+    scale: float = 100,
 ) -> None:
   """Held-out score against trial: what a search accepted and rejected.
 
@@ -79,19 +86,23 @@ def trials(
     ax: a matplotlib Axes.
     infos: the `info` of soups from `greedy` or `pruned`, by name.
     label: what the scores are.
+    scale: multiplies the scores.
   """
   for i, (name, info) in enumerate(infos.items()):
     colour = _COLOURS[i % len(_COLOURS)]
     numbers = range(1, len(info.trials) + 1)
     kept = [t.accepted for t in info.trials]
-    scores = [t.score for t in info.trials]
+    scores = [t.score * scale for t in info.trials]
     bars, bar = [], None
     for trial in info.trials:
-      bar = trial.score if trial.accepted or bar is None else bar
+      if trial.accepted or bar is None:
+        bar = trial.score * scale
       bars.append(bar)
     ax.step(numbers, bars, where='post', color=colour, label=f'{name} soup')
     for accepted, style in ((True, {'facecolors': colour}), (False, {'facecolors': 'white'})):  # fmt: skip
-      chosen = [(n, s) for n, s, k in zip(numbers, scores, kept) if k == accepted]
+      chosen = [
+          (n, s) for n, s, k in zip(numbers, scores, kept) if k == accepted
+      ]
       ax.scatter(
           *(zip(*chosen) if chosen else ((), ())),
           s=30,
@@ -101,9 +112,7 @@ def trials(
           **style,
       )
   for colour, text in (('black', 'accepted'), ('white', 'rejected')):
-    ax.scatter(
-        [], [], s=30, facecolors=colour, edgecolors='black', label=text
-    )
+    ax.scatter([], [], s=30, facecolors=colour, edgecolors='black', label=text)
   ax.set_xlabel('trial')
   ax.set_ylabel(label)
   ax.xaxis.get_major_locator().set_params(integer=True)

@@ -1,0 +1,110 @@
+"""Imports go down only: who may import whom, and which packages."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxsoup
+
+ROOT = pathlib.Path(jaxsoup.__file__).parent
+
+# From the bottom up. A module may import those of its own layer and below.
+LAYERS = (
+    ('_soup', '_tree'),
+    ('_recipes', 'evaluation', 'metrics', 'ensembles', 'sharding'),
+    ('checkpoints', 'report'),
+    ('models', 'data'),
+    ('experiments', 'cli', 'doctor'),
+)
+BASIC = {'jax', 'numpy', 'jaxsoup'}
+ALLOWED = (
+    BASIC,
+    BASIC | {'optax'},
+    BASIC | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'safetensors'},
+    BASIC | {'flax', 'scipy', 'sklearn', 'tensorflow_datasets'},
+    BASIC | {'absl', 'flax', 'ml_collections', 'optax', 'rich', 'typer'},
+)
+MODULES = sorted(p for p in ROOT.rglob('*.py') if p != ROOT / '__init__.py')
+
+
+def _layer(module: str) -> int:
+  found = [i for i, names in enumerate(LAYERS) if module in names]
+  assert found, f'{module} has no layer: add it to LAYERS.'
+  return found[0]
+
+
+def _imports(path: pathlib.Path) -> set[str]:
+  """Full names of what a file imports, also inside its functions."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f'{path}: relative import'
+      names |= {f'{node.module}.{alias.name}' for alias in node.names}
+  return names
+
+
+def _own(name: str) -> str:
+  """The layer's name for an import of ours: `jaxsoup.x.y` is x."""
+  second = (name.split('.') + [''])[1]
+  is_module = (ROOT / second).is_dir() or (ROOT / f'{second}.py').exists()
+  # `import jaxsoup` and `jaxsoup.uniform`: the face, whose names are recipes.
+  return second if second and is_module else '_recipes'
+
+
+@pytest.mark.parametrize(
+    'path', MODULES, ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_imports_go_down_only(path):
+  module = path.relative_to(ROOT).parts[0].removesuffix('.py')
+  layer = _layer(module)
+  for name in _imports(path):
+    package = name.split('.')[0]
+    if package in sys.stdlib_module_names:
+      continue
+    assert package in ALLOWED[layer], f'{module} imports {name}'
+    if package == 'jaxsoup':
+      assert _layer(_own(name)) <= layer, f'{module} imports {name}'
+
+
+def test_models_and_data_know_nothing_of_soups():
+  for path in MODULES:
+    if path.relative_to(ROOT).parts[0] in ('models', 'data'):
+      own = {n for n in _imports(path) if n.startswith('jaxsoup')}
+      assert all(_own(n) in ('models', 'data') for n in own), path
+
+
+def test_the_face_is_complete():
+  """What type checkers see is what there is at run time."""
+  tree = ast.parse((ROOT / '__init__.py').read_text())
+  block = next(node for node in tree.body if isinstance(node, ast.If))
+  declared = {
+      alias.asname: f'{node.module}.{alias.name}'
+      for node in block.body
+      for alias in node.names
+  }
+  assert sorted(declared) == jaxsoup.__all__
+  for name, home in declared.items():
+    value = getattr(jaxsoup, name)
+    if hasattr(value, '__qualname__'):
+      assert f'{value.__module__}.{value.__qualname__}' == home
+
+
+@pytest.mark.parametrize(
+    'statement, absent',
+    [
+        ('import jaxsoup; jaxsoup.uniform; jaxsoup.learned; jaxsoup.mix',
+         'flax orbax tensorflow matplotlib tensorflow_datasets'),
+        ('import jaxsoup.cli', 'jax flax orbax tensorflow matplotlib'),
+    ],
+)  # fmt: skip
+def test_import_is_light(statement, absent):
+  code = f'{statement}; import sys; print(*(set(sys.modules) & set({absent.split()!r})))'  # fmt: skip
+  result = subprocess.run(
+      [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert result.stdout.strip() == ''
