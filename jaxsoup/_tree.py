@@ -594,9 +594,12 @@ def entries_of(alpha: Any) -> dict[Path, jax.Array]:
   # A list of numbers is one [K], not a tree of K scalars.
   is_vector = lambda x: isinstance(x, (list, tuple))
   with_paths, _ = jax.tree_util.tree_flatten_with_path(alpha, is_leaf=is_vector)
-  return {
-      path_of(key_path): x
-      if isinstance(x, jax.Array)
-      else jax.device_put(np.asarray(x, np.float32))
-      for key_path, x in with_paths
-  }
+  return {path_of(key_path): _vector(x) for key_path, x in with_paths}
+
+
+def _vector(x: Any) -> jax.Array:
+  if isinstance(x, jax.Array):
+    return x
+  if isinstance(x, (list, tuple)) and any(isinstance(a, jax.Array) for a in x):
+    return jnp.stack(x)  # Perhaps traced ones, such as [1 - t, t].
+  return jax.device_put(np.asarray(x, np.float32))

@@ -150,12 +150,11 @@ class _Fit:
     self._patience = patience
     self._tx = tx
     self._loss = jax.jit(loss_of)
-    self._step = jax.jit(self._make_step(loss_of), donate_argnums=(0, 1))
+    self._step = jax.jit(self._make_step(loss_of))
 
   def run(self, batches, val_batches):
-    variables = jax.tree.map(jnp.copy, self._start)
+    variables = best = self._start
     opt_state = jax.jit(self._tx.init)(variables)
-    best = self._start
     if val_batches is not None:
       self.val_losses.append(self._mean_loss(variables, val_batches))
     for epoch in range(1, self._num_epochs + 1):
@@ -173,7 +172,7 @@ class _Fit:
       self.val_losses.append(self._mean_loss(variables, val_batches))
       if self.val_losses[-1] < self.val_losses[self.best_epoch]:
         self.best_epoch = epoch
-        best = jax.tree.map(jnp.copy, variables)  # The step donates them.
+        best = variables
       elif self._patience and epoch - self.best_epoch >= self._patience:
         break
     return best

@@ -13,6 +13,7 @@ held-out score), `scores.jsonl`, `soups/NAME/`, `results.json`, and pictures.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+import importlib.util
 import json
 import operator
 import pathlib
@@ -35,7 +36,7 @@ from jaxsoup.experiments import finetune
 from jaxsoup.experiments import progress
 
 # The stages, and about how long each takes.
-STAGES = {'pre-training': 30, 'fine-tuning': 40, 'souping': 20, 'reporting': 5}
+STAGES = {'pre-training': 8, 'fine-tuning': 12, 'souping': 20, 'reporting': 5}
 
 
 def run(
@@ -56,8 +57,14 @@ def run(
     A row a model: singles, soups, ensembles.
 
   Raises:
+    ImportError: a package of the extra `demo` is missing.
     UsageError: the workdir was begun with another config.
   """
+  for package in ('matplotlib', 'sklearn'):  # Now, not after the training.
+    if importlib.util.find_spec(package) is None:
+      raise ImportError(
+          f'{package} is not installed: pip install "jaxsoup[demo]"'
+      )
   workdir = pathlib.Path(workdir).absolute()
   configs.check_unchanged(config, workdir / 'config.json')
   splits = digits.load(config.seed, config.data.sizes)

@@ -165,9 +165,11 @@ def rich_table(
   from rich import table as rich_table_lib
 
   table = rich_table_lib.Table(box=box.SIMPLE_HEAD, pad_edge=False)
-  table.add_column('')
+  table.add_column('', no_wrap=True)
   for column in _COLUMNS:
-    table.add_column(column.header, justify='right')
+    header = ' of\n'.join(column.header.split(' of '))
+    header = ' at\n'.join(header.split(' at '))
+    table.add_column(header, justify='right', no_wrap=True)
   for name, cells in _cells(rows, deviations, bold='[bold]{}[/bold]'):
     table.add_row(name, *cells)
   return table
