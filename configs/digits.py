@@ -89,8 +89,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       mixup=(0.0, 0.9),
       affine=(0.0, 0.5),
   )
+  # Severities, 0 leaves one out: the last ones are what training draws.
   config.shifts = dict(
-      noise=0.3, blur=0.9, contrast=0.6, occlusion=0.4, shear=0.4
+      noise=0.3,
+      blur=0.9,
+      contrast=0.6,
+      occlusion=0.4,
+      shear=0.4,
+      impulse=0.0,
+      fog=0.0,
+      rotation=0.0,
+      translation=0.0,
+      shrink=0.0,
   )
   # Of the held-out examples a quarter decides when to stop learning.
   config.learned = dict(

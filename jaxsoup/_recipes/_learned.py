@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -35,8 +34,8 @@ def hyperplane(w: jax.Array) -> jax.Array:
     alpha, `[K]`.
 
   Example:
-    >>> hyperplane(jnp.array([2.0, 0.0]))
-    Array([ 1.5, -0.5], dtype=float32)
+    >>> hyperplane(np.array([2.0, 0.0])).tolist()
+    [1.5, -0.5]
 
   Source: MEHL-Soup, 2024.
   """

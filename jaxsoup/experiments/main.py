@@ -104,6 +104,7 @@ def _evaluation_data(config, splits) -> dict[str, Any]:
       **{
           name: shifts.apply(test, name, severity=severity, seed=config.seed)
           for name, severity in config.shifts.items()
+          if severity > 0
       },
   }
 
