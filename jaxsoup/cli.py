@@ -225,6 +225,11 @@ def _user_function(name: str) -> Callable[..., Any]:
         f'--eval {name}: cannot import {module_name}: {e}. Modules are looked '
         'for in the present directory and among installed packages.'
     ) from e
+  except Exception as e:
+    # A module runs when it is imported, and may raise anything.
+    raise UserCodeError(
+        f'--eval {name}: importing {module_name} raised {type(e).__name__}: {e}'
+    ) from e
   function = getattr(module, function_name, None)
   if not callable(function):
     raise ValueError(f'--eval {name}: {module_name} has no such function.')

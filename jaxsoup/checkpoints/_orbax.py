@@ -61,6 +61,11 @@ def resolve(path: Any, item: str | None = None) -> epath.Path:
         f'{path} does not exist.{_siblings(path)} Give a checkpoint or a run '
         'directory.'
     )
+  if not path.is_dir():
+    raise ValueError(
+        f'{path} is a file; an Orbax checkpoint is a directory. Give a '
+        'checkpoint or a run directory.'
+    )
   found = _resolve(path, item)
   if found is None:
     if _UNFINISHED in path.name or any(

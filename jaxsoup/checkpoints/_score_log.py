@@ -50,7 +50,8 @@ class ScoreLog(MutableMapping):
     return self._scores[members]
 
   def __setitem__(self, members: Members, score: float) -> None:
-    if not self._path.exists():
+    # Empty, where the writer was stopped in the middle of the first line.
+    if not self._path.exists() or not self._path.stat().st_size:
       self._path.parent.mkdir(parents=True, exist_ok=True)
       if self._identities is not None:
         self._append({'ingredients': self._identities})
@@ -80,17 +81,15 @@ class ScoreLog(MutableMapping):
       lines.pop()
     for number, line in enumerate(lines, 1):
       try:
-        row = json.loads(line)
-        if 'ingredients' in row:
-          self._check_identities(row['ingredients'])
-        else:
-          members = tuple(int(k) for k in row['members'])
-          self._scores[members] = float(row['score'])
-      except (KeyError, TypeError, json.JSONDecodeError) as e:
+        identities, scores = _parse(line)
+      except (KeyError, TypeError, ValueError) as e:
         raise ValueError(
             f'{self._path}, line {number} is unreadable: {line[:80]!r}. Delete '
             'that line: its score will be computed again.'
         ) from e
+      if identities is not None:
+        self._check_identities(identities)
+      self._scores |= scores
 
   def _check_identities(self, identities: list[str]) -> None:
     if self._identities is not None and identities != self._identities:
@@ -99,3 +98,12 @@ class ScoreLog(MutableMapping):
           f'({len(identities)} then, {len(self._identities)} now, or written '
           'anew since). Delete it, or give another path.'
       )
+
+
+def _parse(line: bytes) -> tuple[list[str] | None, dict[Members, float]]:
+  """The identities or the score that a line holds."""
+  row = json.loads(line)
+  if 'ingredients' in row:
+    return list(row['ingredients']), {}
+  members = tuple(int(k) for k in row['members'])
+  return None, {members: float(row['score'])}

@@ -7,6 +7,7 @@ found.problems
 """
 
 from collections.abc import Sequence
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -38,8 +39,9 @@ class Inspection(NamedTuple):
   problems: tuple[str, ...]
 
   def as_json(self) -> dict[str, Any]:
-    """A dict for `json.dumps`."""
-    return self._asdict()
+    """A dict for `json.dumps`; JSON has no NaN, so such a norm is None."""
+    norms = [x if math.isfinite(x) else None for x in self.norms]
+    return {**self._asdict(), 'norms': norms}
 
   def as_text(self) -> str:
     """Lines for a terminal; repeated blocks of one shape are not folded."""
