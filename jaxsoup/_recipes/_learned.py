@@ -111,14 +111,14 @@ def learned(
   stacked = _tree.stack_leaves(checked)
   groups = [_tree.group_of(path, depth) for path in checked.float_paths]
   w = {g: _tree.numbers(np.zeros(len(checked))) for g in groups}
-  variables = (w, _tree.numbers(1.0 if beta is None else beta))
+  # A fixed beta is no variable, or weight decay would move it.
+  variables = (w, _tree.numbers(1.0) if beta is None else None)
 
   def loss_of(variables, stacked, batch):
     w, scale = variables
     alpha = {g: alpha_fn(w[g]) for g in w}
     floats = _tree.mix_leaves([alpha[g] for g in groups], stacked)
-    if beta is not None:
-      scale = jax.lax.stop_gradient(scale)
+    scale = jnp.float32(beta) if scale is None else scale
     return loss_fn(checked.replace(floats), batch, scale)
 
   fit = _Fit(loss_of, stacked, tx, variables, num_epochs, patience)
@@ -126,7 +126,7 @@ def learned(
   alpha = {g: jax.jit(alpha_fn)(w[g]) for g in w}
   floats = _tree.mix_leaves([alpha[g] for g in groups], stacked)
   info = LearnedInfo(
-      beta=float(jax.device_get(scale)),
+      beta=float(jax.device_get(scale) if beta is None else beta),
       losses=np.array(fit.losses, np.float32),
       val_losses=np.array(fit.val_losses, np.float32),
       best_epoch=fit.best_epoch,

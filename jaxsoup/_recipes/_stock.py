@@ -28,10 +28,10 @@ def model_stock(
 
   `theta = t mean_k theta_k + (1 - t) theta_0`, with
   `t = K cos / (1 + (K - 1) cos)` for each tensor, where cos is the mean cosine
-  between two task vectors `theta_k - theta_0` (0 where one is zero). The more the fine-tuned models
-  agree, the further the soup goes. Needs no data: one pass over the ingredients,
-  which keeps two sums, of theta_k and of the unit task vectors
-  (`|sum_k u_k|^2 = K + K (K - 1) cos`).
+  between two task vectors `theta_k - theta_0`, 0 where one of them is zero. The
+  more the fine-tuned models agree, the further the soup goes. Needs no data: one
+  pass over the ingredients, which keeps two sums, of theta_k and of the unit
+  task vectors (`|sum_k u_k|^2 = M + K (K - 1) cos`, where M of them moved).
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
@@ -92,23 +92,28 @@ def _add(total, units, leaves, start):
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def _add_in_place(total, units, leaves, start):
   total = [t + x.astype(t.dtype) for t, x in zip(total, leaves)]
-  return total, [u + v for u, v in zip(units, _unit_vectors(leaves, start))]
+  return total, jax.tree.map(jnp.add, units, _unit_vectors(leaves, start))
 
 
 @jax.jit
 def _unit_vectors(leaves, start):
-  """`(theta_k - theta_0) / |theta_k - theta_0|`; zero where nothing moved."""
+  """`(theta_k - theta_0) / |theta_k - theta_0|`, and 1; 0 and 0 if unmoved."""
   wide = lambda x: x.astype(_tree.wide_dtype(x.dtype))
   task = [wide(x) - wide(x_0) for x, x_0 in zip(leaves, start)]
   norms = [jnp.sqrt(jnp.sum(jnp.abs(v) ** 2)) for v in task]
-  return [v / jnp.where(n > 0, n, 1) for v, n in zip(task, norms)]
+  return [
+      (v / jnp.where(n > 0, n, 1), (n > 0).astype(n.dtype))
+      for v, n in zip(task, norms)
+  ]
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _towards_mean(total, units, start, num):
-  squares = [jnp.sum(jnp.abs(u) ** 2) for u in units]
-  cosines = [(s - num) / max(num * (num - 1), 1) for s in squares]
-  ratios = [_ratio(cos, s, num) for cos, s in zip(cosines, squares)]
+  squares = [jnp.sum(jnp.abs(u) ** 2) for u, _ in units]
+  moved = [m for _, m in units]
+  pairs = max(num * (num - 1), 1)
+  cosines = [(s - m) / pairs for s, m in zip(squares, moved)]
+  ratios = [_ratio(cos, m, num) for cos, m in zip(cosines, moved)]
   floats = [
       (t * s / num + (1 - t) * x_0.astype(s.dtype)).astype(x_0.dtype)
       for t, s, x_0 in zip(ratios, total, start)
@@ -116,7 +121,8 @@ def _towards_mean(total, units, start, num):
   return floats, cosines, ratios
 
 
-def _ratio(cos, square, num):
+def _ratio(cos, moved, num):
   cos = jnp.clip(cos, 0, 1)
   ratio = num * cos / (1 + (num - 1) * cos)
-  return jnp.where((square > 0) & (num > 1), ratio, 1.0)
+  # Not `square > 0`: the units of opposite task vectors sum to zero too.
+  return jnp.where((moved > 0) & (num > 1), ratio, 1.0)

@@ -76,7 +76,7 @@ def load(
   Raises:
     UsageError: no such file, key, or a value of another type.
   """
-  file, _, _ = path.partition(':')
+  file, _, arg = path.partition(':')
   if not pathlib.Path(file).is_file():
     folder = pathlib.Path(file).parent
     there = (
@@ -86,16 +86,22 @@ def load(
         f'There is no config {file}.'
         + (f' In {folder} there is: {", ".join(there)}.' if there else '')
     )
+  module = _module(file)
+  try:
+    config = module.get_config(arg or None)
+  except ValueError as e:
+    raise UsageError(f'{path}: {e}') from e
+  # Not DEFINE_config_file, which imports by a way that Python gives up.
   values = flags.FlagValues()
-  argv = ['main', f'--config={path}', *overrides]
-  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+  argv = ['main', *overrides]
+  config_flags.DEFINE_config_dict(
+      'config', config, flag_values=values, sys_argv=argv
+  )
   try:
     values(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-    config, _ = load(path) if overrides else (ml_collections.ConfigDict(), [])
-    raise UsageError(_explain(overrides, config, e)) from e
-  config = values.config
-  return config, _module(file).sweep(config)
+    raise UsageError(_explain(overrides, module.get_config(arg or None), e)) from e
+  return values.config, module.sweep(values.config)
 
 
 def _explain(overrides, config, error) -> str:

@@ -108,11 +108,12 @@ def pretrain(
     The parameters theta_0, a plain nested dict.
   """
   run = {**config.pretrain.run.to_dict(), 'seed': config.seed}
-  params = jax.jit(make_model(config).init_fn)(jax.random.key(config.seed))
+  init_fn = make_model(config).init_fn
+  params = jax.jit(lambda: init_fn(jax.random.key(config.seed)))()
   stacked = _train(
       config, config.pretrain, params, [run], data, progress_fn=progress_fn
   )
-  return jax.tree.map(lambda x: x[0], stacked)
+  return jax.jit(functools.partial(jax.tree.map, lambda x: x[0]))(stacked)
 
 
 def finetune(
@@ -160,8 +161,7 @@ def _train(config, phase, params, runs, data, *, progress_fn):
   settings = _make_settings(config, phase, data)
   hyper = _stack_runs(runs)
   data = jax.device_put({name: data[name] for name in ('image', 'label')})
-  params = jax.tree.map(lambda x: jnp.stack([x] * len(runs)), params)
-  opt_state = jax.vmap(optax.scale_by_adam().init)(params)
+  params, opt_state = _start(params, len(runs))
   logits_fn = make_model(config).logits_fn
   for epoch in range(settings.num_epochs):
     params, opt_state, losses = _epoch(
@@ -209,6 +209,12 @@ def _stack_runs(runs):
           for name, column in columns.items()
       }
   )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _start(params, num_runs):
+  params = jax.tree.map(lambda x: jnp.stack([x] * num_runs), params)
+  return params, jax.vmap(optax.scale_by_adam().init)(params)
 
 
 @functools.partial(

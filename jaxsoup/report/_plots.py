@@ -29,9 +29,9 @@ def scatter(
   """
   singles = [row for row in rows if row.kind == 'single']
   best = max(singles, key=lambda row: row.held_out, default=None)
-  points = [(row.test * 100, row.mean_shift * 100) for row in singles]
   ax.scatter(
-      *zip(*points),
+      [row.test * 100 for row in singles],
+      [row.mean_shift * 100 for row in singles],
       s=22,
       color=_GREY,
       linewidths=0,
