@@ -31,8 +31,8 @@ model that is: another draw of the sweeps, with the same eight seeds, gave best
 single 71.9 ± 3.7, uniform 76.2 ± 2.1, greedy 73.9 ± 3.2. The soups stay where
 they are, the best single moves.
 
-`jaxsoup demo --seeds 8` prints this table in four minutes on two cores; one seed
-takes three quarters of a minute, half of it spent in the compiler.
+`jaxsoup demo --seeds 8` prints this table in four minutes on two cores; one
+seed takes three quarters of a minute, half of it spent in the compiler.
 """
 
 import ml_collections

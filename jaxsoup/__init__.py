@@ -3,8 +3,8 @@
 ```
 import jaxsoup
 
-soup = jaxsoup.uniform(ingredients)             # a list of pytrees, of States...
-soup = jaxsoup.greedy(ingredients, eval_fn)     # higher is better
+soup = jaxsoup.uniform(ingredients)           # a list of pytrees, of States...
+soup = jaxsoup.greedy(ingredients, eval_fn)   # higher is better
 soup.params, soup.alpha, soup.info
 ```
 

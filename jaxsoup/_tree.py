@@ -20,6 +20,8 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from jaxsoup._soup import Members
@@ -110,7 +112,10 @@ def misfits(first: Flat, other: Flat) -> list[str]:
 
 def _remedy(misfits: str) -> str:
   if 'dtype' in misfits:
-    return 'Cast one of them: jax.tree.map(lambda x: x.astype(jnp.float32), params)'
+    return (
+        'Cast one of them: '
+        'jax.tree.map(lambda x: x.astype(jnp.float32), params)'
+    )
   return (
       'Only models of one architecture can be averaged. Where just the heads '
       'differ, pass the subtrees that agree, such as [p["backbone"] for p in '
@@ -258,7 +263,8 @@ class Checked(Sequence):
             f'{self.name(k)}: leaf {name_of(path)!r} of dtype {actual.dtype} is'
             f' {_short(actual)}, but {_short(expected)} in the first one. Only'
             ' floats are averaged. Pass non_float_from=k to take such leaves'
-            ' from ingredient k, or leave them out: nnx.state(model, nnx.Param).'
+            ' from ingredient k, or pass parameters only: nnx.state(model,'
+            ' nnx.Param).'
         )
 
   def _find_twin(self, k: int, floats: list[jax.Array], sums: bytes) -> None:
@@ -377,7 +383,7 @@ def mix_leaves(
 def mix(stacked: Params, alpha: Any) -> Params:
   """Mixes K stacked models into one.
 
-  `theta = sum_k alpha_k theta_k`, summed in float32 (or wider) and rounded once.
+  `theta = sum_k alpha_k theta_k`, summed in float32 (or wider), rounded once.
   Differentiable in both arguments in reverse mode; the gradient in alpha costs
   K inner products. Runs under `jax.jit` and on any mesh: ingredients that are
   sharded alike mix without communication.
@@ -454,8 +460,20 @@ def stack_leaves(checked: Checked) -> list[jax.Array]:
     if not stacked:
       stacked = repeat(leaves, num_ingredients)
     else:
-      stacked = _set_row(stacked, leaves, numbers(k, np.int32))
+      rows = [_beside(x, s) for x, s in zip(leaves, stacked)]
+      stacked = _set_row(stacked, rows, numbers(k, np.int32))
   return stacked
+
+
+def _beside(x: jax.Array, stacked: jax.Array) -> jax.Array:
+  # jax 0.7 puts the stack of unsharded leaves on an Explicit mesh that is set.
+  sharding = stacked.sharding
+  if isinstance(sharding, NamedSharding) and not isinstance(
+      x.sharding, NamedSharding
+  ):
+    spec = PartitionSpec(*sharding.spec[1:])
+    return jax.device_put(x, NamedSharding(sharding.mesh, spec))
+  return x
 
 
 def in_order(checked: Checked, order: Sequence[int]):
@@ -530,7 +548,7 @@ def weighted_sum(
   """`sum_k alpha_k theta_k` of the float leaves, one ingredient at a time.
 
   Without alpha every weight is one. Ingredients that are not in `order` are not
-  read; an empty order reads the first, whose leaves tell what a zero looks like.
+  read; an empty order reads the first, whose leaves tell what zeros look like.
   """
   order = range(len(checked)) if order is None else order or [0]
   total: list[jax.Array] = []

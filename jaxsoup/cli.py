@@ -211,7 +211,7 @@ def soup(
 
 
 def _user_function(name: str) -> Callable[..., Any]:
-  """The function behind package.module:function, its errors with their place."""
+  """The function behind package.module:function; its errors say where."""
   module_name, _, function_name = name.partition(':')
   if not name:
     return lambda *_: None  # For recipes that need no data.
@@ -238,8 +238,9 @@ def _user_function(name: str) -> Callable[..., Any]:
     try:
       return function(*args)
     except Exception as e:
-      place = traceback.extract_tb(e.__traceback__)
-      last = next((f for f in reversed(place) if f.filename == module.__file__), place[-1])  # fmt: skip
+      frames = traceback.extract_tb(e.__traceback__)
+      theirs = [f for f in frames if f.filename == module.__file__]
+      last = (theirs or frames)[-1]
       raise UserCodeError(
           f'{name} raised {type(e).__name__}: {e} ({last.filename}, line '
           f'{last.lineno})'

@@ -34,8 +34,8 @@ def _metric(fn):
       )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
       raise TypeError(
-          f'{fn.__name__}: labels have dtype {labels.dtype}: expected integers, '
-          'not one-hot rows or probabilities.'
+          f'{fn.__name__}: labels have dtype {labels.dtype}: expected '
+          'integers, not one-hot rows or probabilities.'
       )
     return compiled(logits, labels, **kwargs)
 
@@ -43,7 +43,7 @@ def _metric(fn):
 
 
 def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Whether each prediction is right, `[N]` float32: for `evaluation.mean_of`."""
+  """Whether each prediction is right, `[N]`: for `evaluation.mean_of`."""
   return (logits.argmax(-1) == labels).astype(jnp.float32)
 
 
@@ -91,8 +91,8 @@ def expected_calibration_error(
 ) -> jax.Array:
   """The mean gap between confidence and accuracy, in bins of equal mass.
 
-  `sum_b |b|/N |acc(b) - conf(b)|`, where the bins hold the examples in the order
-  of their confidence, as equally as N allows.
+  `sum_b |b|/N |acc(b) - conf(b)|`, where the bins hold the examples in order of
+  their confidence, as equally as N allows.
 
   Args:
     logits: `[N, C]`.

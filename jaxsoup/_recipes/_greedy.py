@@ -58,8 +58,8 @@ def greedy(
       by default a tie is accepted, as in the paper.
     num_passes: how often to go through the ingredients; later passes try those
       that were rejected, and end early when a pass accepts none.
-    with_replacement: whether later passes also try those already accepted, which
-      then count more than once.
+    with_replacement: whether later passes also try those already accepted,
+      which then count more than once.
     max_ingredients: stop when the soup has so many.
     scores: remembered scores, read and written; maps the indices of a candidate
       in ascending order to its score, such as `{(0,): 0.91, (0, 3): 0.92}`. A
@@ -68,8 +68,8 @@ def greedy(
     non_float_from: as in `uniform`.
 
   Returns:
-    A `Soup` with alpha `[K]` and a `SearchInfo`. One ingredient alone is its own
-    soup. Only ingredients that were read are looked at for duplicates.
+    A `Soup` with alpha `[K]` and a `SearchInfo`. One ingredient alone is its
+    own soup. Only ingredients that were read are looked at for duplicates.
 
   Raises:
     ValueError: no ingredients, ingredients that do not fit, a score that is NaN

@@ -38,12 +38,12 @@ def interpolate(
       it they must be equal.
 
   Returns:
-    A `Soup` with alpha `[2]`, the coefficients of theta_0 and theta_1; or, for a
-    curve, with alpha `[T, 2]` and a leading axis T on every leaf.
+    A `Soup` with alpha `[2]`, the coefficients of theta_0 and theta_1; or, for
+    a curve, with alpha `[T, 2]` and a leading axis T on every leaf.
 
   Raises:
-    ValueError: the two do not fit (see `check_compatible`), or t is not a finite
-      number or vector.
+    ValueError: the two do not fit (see `check_compatible`), or t is not a
+      finite number or vector.
 
   Example:
     >>> interpolate({'w': 0.0}, {'w': 2.0}, np.array([0, 0.25, 1.5])).params
@@ -54,8 +54,8 @@ def interpolate(
   t = np.asarray(jax.device_get(t), np.float32)
   if t.ndim > 1 or not np.isfinite(t).all():
     raise ValueError(
-        f't has shape {t.shape} and values {t}: it must be one finite number, or'
-        ' a vector of them.'
+        f't has shape {t.shape} and values {t}: it must be one finite number, '
+        'or a vector of them.'
     )
   checked = _tree.Checked([theta_0, theta_1], non_float_from)
   stacked = _tree.stack_leaves(checked)

@@ -1,4 +1,4 @@
-"""What the searches over subsets share: one running sum, scores asked for once."""
+"""What the searches over subsets share: a running sum, remembered scores."""
 
 from collections.abc import Callable
 from collections.abc import MutableMapping

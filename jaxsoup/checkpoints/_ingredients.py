@@ -20,11 +20,11 @@ class Ingredients(Sequence):
 
   Example:
     >>> import tempfile
-    >>> from jaxsoup import _recipes, checkpoints
+    >>> from jaxsoup import checkpoints
     >>> run = tempfile.mkdtemp() + '/run'
     >>> _ = checkpoints.save(run, {'w': np.ones(2, np.float32)})
-    >>> ingredients = Ingredients([run], {'w': jax.ShapeDtypeStruct((2,), 'float32')})
-    >>> ingredients[0]
+    >>> abstract_params = {'w': jax.ShapeDtypeStruct((2,), 'float32')}
+    >>> Ingredients([run], abstract_params)[0]
     {'w': Array([1., 1.], dtype=float32)}
 
   Attributes:

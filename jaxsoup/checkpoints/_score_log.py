@@ -13,9 +13,9 @@ from jaxsoup._soup import Members
 class ScoreLog(MutableMapping):
   """Remembered scores, one JSON line each: what makes a search resumable.
 
-  Pass it as `scores=` to `jaxsoup.greedy` and `jaxsoup.pruned`. Each score is on
-  the disk before the search goes on, so that a search that was stopped at any
-  point continues where it was when it is called again.
+  Pass it as `scores=` to `jaxsoup.greedy` and `jaxsoup.pruned`. Each score is
+  on the disk before the search goes on, so that a search that was stopped at
+  any point continues where it was when it is called again.
 
   Example:
     >>> import tempfile

@@ -33,7 +33,7 @@ def save(
 ) -> str:
   """Writes a soup with its provenance, or plain parameters.
 
-  An Orbax checkpoint of nested dicts with string keys, which any Orbax restores.
+  An Orbax checkpoint of nested dicts with string keys: any Orbax restores it.
   Beside the arrays it holds a checksum for each leaf, alpha and info, and the
   provenance: each ingredient's path and content hash, the versions of the
   packages, the command and the time. It appears under its name only when it is

@@ -94,13 +94,15 @@ def load(
   # Not DEFINE_config_file, which imports by a way that Python gives up.
   values = flags.FlagValues()
   argv = ['main', *overrides]
-  config_flags.DEFINE_config_dict(
-      'config', config, flag_values=values, sys_argv=argv
-  )
   try:
+    config_flags.DEFINE_config_dict(
+        'config', config, flag_values=values, sys_argv=argv
+    )
     values(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-    raise UsageError(_explain(overrides, module.get_config(arg or None), e)) from e
+    raise UsageError(
+        _explain(overrides, module.get_config(arg or None), e)
+    ) from e
   return values.config, module.sweep(values.config)
 
 

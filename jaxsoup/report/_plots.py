@@ -99,7 +99,7 @@ def trials(
         bar = trial.score * scale
       bars.append(bar)
     ax.step(numbers, bars, where='post', color=colour, label=f'{name} soup')
-    for accepted, style in ((True, {'facecolors': colour}), (False, {'facecolors': 'white'})):  # fmt: skip
+    for accepted, face in ((True, colour), (False, 'white')):
       chosen = [
           (n, s) for n, s, k in zip(numbers, scores, kept) if k == accepted
       ]
@@ -109,7 +109,7 @@ def trials(
           edgecolors=colour,
           linewidths=1.1,
           zorder=3,
-          **style,
+          facecolors=face,
       )
   for colour, text in (('black', 'accepted'), ('white', 'rejected')):
     ax.scatter([], [], s=30, facecolors=colour, edgecolors='black', label=text)
