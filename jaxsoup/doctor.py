@@ -9,6 +9,8 @@ import importlib.metadata
 import platform
 from typing import Any
 
+import jaxsoup
+
 _PACKAGES = (
     'jaxsoup',
     'jax',
@@ -42,7 +44,7 @@ def examine() -> dict[str, Any]:
   ]
   problems += _clashes(versions)
   devices: list[str] = []
-  if not any('flax' not in p and 'jax' in p for p in problems):
+  if versions['jax'] and versions['jaxlib']:
     devices, trouble = _devices()
     problems += trouble
   return {
@@ -66,6 +68,8 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def _version(name: str) -> str | None:
+  if name == 'jaxsoup':
+    return jaxsoup.__version__  # It runs, perhaps from a checkout.
   try:
     return importlib.metadata.version(name)
   except importlib.metadata.PackageNotFoundError:

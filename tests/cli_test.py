@@ -1,0 +1,406 @@
+"""The `jaxsoup` command: output, exit codes, one-line errors."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from typer import testing
+
+import jaxsoup
+from jaxsoup import checkpoints
+from jaxsoup import cli
+from jaxsoup import doctor
+
+# As in the tests of checkpoints: what Orbax leaves behind when a read failed.
+pytestmark = pytest.mark.filterwarnings(
+    'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+
+HERE = """
+import jax.numpy as jnp
+import numpy as np
+
+
+def score(params):
+  return -float(abs(params['w'] - 1.2).sum())
+
+
+def loss():
+  loss_fn = lambda params, batch, beta: jnp.square(params['w'] * batch).mean()
+  return loss_fn, [np.ones(2, np.float32)]
+
+
+def with_val():
+  loss_fn, batches = loss()
+  return loss_fn, batches, batches
+
+
+def raises(params):
+  raise KeyError('label')
+
+
+def nan(params):
+  return float('nan')
+
+
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def cwd(tmp_path, monkeypatch):
+  """A directory with the user's module in it."""
+  (tmp_path / 'mine.py').write_text(HERE)
+  (tmp_path / 'broken.py').write_text('x = 1 / 0\n')
+  (tmp_path / 'torn.py').write_text('def f(:\n')
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'path', list(sys.path))
+  yield
+  for name in ('mine', 'broken', 'torn'):
+    sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def runs(tmp_path):
+  names = [f'run{k}' for k in range(3)]
+  for k, name in enumerate(names):
+    checkpoints.save(tmp_path / name, {'w': np.full(2, k, np.float32)})
+  return names
+
+
+def invoke(*args):
+  return testing.CliRunner().invoke(cli.app, list(map(str, args)))
+
+
+def assert_fails(result, code, text):
+  assert result.exit_code == code, (result.output, result.exception)
+  assert isinstance(result.exception, SystemExit)
+  assert 'Traceback' not in result.output
+  if code == 1:
+    assert result.stdout == ''
+    lines = result.stderr.strip().split('\n')
+    assert len(lines) == 1 and lines[0].startswith('Error: ')
+  # A usage error is drawn in a box, which breaks lines.
+  flat = ' '.join(result.stderr.replace('│', ' ').split())
+  assert text in flat
+
+
+# --- soup ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'recipe, options, expected',
+    [
+        ('uniform', (), 1.0),
+        ('greedy', ('--eval', 'mine:score'), 1.0),
+        ('greedy', ('--eval', 'mine:score', '--seed', 3, '--strict'), None),
+        ('pruned', ('--eval', 'mine:score', '--scores', 'log.jsonl'), 1.0),
+        ('learned', ('--eval', 'mine:loss', '--epochs', 2), None),
+        ('learned', ('--eval', 'mine:with_val', '--per-tensor'), None),
+        ('model_stock', ('--init', 'run0'), None),
+    ],
+)
+def test_recipes(runs, recipe, options, expected):
+  if recipe == 'model_stock':
+    checkpoints.save('start', {'w': np.full(2, -1, np.float32)})
+    options = ('--init', 'start')
+  result = invoke(
+      'soup', *runs, '--recipe', recipe, '--out', 'out', *options, '--json'
+  )
+  assert result.exit_code == 0, (result.output, result.exception)
+  printed = json.loads(result.stdout)
+  assert printed['recipe'] == recipe and printed['out'] == 'out'
+  paths = [str(pathlib.Path(run).absolute()) for run in runs]
+  assert list(printed['alpha']) == paths
+  soup = checkpoints.load('out')
+  alpha = list(printed['alpha'].values())
+  if recipe != 'model_stock':
+    mixed = np.dot(alpha, [0, 1, 2])
+    np.testing.assert_allclose(soup.params['w'], [mixed] * 2, atol=1e-5)
+  if expected is not None:
+    np.testing.assert_allclose(soup.params['w'], [expected] * 2)
+  stored = checkpoints.provenance('out')
+  assert stored['metadata'] == {'recipe': recipe}
+  assert [row['path'] for row in stored['ingredients']] == paths
+
+
+@pytest.mark.parametrize(
+    'recipe, name', [('greedy', 'score'), ('learned', 'loss')]
+)
+def test_soup_as_text(runs, recipe, name):
+  args = ('--recipe', recipe, '--out', 'out', '--eval', f'mine:{name}')
+  result = invoke('soup', *runs, *args)
+  assert result.exit_code == 0, (result.output, result.exception)
+  assert result.stdout.count('run') == 3
+  assert result.stdout.endswith('Soup: out\n')
+  assert ('held-out score' in result.stdout) == (recipe == 'greedy')
+
+
+@pytest.mark.parametrize(
+    'args, code, text',
+    [
+        (('--recipe', 'best'), 2, 'not one of uniform, greedy'),
+        (('--recipe', 'greedy'), 2, '--eval package.module:function'),
+        (('--recipe', 'learned'), 2, '--eval package.module:function'),
+        (('--recipe', 'model_stock'), 2, 'needs the initialization'),
+        ((), 2, 'Missing option'),
+        (('--recipe', 'uniform', '--nonsense'), 2, 'No such option'),
+        (
+            ('--recipe', 'greedy', '--eval', 'mine'),
+            1,
+            'package.module:function',
+        ),
+        (
+            ('--recipe', 'greedy', '--eval', 'no_such:f'),
+            1,
+            'cannot import no_such',
+        ),
+        (('--recipe', 'greedy', '--eval', 'broken:f'), 1, 'ZeroDivisionError'),
+        (('--recipe', 'greedy', '--eval', 'torn:f'), 1, 'SyntaxError'),
+        (('--recipe', 'greedy', '--eval', 'mine:g'), 1, 'no such function'),
+        (
+            ('--recipe', 'greedy', '--eval', 'mine:number'),
+            1,
+            'no such function',
+        ),
+        (
+            ('--recipe', 'greedy', '--eval', 'mine:raises'),
+            1,
+            'mine.py, line 21',
+        ),
+        (('--recipe', 'pruned', '--eval', 'mine:raises'), 1, 'raised KeyError'),
+        (('--recipe', 'greedy', '--eval', 'mine:nan'), 1, 'run0'),
+        (('--recipe', 'learned', '--eval', 'mine:score'), 1, 'mine:score'),
+        (('--recipe', 'learned', '--eval', 'mine:list'), 1, 'no such function'),
+        (
+            ('--recipe', 'model_stock', '--init', 'gone'),
+            1,
+            'gone does not exist',
+        ),
+    ],
+)
+def test_mistakes(runs, args, code, text):
+  result = invoke('soup', *runs, '--out', 'out', *args)
+  assert_fails(result, code, text)
+  assert not pathlib.Path('out').exists()
+
+
+def test_wrong_paths(runs):
+  out = ('--recipe', 'uniform', '--out', 'out')
+  assert_fails(invoke('soup', 'gone', *out), 1, 'gone does not exist')
+  pathlib.Path('empty').mkdir()
+  assert_fails(invoke('soup', 'empty', *out), 1, 'holds no Orbax checkpoint')
+  assert_fails(invoke('soup', *out), 2, 'Missing argument')
+
+
+def test_out_that_exists_is_left_alone(runs):
+  before = checkpoints.provenance(runs[0])
+  result = invoke('soup', *runs, '--recipe', 'uniform', '--out', runs[0])
+  assert_fails(result, 2, 'exists')
+  assert checkpoints.provenance(runs[0]) == before
+
+
+def test_runs_that_do_not_fit(runs):
+  checkpoints.save('odd', {'w': np.zeros(3, np.float32)})
+  result = invoke('soup', *runs, 'odd', '--recipe', 'uniform', '--out', 'out')
+  assert_fails(result, 1, "leaf 'w' has shape (3,), expected (2,)")
+  assert not pathlib.Path('out').exists()
+
+
+def test_score_log_is_used_again(runs):
+  args = ('--recipe', 'greedy', '--scores', 'log.jsonl', '--eval')
+  assert invoke('soup', *runs, *args, 'mine:score', '--out', 'a').exit_code == 0
+  # All scores are known, so the function is not called.
+  result = invoke('soup', *runs, *args, 'mine:raises', '--out', 'b')
+  assert result.exit_code == 0, result.output
+  np.testing.assert_array_equal(
+      checkpoints.load('a').params['w'], checkpoints.load('b').params['w']
+  )
+  shorter = invoke('soup', *runs[:2], *args, 'mine:score', '--out', 'c')
+  assert_fails(shorter, 1, 'scores of other ingredients')
+
+
+# --- inspect ------------------------------------------------------------------
+
+
+def test_inspect(runs):
+  result = invoke('inspect', *runs)
+  assert result.exit_code == 0, result.output
+  assert 'They fit together.' in result.stdout
+  found = json.loads(invoke('inspect', *runs, '--json').stdout)
+  assert found['leaves'] == [['w', [2], 'float32', 8]]
+  assert found['num_params'] == [2, 2, 2] and found['num_bytes'] == [8, 8, 8]
+  assert found['norms'] == [] and found['problems'] == []
+
+
+def test_inspect_misfits(runs):
+  checkpoints.save('odd', {'w': np.zeros(3, np.float32), 'b': np.zeros(1)})
+  result = invoke('inspect', *runs, 'odd', '--json')
+  assert result.exit_code == 1
+  (problem,) = json.loads(result.stdout)['problems']
+  assert 'odd does not fit' in problem
+  assert "leaf 'b' is not in the first one" in problem
+  assert '(3,), expected (2,)' in problem
+  assert 'Problem: ' in invoke('inspect', *runs, 'odd').stdout
+
+
+def test_inspect_deep(runs):
+  found = json.loads(invoke('inspect', *runs, '--deep', '--json').stdout)
+  np.testing.assert_allclose(found['norms'], [0, 2**0.5, 8**0.5], rtol=1e-6)
+  assert found['problems'] == []
+
+
+def test_inspect_deep_finds_what_only_values_show(runs):
+  checkpoints.save('twin', {'w': np.full(2, 1, np.float32)})
+  checkpoints.save('bad', {'w': np.array([1, np.nan], np.float32)})
+  checkpoints.save('infinite', {'w': np.array([np.inf, 1], np.float32)})
+  odd = ('twin', 'bad', 'infinite')
+  assert invoke('inspect', *runs, *odd).exit_code == 0
+  result = invoke('inspect', *runs, *odd, '--deep', '--json')
+  assert result.exit_code == 1
+  twin, bad, infinite = json.loads(result.stdout, parse_constant=_refuse)[
+      'problems'
+  ]
+  assert 'twin and' in twin and 'run1 have equal parameters' in twin
+  assert 'bad has NaN or infinite values in w' in bad
+  assert 'infinite has NaN or infinite values in w' in infinite
+
+
+def _refuse(constant):
+  raise AssertionError(f'{constant} is no JSON')
+
+
+def test_inspect_deep_finds_damage(runs):
+  rng = np.random.default_rng(0)
+  checkpoints.save('hurt', {'w': rng.normal(size=(64, 64)).astype(np.float32)})
+  data = pathlib.Path('hurt').glob('ocdbt.process_*/d/*')
+  largest = max(data, key=lambda f: f.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(content)
+  assert invoke('inspect', 'hurt').exit_code == 0
+  result = invoke('inspect', 'hurt', '--deep', '--json')
+  assert result.exit_code == 1
+  found = json.loads(result.stdout, parse_constant=_refuse)
+  assert 'hurt' in found['problems'][0] and 'damaged' in found['problems'][0]
+
+
+def test_inspect_mistakes(runs):
+  assert_fails(invoke('inspect', 'gone'), 1, 'gone does not exist')
+  assert_fails(invoke('inspect'), 2, 'Missing argument')
+  shutil.rmtree('run0/d')
+  assert_fails(invoke('inspect', 'run0'), 1, 'damaged or incomplete')
+
+
+# --- doctor and the rest ------------------------------------------------------
+
+
+def test_doctor():
+  result = invoke('doctor', '--json')
+  found = json.loads(result.stdout)
+  assert found['versions']['jax'] and found['devices']
+  assert result.exit_code == bool(found['problems'])
+  text = invoke('doctor').stdout
+  assert f'jaxsoup              {jaxsoup.__version__}' in text
+
+
+@pytest.mark.parametrize(
+    'faked, text',
+    [
+        (
+            {'jax': '0.11.2', 'jaxlib': '0.11.2', 'flax': '0.12.8'},
+            'fails to import',
+        ),
+        ({'jax': '0.10.2', 'jaxlib': '0.9.1'}, 'does not belong to jax'),
+        ({'safetensors': '0.3.3'}, 'cannot read bfloat16'),
+        ({'flax': None}, 'flax is not installed'),
+    ],
+)
+def test_doctor_names_clashes(monkeypatch, faked, text):
+  real = doctor._version
+  monkeypatch.setattr(doctor, '_version', lambda n: faked.get(n, real(n)))
+  result = invoke('doctor', '--json')
+  assert result.exit_code == 1
+  found = json.loads(result.stdout)
+  assert text in ' '.join(found['problems'])
+  assert found['devices'], 'They are shown whatever else is wrong.'
+  assert text in invoke('doctor').stdout
+
+
+@pytest.mark.parametrize(
+    'faked',
+    [
+        {'jax': '0.11.2', 'jaxlib': '0.11.2', 'flax': '0.12.9'},
+        {'jax': '0.11.0', 'jaxlib': '0.11.0', 'flax': '0.12.8'},
+        {'matplotlib': None, 'scikit-learn': None},
+    ],
+)
+def test_doctor_accepts_what_works(monkeypatch, faked):
+  real = doctor._version
+  monkeypatch.setattr(doctor, '_version', lambda n: faked.get(n, real(n)))
+  assert doctor.examine()['problems'] == []
+
+
+@pytest.mark.parametrize('args', (('--nonsense',), ('cook',)))
+def test_usage_exits_with_2(args):
+  assert_fails(invoke(*args), 2, 'No such')
+
+
+# --- Real processes -----------------------------------------------------------
+
+
+def python(*args, **kwargs):
+  return subprocess.run(
+      [sys.executable, *args], capture_output=True, text=True, **kwargs
+  )
+
+
+def test_help_imports_nothing_heavy():
+  code = (
+      'import sys; from jaxsoup import cli; sys.argv = ["jaxsoup", "--help"]\n'
+      'try: cli.main()\n'
+      'except SystemExit as e: assert not e.code\n'
+      'heavy = {"jax", "numpy", "flax", "orbax", "tensorflow", "matplotlib"}\n'
+      'assert not heavy & set(sys.modules), heavy & set(sys.modules)\n'
+  )
+  result = python('-c', code)
+  assert result.returncode == 0, result.stderr
+  for command in ('demo', 'soup', 'inspect', 'doctor'):
+    assert command in result.stdout
+
+
+def test_import_is_light():
+  code = (
+      'import sys, jaxsoup\n'
+      'for name in jaxsoup.__all__:\n'
+      '  if name not in ("checkpoints",): getattr(jaxsoup, name)\n'
+      'heavy = {"flax", "orbax", "tensorflow", "tensorflow_datasets",\n'
+      '  "matplotlib", "typer", "ml_collections"}\n'
+      'assert not heavy & set(sys.modules), heavy & set(sys.modules)\n'
+      'assert "jax" in sys.modules\n'
+  )
+  result = python('-c', code)
+  assert result.returncode == 0, result.stderr
+
+
+def test_a_whole_process(runs):
+  main = ('-c', 'from jaxsoup import cli; cli.main()')
+  args = (
+      '--recipe',
+      'greedy',
+      '--eval',
+      'mine:score',
+      '--out',
+      'out',
+      '--json',
+  )
+  result = python(*main, 'soup', *runs, *args)
+  assert result.returncode == 0, result.stderr
+  assert json.loads(result.stdout)['score'] == pytest.approx(-0.4)
+  result = python(*main, 'inspect', 'gone')
+  assert result.returncode == 1 and result.stdout == ''
+  assert result.stderr.startswith('Error: ') and result.stderr.count('\n') == 1

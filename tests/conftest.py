@@ -1,0 +1,67 @@
+"""Four virtual devices, and the placements that every recipe must work on."""
+
+import os
+
+# Before jax is imported, or it has no effect.
+os.environ['XLA_FLAGS'] = ' '.join(
+    [
+        os.environ.get('XLA_FLAGS', ''),
+        '--xla_force_host_platform_device_count=4',
+    ]
+)
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import functools
+
+import hypothesis
+import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import pytest
+
+# The same examples in every run, and no time limit on a busy machine.
+hypothesis.settings.register_profile(
+    'jaxsoup', derandomize=True, deadline=None, max_examples=40, database=None
+)
+hypothesis.settings.load_profile('jaxsoup')
+
+
+class Placement:
+  """Where arrays are put: on one device, or the first axis over four."""
+
+  def __init__(self, axis_type: AxisType | None):
+    self.mesh = None
+    if axis_type is not None:
+      self.mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(axis_type,))
+
+  def put(self, x, axis: int = 0) -> jax.Array:
+    x = np.asarray(x)
+    if self.mesh is None:
+      return jax.device_put(x)
+    spec = [None] * x.ndim
+    if x.ndim > axis:
+      spec[axis] = 'fsdp'
+    return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+
+
+@functools.cache
+def _placement(name: str) -> Placement:
+  types = {'auto': AxisType.Auto, 'explicit': AxisType.Explicit}
+  return Placement(types.get(name))
+
+
+@pytest.fixture(params=['one', 'auto', 'explicit'])
+def placement(request) -> Placement:
+  return _placement(request.param)
+
+
+@pytest.fixture(params=['auto', 'explicit'])
+def on_mesh(request) -> Placement:
+  return _placement(request.param)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+  return np.random.default_rng(0)

@@ -1,0 +1,227 @@
+"""The experiment as a command: killed and resumed, and used wrongly."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxsoup import checkpoints
+from jaxsoup.data import digits
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import main
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = f'{ROOT}/configs/digits.py:runlocal'
+TINY = (
+    '--config.sweep.num_runs=4',
+    '--config.sweep.group_size=2',
+    '--config.pretrain.num_epochs=20',
+    '--config.finetune.num_epochs=2',
+    '--config.learned.num_epochs=2',
+    '--config.model.depth=1',
+    '--config.model.width=12',
+    '--config.data.sizes.test=100',
+    '--config.data.sizes.held_out=80',
+)
+
+
+def command(workdir, *overrides):
+  return [
+      sys.executable,
+      '-m',
+      'jaxsoup.experiments.main',
+      f'--config={CONFIG}',
+      f'--workdir={workdir}',
+      *TINY,
+      *overrides,
+  ]
+
+
+def environment(cache):
+  # What one process compiled the next one finds: same programs, same bits.
+  return os.environ | {
+      'JAX_COMPILATION_CACHE_DIR': str(cache),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'PYTHONPATH': str(ROOT),
+      'XLA_FLAGS': '',
+  }
+
+
+def finish(workdir, cache):
+  done = subprocess.run(
+      command(workdir), env=environment(cache), capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+def kill_when(reached, workdir, cache):
+  """Starts the experiment and kills it at the first moment that fits."""
+  process = subprocess.Popen(
+      command(workdir),
+      env=environment(cache),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+  )
+  try:
+    while not reached(workdir) and process.poll() is None:
+      time.sleep(0.002)
+    assert process.poll() is None, 'It ended before the moment came.'
+  finally:
+    process.kill()
+    process.wait()
+  assert not (workdir / 'results.json').exists()
+
+
+def num_lines(path):
+  return path.read_bytes().count(b'\n') if path.exists() else 0
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory, cache):
+  workdir = tmp_path_factory.mktemp('uninterrupted')
+  done = finish(workdir, cache)
+  assert 'best single' in done.stdout
+  return workdir
+
+
+def leaves(path):
+  params = checkpoints.Ingredients([path])[0]
+  return [np.asarray(x) for x in jax.tree.leaves(params)]
+
+
+def assert_same(workdir, expected):
+  results = [
+      (folder / 'results.json').read_text() for folder in (workdir, expected)
+  ]
+  assert results[0] == results[1]
+  paths = ['theta_0', *(f'runs/{k:02d}' for k in range(4))]
+  paths += [f'soups/{p.name}' for p in (expected / 'soups').iterdir()]
+  for path in paths:
+    for x, y in zip(leaves(workdir / path), leaves(expected / path)):
+      np.testing.assert_array_equal(x, y)
+
+
+MOMENTS = {
+    'one run of a group is there': lambda w: (w / 'runs/00').exists(),
+    'three scores are known': lambda w: num_lines(w / 'scores.jsonl') > 3,
+    'the first soup is there': lambda w: (w / 'soups/uniform').exists(),
+}
+
+
+def test_killed_and_resumed_is_the_same(tmp_path, uninterrupted, cache):
+  # One workdir, killed again and again, each time further on.
+  for reached in MOMENTS.values():
+    kill_when(reached, tmp_path, cache)
+    # And as if it had been killed in the middle of a checkpoint.
+    for path in (tmp_path / 'runs' / '01', tmp_path / 'soups' / 'greedy'):
+      unfinished = path.with_name(path.name + '.orbax-checkpoint-tmp')
+      if not path.exists() and not unfinished.exists():
+        shutil.copytree(tmp_path / 'theta_0', unfinished)
+  finish(tmp_path, cache)
+  assert_same(tmp_path, uninterrupted)
+
+
+def test_what_a_workdir_holds(uninterrupted):
+  results = json.loads((uninterrupted / 'results.json').read_text())
+  kinds = [row['kind'] for row in results['rows']]
+  assert kinds == ['single'] * 4 + ['soup'] * 6 + ['ensemble'] * 2
+  assert len(results['runs']) == 4
+  assert results['config']['sweep.num_runs'] == 4
+  for name in ('test_against_shifts.png', 'trials.png'):
+    assert (uninterrupted / name).read_bytes().startswith(b'\x89PNG')
+  table = (uninterrupted / 'table.md').read_text()
+  assert '| greedy |' in table and '| mean of singles |' in table
+  made = checkpoints.provenance(uninterrupted / 'soups/greedy')
+  assert len(made['ingredients']) == 4 and made['metadata']['seed'] == 0
+  greedy = checkpoints.load(uninterrupted / 'soups/greedy')
+  rows = {row['name']: row for row in results['rows']}
+  assert rows['greedy']['held_out'] == pytest.approx(greedy.info.score)
+
+
+def test_workdir_begun_with_another_config(uninterrupted, cache, capsys):
+  before = (uninterrupted / 'results.json').read_bytes()
+  argv = command(uninterrupted, '--config.seed=3')[3:]
+  assert main.main(argv) == 2
+  error = capsys.readouterr().err
+  assert 'begun with another config: seed was 0, is 3' in error
+  assert (uninterrupted / 'results.json').read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    'argv, text',
+    [
+        ([], '--config is missing'),
+        ([f'--config={CONFIG}'], '--workdir is missing'),
+        (['--workdir=w'], '--config is missing'),
+        (
+            ['--config=configs/digit.py', '--workdir=w'],
+            'no config configs/digit',
+        ),
+        ([f'--config={ROOT}/configs/digit.py', '--workdir=w'], 'digits.py'),
+        ([f'--config={CONFIG}', '--workdir=w', 'extra'], "argument 'extra'"),
+        ([f'--config={CONFIG}', '--workdir=w', '--wrokdir=x'], 'wrokdir'),
+        ([f'--config={CONFIG}x', '--workdir=w'], "'runlocal'"),
+    ],
+)
+def test_usage(argv, text, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  assert main.main(argv) == 2
+  error = capsys.readouterr().err
+  assert error.startswith('Error: ') and text in error
+  assert 'Traceback' not in error and error.count('\n') == 1
+  assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize(
+    'override, text',
+    [
+        ('--config.sweep.num_run=3', 'Did you mean sweep.num_runs'),
+        ('--config.learning_rat=3', 'The config has no'),
+        ('--config.sweep.num_runs=many', 'sweep.num_runs is int, such as 8'),
+        (
+            '--config.learned.learning_rate=fast',
+            'learned.learning_rate is float',
+        ),
+        ('--config.sweep=3', 'sweep'),
+    ],
+)
+def test_overrides_that_do_not_fit(override, text, tmp_path, capsys):
+  argv = [f'--config={CONFIG}', f'--workdir={tmp_path}/w', override]
+  assert main.main(argv) == 2
+  error = capsys.readouterr().err
+  assert error.startswith('Error: ') and text in error
+  assert error.count('\n') == 1
+  assert not (tmp_path / 'w').exists()
+
+
+def test_data_are_disjoint():
+  config, _ = configs.load(CONFIG)
+  splits = digits.load(config.seed, config.data.sizes)
+  sizes = {name: len(split['label']) for name, split in splits.items()}
+  assert sizes == config.data.sizes.to_dict()
+  # No two of the 1,797 images are equal, so equal images are one image.
+  seen = [x.tobytes() for split in splits.values() for x in split['image']]
+  assert len(set(seen)) == len(seen)
+
+
+def test_more_runs_begin_with_the_same():
+  few, many = (
+      configs.load(CONFIG, [f'--config.sweep.num_runs={num}'])[1]
+      for num in (3, 9)
+  )
+  assert many[:3] == few and len(many) == 9
+  other = configs.load(CONFIG, ['--config.seed=1'])[1]
+  assert other[0] != few[0]

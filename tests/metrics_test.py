@@ -1,0 +1,223 @@
+"""Metrics against scikit-learn and plain NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from jaxsoup import metrics
+
+ALL = (
+    metrics.accuracy,
+    metrics.top_k_accuracy,
+    metrics.negative_log_likelihood,
+    metrics.brier,
+    metrics.expected_calibration_error,
+    metrics.f1,
+    metrics.matthews,
+)
+names = lambda fn: fn.__name__
+
+
+def problem(seed, num=57, num_classes=6):
+  """Logits that are right more often than not, and labels."""
+  rng = np.random.default_rng(seed)
+  label = rng.integers(0, num_classes, num).astype(np.int32)
+  logits = rng.normal(size=(num, num_classes)) * 2
+  logits[np.arange(num), label] += 1.5
+  return logits.astype(np.float32), label
+
+
+def softmax(logits):
+  e = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+def ece_by_loop(logits, label, num_bins):
+  p = softmax(logits)
+  order = sorted(range(len(label)), key=lambda j: p[j].max())
+  gap = 0.0
+  for members in np.array_split(order, min(num_bins, len(label))):
+    right = np.mean([p[j].argmax() == label[j] for j in members])
+    gap += len(members) * abs(right - np.mean([p[j].max() for j in members]))
+  return gap / len(label)
+
+
+REFERENCES = {
+    metrics.accuracy: lambda x, y: sk.accuracy_score(y, x.argmax(-1)),
+    metrics.top_k_accuracy: lambda x, y: sk.top_k_accuracy_score(
+        y, x, k=5, labels=range(x.shape[1])
+    ),
+    metrics.negative_log_likelihood: lambda x, y: sk.log_loss(
+        y, softmax(x), labels=range(x.shape[1])
+    ),
+    metrics.brier: lambda x, y: np.mean(
+        np.sum((softmax(x) - np.eye(x.shape[1])[y]) ** 2, -1)
+    ),
+    metrics.expected_calibration_error: lambda x, y: ece_by_loop(x, y, 15),
+    metrics.f1: lambda x, y: sk.f1_score(
+        y, x.argmax(-1), average='macro', zero_division=0
+    ),
+    metrics.matthews: lambda x, y: sk.matthews_corrcoef(y, x.argmax(-1)),
+}
+
+
+@pytest.mark.parametrize('seed', range(5))
+@pytest.mark.parametrize('fn', ALL, ids=names)
+def test_equals_reference(fn, seed):
+  logits, label = problem(seed)
+  np.testing.assert_allclose(
+      fn(logits, label), REFERENCES[fn](logits, label), rtol=1e-5, atol=1e-6
+  )
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_two_classes_equal_scikit_learn(seed):
+  logits, label = problem(seed, num_classes=2)
+  predicted = logits.argmax(-1)
+  np.testing.assert_allclose(
+      metrics.f1(logits, label), sk.f1_score(label, predicted), rtol=1e-6
+  )
+  np.testing.assert_allclose(
+      metrics.matthews(logits, label),
+      sk.matthews_corrcoef(label, predicted),
+      rtol=1e-5,
+      atol=1e-6,
+  )
+  np.testing.assert_allclose(
+      metrics.brier(logits, label),
+      2 * sk.brier_score_loss(label, softmax(logits)[:, 1]),
+      rtol=1e-5,
+  )
+
+
+@pytest.mark.parametrize('k', (1, 2, 3, 6, 9))
+def test_top_k(k):
+  logits, label = problem(1)
+  expected = np.mean(
+      [
+          y in np.argsort(-row, kind='stable')[:k]
+          for row, y in zip(logits, label)
+      ]
+  )
+  got = metrics.top_k_accuracy(logits, label, k=k)
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('num_bins', (1, 2, 7, 57, 100))
+def test_ece_by_number_of_bins(num_bins):
+  logits, label = problem(2)
+  got = metrics.expected_calibration_error(logits, label, num_bins=num_bins)
+  np.testing.assert_allclose(got, ece_by_loop(logits, label, num_bins), 1e-5)
+
+
+def test_ece_of_a_calibrated_and_a_boastful_model():
+  half = np.zeros((4, 2), np.float32)
+  label = np.array([0, 1, 0, 1])
+  sure = np.array([[50.0, 0.0]] * 4, np.float32)
+  one_bin = dict(num_bins=1)
+  assert metrics.expected_calibration_error(half, label, **one_bin) < 1e-6
+  got = metrics.expected_calibration_error(sure, label, **one_bin)
+  np.testing.assert_allclose(got, 0.5)
+
+
+@pytest.mark.parametrize('dtype', (jnp.float32, jnp.bfloat16, jnp.float16))
+@pytest.mark.parametrize('fn', ALL, ids=names)
+def test_dtypes(fn, dtype):
+  logits, label = problem(3)
+  rounded = jnp.asarray(logits, dtype)
+  got = fn(rounded, label)
+  assert got.dtype == jnp.float32 and got.shape == ()
+  # Nothing is computed in the dtype of the logits.
+  exact = fn(rounded.astype(jnp.float32), label)
+  np.testing.assert_allclose(got, exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', (np.int8, np.int32, np.int64, np.uint8))
+@pytest.mark.parametrize('fn', ALL, ids=names)
+def test_dtypes_of_labels(fn, dtype):
+  # 57 x 20 cells of a confusion matrix do not fit into eight bits.
+  logits, label = problem(4, num_classes=20)
+  np.testing.assert_allclose(
+      fn(logits, label.astype(dtype)), fn(logits, label), rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize('fn', ALL, ids=names)
+def test_one_example(fn):
+  logits = np.array([[0.0, 3.0, 1.0]], np.float32)
+  label = np.array([1])
+  p = softmax(logits)[0]
+  expected = {
+      metrics.negative_log_likelihood: -np.log(p[1]),
+      metrics.brier: p[0] ** 2 + (1 - p[1]) ** 2 + p[2] ** 2,
+      metrics.expected_calibration_error: 1 - p[1],
+      metrics.matthews: 0.0,
+  }
+  np.testing.assert_allclose(
+      fn(logits, label), expected.get(fn, 1.0), rtol=1e-6
+  )
+
+
+def test_matthews_is_zero_where_one_class_only_occurs():
+  logits, label = problem(5)
+  constant = np.zeros_like(logits) + np.eye(6, dtype=np.float32)[2]
+  assert metrics.matthews(constant, label) == 0
+  assert metrics.matthews(logits, np.full_like(label, 3)) == 0
+
+
+def test_f1_skips_classes_that_do_not_occur():
+  logits = np.eye(5, dtype=np.float32)[[0, 1, 1]]
+  label = np.array([0, 1, 0])
+  expected = sk.f1_score(label, logits.argmax(-1), average='macro')
+  np.testing.assert_allclose(metrics.f1(logits, label), expected, rtol=1e-6)
+  never = np.array([[5.0, 0.0]] * 3, np.float32)
+  assert metrics.f1(never, np.array([0, 0, 0])) == 0
+
+
+def test_ties_go_to_the_first_class():
+  logits = np.zeros((3, 4), np.float32)
+  label = np.array([0, 1, 0])
+  np.testing.assert_allclose(metrics.accuracy(logits, label), 2 / 3, rtol=1e-6)
+  top = metrics.top_k_accuracy(logits, label, k=1)
+  np.testing.assert_allclose(top, 2 / 3, rtol=1e-6)
+
+
+def test_huge_logits_stay_finite():
+  logits = np.array([[3e4, -3e4], [3e4, -3e4]], np.float32)
+  label = np.array([0, 1])
+  np.testing.assert_allclose(
+      metrics.negative_log_likelihood(logits, label), 3e4
+  )
+  np.testing.assert_allclose(metrics.brier(logits, label), 1.0)
+
+
+@pytest.mark.parametrize('fn', ALL, ids=names)
+def test_wrong_arguments_are_named(fn):
+  logits, label = problem(0)
+  for bad_logits, bad_label in (
+      (logits[0], label[:1]),
+      (logits, label[:-1]),
+      (logits[:0], label[:0]),
+  ):
+    with pytest.raises(ValueError, match=rf'{fn.__name__}: .*\[N, C\]'):
+      fn(bad_logits, bad_label)
+  with pytest.raises(TypeError, match='float32: expected integers'):
+    fn(logits, label.astype(np.float32))
+
+
+@pytest.mark.parametrize('fn', ALL, ids=names)
+def test_numpy_input_passes_a_transfer_guard(fn):
+  logits, label = problem(0)
+  expected = fn(logits, label)
+  with jax.transfer_guard('disallow'):
+    got = fn(logits, label)
+  assert got == expected
+
+
+def test_correct_is_one_number_an_example():
+  logits, label = problem(0)
+  got = metrics.correct(jnp.asarray(logits), jnp.asarray(label))
+  assert got.dtype == jnp.float32
+  np.testing.assert_array_equal(got, logits.argmax(-1) == label)

@@ -1,0 +1,415 @@
+"""Every recipe on every container, dtype and placement, against NumPy."""
+
+from typing import Any
+from typing import NamedTuple
+
+import _reference
+from flax import nnx
+from flax.core import FrozenDict
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsoup
+
+NUM = 3
+ALPHA = np.float32([0.5, 0.75, -0.25])
+QUARTER = np.float32([0.75, 0.25])
+SHAPES = ((4,), (4, 3), ())
+
+
+class Body(nnx.Module):
+
+  def __init__(self, bias, kernel):
+    self.bias = nnx.Param(bias)
+    self.kernel = nnx.Param(kernel)
+
+
+class Model(nnx.Module):
+
+  def __init__(self, bias, kernel, scale):
+    self.body = Body(bias, kernel)
+    self.scale = nnx.Param(scale)
+
+
+class Tuple(NamedTuple):
+  bias: Any
+  kernel: Any
+  scale: Any
+
+
+def linen(bias, kernel, scale):
+  return {'body': {'bias': bias, 'kernel': kernel}, 'scale': scale}
+
+
+CONTAINERS = {
+    'linen': linen,
+    'frozen': lambda *leaves: FrozenDict(linen(*leaves)),
+    'state': lambda *leaves: nnx.state(Model(*leaves), nnx.Param),
+    'module': Model,
+    'namedtuple': Tuple,
+    'list': lambda *leaves: list(leaves),
+    'array': lambda bias, kernel, scale: kernel,
+}
+
+
+def values(num, dtype, seed=0):
+  """Models around a common start that moved in about one direction."""
+  rng = np.random.default_rng(seed)
+  normal = lambda: [rng.normal(size=shape) for shape in SHAPES]
+  start, shift = normal(), normal()
+  moved = [
+      [x + s + 0.5 * n for x, s, n in zip(start, shift, normal())]
+      for _ in range(num)
+  ]
+  cast = lambda model: [np.asarray(x, jnp.dtype(dtype)) for x in model]
+  return cast(start), [cast(model) for model in moved]
+
+
+def leaves_of(tree):
+  return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def score(model) -> float:
+  leaves = jax.tree.leaves(jax.device_get(model))
+  return -float(sum(np.sum((np.float64(x) - 0.3) ** 2) for x in leaves))
+
+
+def loss_fn(params, batch, beta):
+  leaves = jax.tree.leaves(params)
+  losses = [jnp.mean((x.astype(jnp.float32) - batch) ** 2) for x in leaves]
+  return beta * sum(losses)
+
+
+# Each: (ingredients, theta_0) -> Soup, and (models, start) -> expected leaves
+# and alpha, or None for what a test of its own looks at.
+
+
+def _counted(members):
+  return np.bincount(members, minlength=NUM) / len(members)
+
+
+def _mixed_stack(ingredients, theta_0):
+  del theta_0
+  stacked = jaxsoup.stack(ingredients)
+  return jaxsoup.Soup(jaxsoup.mix(stacked, ALPHA), ALPHA, None)
+
+
+def _learned(ingredients, theta_0):
+  del theta_0
+  batches = [np.float32(0.3)]
+  tx = optax.sgd(0.5)
+  return jaxsoup.learned(ingredients, loss_fn, batches, tx=tx, num_epochs=1)
+
+
+def _expected_search(search):
+  def expected(models, start):
+    del start
+    members = search(models, score)
+    return _reference.mean([models[k] for k in members]), _counted(members)
+
+  return expected
+
+
+def _expected_stock(models, start):
+  soup, _, ratios = _reference.model_stock(models, start)
+  return soup, [np.full(NUM, ratio / NUM) for ratio in ratios]
+
+
+RECIPES = {
+    'mix': (_mixed_stack, lambda m, _: (_reference.mix(m, ALPHA), ALPHA)),
+    'uniform': (
+        lambda m, _: jaxsoup.uniform(m),
+        lambda m, _: (_reference.mean(m), np.full(NUM, 1 / NUM)),
+    ),
+    'average': (
+        lambda m, _: jaxsoup.average(m, ALPHA),
+        lambda m, _: (_reference.mix(m, ALPHA), ALPHA),
+    ),
+    'interpolate': (
+        lambda m, _: jaxsoup.interpolate(m[0], m[1], 0.25),
+        lambda m, _: (_reference.interpolate(*m[:2], 0.25), QUARTER),
+    ),
+    'greedy': (
+        lambda m, _: jaxsoup.greedy(m, score),
+        _expected_search(_reference.greedy),
+    ),
+    'pruned': (
+        lambda m, _: jaxsoup.pruned(m, score),
+        _expected_search(_reference.pruned),
+    ),
+    'model_stock': (jaxsoup.model_stock, _expected_stock),
+    'learned': (_learned, None),
+}
+
+
+def assert_rounded_once(actual, exact):
+  """Within half a unit in the last place, and float32's own error."""
+  half = float(jnp.finfo(actual.dtype).eps) / 2
+  slack = 1e-6 * (1 + np.abs(exact))
+  error = np.abs(np.float64(actual) - exact)
+  np.testing.assert_array_less(error, half * np.abs(exact) + slack)
+
+
+def assert_alike(tree, template):
+  """The container, dtypes and shardings of one ingredient."""
+  assert type(tree) is type(template)
+  assert jax.tree.structure(tree) == jax.tree.structure(template)
+  for x, like in zip(jax.tree.leaves(tree), jax.tree.leaves(template)):
+    assert (x.shape, x.dtype) == (like.shape, like.dtype)
+    assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('container', CONTAINERS)
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_recipe(recipe, container, dtype, placement):
+  run, expected_of = RECIPES[recipe]
+  make = lambda model: CONTAINERS[container](*map(placement.put, model))
+  start, models = values(NUM, dtype)
+  theta_0, ingredients = make(start), [make(model) for model in models]
+  soup = run(ingredients, theta_0)
+  assert_alike(soup.params, ingredients[0])
+  flat = [leaves_of(x) for x in ingredients]
+  if expected_of is None:
+    expected, alphas = _reference.mix(flat, soup.alpha), soup.alpha
+    assert np.ptp(soup.alpha) > 1e-3  # It left the start.
+    assert soup.alpha.sum() == pytest.approx(1, abs=1e-6)
+  else:
+    expected, alphas = expected_of(flat, leaves_of(theta_0))
+  for x, exact in zip(leaves_of(soup.params), expected):
+    assert_rounded_once(x, exact)
+  for alpha, exact in zip(jax.tree.leaves(soup.alpha), jax.tree.leaves(alphas)):
+    np.testing.assert_allclose(alpha, exact, atol=1e-5)
+
+
+def _learned_alone(models):
+  tx = optax.sgd(0.1)
+  return jaxsoup.learned(models, loss_fn, [np.float32(0)], tx=tx, num_epochs=1)
+
+
+ALONE = {
+    'uniform': jaxsoup.uniform,
+    'average': lambda m: jaxsoup.average(m, [1.0]),
+    'greedy': lambda m: jaxsoup.greedy(m, score),
+    'pruned': lambda m: jaxsoup.pruned(m, score),
+    'learned': _learned_alone,
+    'model_stock': lambda m: jaxsoup.model_stock(m, linen(*values(1, 'f4')[0])),
+}
+
+
+@pytest.mark.parametrize('recipe', ALONE)
+def test_one_ingredient_is_its_own_soup(recipe):
+  model = linen(*values(1, 'float32')[1][0])
+  soup = ALONE[recipe]([model])
+  jax.tree.map(np.testing.assert_array_equal, soup.params, model)
+  assert all(x.tolist() == [1.0] for x in jax.tree.leaves(soup.alpha))
+
+
+@pytest.mark.parametrize('recipe', ALONE)
+def test_no_ingredients(recipe):
+  with pytest.raises(ValueError, match='empty.*at least one model'):
+    ALONE[recipe]([])
+
+
+@pytest.mark.parametrize('recipe', ALONE)
+def test_a_generator_is_refused(recipe):
+  model = linen(*values(1, 'float32')[1][0])
+  with pytest.raises(TypeError, match=r'generator.*list\(it\)'):
+    ALONE[recipe](m for m in [model])
+
+
+@pytest.mark.parametrize('recipe', ['uniform', 'greedy', 'pruned', 'learned'])
+def test_duplicates_are_named(recipe):
+  _, models = values(2, 'float32')
+  ingredients = [linen(*models[i]) for i in (0, 1, 0)]
+  with pytest.warns(UserWarning, match='ingredient 0 and ingredient 2 have'):
+    soup = ALONE[recipe](ingredients)
+  assert soup.info.duplicates == ((0, 2),)
+
+
+def test_duplicates_in_two_groups():
+  models = [np.float32([k, 1]) for k in (3, 5, 3, 5, 3, 7)]
+  with pytest.warns(UserWarning, match='equal') as caught:
+    groups = jaxsoup.uniform(models).info.duplicates
+  assert groups == ((0, 2, 4), (1, 3))
+  assert len(caught) == 2
+
+
+def test_bfloat16_mean_of_72_is_rounded_once():
+  rng = np.random.default_rng(0)
+  bfloat16 = jnp.dtype('bfloat16')
+  models = [rng.normal(1, 0.1, 256).astype(bfloat16) for _ in range(72)]
+  exact = np.mean(np.float64(models), axis=0)
+  for soup in (
+      jaxsoup.uniform(models),
+      jaxsoup.average(models, np.full(72, 1 / 72)),
+  ):
+    params = np.asarray(soup.params)
+    assert params.dtype == bfloat16
+    error = np.abs(np.float64(params) - exact)
+    assert (error <= np.abs(exact) * (2.0**-8 + 1e-6)).all()
+
+
+def test_task_vector_survives_bfloat16():
+  """A running mean in bfloat16 would lose most of what fine-tuning moved."""
+  start = np.float32(1.0)
+  models = [np.asarray(start + s, jnp.dtype('bfloat16')) for s in [2**-6] * 20]
+  models[0] = np.asarray(start, jnp.dtype('bfloat16'))
+  with pytest.warns(UserWarning, match='equal'):
+    soup = jaxsoup.uniform(models).params
+  assert float(soup) == 1 + 2**-6
+
+
+@pytest.mark.parametrize('t', [-0.5, 0.0, 0.3, 1.0, 1.5])
+def test_interpolate_and_extrapolate(t):
+  theta_0, (theta_1,) = values(1, 'float32')
+  soup = jaxsoup.interpolate(theta_0, theta_1, t)
+  expected = _reference.interpolate(theta_0, theta_1, t)
+  for x, exact in zip(leaves_of(soup.params), expected):
+    assert_rounded_once(x, exact)
+  np.testing.assert_allclose(soup.alpha, [1 - t, t], rtol=1e-6)
+
+
+def test_interpolate_curve_is_its_points(placement):
+  theta_0, (theta_1,) = values(1, 'bfloat16')
+  put = lambda model: [placement.put(x) for x in model]
+  t = np.float32([-1, 0, 0.25, 1, 2])
+  curve = jaxsoup.interpolate(put(theta_0), put(theta_1), t)
+  assert curve.alpha.shape == (5, 2)
+  for i, point in enumerate(t):
+    expected = _reference.interpolate(theta_0, theta_1, point)
+    for x, exact in zip(leaves_of(curve.params), expected):
+      assert_rounded_once(x[i], exact)
+
+
+def test_interpolate_repeats_non_floats():
+  theta = {'step': np.int32(7), 'w': np.float32(1)}
+  other = {'step': np.int32(7), 'w': np.float32(2)}
+  curve = jaxsoup.interpolate(theta, other, [0.0, 1.0]).params
+  assert curve['step'].tolist() == [7, 7]
+  assert curve['w'].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize('t', [np.nan, np.inf, [0.0, np.nan], [[0.5]]])
+def test_interpolate_refuses(t):
+  with pytest.raises(ValueError, match='t has shape .* finite number'):
+    jaxsoup.interpolate(np.zeros(2), np.ones(2), t)
+
+
+def test_model_stock_info():
+  start, models = values(4, 'float32')
+  soup = jaxsoup.model_stock([linen(*m) for m in models], linen(*start))
+  _, cosines, ratios = _reference.model_stock(models, start)
+  info = jax.tree.leaves((soup.info.cosine, soup.info.ratio))
+  np.testing.assert_allclose(info, [*cosines, *ratios], rtol=1e-4)
+  assert jax.tree.structure(soup.info.ratio) == jax.tree.structure(
+      linen(0, 0, 0)
+  )
+
+
+def test_model_stock_of_two_is_its_closed_form():
+  angle = 0.7
+  turned = [3 * np.cos(angle), 3 * np.sin(angle)]
+  models = [np.float32([2, 0]), np.float32(turned)]
+  soup = jaxsoup.model_stock(models, np.zeros(2, np.float32))
+  cosine = np.cos(angle)
+  ratio = 2 * cosine / (1 + cosine)
+  np.testing.assert_allclose(soup.params, ratio * np.mean(models, 0), rtol=1e-5)
+
+
+def test_model_stock_stays_where_models_disagree():
+  models = [np.float32([1, 0]), np.float32([-3, 0])]
+  soup = jaxsoup.model_stock(models, np.float32([0, 0]))
+  assert soup.params.tolist() == [0, 0]
+  assert (soup.info.cosine, soup.info.ratio) == (-1, 0)
+  assert soup.alpha.tolist() == [0, 0]
+
+
+def test_model_stock_leaves_unmoved_tensors():
+  start = {'a': np.ones(3), 'b': np.ones(3)}
+  models = [{'a': np.ones(3), 'b': np.ones(3) + k} for k in (1, 2)]
+  soup = jaxsoup.model_stock(models, start)
+  assert soup.params['a'].tolist() == [1, 1, 1]
+  assert soup.info.ratio['a'] == 1
+
+
+def test_model_stock_counts_an_unmoved_task_vector_as_orthogonal():
+  models = [np.float32([2, 0]), np.float32([0, 0]), np.float32([1, 0])]
+  soup = jaxsoup.model_stock(models, np.float32([0, 0]))
+  assert soup.info.cosine == pytest.approx(1 / 3)  # Of pairs 1, 0, 0.
+  assert soup.info.ratio == pytest.approx(3 / 5)
+
+
+def test_model_stock_names_theta_0():
+  models = [{'w': np.ones(2)}, {'w': np.zeros(2)}]
+  with pytest.raises(ValueError, match=r"theta_0 .* 'w' has shape \(3,\)"):
+    jaxsoup.model_stock(models, {'w': np.zeros(3)})
+
+
+def test_average_skips_what_counts_nothing():
+  class Lazy(list):
+
+    def __getitem__(self, k):
+      assert k != 1, 'ingredient 1 is not needed'
+      return super().__getitem__(k)
+
+  models = Lazy([np.float32(1), np.float32(2), np.float32(4)])
+  assert jaxsoup.average(models, [0.5, 0.0, 0.5]).params == 2.5
+
+
+def test_average_by_group():
+  models = [{'a': np.float32(k), 'b': np.float32(k)} for k in (1, 3)]
+  alpha = {'a': [1.0, 0.0], 'b': [0.25, 0.75]}
+  soup = jaxsoup.average(models, alpha)
+  assert (soup.params['a'], soup.params['b']) == (1.0, 2.5)
+  assert soup.alpha['b'].tolist() == [0.25, 0.75]
+
+
+@pytest.mark.parametrize('alpha', [[1.0], [[0.5, 0.5]], 1.0, {'w': [1.0]}])
+def test_average_refuses_another_length(alpha):
+  models = [{'w': np.float32(1)}, {'w': np.float32(2)}]
+  with pytest.raises(ValueError, match=r'2 ingredients: expected \(2,\)'):
+    jaxsoup.average(models, alpha)
+
+
+@pytest.mark.parametrize('decay', [0.0, 0.5, 0.9])
+@pytest.mark.parametrize('num', [1, 2, 7])
+def test_ema_is_the_recursion(num, decay):
+  models = np.random.default_rng(num).normal(size=(num, 3))
+  moving = models[0]
+  for model in models[1:]:
+    moving = decay * moving + (1 - decay) * model
+  alpha = jaxsoup.ema(num, decay=decay)
+  np.testing.assert_allclose(alpha @ models, moving, atol=1e-6)
+  assert alpha.sum() == pytest.approx(1)
+  assert alpha.dtype == np.float32
+
+
+def test_swa_and_lawa():
+  assert jaxsoup.swa(4).tolist() == [0.25] * 4
+  assert jaxsoup.swa(4, start=2).tolist() == [0, 0, 0.5, 0.5]
+  assert jaxsoup.swa(5, start=1, every=2).tolist() == [0, 0.5, 0, 0.5, 0]
+  assert jaxsoup.lawa(5, last=2).tolist() == [0, 0, 0, 0.5, 0.5]
+  np.testing.assert_array_equal(jaxsoup.lawa(3, last=3), jaxsoup.swa(3))
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: jaxsoup.swa(3, start=3),
+        lambda: jaxsoup.swa(3, start=-1),
+        lambda: jaxsoup.swa(3, every=0),
+        lambda: jaxsoup.swa(0),
+        lambda: jaxsoup.ema(0, decay=0.5),
+        lambda: jaxsoup.ema(3, decay=1.0),
+        lambda: jaxsoup.ema(3, decay=-0.1),
+        lambda: jaxsoup.lawa(3, last=0),
+        lambda: jaxsoup.lawa(3, last=4),
+    ],
+)
+def test_trajectories_refuse(make):
+  with pytest.raises(ValueError, match='needs|must be'):
+    make()

@@ -1,0 +1,407 @@
+"""The algebra of trees: check, stack, mix, prefix trees of alpha."""
+
+import math
+from typing import Any
+from typing import NamedTuple
+
+import _reference
+from flax import nnx
+import hypothesis
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_np
+import jax
+import jax.experimental
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoup
+from jaxsoup import _tree
+
+NUM = 3
+FLOATS = st.floats(-4, 4, width=32, allow_subnormal=False)
+VECTOR = st_np.arrays(np.float32, 5, elements=FLOATS)
+MODELS = st.lists(VECTOR, min_size=NUM, max_size=NUM)
+ALPHA = st_np.arrays(np.float32, NUM, elements=FLOATS)
+TOLERANCE = 1e-4
+
+# Equal models are drawn on purpose, and warned of.
+quiet = pytest.mark.filterwarnings('ignore:.*equal parameters:UserWarning')
+
+
+def mixed(models, alpha):
+  return np.asarray(jaxsoup.mix({'w': np.stack(models)}, alpha)['w'])
+
+
+# --- Algebra ------------------------------------------------------------------
+
+
+@hypothesis.given(MODELS, ALPHA)
+def test_mix_is_the_sum(models, alpha):
+  (expected,) = _reference.mix([[m] for m in models], alpha)
+  np.testing.assert_allclose(mixed(models, alpha), expected, atol=TOLERANCE)
+
+
+@hypothesis.given(MODELS, ALPHA, ALPHA, FLOATS, FLOATS)
+def test_mix_is_linear_in_alpha(models, alpha, other, a, b):
+  together = mixed(models, a * alpha + b * other)
+  apart = a * mixed(models, alpha) + b * mixed(models, other)
+  np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-3)
+
+
+@hypothesis.given(MODELS, MODELS, ALPHA)
+def test_mix_is_linear_in_the_models(models, others, alpha):
+  together = mixed([x + y for x, y in zip(models, others)], alpha)
+  apart = mixed(models, alpha) + mixed(others, alpha)
+  np.testing.assert_allclose(together, apart, rtol=1e-5, atol=TOLERANCE)
+
+
+@hypothesis.given(MODELS, ALPHA, st.permutations(range(NUM)))
+def test_mix_does_not_know_an_order(models, alpha, order):
+  shuffled = mixed([models[k] for k in order], alpha[list(order)])
+  np.testing.assert_allclose(shuffled, mixed(models, alpha), atol=TOLERANCE)
+
+
+@hypothesis.given(VECTOR, ALPHA)
+def test_mix_of_copies_is_the_copy(model, w):
+  alpha = np.exp(w) / np.exp(w).sum()
+  copies = mixed([model] * NUM, alpha)
+  np.testing.assert_allclose(copies, model, rtol=1e-6, atol=1e-6)
+
+
+@quiet
+@hypothesis.given(MODELS, st.integers(0, NUM - 1))
+def test_one_hot_returns_the_ingredient(models, k):
+  stacked = jaxsoup.stack([{'w': m} for m in models])
+  model = jaxsoup.mix(stacked, np.eye(NUM)[k])
+  np.testing.assert_array_equal(model['w'], models[k])
+
+
+@quiet
+@hypothesis.given(MODELS, ALPHA)
+def test_average_is_mix(models, alpha):
+  hypothesis.assume(alpha.any())
+  soup = jaxsoup.average(models, alpha)
+  np.testing.assert_allclose(soup.params, mixed(models, alpha), atol=TOLERANCE)
+
+
+@quiet
+@hypothesis.given(MODELS)
+def test_uniform_is_the_mean(models):
+  soup = jaxsoup.uniform(models)
+  (expected,) = _reference.mean([[m] for m in models])
+  np.testing.assert_allclose(soup.params, expected, atol=TOLERANCE)
+
+
+# --- Prefix trees -------------------------------------------------------------
+
+KEY = st.sampled_from('abc')
+PATHS = st.lists(
+    st.lists(KEY, min_size=1, max_size=3).map(tuple), min_size=1, unique=True
+).filter(
+    lambda paths: not any(
+        p != q and p == q[: len(p)] for p in paths for q in paths
+    )
+)
+DEPTH = st.sampled_from([None, 1, 2, math.inf])
+
+
+@hypothesis.given(PATHS, DEPTH)
+def test_alphas_of_finds_the_group(paths, depth):
+  groups = {_tree.group_of(path, depth) for path in paths}
+  numbered = {g: np.float32([i]) for i, g in enumerate(sorted(groups))}
+  alphas = _tree.alphas_of(_tree.nest(numbered), paths)
+  for path, alpha in zip(paths, alphas):
+    assert alpha == numbered[_tree.group_of(path, depth)]
+
+
+@hypothesis.given(PATHS)
+def test_nest_is_the_inverse_of_flatten(paths):
+  values = {path: np.float32(i) for i, path in enumerate(paths)}
+  flat = _tree.flatten(_tree.nest(values))
+  assert dict(zip(flat.paths, flat.leaves)) == values
+
+
+@pytest.mark.parametrize('depth', [None, 1, 2, 9, math.inf])
+def test_groups(depth):
+  path = ('blocks', '0', 'kernel')
+  length = 0 if depth is None else min(depth, 3)
+  assert _tree.group_of(path, depth) == path[: int(length)]
+
+
+def test_mix_by_prefix_tree():
+  stacked = {
+      'body': {'w': np.float32([1, 3]), 'b': np.float32([0, 4])},
+      'head': [np.float32([10, 20]), np.float32([1, 2])],
+  }
+  alpha = {'body': [0.5, 0.5], 'head': {'0': [1, 0], '1': [-1, 1]}}
+  model = jaxsoup.mix(stacked, alpha)
+  assert jax.tree.leaves(jax.tree.map(float, model)) == [2, 2, 10, 1]
+
+
+class Pair(NamedTuple):
+  first: Any
+  second: Any
+
+
+def test_alpha_as_a_namedtuple_of_arrays():
+  stacked = Pair(np.float32([1, 2]), np.float32([1, 2]))
+  alpha = {'first': [1, 0], 'second': [0, 1]}
+  assert tuple(map(float, jaxsoup.mix(stacked, alpha))) == (1, 2)
+
+
+def test_alpha_of_one_recipe_serves_another():
+  """What `learned` and `model_stock` return is what `mix` takes."""
+  models = [nnx.Linear(2, 3, rngs=nnx.Rngs(k)) for k in range(3)]
+  states = [nnx.state(m, nnx.Param) for m in models]
+  alpha = jaxsoup.model_stock(models, models[0]).alpha
+  for ingredients in (models, states):
+    soup = jaxsoup.average(ingredients, alpha).params
+    again = jaxsoup.mix(jaxsoup.stack(ingredients), alpha)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), soup, again
+    )
+
+
+@pytest.mark.parametrize(
+    'alpha, message',
+    [
+        ({'a': [1, 0]}, "no entry for leaf 'b/c'; its entries are .*'a'"),
+        ({'a': [1, 0], 'x': [1, 0]}, "no entry for leaf 'b/c'"),
+        ({'a': [1, 0], 'b': [1, 0], 'x': [1, 0]}, "'x'.* no leaf below them"),
+        ([1, 0, 0], r'alpha has shape \(3,\) and leaf .a. has shape \(2,\)'),
+        (0.5, r'alpha has shape \(\) .*expected \[K\] and \[K, ...\]'),
+        ({'a': [1, 0], 'b': [[1, 0]]}, r'shape \(1, 2\) and leaf .b/c.'),
+    ],
+)
+def test_mix_refuses_an_alpha(alpha, message):
+  stacked = {'a': np.float32([1, 2]), 'b': {'c': np.float32([1, 2])}}
+  with pytest.raises(ValueError, match=message):
+    jaxsoup.mix(stacked, alpha)
+
+
+def test_mix_refuses_what_is_not_stacked():
+  with pytest.raises(ValueError, match=r'Stack the ingredients'):
+    jaxsoup.mix({'w': np.float32(1)}, [0.5, 0.5])
+
+
+# --- Gradients ----------------------------------------------------------------
+
+
+def plain_mix(stacked, alpha):
+  return jax.tree.map(lambda x: jnp.einsum('k,k...->...', alpha, x), stacked)
+
+
+def loss_of(params):
+  return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize('argnum', [0, 1])
+def test_gradient_is_that_of_a_plain_sum(rng, argnum):
+  stacked = {
+      'w': rng.normal(size=(NUM, 4, 2)).astype(np.float32),
+      'b': rng.normal(size=NUM).astype(np.float32),
+  }
+  args = (jax.device_put(stacked), jnp.float32([0.5, 0.75, -0.25]))
+  gradient = lambda f: jax.grad(lambda *a: loss_of(f(*a)), argnum)(*args)
+  close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, gradient(jaxsoup.mix), gradient(plain_mix))
+
+
+def test_gradient_in_a_prefix_tree(rng):
+  stacked = {k: rng.normal(size=(NUM, 4)).astype(np.float32) for k in 'ab'}
+  alpha = {k: jnp.float32(rng.normal(size=NUM)) for k in 'ab'}
+  gradient = jax.grad(lambda a: loss_of(jaxsoup.mix(stacked, a)))(alpha)
+  for k in 'ab':
+    plain = jax.grad(lambda a, k=k: loss_of(plain_mix(stacked[k], a)))(alpha[k])
+    np.testing.assert_allclose(gradient[k], plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_gradient_in_low_precision_is_summed_in_float32(rng, dtype):
+  values = rng.normal(1, 0.01, size=(2, 4096)).astype(jnp.dtype(dtype))
+  total = lambda a: jaxsoup.mix(values, a).astype(jnp.float32).sum()
+  gradient = jax.grad(total)(jnp.float32([0.5, 0.5]))
+  assert gradient.dtype == np.float32
+  np.testing.assert_allclose(gradient, np.float64(values).sum(1), rtol=1e-5)
+
+
+def test_gradient_passes_a_second_transformation(rng):
+  stacked = rng.normal(size=(2, NUM, 4)).astype(np.float32)
+  alpha = jnp.ones(NUM) / NUM
+  gradient = jax.grad(lambda a, x: loss_of(jaxsoup.mix(x, a)))
+  rows = jax.vmap(gradient, (None, 0))(alpha, stacked)
+  for row, x in zip(rows, stacked):
+    np.testing.assert_allclose(row, gradient(alpha, x), rtol=1e-5)
+
+
+# --- Checks -------------------------------------------------------------------
+
+SAME = 'Only models of one architecture'
+
+
+@pytest.mark.parametrize(
+    'first, other, message',
+    [
+        (
+            {'a': {'w': np.zeros((2, 3), np.float32)}},
+            {'a': {'w': np.zeros((2, 4), np.float32)}},
+            r"ingredient 1 .*'a/w' has shape \(2, 4\), expected \(2, 3\)\. "
+            + SAME,
+        ),
+        (
+            {'w': np.zeros(2, np.float32)},
+            {'w': np.zeros(2, np.float16)},
+            "'w' has dtype float16, expected float32.* Cast one of them",
+        ),
+        (
+            {'w': np.float32(0), 'b': np.float32(0)},
+            {'w': np.float32(0)},
+            "leaf 'b' is missing.*" + SAME,
+        ),
+        (
+            {'w': np.float32(0)},
+            {'w': np.float32(0), 'b': {'c': np.float32(0)}},
+            "leaf 'b/c' is not in the first one.*" + SAME,
+        ),
+        (
+            [np.float32(0)],
+            [np.float32(np.nan)],
+            "ingredient 1 has NaN or infinite values in leaf '0'.*leave it out",
+        ),
+        (
+            {'a': np.float32(0), 'b': np.float32(0)},
+            {'a': np.float32(np.inf), 'b': np.float32(-np.inf)},
+            "infinite values in leaf 'a' and 1 more",
+        ),
+        (
+            {'w': np.float32(0), 'step': np.int32(100)},
+            {'w': np.float32(0), 'step': np.int32(200)},
+            "ingredient 1: leaf 'step' of dtype int32 is 200, but 100 in the "
+            'first one.*non_float_from=k',
+        ),
+    ],
+)
+def test_misfits_are_named(first, other, message):
+  for run in (
+      jaxsoup.check_compatible,
+      jaxsoup.stack,
+      jaxsoup.uniform,
+      lambda m: jaxsoup.greedy(m, lambda params: 0.0),
+  ):
+    with pytest.raises(ValueError, match=message):
+      run([first, other])
+
+
+def test_many_misfits_are_counted():
+  first = {str(i): np.zeros(2) for i in range(9)}
+  other = {str(i): np.zeros(3) for i in range(9)}
+  with pytest.raises(ValueError, match=r'\(and 4 more\)'):
+    jaxsoup.check_compatible([first, other])
+
+
+def test_the_first_may_be_the_one_that_is_not_finite():
+  with pytest.raises(ValueError, match='ingredient 0 has NaN'):
+    jaxsoup.uniform([np.float32(np.nan), np.float32(0)])
+
+
+@pytest.mark.parametrize('leaf', ['adamw', object(), None.__class__])
+def test_what_is_no_array(leaf):
+  with pytest.raises(TypeError, match="Leaf 'tx' is a .* parameters only"):
+    jaxsoup.uniform([{'tx': leaf}, {'tx': leaf}])
+
+
+@pytest.mark.parametrize(
+    'ingredients', [{'w': np.zeros((2, 3))}, iter([]), {1, 2}, None, 5]
+)
+def test_ingredients_must_be_a_sequence(ingredients):
+  with pytest.raises(TypeError, match=r'sequence of pytrees.* list\(it\)'):
+    jaxsoup.check_compatible(ingredients)
+
+
+def with_counters(k):
+  return {
+      'w': np.float32(k),
+      'step': np.int32(10 * k),
+      'is_on': np.bool_(k % 2),
+      'key': jax.random.key(k),
+      'table': np.arange(3) + k,
+  }
+
+
+@pytest.mark.parametrize('k', range(3))
+def test_non_floats_from_one_ingredient(k):
+  models = [with_counters(i) for i in range(3)]
+  runs = {
+      'uniform': jaxsoup.uniform,
+      'average': lambda m, **o: jaxsoup.average(m, [1 / 3] * 3, **o),
+      'greedy': lambda m, **o: jaxsoup.greedy(m, lambda params: 0.0, **o),
+      'pruned': lambda m, **o: jaxsoup.pruned(m, lambda p: float(p['w']), **o),
+  }
+  for run in runs.values():
+    params = run(models, non_float_from=k).params
+    assert params['step'] == 10 * k
+    assert params['is_on'] == bool(k % 2)
+    assert params['table'].tolist() == [k, k + 1, k + 2]
+    key = jax.random.key_data(params['key'])
+    assert (key == jax.random.key_data(jax.random.key(k))).all()
+  stacked = jaxsoup.stack(models, non_float_from=k)
+  assert stacked['step'].tolist() == [10 * k] * 3
+  assert jaxsoup.mix(stacked, [0.5, 0.5, 0])['step'] == 10 * k
+
+
+def test_equal_non_floats_are_kept():
+  models = [{**with_counters(1), 'w': np.float32(k)} for k in (1, 2)]
+  params = jaxsoup.uniform(models).params
+  assert (params['w'], params['step']) == (1.5, 10)
+
+
+@pytest.mark.parametrize('leaf', ['is_on', 'key', 'table'])
+def test_unequal_non_floats_of_any_kind(leaf):
+  models = [{'w': np.float32(k), leaf: with_counters(k)[leaf]} for k in (1, 2)]
+  with pytest.raises(ValueError, match=f"leaf '{leaf}' of dtype .* but "):
+    jaxsoup.uniform(models)
+
+
+def test_duplicates_are_found_but_not_permutations():
+  models = [np.float32(x) for x in ([1, 2, 3], [3, 2, 1], [1, 2, 3], [4, 4, 4])]
+  with pytest.warns(UserWarning, match='ingredient 0 and ingredient 2'):
+    assert jaxsoup.check_compatible(models) == ((0, 2),)
+  assert jaxsoup.check_compatible(models[:2]) == ()
+
+
+def test_container_metadata_do_not_matter():
+  """Two States with other metadata, or listed in another order."""
+  plain = nnx.State({'a': nnx.Param(jnp.ones(2)), 'b': nnx.Param(jnp.ones(2))})
+  other = nnx.State(
+      {
+          'b': nnx.Param(jnp.zeros(2), note='fine-tuned'),
+          'a': nnx.Param(3 * jnp.ones(2)),
+      }
+  )
+  params = jaxsoup.uniform([plain, other]).params
+  assert [x.tolist() for x in jax.tree.leaves(params)] == [[2, 2], [0.5, 0.5]]
+
+
+def x64():
+  if hasattr(jax, 'enable_x64'):
+    return jax.enable_x64(True)
+  return jax.experimental.enable_x64()  # Its name until jax 0.8.
+
+
+def test_float64_and_complex_stay_wide():
+  with x64():
+    for dtype in ('float64', 'complex64', 'complex128'):
+      models = [np.array([1 / 3], dtype) * k for k in (1, 2)]
+      params = jaxsoup.uniform(models).params
+      assert params.dtype == dtype
+      tolerance = 1e-6 if dtype == 'complex64' else 1e-15
+      np.testing.assert_allclose(params, np.mean(models, 0), rtol=tolerance)
+
+
+def test_stack_keeps_every_row(placement, rng):
+  models = [rng.normal(size=(4, 3)).astype(np.float16) for _ in range(5)]
+  stacked = jaxsoup.stack([{'w': placement.put(m)} for m in models])['w']
+  np.testing.assert_array_equal(stacked, models)
+  expected = placement.put(np.stack(models), axis=1).sharding
+  assert stacked.sharding.is_equivalent_to(expected, stacked.ndim)
