@@ -141,3 +141,19 @@ def test_models_that_do_not_fit_are_named():
 def test_wrong_shape_is_named():
   with pytest.raises(ValueError, match=r'\(3, 2\): expected \[K, N, C\]'):
     ensembles.uniform(np.zeros((3, 2)))
+
+
+def test_soup_of_linear_models_is_their_ensemble():
+  """f(x; sum alpha theta) = sum alpha f(x; theta), f being linear in theta."""
+  rng = np.random.default_rng(5)
+  models = [{'w': rng.normal(size=(3, 4)).astype('f')} for _ in range(5)]
+  x = rng.normal(size=(20, 3)).astype(np.float32)
+  label = rng.integers(0, 4, 20)
+  batches = evaluation.batched({'x': x}, 8)
+  logits = ensembles.collect(models, linear, batches)
+  ensemble = ensembles.greedy(logits, lambda z: accuracy(z, label))
+  soup = jaxsoup.greedy(models, lambda p: accuracy(x @ p['w'], label))
+  np.testing.assert_array_equal(soup.alpha, ensemble.alpha)
+  np.testing.assert_allclose(
+      x @ soup.params['w'], ensemble.logits, rtol=1e-4, atol=1e-5
+  )

@@ -225,3 +225,10 @@ def test_more_runs_begin_with_the_same():
   assert many[:3] == few and len(many) == 9
   other = configs.load(CONFIG, ['--config.seed=1'])[1]
   assert other[0] != few[0]
+
+
+def test_runs_carry_their_config_and_score(uninterrupted):
+  made = checkpoints.provenance(uninterrupted / 'runs/03')['metadata']
+  results = json.loads((uninterrupted / 'results.json').read_text())
+  assert made['config'] == results['runs'][3]
+  assert made['held_out'] == pytest.approx(results['rows'][3]['held_out'])

@@ -174,7 +174,13 @@ def _describe(path: epath.Path) -> dict[str, Any]:
   for directory in (path, path.parent):
     file = directory / '_CHECKPOINT_METADATA'
     if file.exists():
-      return json.loads(file.read_text())
+      try:
+        return json.loads(file.read_text())
+      except ValueError as e:
+        raise ValueError(
+            f'{file} is unreadable: {_first_line(e)}. The checkpoint is '
+            'damaged: leave it out, or restore it from a copy.'
+        ) from e
   return {}
 
 

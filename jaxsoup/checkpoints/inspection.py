@@ -47,8 +47,8 @@ class Inspection(NamedTuple):
     """Lines for a terminal; repeated blocks of one shape are not folded."""
     width = max((len(name) for name, *_ in self.leaves), default=0)
     lines = [
-        f'{name:<{width}}  {dtype:<9} {list(shape)}'
-        for name, shape, dtype, _ in self.leaves
+        f'{name:<{width}}  {_human(size):>8}  {dtype:<9} {list(shape)}'
+        for name, shape, dtype, size in self.leaves
     ]
     lines.append('')
     for k, path in enumerate(self.paths):

@@ -49,12 +49,7 @@ def recipes(
   Returns:
     Functions without arguments, which return a `Soup`.
   """
-  eval_fn = evaluation.mean_of(
-      lambda params, batch: metrics.correct(
-          logits_fn(params, batch['image']), batch['label']
-      ),
-      evaluation.batched(held_out, config.batch_size),
-  )
+  eval_fn = accuracy_of(config, logits_fn, held_out)
 
   def learned(depth):
     batches, val_batches = _learning_batches(config, held_out)
@@ -77,6 +72,18 @@ def recipes(
       'learned by tensor': lambda: learned(math.inf),
       'Model Stock': lambda: jaxsoup.model_stock(ingredients, theta_0),
   }
+
+
+def accuracy_of(
+    config: ml_collections.ConfigDict, logits_fn: LogitsFn, data: Dataset
+) -> Callable[[Any], float]:
+  """The `eval_fn` of the searches: the share of right answers on `data`."""
+  return evaluation.mean_of(
+      lambda params, batch: metrics.correct(
+          logits_fn(params, batch['image']), batch['label']
+      ),
+      evaluation.batched(data, config.batch_size),
+  )
 
 
 def loss_fn_of(logits_fn: LogitsFn) -> Callable[..., jax.Array]:

@@ -6,7 +6,7 @@ python -m jaxsoup.experiments.main --config=configs/digits.py --workdir=DIR \
 ```
 
 Goes on from its workdir after a kill at any point, with the same result. The
-workdir holds `theta_0/` and `runs/NN/` (Orbax checkpoints with config and
+workdir holds `theta_0/` and `runs/NN/` (Orbax checkpoints, with config and
 held-out score), `scores.jsonl`, `soups/NAME/`, `results.json`, and pictures.
 """
 
@@ -67,6 +67,7 @@ def run(
       )
   workdir = pathlib.Path(workdir).absolute()
   configs.check_unchanged(config, workdir / 'config.json')
+  progress_fn('pre-training', 0.0)
   splits = digits.load(config.seed, config.data.sizes)
   data = _evaluation_data(config, splits)
   logits_fn = finetune.make_model(config).logits_fn
@@ -132,7 +133,7 @@ def _ingredients(config, runs, theta_0, splits, workdir, progress_fn):
         config,
         theta_0,
         group,
-        splits['train'],
+        splits,
         functools.partial(_part, progress_fn, start, len(group), len(runs)),
     )
   abstract_params = jax.eval_shape(lambda: theta_0)
@@ -144,7 +145,7 @@ def _part(progress_fn, start, num_runs, num_all, epoch, num_epochs, _) -> None:
   progress_fn('fine-tuning', done)
 
 
-def _finetune_group(config, theta_0, group, train, progress_fn) -> None:
+def _finetune_group(config, theta_0, group, splits, progress_fn) -> None:
   """Trains all runs of a group if one is missing, and saves those.
 
   All of them, so that what a run becomes does not depend on what was there.
@@ -153,13 +154,16 @@ def _finetune_group(config, theta_0, group, train, progress_fn) -> None:
     return
   runs = [run for _, run in group]
   stacked = finetune.finetune(
-      config, theta_0, runs, train, progress_fn=progress_fn
+      config, theta_0, runs, splits['train'], progress_fn=progress_fn
   )
   stacked = jax.device_get(stacked)
+  logits_fn = finetune.make_model(config).logits_fn
+  eval_fn = cook.accuracy_of(config, logits_fn, splits['held_out'])
   for i, (path, run) in enumerate(group):
     if not path.exists():
       params = jax.tree.map(operator.itemgetter(i), stacked)
-      checkpoints.save(path, params, metadata=dict(run))
+      metadata = {'config': dict(run), 'held_out': eval_fn(params)}
+      checkpoints.save(path, params, metadata=metadata)
 
 
 def _soups(
