@@ -21,6 +21,7 @@ import jaxsoup
 from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import metrics
+from jaxsoup._soup import EvalFn
 from jaxsoup.report import Row
 
 Dataset = Mapping[str, np.ndarray]
@@ -76,7 +77,7 @@ def recipes(
 
 def accuracy_of(
     config: ml_collections.ConfigDict, logits_fn: LogitsFn, data: Dataset
-) -> Callable[[Any], float]:
+) -> EvalFn:
   """The `eval_fn` of the searches: the share of right answers on `data`."""
   return evaluation.mean_of(
       lambda params, batch: metrics.correct(

@@ -162,7 +162,7 @@ def _finetune_group(config, theta_0, group, splits, progress_fn) -> None:
   for i, (path, run) in enumerate(group):
     if not path.exists():
       params = jax.tree.map(operator.itemgetter(i), stacked)
-      metadata = {'config': dict(run), 'held_out': eval_fn(params)}
+      metadata = {'config': dict(run), 'held_out': float(eval_fn(params))}
       checkpoints.save(path, params, metadata=metadata)
 
 
