@@ -50,13 +50,13 @@ class UserCodeError(Exception):
 
 @contextlib.contextmanager
 def _failures() -> Iterator[None]:
-  """Turns the errors that a user can mend into one line and exit code 1."""
+  """Turns the errors that a user can mend into one line and an exit code."""
   try:
     yield
   except (
       ImportError, OSError, TypeError, UserCodeError, ValueError
   ) as e:  # fmt: skip
-    _fail(str(e), code=1)
+    _fail(str(e), code=getattr(e, 'exit_code', 1))
 
 
 def _fail(message: str, code: int) -> NoReturn:

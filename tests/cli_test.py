@@ -350,6 +350,13 @@ def test_usage_exits_with_2(args):
   assert_fails(invoke(*args), 2, 'No such')
 
 
+def test_demo_in_the_workdir_of_another_config(tmp_path):
+  (tmp_path / 'config.json').write_text('{"seed": 7}')
+  args = 'demo', '--short', '--workdir', str(tmp_path)
+  assert_fails(invoke(*args), 2, 'seed was 7, is 0')
+  assert [p.name for p in tmp_path.iterdir()] == ['config.json']
+
+
 # --- Real processes -----------------------------------------------------------
 
 

@@ -22,6 +22,8 @@ Runs = list[dict[str, float]]
 class UsageError(ValueError):
   """What the user typed does not fit; the message says what would."""
 
+  exit_code = 2
+
 
 def parse(argv: Sequence[str]) -> tuple[str, str, list[str]]:
   """Takes `--config=FILE --workdir=DIR --config.x=y ...` apart.

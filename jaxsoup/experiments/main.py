@@ -252,12 +252,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, runs = configs.load(path, overrides)
     with progress.shown(STAGES) as progress_fn:
       rows = run(config, runs, workdir, progress_fn)
-  except configs.UsageError as e:
-    print(f'Error: {e}', file=sys.stderr)
-    return 2
   except (ImportError, OSError, TypeError, ValueError) as e:
     print(f'Error: {e}', file=sys.stderr)
-    return 1
+    return getattr(e, 'exit_code', 1)
   show(report.summary(rows), workdir)
   return 0
 
