@@ -23,6 +23,9 @@ if TYPE_CHECKING:
   from jaxsoup import metrics as metrics
   from jaxsoup import report as report
   from jaxsoup import sharding as sharding
+  from jaxsoup._checked import check_compatible as check_compatible
+  from jaxsoup._mixing import mix as mix
+  from jaxsoup._mixing import stack as stack
   from jaxsoup._recipes._average import average as average
   from jaxsoup._recipes._average import ema as ema
   from jaxsoup._recipes._average import lawa as lawa
@@ -36,13 +39,12 @@ if TYPE_CHECKING:
   from jaxsoup._recipes._stock import model_stock as model_stock
   from jaxsoup._soup import Soup as Soup
   from jaxsoup._soup import Trial as Trial
-  from jaxsoup._tree import check_compatible as check_compatible
-  from jaxsoup._tree import mix as mix
-  from jaxsoup._tree import stack as stack
 
 __version__ = '0.1.0'
 
 _EXPORTS = {
+    '_checked': ('check_compatible',),
+    '_mixing': ('mix', 'stack'),
     '_recipes._average': ('average', 'ema', 'lawa', 'swa', 'uniform'),
     '_recipes._greedy': ('greedy',),
     '_recipes._interpolate': ('interpolate',),
@@ -50,7 +52,6 @@ _EXPORTS = {
     '_recipes._pruned': ('pruned',),
     '_recipes._stock': ('model_stock',),
     '_soup': ('Soup', 'Trial'),
-    '_tree': ('check_compatible', 'mix', 'stack'),
 }
 _MODULES = (
     'checkpoints', 'ensembles', 'evaluation', 'metrics', 'report', 'sharding'

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxsoup import _tree
+from jaxsoup import _checked
 from jaxsoup import evaluation
 from jaxsoup._recipes import _average
 from jaxsoup._recipes import _greedy
@@ -58,13 +58,13 @@ def collect(
   Raises:
     ValueError: no ingredients, or they do not fit (see `check_compatible`).
   """
-  checked = _tree.Checked(ingredients, non_float_from=0)
+  checked = _checked.Checked(ingredients, non_float_from=0)
   run = evaluation.logits_of(logits_fn, batches)
   order = range(len(checked))
   return np.stack(
       [
           run(checked.replace(leaves))
-          for _, leaves in _tree.in_order(checked, order)
+          for _, leaves in _checked.in_order(checked, order)
       ]
   )
 

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxsoup import _checked
+from jaxsoup import _mixing
 from jaxsoup import _tree
 from jaxsoup._soup import AverageInfo
 from jaxsoup._soup import Params
@@ -43,9 +45,9 @@ def uniform(
 
   Source: Wortsman et al. 2022, section 2.
   """
-  checked = _tree.Checked(ingredients, non_float_from)
+  checked = _checked.Checked(ingredients, non_float_from)
   alpha = np.full(len(checked), 1 / len(checked), np.float32)
-  return _soup(checked, _tree.weighted_sum(checked), len(checked), alpha)
+  return _soup(checked, _mixing.weighted_sum(checked), len(checked), alpha)
 
 
 def average(
@@ -76,7 +78,7 @@ def average(
     >>> average([np.float32(1), np.float32(2)], [0.25, 0.75]).params
     Array(1.75, dtype=float32)
   """
-  checked = _tree.Checked(ingredients, non_float_from)
+  checked = _checked.Checked(ingredients, non_float_from)
   alpha = _tree.nest(
       {
           path: np.asarray(jax.device_get(x), np.float32)
@@ -90,7 +92,7 @@ def average(
         f'are {len(checked)} ingredients: expected ({len(checked)},).'
     )
   used = np.any([x != 0 for x in jax.tree.leaves(alpha)], axis=0)
-  total = _tree.weighted_sum(checked, alpha, np.flatnonzero(used).tolist())
+  total = _mixing.weighted_sum(checked, alpha, np.flatnonzero(used).tolist())
   return _soup(checked, total, 1, alpha)
 
 
@@ -181,5 +183,5 @@ def lawa(num: int, *, last: int) -> np.ndarray:
 
 
 def _soup(checked, total, count, alpha) -> Soup:
-  floats = _tree.rounded(total, _tree.numbers(count), checked.float_dtypes)
+  floats = _mixing.rounded(total, _tree.numbers(count), checked.float_dtypes)
   return Soup(checked.replace(floats), alpha, AverageInfo(checked.duplicates()))

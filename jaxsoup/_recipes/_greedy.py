@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxsoup import _tree
+from jaxsoup import _checked
 from jaxsoup._recipes import _search
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Members
@@ -85,7 +85,7 @@ def greedy(
   Source: Wortsman et al. 2022, recipe 1. With replacement: Caruana et al. 2004,
   "Ensemble selection from libraries of models".
   """
-  checked = _tree.Checked(ingredients, non_float_from)
+  checked = _checked.Checked(ingredients, non_float_from)
   num_most = _num_most(max_ingredients, num_passes, len(checked))
   search = _search.Search(
       checked, eval_fn, strict=strict, log=scores, on_trial=on_trial

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxsoup import _checked
+from jaxsoup import _mixing
 from jaxsoup import _tree
 from jaxsoup._soup import AverageInfo
 from jaxsoup._soup import Params
@@ -57,8 +59,8 @@ def interpolate(
         f't has shape {t.shape} and values {t}: it must be one finite number, '
         'or a vector of them.'
     )
-  checked = _tree.Checked([theta_0, theta_1], non_float_from)
-  stacked = _tree.stack_leaves(checked)
+  checked = _checked.Checked([theta_0, theta_1], non_float_from)
+  stacked = _mixing.stack_leaves(checked)
   alpha = np.stack([1 - t, t], axis=-1)
   floats = _curve(_tree.numbers(alpha), stacked)
   params = checked.replace(floats)
@@ -69,12 +71,13 @@ def interpolate(
 
 @jax.jit
 def _curve(alpha: jax.Array, stacked: list[jax.Array]) -> list[jax.Array]:
-  mix = lambda a: _tree.mix_leaves([a] * len(stacked), stacked)
+  mix = lambda a: _mixing.mix_leaves([a] * len(stacked), stacked)
   return jax.vmap(mix)(alpha) if alpha.ndim == 2 else mix(alpha)
 
 
 def _with_repeated_non_floats(params: Params, num: int) -> Params:
   flat = _tree.flatten(params)
   return flat.replace(
-      x if _tree.is_float(x) else _tree.repeat([x], num)[0] for x in flat.leaves
+      x if _tree.is_float(x) else _mixing.repeat([x], num)[0]
+      for x in flat.leaves
   )

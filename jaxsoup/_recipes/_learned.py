@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxsoup import _checked
+from jaxsoup import _mixing
 from jaxsoup import _tree
 from jaxsoup._soup import LearnedInfo
 from jaxsoup._soup import LossFn
@@ -108,8 +110,8 @@ def learned(
   """
   if patience is not None and val_batches is None:
     raise ValueError('patience needs val_batches: a second held-out split.')
-  checked = _tree.Checked(ingredients, non_float_from)
-  stacked = _tree.stack_leaves(checked)
+  checked = _checked.Checked(ingredients, non_float_from)
+  stacked = _mixing.stack_leaves(checked)
   groups = [_tree.group_of(path, depth) for path in checked.float_paths]
   w = {g: _tree.numbers(np.zeros(len(checked))) for g in groups}
   # A fixed beta is no variable, or weight decay would move it.
@@ -118,14 +120,14 @@ def learned(
   def loss_of(variables, stacked, batch):
     w, scale = variables
     alpha = {g: alpha_fn(w[g]) for g in w}
-    floats = _tree.mix_leaves([alpha[g] for g in groups], stacked)
+    floats = _mixing.mix_leaves([alpha[g] for g in groups], stacked)
     scale = jnp.float32(beta) if scale is None else scale
     return loss_fn(checked.replace(floats), batch, scale)
 
   fit = _Fit(loss_of, stacked, tx, variables, num_epochs, patience)
   w, scale = fit.run(batches, val_batches)
   alpha = {g: jax.jit(alpha_fn)(w[g]) for g in w}
-  floats = _tree.mix_leaves([alpha[g] for g in groups], stacked)
+  floats = _mixing.mix_leaves([alpha[g] for g in groups], stacked)
   info = LearnedInfo(
       beta=float(jax.device_get(scale) if beta is None else beta),
       losses=np.array(fit.losses, np.float32),

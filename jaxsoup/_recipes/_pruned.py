@@ -10,7 +10,7 @@ from collections.abc import MutableMapping
 from collections.abc import Sequence
 import itertools
 
-from jaxsoup import _tree
+from jaxsoup import _checked
 from jaxsoup._recipes import _search
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Members
@@ -67,7 +67,7 @@ def pruned(
 
   Source: Dansereau et al. 2023, section 3.
   """
-  checked = _tree.Checked(ingredients, non_float_from)
+  checked = _checked.Checked(ingredients, non_float_from)
   search = _search.Search(
       checked, eval_fn, strict=strict, log=scores, on_trial=on_trial
   )

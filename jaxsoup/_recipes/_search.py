@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxsoup import _checked
+from jaxsoup import _mixing
 from jaxsoup import _tree
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Members
@@ -27,7 +29,7 @@ class Search:
 
   def __init__(
       self,
-      checked: _tree.Checked,
+      checked: _checked.Checked,
       eval_fn: EvalFn,
       *,
       strict: bool,
@@ -48,14 +50,14 @@ class Search:
   def scores_of_singles(self) -> list[float]:
     """The score of every ingredient alone."""
     unknown = [k for k in range(len(self._checked)) if (k,) not in self._log]
-    for k, leaves in _tree.in_order(self._checked, unknown):
+    for k, leaves in _checked.in_order(self._checked, unknown):
       self._score((k,), functools.partial(list, leaves))
     return [self._score((k,), list) for k in range(len(self._checked))]
 
   def start_from_all(self) -> None:
     """Makes the uniform soup the present one."""
     self.accepted = tuple(range(len(self._checked)))
-    self._total = _tree.weighted_sum(self._checked)
+    self._total = _mixing.weighted_sum(self._checked)
     self.score = self._score(self.accepted, self._mean)
 
   def start_from(self, k: int, score: float) -> None:
@@ -139,18 +141,18 @@ class Search:
   def _candidate(self, leaves, sign, count):
     if self._total is None:
       return leaves
-    return _tree.rounded_with(
+    return _mixing.rounded_with(
         self._total, leaves, self._weights(sign), _tree.numbers(count)
     )
 
   def _change(self, leaves, sign) -> None:
     if self._total is None:
-      self._total = _tree.scaled(leaves, self._weights(sign))
+      self._total = _mixing.scaled(leaves, self._weights(sign))
     else:
-      self._total = _tree.add(self._total, leaves, self._weights(sign))
+      self._total = _mixing.add(self._total, leaves, self._weights(sign))
 
   def _mean(self) -> list[jax.Array]:
-    return _tree.rounded(
+    return _mixing.rounded(
         self._total,
         _tree.numbers(len(self.accepted)),
         self._checked.float_dtypes,

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import _checked
+from jaxsoup import _mixing
 from jaxsoup import _tree
 from jaxsoup._soup import Params
 from jaxsoup._soup import Soup
@@ -56,11 +58,11 @@ def model_stock(
   Source: Jang et al. 2024, "Model Stock: All we need is just a few fine-tuned
   models", equations 3 and 5.
   """
-  checked = _tree.Checked(ingredients, non_float_from)
+  checked = _checked.Checked(ingredients, non_float_from)
   start = _fitting_leaves(checked, theta_0)
   num = len(checked)
   total = units = None
-  for _, leaves in _tree.in_order(checked, range(num)):
+  for _, leaves in _checked.in_order(checked, range(num)):
     total, units = _add(total, units, leaves, start)
   floats, cosine, ratio = _towards_mean(total, units, start, num)
   cosine, ratio = jax.device_get((cosine, ratio))
@@ -73,7 +75,7 @@ def model_stock(
 
 def _fitting_leaves(checked, theta_0) -> list[jax.Array]:
   checked[0]
-  start = _tree.Checked([checked.replace(checked[0]), theta_0], 0)
+  start = _checked.Checked([checked.replace(checked[0]), theta_0], 0)
   try:
     return start[1]
   except ValueError as e:
@@ -85,7 +87,7 @@ def _fitting_leaves(checked, theta_0) -> list[jax.Array]:
 def _add(total, units, leaves, start):
   if total is None:
     ones = _tree.numbers(np.ones(len(leaves)))
-    return _tree.scaled(leaves, ones), _unit_vectors(leaves, start)
+    return _mixing.scaled(leaves, ones), _unit_vectors(leaves, start)
   return _add_in_place(total, units, leaves, start)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import _checked
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
@@ -113,7 +114,7 @@ def _misfits(sources: Sequence[_orbax.Metadata]) -> list[str]:
         _tree.Flat(list(s.leaves.values()), list(s.leaves), None)
         for s in (first, source)
     ]
-    misfits = _tree.misfits(*pair)
+    misfits = _checked.misfits(*pair)
     if misfits:
       more = f' (and {len(misfits) - 5} more)' if len(misfits) > 5 else ''
       found.append(

@@ -1,0 +1,270 @@
+"""Ingredients that fit together: checked when they are read.
+
+```
+checked = Checked(ingredients)
+checked[0], checked.duplicates()
+```
+"""
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+from typing import Any
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoup import _tree
+from jaxsoup._soup import Members
+from jaxsoup._soup import Params
+
+
+def misfits(first: _tree.Flat, other: _tree.Flat) -> list[str]:
+  """What differs between two trees, without looking at values."""
+  first_leaves = dict(zip(first.paths, first.leaves))
+  other_leaves = dict(zip(other.paths, other.leaves))
+  found = []
+  for path in first_leaves.keys() - other_leaves.keys():
+    found.append(f'leaf {_tree.name_of(path)!r} is missing')
+  for path in other_leaves.keys() - first_leaves.keys():
+    found.append(f'leaf {_tree.name_of(path)!r} is not in the first one')
+  for path in first_leaves.keys() & other_leaves.keys():
+    for what in ('shape', 'dtype'):
+      expected = getattr(first_leaves[path], what)
+      actual = getattr(other_leaves[path], what)
+      if expected != actual:
+        found.append(
+            f'leaf {_tree.name_of(path)!r} has {what} {actual}, expected '
+            f'{expected}'
+        )
+  return sorted(found)
+
+
+def _remedy(misfits: str) -> str:
+  if 'dtype' in misfits:
+    return (
+        'Cast one of them: '
+        'jax.tree.map(lambda x: x.astype(jnp.float32), params)'
+    )
+  return (
+      'Only models of one architecture can be averaged. Where just the heads '
+      'differ, pass the subtrees that agree, such as [p["backbone"] for p in '
+      'ingredients].'
+  )
+
+
+def _host_value(leaf: Any) -> np.ndarray:
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  return np.asarray(jax.device_get(leaf))
+
+
+@jax.jit
+def _summary(leaves: list[jax.Array]) -> tuple[list[jax.Array], ...]:
+  """Whether each leaf is finite, and its sum: equal trees have equal sums."""
+  finite = [jnp.isfinite(x).all() for x in leaves]
+  sums = [jnp.sum(x, dtype=_tree.wide_dtype(x.dtype)) for x in leaves]
+  return finite, sums
+
+
+class Checked(Sequence):
+  """Ingredients as flat lists of leaves, each checked when it is first read.
+
+  The first one that is read is the template: the others must have its paths,
+  shapes and dtypes, finite values, and equal leaves where those are not floats.
+  """
+
+  def __init__(
+      self, ingredients: Sequence[Params], non_float_from: int | None = None
+  ):
+    if not hasattr(ingredients, '__getitem__') or isinstance(
+        ingredients, Mapping
+    ):
+      raise TypeError(
+          'ingredients must be a sequence of pytrees (a list, or '
+          'checkpoints.Ingredients), not a '
+          f'{type(ingredients).__name__}. A generator: list(it) first. One '
+          'stacked tree: use jaxsoup.mix(stacked, alpha).'
+      )
+    if not len(ingredients):
+      raise ValueError(
+          'There are no ingredients: the sequence is empty. A soup needs at '
+          'least one model.'
+      )
+    self._source = ingredients
+    self._equal_non_floats = non_float_from is None
+    self._sums: dict[int, bytes] = {}
+    self._duplicates: dict[int, int] = {}
+    self._first: _tree.Flat | None = None
+    if non_float_from is not None:
+      self[non_float_from]  # The template: whose non-float leaves are taken.
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, k):
+    """The leaves of ingredient k that are floats."""
+    k = range(len(self))[k]
+    flat = _tree.flatten(self._source[k])
+    if self._first is None:
+      self._first = flat
+    if k not in self._sums:
+      self._check(k, flat)
+    # Sorted as the template is: a State may list its leaves in another order.
+    leaves = dict(zip(flat.paths, flat.leaves))
+    return [leaves[path] for path in self.float_paths]
+
+  @property
+  def template(self) -> _tree.Flat:
+    """The first ingredient that was read, or else ingredient 0."""
+    if self._first is None:
+      self[0]
+    assert self._first is not None
+    return self._first
+
+  def prefetch(self, k: int) -> None:
+    """Says that ingredient k will be asked for next."""
+    getattr(self._source, 'prefetch', lambda _: None)(k)
+
+  def name(self, k: int) -> str:
+    """How ingredient k is named in a message."""
+    paths = getattr(self._source, 'paths', None)
+    return f'ingredient {k}' + (f' ({paths[k]})' if paths else '')
+
+  @functools.cached_property
+  def float_paths(self) -> list[_tree.Path]:
+    flat = self.template
+    return [p for p, x in zip(flat.paths, flat.leaves) if _tree.is_float(x)]
+
+  @functools.cached_property
+  def float_dtypes(self) -> tuple[Any, ...]:
+    return tuple(x.dtype for x in self.template.leaves if _tree.is_float(x))
+
+  def replace(self, floats: Iterable[jax.Array]) -> Params:
+    """The template's container with these leaves as its floats."""
+    flat = self.template
+    floats = iter(floats)
+    return flat.replace(
+        next(floats) if _tree.is_float(x) else x for x in flat.leaves
+    )
+
+  def duplicates(self) -> tuple[Members, ...]:
+    """Groups of equal ingredients among those read so far; warns of them."""
+    groups: dict[int, list[int]] = {}
+    for k, twin in sorted(self._duplicates.items()):
+      groups.setdefault(twin, [twin]).append(k)
+    for group in groups.values():
+      warnings.warn(
+          f'{" and ".join(map(self.name, group))} have equal parameters: one '
+          'model counts several times.',
+          stacklevel=4,
+      )
+    return tuple(tuple(group) for group in groups.values())
+
+  def _check(self, k: int, flat: _tree.Flat) -> None:
+    found = misfits(self.template, flat)
+    if found:
+      more = f' (and {len(found) - 5} more)' if len(found) > 5 else ''
+      raise ValueError(
+          f'{self.name(k)} does not fit the first one: '
+          f'{"; ".join(found[:5])}{more}. {_remedy(found[0])}'
+      )
+    self._check_non_floats(k, flat)
+    leaves = dict(zip(flat.paths, flat.leaves))
+    floats = [leaves[path] for path in self.float_paths]
+    finite, sums = jax.device_get(_summary(floats))
+    bad = [
+        _tree.name_of(p) for p, ok in zip(self.float_paths, finite) if not ok
+    ]
+    if bad:
+      raise ValueError(
+          f'{self.name(k)} has NaN or infinite values in leaf {bad[0]!r}'
+          + (f' and {len(bad) - 1} more' if len(bad) > 1 else '')
+          + '. Its training diverged, or its file is damaged: leave it out.'
+      )
+    self._find_twin(k, floats, b''.join(np.asarray(s).tobytes() for s in sums))
+
+  def _check_non_floats(self, k: int, flat: _tree.Flat) -> None:
+    if not self._equal_non_floats:
+      return
+    leaves = dict(zip(flat.paths, flat.leaves))
+    for path, expected in zip(self.template.paths, self.template.leaves):
+      if _tree.is_float(expected) or leaves[path] is expected:
+        continue
+      expected, actual = _host_value(expected), _host_value(leaves[path])
+      if not np.array_equal(expected, actual):
+        raise ValueError(
+            f'{self.name(k)}: leaf {_tree.name_of(path)!r} of dtype '
+            f'{actual.dtype} is {_short(actual)}, but {_short(expected)} in '
+            'the first one. Only floats are averaged. Pass non_float_from=k to take such leaves'
+            ' from ingredient k, or pass parameters only: nnx.state(model,'
+            ' nnx.Param).'
+        )
+
+  def _find_twin(self, k: int, floats: list[jax.Array], sums: bytes) -> None:
+    # Equal sums are a hint; a permuted model has them too. So compare.
+    for twin, other_sums in self._sums.items():
+      if other_sums == sums and twin not in self._duplicates:
+        others = self[twin]
+        if all(
+            np.array_equal(_host_value(x), _host_value(y))
+            for x, y in zip(floats, others)
+        ):
+          self._duplicates[k] = twin
+          break
+    self._sums[k] = sums
+
+
+def _short(value: np.ndarray) -> str:
+  return np.array2string(value, threshold=4, edgeitems=2)
+
+
+def check_compatible(
+    ingredients: Sequence[Params], *, non_float_from: int | None = None
+) -> tuple[Members, ...]:
+  """Raises unless the ingredients can be averaged.
+
+  They must agree in the paths, shapes and dtypes of their leaves, all values
+  must be finite, and leaves that are not floats (steps, counters, PRNG keys)
+  must be equal. Every recipe checks this by itself, on each ingredient when it
+  first reads it; call it to know before you start.
+
+  Args:
+    ingredients: K pytrees.
+    non_float_from: the ingredient whose non-float leaves a recipe would take,
+      which need then not be equal.
+
+  Returns:
+    Groups of ingredients with equal parameters, which a `UserWarning` names.
+
+  Raises:
+    ValueError: names the ingredient, the leaf's path, both values, and what to
+      do.
+
+  Example:
+    >>> check_compatible([{'w': np.zeros(2)}, {'w': np.zeros(3)}])
+    Traceback (most recent call last):
+    ...
+    ValueError: ingredient 1 does not fit the first one: leaf 'w' has shape \
+(3,), expected (2,). Only models of one architecture can be averaged. Where \
+just the heads differ, pass the subtrees that agree, such as [p["backbone"] \
+for p in ingredients].
+  """
+  checked = Checked(ingredients, non_float_from)
+  for k in range(len(checked)):
+    if k + 1 < len(checked):
+      checked.prefetch(k + 1)
+    checked[k]
+  return checked.duplicates()
+
+
+def in_order(checked: Checked, order: Sequence[int]):
+  """Pairs (k, leaves) in this order, the next one read ahead."""
+  for i, k in enumerate(order):
+    leaves = checked[k]
+    if i + 1 < len(order):
+      checked.prefetch(order[i + 1])
+    yield k, leaves

@@ -1,0 +1,246 @@
+"""The arithmetic of soups: stack, mix, and running sums.
+
+```
+stacked = jaxsoup.stack(ingredients)           # leaves [K, ...]
+params = jaxsoup.mix(stacked, alpha)           # sum_k alpha_k theta_k
+```
+
+Sums are in float32 or wider, with one rounding at the end: sum and count, never
+a running mean.
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from jaxsoup import _checked
+from jaxsoup import _tree
+from jaxsoup._soup import Params
+
+
+@jax.custom_vjp
+def _mix_leaf(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
+  wide = stacked.astype(_tree.wide_dtype(stacked.dtype))
+  # HIGHEST: TPUs and recent GPUs would round the factors of a product.
+  mixed = jnp.tensordot(
+      alpha.astype(wide.dtype), wide, 1, precision=jax.lax.Precision.HIGHEST
+  )
+  return mixed.astype(stacked.dtype)
+
+
+def _mix_leaf_fwd(alpha, stacked):
+  return _mix_leaf(alpha, stacked), (alpha, stacked)
+
+
+def _mix_leaf_bwd(residuals, gradient):
+  """`dL/dalpha_k = <theta_k, dL/dtheta>`: K inner products, no temporaries."""
+  alpha, stacked = residuals
+  wide = stacked.astype(_tree.wide_dtype(stacked.dtype))
+  gradient = gradient.astype(wide.dtype)
+  axes = tuple(range(1, stacked.ndim))
+  if _has_explicit_axes(gradient):
+    # A product that contracts a sharded axis raises on Explicit axes.
+    inner = jnp.sum(wide * gradient, axis=axes)
+  else:
+    inner = jnp.tensordot(
+        wide,
+        gradient,
+        axes=(axes, tuple(range(gradient.ndim))),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+  outer = jnp.expand_dims(alpha.astype(wide.dtype), axes) * gradient
+  return jnp.real(inner).astype(alpha.dtype), outer.astype(stacked.dtype)
+
+
+_mix_leaf.defvjp(_mix_leaf_fwd, _mix_leaf_bwd)
+
+
+def _has_explicit_axes(x: jax.Array) -> bool:
+  spec = getattr(getattr(jax.typeof(x), 'sharding', None), 'spec', ())
+  return any(axis is not None for axis in spec)
+
+
+@jax.jit
+def mix_leaves(
+    alphas: list[jax.Array], stacked: list[jax.Array]
+) -> list[jax.Array]:
+  """`sum_k alpha_k theta_k` of every leaf; the first row of a non-float."""
+  return [
+      _mix_leaf(alpha, leaf) if _tree.is_float(leaf) else leaf[0]
+      for alpha, leaf in zip(alphas, stacked)
+  ]
+
+
+def mix(stacked: Params, alpha: Any) -> Params:
+  """Mixes K stacked models into one.
+
+  `theta = sum_k alpha_k theta_k`, summed in float32 (or wider), rounded once.
+  Differentiable in both arguments in reverse mode; the gradient in alpha costs
+  K inner products. Runs under `jax.jit` and on any mesh: ingredients that are
+  sharded alike mix without communication.
+
+  Args:
+    stacked: pytree with leaves `[K, ...]`, from `stack` or a vmapped training.
+      Of a leaf that is not a float the first row is taken.
+    alpha: mixing coefficients, `[K]`; or a prefix tree: nested dicts whose
+      paths lead to groups of leaves, such as `{'body': [K], 'head': [K]}`. They
+      need not sum to one.
+
+  Returns:
+    A pytree like one ingredient, in its dtypes.
+
+  Raises:
+    ValueError: alpha does not fit: names the leaf or the entry of alpha.
+
+  Example:
+    >>> stacked = {'w': jnp.array([[0.0, 2.0], [1.0, 4.0]])}
+    >>> mix(stacked, [0.5, 0.5])
+    {'w': Array([0.5, 3. ], dtype=float32)}
+
+  Source: Wortsman et al. 2022, section 2.
+  """
+  flat = _tree.flatten(stacked)
+  alphas = _tree.alphas_of(alpha, flat.paths)
+  for path, coefficients, leaf in zip(flat.paths, alphas, flat.leaves):
+    if leaf.ndim < 1 or coefficients.shape != leaf.shape[:1]:
+      raise ValueError(
+          f'alpha has shape {coefficients.shape} and leaf '
+          f'{_tree.name_of(path)!r} has shape {leaf.shape}: expected [K] and '
+          '[K, ...]. Stack the ingredients with jaxsoup.stack.'
+      )
+  return flat.replace(mix_leaves(alphas, flat.leaves))
+
+
+def stack(
+    ingredients: Sequence[Params], *, non_float_from: int | None = None
+) -> Params:
+  """Stacks K models along a new first axis.
+
+  At most one ingredient is held beside the stack, so K checkpoints need K + 1
+  times the memory of one.
+
+  Args:
+    ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
+    non_float_from: the ingredient whose non-float leaves are taken; without it
+      they must be equal.
+
+  Returns:
+    A pytree with leaves `[K, ...]`, in the container of the first ingredient.
+
+  Raises:
+    ValueError: see `check_compatible`.
+
+  Example:
+    >>> stack([{'w': np.float32(1)}, {'w': np.float32(3)}])
+    {'w': Array([1., 3.], dtype=float32)}
+  """
+  checked = _checked.Checked(ingredients, non_float_from)
+  floats = iter(stack_leaves(checked))
+  flat = checked.template
+  return flat.replace(
+      next(floats) if _tree.is_float(x) else repeat([x], len(checked))[0]
+      for x in flat.leaves
+  )
+
+
+def stack_leaves(checked: _checked.Checked) -> list[jax.Array]:
+  """The float leaves `[K, ...]` of all ingredients, read one after another."""
+  num_ingredients = len(checked)
+  stacked: list[jax.Array] = []
+  for k, leaves in _checked.in_order(checked, range(num_ingredients)):
+    if not stacked:
+      stacked = repeat(leaves, num_ingredients)
+    else:
+      rows = [_beside(x, s) for x, s in zip(leaves, stacked)]
+      stacked = _set_row(stacked, rows, _tree.numbers(k, np.int32))
+  return stacked
+
+
+def _beside(x: jax.Array, stacked: jax.Array) -> jax.Array:
+  # jax 0.7 puts the stack of unsharded leaves on an Explicit mesh that is set.
+  sharding = stacked.sharding
+  if isinstance(sharding, NamedSharding) and not isinstance(
+      x.sharding, NamedSharding
+  ):
+    spec = PartitionSpec(*sharding.spec[1:])
+    return jax.device_put(x, NamedSharding(sharding.mesh, spec))
+  return x
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def repeat(leaves: list[jax.Array], num: int) -> list[jax.Array]:
+  return [jnp.broadcast_to(x, (num, *x.shape)) for x in leaves]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_row(
+    stacked: list[jax.Array], leaves: list[jax.Array], k: jax.Array
+) -> list[jax.Array]:
+  return [
+      jax.lax.dynamic_update_index_in_dim(s, x, k, 0)
+      for s, x in zip(stacked, leaves)
+  ]
+
+
+@jax.jit
+def scaled(leaves: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
+  """`weight * theta`, in float32 or wider: how a running sum begins."""
+  return [
+      w * x.astype(_tree.wide_dtype(x.dtype)) for x, w in zip(leaves, weights)
+  ]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add(
+    total: list[jax.Array], leaves: list[jax.Array], weights: jax.Array
+) -> list[jax.Array]:
+  """`total + weight * theta`, in place."""
+  return [t + w * x.astype(t.dtype) for t, x, w in zip(total, leaves, weights)]
+
+
+@jax.jit
+def rounded_with(
+    total: list[jax.Array],
+    leaves: list[jax.Array],
+    weights: jax.Array,
+    count: jax.Array,
+) -> list[jax.Array]:
+  """`(total + weight * theta) / count`: a candidate, the sum left as it is."""
+  return [
+      ((t + w * x.astype(t.dtype)) / count).astype(x.dtype)
+      for t, x, w in zip(total, leaves, weights)
+  ]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def rounded(total: list[jax.Array], count: jax.Array, dtypes: tuple[Any, ...]):
+  """`total / count`, rounded once to the dtypes of the ingredients."""
+  return [(t / count).astype(d) for t, d in zip(total, dtypes)]
+
+
+def weighted_sum(
+    checked: _checked.Checked,
+    alpha: Any = None,
+    order: Sequence[int] | None = None,
+) -> list[jax.Array]:
+  """`sum_k alpha_k theta_k` of the float leaves, one ingredient at a time.
+
+  Without alpha every weight is one. Ingredients that are not in `order` are not
+  read; an empty order reads the first, whose leaves tell what zeros look like.
+  """
+  order = range(len(checked)) if order is None else order or [0]
+  total: list[jax.Array] = []
+  for k, leaves in _checked.in_order(checked, order):
+    if alpha is None:
+      weights = _tree.numbers(np.ones(len(leaves)))
+    else:
+      rows = jax.device_get(_tree.alphas_of(alpha, checked.float_paths))
+      weights = _tree.numbers([row[k] for row in rows])
+    total = add(total, leaves, weights) if total else scaled(leaves, weights)
+  return total
