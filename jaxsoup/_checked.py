@@ -199,9 +199,9 @@ class Checked(Sequence):
         raise ValueError(
             f'{self.name(k)}: leaf {_tree.name_of(path)!r} of dtype '
             f'{actual.dtype} is {_short(actual)}, but {_short(expected)} in '
-            'the first one. Only floats are averaged. Pass non_float_from=k to take such leaves'
-            ' from ingredient k, or pass parameters only: nnx.state(model,'
-            ' nnx.Param).'
+            'the first one. Only floats are averaged. Pass non_float_from=k to '
+            'take such leaves from ingredient k, or pass parameters only: '
+            'nnx.state(model, nnx.Param).'
         )
 
   def _find_twin(self, k: int, floats: list[jax.Array], sums: bytes) -> None:
