@@ -85,6 +85,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # Ranges, low to high. Up to a rate of 1.5e-2, pairs of runs with a barrier
   # of several points between them are common; up to 1e-2 they are rare.
   config.sweep = dict(
+      draw=0,
       num_runs=8 if is_short else 24,
       group_size=8,
       learning_rate=(1e-3, 1e-2),
@@ -119,7 +120,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def sweep(config: ml_collections.ConfigDict) -> list[dict[str, float]]:
-  """Draws the runs by random search, by `config.seed`.
+  """Draws the runs by random search, by `config.seed` and `sweep.draw`.
 
   Rates and decays are log-uniform, the rest uniform; mixup and augmentation
   are off in half of the runs, as RandAugment is in 27 of the paper's 71.
@@ -133,7 +134,8 @@ def sweep(config: ml_collections.ConfigDict) -> list[dict[str, float]]:
   Source: Wortsman et al., "Model soups", ICML 2022.
   """
   # The name keeps this stream apart from that of the split.
-  rng = np.random.default_rng([config.seed, *b'sweep'])
+  number = config.seed + 1000 * config.sweep.draw
+  rng = np.random.default_rng([number, *b'sweep'])
   return [_draw_run(config.sweep, rng) for _ in range(config.sweep.num_runs)]
 
 
