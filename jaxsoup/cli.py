@@ -205,7 +205,10 @@ def soup(
       theta_0 = checkpoints.Ingredients([init], item=item)[0]
       made = jaxsoup.model_stock(ingredients, theta_0)
     checkpoints.save(
-        out, made, ingredients=ingredients, metadata={'recipe': recipe}
+        out,
+        made,
+        ingredients=ingredients,
+        metadata={'recipe': recipe, 'seed': seed},
     )
     _show_soup(made, ingredients, out, recipe, as_json)
 
