@@ -124,7 +124,8 @@ def test_recipes(runs, recipe, options, expected):
   if expected is not None:
     np.testing.assert_allclose(soup.params['w'], [expected] * 2)
   stored = checkpoints.provenance('out')
-  assert stored['metadata'] == {'recipe': recipe, 'seed': None}
+  seed = 3 if '--seed' in options else None
+  assert stored['metadata'] == {'recipe': recipe, 'seed': seed}
   assert [row['path'] for row in stored['ingredients']] == paths
 
 
