@@ -6,6 +6,7 @@ checked[0], checked.duplicates()
 ```
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -43,17 +44,75 @@ def misfits(first: _tree.Flat, other: _tree.Flat) -> list[str]:
   return sorted(found)
 
 
-def _remedy(misfits: str) -> str:
-  if 'dtype' in misfits:
-    return (
+def misfit_error(name: str, misfits: Sequence[str]) -> ValueError:
+  """The error for an ingredient that differs from the first one."""
+  more = f' (and {len(misfits) - 5} more)' if len(misfits) > 5 else ''
+  if 'dtype' in misfits[0]:
+    remedy = (
         'Cast one of them: '
         'jax.tree.map(lambda x: x.astype(jnp.float32), params)'
     )
-  return (
-      'Only models of one architecture can be averaged. Where just the heads '
-      'differ, pass the subtrees that agree, such as [p["backbone"] for p in '
-      'ingredients].'
+  else:
+    remedy = (
+        'Only models of one architecture can be averaged. Where just the heads '
+        'differ, pass the subtrees that agree, such as [p["backbone"] for p in '
+        'ingredients].'
+    )
+  return ValueError(
+      f'{name} does not fit the first one: {"; ".join(misfits[:5])}{more}. '
+      f'{remedy}'
   )
+
+
+def not_finite_error(name: str, paths: Sequence[_tree.Path]) -> ValueError:
+  """The error for an ingredient with NaN or infinite values in some leaves."""
+  return ValueError(
+      f'{name} has NaN or infinite values in leaf {_tree.name_of(paths[0])!r}'
+      + (f' and {len(paths) - 1} more' if len(paths) > 1 else '')
+      + '. Its training diverged, or its file is damaged: leave it out.'
+  )
+
+
+def non_float_error(
+    name: str, path: _tree.Path, expected: np.ndarray, actual: np.ndarray
+) -> ValueError:
+  """The error for counters, steps or keys that are not equal."""
+  return ValueError(
+      f'{name}: leaf {_tree.name_of(path)!r} of dtype {actual.dtype} is '
+      f'{_short(actual)}, but {_short(expected)} in the first one. Only floats '
+      'are averaged. Pass non_float_from=k to take such leaves from ingredient '
+      'k, or pass parameters only: nnx.state(model, nnx.Param).'
+  )
+
+
+def warn_of_duplicates(
+    groups: Sequence[Members], name_fn: Callable[[int], str]
+) -> None:
+  """Names the ingredients that are one model."""
+  for group in groups:
+    warnings.warn(
+        f'{" and ".join(map(name_fn, group))} have equal parameters: one model '
+        'counts several times.',
+        stacklevel=5,
+    )
+
+
+def require_ingredients(ingredients: Any) -> None:
+  """Raises unless this is a sequence with at least one ingredient."""
+  if not hasattr(ingredients, '__getitem__') or isinstance(
+      ingredients, Mapping
+  ):
+    raise TypeError(
+        'ingredients must be a sequence of pytrees (a list, or '
+        'checkpoints.Ingredients), not a '
+        f'{type(ingredients).__name__}. A generator: list(it) first. One '
+        'stacked tree: use jaxsoup.mix(stacked, alpha).'
+    )
+  if not len(ingredients):
+    raise ValueError(
+        'There are no ingredients: the sequence is empty. A soup needs at '
+        'least one model.'
+    )
 
 
 def _host_value(leaf: Any) -> np.ndarray:
@@ -80,20 +139,7 @@ class Checked(Sequence):
   def __init__(
       self, ingredients: Sequence[Params], non_float_from: int | None = None
   ):
-    if not hasattr(ingredients, '__getitem__') or isinstance(
-        ingredients, Mapping
-    ):
-      raise TypeError(
-          'ingredients must be a sequence of pytrees (a list, or '
-          'checkpoints.Ingredients), not a '
-          f'{type(ingredients).__name__}. A generator: list(it) first. One '
-          'stacked tree: use jaxsoup.mix(stacked, alpha).'
-      )
-    if not len(ingredients):
-      raise ValueError(
-          'There are no ingredients: the sequence is empty. A soup needs at '
-          'least one model.'
-      )
+    require_ingredients(ingredients)
     self._source = ingredients
     self._equal_non_floats = non_float_from is None
     self._sums: dict[int, bytes] = {}
@@ -156,35 +202,21 @@ class Checked(Sequence):
     groups: dict[int, list[int]] = {}
     for k, twin in sorted(self._duplicates.items()):
       groups.setdefault(twin, [twin]).append(k)
-    for group in groups.values():
-      warnings.warn(
-          f'{" and ".join(map(self.name, group))} have equal parameters: one '
-          'model counts several times.',
-          stacklevel=4,
-      )
-    return tuple(tuple(group) for group in groups.values())
+    found = tuple(tuple(group) for group in groups.values())
+    warn_of_duplicates(found, self.name)
+    return found
 
   def _check(self, k: int, flat: _tree.Flat) -> None:
     found = misfits(self.template, flat)
     if found:
-      more = f' (and {len(found) - 5} more)' if len(found) > 5 else ''
-      raise ValueError(
-          f'{self.name(k)} does not fit the first one: '
-          f'{"; ".join(found[:5])}{more}. {_remedy(found[0])}'
-      )
+      raise misfit_error(self.name(k), found)
     self._check_non_floats(k, flat)
     leaves = dict(zip(flat.paths, flat.leaves))
     floats = [leaves[path] for path in self.float_paths]
     finite, sums = jax.device_get(_summary(floats))
-    bad = [
-        _tree.name_of(p) for p, ok in zip(self.float_paths, finite) if not ok
-    ]
+    bad = [path for path, ok in zip(self.float_paths, finite) if not ok]
     if bad:
-      raise ValueError(
-          f'{self.name(k)} has NaN or infinite values in leaf {bad[0]!r}'
-          + (f' and {len(bad) - 1} more' if len(bad) > 1 else '')
-          + '. Its training diverged, or its file is damaged: leave it out.'
-      )
+      raise not_finite_error(self.name(k), bad)
     self._find_twin(k, floats, b''.join(np.asarray(s).tobytes() for s in sums))
 
   def _check_non_floats(self, k: int, flat: _tree.Flat) -> None:
@@ -196,13 +228,7 @@ class Checked(Sequence):
         continue
       expected, actual = _host_value(expected), _host_value(leaves[path])
       if not np.array_equal(expected, actual):
-        raise ValueError(
-            f'{self.name(k)}: leaf {_tree.name_of(path)!r} of dtype '
-            f'{actual.dtype} is {_short(actual)}, but {_short(expected)} in '
-            'the first one. Only floats are averaged. Pass non_float_from=k to '
-            'take such leaves from ingredient k, or pass parameters only: '
-            'nnx.state(model, nnx.Param).'
-        )
+        raise non_float_error(self.name(k), path, expected, actual)
 
   def _find_twin(self, k: int, floats: list[jax.Array], sums: bytes) -> None:
     # Equal sums are a hint; a permuted model has them too. So compare.

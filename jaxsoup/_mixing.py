@@ -232,9 +232,9 @@ def weighted_sum(
   """`sum_k alpha_k theta_k` of the float leaves, one ingredient at a time.
 
   Without alpha every weight is one. Ingredients that are not in `order` are not
-  read; an empty order reads the first, whose leaves tell what zeros look like.
+  read.
   """
-  order = range(len(checked)) if order is None else order or [0]
+  order = range(len(checked)) if order is None else order
   total: list[jax.Array] = []
   for k, leaves in _checked.in_order(checked, order):
     if alpha is None:

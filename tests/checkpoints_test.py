@@ -19,7 +19,7 @@ import pytest
 import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup import sharding
-from jaxsoup.checkpoints import _orbax
+from jaxsoup.checkpoints import _checkpoint
 
 # After a read that failed, threads of Orbax may still call into its event loop,
 # which is closed by then: a warning, at any later moment.
@@ -267,13 +267,15 @@ def test_reading_while_a_mesh_is_set(runs):
 def reads(monkeypatch):
   """The checkpoints whose arrays were read, in order."""
   seen = []
-  original = _orbax.read
+  original = _checkpoint.Checkpoint.unverified
 
-  def read(source, wanted):
-    seen.append(source.path.name)
-    return original(source, wanted)
+  def unverified(self, name, index):
+    run = pathlib.Path(self.source.metadata.path).name
+    if run not in seen:
+      seen.append(run)
+    return original(self, name, index)
 
-  monkeypatch.setattr(_orbax, 'read', read)
+  monkeypatch.setattr(_checkpoint.Checkpoint, 'unverified', unverified)
   return seen
 
 
@@ -300,8 +302,21 @@ def test_next_one_is_read_while_the_present_one_is_used(runs, reads):
 
 
 def test_recipes_prefetch_too(runs, reads):
-  jaxsoup.uniform(checkpoints.Ingredients(runs))
-  assert reads == ['run0', 'run1', 'run2']
+  ingredients = checkpoints.Ingredients(runs)
+  seen = []
+
+  def eval_fn(params):
+    ingredients._reader.submit(lambda: None).result(timeout=60)
+    seen.append(list(reads))
+    return 0.0
+
+  jaxsoup.greedy(ingredients, eval_fn, order=[0, 1, 2])
+  assert seen[0] == ['run0', 'run1']
+
+
+def test_coefficients_of_zero_are_not_read(runs, reads):
+  jaxsoup.average(checkpoints.Ingredients(runs), [0.0, 1.0, 0.0])
+  assert reads == ['run1']
 
 
 def test_a_prefetch_that_was_not_wanted_is_dropped(runs):
@@ -448,15 +463,15 @@ def test_every_flipped_byte_is_found(tmp_path):
 
 
 def test_other_values_under_our_checksums_are_named(runs, monkeypatch):
-  original = ocp.PyTreeCheckpointer.restore
+  original = _checkpoint.Checkpoint.unverified
 
-  def restore(self, *args, **kwargs):
-    found = original(self, *args, **kwargs)
-    found['body']['bias'] = np.array(found['body']['bias'])
-    found['body']['bias'].view(np.uint8)[3] ^= 1
-    return found
+  def unverified(self, name, index):
+    piece = np.array(original(self, name, index))
+    if name == ('body', 'bias'):
+      piece.view(np.uint8)[3] ^= 1
+    return piece
 
-  monkeypatch.setattr(ocp.PyTreeCheckpointer, 'restore', restore)
+  monkeypatch.setattr(_checkpoint.Checkpoint, 'unverified', unverified)
   with pytest.raises(ValueError, match="Leaf 'body/bias' of .*run0 is damaged"):
     checkpoints.Ingredients(runs)[0]
 
@@ -592,7 +607,12 @@ def test_recipes_on_checkpoints_equal_those_on_a_list(runs, recipe):
       checkpoints.Ingredients(runs, abstract_of(params_of()))
   )
   listed = RECIPES[recipe]([params_of(k) for k in range(3)])
-  assert_equal(lazy.params, listed.params)
+  # A compiler may round `sum + alpha theta` once, the streamed sum does twice.
+  jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, atol=1e-7),
+      lazy.params,
+      listed.params,
+  )
   assert_same_fields(lazy.alpha, listed.alpha)
   assert_same_fields(lazy.info, listed.info)
 

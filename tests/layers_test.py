@@ -23,7 +23,7 @@ BASIC = {'jax', 'numpy', 'jaxsoup'}
 ALLOWED = (
     BASIC,
     BASIC | {'optax'},
-    BASIC | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'safetensors'},
+    BASIC | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'tensorstore'},
     BASIC | {'flax', 'scipy', 'sklearn', 'tensorflow_datasets'},
     BASIC | {'absl', 'flax', 'ml_collections', 'optax', 'rich', 'typer'},
 )

@@ -45,9 +45,11 @@ def uniform(
 
   Source: Wortsman et al. 2022, section 2.
   """
-  checked = _checked.Checked(ingredients, non_float_from)
-  alpha = np.full(len(checked), 1 / len(checked), np.float32)
-  return _soup(checked, _mixing.weighted_sum(checked), len(checked), alpha)
+  _checked.require_ingredients(ingredients)
+  num = len(ingredients)
+  params, duplicates = _mean(ingredients, None, range(num), num, non_float_from)
+  alpha = np.full(num, 1 / num, np.float32)
+  return Soup(params, alpha, AverageInfo(duplicates))
 
 
 def average(
@@ -78,7 +80,8 @@ def average(
     >>> average([np.float32(1), np.float32(2)], [0.25, 0.75]).params
     Array(1.75, dtype=float32)
   """
-  checked = _checked.Checked(ingredients, non_float_from)
+  _checked.require_ingredients(ingredients)
+  num = len(ingredients)
   alpha = _tree.nest(
       {
           path: np.asarray(jax.device_get(x), np.float32)
@@ -86,14 +89,16 @@ def average(
       }
   )
   lengths = {np.shape(x) for x in jax.tree.leaves(alpha)}
-  if lengths != {(len(checked),)}:
+  if lengths != {(num,)}:
     raise ValueError(
         f'alpha has shape {" and ".join(map(str, sorted(lengths)))}, but there '
-        f'are {len(checked)} ingredients: expected ({len(checked)},).'
+        f'are {num} ingredients: expected ({num},).'
     )
   used = np.any([x != 0 for x in jax.tree.leaves(alpha)], axis=0)
-  total = _mixing.weighted_sum(checked, alpha, np.flatnonzero(used).tolist())
-  return _soup(checked, total, 1, alpha)
+  # Where all are zero, one is read: it tells what zeros look like.
+  order = np.flatnonzero(used).tolist() or [0]
+  params, duplicates = _mean(ingredients, alpha, order, 1, non_float_from)
+  return Soup(params, alpha, AverageInfo(duplicates))
 
 
 def swa(num: int, *, start: int = 0, every: int = 1) -> np.ndarray:
@@ -182,6 +187,12 @@ def lawa(num: int, *, last: int) -> np.ndarray:
   return swa(num, start=num - last)
 
 
-def _soup(checked, total, count, alpha) -> Soup:
+def _mean(ingredients, alpha, order, count, non_float_from):
+  """`sum_k alpha_k theta_k / count`, and groups of equal ingredients."""
+  streamed_fn = getattr(ingredients, 'average', None)
+  if streamed_fn is not None:  # Checkpoints, which are read side by side.
+    return streamed_fn(order, alpha, count, non_float_from)
+  checked = _checked.Checked(ingredients, non_float_from)
+  total = _mixing.weighted_sum(checked, alpha, order)
   floats = _mixing.rounded(total, _tree.numbers(count), checked.float_dtypes)
-  return Soup(checked.replace(floats), alpha, AverageInfo(checked.duplicates()))
+  return checked.replace(floats), checked.duplicates()

@@ -10,10 +10,10 @@ checkpoints.load('runs/soup').info
 ```
 """
 
+from jaxsoup.checkpoints._formats import metadata as metadata
 from jaxsoup.checkpoints._ingredients import Ingredients as Ingredients
-from jaxsoup.checkpoints._orbax import Metadata as Metadata
-from jaxsoup.checkpoints._orbax import metadata as metadata
 from jaxsoup.checkpoints._score_log import ScoreLog as ScoreLog
 from jaxsoup.checkpoints._soups import load as load
 from jaxsoup.checkpoints._soups import provenance as provenance
 from jaxsoup.checkpoints._soups import save as save
+from jaxsoup.checkpoints._source import Metadata as Metadata

@@ -4,22 +4,26 @@ from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
 
-import jax
-import numpy as np
-
 from jaxsoup import _tree
+from jaxsoup._soup import Members
 from jaxsoup._soup import Params
-from jaxsoup.checkpoints import _orbax
+from jaxsoup.checkpoints import _checkpoint
+from jaxsoup.checkpoints import _formats
+from jaxsoup.checkpoints import _source
+from jaxsoup.checkpoints import _streaming
 
 
 class Ingredients(Sequence):
-  """Parameters in Orbax checkpoints, read when they are indexed.
+  """Parameters in checkpoints, read when they are indexed.
 
   Pass it to any recipe in place of a list. While a recipe works on one
-  ingredient the next one is read in the background.
+  ingredient the next one is read in the background. `uniform` and `average`
+  read all of them side by side, piece by piece, at the memory of the result.
 
   Example:
     >>> import tempfile
+    >>> import jax
+    >>> import numpy as np
     >>> from jaxsoup import checkpoints
     >>> run = tempfile.mkdtemp() + '/run'
     >>> _ = checkpoints.save(run, {'w': np.ones(2, np.float32)})
@@ -28,7 +32,7 @@ class Ingredients(Sequence):
     {'w': Array([1., 1.], dtype=float32)}
 
   Attributes:
-    paths: the directories that hold the pytrees, as strings.
+    paths: the files or directories that hold the pytrees, as strings.
   """
 
   def __init__(
@@ -41,13 +45,15 @@ class Ingredients(Sequence):
     """Finds the checkpoints; reads no arrays.
 
     Args:
-      paths: one for each ingredient: a checkpoint (of Orbax v0 or v1); a run
-        directory, whose latest finished step is taken; or a directory of a
-        `CheckpointManager`, or of one of its steps.
+      paths: one for each ingredient: an Orbax checkpoint (v0 or v1); a run
+        directory, whose latest finished step is taken; a directory of a
+        `CheckpointManager`, or of one of its steps; a `.safetensors` file, its
+        index, or a directory with one.
       abstract_params: parameters as `jax.ShapeDtypeStruct` (from
         `jax.eval_shape`, see also `sharding.fsdp`): what to read, in which
-        container, dtypes and shardings. They may lie inside a larger train
-        state. None reads what lies below `params`, or all, as nested dicts.
+        container, dtypes and shardings. Each process reads what its devices
+        hold. They may lie inside a larger train state. None reads what lies
+        below `params`, or all, as nested dicts.
       item: which item of a step that holds several; 'params', 'state' or
         'default' is found by itself.
 
@@ -58,13 +64,11 @@ class Ingredients(Sequence):
     """
     if isinstance(paths, (str, bytes)) or not hasattr(paths, '__len__'):
       raise TypeError(f'paths must be a list of paths, not {paths!r}.')
-    self._resolved = [_orbax.resolve(path, item) for path in paths]
-    self.paths = tuple(str(path) for path in self._resolved)
+    self.paths = tuple(_formats.resolve(path, item) for path in paths)
     self._abstract = (
         None if abstract_params is None else _tree.flatten(abstract_params)
     )
-    self._metadata: dict[int, _orbax.Metadata] = {}
-    self._hashes: dict[int, str] = {}
+    self._checkpoints: dict[int, _checkpoint.Checkpoint] = {}
     self._pending: tuple[int, futures.Future] | None = None
     # One thread: it also keeps the reads out of the caller's mesh context,
     # which has broken restores.
@@ -96,88 +100,62 @@ class Ingredients(Sequence):
     if self._pending is None or self._pending[0] != k:
       self._pending = k, self._reader.submit(self._read, k)
 
-  def metadata(self, k: int) -> _orbax.Metadata:
+  def metadata(self, k: int) -> _source.Metadata:
     """Shapes, dtypes and stored metadata of ingredient k; reads no array."""
-    if k not in self._metadata:
-      self._metadata[k] = _orbax.metadata(self._resolved[k])
-    return self._metadata[k]
+    return self._checkpoint(k).source.metadata
 
   def content_hash(self, k: int) -> str:
     """A hash of the parameters of ingredient k, which are read if need be."""
-    if k not in self._hashes:
+    if self.known_hash(k) is None:
       self[k]
-    return self._hashes[k]
+    found = self.known_hash(k)
+    assert found is not None
+    return found
+
+  def known_hash(self, k: int) -> str | None:
+    """`content_hash(k)`, if it was stored or ingredient k has been read."""
+    return self._checkpoint(k).content_hash()
 
   def identity(self, k: int) -> str:
     """A text that changes when ingredient k is written anew; reads no array."""
     return self.metadata(k).identity
 
+  def average(
+      self,
+      order: Sequence[int],
+      alpha: Any,
+      count: float,
+      non_float_from: int | None,
+  ) -> tuple[Params, tuple[Members, ...]]:
+    """`sum_k w_k theta_k / count`, read side by side, piece by piece.
+
+    What `jaxsoup.uniform` and `jaxsoup.average` call.
+
+    Args:
+      order: the ingredients that are read.
+      alpha: the weights, `[K]` or a prefix tree of those; None: all one.
+      count: what the sum is divided by.
+      non_float_from: as in `jaxsoup.uniform`.
+
+    Returns:
+      The average, and groups of equal ingredients among those read.
+    """
+    streamed = self.streamed(order, alpha, count, non_float_from)
+    params = self._reader.submit(streamed.params).result()
+    return params, streamed.duplicates()
+
+  def streamed(self, order, alpha, count, non_float_from) -> _streaming.Average:
+    """The same, not yet computed: it can go to a file instead."""
+    opened = {k: self._checkpoint(k) for k in order}
+    if non_float_from is not None:
+      opened[non_float_from] = self._checkpoint(non_float_from)
+    return _streaming.Average(opened, order, alpha, count, non_float_from)
+
   def _read(self, k: int) -> Params:
-    source = self.metadata(k)
-    stored = self._stored_paths(source)
-    arrays = _orbax.read(source, list(stored.values()))
-    by_name = {name: arrays[path] for name, path in stored.items()}
-    self._hashes[k] = _orbax.content_hash(by_name)
-    if self._abstract is None:
-      return _tree.nest(jax.device_put(by_name))
-    return self._abstract.replace(
-        _placed(by_name[path], leaf)
-        for path, leaf in zip(self._abstract.paths, self._abstract.leaves)
-    )
+    return self._checkpoint(k).read()
 
-  def _stored_paths(
-      self, source: _orbax.Metadata
-  ) -> dict[_tree.Path, _tree.Path]:
-    """Where in the checkpoint each leaf of the parameters lies."""
-    if self._abstract is None:
-      paths = list(source.leaves)
-      inside = [path for path in paths if path[0] == 'params']
-      named = _orbax.without_value_keys(inside or paths)
-      return {n[1:] if inside else n: p for n, p in named.items()}
-    wanted = dict(zip(self._abstract.paths, self._abstract.leaves))
-    best: dict[_tree.Path, _tree.Path] = {}
-    for prefix in _prefixes(source.leaves):
-      below = [p for p in source.leaves if p[: len(prefix)] == prefix]
-      named = _orbax.without_value_keys(below)
-      named = {name[len(prefix) :]: path for name, path in named.items()}
-      found = {name: named[name] for name in wanted if name in named}
-      if len(found) > len(best):
-        best = found
-      if len(best) == len(wanted):
-        break
-    _check_fits(source, wanted, best)
-    return best
-
-
-def _prefixes(paths) -> list[_tree.Path]:
-  """Every subtree, the shallow ones and those named params first."""
-  prefixes = {p[:n] for p in paths for n in range(len(p) + 1)}
-  return sorted(prefixes, key=lambda p: (len(p), 'params' not in p, p))
-
-
-def _check_fits(source, wanted, found) -> None:
-  missing = [_tree.name_of(p) for p in wanted if p not in found]
-  if missing:
-    stored = [_tree.name_of(p) for p in source.leaves]
-    raise ValueError(
-        f'{source.path} lacks leaf {missing[0]!r}'
-        + (f' and {len(missing) - 1} more' if len(missing) > 1 else '')
-        + f'; it holds {", ".join(stored[:6])}'
-        + (f' and {len(stored) - 6} more' if len(stored) > 6 else '')
-        + '. Compare with `jaxsoup inspect`: another architecture, or other '
-        'names?'
-    )
-  for name, leaf in wanted.items():
-    shape = source.leaves[found[name]].shape
-    if tuple(shape) != tuple(leaf.shape):
-      raise ValueError(
-          f'{source.path}: leaf {_tree.name_of(name)!r} has shape '
-          f'{tuple(shape)}, expected {tuple(leaf.shape)}. Is it of another '
-          'size, or with another head?'
-      )
-
-
-def _placed(array: np.ndarray, abstract: Any) -> jax.Array:
-  """An array in the dtype and sharding that were asked for."""
-  sharding = getattr(abstract, 'sharding', None)
-  return jax.device_put(array.astype(abstract.dtype, copy=False), sharding)
+  def _checkpoint(self, k: int) -> _checkpoint.Checkpoint:
+    if k not in self._checkpoints:
+      source = _formats.open_source(self.paths[k])
+      self._checkpoints[k] = _checkpoint.Checkpoint(source, self._abstract)
+    return self._checkpoints[k]

@@ -1,46 +1,24 @@
 """Reads and writes Orbax checkpoints: layouts, metadata, checksums."""
 
-from collections.abc import Mapping
 import contextlib
-import hashlib
 import json
 import re
 from typing import Any
-from typing import NamedTuple
-import zlib
 
 from absl import logging
 from etils import epath
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+import tensorstore
 
 from jaxsoup import _tree
+from jaxsoup.checkpoints import _checksum
+from jaxsoup.checkpoints import _source
 
 # A directory with this file holds one pytree, whoever wrote it: Orbax v0, v1
 # (below `state/`) or a CheckpointManager (below `STEP/ITEM/`).
 _PYTREE_FILE = '_METADATA'
 _UNFINISHED = '.orbax-checkpoint-tmp'
-
-
-class Metadata(NamedTuple):
-  """What a checkpoint says about itself, without its arrays being read.
-
-  Attributes:
-    path: the directory that holds the pytree.
-    leaves: shape and dtype of every leaf, by path.
-    tree: the same as nested dicts and lists, as they were saved.
-    custom: what the writer stored beside the arrays.
-    checksums: CRC-32 of each leaf that we wrote, by path; empty for others.
-    identity: changes when the checkpoint is written anew.
-  """
-
-  path: epath.Path
-  leaves: dict[_tree.Path, jax.ShapeDtypeStruct]
-  tree: Any
-  custom: dict[str, Any]
-  checksums: dict[str, int]
-  identity: str
 
 
 def resolve(path: Any, item: str | None = None) -> epath.Path:
@@ -123,50 +101,88 @@ def _siblings(path: epath.Path) -> str:
   return f' There is: {", ".join(names[:8])}.' if names else ''
 
 
-def metadata(path: Any, item: str | None = None) -> Metadata:
-  """Shapes, dtypes and what was stored beside them; reads no array.
+def open_source(path: epath.Path) -> _source.Source:
+  """Opens the directory of a pytree, leaf by leaf, through tensorstore.
+
+  Much faster than a restore of the whole tree, and at the memory of one leaf.
 
   Args:
-    path: a checkpoint or run directory, see `Ingredients`.
-    item: which item of a step that holds several.
+    path: what `resolve` found.
 
   Returns:
-    A `Metadata`.
+    A `Source`.
 
   Raises:
-    FileNotFoundError: there is no finished checkpoint.
-    ValueError: it is damaged, or there are several.
+    ValueError: the metadata are damaged.
   """
-  path = resolve(path, item)
   try:
-    with quiet():
-      tree = ocp.PyTreeCheckpointer().metadata(path)
-  except Exception as e:
-    raise ValueError(
-        f'The metadata of {path} cannot be read: {_first_line(e)}. The '
-        'checkpoint is damaged or incomplete: leave it out, or restore it from '
-        'a copy.'
-    ) from e
-  tree = getattr(tree, 'item_metadata', tree)
-  tree = getattr(tree, 'tree', tree)
-  leaves = dict(_leaves(tree))
-  if not leaves:
-    raise ValueError(
-        f'{path} names no leaf. The checkpoint is empty, damaged or incomplete:'
-        ' leave it out, or restore it from a copy.'
-    )
-  described = _describe(path)
+    layout = json.loads((path / _PYTREE_FILE).read_text())
+    rows = list(layout['tree_metadata'].values())
+    stored = {
+        tuple(str(key['key']) for key in row['key_metadata'])
+        for row in rows
+        if not row['value_metadata'].get('skip_deserialize')
+    }
+    described = _describe(path)
+    arrays = _open_arrays(path, layout, sorted(stored))
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    raise _source.damaged(path, e) from e
+  if not arrays:
+    raise _source.damaged(path, 'it names no leaf')
   custom = described.get('custom_metadata') or {}
   own = custom.get('jaxsoup', {})
-  return Metadata(
-      path=path,
-      leaves=leaves,
-      tree=tree,
+  metadata = _source.Metadata(
+      path=str(path),
+      leaves={
+          p: jax.ShapeDtypeStruct(x.shape, x.dtype.numpy_dtype)
+          for p, x in arrays.items()
+      },
       custom=custom,
       checksums=own.get('checksums', {}),
       identity=own.get('content_hash')
       or str(described.get('init_timestamp_nsecs')),
   )
+
+  def read(leaf_path, index):
+    try:
+      return np.asarray(arrays[leaf_path][index].read().result())
+    except ValueError as e:
+      raise _source.damaged(path, e) from e
+
+  def rows_of(leaf_path):
+    # A chunk is decoded as a whole.
+    chunk = arrays[leaf_path].chunk_layout.read_chunk.shape or (1,)
+    return max(chunk[0], 1)
+
+  return _source.Source(metadata, read, rows_of)
+
+
+def _open_arrays(path, layout, leaf_paths) -> dict[_tree.Path, Any]:
+  """The stored arrays, opened side by side: shapes and dtypes are theirs."""
+  context = tensorstore.Context()
+  is_ocdbt = layout.get('use_ocdbt', True)
+  opened = {}
+  for leaf_path in leaf_paths:
+    name = '.'.join(leaf_path)
+    spec: dict[str, Any] = {
+        'driver': 'zarr3' if layout.get('use_zarr3') else 'zarr',
+        'kvstore': (
+            {'driver': 'ocdbt', 'base': _kvstore(path), 'path': f'{name}/'}
+            if is_ocdbt
+            else _kvstore(path / name)
+        ),
+    }
+    if layout.get('store_array_data_equal_to_fill_value'):
+      spec['fill_missing_data_reads'] = False  # Or a lost chunk reads as zeros.
+    opened[leaf_path] = tensorstore.open(spec, context=context, read=True)
+  return {p: future.result() for p, future in opened.items()}
+
+
+def _kvstore(path: epath.Path) -> Any:
+  """A directory for tensorstore: of a bucket by its URL."""
+  if '://' in str(path):
+    return f'{path}/'
+  return {'driver': 'file', 'path': f'{path}/'}
 
 
 def _describe(path: epath.Path) -> dict[str, Any]:
@@ -174,23 +190,8 @@ def _describe(path: epath.Path) -> dict[str, Any]:
   for directory in (path, path.parent):
     file = directory / '_CHECKPOINT_METADATA'
     if file.exists():
-      try:
-        return json.loads(file.read_text())
-      except ValueError as e:
-        raise ValueError(
-            f'{file} is unreadable: {_first_line(e)}. The checkpoint is '
-            'damaged: leave it out, or restore it from a copy.'
-        ) from e
+      return json.loads(file.read_text())
   return {}
-
-
-def _leaves(tree: Any):
-  with_paths, _ = jax.tree_util.tree_flatten_with_path(
-      tree, is_leaf=lambda x: hasattr(x, 'shape')
-  )
-  for key_path, leaf in with_paths:
-    dtype = leaf.dtype if leaf.dtype is not None else np.float32
-    yield _tree.path_of(key_path), jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
 def without_value_keys(paths: list[_tree.Path]) -> dict[_tree.Path, _tree.Path]:
@@ -200,54 +201,6 @@ def without_value_keys(paths: list[_tree.Path]) -> dict[_tree.Path, _tree.Path]:
   if paths and all(path[-1:] == ('value',) for path in paths):
     return {path[:-1]: path for path in paths}
   return {path: path for path in paths}
-
-
-def read(
-    source: Metadata, wanted: list[_tree.Path]
-) -> dict[_tree.Path, np.ndarray]:
-  """Reads some leaves to the host, and verifies their checksums."""
-  target = _pruned(source.tree, (), set(wanted))
-  to_numpy = jax.tree.map(
-      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target
-  )
-  args = ocp.args.PyTreeRestore(
-      item=target, restore_args=to_numpy, partial_restore=True
-  )
-  try:
-    with quiet():
-      restored = ocp.PyTreeCheckpointer().restore(source.path, args=args)
-  except Exception as e:
-    raise ValueError(
-        f'{source.path} cannot be read: {_first_line(e)}. The checkpoint is '
-        'damaged or incomplete: leave it out, or restore it from a copy.'
-    ) from e
-  with_paths, _ = jax.tree_util.tree_flatten_with_path(restored)
-  arrays = {_tree.path_of(p): np.asarray(x) for p, x in with_paths}
-  for path in wanted:
-    stored = source.checksums.get(_tree.name_of(path))
-    if stored is not None and checksum(arrays[path]) != stored:
-      raise ValueError(
-          f'Leaf {_tree.name_of(path)!r} of {source.path} is damaged: its '
-          f'checksum is {checksum(arrays[path]):08x}, and {stored:08x} was '
-          'stored with it. Restore the checkpoint from a copy, or leave it out.'
-      )
-  return {path: arrays[path] for path in wanted}
-
-
-def _pruned(tree: Any, path: _tree.Path, wanted: set[_tree.Path]) -> Any:
-  """The stored structure with the wanted leaves; lists stay whole."""
-  if isinstance(tree, Mapping):
-    return {
-        key: _pruned(child, (*path, str(key)), wanted)
-        for key, child in tree.items()
-        if any(w[: len(path) + 1] == (*path, str(key)) for w in wanted)
-    }
-  if isinstance(tree, (list, tuple)) and not hasattr(tree, 'shape'):
-    return type(tree)(
-        jax.tree.map(lambda _: 0, child, is_leaf=lambda x: hasattr(x, 'shape'))
-        for child in tree
-    )
-  return 0
 
 
 def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
@@ -261,8 +214,10 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
         f'{path} exists and is not overwritten. Delete it, or give another '
         'path.'
     )
+  import orbax.checkpoint as ocp  # Slow to import, and reading needs it not.
+
   flat = _tree.flatten(params)
-  arrays = {p: _host_array(leaf, p) for p, leaf in zip(flat.paths, flat.leaves)}
+  arrays = {p: host_array(leaf, p) for p, leaf in zip(flat.paths, flat.leaves)}
   dotted = {'.'.join(p) for p in arrays}
   if len(dotted) < len(arrays) or () in arrays:
     raise ValueError(
@@ -270,10 +225,11 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
         "make two paths equal (such as 'a.b' and {'a': {'b'}}), or it is a "
         'bare array. Rename the keys, or wrap it in a dict.'
     )
-  checksums = {_tree.name_of(p): checksum(x) for p, x in arrays.items()}
+  by_name = {_tree.name_of(p): x for p, x in arrays.items()}
+  checksums = {name: _checksum.of(x) for name, x in by_name.items()}
   own = {
       'checksums': checksums,
-      'content_hash': content_hash(arrays),
+      'content_hash': _checksum.content_hash(by_name, checksums),
       **custom.pop('jaxsoup', {}),
   }
   with quiet():
@@ -283,28 +239,13 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
   return path
 
 
-def _host_array(leaf: Any, path: _tree.Path) -> np.ndarray:
+def host_array(leaf: Any, path: _tree.Path) -> np.ndarray:
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     raise TypeError(
         f'Leaf {_tree.name_of(path)!r} is a PRNG key, which is no parameter. '
         'Save parameters only: nnx.state(model, nnx.Param).'
     )
   return np.asarray(jax.device_get(leaf))
-
-
-def checksum(array: np.ndarray) -> int:
-  """CRC-32 of the bytes: at some 7 GB/s it costs less than reading them."""
-  octets = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-  return zlib.crc32(octets.data)
-
-
-def content_hash(arrays: Mapping[_tree.Path, np.ndarray]) -> str:
-  """One hash of a tree: of its paths, dtypes, shapes and checksums."""
-  rows = [
-      [_tree.name_of(p), str(x.dtype), list(x.shape), checksum(x)]
-      for p, x in sorted(arrays.items())
-  ]
-  return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -316,7 +257,3 @@ def quiet():
     yield
   finally:
     logging.set_verbosity(verbosity)
-
-
-def _first_line(error: Exception) -> str:
-  return str(error).strip().split('\n')[0][:300] or type(error).__name__

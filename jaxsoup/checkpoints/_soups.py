@@ -14,6 +14,7 @@ import jaxsoup
 from jaxsoup import _soup
 from jaxsoup._soup import Params
 from jaxsoup._soup import Soup
+from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
 
@@ -110,7 +111,7 @@ def provenance(path: Any) -> dict[str, Any]:
     `versions`, `command`, `time`, `checksums`, `content_hash`; for a soup also
     `alpha` and `info`. Empty for checkpoints that others wrote.
   """
-  return _from_json(_orbax.metadata(path).custom.get('jaxsoup', {}))
+  return _from_json(_formats.metadata(path).custom.get('jaxsoup', {}))
 
 
 def _describe(ingredients: Any) -> list[dict[str, Any]]:

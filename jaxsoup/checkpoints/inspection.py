@@ -17,7 +17,7 @@ import numpy as np
 from jaxsoup import _checked
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _ingredients
-from jaxsoup.checkpoints import _orbax
+from jaxsoup.checkpoints import _source
 
 
 class Inspection(NamedTuple):
@@ -106,7 +106,7 @@ def inspect(
   )
 
 
-def _misfits(sources: Sequence[_orbax.Metadata]) -> list[str]:
+def _misfits(sources: Sequence[_source.Metadata]) -> list[str]:
   first = sources[0]
   found = []
   for source in sources[1:]:

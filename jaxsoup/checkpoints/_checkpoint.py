@@ -1,0 +1,161 @@
+"""One checkpoint: where the wanted leaves lie in it, and their checksums."""
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+
+from jaxsoup import _tree
+from jaxsoup._soup import Params
+from jaxsoup.checkpoints import _checksum
+from jaxsoup.checkpoints import _orbax
+from jaxsoup.checkpoints import _pieces
+from jaxsoup.checkpoints import _source
+
+
+class Checkpoint:
+  """The wanted leaves of an open checkpoint, verified as they are read.
+
+  Attributes:
+    source: the checkpoint.
+    flat: what is wanted: names, shapes, dtypes and shardings of the leaves.
+    stored: shape and dtype in the file, by name.
+  """
+
+  def __init__(self, source: _source.Source, abstract: _tree.Flat | None):
+    self.source = source
+    places = _places(source.metadata, abstract)
+    leaves = source.metadata.leaves
+    self.stored = {name: leaves[path] for name, path in places.items()}
+    self.flat = abstract or _tree.flatten(_tree.nest(self.stored))
+    self._places = places
+    self._sums: dict[_tree.Path, np.ndarray] = {}
+    self._num_summed: dict[_tree.Path, int] = {}
+    self._digests: dict[str, str] = {}
+    self._lock = threading.Lock()
+
+  def read(self) -> Params:
+    """All wanted leaves, in their dtypes and shardings."""
+    names, wanted = self.flat.paths, self.flat.leaves
+    boxes: list[Any] = [_pieces.empty_box(x) for x in wanted]
+
+    def piece_fn(i, index):
+      piece = self.piece(names[i], index)
+      _pieces.put(boxes[i], wanted[i], index, piece.astype(wanted[i].dtype))
+
+    for i in _pieces.run([self.plan(n) for n in names], piece_fn):
+      self.verify(names[i])
+      boxes[i] = _pieces.placed(boxes[i], wanted[i])
+    return self.flat.replace(boxes)
+
+  def plan(self, name: _tree.Path) -> list[tuple[_source.Index, int]]:
+    """The pieces in which a leaf is read, with their bytes."""
+    abstract = self.flat.leaves[self.flat.paths.index(name)]
+    dtype = self.stored[name].dtype
+    num_rows = self.source.rows_fn(self._places[name])
+    pieces = _pieces.plan(abstract, dtype, num_rows)
+    return [(index, _pieces.num_bytes(index, dtype)) for index in pieces]
+
+  def piece(self, name: _tree.Path, index: _source.Index) -> np.ndarray:
+    """A part of a leaf as it is stored."""
+    piece = self.unverified(name, index)
+    shape = self.stored[name].shape
+    if piece.shape[1:] == tuple(shape[1:]):  # Whole rows, one after another.
+      row_bytes = piece.dtype.itemsize * math.prod(shape[1:])
+      start = index[0].start * row_bytes if index else 0
+      sums = _checksum.sums_of(piece, start)
+      with self._lock:
+        total = self._sums.get(name)
+        self._sums[name] = sums if total is None else total + sums
+        self._num_summed[name] = self._num_summed.get(name, 0) + piece.size
+    return piece
+
+  def unverified(self, name: _tree.Path, index: _source.Index) -> np.ndarray:
+    """The same, without a look at its checksum."""
+    return self.source.read_fn(self._places[name], index)
+
+  def verify(self, name: _tree.Path) -> None:
+    """Compares the checksum of a leaf that has been read with the stored one.
+
+    Where this process read only a part of it, nothing can be said.
+    """
+    sums = self._sums.pop(name, None)
+    num_summed = self._num_summed.pop(name, 0)
+    if sums is None or num_summed < math.prod(self.stored[name].shape):
+      return
+    found = self._digests[_tree.name_of(name)] = _checksum.digest(sums)
+    stored = self.source.metadata.checksums.get(
+        _tree.name_of(self._places[name])
+    )
+    if stored is not None and found != stored:
+      raise _source.DamagedError(
+          f'Leaf {_tree.name_of(name)!r} of {self.source.metadata.path} is '
+          f'damaged: its checksum is {found}, and {stored} was stored with it. '
+          'Restore the checkpoint from a copy, or leave it out.'
+      )
+
+  def content_hash(self) -> str | None:
+    """A hash of the wanted leaves, if their checksums are known."""
+    stored = self.source.metadata.checksums
+    checksums = {
+        _tree.name_of(name): stored[_tree.name_of(path)]
+        for name, path in self._places.items()
+        if _tree.name_of(path) in stored
+    } | self._digests
+    if len(checksums) < len(self._places):
+      return None
+    leaves = {_tree.name_of(name): x for name, x in self.stored.items()}
+    return _checksum.content_hash(leaves, checksums)
+
+
+def _places(
+    source: _source.Metadata, abstract: _tree.Flat | None
+) -> dict[_tree.Path, _tree.Path]:
+  """Where in the checkpoint each wanted leaf lies."""
+  if abstract is None:
+    paths = list(source.leaves)
+    inside = [path for path in paths if path[0] == 'params']
+    named = _orbax.without_value_keys(inside or paths)
+    return {n[1:] if inside else n: p for n, p in named.items()}
+  wanted = dict(zip(abstract.paths, abstract.leaves))
+  best: dict[_tree.Path, _tree.Path] = {}
+  for prefix in _prefixes(source.leaves):
+    below = [p for p in source.leaves if p[: len(prefix)] == prefix]
+    named = _orbax.without_value_keys(below)
+    named = {name[len(prefix) :]: path for name, path in named.items()}
+    found = {name: named[name] for name in wanted if name in named}
+    if len(found) > len(best):
+      best = found
+    if len(best) == len(wanted):
+      break
+  _check_fits(source, wanted, best)
+  return best
+
+
+def _prefixes(paths) -> list[_tree.Path]:
+  """Every subtree, the shallow ones and those named params first."""
+  prefixes = {p[:n] for p in paths for n in range(len(p) + 1)}
+  return sorted(prefixes, key=lambda p: (len(p), 'params' not in p, p))
+
+
+def _check_fits(source, wanted, found) -> None:
+  missing = [_tree.name_of(p) for p in wanted if p not in found]
+  if missing:
+    stored = [_tree.name_of(p) for p in source.leaves]
+    raise ValueError(
+        f'{source.path} lacks leaf {missing[0]!r}'
+        + (f' and {len(missing) - 1} more' if len(missing) > 1 else '')
+        + f'; it holds {", ".join(stored[:6])}'
+        + (f' and {len(stored) - 6} more' if len(stored) > 6 else '')
+        + '. Compare with `jaxsoup inspect`: another architecture, or other '
+        'names?'
+    )
+  for name, leaf in wanted.items():
+    shape = source.leaves[found[name]].shape
+    if tuple(shape) != tuple(leaf.shape):
+      raise ValueError(
+          f'{source.path}: leaf {_tree.name_of(name)!r} has shape '
+          f'{tuple(shape)}, expected {tuple(leaf.shape)}. Is it of another '
+          'size, or with another head?'
+      )

@@ -1,0 +1,57 @@
+"""Which format a path holds."""
+
+import pathlib
+from typing import Any
+
+from etils import epath
+
+from jaxsoup.checkpoints import _orbax
+from jaxsoup.checkpoints import _safetensors
+from jaxsoup.checkpoints import _source
+
+
+def resolve(path: Any, item: str | None = None) -> str:
+  """The file or directory that holds the pytree.
+
+  Args:
+    path: a `.safetensors` file or its index, or a directory with one; an Orbax
+      checkpoint; a run directory, whose latest step is taken; or a step of a
+      `CheckpointManager`.
+    item: which one, where a step holds several.
+
+  Returns:
+    Its absolute path.
+
+  Raises:
+    FileNotFoundError: there is no finished checkpoint.
+    ValueError: there are several, and nothing tells which is meant.
+  """
+  if '://' not in str(path):
+    found = _safetensors.find(pathlib.Path(path).absolute())
+    if found is not None:
+      return str(found)
+  return str(_orbax.resolve(path, item))
+
+
+def open_source(resolved: str) -> _source.Source:
+  """Opens what `resolve` found; reads no array."""
+  if resolved.endswith(('.safetensors', '.json')):
+    return _safetensors.open_source(pathlib.Path(resolved))
+  return _orbax.open_source(epath.Path(resolved))
+
+
+def metadata(path: Any, item: str | None = None) -> _source.Metadata:
+  """Shapes, dtypes and what was stored beside them; reads no array.
+
+  Args:
+    path: a checkpoint or run directory, see `Ingredients`.
+    item: which item of a step that holds several.
+
+  Returns:
+    A `Metadata`.
+
+  Raises:
+    FileNotFoundError: there is no finished checkpoint.
+    ValueError: it is damaged, or there are several.
+  """
+  return open_source(resolve(path, item)).metadata

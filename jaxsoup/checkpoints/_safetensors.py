@@ -1,0 +1,271 @@
+"""Reads and writes safetensors: one file, or several with an index."""
+
+import collections
+from collections.abc import Callable
+from collections.abc import Mapping
+import json
+import math
+import os
+import pathlib
+import struct
+import threading
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoup import _tree
+from jaxsoup.checkpoints import _checksum
+from jaxsoup.checkpoints import _source
+
+_DTYPES = {
+    'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
+    'BF16': jnp.bfloat16, 'F8_E4M3': jnp.float8_e4m3fn,
+    'F8_E5M2': jnp.float8_e5m2, 'I64': np.int64, 'I32': np.int32,
+    'I16': np.int16, 'I8': np.int8, 'U64': np.uint64, 'U32': np.uint32,
+    'U16': np.uint16, 'U8': np.uint8, 'BOOL': np.bool_,
+}  # fmt: skip
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_INDEX = '.safetensors.index.json'
+_MOST_HEADER_BYTES = 100_000_000  # The limit of the format.
+
+
+class _Tensor(NamedTuple):
+  file: str
+  start: int
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+def find(path: pathlib.Path) -> pathlib.Path | None:
+  """The file to open: the index or the only `.safetensors` in a directory."""
+  if path.is_file():
+    return path if path.name.endswith(('.safetensors', _INDEX)) else None
+  indices = sorted(path.glob('*' + _INDEX))
+  if len(indices) == 1:
+    return indices[0]
+  files = [path / 'model.safetensors', *sorted(path.glob('*.safetensors'))]
+  if files[0].exists() or len(files) == 2:
+    return files[0] if files[0].exists() else files[1]
+  if len(files) > 2:
+    raise ValueError(
+        f'{path} holds {len(files) - 1} .safetensors files and no index '
+        f'(model{_INDEX}). Give the path of one.'
+    )
+  return None
+
+
+def open_source(path: pathlib.Path) -> _source.Source:
+  """Opens a file, or an index and its files; reads only headers."""
+  files = _files_of(path) if path.name.endswith(_INDEX) else {path: None}
+  tensors: dict[str, _Tensor] = {}
+  texts: dict[str, str] = {}
+  for file, wanted in files.items():
+    found, texts_of_file = _header(file)
+    texts |= texts_of_file
+    missing = sorted(set(wanted or ()) - found.keys())
+    if missing:
+      raise _source.damaged(file, f'{path.name} names {missing[0]!r} in it')
+    tensors |= {n: t for n, t in found.items() if wanted is None or n in wanted}
+  paths = _paths_of(tensors)
+  try:
+    own = json.loads(texts.pop('jaxsoup', '{}'))
+  except ValueError as e:
+    raise _source.damaged(path, e) from e
+  metadata = _source.Metadata(
+      path=str(path),
+      leaves={
+          p: jax.ShapeDtypeStruct(t.shape, t.dtype)
+          for p, t in zip(paths, tensors.values())
+      },
+      custom={**texts, **({'jaxsoup': own} if own else {})},
+      checksums=own.get('checksums', {}),
+      identity=own.get('content_hash') or _source.state_of(path, *files),
+  )
+  by_path = dict(zip(paths, tensors.values()))
+  descriptors = {file: _Descriptor(file) for file in map(str, files)}
+  return _source.Source(
+      metadata,
+      read_fn=lambda p, index: _read(by_path[p], index, descriptors),
+      rows_fn=lambda p: 1,
+  )
+
+
+class _Descriptor:
+  """A file that is opened when it is first read, and closed with its owner."""
+
+  def __init__(self, file: str):
+    self._file = file
+    self._number: int | None = None
+
+  def read(self, array: np.ndarray, start: int) -> None:
+    if self._number is None:
+      self._number = os.open(self._file, os.O_RDONLY)
+    buffer = array.reshape(-1).view(np.uint8).data
+    while buffer:
+      num_read = os.preadv(self._number, [buffer], start)
+      if not num_read:
+        raise _source.damaged(self._file, 'it ends too early')
+      buffer, start = buffer[num_read:], start + num_read
+
+  def __del__(self):
+    if self._number is not None:
+      os.close(self._number)
+
+
+def _read(
+    tensor: _Tensor,
+    index: _source.Index,
+    descriptors: Mapping[str, _Descriptor],
+) -> np.ndarray:
+  """A part of a tensor: its rows from the file, of those the columns."""
+  shape, start = tensor.shape, tensor.start
+  if index:
+    rows = index[0]
+    shape = (rows.stop - rows.start, *shape[1:])
+    start += rows.start * math.prod(shape[1:]) * tensor.dtype.itemsize
+  array = np.empty(shape, tensor.dtype)
+  if array.size:
+    descriptors[tensor.file].read(array, start)
+  return array[(slice(None), *index[1:])] if index else array
+
+
+def _files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
+  """The tensors that an index expects, by file."""
+  try:
+    weight_map = json.loads(path.read_text())['weight_map']
+    files: dict[pathlib.Path, set[str]] = {}
+    for name, file in weight_map.items():
+      # The index is data: it does not get to name files elsewhere.
+      if pathlib.PurePath(file).name != file:
+        raise ValueError(f'{name!r} lies in {file!r}, outside the directory')
+      files.setdefault(path.parent / file, set()).add(name)
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    raise _source.damaged(path, e) from e
+  missing = [str(file) for file in files if not file.exists()]
+  if missing:
+    raise _source.damaged(path, f'{", ".join(missing)} is missing')
+  return files
+
+
+def _header(file: pathlib.Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
+  """The tensors and the metadata of one file, checked against its size."""
+  num_bytes = file.stat().st_size
+  with file.open('rb') as f:
+    start = f.read(8)
+    length = struct.unpack('<Q', start)[0] if len(start) == 8 else num_bytes
+    if length > min(num_bytes - 8, _MOST_HEADER_BYTES):
+      raise _source.damaged(file, f'its header should have {length:,} bytes')
+    header = f.read(length)
+  try:
+    rows = json.loads(header)
+    metadata = dict(rows.pop('__metadata__', None) or {})
+    tensors = {n: _tensor(str(file), 8 + length, r) for n, r in rows.items()}
+    offsets = [row['data_offsets'] for row in rows.values()]
+    _check_offsets(offsets, num_bytes - 8 - length)
+  except (
+      AttributeError, KeyError, RecursionError, TypeError, ValueError
+  ) as e:  # fmt: skip
+    raise _source.damaged(file, f'its header is wrong: {e}') from e
+  return tensors, metadata
+
+
+def _tensor(file: str, start: int, row: Mapping[str, Any]) -> _Tensor:
+  dtype = np.dtype(_DTYPES[row['dtype']])
+  shape = tuple(int(n) for n in row['shape'])
+  begin, end = (int(n) for n in row['data_offsets'])
+  if min((*shape, 0)) < 0 or math.prod(shape) * dtype.itemsize != end - begin:
+    raise ValueError(f'{list(shape)} {dtype} in {end - begin} bytes')
+  return _Tensor(file, start + begin, shape, dtype)
+
+
+def _check_offsets(offsets: list[list[int]], num_bytes: int) -> None:
+  """Tensors follow one another without gaps, to the end of the file."""
+  end = 0
+  for begin, next_end in sorted(offsets):
+    if begin != end:
+      raise ValueError(f'a tensor begins at {begin}, expected {end}')
+    end = next_end
+  if end != num_bytes:
+    raise ValueError(f'the tensors end at {end:,}, the file at {num_bytes:,}')
+
+
+def _paths_of(names: Mapping[str, Any]) -> list[_tree.Path]:
+  """`a.b.weight` as nested keys; flat where one name begins another."""
+  paths = [tuple(name.split('.')) for name in names]
+  groups = {p[:n] for p in paths for n in range(len(p))}
+  if groups & set(paths):
+    return [(name,) for name in names]
+  return paths
+
+
+PutFn = Callable[[_tree.Path, int, np.ndarray], None]
+
+
+def write(
+    path: pathlib.Path,
+    leaves: Mapping[_tree.Path, Any],
+    own: Mapping[str, Any],
+    fill_fn: Callable[[PutFn], None],
+) -> None:
+  """Writes a file piece by piece; it appears under its name when it is whole.
+
+  Args:
+    path: a file that does not exist yet.
+    leaves: shape and dtype of each leaf, by path.
+    own: what is stored beside the arrays, in JSON.
+    fill_fn: is given `put_fn(path, start, piece)`, to be called for every piece
+      of every leaf, in any order and from any thread, with the byte at which
+      the piece begins.
+  """
+  rows, num_bytes = {}, 0
+  for p, x in leaves.items():
+    end = num_bytes + math.prod(x.shape) * np.dtype(x.dtype).itemsize
+    rows['.'.join(p)] = {
+        'dtype': _NAMES[np.dtype(x.dtype)],
+        'shape': list(x.shape),
+        'data_offsets': [num_bytes, end],
+    }
+    num_bytes = end
+  unfinished = path.with_name(f'{path.name}.unfinished-{os.getpid()}')
+  number = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+  try:
+    # The checksums come last, and are as long as their placeholders.
+    length = len(_header_bytes(rows, leaves, own, {}))
+    sums: dict[_tree.Path, Any] = collections.defaultdict(np.uint64)
+    lock = threading.Lock()
+
+    def put(leaf_path, start, piece):
+      place = length + rows['.'.join(leaf_path)]['data_offsets'][0] + start
+      _write_all(number, piece, place)
+      piece_sums = _checksum.sums_of(piece, start)
+      with lock:
+        sums[leaf_path] = sums[leaf_path] + piece_sums
+
+    fill_fn(put)
+    digests = {p: _checksum.digest(sums[p]) for p in leaves}
+    os.pwrite(number, _header_bytes(rows, leaves, own, digests), 0)
+    os.link(unfinished, path)  # Unlike a rename, never onto another's file.
+  finally:
+    os.close(number)
+    unfinished.unlink()
+
+
+def _header_bytes(rows, leaves, own, digests) -> bytes:
+  checksums = {_tree.name_of(p): digests.get(p, '0' * 8) for p in leaves}
+  by_name = {_tree.name_of(p): x for p, x in leaves.items()}
+  content_hash = _checksum.content_hash(by_name, checksums)
+  own = {**own, 'checksums': checksums, 'content_hash': content_hash}
+  metadata = {'format': 'pt', 'jaxsoup': json.dumps(own)}
+  header = json.dumps({'__metadata__': metadata, **rows}).encode()
+  header += b' ' * (-len(header) % 8)
+  return struct.pack('<Q', len(header)) + header
+
+
+def _write_all(number: int, array: np.ndarray, place: int) -> None:
+  buffer = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+  while buffer:
+    num_written = os.pwrite(number, buffer, place)
+    buffer, place = buffer[num_written:], place + num_written

@@ -1,0 +1,73 @@
+"""What all formats have in common: metadata, and arrays read in pieces."""
+
+from collections.abc import Callable
+import os
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxsoup import _tree
+
+Index = tuple[slice, ...]
+
+
+class Metadata(NamedTuple):
+  """What a checkpoint says about itself, without its arrays being read.
+
+  Attributes:
+    path: the directory or file that holds the pytree.
+    leaves: shape and dtype of every leaf, by path.
+    custom: what the writer stored beside the arrays.
+    checksums: of each leaf that we wrote, by name; empty for others.
+    identity: changes when the checkpoint is written anew.
+  """
+
+  path: str
+  leaves: dict[_tree.Path, jax.ShapeDtypeStruct]
+  custom: dict[str, Any]
+  checksums: dict[str, str]
+  identity: str
+
+
+class Source(NamedTuple):
+  """An open checkpoint.
+
+  Attributes:
+    metadata: what it says about itself.
+    read_fn: `(path, index) -> array`: a part of one leaf. Threads may call it
+      at the same time.
+    rows_fn: `path -> int`: how many rows are the least that can be read.
+  """
+
+  metadata: Metadata
+  read_fn: Callable[[_tree.Path, Index], np.ndarray]
+  rows_fn: Callable[[_tree.Path], int]
+
+
+class DamagedError(ValueError):
+  """A checkpoint that cannot be read, or whose values changed."""
+
+
+def damaged(path: Any, why: Any) -> DamagedError:
+  """The error for a checkpoint that cannot be read.
+
+  Args:
+    path: the checkpoint.
+    why: what went wrong, an exception or a text.
+
+  Returns:
+    The error, to be raised.
+  """
+  said = str(why).strip().split('\n')[0][:300] or type(why).__name__
+  return DamagedError(
+      f'{path} cannot be read: {said}. The checkpoint is damaged or incomplete:'
+      ' leave it out, or restore it from a copy.'
+  )
+
+
+def state_of(*files: Any) -> str:
+  """Sizes and times of files: changes when they are written anew."""
+  stats = [os.stat(file) for file in files]
+  return ' '.join(f'{s.st_size}-{s.st_mtime_ns}' for s in stats)

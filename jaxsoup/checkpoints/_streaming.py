@@ -1,0 +1,153 @@
+"""Averages of checkpoints that are read side by side, piece by piece."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsoup import _checked
+from jaxsoup import _tree
+from jaxsoup._soup import Members
+from jaxsoup._soup import Params
+from jaxsoup.checkpoints import _checkpoint
+from jaxsoup.checkpoints import _pieces
+from jaxsoup.checkpoints import _source
+
+
+class Average:
+  """`sum_k w_k theta_k / count`, at the memory of its result or of a piece.
+
+  A piece of every ingredient is read while the sum of that piece is in the
+  cache, so that adding costs next to nothing beside reading.
+  """
+
+  def __init__(
+      self,
+      opened: Mapping[int, _checkpoint.Checkpoint],
+      order: Sequence[int],
+      alpha: Any,
+      count: float,
+      non_float_from: int | None,
+  ):
+    self._opened = opened
+    self._order = order
+    self._count = count
+    self._non_float_from = non_float_from
+    first = order[0] if non_float_from is None else non_float_from
+    self._template = opened[first]
+    flat = self._template.flat
+    self._wanted = dict(zip(flat.paths, flat.leaves))
+    floats = [n for n in flat.paths if _tree.is_float(self._template.stored[n])]
+    self._weights = None
+    if alpha is not None:
+      rows = jax.device_get(_tree.alphas_of(alpha, floats))
+      self._weights = dict(zip(floats, rows))
+    for k in order:
+      self._check_fits(k)
+
+  def params(self) -> Params:
+    """The average as arrays, in the wanted container and shardings."""
+    flat = self._template.flat
+    boxes: list[Any] = [_pieces.empty_box(x) for x in flat.leaves]
+
+    def piece_fn(i, index):
+      piece = self._piece(flat.paths[i], index)
+      _pieces.put(boxes[i], flat.leaves[i], index, piece)
+
+    for i in _pieces.run([self._plan(n) for n in flat.paths], piece_fn):
+      self._verify(flat.paths[i])
+      boxes[i] = _pieces.placed(boxes[i], flat.leaves[i])
+    return flat.replace(boxes)
+
+  def put_all(self, put_fn: Callable[[_tree.Path, int, np.ndarray], None]):
+    """Hands on every piece, with the byte of the leaf at which it begins."""
+    flat = self._template.flat
+
+    def piece_fn(i, index):
+      piece = self._piece(flat.paths[i], index)
+      row_bytes = piece.dtype.itemsize * math.prod(flat.leaves[i].shape[1:])
+      start = index[0].start * row_bytes if index else 0
+      put_fn(flat.paths[i], start, piece)
+
+    for i in _pieces.run([self._plan(n) for n in flat.paths], piece_fn):
+      self._verify(flat.paths[i])
+
+  @property
+  def leaves(self) -> dict[_tree.Path, Any]:
+    """Shape and dtype of each leaf of the result."""
+    return self._wanted
+
+  def duplicates(self) -> tuple[Members, ...]:
+    """Groups of equal ingredients among those read; warns of them."""
+    groups: dict[str, list[int]] = {}
+    for k in sorted(self._order):
+      content_hash = self._opened[k].content_hash()
+      if content_hash is not None:
+        groups.setdefault(content_hash, []).append(k)
+    found = tuple(tuple(g) for g in groups.values() if len(g) > 1)
+    _checked.warn_of_duplicates(found, self._name)
+    return found
+
+  def _name(self, k: int) -> str:
+    return f'ingredient {k} ({self._opened[k].source.metadata.path})'
+
+  def _check_fits(self, k: int) -> None:
+    flats = [
+        _tree.Flat(list(c.stored.values()), list(c.stored), None)
+        for c in (self._template, self._opened[k])
+    ]
+    found = _checked.misfits(*flats)
+    if found:
+      raise _checked.misfit_error(self._name(k), found)
+
+  def _plan(self, name: _tree.Path) -> list[tuple[_source.Index, int]]:
+    # The wide sum, and one ingredient's piece beside it.
+    return [(index, 3 * size) for index, size in self._template.plan(name)]
+
+  def _verify(self, name: _tree.Path) -> None:
+    for checkpoint in self._opened.values():
+      checkpoint.verify(name)
+
+  def _piece(self, name: _tree.Path, index: _source.Index) -> np.ndarray:
+    dtype = self._wanted[name].dtype
+    if not _tree.is_float(self._template.stored[name]):
+      return self._non_float(name, index).astype(dtype)
+    wide = np.dtype(_tree.wide_dtype(self._template.stored[name].dtype)).type
+    weights = None if self._weights is None else self._weights[name]
+    total = None
+    for k in self._order:
+      if weights is not None and not weights[k]:
+        continue
+      piece = self._opened[k].piece(name, index).astype(wide, copy=False)
+      if weights is not None:
+        piece = np.multiply(piece, wide(weights[k]), out=piece)
+      total = piece if total is None else np.add(total, piece, out=total)
+    if total is None:  # All weights of this leaf are zero.
+      return np.zeros([s.stop - s.start for s in index], dtype)
+    if not np.isfinite(np.add.reduce(total, axis=None)):
+      self._find_not_finite(name, index)
+    return np.divide(total, wide(self._count), out=total).astype(
+        dtype, copy=False
+    )
+
+  def _find_not_finite(self, name, index) -> None:
+    """A sum that is not finite tells that something may be wrong: but what?"""
+    for k in self._order:
+      piece = self._opened[k].unverified(name, index)
+      if not np.isfinite(piece).all():
+        raise _checked.not_finite_error(self._name(k), [name])
+
+  def _non_float(self, name, index) -> np.ndarray:
+    expected = self._template.piece(name, index)
+    if self._non_float_from is None:
+      for k in self._order:
+        if self._opened[k] is self._template:
+          continue
+        actual = self._opened[k].piece(name, index)
+        if not np.array_equal(expected, actual):
+          raise _checked.non_float_error(self._name(k), name, expected, actual)
+    return expected
