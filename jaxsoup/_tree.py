@@ -130,6 +130,23 @@ def alphas_of(alpha: Any, paths: Sequence[Path]) -> list[jax.Array]:
   return found
 
 
+def checked_alpha(alpha: Any, num: int) -> Any:
+  """Coefficients as NumPy arrays `[num]`; raises if they are more or fewer."""
+  alpha = nest(
+      {
+          path: np.asarray(jax.device_get(x), np.float32)
+          for path, x in entries_of(alpha).items()
+      }
+  )
+  lengths = {np.shape(x) for x in jax.tree.leaves(alpha)}
+  if lengths != {(num,)}:
+    raise ValueError(
+        f'alpha has shape {" and ".join(map(str, sorted(lengths)))}, but there '
+        f'are {num} ingredients: expected ({num},).'
+    )
+  return alpha
+
+
 def entries_of(alpha: Any) -> dict[Path, jax.Array]:
   """The groups of a prefix tree, with their coefficients on a device."""
   # A list of numbers is one [K], not a tree of K scalars.

@@ -116,7 +116,10 @@ def soup(
     runs: Runs,
     recipe: Annotated[str, typer.Option(help=' | '.join(RECIPES))],
     out: Annotated[
-        pathlib.Path, typer.Option(help='A new directory for the soup.')
+        pathlib.Path,
+        typer.Option(
+            help='A new directory (Orbax), or a file NAME.safetensors.'
+        ),
     ],
     eval_name: Annotated[
         str | None,
@@ -181,7 +184,13 @@ def soup(
     ingredients = checkpoints.Ingredients(runs, item=item)
     function = _user_function(eval_name or '')
     log = None if scores is None else checkpoints.ScoreLog(scores, ingredients)
-    if recipe == 'uniform':
+    metadata = {'recipe': recipe, 'seed': seed}
+    is_streamed = recipe == 'uniform' and out.suffix == '.safetensors'
+    if is_streamed:
+      checkpoints.save_average(out, ingredients, metadata=metadata)
+      own = checkpoints.provenance(out)
+      made = jaxsoup.Soup(None, own['alpha'], own['info'])
+    elif recipe == 'uniform':
       made = jaxsoup.uniform(ingredients)
     elif recipe == 'greedy':
       order = None if seed is None else jax.random.key(seed)
@@ -204,12 +213,8 @@ def soup(
     else:
       theta_0 = checkpoints.Ingredients([init], item=item)[0]
       made = jaxsoup.model_stock(ingredients, theta_0)
-    checkpoints.save(
-        out,
-        made,
-        ingredients=ingredients,
-        metadata={'recipe': recipe, 'seed': seed},
-    )
+    if not is_streamed:
+      checkpoints.save(out, made, ingredients=ingredients, metadata=metadata)
     _show_soup(made, ingredients, out, recipe, as_json)
 
 

@@ -82,18 +82,7 @@ def average(
   """
   _checked.require_ingredients(ingredients)
   num = len(ingredients)
-  alpha = _tree.nest(
-      {
-          path: np.asarray(jax.device_get(x), np.float32)
-          for path, x in _tree.entries_of(alpha).items()
-      }
-  )
-  lengths = {np.shape(x) for x in jax.tree.leaves(alpha)}
-  if lengths != {(num,)}:
-    raise ValueError(
-        f'alpha has shape {" and ".join(map(str, sorted(lengths)))}, but there '
-        f'are {num} ingredients: expected ({num},).'
-    )
+  alpha = _tree.checked_alpha(alpha, num)
   used = np.any([x != 0 for x in jax.tree.leaves(alpha)], axis=0)
   # Where all are zero, one is read: it tells what zeros look like.
   order = np.flatnonzero(used).tolist() or [0]

@@ -14,6 +14,10 @@ from jaxsoup.checkpoints import _pieces
 from jaxsoup.checkpoints import _source
 
 
+class Sums(dict[_tree.Path, tuple[np.ndarray, int]]):
+  """Checksums under way: of each leaf the sums so far, of how many values."""
+
+
 class Checkpoint:
   """The wanted leaves of an open checkpoint, verified as they are read.
 
@@ -30,8 +34,6 @@ class Checkpoint:
     self.stored = {name: leaves[path] for name, path in places.items()}
     self.flat = abstract or _tree.flatten(_tree.nest(self.stored))
     self._places = places
-    self._sums: dict[_tree.Path, np.ndarray] = {}
-    self._num_summed: dict[_tree.Path, int] = {}
     self._digests: dict[str, str] = {}
     self._lock = threading.Lock()
 
@@ -40,12 +42,14 @@ class Checkpoint:
     names, wanted = self.flat.paths, self.flat.leaves
     boxes: list[Any] = [_pieces.empty_box(x) for x in wanted]
 
+    sums = Sums()
+
     def piece_fn(i, index):
-      piece = self.piece(names[i], index)
+      piece = self.piece(names[i], index, sums)
       _pieces.put(boxes[i], wanted[i], index, piece.astype(wanted[i].dtype))
 
     for i in _pieces.run([self.plan(n) for n in names], piece_fn):
-      self.verify(names[i])
+      self.verify(names[i], sums)
       boxes[i] = _pieces.placed(boxes[i], wanted[i])
     return self.flat.replace(boxes)
 
@@ -57,34 +61,34 @@ class Checkpoint:
     pieces = _pieces.plan(abstract, dtype, num_rows)
     return [(index, _pieces.num_bytes(index, dtype)) for index in pieces]
 
-  def piece(self, name: _tree.Path, index: _source.Index) -> np.ndarray:
-    """A part of a leaf as it is stored."""
+  def piece(
+      self, name: _tree.Path, index: _source.Index, sums: Sums
+  ) -> np.ndarray:
+    """A part of a leaf as it is stored, added to its checksum."""
     piece = self.unverified(name, index)
     shape = self.stored[name].shape
     if piece.shape[1:] == tuple(shape[1:]):  # Whole rows, one after another.
       row_bytes = piece.dtype.itemsize * math.prod(shape[1:])
       start = index[0].start * row_bytes if index else 0
-      sums = _checksum.sums_of(piece, start)
+      more = _checksum.sums_of(piece, start)
       with self._lock:
-        total = self._sums.get(name)
-        self._sums[name] = sums if total is None else total + sums
-        self._num_summed[name] = self._num_summed.get(name, 0) + piece.size
+        total, count = sums.get(name, (0, 0))
+        sums[name] = (more + total, count + piece.size)
     return piece
 
   def unverified(self, name: _tree.Path, index: _source.Index) -> np.ndarray:
     """The same, without a look at its checksum."""
     return self.source.read_fn(self._places[name], index)
 
-  def verify(self, name: _tree.Path) -> None:
+  def verify(self, name: _tree.Path, sums: Sums) -> None:
     """Compares the checksum of a leaf that has been read with the stored one.
 
     Where this process read only a part of it, nothing can be said.
     """
-    sums = self._sums.pop(name, None)
-    num_summed = self._num_summed.pop(name, 0)
-    if sums is None or num_summed < math.prod(self.stored[name].shape):
+    total, count = sums.pop(name, (None, 0))
+    if total is None or count < math.prod(self.stored[name].shape):
       return
-    found = self._digests[_tree.name_of(name)] = _checksum.digest(sums)
+    found = self._digests[_tree.name_of(name)] = _checksum.digest(total)
     stored = self.source.metadata.checksums.get(
         _tree.name_of(self._places[name])
     )

@@ -20,7 +20,6 @@ import numpy as np
 
 # A prime: rows of a matrix that change places change the sums.
 _PERIOD = 4093
-_PERIOD_BYTES = 8 * _PERIOD
 
 
 def sums_of(piece: np.ndarray, start: int = 0) -> np.ndarray:
@@ -34,13 +33,17 @@ def sums_of(piece: np.ndarray, start: int = 0) -> np.ndarray:
     `[P]` uint64; the sums of an array are those of its parts, added.
   """
   octets = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-  before, after = start % _PERIOD_BYTES, -(start + octets.size) % 8
+  before, after = start % 8, -(start + octets.size) % 8
   if before or after:
     octets = np.pad(octets, (before, after))
   words = octets.view(np.uint64)
-  num_whole = words.size // _PERIOD * _PERIOD
-  sums = np.add.reduce(words[:num_whole].reshape(-1, _PERIOD), axis=0)
-  sums[: words.size - num_whole] += words[num_whole:]
+  # The end of a period that began earlier, whole ones, and what is left.
+  first = start // 8 % _PERIOD
+  head, rest = words[: _PERIOD - first], words[_PERIOD - first :]
+  num_whole = rest.size // _PERIOD * _PERIOD
+  sums = np.add.reduce(rest[:num_whole].reshape(-1, _PERIOD), axis=0)
+  sums[first : first + head.size] += head
+  sums[: rest.size - num_whole] += rest[num_whole:]
   return sums
 
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from jaxsoup.checkpoints._source import Index
 
-# Two pieces of this size fit into the second-level cache of a core.
-_PIECE_BYTES = 1 << 20
+# Small enough for the caches of a core, large enough that Python costs little.
+_PIECE_BYTES = 1 << 21
 # What may be in flight: bounds the memory of all readers together.
 _BUDGET_BYTES = 128 << 20
 

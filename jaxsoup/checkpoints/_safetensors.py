@@ -110,9 +110,9 @@ class _Descriptor:
         raise _source.damaged(self._file, 'it ends too early')
       buffer, start = buffer[num_read:], start + num_read
 
-  def __del__(self):
+  def __del__(self, close=os.close):  # At exit modules are gone before us.
     if self._number is not None:
-      os.close(self._number)
+      close(self._number)
 
 
 def _read(
@@ -126,7 +126,7 @@ def _read(
     rows = index[0]
     shape = (rows.stop - rows.start, *shape[1:])
     start += rows.start * math.prod(shape[1:]) * tensor.dtype.itemsize
-  array = np.empty(shape, tensor.dtype)
+  array = _source.scratch('read', shape, tensor.dtype)
   if array.size:
     descriptors[tensor.file].read(array, start)
   return array[(slice(None), *index[1:])] if index else array
@@ -174,6 +174,8 @@ def _header(file: pathlib.Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
 
 def _tensor(file: str, start: int, row: Mapping[str, Any]) -> _Tensor:
   dtype = np.dtype(_DTYPES[row['dtype']])
+  if not isinstance(row['shape'], list):
+    raise TypeError(f'the shape {row["shape"]!r} is no list')
   shape = tuple(int(n) for n in row['shape'])
   begin, end = (int(n) for n in row['data_offsets'])
   if min((*shape, 0)) < 0 or math.prod(shape) * dtype.itemsize != end - begin:
@@ -207,18 +209,24 @@ PutFn = Callable[[_tree.Path, int, np.ndarray], None]
 def write(
     path: pathlib.Path,
     leaves: Mapping[_tree.Path, Any],
-    own: Mapping[str, Any],
+    own_fn: Callable[[], Mapping[str, Any]],
     fill_fn: Callable[[PutFn], None],
+    num_more: int = 0,
 ) -> None:
   """Writes a file piece by piece; it appears under its name when it is whole.
 
   Args:
     path: a file that does not exist yet.
     leaves: shape and dtype of each leaf, by path.
-    own: what is stored beside the arrays, in JSON.
+    own_fn: what is stored beside the arrays, in JSON; called before the arrays
+      are written, and after.
     fill_fn: is given `put_fn(path, start, piece)`, to be called for every piece
       of every leaf, in any order and from any thread, with the byte at which
       the piece begins.
+    num_more: by how many bytes what `own_fn` returns may grow meanwhile.
+
+  Raises:
+    ValueError: two leaves would have one name.
   """
   rows, num_bytes = {}, 0
   for p, x in leaves.items():
@@ -229,11 +237,16 @@ def write(
         'data_offsets': [num_bytes, end],
     }
     num_bytes = end
+  if len(rows) < len(leaves):
+    raise ValueError(
+        "Leaves would have one name: keys contain dots, such as 'a.b' beside "
+        "{'a': {'b'}}. Rename the keys."
+    )
   unfinished = path.with_name(f'{path.name}.unfinished-{os.getpid()}')
   number = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
   try:
     # The checksums come last, and are as long as their placeholders.
-    length = len(_header_bytes(rows, leaves, own, {}))
+    length = 8 + len(_header_bytes(rows, leaves, own_fn(), {}, num_more))
     sums: dict[_tree.Path, Any] = collections.defaultdict(np.uint64)
     lock = threading.Lock()
 
@@ -246,22 +259,27 @@ def write(
 
     fill_fn(put)
     digests = {p: _checksum.digest(sums[p]) for p in leaves}
-    os.pwrite(number, _header_bytes(rows, leaves, own, digests), 0)
+    header = _header_bytes(rows, leaves, own_fn(), digests)
+    _write_all(number, np.frombuffer(_padded(header, length), np.uint8), 0)
     os.link(unfinished, path)  # Unlike a rename, never onto another's file.
   finally:
     os.close(number)
     unfinished.unlink()
 
 
-def _header_bytes(rows, leaves, own, digests) -> bytes:
+def _header_bytes(rows, leaves, own, digests, num_more=0) -> bytes:
   checksums = {_tree.name_of(p): digests.get(p, '0' * 8) for p in leaves}
   by_name = {_tree.name_of(p): x for p, x in leaves.items()}
   content_hash = _checksum.content_hash(by_name, checksums)
   own = {**own, 'checksums': checksums, 'content_hash': content_hash}
   metadata = {'format': 'pt', 'jaxsoup': json.dumps(own)}
   header = json.dumps({'__metadata__': metadata, **rows}).encode()
-  header += b' ' * (-len(header) % 8)
-  return struct.pack('<Q', len(header)) + header
+  return header + b' ' * (num_more + -(len(header) + num_more) % 8)
+
+
+def _padded(header: bytes, length: int) -> bytes:
+  """A header and its length; spaces at its end belong to the format."""
+  return struct.pack('<Q', length - 8) + header.ljust(length - 8)
 
 
 def _write_all(number: int, array: np.ndarray, place: int) -> None:

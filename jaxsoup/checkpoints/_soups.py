@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import datetime
 import importlib.metadata
+import pathlib
 import platform
 import sys
 from typing import Any
@@ -12,12 +13,15 @@ import numpy as np
 
 import jaxsoup
 from jaxsoup import _soup
+from jaxsoup import _tree
 from jaxsoup._soup import Params
 from jaxsoup._soup import Soup
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
+from jaxsoup.checkpoints import _safetensors
 
+_FILE = '.safetensors'
 _NAMED_TUPLES = {
     cls.__name__: cls
     for cls in vars(_soup).values()
@@ -34,14 +38,16 @@ def save(
 ) -> str:
   """Writes a soup with its provenance, or plain parameters.
 
-  An Orbax checkpoint of nested dicts with string keys: any Orbax restores it.
+  An Orbax checkpoint of nested dicts with string keys, which any Orbax
+  restores; or one safetensors file, with keys joined by dots.
   Beside the arrays it holds a checksum for each leaf, alpha and info, and the
   provenance: each ingredient's path and content hash, the versions of the
   packages, the command and the time. It appears under its name only when it is
   whole.
 
   Args:
-    path: a directory that does not exist yet.
+    path: a directory that does not exist yet; or a new file whose name ends in
+      `.safetensors`, which holds the same.
     params: a `Soup`, or a pytree of parameters.
     ingredients: the `checkpoints.Ingredients` of a soup.
     metadata: anything that fits into JSON: seed, config, scores.
@@ -62,17 +68,102 @@ def save(
     >>> load(path).params, provenance(path)['metadata']
     ({'w': Array([0.5, 0.5], dtype=float32)}, {'seed': 0})
   """
+  soup = params if isinstance(params, Soup) else None
+  params = params.params if isinstance(params, Soup) else params
+  own = _own(soup, ingredients, metadata)
+  if not str(path).endswith(_FILE):
+    return str(_orbax.write(path, params, {'jaxsoup': own}))
+  flat = _tree.flatten(params)
+
+  def fill_fn(put_fn):
+    for leaf_path, leaf in zip(flat.paths, flat.leaves):
+      put_fn(leaf_path, 0, _orbax.host_array(leaf, leaf_path))
+
+  path = _new_file(path)
+  leaves = dict(zip(flat.paths, flat.leaves))
+  _safetensors.write(path, leaves, lambda: own, fill_fn)
+  return str(path)
+
+
+def save_average(
+    path: Any,
+    ingredients: _ingredients.Ingredients,
+    alpha: Any = None,
+    *,
+    non_float_from: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> str:
+  """Averages checkpoints into a file, without ever holding a model.
+
+  `theta = sum_k alpha_k theta_k`, piece by piece from file to file: what
+  `save(path, uniform(ingredients))` writes, in some hundred megabytes of memory
+  whatever the size and number of the models.
+
+  Args:
+    path: a `.safetensors` file that does not exist yet.
+    ingredients: the checkpoints.
+    alpha: as in `jaxsoup.average`; None is the uniform soup.
+    non_float_from: as in `jaxsoup.uniform`.
+    metadata: as in `save`.
+
+  Returns:
+    The absolute path.
+
+  Raises:
+    FileExistsError: the path exists; it is not touched.
+    ValueError: the ingredients do not fit, or are damaged.
+
+  Example:
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> models = [{'w': np.float32([k, 1])} for k in (1, 2)]
+    >>> runs = [save(f'{folder}/{i}', m) for i, m in enumerate(models)]
+    >>> ingredients = _ingredients.Ingredients(runs)
+    >>> path = save_average(f'{folder}/soup.safetensors', ingredients)
+    >>> load(path).params
+    {'w': Array([1.5, 1. ], dtype=float32)}
+  """
+  num = len(ingredients)
+  path = _new_file(path)
+  if alpha is None:
+    streamed = ingredients.streamed(range(num), None, num, non_float_from)
+    alpha = np.full(num, 1 / num, np.float32)
+  else:
+    alpha = _tree.checked_alpha(alpha, num)
+    streamed = ingredients.streamed(range(num), alpha, 1, non_float_from)
+
+  def own_fn():
+    info = _soup.AverageInfo(streamed.duplicates())
+    return _own(Soup(None, alpha, info), ingredients, metadata)
+
+  # A hash of each ingredient, and duplicates, are known when all is read.
+  num_more = 200 * num
+  _safetensors.write(path, streamed.leaves, own_fn, streamed.put_all, num_more)
+  return str(path)
+
+
+def _new_file(path: Any) -> pathlib.Path:
+  path = pathlib.Path(path).absolute()
+  if path.exists():
+    raise FileExistsError(
+        f'{path} exists and is not overwritten. Delete it, or give another '
+        'path.'
+    )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  return path
+
+
+def _own(soup, ingredients, metadata) -> dict[str, Any]:
+  """What is stored beside the arrays."""
   own: dict[str, Any] = {'metadata': _to_json(metadata or {})}
-  if isinstance(params, Soup):
-    own |= {'alpha': _to_json(params.alpha), 'info': _to_json(params.info)}
-    params = params.params
-  own |= {
+  if soup is not None:
+    own |= {'alpha': _to_json(soup.alpha), 'info': _to_json(soup.info)}
+  return own | {
       'ingredients': _describe(ingredients),
       'versions': _versions(),
       'command': sys.argv,
       'time': datetime.datetime.now(datetime.UTC).isoformat(),
   }
-  return str(_orbax.write(path, params, {'jaxsoup': own}))
 
 
 def load(path: Any, abstract_params: Params | None = None) -> Soup:
@@ -107,7 +198,8 @@ def provenance(path: Any) -> dict[str, Any]:
     path: a directory that `save` wrote.
 
   Returns:
-    A dict with `ingredients` (path and content hash of each), `metadata`,
+    A dict with `ingredients` (of each the path, the identity of its file, and
+    the content hash if it was stored there or the model was read), `metadata`,
     `versions`, `command`, `time`, `checksums`, `content_hash`; for a soup also
     `alpha` and `info`. Empty for checkpoints that others wrote.
   """
@@ -120,7 +212,8 @@ def _describe(ingredients: Any) -> list[dict[str, Any]]:
   return [
       {
           'path': ingredients.paths[k],
-          'content_hash': ingredients.content_hash(k),
+          'content_hash': ingredients.known_hash(k),
+          'identity': ingredients.identity(k),
       }
       for k in range(len(ingredients))
   ]

@@ -1,7 +1,10 @@
 """What all formats have in common: metadata, and arrays read in pieces."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
+import math
 import os
+import threading
 from typing import Any
 from typing import NamedTuple
 
@@ -36,14 +39,35 @@ class Source(NamedTuple):
 
   Attributes:
     metadata: what it says about itself.
-    read_fn: `(path, index) -> array`: a part of one leaf. Threads may call it
-      at the same time.
+    read_fn: `(path, index) -> array`: a part of one leaf, which is good until
+      the same thread reads again. Threads may call it at the same time.
     rows_fn: `path -> int`: how many rows are the least that can be read.
   """
 
   metadata: Metadata
   read_fn: Callable[[_tree.Path, Index], np.ndarray]
   rows_fn: Callable[[_tree.Path], int]
+
+
+_scratch = threading.local()
+
+
+def scratch(name: str, shape: Sequence[int], dtype: Any) -> np.ndarray:
+  """Memory of this thread that is used again: fresh pages are slow.
+
+  Args:
+    name: calls with one name share the memory.
+    shape: of the array.
+    dtype: of the array.
+
+  Returns:
+    An array with any values, good until the next call with this name.
+  """
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  memory = vars(_scratch).get(name)
+  if memory is None or memory.size < size:
+    memory = vars(_scratch)[name] = np.empty(size, np.uint8)
+  return memory[:size].view(dtype).reshape(shape)
 
 
 class DamagedError(ValueError):

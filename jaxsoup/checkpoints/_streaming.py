@@ -37,8 +37,8 @@ class Average:
     self._order = order
     self._count = count
     self._non_float_from = non_float_from
-    first = order[0] if non_float_from is None else non_float_from
-    self._template = opened[first]
+    self._first = order[0] if non_float_from is None else non_float_from
+    self._template = opened[self._first]
     flat = self._template.flat
     self._wanted = dict(zip(flat.paths, flat.leaves))
     floats = [n for n in flat.paths if _tree.is_float(self._template.stored[n])]
@@ -46,6 +46,7 @@ class Average:
     if alpha is not None:
       rows = jax.device_get(_tree.alphas_of(alpha, floats))
       self._weights = dict(zip(floats, rows))
+    self._sums = {k: _checkpoint.Sums() for k in opened}
     for k in order:
       self._check_fits(k)
 
@@ -109,30 +110,32 @@ class Average:
     return [(index, 3 * size) for index, size in self._template.plan(name)]
 
   def _verify(self, name: _tree.Path) -> None:
-    for checkpoint in self._opened.values():
-      checkpoint.verify(name)
+    for k, checkpoint in self._opened.items():
+      checkpoint.verify(name, self._sums[k])
 
   def _piece(self, name: _tree.Path, index: _source.Index) -> np.ndarray:
     dtype = self._wanted[name].dtype
     if not _tree.is_float(self._template.stored[name]):
       return self._non_float(name, index).astype(dtype)
-    wide = np.dtype(_tree.wide_dtype(self._template.stored[name].dtype)).type
-    weights = None if self._weights is None else self._weights[name]
-    total = None
+    stored = self._template.stored[name].dtype
+    wide = np.dtype(_tree.wide_dtype(stored)).type
+    shape = [s.stop - s.start for s in index]
+    total = _source.scratch('total', shape, wide)
+    product = _source.scratch('product', shape, wide)
+    total.fill(0)
     for k in self._order:
-      if weights is not None and not weights[k]:
+      weight = 1 if self._weights is None else self._weights[name][k]
+      if not weight:
         continue
-      piece = self._opened[k].piece(name, index).astype(wide, copy=False)
-      if weights is not None:
-        piece = np.multiply(piece, wide(weights[k]), out=piece)
-      total = piece if total is None else np.add(total, piece, out=total)
-    if total is None:  # All weights of this leaf are zero.
-      return np.zeros([s.stop - s.start for s in index], dtype)
+      piece = self._opened[k].piece(name, index, self._sums[k])
+      if self._weights is not None:
+        piece = np.multiply(piece, wide(weight), out=product)
+      with np.errstate(over='ignore', invalid='ignore'):  # See below.
+        np.add(total, piece, out=total)
     if not np.isfinite(np.add.reduce(total, axis=None)):
       self._find_not_finite(name, index)
-    return np.divide(total, wide(self._count), out=total).astype(
-        dtype, copy=False
-    )
+    np.divide(total, wide(self._count), out=total)
+    return total.astype(dtype, copy=False)
 
   def _find_not_finite(self, name, index) -> None:
     """A sum that is not finite tells that something may be wrong: but what?"""
@@ -142,12 +145,11 @@ class Average:
         raise _checked.not_finite_error(self._name(k), [name])
 
   def _non_float(self, name, index) -> np.ndarray:
-    expected = self._template.piece(name, index)
+    sums = self._sums[self._first]
+    expected = self._template.piece(name, index, sums).copy()
     if self._non_float_from is None:
-      for k in self._order:
-        if self._opened[k] is self._template:
-          continue
-        actual = self._opened[k].piece(name, index)
+      for k in self._order[1:]:
+        actual = self._opened[k].piece(name, index, self._sums[k])
         if not np.array_equal(expected, actual):
           raise _checked.non_float_error(self._name(k), name, expected, actual)
     return expected
