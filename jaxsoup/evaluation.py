@@ -26,12 +26,20 @@ from jaxsoup._soup import Params
 Batch = Mapping[str, Any]
 
 
-def batched(data: Batch, batch_size: int) -> list[dict[str, jax.Array]]:
+def batched(
+    data: Batch,
+    batch_size: int,
+    *,
+    sharding: jax.sharding.Sharding | None = None,
+) -> list[dict[str, jax.Array]]:
   """Cuts arrays into batches of one size, the last one padded and masked.
 
   Args:
     data: arrays `[N, ...]` with one N.
     batch_size: number of examples in a batch, B.
+    sharding: how a batch lies on a mesh, such as `NamedSharding(mesh,
+      PartitionSpec('data'))`; B is rounded up to what it divides. Every process
+      passes the same data, and holds its part of each batch.
 
   Returns:
     Batches on the device, with leaves `[B, ...]` and `mask`, `[B]` bool: False
@@ -52,13 +60,29 @@ def batched(data: Batch, batch_size: int) -> list[dict[str, jax.Array]]:
         f'Arrays of lengths {lengths} cannot be cut into batches of '
         f'{batch_size}: they must have one length, at least 1.'
     )
+  while sharding is not None and not _divides(sharding, batch_size):
+    batch_size += 1
   batches = []
   for start in range(0, num, batch_size):
     rows = np.arange(start, start + batch_size)
     batch = {k: np.asarray(x)[rows.clip(max=num - 1)] for k, x in data.items()}
     batch['mask'] = rows < num
-    batches.append(jax.device_put(batch))
+    batches.append({k: _placed(x, sharding) for k, x in batch.items()})
   return batches
+
+
+def _divides(sharding: jax.sharding.Sharding, batch_size: int) -> bool:
+  try:
+    sharding.shard_shape((batch_size,))
+  except ValueError:
+    return False
+  return True
+
+
+def _placed(x: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+  if sharding is None:
+    return jax.device_put(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
 
 def mean_of(
