@@ -151,6 +151,15 @@ class Ingredients(Sequence):
       opened[non_float_from] = self._checkpoint(non_float_from)
     return _streaming.Average(opened, order, alpha, count, non_float_from)
 
+  def unsharded(self) -> 'Ingredients':
+    """The same, for one process alone."""
+    if self._abstract is None:
+      return self
+    leaves = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self._abstract.leaves
+    )
+    return Ingredients(self.paths, self._abstract.replace(leaves))
+
   def _read(self, k: int) -> Params:
     return self._checkpoint(k).read()
 

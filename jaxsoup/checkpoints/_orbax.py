@@ -13,6 +13,7 @@ import tensorstore
 
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checksum
+from jaxsoup.checkpoints import _processes
 from jaxsoup.checkpoints import _source
 
 # A directory with this file holds one pytree, whoever wrote it: Orbax v0, v1
@@ -217,7 +218,7 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
   import orbax.checkpoint as ocp  # Slow to import, and reading needs it not.
 
   flat = _tree.flatten(params)
-  arrays = {p: host_array(leaf, p) for p, leaf in zip(flat.paths, flat.leaves)}
+  arrays = {p: _savable(leaf, p) for p, leaf in zip(flat.paths, flat.leaves)}
   dotted = {'.'.join(p) for p in arrays}
   if len(dotted) < len(arrays) or () in arrays:
     raise ValueError(
@@ -226,12 +227,13 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
         'bare array. Rename the keys, or wrap it in a dict.'
     )
   by_name = {_tree.name_of(p): x for p, x in arrays.items()}
-  checksums = {name: _checksum.of(x) for name, x in by_name.items()}
+  checksums = {name: _checksum_of(x) for name, x in by_name.items()}
   own = {
       'checksums': checksums,
       'content_hash': _checksum.content_hash(by_name, checksums),
       **custom.pop('jaxsoup', {}),
   }
+  _processes.wait_for_all('every process has seen that the path is free')
   with quiet():
     # Compression saves 7 % of the bytes and takes most of the time.
     ocp.PyTreeCheckpointer(use_compression=False).save(
@@ -240,13 +242,28 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
   return path
 
 
-def host_array(leaf: Any, path: _tree.Path) -> np.ndarray:
+def _savable(leaf: Any, path: _tree.Path) -> Any:
+  """On the host, unless it is spread over processes, which all write."""
+  check_no_key(leaf, path)
+  if leaf.is_fully_addressable or leaf.is_fully_replicated:
+    return np.asarray(jax.device_get(leaf))
+  return leaf
+
+
+def _checksum_of(array: Any) -> str:
+  if isinstance(array, np.ndarray):
+    return _checksum.of(array)
+  sums = _checksum.sums_of_shards(array)
+  return _checksum.digest(_processes.summed(sums))
+
+
+def check_no_key(leaf: Any, path: _tree.Path) -> None:
+  """Raises for a PRNG key, which no format can hold."""
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     raise TypeError(
         f'Leaf {_tree.name_of(path)!r} is a PRNG key, which is no parameter. '
         'Save parameters only: nnx.state(model, nnx.Param).'
     )
-  return np.asarray(jax.device_get(leaf))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 from jaxsoup._soup import Members
+from jaxsoup.checkpoints import _processes
 
 
 class ScoreLog(MutableMapping):
@@ -15,7 +16,8 @@ class ScoreLog(MutableMapping):
 
   Pass it as `scores=` to `jaxsoup.greedy` and `jaxsoup.pruned`. Each score is
   on the disk before the search goes on, so that a search that was stopped at
-  any point continues where it was when it is called again.
+  any point continues where it was when it is called again. Of several processes
+  the first one reads and writes it.
 
   Example:
     >>> import tempfile
@@ -43,20 +45,22 @@ class ScoreLog(MutableMapping):
         else [ingredients.identity(k) for k in range(len(ingredients))]
     )
     self._scores: dict[Members, float] = {}
-    if self._path.exists():
-      self._read()
+    content = self._path.read_bytes() if self._path.exists() else b''
+    self._read(_processes.from_main(content))
 
   def __getitem__(self, members: Members) -> float:
     return self._scores[members]
 
   def __setitem__(self, members: Members, score: float) -> None:
+    self._scores[members] = score
+    if not _processes.is_main():
+      return
     # Empty, where the writer was stopped in the middle of the first line.
     if not self._path.exists() or not self._path.stat().st_size:
       self._path.parent.mkdir(parents=True, exist_ok=True)
       if self._identities is not None:
         self._append({'ingredients': self._identities})
     self._append({'members': list(members), 'score': score})
-    self._scores[members] = score
 
   def __delitem__(self, members: Members) -> None:
     raise TypeError('A score log only grows. Delete the file to forget it.')
@@ -73,12 +77,13 @@ class ScoreLog(MutableMapping):
       file.flush()
       os.fsync(file.fileno())
 
-  def _read(self) -> None:
-    lines = self._path.read_bytes().splitlines(keepends=True)
+  def _read(self, content: bytes) -> None:
+    lines = content.splitlines(keepends=True)
     if lines and not lines[-1].endswith(b'\n'):
       # The writer was stopped in the middle of a line: that score is lost.
-      os.truncate(self._path, sum(map(len, lines[:-1])))
       lines.pop()
+      if _processes.is_main():
+        os.truncate(self._path, sum(map(len, lines)))
     for number, line in enumerate(lines, 1):
       try:
         identities, scores = _parse(line)

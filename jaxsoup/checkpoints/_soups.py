@@ -19,6 +19,7 @@ from jaxsoup._soup import Soup
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
+from jaxsoup.checkpoints import _processes
 from jaxsoup.checkpoints import _safetensors
 
 _FILE = '.safetensors'
@@ -77,11 +78,17 @@ def save(
 
   def fill_fn(put_fn):
     for leaf_path, leaf in zip(flat.paths, flat.leaves):
-      put_fn(leaf_path, 0, _orbax.host_array(leaf, leaf_path))
+      _orbax.check_no_key(leaf, leaf_path)
+      put_fn(leaf_path, 0, _processes.gathered(leaf))
 
   path = _new_file(path)
   leaves = dict(zip(flat.paths, flat.leaves))
-  _safetensors.write(path, leaves, lambda: own, fill_fn)
+  _processes.wait_for_all('every process has seen that the path is free')
+  if _processes.is_main():
+    _safetensors.write(path, leaves, lambda: own, fill_fn)
+  else:
+    fill_fn(lambda *_: None)
+  _processes.wait_for_all('the file is written')
   return str(path)
 
 
@@ -125,6 +132,7 @@ def save_average(
   """
   num = len(ingredients)
   path = _new_file(path)
+  ingredients = ingredients.unsharded()
   if alpha is None:
     streamed = ingredients.streamed(range(num), None, num, non_float_from)
     alpha = np.full(num, 1 / num, np.float32)
@@ -138,7 +146,11 @@ def save_average(
 
   # A hash of each ingredient, and duplicates, are known when all is read.
   num_more = 200 * num
-  _safetensors.write(path, streamed.leaves, own_fn, streamed.put_all, num_more)
+  leaves, fill_fn = streamed.leaves, streamed.put_all
+  _processes.wait_for_all('every process has seen that the path is free')
+  if _processes.is_main():
+    _safetensors.write(path, leaves, own_fn, fill_fn, num_more)
+  _processes.wait_for_all('the file is written')
   return str(path)
 
 

@@ -1,0 +1,94 @@
+"""One of several processes: runs the recipes, and prints what it found.
+
+python tests/_distributed_worker.py FOLDER PORT NUM_PROCESSES PROCESS
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+folder = pathlib.Path(sys.argv[1])
+port, num_processes, process = map(int, sys.argv[2:])
+num_local = 4 // num_processes
+os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={num_local}'
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import jax
+
+if num_processes > 1:
+  jax.distributed.initialize(f'127.0.0.1:{port}', num_processes, process)
+
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+
+import jaxsoup
+from jaxsoup import checkpoints
+from jaxsoup import evaluation
+from jaxsoup import sharding
+
+assert jax.device_count() == 4 and jax.process_count() == num_processes
+mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
+shapes = {
+    'w': jax.ShapeDtypeStruct((16, 8), np.float32),
+    'columns': jax.ShapeDtypeStruct((3, 8), np.float32),
+    'b': jax.ShapeDtypeStruct((3,), np.float32),
+}
+abstract = sharding.fsdp(shapes, mesh)
+runs = sorted((folder / 'runs').iterdir())
+ingredients = checkpoints.Ingredients(runs, abstract)
+
+rng = np.random.default_rng(0)
+data = {
+    'x': rng.normal(size=(50, 16)).astype(np.float32),
+    'label': rng.integers(0, 8, 50),
+}
+batches = evaluation.batched(
+    data, 18, sharding=NamedSharding(mesh, PartitionSpec('fsdp'))
+)
+
+
+def logits_fn(params, batch):
+  return batch['x'] @ params['w'] + params['columns'].sum(0)
+
+
+def correct(params, batch):
+  return logits_fn(params, batch).argmax(-1) == batch['label']
+
+
+def loss_fn(params, batch, beta):
+  return optax.softmax_cross_entropy_with_integer_labels(
+      beta * logits_fn(params, batch), batch['label']
+  ).mean()
+
+
+log = checkpoints.ScoreLog(folder / 'scores.jsonl', ingredients)
+eval_fn = evaluation.mean_of(correct, batches)
+soups = {
+    'uniform': jaxsoup.uniform(ingredients),
+    'greedy': jaxsoup.greedy(ingredients, eval_fn, scores=log),
+    'learned': jaxsoup.learned(
+        ingredients, loss_fn, batches[:2], tx=optax.adam(0.1), num_epochs=3
+    ),
+}
+found = {'scores': {str(k): v for k, v in log.items()}}
+for name, soup in soups.items():
+  for suffix in ('', '.safetensors'):
+    path = folder / f'{name}{suffix}'
+    checkpoints.save(path, soup, ingredients=ingredients)
+  again = checkpoints.load(folder / name, abstract).params
+  same = jax.jit(
+      lambda a, b: jnp.stack(
+          [(x == y).all() for x, y in zip(*map(jax.tree.leaves, (a, b)))]
+      ).all(),
+  )(soup.params, again)
+  found[name] = {
+      'alpha': np.asarray(soup.alpha).tolist(),
+      'is_restored': bool(same),
+      'hash': checkpoints.provenance(folder / name)['content_hash'],
+  }
+print(json.dumps(found))
