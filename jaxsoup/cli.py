@@ -156,6 +156,31 @@ def soup(
         typer.Option(help='greedy, pruned: a score log, to go on from.'),
     ] = None,
     item: Item = None,
+    shard: Annotated[
+        bool, typer.Option('--shard', help='Shard models over all devices.')
+    ] = False,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            '--distributed',
+            help='Join the other processes of a TPU pod or a Slurm job.',
+        ),
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            metavar='HOST:PORT', help='Of process 0, to join others elsewhere.'
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, help='With --coordinator.')
+    ] = None,
+    process: Annotated[
+        int | None, typer.Option(min=0, help='With --coordinator: which one.')
+    ] = None,
+    timeout: Annotated[
+        int, typer.Option(min=1, help='Seconds to wait for other processes.')
+    ] = 300,
     as_json: Json = False,
 ) -> None:
   """Makes a soup of checkpoints, and stores it with its provenance."""
@@ -174,7 +199,18 @@ def soup(
     )
   if out.exists():
     raise typer.BadParameter(f'{out} exists.', param_hint='--out')
+  if coordinator and (num_processes is None or process is None):
+    raise typer.BadParameter(
+        'needs --num-processes and --process.', param_hint='--coordinator'
+    )
   with _failures():
+    if distributed or coordinator:
+      from jaxsoup.experiments import distributed as distributed_lib
+
+      distributed_lib.start(
+          coordinator, num_processes, process, timeout=timeout
+      )
+      typer.echo(distributed_lib.banner(out), err=True)
     import jax
     import optax
 
@@ -182,6 +218,8 @@ def soup(
     from jaxsoup import checkpoints
 
     ingredients = checkpoints.Ingredients(runs, item=item)
+    if shard or distributed or coordinator:
+      ingredients = _sharded(ingredients)
     function = _user_function(eval_name or '')
     log = None if scores is None else checkpoints.ScoreLog(scores, ingredients)
     metadata = {'recipe': recipe, 'seed': seed}
@@ -215,7 +253,23 @@ def soup(
       made = jaxsoup.model_stock(ingredients, theta_0)
     if not is_streamed:
       checkpoints.save(out, made, ingredients=ingredients, metadata=metadata)
-    _show_soup(made, ingredients, out, recipe, as_json)
+    if jax.process_index() == 0:
+      _show_soup(made, ingredients, out, recipe, as_json)
+
+
+def _sharded(ingredients):
+  """The same checkpoints, read onto all devices of all processes."""
+  import jax
+  from jax.sharding import AxisType
+
+  from jaxsoup import checkpoints
+  from jaxsoup import sharding
+
+  mesh = jax.make_mesh(
+      (jax.device_count(),), ('fsdp',), axis_types=(AxisType.Auto,)
+  )
+  abstract_params = sharding.fsdp(ingredients.abstract_params, mesh)
+  return checkpoints.Ingredients(ingredients.paths, abstract_params)
 
 
 def _user_function(name: str) -> Callable[..., Any]:

@@ -67,9 +67,9 @@ def sums_of_shards(array: jax.Array) -> np.ndarray:
     row_bytes = data.dtype.itemsize * math.prod(array.shape[1:])
     # Row by row, zeros in place of what other devices hold.
     row = np.zeros((1, *array.shape[1:]), data.dtype)
-    columns = tuple(slice(*r) for r in ranges[1:])
+    columns: Any = tuple(slice(*r) for r in ranges[1:])
     for i in range(data.shape[0]):
-      row[(0, *columns)] = data[i]
+      row[0][columns] = data[i]
       sums += sums_of(row, (ranges[0][0] + i) * row_bytes)
   return sums
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
 
+import jax
+
 from jaxsoup import _tree
 from jaxsoup._soup import Members
 from jaxsoup._soup import Params
@@ -104,6 +106,12 @@ class Ingredients(Sequence):
     """Shapes, dtypes and stored metadata of ingredient k; reads no array."""
     return self._checkpoint(k).source.metadata
 
+  @property
+  def abstract_params(self) -> Params:
+    """Shapes, dtypes and shardings of what is read; reads no array."""
+    flat = self._abstract or self._checkpoint(0).flat
+    return flat.replace(flat.leaves)
+
   def content_hash(self, k: int) -> str:
     """A hash of the parameters of ingredient k, which are read if need be."""
     if self.known_hash(k) is None:
@@ -153,12 +161,10 @@ class Ingredients(Sequence):
 
   def unsharded(self) -> 'Ingredients':
     """The same, for one process alone."""
-    if self._abstract is None:
-      return self
-    leaves = (
-        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self._abstract.leaves
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.abstract_params
     )
-    return Ingredients(self.paths, self._abstract.replace(leaves))
+    return Ingredients(self.paths, shapes)
 
   def _read(self, k: int) -> Params:
     return self._checkpoint(k).read()
