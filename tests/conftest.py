@@ -21,6 +21,9 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
+# Scripts that are run, and would run when doctest imports them.
+collect_ignore = ['_distributed_worker.py', 'benchmarks']
+
 # The same examples in every run, and no time limit on a busy machine.
 hypothesis.settings.register_profile(
     'jaxsoup', derandomize=True, deadline=None, max_examples=40, database=None
