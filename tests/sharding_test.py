@@ -81,6 +81,26 @@ def test_gradient_needs_one_kind_of_collective(on_mesh, stacked, alpha):
   assert found == {'all-reduce'}
 
 
+def temporaries(num, dtype):
+  """Bytes that the gradient of a mix holds beside its arguments and result."""
+  stacked = {
+      'w': jax.ShapeDtypeStruct((num, 64, 512), dtype),
+      'b': jax.ShapeDtypeStruct((num, 4096), dtype),
+  }
+  gradient = jax.grad(lambda a, x: loss_of(jaxsoup.mix(x, a)))
+  alpha = jax.ShapeDtypeStruct((num,), 'float32')
+  compiled = jax.jit(gradient).lower(alpha, stacked).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_temporaries_do_not_grow_with_the_number_of_models(dtype):
+  few, some, many = (temporaries(num, dtype) for num in (8, 32, 72))
+  # A few bytes a model are [K] itself; a copy of its leaves would be 140 kB.
+  assert abs(some - few) < 24 * 64
+  assert abs(many - few) < 64 * 64
+
+
 def test_fsdp_takes_the_largest_axis_that_fits(on_mesh):
   shapes = {'a': (4, 8), 'b': (8, 6), 'c': (3, 5), 'd': (), 'e': (4, 4)}
   tree = {k: jax.ShapeDtypeStruct(v, 'bfloat16') for k, v in shapes.items()}
