@@ -112,7 +112,7 @@ def learned(
       their task vectors (norms), and moves alpha by 0.0025 at most (its values
       lie between 0.003 and 0.24), the test NLL from 0.1440 to 0.1441, and no
       accuracy; one alpha a tensor moves by 0.024 at most (0.004 to 0.53), and
-      nothing is lost either. Where fine-tuning moved the weights less it costs more.
+      nothing is lost either. Where fine-tuning moved less it costs more.
     on_start: called with the `LearnedPlan` when one ingredient has been read.
     non_float_from: as in `uniform`.
 
