@@ -3,7 +3,7 @@
 python tests/benchmarks/learned.py [--num 8 32 72] [--dtype float32]
 
 A ViT of 3.2 M parameters in float32, 64 images of 32 x 32 in patches of 4; two
-shared cores that three other programs were using, so that one forward and
+shared cores that other programs were using too, so that one forward and
 backward of one model took between 0.9 and 2.9 s and the ratios are uncertain by
 half. Ratios are to that forward and backward in the same process, half of it
 measured before and half after; memory is the peak of the resident set beyond
@@ -26,11 +26,11 @@ are alive at once (tests/streamed_test.py counts them): pages that the allocator
 does not give back. What limits: resident, two readings of the stack; streamed,
 reading 2 K - 2 ingredients.
 
-Tried, on K = 8..72 leaves of 2048 x 2048 bfloat16 on a CPU: `mix` by tensordot
-and by a scan over rows makes a float32 copy of the stack (570 MB at K = 33, 0.17
-s), also with a barrier around each row; rows taken as integers from a stack
-behind a barrier make none (17 MB at K = 32, 0.010 s). Multiply-and-sum took 19 s
-at K = 8 in jax 0.10.2.
+Tried, on K leaves of 2048 x 2048 bfloat16 on a CPU: `mix` by tensordot and by a
+scan over rows makes a float32 copy of the stack (570 MB and 0.17 s at K = 33),
+also with a barrier around each row; rows taken as integers from a stack behind
+a barrier make none (17 MB and 0.010 s at K = 32). Multiply-and-sum took 19 s at
+K = 8 in jax 0.10.2.
 """
 
 import argparse
