@@ -2,8 +2,8 @@
 
 python tests/benchmarks/growth.py --picture growth.png
 
-Seconds of one mix or step, and the peak of the resident set beyond the start, in
-float32, on two shared cores that other programs were using too (times are
+Seconds of one mix or step, and the peak of the resident set beyond the start,
+in float32, on two shared cores that other programs were using too (times are
 uncertain by a factor of two). Ingredients are read from the page cache.
 
 mode      K  parameters, M   seconds  peak, GB  peak, models
@@ -35,8 +35,8 @@ mix       2            300     1.013      6.54           5.5
 resident  2            300     1.234      6.31           5.3
 streamed  2            300     4.902      5.88           4.9
 
-Memory of a streamed step is the same for K = 2 and 64; resident memory and all
-times grow linearly in K and in parameters. At 5 M parameters the programs
+Memory of a streamed step is the same for K = 2 and 64; resident memory
+grows linearly in K and in parameters, as times do as far as the noise shows. At 5 M parameters the programs
 themselves, 0.2 GB, are most of a peak. Reading limits a streamed step here:
 forward and backward are of eight examples.
 """
@@ -98,7 +98,7 @@ def draw(rows, path) -> None:
   from matplotlib import pyplot as plt
 
   figure, axes = plt.subplots(2, 2, figsize=(8, 6), layout='constrained')
-  columns = ((BY_NUM, 0, 'K'), (BY_SIZE, 1, 'parameters'))
+  columns = ((BY_NUM, 0, 'K'), (BY_SIZE, 1, 'M parameters'))
   for column, (cases, x, name) in enumerate(columns):
     for mode in MODES:
       points = [rows[mode, case] for case in cases]
@@ -106,6 +106,9 @@ def draw(rows, path) -> None:
         values = [p[y] / (1 if y == 'step' else 1e9) for p in points]
         ax.loglog([c[x] for c in cases], values, 'o-', label=mode)
         ax.grid(alpha=0.3)
+        ticks = [c[x] for c in cases]
+        ax.set_xticks(ticks, [f'{t / (1e6 if x else 1):g}' for t in ticks])
+        ax.minorticks_off()
     axes[1, column].set_xlabel(name)
   axes[0, 0].set_ylabel('seconds a step')
   axes[1, 0].set_ylabel('peak memory, GB')
