@@ -35,10 +35,10 @@ mix       2            300     1.013      6.54           5.5
 resident  2            300     1.234      6.31           5.3
 streamed  2            300     4.902      5.88           4.9
 
-Memory of a streamed step is the same for K = 2 and 64; resident memory
-grows linearly in K and in parameters, as times do as far as the noise shows. At 5 M parameters the programs
-themselves, 0.2 GB, are most of a peak. Reading limits a streamed step here:
-forward and backward are of eight examples.
+Memory of a streamed step is the same for K = 2 and 64; resident memory grows
+linearly in K and in parameters, as times do as far as the noise shows. At 5 M
+parameters the programs themselves, 0.2 GB, are most of a peak. Reading limits a
+streamed step here: forward and backward are of eight examples.
 """
 
 import argparse
@@ -96,6 +96,7 @@ def draw(rows, path) -> None:
   """Seconds above, peak memory below; against K left, against size right."""
   matplotlib.use('Agg')
   from matplotlib import pyplot as plt
+  from matplotlib import ticker
 
   figure, axes = plt.subplots(2, 2, figsize=(8, 6), layout='constrained')
   columns = ((BY_NUM, 0, 'K'), (BY_SIZE, 1, 'M parameters'))
@@ -108,7 +109,7 @@ def draw(rows, path) -> None:
         ax.grid(alpha=0.3)
         ticks = [c[x] for c in cases]
         ax.set_xticks(ticks, [f'{t / (1e6 if x else 1):g}' for t in ticks])
-        ax.minorticks_off()
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
     axes[1, column].set_xlabel(name)
   axes[0, 0].set_ylabel('seconds a step')
   axes[1, 0].set_ylabel('peak memory, GB')
