@@ -15,6 +15,7 @@ import jaxsoup
 from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import sharding
+from jaxsoup._soup import LearnedPlan
 
 NUM = 3
 COLLECTIVE = re.compile(
@@ -219,8 +220,14 @@ def expected_of(name):
 
 
 def assert_close(actual, expected):
-  close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
-  jax.tree.map(close, jax.device_get(actual), expected)
+  # How much memory is free changes from run to run.
+  is_plan = lambda x: isinstance(x, LearnedPlan)
+
+  def close(x, y):
+    if not is_plan(x):
+      np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+  jax.tree.map(close, jax.device_get(actual), expected, is_leaf=is_plan)
 
 
 @pytest.mark.parametrize('where', ['host', 'device'])
