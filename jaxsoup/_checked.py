@@ -132,7 +132,8 @@ def _summary(leaves: list[jax.Array]) -> tuple[list[jax.Array], ...]:
 class Checked(Sequence):
   """Ingredients as flat lists of leaves, each checked when it is first read.
 
-  The first one that is read is the template: the others must have its paths,
+  The first one that is read is the template, of which no float leaf is kept:
+  the others must have its paths,
   shapes and dtypes, finite values, and equal leaves where those are not floats.
   """
 
@@ -156,7 +157,7 @@ class Checked(Sequence):
     k = range(len(self))[k]
     flat = _tree.flatten(self._source[k])
     if self._first is None:
-      self._first = flat
+      self._first = _without_floats(flat)
     if k not in self._sums:
       self._check(k, flat)
     # Sorted as the template is: a State may list its leaves in another order.
@@ -242,6 +243,14 @@ class Checked(Sequence):
           self._duplicates[k] = twin
           break
     self._sums[k] = sums
+
+
+def _without_floats(flat: _tree.Flat) -> _tree.Flat:
+  # Only their shapes are needed: the template would hold one model for ever.
+  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return flat._replace(
+      leaves=[shape(x) if _tree.is_float(x) else x for x in flat.leaves]
+  )
 
 
 def _short(value: np.ndarray) -> str:

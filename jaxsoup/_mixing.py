@@ -26,12 +26,45 @@ from jaxsoup._soup import Params
 
 @jax.custom_vjp
 def _mix_leaf(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
-  wide = stacked.astype(_tree.wide_dtype(stacked.dtype))
+  alpha = alpha.astype(_tree.wide_dtype(stacked.dtype))
+  return _by_platform(_mix_rows, _mix_whole, alpha, stacked)
+
+
+def _by_platform(by_row, whole, x: jax.Array, stacked: jax.Array) -> jax.Array:
+  """XLA:CPU makes a float32 copy of a whole stack of a narrow dtype."""
+  if stacked.dtype.itemsize not in _UNSIGNED:
+    return whole(x, stacked)
+  return jax.lax.platform_dependent(x, stacked, cpu=by_row, default=whole)
+
+
+def _mix_whole(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
   # HIGHEST: TPUs and recent GPUs would round the factors of a product.
   mixed = jnp.tensordot(
-      alpha.astype(wide.dtype), wide, 1, precision=jax.lax.Precision.HIGHEST
+      alpha, stacked.astype(alpha.dtype), 1, precision=jax.lax.Precision.HIGHEST
   )
   return mixed.astype(stacked.dtype)
+
+
+def _mix_rows(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
+  add_row = lambda k, total: total + alpha[k] * _row(stacked, k)
+  start = alpha[0] * _row(stacked, 0)
+  mixed = jax.lax.fori_loop(1, stacked.shape[0], add_row, start)
+  return mixed.astype(stacked.dtype)
+
+
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16}
+
+
+def _row(stacked: jax.Array, k: Any) -> jax.Array:
+  """Row k in float32, without XLA:CPU making a float32 copy of all rows.
+
+  It widens the operand of a slice of bfloat16 (not of integers), and moves
+  what does not depend on k out of a loop (the barrier makes it depend on k).
+  """
+  stacked, k = jax.lax.optimization_barrier((stacked, jnp.int32(k)))
+  bits = jax.lax.bitcast_convert_type(stacked, _UNSIGNED[stacked.itemsize])
+  row = jax.lax.dynamic_index_in_dim(bits, k, keepdims=False)
+  return jax.lax.bitcast_convert_type(row, stacked.dtype).astype(jnp.float32)
 
 
 def _mix_leaf_fwd(alpha, stacked):
@@ -39,23 +72,32 @@ def _mix_leaf_fwd(alpha, stacked):
 
 
 def _mix_leaf_bwd(residuals, gradient):
-  """`dL/dalpha_k = <theta_k, dL/dtheta>`: K inner products, no temporaries."""
+  """`dL/dalpha_k = <theta_k, dL/dtheta>`: K inner products."""
   alpha, stacked = residuals
-  wide = stacked.astype(_tree.wide_dtype(stacked.dtype))
-  gradient = gradient.astype(wide.dtype)
+  gradient = gradient.astype(_tree.wide_dtype(stacked.dtype))
+  inner = _by_platform(_inner_by_row, _inner_whole, gradient, stacked)
+  axes = tuple(range(1, stacked.ndim))
+  outer = jnp.expand_dims(alpha.astype(gradient.dtype), axes) * gradient
+  return jnp.real(inner).astype(alpha.dtype), outer.astype(stacked.dtype)
+
+
+def _inner_whole(gradient: jax.Array, stacked: jax.Array) -> jax.Array:
+  wide = stacked.astype(gradient.dtype)
   axes = tuple(range(1, stacked.ndim))
   if _has_explicit_axes(gradient):
     # A product that contracts a sharded axis raises on Explicit axes.
-    inner = jnp.sum(wide * gradient, axis=axes)
-  else:
-    inner = jnp.tensordot(
-        wide,
-        gradient,
-        axes=(axes, tuple(range(gradient.ndim))),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-  outer = jnp.expand_dims(alpha.astype(wide.dtype), axes) * gradient
-  return jnp.real(inner).astype(alpha.dtype), outer.astype(stacked.dtype)
+    return jnp.sum(wide * gradient, axis=axes)
+  return jnp.tensordot(
+      wide,
+      gradient,
+      axes=(axes, tuple(range(gradient.ndim))),
+      precision=jax.lax.Precision.HIGHEST,
+  )
+
+
+def _inner_by_row(gradient: jax.Array, stacked: jax.Array) -> jax.Array:
+  one = lambda k: jnp.sum(_row(stacked, k) * gradient)
+  return jax.lax.map(one, jnp.arange(stacked.shape[0]))
 
 
 _mix_leaf.defvjp(_mix_leaf_fwd, _mix_leaf_bwd)

@@ -85,6 +85,25 @@ class SearchInfo(NamedTuple):
   duplicates: tuple[Members, ...]
 
 
+class LearnedPlan(NamedTuple):
+  """Where `learned` will keep the ingredients, decided before it reads them.
+
+  Attributes:
+    is_streamed: whether they are read anew in each step, or stacked once.
+    reason: why, in words.
+    resident_bytes: what the stack, one model more, the mixed model and its
+      gradient would take, on each device (on a CPU: in all).
+    free_bytes: what is free there.
+    reads_per_step: ingredients that a step reads from where they are.
+  """
+
+  is_streamed: bool
+  reason: str
+  resident_bytes: int
+  free_bytes: int
+  reads_per_step: int
+
+
 class LearnedInfo(NamedTuple):
   """Of `learned`.
 
@@ -95,6 +114,7 @@ class LearnedInfo(NamedTuple):
       `[num_epochs + 1]`; empty without a second split.
     best_epoch: the epoch after which alpha was taken; 0 is the start.
     duplicates: groups of ingredients with equal parameters.
+    plan: where the ingredients were kept, and why.
   """
 
   beta: float
@@ -102,6 +122,7 @@ class LearnedInfo(NamedTuple):
   val_losses: np.ndarray
   best_epoch: int
   duplicates: tuple[Members, ...]
+  plan: LearnedPlan | None = None  # None in soups stored by older versions.
 
 
 class StockInfo(NamedTuple):

@@ -54,7 +54,7 @@ def _failures() -> Iterator[None]:
   try:
     yield
   except (
-      ImportError, OSError, TypeError, UserCodeError, ValueError
+      ImportError, MemoryError, OSError, TypeError, UserCodeError, ValueError
   ) as e:  # fmt: skip
     _fail(str(e), code=getattr(e, 'exit_code', 1))
 
@@ -151,6 +151,22 @@ def soup(
         float, typer.Option(help='learned: of AdamW.')
     ] = 0.05,
     epochs: Annotated[int, typer.Option(min=1, help='learned.')] = 5,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            '--stream/--no-stream',
+            help='learned: read the models in each step, or stack them. [what'
+            ' fits]',
+            show_default=False,
+        ),
+    ] = None,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar='DTYPE',
+            help='learned, streamed: keep copies in host memory: bfloat16.',
+        ),
+    ] = None,
     scores: Annotated[
         pathlib.Path | None,
         typer.Option(help='greedy, pruned: a score log, to go on from.'),
@@ -247,6 +263,9 @@ def soup(
           num_epochs=epochs,
           depth=math.inf if per_tensor else None,
           val_batches=val_batches[0] if val_batches else None,
+          stream=stream,
+          cache_dtype=_float_dtype(cache_dtype),
+          on_start=_show_plan,
       )
     else:
       theta_0 = checkpoints.Ingredients([init], item=item)[0]
@@ -270,6 +289,26 @@ def _sharded(ingredients):
   )
   abstract_params = sharding.fsdp(ingredients.abstract_params, mesh)
   return checkpoints.Ingredients(ingredients.paths, abstract_params)
+
+
+def _float_dtype(name: str | None) -> Any:
+  import jax.numpy as jnp
+
+  if name is None:
+    return None
+  dtype = getattr(jnp, name, None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(
+        f'--cache-dtype {name} is no dtype of floats: bfloat16, float16, '
+        'float32.'
+    )
+  return dtype
+
+
+def _show_plan(plan) -> None:
+  mode = 'streamed' if plan.is_streamed else 'resident'
+  reads = f'{plan.reads_per_step} reads a step'
+  typer.echo(f'learned: {mode}, {reads}; {plan.reason}.', err=True)
 
 
 def _user_function(name: str) -> Callable[..., Any]:

@@ -130,6 +130,30 @@ def test_recipes(runs, recipe, options, expected):
 
 
 @pytest.mark.parametrize(
+    'options, mode',
+    [
+        (('--stream', '--cache-dtype', 'bfloat16'), 'streamed, 0 reads a step'),
+        (('--stream',), 'streamed, 4 reads a step'),
+        (('--no-stream',), 'resident, 0 reads a step'),
+        ((), 'resident, 0 reads a step'),
+    ],
+)
+def test_learned_says_its_mode_before_it_starts(runs, options, mode):
+  args = ('--recipe', 'learned', '--out', 'out', '--eval', 'mine:loss')
+  result = invoke('soup', *runs, *args, *options, '--json')
+  assert result.exit_code == 0, (result.output, result.exception)
+  assert result.stderr.startswith(f'learned: {mode}; ')
+  assert checkpoints.load('out').info.plan.is_streamed == ('str' in mode[:3])
+
+
+def test_a_cache_of_what_is_no_float(runs):
+  args = ('--recipe', 'learned', '--out', 'out', '--eval', 'mine:loss')
+  result = invoke('soup', *runs, *args, '--cache-dtype', 'int8')
+  assert result.exit_code == 1
+  assert '--cache-dtype int8 is no dtype of floats' in result.stderr
+
+
+@pytest.mark.parametrize(
     'recipe, name', [('greedy', 'score'), ('learned', 'loss')]
 )
 def test_soup_as_text(runs, recipe, name):

@@ -15,6 +15,7 @@ import jaxsoup
 from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import sharding
+from jaxsoup._soup import LearnedPlan
 
 NUM = 3
 COLLECTIVE = re.compile(
@@ -79,6 +80,26 @@ def test_gradient_needs_one_kind_of_collective(on_mesh, stacked, alpha):
   lowered = jax.jit(gradient).lower(jax.device_put(alpha), on_device)
   found = set(COLLECTIVE.findall(lowered.compile().as_text()))
   assert found == {'all-reduce'}
+
+
+def temporaries(num, dtype):
+  """Bytes that the gradient of a mix holds beside its arguments and result."""
+  stacked = {
+      'w': jax.ShapeDtypeStruct((num, 64, 512), dtype),
+      'b': jax.ShapeDtypeStruct((num, 4096), dtype),
+  }
+  gradient = jax.grad(lambda a, x: loss_of(jaxsoup.mix(x, a)))
+  alpha = jax.ShapeDtypeStruct((num,), 'float32')
+  compiled = jax.jit(gradient).lower(alpha, stacked).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_temporaries_do_not_grow_with_the_number_of_models(dtype):
+  few, some, many = (temporaries(num, dtype) for num in (8, 32, 72))
+  # A few bytes a model are [K] itself; a copy of its leaves would be 140 kB.
+  assert abs(some - few) < 24 * 64
+  assert abs(many - few) < 64 * 64
 
 
 def test_fsdp_takes_the_largest_axis_that_fits(on_mesh):
@@ -199,8 +220,14 @@ def expected_of(name):
 
 
 def assert_close(actual, expected):
-  close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
-  jax.tree.map(close, jax.device_get(actual), expected)
+  # How much memory is free changes from run to run.
+  is_plan = lambda x: isinstance(x, LearnedPlan)
+
+  def close(x, y):
+    if not is_plan(x):
+      np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+  jax.tree.map(close, jax.device_get(actual), expected, is_leaf=is_plan)
 
 
 @pytest.mark.parametrize('where', ['host', 'device'])

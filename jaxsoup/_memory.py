@@ -1,0 +1,86 @@
+"""How many bytes can still be used, on a device and on the host.
+
+```
+free_bytes(jax.devices()[0])
+```
+"""
+
+import os
+import pathlib
+from typing import Any
+
+
+def free_bytes(device: Any) -> int:
+  """Bytes free on a device; of a CPU, in the host's memory."""
+  stats = {} if device.platform == 'cpu' else device.memory_stats() or {}
+  if 'bytes_limit' in stats:
+    return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
+  return host_free_bytes()
+
+
+def host_free_bytes(root: str | pathlib.Path = '/') -> int:
+  """Bytes free on the host: the least of what system and control groups allow.
+
+  Args:
+    root: where `proc` and `sys` lie.
+
+  Returns:
+    A number of bytes. Where there is no `/proc` (macOS), all of the memory.
+  """
+  root = pathlib.Path(root)
+  found = [*_of_system(root), *_of_control_groups(root)]
+  if found:
+    return max(0, min(found))
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+
+
+def _of_system(root: pathlib.Path):
+  for line in _lines(root / 'proc/meminfo'):
+    if line.startswith('MemAvailable:'):
+      yield int(line.split()[1]) * 1024
+
+
+def _of_control_groups(root: pathlib.Path):
+  mount = root / 'sys/fs/cgroup'
+  for line in _lines(root / 'proc/self/cgroup'):
+    _, controllers, path = line.split(':', 2)
+    if not controllers:  # Version 2.
+      names = 'memory.max', 'memory.current', 'inactive_file'
+      yield from _of_folders(mount, path, names)
+    elif 'memory' in controllers.split(','):
+      names = (
+          'memory.limit_in_bytes',
+          'memory.usage_in_bytes',
+          'total_inactive_file',
+      )
+      yield from _of_folders(mount / 'memory', path, names)
+
+
+def _of_folders(mount: pathlib.Path, path: str, names):
+  """Every group above limits too; in a container just the mount is seen."""
+  own = mount / path.strip('/')
+  for folder in [own, *own.parents]:
+    if mount not in (folder, *folder.parents):
+      return
+    limit = _number(folder / names[0])
+    used = _number(folder / names[1])
+    if limit is not None and used is not None:
+      # Cached files count as used, but make room when memory is needed.
+      yield limit - used + _stat(folder / 'memory.stat', names[2])
+
+
+def _number(path: pathlib.Path) -> int | None:
+  text = ''.join(_lines(path)).strip()
+  return int(text) if text.isdigit() else None  # 'max' is no limit.
+
+
+def _stat(path: pathlib.Path, name: str) -> int:
+  rows = (line.split() for line in _lines(path))
+  return next((int(row[1]) for row in rows if row[:1] == [name]), 0)
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+  try:
+    return path.read_text().splitlines()
+  except OSError:
+    return []

@@ -1,0 +1,184 @@
+"""Ingredients that are read again and again, and what is computed from them.
+
+```
+streamed = Streamed(source, groups, alphas, loss_at)
+loss, gradient = streamed.value_and_grad(variables, batch)
+```
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoup import _checked
+from jaxsoup import _memory
+from jaxsoup import _mixing
+from jaxsoup import _tree
+from jaxsoup._soup import LearnedPlan
+
+
+class Source:
+  """Leaves of ingredients: the last one is kept, and copies of all if asked."""
+
+  def __init__(
+      self,
+      checked: _checked.Checked,
+      first: list[jax.Array],
+      cache_dtype: Any = None,
+  ):
+    self._checked = checked
+    self._cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
+    self._cache: dict[int, list[tuple[np.ndarray, Any]]] = {}
+    self._last: tuple[int, list[jax.Array]] | None = 0, self._copied(0, first)
+
+  def __len__(self) -> int:
+    return len(self._checked)
+
+  def __getitem__(self, k: int) -> list[jax.Array]:
+    if self._last is None or self._last[0] != k:
+      self._last = None  # Freed before the next one is read.
+      self._last = k, self._read(k)
+    return self._last[1]
+
+  def prefetch(self, k: int) -> None:
+    if k not in self._cache and (self._last is None or self._last[0] != k):
+      self._checked.prefetch(k)
+
+  def _read(self, k: int) -> list[jax.Array]:
+    return self._copied(k, [] if k in self._cache else self._checked[k])
+
+  def _copied(self, k: int, leaves: list[jax.Array]) -> list[jax.Array]:
+    """What a copy of these leaves is worth, the first time and later."""
+    if self._cache_dtype is None:
+      return leaves
+    if k not in self._cache:
+      self._cache[k] = [
+          (_narrowed(x, self._cache_dtype), x.sharding) for x in leaves
+      ]
+    leaves = [jax.device_put(*pair) for pair in self._cache[k]]
+    return _widened(leaves, self._checked.float_dtypes)
+
+
+def _narrowed(x: jax.Array, dtype: Any) -> np.ndarray:
+  is_wider = _is_real(x) and x.dtype.itemsize > dtype.itemsize
+  # A copy, or on a CPU it would be the memory of the ingredient itself.
+  return np.array(jax.device_get(x), dtype if is_wider else x.dtype)
+
+
+def _is_real(x: jax.Array) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _widened(leaves: list[jax.Array], dtypes: tuple[Any, ...]):
+  return [x.astype(d) for x, d in zip(leaves, dtypes)]
+
+
+class Streamed:
+  """The loss of a mix and its gradient, at the memory of a few models.
+
+  `dL/dalpha_k = <dL/dtheta, theta_k>`: one forward and backward on the mixed
+  model, then K inner products while the ingredients come by once more. Each
+  walk goes the other way than the one before, and so begins with the
+  ingredient that is still there.
+  """
+
+  def __init__(
+      self,
+      source: Any,
+      groups: Sequence[_tree.Path],
+      alphas: Callable[[Any], dict[_tree.Path, jax.Array]],
+      loss_at: Callable[..., jax.Array],
+      dtypes: tuple[Any, ...],
+  ):
+    self._source = source
+    self._groups = groups
+    self._dtypes = dtypes
+    self._order = list(range(len(source)))
+    self._alphas = jax.jit(alphas)
+    self._value_and_grad = jax.jit(jax.value_and_grad(loss_at, (0, 1)))
+    self._inner = jax.jit(self._inner_products)
+    # The chain rule from alpha to w.
+    self._pull = jax.jit(lambda w, inner: jax.vjp(alphas, w)[1](inner)[0])
+
+  def mixed(self, w: Any) -> list[jax.Array]:
+    alpha = jax.device_get(self._alphas(w))
+    total: list[jax.Array] = []
+    for k, leaves in self._walk():
+      weights = _tree.numbers([alpha[g][k] for g in self._groups])
+      total = (
+          _mixing.add(total, leaves, weights)
+          if total
+          else _mixing.scaled(leaves, weights)
+      )
+      # Or reading could run ahead of adding, and fill the memory.
+      jax.block_until_ready(total)
+    return _mixing.rounded(total, _tree.numbers(1.0), self._dtypes)
+
+  def value_and_grad(self, variables: Any, batch: Any):
+    """The loss, and its gradient in w and beta."""
+    w, scale = variables
+    loss, (gradient, scale_gradient) = self._value_and_grad(
+        self.mixed(w), scale, batch
+    )
+    inner = {g: np.zeros(len(self._source), np.float32) for g in w}
+    for k, leaves in self._walk():
+      for g, value in jax.device_get(self._inner(gradient, leaves)).items():
+        inner[g][k] = value
+    on_device = {g: _tree.numbers(x) for g, x in inner.items()}
+    return loss, (self._pull(w, on_device), scale_gradient)
+
+  def _walk(self):
+    order = self._order
+    self._order = order[::-1]
+    return _checked.in_order(self._source, order)
+
+  def _inner_products(self, gradient, leaves):
+    """`<dL/dtheta, theta_k>` in each group; runs on Explicit axes as well."""
+    inner: dict[_tree.Path, jax.Array] = {}
+    for group, g, x in zip(self._groups, gradient, leaves):
+      wide = _tree.wide_dtype(x.dtype)
+      product = jnp.real(jnp.sum(x.astype(wide) * g.astype(wide)))
+      inner[group] = inner.get(group, 0) + product.astype(jnp.float32)
+    return inner
+
+
+def plan(
+    leaves: Sequence[jax.Array],
+    num_ingredients: int,
+    is_streamed: bool | None,
+    is_cached: bool,
+) -> LearnedPlan:
+  """Resident if the stack fits beside what a step needs, else streamed."""
+  sharding = leaves[0].sharding
+  device: Any = next(iter(sharding.addressable_devices))
+  model_bytes = sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+      for x in leaves
+  )
+  if device.platform == 'cpu':  # Whose devices share one memory.
+    model_bytes *= len(sharding.addressable_devices)
+  needed = (num_ingredients + 3) * model_bytes
+  free = _memory.free_bytes(device)
+  fits = needed <= 2 / 3 * free
+  reason = (
+      f'the stack of {num_ingredients} with three models more (one that is '
+      f'read, the mixed one, its gradient) takes {_gigabytes(needed)}, and '
+      f'{_gigabytes(free)} are free on {device.platform}, of which a third is '
+      f'left for activations: it {"fits" if fits else "does not fit"}'
+  )
+  if is_streamed is not None:
+    reason = f'stream={is_streamed} was passed; {reason}'
+  streamed = not fits if is_streamed is None else is_streamed
+  reads = 2 * (num_ingredients - 1) if streamed and not is_cached else 0
+  return LearnedPlan(streamed, reason, needed, free, reads)
+
+
+def _gigabytes(num_bytes: int) -> str:
+  return f'{num_bytes / 1e9:.3g} GB'

@@ -1,0 +1,150 @@
+"""How time and memory grow with K and with parameters, of `mix` and `learned`.
+
+python tests/benchmarks/growth.py --picture growth.png
+
+Seconds of one mix or step, and the peak of the resident set beyond the start,
+in float32, on two shared cores that other programs were using too (times are
+uncertain by a factor of two). Ingredients are read from the page cache.
+
+mode      K  parameters, M   seconds  peak, GB  peak, models
+mix       2              5     0.003      0.25          12.4
+resident  2              5     0.017      0.30          15.1
+streamed  2              5     0.043      0.31          15.6
+mix       4              5     0.016      0.30          15.0
+resident  4              5     0.050      0.31          15.7
+streamed  4              5     0.084      0.31          15.3
+mix       8              5     0.007      0.39          19.3
+resident  8              5     0.024      0.41          20.4
+streamed  8              5     0.210      0.35          17.4
+mix      16              5     0.013      0.54          26.8
+resident 16              5     0.030      0.56          28.1
+streamed 16              5     0.185      0.31          15.7
+mix      32              5     0.024      0.86          43.1
+resident 32              5     0.054      0.88          44.0
+streamed 32              5     0.371      0.32          16.2
+mix      64              5     0.050      1.47          73.6
+resident 64              5     0.151      1.53          76.4
+streamed 64              5     1.296      0.34          16.8
+mix       2             20     0.145      0.72           9.1
+resident  2             20     0.233      0.60           7.5
+streamed  2             20     0.413      0.96          12.0
+mix       2             80     0.719      1.73           5.4
+resident  2             80     0.561      1.79           5.6
+streamed  2             80     2.381      1.64           5.1
+mix       2            300     1.013      6.54           5.5
+resident  2            300     1.234      6.31           5.3
+streamed  2            300     4.902      5.88           4.9
+
+Memory of a streamed step is the same for K = 2 and 64; resident memory grows
+linearly in K and in parameters, as times do as far as the noise shows. At 5 M
+parameters the programs themselves, 0.2 GB, are most of a peak. Reading limits a
+streamed step here: forward and backward are of eight examples.
+"""
+
+import argparse
+import functools
+import json
+import tempfile
+
+import _steps
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+import jaxsoup
+
+BY_NUM = [(num, 5e6) for num in (2, 4, 8, 16, 32, 64)]
+BY_SIZE = [(2, size) for size in (5e6, 20e6, 80e6, 300e6)]
+MODES = 'mix', 'resident', 'streamed'
+
+
+def loss_fn(params, batch, beta):
+  """A narrow batch through square layers: little beside the mixing."""
+  for w in params.values():
+    batch = jnp.tanh(beta * batch @ w)
+  return jnp.mean(batch**2)
+
+
+def abstract_of(size):
+  """Five square layers of so many parameters in all."""
+  width = int((size / 5) ** 0.5)
+  layer = jax.ShapeDtypeStruct((width, width), 'float32')
+  return {f'layer_{i}': layer for i in range(5)}
+
+
+def case_of(mode, num, size, path):
+  abstract = abstract_of(size)
+  if mode == 'write':
+    _steps.write(path, abstract)
+    return {}
+  ingredients = _steps.Files(path, abstract, num)
+  start = _steps.peak_bytes()
+  if mode == 'mix':
+    stacked = jaxsoup.stack(ingredients)
+    alpha = jnp.full(num, 1 / num)
+    found = {'step': _steps.of_call(lambda: jaxsoup.mix(stacked, alpha))}
+  else:
+    batch = np.ones((8, abstract['layer_0'].shape[0]), np.float32)
+    found = _steps.of_learned(
+        ingredients, loss_fn, batch, num=5, stream=mode == 'streamed'
+    )
+  return found | {'peak': _steps.peak_bytes() - start}
+
+
+def draw(rows, path) -> None:
+  """Seconds above, peak memory below; against K left, against size right."""
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+  from matplotlib import ticker
+
+  figure, axes = plt.subplots(2, 2, figsize=(8, 6), layout='constrained')
+  columns = ((BY_NUM, 0, 'K'), (BY_SIZE, 1, 'M parameters'))
+  for column, (cases, x, name) in enumerate(columns):
+    for mode in MODES:
+      points = [rows[mode, case] for case in cases]
+      for ax, y in zip(axes[:, column], ('step', 'peak')):
+        values = [p[y] / (1 if y == 'step' else 1e9) for p in points]
+        ax.loglog([c[x] for c in cases], values, 'o-', label=mode)
+        ax.grid(alpha=0.3)
+        ticks = [c[x] for c in cases]
+        ax.set_xticks(ticks, [f'{t / (1e6 if x else 1):g}' for t in ticks])
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
+    axes[1, column].set_xlabel(name)
+  axes[0, 0].set_ylabel('seconds a step')
+  axes[1, 0].set_ylabel('peak memory, GB')
+  axes[0, 0].set_title('5 M parameters')
+  axes[0, 1].set_title('K = 2')
+  axes[0, 0].legend()
+  figure.savefig(path, dpi=150)
+
+
+def main():
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--picture')
+  parser.add_argument('--case', type=json.loads)
+  args = parser.parse_args()
+  if args.case:
+    print(json.dumps(case_of(**args.case)))
+    return
+  run = functools.partial(_steps.in_a_process, __file__)
+  rows = {}
+  print('mode      K  parameters, M   seconds  peak, GB  peak, models')
+  for num, size in dict.fromkeys(BY_NUM + BY_SIZE):
+    with tempfile.NamedTemporaryFile() as file:
+      case = {'num': num, 'size': size, 'path': file.name}
+      run(mode='write', **case)
+      for mode in MODES:
+        found = rows[mode, (num, size)] = run(mode=mode, **case)
+        peak = found['peak']
+        print(
+            f'{mode:8} {num:2} {size / 1e6:14.0f} {found["step"]:9.3f} '
+            f'{peak / 1e9:9.2f} {peak / size / 4:13.1f}',
+            flush=True,
+        )
+  if args.picture:
+    draw(rows, args.picture)
+
+
+if __name__ == '__main__':
+  main()
