@@ -237,9 +237,18 @@ def _user_function(name: str) -> Callable[..., Any]:
   if not callable(function):
     raise ValueError(f'--eval {name}: {module_name} has no such function.')
 
-  def call(*args):
+  called = _guarded(function, module, name)
+  if hasattr(function, 'at_least'):
+    called.at_least = _guarded(function.at_least, module, name)
+  return called
+
+
+def _guarded(function, module, name: str) -> Any:
+  """A function of the user's, whose errors say where they were raised."""
+
+  def call(*args, **kwargs):
     try:
-      return function(*args)
+      return function(*args, **kwargs)
     except Exception as e:
       frames = traceback.extract_tb(e.__traceback__)
       theirs = [f for f in frames if f.filename == module.__file__]

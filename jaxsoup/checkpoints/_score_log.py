@@ -7,6 +7,7 @@ import os
 import pathlib
 from typing import Any
 
+from jaxsoup._soup import AtMost
 from jaxsoup._soup import Members
 
 
@@ -15,7 +16,8 @@ class ScoreLog(MutableMapping):
 
   Pass it as `scores=` to `jaxsoup.greedy` and `jaxsoup.pruned`. Each score is
   on the disk before the search goes on, so that a search that was stopped at
-  any point continues where it was when it is called again.
+  any point continues where it was when it is called again. An `AtMost`, of a
+  candidate that was rejected early, is stored as such.
 
   Example:
     >>> import tempfile
@@ -55,7 +57,8 @@ class ScoreLog(MutableMapping):
       self._path.parent.mkdir(parents=True, exist_ok=True)
       if self._identities is not None:
         self._append({'ingredients': self._identities})
-    self._append({'members': list(members), 'score': score})
+    name = 'at_most' if isinstance(score, AtMost) else 'score'
+    self._append({'members': list(members), name: score})
     self._scores[members] = score
 
   def __delitem__(self, members: Members) -> None:
@@ -106,4 +109,6 @@ def _parse(line: bytes) -> tuple[list[str] | None, dict[Members, float]]:
   if 'ingredients' in row:
     return list(row['ingredients']), {}
   members = tuple(int(k) for k in row['members'])
+  if 'at_most' in row:
+    return None, {members: AtMost(row['at_most'])}
   return None, {members: float(row['score'])}
