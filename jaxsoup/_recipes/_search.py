@@ -80,7 +80,8 @@ class Search:
         trials=tuple(self._trials),
         accepted=self.accepted,
         score=self.score,
-        scores=dict(self._scores),
+        # A search that was resumed meets them in another order.
+        scores=dict(sorted(self._scores.items())),
         order=tuple(order),
         strict=self._strict,
         duplicates=self._checked.duplicates(),
