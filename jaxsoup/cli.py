@@ -264,6 +264,8 @@ def _guarded(function, module, name: str) -> Any:
 def _show_soup(made, ingredients, out, recipe, as_json) -> None:
   import numpy as np
 
+  import jaxsoup
+
   alpha = made.alpha
   if isinstance(alpha, dict):
     import jax
@@ -282,6 +284,12 @@ def _show_soup(made, ingredients, out, recipe, as_json) -> None:
   if score is not None:
     best = max(v for m, v in made.info.scores.items() if len(m) == 1)
     typer.echo(f'held-out score {score:.4f}, best single {best:.4f}')
+    rejected = [t.score for t in made.info.trials if not t.accepted]
+    num_early = sum(isinstance(s, jaxsoup.AtMost) for s in rejected)
+    typer.echo(
+        f'{len(made.info.trials)} trials, {len(rejected)} rejections, '
+        f'{num_early} of them early'
+    )
   typer.echo(f'Soup: {out}')
 
 
