@@ -257,6 +257,8 @@ def _can_be_ordered(batches: Any, wrong: Sequence[jax.Array]) -> bool:
 
   return (
       isinstance(batches, Sequence)
+      # Else other processes hold a part of the answers.
+      and wrong[0].is_fully_addressable
       and all(is_movable(x) for batch in batches for x in batch.values())
       and all(shapes(batch) == shapes(batches[0]) for batch in batches)
   )
