@@ -37,6 +37,7 @@ if TYPE_CHECKING:
   from jaxsoup._recipes._learned import learned as learned
   from jaxsoup._recipes._pruned import pruned as pruned
   from jaxsoup._recipes._stock import model_stock as model_stock
+  from jaxsoup._soup import AtMost as AtMost
   from jaxsoup._soup import Soup as Soup
   from jaxsoup._soup import Trial as Trial
 
@@ -51,7 +52,7 @@ _EXPORTS = {
     '_recipes._learned': ('hyperplane', 'learned'),
     '_recipes._pruned': ('pruned',),
     '_recipes._stock': ('model_stock',),
-    '_soup': ('Soup', 'Trial'),
+    '_soup': ('AtMost', 'Soup', 'Trial'),
 }
 _MODULES = (
     'checkpoints', 'ensembles', 'evaluation', 'metrics', 'report', 'sharding'

@@ -15,8 +15,26 @@ import numpy as np
 
 Params = Any  # A pytree of arrays: linen dicts, nnx.State, nnx.Module, ...
 Members = tuple[int, ...]  # Ingredients of one candidate, ascending.
+# Higher is better. May have a method `at_least`, see `AtMost`.
 EvalFn = Callable[[Params], float | jax.Array]
 LossFn = Callable[[Params, Any, jax.Array], jax.Array]
+
+
+class AtMost(float):
+  """A score that was not found out: it is at most this, and not good enough.
+
+  An `eval_fn` may have a method `at_least(params, bar, strict=False)`. It
+  returns the exact score, a float, or gives up on a model that cannot reach the
+  bar (`strict`: exceed it) and returns an `AtMost` that does not reach it
+  either. `jaxsoup.evaluation.mean_of` has one.
+
+  Example:
+    >>> AtMost(0.75), AtMost(0.75) < 0.8
+    (AtMost(0.75), True)
+  """
+
+  def __repr__(self) -> str:
+    return f'AtMost({float(self)!r})'
 
 
 class Soup(NamedTuple):
@@ -41,7 +59,8 @@ class Trial(NamedTuple):
   Attributes:
     ingredient: the one that was added, or taken out.
     members: the candidate's ingredients, ascending, repeated if taken twice.
-    score: the candidate's score, higher is better.
+    score: the candidate's score, higher is better; an `AtMost` where it was
+      rejected before all examples were seen.
     accepted: whether the candidate became the soup.
   """
 
@@ -70,7 +89,7 @@ class SearchInfo(NamedTuple):
       (`greedy`) or ascending (`pruned`).
     score: the soup's score.
     scores: every score that the search used, by members: `scores[(3,)]` is that
-      of ingredient 3 alone.
+      of ingredient 3 alone. Those of rejected candidates may be an `AtMost`.
     order: the order in which the ingredients were tried.
     strict: whether a tie was a rejection.
     duplicates: groups of ingredients with equal parameters.

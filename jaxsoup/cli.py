@@ -335,9 +335,18 @@ def _user_function(name: str) -> Callable[..., Any]:
   if not callable(function):
     raise ValueError(f'--eval {name}: {module_name} has no such function.')
 
-  def call(*args):
+  called = _guarded(function, module, name)
+  if hasattr(function, 'at_least'):
+    called.at_least = _guarded(function.at_least, module, name)
+  return called
+
+
+def _guarded(function, module, name: str) -> Any:
+  """A function of the user's, whose errors say where they were raised."""
+
+  def call(*args, **kwargs):
     try:
-      return function(*args)
+      return function(*args, **kwargs)
     except Exception as e:
       frames = traceback.extract_tb(e.__traceback__)
       theirs = [f for f in frames if f.filename == module.__file__]
@@ -352,6 +361,8 @@ def _user_function(name: str) -> Callable[..., Any]:
 
 def _show_soup(made, ingredients, out, recipe, as_json) -> None:
   import numpy as np
+
+  import jaxsoup
 
   alpha = made.alpha
   if isinstance(alpha, dict):
@@ -371,6 +382,12 @@ def _show_soup(made, ingredients, out, recipe, as_json) -> None:
   if score is not None:
     best = max(v for m, v in made.info.scores.items() if len(m) == 1)
     typer.echo(f'held-out score {score:.4f}, best single {best:.4f}')
+    rejected = [t.score for t in made.info.trials if not t.accepted]
+    num_early = sum(isinstance(s, jaxsoup.AtMost) for s in rejected)
+    typer.echo(
+        f'{len(made.info.trials)} trials, {len(rejected)} rejections, '
+        f'{num_early} of them early'
+    )
   typer.echo(f'Soup: {out}')
 
 

@@ -10,9 +10,13 @@ soup = jaxsoup.greedy(ingredients, evaluation.mean_of(correct, batches))
 ```
 """
 
+import bisect
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _tree
+from jaxsoup._soup import AtMost
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Params
 
@@ -87,20 +92,25 @@ def _placed(x: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
 
 def mean_of(
     metric_fn: Callable[[Params, Batch], jax.Array], batches: Iterable[Batch]
-) -> EvalFn:
+) -> 'MeanOf':
   """The mean of a metric over all examples, as a function of the parameters.
 
   `1/N sum_j metric(params, example_j)`. Compiled once, however many models it
   scores. Sums of at most 2^24 right answers are exact.
 
+  Where the metric is boolean (right or wrong, such as `metrics.correct`), the
+  searches reject a candidate as soon as it has too many wrong answers, with the
+  decisions of the full evaluation: see `MeanOf`. For other metrics no bound
+  exists, and every evaluation runs in full: `repr(eval_fn)` says which it is.
+
   Args:
     metric_fn: `metric_fn(params, batch) -> [B]`, one number an example, higher
-      is better.
+      is better. bool makes rejections cheap.
     batches: mappings of arrays `[B, ...]` that can be walked through any number
       of times. Where a batch has a `mask` `[B]`, only those examples count.
 
   Returns:
-    `eval_fn(params) -> float`.
+    `eval_fn(params) -> float`, with a method `at_least`.
 
   Raises:
     ValueError: (when called) no example counts, or `metric_fn` returned no
@@ -111,32 +121,240 @@ def mean_of(
     >>> mean_of(lambda params, batch: params * batch['x'], batches)(2.0)
     6.0
   """
+  return MeanOf(metric_fn, batches)
 
-  @jax.jit
-  def sum_and_count(params, batch):
-    values = metric_fn(params, batch)
-    if values.ndim != 1:
-      raise ValueError(
-          f'metric_fn returned shape {values.shape}: expected [B], one number '
-          'an example, which mean_of averages. For a metric of the whole set '
-          'use evaluation.score_of.'
-      )
-    mask = batch.get('mask', jnp.ones(values.shape, bool))
-    return jnp.where(mask, values.astype(jnp.float32), 0).sum(), mask.sum()
 
-  def eval_fn(params: Params) -> float:
+class MeanOf:
+  """What `mean_of` returns.
+
+  It counts how many models got each example wrong. `at_least` walks the
+  examples hard-first by that count, in batches of the same shape, so that wrong
+  answers come early. The smaller the batches, the earlier it can stop.
+
+  The order changes no answer, if the answer to an example does not depend on
+  its neighbours in the batch. Examples are put in order where `batches` is a
+  list of batches of one structure, all on this process; those in use are then
+  held a second time. Other batches are walked in the order given.
+
+  Attributes:
+    num_seen: how many examples the last evaluation looked at.
+  """
+
+  def __init__(
+      self,
+      metric_fn: Callable[[Params, Batch], jax.Array],
+      batches: Iterable[Batch],
+  ):
+    self.num_seen = 0
+    self._metric_fn = metric_fn
+    self._batches = batches
+    self._sums = jax.jit(functools.partial(_sums, metric_fn))
+    # Known when a model was scored: the number of examples, and the rest.
+    self._num = 0
+    self._is_boolean: bool | None = None
+    self._hard_first: _HardFirst | None = None
+
+  def __repr__(self) -> str:
+    name = getattr(self._metric_fn, '__name__', repr(self._metric_fn))
+    says = {
+        None: 'no model scored yet',
+        True: 'right or wrong: rejections end early',
+        False: 'not boolean: no bound exists, every evaluation runs in full',
+    }
+    return f'mean_of({name}; {says[self._is_boolean]})'
+
+  def __call__(self, params: Params) -> float:
+    """The score of a model."""
     params = jax.tree.map(_tree.on_device, params)
-    parts = [sum_and_count(params, _on_device(batch)) for batch in batches]
-    parts = jax.device_get(parts)
-    count = sum(int(n) for _, n in parts)
+    parts = [self._sums(params, _on_device(batch)) for batch in self._batches]
+    totals = jax.device_get([part[:2] for part in parts])
+    count = sum(int(n) for _, n in totals)
     if not count:
       raise ValueError(
           'There was no example to score: no batch, or all of them masked. An '
           'iterator is used up after one walk: pass a list.'
       )
-    return float(sum(float(s) for s, _ in parts) / count)
+    wrong = [part[2] for part in parts]
+    if not self._num:
+      self._is_boolean = wrong[0] is not None
+      if self._is_boolean and _can_be_ordered(self._batches, wrong):
+        self._hard_first = _HardFirst(list(self._batches))
+    if self._hard_first is not None:
+      self._hard_first.saw_all(jax.device_get(wrong))
+    self._num = self.num_seen = count
+    return float(sum(float(s) for s, _ in totals) / count)
 
-  return eval_fn
+  def at_least(
+      self, params: Params, bar: float, *, strict: bool = False
+  ) -> float:
+    """The score if it reaches the bar, else an `AtMost` that does not.
+
+    With w wrong answers so far, the score of N examples is at most (N - w) / N.
+    Bound and score are quotients of the same integers, so that no rounding
+    parts the decision from that of the full evaluation.
+
+    Args:
+      params: a model.
+      bar: the score to reach.
+      strict: whether it must be exceeded.
+
+    Returns:
+      The exact score, a float; or an `AtMost`: the largest score of N examples
+      that does not reach the bar, whatever the order of the examples. Without a
+      bound always the exact score.
+    """
+    reaches = lambda score: score > bar if strict else score >= bar
+    if self._is_boolean:
+      score = self._score_or_bound(params, reaches)
+    else:
+      score = self(params)
+    # The first call has just found out.
+    if not self._is_boolean or reaches(score):
+      return score
+    num = self._num
+    num_enough = bisect.bisect_left(
+        range(num + 1), True, key=lambda right: reaches(right / num)
+    )
+    return AtMost((num_enough - 1) / num)
+
+  def _score_or_bound(
+      self, params: Params, reaches: Callable[[float], bool]
+  ) -> float:
+    """The score, or the first bound on it that does not reach the bar."""
+    params = jax.tree.map(_tree.on_device, params)
+    most, self.num_seen = self._num, 0
+    for rows, batch in self._in_order():
+      right, count, wrong = self._sums(params, batch)
+      if self._hard_first is None:
+        right, count = jax.device_get((right, count))
+      else:
+        right, count, wrong = jax.device_get((right, count, wrong))
+        self._hard_first.saw(rows, wrong[: len(rows)])
+      self.num_seen += int(count)
+      most -= int(count) - int(right)
+      if not reaches(most / self._num):
+        return most / self._num
+    if self.num_seen != self._num:
+      raise ValueError(
+          f'The batches hold {self.num_seen} examples, and held {self._num} '
+          'before. An iterator is used up after one walk: pass a list.'
+      )
+    return most / self._num
+
+  def _in_order(self) -> Iterator[tuple[Any, Batch]]:
+    if self._hard_first is not None:
+      yield from self._hard_first.batches()
+    else:
+      for batch in self._batches:
+        yield None, _on_device(batch)
+
+
+def _sums(metric_fn, params, batch):
+  """Of one batch: sum and count, and of a boolean metric who is wrong."""
+  values = metric_fn(params, batch)
+  if values.ndim != 1:
+    raise ValueError(
+        f'metric_fn returned shape {values.shape}: expected [B], one number '
+        'an example, which mean_of averages. For a metric of the whole set '
+        'use evaluation.score_of.'
+    )
+  mask = batch.get('mask', jnp.ones(values.shape, bool))
+  total = jnp.where(mask, values.astype(jnp.float32), 0).sum()
+  wrong = ~values if values.dtype == bool else None
+  return total, mask.sum(), wrong
+
+
+def _can_be_ordered(batches: Any, wrong: Sequence[jax.Array]) -> bool:
+  """Whether rows can be moved between these batches, of which each has B."""
+  size = wrong[0].shape[0]
+
+  def shapes(batch):
+    return {name: (x.shape, x.dtype) for name, x in batch.items()}
+
+  def is_movable(x):
+    if isinstance(x, jax.Array):
+      # Rows on other processes are out of reach; keys have no host form.
+      is_known = x.is_fully_addressable and hasattr(x.dtype, 'itemsize')
+      is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
+      return is_known and not is_key and x.shape[:1] == (size,)
+    return isinstance(x, np.ndarray) and x.shape[:1] == (size,)
+
+  return (
+      isinstance(batches, Sequence)
+      # Else other processes hold a part of the answers.
+      and wrong[0].is_fully_addressable
+      and all(is_movable(x) for batch in batches for x in batch.values())
+      and all(shapes(batch) == shapes(batches[0]) for batch in batches)
+  )
+
+
+class _HardFirst:
+  """Examples in the order of how many models got them wrong.
+
+  A row is a number over all batches: `rows // B` is its batch.
+  """
+
+  def __init__(self, batches: Sequence[Batch]):
+    self._batches = batches
+    self._size = len(next(iter(batches[0].values())))
+    num_rows = len(batches) * self._size
+    masks = [
+        jax.device_get(b.get('mask', np.ones(self._size, bool)))
+        for b in batches
+    ]
+    self._rows = np.flatnonzero(np.concatenate(masks))
+    self._num_seen = np.zeros(num_rows, np.int64)
+    self._num_wrong = np.zeros(num_rows, np.int64)
+    self._num_walks = self._num_ordered = 0
+    self._order = self._rows
+    self._made: dict[int, Batch] = {}
+
+  def saw(self, rows: np.ndarray, wrong: np.ndarray) -> None:
+    """Takes note of the answers of a model to some examples."""
+    self._num_seen[rows] += 1
+    self._num_wrong[rows] += wrong
+
+  def saw_all(self, wrong: Sequence[np.ndarray]) -> None:
+    """Takes note of the answers to all, in the batches as given."""
+    self._num_walks += 1
+    self.saw(self._rows, np.concatenate(wrong)[self._rows])
+
+  def batches(self) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Yields rows and their batch, the hardest first."""
+    # To move the rows costs time: only when twice as much is known.
+    if self._num_walks >= 2 * self._num_ordered:
+      self._num_ordered = self._num_walks
+      self._order = self._rows[np.argsort(-self._rates(), kind='stable')]
+      self._made = {}
+    self._num_walks += 1
+    for start in range(0, len(self._order), self._size):
+      rows = self._order[start : start + self._size]
+      if start not in self._made:
+        self._made[start] = self._gather(rows)
+      yield rows, self._made[start]
+
+  def _rates(self) -> np.ndarray:
+    """How likely a wrong answer is; the mean, where nothing is known."""
+    seen, wrong = self._num_seen[self._rows], self._num_wrong[self._rows]
+    return (wrong + wrong.sum() / max(seen.sum(), 1)) / (seen + 1)
+
+  def _gather(self, rows: np.ndarray) -> Batch:
+    """A batch of these rows, shaped and placed as the first one given."""
+    batch = {}
+    padded = np.pad(rows, (0, self._size - len(rows)), 'edge')
+    for name, like in self._batches[0].items():
+      if name == 'mask':
+        values = (np.arange(self._size) < len(rows)).astype(like.dtype)
+      else:
+        given = [jax.device_get(b[name]) for b in self._batches]
+        values = np.stack(
+            [given[j // self._size][j % self._size] for j in padded]
+        )
+      # On a mesh only where the given ones are: a jitted function takes no
+      # arrays that are committed to different devices.
+      is_placed = isinstance(like, jax.Array) and like.committed
+      batch[name] = jax.device_put(values, like.sharding if is_placed else None)
+    return batch
 
 
 def logits_of(

@@ -43,8 +43,8 @@ def _metric(fn):
 
 
 def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Whether each prediction is right, `[N]`: for `evaluation.mean_of`."""
-  return (logits.argmax(-1) == labels).astype(jnp.float32)
+  """Whether each prediction is right, `[N]` bool: for `evaluation.mean_of`."""
+  return logits.argmax(-1) == labels
 
 
 @_metric
@@ -55,7 +55,7 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     >>> accuracy(np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([0, 0]))
     Array(0.5, dtype=float32)
   """
-  return correct(logits, labels).mean()
+  return correct(logits, labels).mean(dtype=jnp.float32)
 
 
 @_metric

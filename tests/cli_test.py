@@ -24,9 +24,20 @@ HERE = """
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import evaluation
+
 
 def score(params):
   return -float(abs(params['w'] - 1.2).sum())
+
+
+def right(params, batch):
+  return abs(params['w'].sum() - 2.4) < batch['x']
+
+
+early = evaluation.mean_of(
+    right, evaluation.batched({'x': np.linspace(0, 3, 50)}, 5)
+)
 
 
 def loss():
@@ -129,6 +140,22 @@ def test_recipes(runs, recipe, options, expected):
   assert [row['path'] for row in stored['ingredients']] == paths
 
 
+def test_rejections_end_early(runs):
+  args = ('--recipe', 'greedy', '--out', 'out', '--eval', 'mine:early')
+  result = invoke('soup', *runs, *args, '--scores', 'log.jsonl')
+  assert result.exit_code == 0, (result.output, result.exception)
+  trials = checkpoints.load('out').info.trials
+  num_early = sum(isinstance(t.score, jaxsoup.AtMost) for t in trials)
+  assert num_early > 0
+  assert f'rejections, {num_early} of them early' in result.stdout
+  assert pathlib.Path('log.jsonl').read_text().count('at_most') == num_early
+  # Again, from the log.
+  args = (*args[:3], 'again', *args[4:], '--scores', 'log.jsonl', '--json')
+  again = invoke('soup', *runs, *args)
+  assert again.exit_code == 0
+  assert json.loads(again.stdout)['score'] == checkpoints.load('out').info.score
+
+
 @pytest.mark.parametrize(
     'options, mode',
     [
@@ -195,7 +222,7 @@ def test_soup_as_text(runs, recipe, name):
         (
             ('--recipe', 'greedy', '--eval', 'mine:raises'),
             1,
-            'mine.py, line 21',
+            'mine.py, line 32',
         ),
         (('--recipe', 'pruned', '--eval', 'mine:raises'), 1, 'raised KeyError'),
         (('--recipe', 'greedy', '--eval', 'mine:nan'), 1, 'run0'),

@@ -50,7 +50,10 @@ def greedy(
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     eval_fn: score of a model on held-out data, any metric, higher is better.
-      Data that choose must not be the data that report.
+      Data that choose must not be the data that report. Where it can tell
+      early that a candidate does not reach the present score, as
+      `evaluation.mean_of` can for right and wrong answers, rejections cost
+      less; what is accepted is the same.
     order: None tries the best single model first (ties: the lower index first);
       or the indices in the order of trial; or a PRNG key (`jax.random.key`) for
       a random order.
@@ -63,7 +66,8 @@ def greedy(
     max_ingredients: stop when the soup has so many.
     scores: remembered scores, read and written; maps the indices of a candidate
       in ascending order to its score, such as `{(0,): 0.91, (0, 3): 0.92}`. A
-      dict, or `checkpoints.ScoreLog`.
+      dict, or `checkpoints.ScoreLog`. Of a candidate that was rejected early it
+      holds an `AtMost`.
     on_trial: is called after each trial.
     non_float_from: as in `uniform`.
 

@@ -44,6 +44,7 @@ def pruned(
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     eval_fn: score of a model on held-out data, any metric, higher is better.
+      Rejections may end early, as in `greedy`.
     strict: whether a tie keeps the ingredient; by default a tie takes it out.
     num_passes: at most so many passes; without it until a pass takes none out.
     scores: remembered scores, as in `greedy`; one log may serve both.

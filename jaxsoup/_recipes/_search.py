@@ -12,6 +12,7 @@ import numpy as np
 from jaxsoup import _checked
 from jaxsoup import _mixing
 from jaxsoup import _tree
+from jaxsoup._soup import AtMost
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Members
 from jaxsoup._soup import SearchInfo
@@ -79,7 +80,8 @@ class Search:
         trials=tuple(self._trials),
         accepted=self.accepted,
         score=self.score,
-        scores=dict(self._scores),
+        # A search that was resumed meets them in another order.
+        scores=dict(sorted(self._scores.items())),
         order=tuple(order),
         strict=self._strict,
         duplicates=self._checked.duplicates(),
@@ -98,26 +100,57 @@ class Search:
 
     members = tuple(sorted(accepted))
     score = self._score(
-        members, lambda: self._candidate(leaves(), sign, len(members))
+        members,
+        lambda: self._candidate(leaves(), sign, len(members)),
+        # The first ingredient has no bar to reach.
+        bar=self.score if self.accepted else None,
     )
-    is_kept = score > self.score if self._strict else score >= self.score
+    is_kept = self._reaches(score, self.score)
     if is_kept:
       self._change(leaves(), sign)
       self.accepted, self.score = accepted, score
-    self._trials.append(Trial(k, members, score, bool(is_kept)))
+    self._trials.append(Trial(k, members, score, is_kept))
     self._on_trial(self._trials[-1])
-    return bool(is_kept)
+    return is_kept
+
+  def _reaches(self, score: float, bar: float | None) -> bool:
+    if bar is None:
+      return True
+    return score > bar if self._strict else score >= bar
 
   def _score(
-      self, members: Members, floats_fn: Callable[[], list[jax.Array]]
+      self,
+      members: Members,
+      floats_fn: Callable[[], list[jax.Array]],
+      bar: float | None = None,
   ) -> float:
-    """A candidate's score; its leaves are made only where the log lacks it."""
-    if members not in self._log:
-      score = self._eval_fn(self._checked.replace(floats_fn()))
-      self._log[members] = self._valid(score, members, 'eval_fn returned')
+    """A candidate's score; its leaves are made only where the log lacks it.
+
+    Exact if it reaches the bar, or if there is none; else perhaps an `AtMost`.
+    """
+    if self._is_open(self._log.get(members), bar):
+      params = self._checked.replace(floats_fn())
+      at_least = getattr(self._eval_fn, 'at_least', None)
+      if bar is None or at_least is None:
+        score = self._eval_fn(params)
+      else:
+        score = at_least(params, bar, strict=self._strict)
+      score = self._valid(score, members, 'eval_fn returned')
+      if self._is_open(score, bar):
+        raise ValueError(
+            f'eval_fn returned {score!r}, which is no exact score, where the '
+            f'bar is {bar}: only a score that does not reach it may be a bound.'
+        )
+      self._log[members] = score
     score = self._valid(self._log[members], members, 'the score log holds')
     self._scores[members] = score
     return score
+
+  def _is_open(self, score: float | None, bar: float | None) -> bool:
+    """Whether a score leaves open if the candidate reaches the bar."""
+    if score is None:
+      return True
+    return isinstance(score, AtMost) and self._reaches(score, bar)
 
   def _valid(self, score: Any, members: Members, said: str) -> float:
     value = np.asarray(jax.device_get(score))
@@ -133,7 +166,8 @@ class Search:
           f'{said} {float(value)} for {who}; scores must be finite. Leave that '
           "ingredient out, or return the metric's worst value in its place."
       )
-    return float(value)
+    # A bound stays one: float(value) would make it look exact.
+    return AtMost(value) if isinstance(score, AtMost) else float(value)
 
   def _weights(self, sign: int) -> jax.Array:
     return _tree.numbers(np.full(len(self._checked.float_paths), sign))

@@ -7,6 +7,7 @@ import os
 import pathlib
 from typing import Any
 
+from jaxsoup._soup import AtMost
 from jaxsoup._soup import Members
 from jaxsoup.checkpoints import _processes
 
@@ -16,8 +17,9 @@ class ScoreLog(MutableMapping):
 
   Pass it as `scores=` to `jaxsoup.greedy` and `jaxsoup.pruned`. Each score is
   on the disk before the search goes on, so that a search that was stopped at
-  any point continues where it was when it is called again. Of several processes
-  the first one reads and writes it.
+  any point continues where it was when it is called again. An `AtMost`, of a
+  candidate that was rejected early, is stored as such. Of several processes the
+  first one reads and writes it.
 
   Example:
     >>> import tempfile
@@ -60,7 +62,8 @@ class ScoreLog(MutableMapping):
       self._path.parent.mkdir(parents=True, exist_ok=True)
       if self._identities is not None:
         self._append({'ingredients': self._identities})
-    self._append({'members': list(members), 'score': score})
+    name = 'at_most' if isinstance(score, AtMost) else 'score'
+    self._append({'members': list(members), name: score})
 
   def __delitem__(self, members: Members) -> None:
     raise TypeError('A score log only grows. Delete the file to forget it.')
@@ -111,4 +114,6 @@ def _parse(line: bytes) -> tuple[list[str] | None, dict[Members, float]]:
   if 'ingredients' in row:
     return list(row['ingredients']), {}
   members = tuple(int(k) for k in row['members'])
+  if 'at_most' in row:
+    return None, {members: AtMost(row['at_most'])}
   return None, {members: float(row['score'])}

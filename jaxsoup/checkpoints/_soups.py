@@ -245,6 +245,8 @@ def _to_json(value: Any) -> Any:
   if type(value).__name__ in _NAMED_TUPLES:
     fields = {k: _to_json(v) for k, v in value._asdict().items()}
     return {'__type__': type(value).__name__, **fields}
+  if isinstance(value, _soup.AtMost):
+    return {'__type__': 'AtMost', 'score': float(value)}
   if isinstance(value, Mapping):
     if all(isinstance(key, str) for key in value):
       return {key: _to_json(child) for key, child in value.items()}
@@ -275,6 +277,8 @@ def _from_json(value: Any) -> Any:
   kind = value.get('__type__')
   if kind == 'array':
     return np.array(value['items'], value['dtype'])
+  if kind == 'AtMost':
+    return _soup.AtMost(value['score'])
   if kind == 'tuple':
     return tuple(_from_json(x) for x in value['items'])
   if kind == 'dict':

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 import pathlib
 from typing import Any
 
+from jaxsoup._soup import AtMost
 from jaxsoup._soup import SearchInfo
+from jaxsoup._soup import Trial
 from jaxsoup.report._tables import Row
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _GREY = '#9a9a9a'
 _MARKERS = ('*', 'P', 'X', 'D', '^', 'v')
+_TRIALS = {'accepted': 'o', 'rejected': 'o', 'rejected early, at most': 'v'}
 _AREAS = (190, 90, 90, 60, 80, 80)
 
 
@@ -82,6 +85,9 @@ def trials(
 ) -> None:
   """Held-out score against trial: what a search accepted and rejected.
 
+  An arrow down is a candidate that was rejected early: its score lies there or
+  below.
+
   Args:
     ax: a matplotlib Axes.
     infos: the `info` of soups from `greedy` or `pruned`, by name.
@@ -91,33 +97,42 @@ def trials(
   for i, (name, info) in enumerate(infos.items()):
     colour = _COLOURS[i % len(_COLOURS)]
     numbers = range(1, len(info.trials) + 1)
-    kept = [t.accepted for t in info.trials]
-    scores = [t.score * scale for t in info.trials]
     bars, bar = [], None
     for trial in info.trials:
       if trial.accepted or bar is None:
         bar = trial.score * scale
       bars.append(bar)
     ax.step(numbers, bars, where='post', color=colour, label=f'{name} soup')
-    for accepted, face in ((True, colour), (False, 'white')):
+    for outcome, marker in _TRIALS.items():
       chosen = [
-          (n, s) for n, s, k in zip(numbers, scores, kept) if k == accepted
+          (n, trial.score * scale)
+          for n, trial in zip(numbers, info.trials)
+          if _outcome(trial) == outcome
       ]
-      ax.scatter(
-          *(zip(*chosen) if chosen else ((), ())),
-          s=30,
-          edgecolors=colour,
-          linewidths=1.1,
-          zorder=3,
-          facecolors=face,
-      )
-  for colour, text in (('black', 'accepted'), ('white', 'rejected')):
-    ax.scatter([], [], s=30, facecolors=colour, edgecolors='black', label=text)
+      face = colour if outcome == 'accepted' else 'white'
+      _mark(ax, chosen, marker, edgecolors=colour, facecolors=face)
+  found = {_outcome(t) for info in infos.values() for t in info.trials}
+  for outcome, marker in _TRIALS.items():
+    if outcome in found or marker == 'o':
+      face = 'black' if outcome == 'accepted' else 'white'
+      _mark(ax, [], marker, edgecolors='black', facecolors=face, label=outcome)
   ax.set_xlabel('trial')
   ax.set_ylabel(label)
   ax.xaxis.get_major_locator().set_params(integer=True)
   _tidy(ax)
   ax.legend(frameon=False, fontsize=8)
+
+
+def _mark(ax: Any, points: Sequence[Any], marker: str, **kwargs) -> None:
+  x, y = zip(*points) if points else ((), ())
+  ax.scatter(x, y, s=30, marker=marker, linewidths=1.1, zorder=3, **kwargs)
+
+
+def _outcome(trial: Trial) -> str:
+  if trial.accepted:
+    return 'accepted'
+  is_bound = isinstance(trial.score, AtMost)
+  return 'rejected early, at most' if is_bound else 'rejected'
 
 
 def save(draw: Any, path: Any, *, size: tuple[float, float] = (6.4, 4)) -> None:
