@@ -12,6 +12,7 @@ import traceback
 from typing import Annotated
 from typing import Any
 from typing import NoReturn
+import warnings
 
 import typer
 
@@ -52,11 +53,17 @@ class UserCodeError(Exception):
 def _failures() -> Iterator[None]:
   """Turns the errors that a user can mend into one line and an exit code."""
   try:
-    yield
+    with warnings.catch_warnings():
+      warnings.showwarning = _show_warning
+      yield
   except (
       ImportError, OSError, TypeError, UserCodeError, ValueError
   ) as e:  # fmt: skip
     _fail(str(e), code=getattr(e, 'exit_code', 1))
+
+
+def _show_warning(message, *_, **__) -> None:
+  typer.echo(f'Warning: {message}', err=True)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -82,6 +89,7 @@ def demo(
     from jaxsoup import report
     from jaxsoup.experiments import configs
     from jaxsoup.experiments import main as experiment
+    from jaxsoup.experiments import preemption
     from jaxsoup.experiments import progress
 
     file = f'{_config_file("digits.py")}{":runlocal" if short else ""}'
@@ -89,8 +97,11 @@ def demo(
     for seed in range(seeds):
       config, runs = configs.load(file, [f'--config.seed={seed}'])
       folder = workdir / f'seed{seed}' if seeds > 1 else workdir
-      with progress.shown(experiment.STAGES) as progress_fn:
-        tables.append(experiment.run(config, runs, folder, progress_fn))
+      with (
+          preemption.handled() as stop,
+          progress.shown(experiment.STAGES) as progress_fn,
+      ):
+        tables.append(experiment.run(config, runs, folder, progress_fn, stop))
     summaries = [report.summary(rows) for rows in tables]
     means, deviations = report.mean_rows(summaries)
     many = deviations if seeds > 1 else None
@@ -172,45 +183,94 @@ def soup(
   if out.exists():
     raise typer.BadParameter(f'{out} exists.', param_hint='--out')
   with _failures():
-    import jax
-    import optax
+    from jaxsoup.experiments import locking
+    from jaxsoup.experiments import preemption
 
-    import jaxsoup
-    from jaxsoup import checkpoints
-
-    ingredients = checkpoints.Ingredients(runs, item=item)
-    function = _user_function(eval_name or '')
-    log = None if scores is None else checkpoints.ScoreLog(scores, ingredients)
-    if recipe == 'uniform':
-      made = jaxsoup.uniform(ingredients)
-    elif recipe == 'greedy':
-      order = None if seed is None else jax.random.key(seed)
-      made = jaxsoup.greedy(
-          ingredients, function, order=order, strict=strict, scores=log
-      )
-    elif recipe == 'pruned':
-      made = jaxsoup.pruned(ingredients, function, strict=strict, scores=log)
-    elif recipe == 'learned':
-      loss_fn, batches, *val_batches = function()
-      made = jaxsoup.learned(
-          ingredients,
-          loss_fn,
-          batches,
-          tx=optax.adamw(learning_rate, weight_decay=0.0),
-          num_epochs=epochs,
+    # Beside it, not inside: it appears only when it is whole.
+    lock = out.absolute().parent / f'.{out.name}.lock'
+    with preemption.handled() as stop, locking.locked(lock, out):
+      if out.exists():  # Since the first look.
+        raise FileExistsError(f'{out} exists. Give another path.')
+      made, ingredients = _cook(
+          runs,
+          recipe,
+          function=_user_function(eval_name or ''),
+          init=init,
+          strict=strict,
+          seed=seed,
           depth=math.inf if per_tensor else None,
-          val_batches=val_batches[0] if val_batches else None,
+          learning_rate=learning_rate,
+          epochs=epochs,
+          scores=scores,
+          item=item,
+          stop=stop,
       )
-    else:
-      theta_0 = checkpoints.Ingredients([init], item=item)[0]
-      made = jaxsoup.model_stock(ingredients, theta_0)
-    checkpoints.save(
-        out,
-        made,
-        ingredients=ingredients,
-        metadata={'recipe': recipe, 'seed': seed},
-    )
+      from jaxsoup import checkpoints
+
+      checkpoints.save(
+          out,
+          made,
+          ingredients=ingredients,
+          metadata={'recipe': recipe, 'seed': seed},
+      )
     _show_soup(made, ingredients, out, recipe, as_json)
+
+
+def _cook(
+    runs,
+    recipe,
+    *,
+    function,
+    init,
+    strict,
+    seed,
+    depth,
+    learning_rate,
+    epochs,
+    scores,
+    item,
+    stop,
+):
+  """The soup, and the ingredients it was made of."""
+  import jax
+  import optax
+
+  import jaxsoup
+  from jaxsoup import checkpoints
+  from jaxsoup.experiments import preemption
+
+  saved = (
+      'nothing is saved, the next start begins anew (greedy and pruned keep '
+      'their scores with --scores)'
+      if scores is None or recipe not in ('greedy', 'pruned')
+      else f'{scores} holds the scores so far'
+  )
+  ingredients = preemption.Ingredients(runs, item=item, stop=stop, saved=saved)
+  log = None if scores is None else checkpoints.ScoreLog(scores, ingredients)
+  if recipe == 'uniform':
+    return jaxsoup.uniform(ingredients), ingredients
+  if recipe == 'greedy':
+    order = None if seed is None else jax.random.key(seed)
+    made = jaxsoup.greedy(
+        ingredients, function, order=order, strict=strict, scores=log
+    )
+  elif recipe == 'pruned':
+    made = jaxsoup.pruned(ingredients, function, strict=strict, scores=log)
+  elif recipe == 'learned':
+    loss_fn, batches, *val_batches = function()
+    made = jaxsoup.learned(
+        ingredients,
+        loss_fn,
+        preemption.Batches(batches, stop, saved),
+        tx=optax.adamw(learning_rate, weight_decay=0.0),
+        num_epochs=epochs,
+        depth=depth,
+        val_batches=val_batches[0] if val_batches else None,
+    )
+  else:
+    theta_0 = checkpoints.Ingredients([init], item=item)[0]
+    made = jaxsoup.model_stock(ingredients, theta_0)
+  return made, ingredients
 
 
 def _user_function(name: str) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any
 from typing import NamedTuple
+import warnings
 import zlib
 
 from absl import logging
@@ -92,6 +93,13 @@ def _resolve(path: epath.Path, item: str | None) -> epath.Path | None:
       for child in _directories(path)
       if (found := _resolve(child, item)) is not None
   }
+  unfinished = [p.name for p in _directories(path) if _UNFINISHED in p.name]
+  if children and unfinished:
+    warnings.warn(
+        f'{path}: {", ".join(unfinished)} is unfinished (its writer was '
+        'stopped) and skipped. Delete it, or save that step again.',
+        stacklevel=2,
+    )
   if item in children:
     return children[item]
   steps = {

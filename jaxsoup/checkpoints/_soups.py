@@ -14,6 +14,7 @@ import jaxsoup
 from jaxsoup import _soup
 from jaxsoup._soup import Params
 from jaxsoup._soup import Soup
+from jaxsoup.checkpoints import _disk
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
 
@@ -52,6 +53,7 @@ def save(
     FileExistsError: the path exists; it is not touched.
     ValueError, TypeError: metadata that is no JSON, or leaves that cannot be
       saved.
+    OSError: the disk is full.
 
   Example:
     >>> import tempfile
@@ -71,7 +73,16 @@ def save(
       'command': sys.argv,
       'time': datetime.datetime.now(datetime.UTC).isoformat(),
   }
-  return str(_orbax.write(path, params, {'jaxsoup': own}))
+  try:
+    return str(_orbax.write(path, params, {'jaxsoup': own}))
+  except (OSError, RuntimeError, ValueError) as e:
+    if not _disk.is_full(e):
+      raise
+    raise OSError(
+        f'{path} could not be saved, there is no room: '
+        f'{str(e).splitlines()[0][:200]}. Nothing has appeared under that name:'
+        ' free some space, and save again.'
+    ) from e
 
 
 def load(path: Any, abstract_params: Params | None = None) -> Soup:
