@@ -22,6 +22,7 @@ import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup import cli
 from jaxsoup.experiments import locking
+from jaxsoup.experiments import main
 from jaxsoup.experiments import preemption
 from jaxsoup.experiments import train_state
 
@@ -148,20 +149,24 @@ def test_train_state_comes_back(tmp_path):
   with pytest.raises(preemption.Preempted, match='x/12 holds the training'):
     saved.after_epoch(12, state)
   assert os.listdir(tmp_path / 'x') == ['12']
+  os.truncate(tmp_path / 'x' / '12' / '_METADATA', 20)
+  with pytest.raises(ValueError, match='x/12 .*that training begins anew'):
+    saved.restore(state)
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory, cache):
   workdir = tmp_path_factory.mktemp('long')
   experiment_test.finish(workdir, cache, *LONG)
-  assert not (workdir / 'unfinished/runs_00').exists()
+  assert not (workdir / 'unfinished').exists()
+  assert not (workdir / '.lock').exists()
   return workdir
 
 
 def test_stopped_at_any_point_is_the_same(tmp_path, uninterrupted, cache):
-  # SIGTERM in the middle of a training (twice, by turns), SIGKILL at once
-  # after, then a damaged state of the training, and on to the end: an
-  # optimizer that starts anew, or an epoch done twice, gives other bits.
+  # SIGTERM in the middle of either training, SIGKILL twice further on, and on
+  # to the end: an optimizer that starts anew, or an epoch that is done twice,
+  # gives other bits.
   workdir = tmp_path / 'w'
   args = experiment_test.command(workdir, *LONG)
   for name, before in (('theta_0', '.lock'), ('runs_00', 'theta_0')):
@@ -257,6 +262,16 @@ def test_half_written_soups_never_look_finished(tmp_path, cache):
   assert invoke('inspect', '--deep', path).exit_code == 0
 
 
+@pytest.mark.parametrize('content', ('', '{"seed"', '3'))
+def test_config_of_a_workdir_is_unreadable(tmp_path, content, capsys):
+  (tmp_path / 'config.json').write_text(content)
+  assert main.main(experiment_test.command(tmp_path)[3:]) == 1
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert f'{tmp_path}/config.json is unreadable' in error
+  assert 'Delete that file' in error
+  assert (tmp_path / 'config.json').read_text() == content
+
+
 # --- Locks --------------------------------------------------------------------
 
 
@@ -289,8 +304,6 @@ def test_no_locks_on_this_file_system(tmp_path, monkeypatch):
 
 
 def test_second_experiment_on_a_workdir(tmp_path, capsys):
-  from jaxsoup.experiments import main
-
   argv = experiment_test.command(tmp_path)[3:]
   with locking.locked(tmp_path / '.lock', tmp_path):
     assert main.main(argv) == 1
@@ -340,9 +353,9 @@ def test_no_room_for_a_score(tmp_path, more):
   log = checkpoints.ScoreLog(path)
   log[(0,)] = 0.5
   before = path.read_bytes()
-  with room_for(len(before) + more):
-    with pytest.raises(OSError, match='could not be stored.*free some space'):
-      log[tuple(range(9))] = 0.1 + 0.2
+  words = 'could not be stored.*free some space'
+  with room_for(len(before) + more), pytest.raises(OSError, match=words):
+    log[tuple(range(9))] = 0.1 + 0.2
   assert path.read_bytes() == before
   log[(1,)] = 0.25
   assert dict(checkpoints.ScoreLog(path)) == {(0,): 0.5, (1,): 0.25}

@@ -170,6 +170,7 @@ def _ingredients(config, runs, theta_0, splits, workdir, progress_fn, stop):
         functools.partial(_part, progress_fn, start, len(group), len(runs)),
         _saved(config, workdir, f'runs_{start:02d}', stop),
     )
+  shutil.rmtree(workdir / 'unfinished', ignore_errors=True)
   return preemption.Ingredients(
       paths,
       jax.eval_shape(lambda: theta_0),
