@@ -116,6 +116,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       patience=3,
   )
   config.batch_size = 500
+  # A state of the training is kept that often, and on SIGTERM.
+  config.save_every_minutes = 10.0
   return config
 
 

@@ -12,6 +12,7 @@ import traceback
 from typing import Annotated
 from typing import Any
 from typing import NoReturn
+import warnings
 
 import typer
 
@@ -52,11 +53,17 @@ class UserCodeError(Exception):
 def _failures() -> Iterator[None]:
   """Turns the errors that a user can mend into one line and an exit code."""
   try:
-    yield
+    with warnings.catch_warnings():
+      warnings.showwarning = _show_warning
+      yield
   except (
       ImportError, MemoryError, OSError, TypeError, UserCodeError, ValueError
   ) as e:  # fmt: skip
     _fail(str(e), code=getattr(e, 'exit_code', 1))
+
+
+def _show_warning(message, *_, **__) -> None:
+  typer.echo(f'Warning: {message}', err=True)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -82,6 +89,7 @@ def demo(
     from jaxsoup import report
     from jaxsoup.experiments import configs
     from jaxsoup.experiments import main as experiment
+    from jaxsoup.experiments import preemption
     from jaxsoup.experiments import progress
 
     file = f'{_config_file("digits.py")}{":runlocal" if short else ""}'
@@ -89,8 +97,11 @@ def demo(
     for seed in range(seeds):
       config, runs = configs.load(file, [f'--config.seed={seed}'])
       folder = workdir / f'seed{seed}' if seeds > 1 else workdir
-      with progress.shown(experiment.STAGES) as progress_fn:
-        tables.append(experiment.run(config, runs, folder, progress_fn))
+      with (
+          preemption.handled() as stop,
+          progress.shown(experiment.STAGES) as progress_fn,
+      ):
+        tables.append(experiment.run(config, runs, folder, progress_fn, stop))
     summaries = [report.summary(rows) for rows in tables]
     means, deviations = report.mean_rows(summaries)
     many = deviations if seeds > 1 else None
@@ -228,67 +239,72 @@ def soup(
       )
       typer.echo(distributed_lib.banner(out), err=True)
     import jax
-    import optax
 
     import jaxsoup
     from jaxsoup import checkpoints
+    from jaxsoup.experiments import locking
+    from jaxsoup.experiments import preemption
 
-    ingredients = checkpoints.Ingredients(runs, item=item)
-    if shard or distributed or coordinator:
-      ingredients = _sharded(ingredients)
-    function = _user_function(eval_name or '')
-    log = None if scores is None else checkpoints.ScoreLog(scores, ingredients)
-    metadata = {'recipe': recipe, 'seed': seed}
-    is_streamed = recipe == 'uniform' and out.suffix == '.safetensors'
-    if is_streamed:
-      checkpoints.save_average(out, ingredients, metadata=metadata)
-      own = checkpoints.provenance(out)
-      made = jaxsoup.Soup(None, own['alpha'], own['info'])
-    elif recipe == 'uniform':
-      made = jaxsoup.uniform(ingredients)
-    elif recipe == 'greedy':
-      order = None if seed is None else jax.random.key(seed)
-      made = jaxsoup.greedy(
-          ingredients, function, order=order, strict=strict, scores=log
+    is_main = jax.process_index() == 0
+    # Beside it, not inside: it appears only when it is whole.
+    lock = out.absolute().parent / f'.{out.name}.lock'
+    held = locking.locked(lock, out) if is_main else contextlib.nullcontext()
+    with preemption.handled() as stop, held:
+      if out.exists():  # Since the first look.
+        raise FileExistsError(f'{out} exists. Give another path.')
+      saved = _what_is_saved(recipe, scores)
+      ingredients = preemption.Ingredients(
+          runs, item=item, stop=stop, saved=saved
       )
-    elif recipe == 'pruned':
-      made = jaxsoup.pruned(ingredients, function, strict=strict, scores=log)
-    elif recipe == 'learned':
-      loss_fn, batches, *val_batches = function()
-      made = jaxsoup.learned(
-          ingredients,
-          loss_fn,
-          batches,
-          tx=optax.adamw(learning_rate, weight_decay=0.0),
-          num_epochs=epochs,
-          depth=math.inf if per_tensor else None,
-          val_batches=val_batches[0] if val_batches else None,
-          stream=stream,
-          cache_dtype=_float_dtype(cache_dtype),
-          on_start=_show_plan,
-      )
-    else:
-      theta_0 = checkpoints.Ingredients([init], item=item)[0]
-      made = jaxsoup.model_stock(ingredients, theta_0)
-    if not is_streamed:
-      checkpoints.save(out, made, ingredients=ingredients, metadata=metadata)
-    if jax.process_index() == 0:
+      if shard or distributed or coordinator:
+        ingredients = ingredients.onto(_sharded(ingredients.abstract_params))
+      metadata = {'recipe': recipe, 'seed': seed}
+      if recipe == 'uniform' and out.suffix == '.safetensors':
+        checkpoints.save_average(out, ingredients, metadata=metadata)
+        own = checkpoints.provenance(out)
+        made = jaxsoup.Soup(None, own['alpha'], own['info'])
+      else:
+        made = _cook(
+            recipe,
+            ingredients,
+            _user_function(eval_name or ''),
+            stop=stop,
+            saved=saved,
+            theta_0=init and checkpoints.Ingredients([init], item=item)[0],
+            strict=strict,
+            seed=seed,
+            depth=math.inf if per_tensor else None,
+            learning_rate=learning_rate,
+            epochs=epochs,
+            stream=stream,
+            cache_dtype=_float_dtype(cache_dtype),
+            scores=scores,
+        )
+        checkpoints.save(out, made, ingredients=ingredients, metadata=metadata)
+    if is_main:
       _show_soup(made, ingredients, out, recipe, as_json)
 
 
-def _sharded(ingredients):
-  """The same checkpoints, read onto all devices of all processes."""
+def _what_is_saved(recipe: str, scores: pathlib.Path | None) -> str:
+  if scores is None or recipe not in ('greedy', 'pruned'):
+    return (
+        'nothing is saved, the next start begins anew (greedy and pruned keep '
+        'their scores with --scores)'
+    )
+  return f'{scores} holds the scores so far'
+
+
+def _sharded(abstract_params):
+  """The same shapes, sharded over all devices of all processes."""
   import jax
   from jax.sharding import AxisType
 
-  from jaxsoup import checkpoints
   from jaxsoup import sharding
 
   mesh = jax.make_mesh(
       (jax.device_count(),), ('fsdp',), axis_types=(AxisType.Auto,)
   )
-  abstract_params = sharding.fsdp(ingredients.abstract_params, mesh)
-  return checkpoints.Ingredients(ingredients.paths, abstract_params)
+  return sharding.fsdp(abstract_params, mesh)
 
 
 def _float_dtype(name: str | None) -> Any:
@@ -309,6 +325,58 @@ def _show_plan(plan) -> None:
   mode = 'streamed' if plan.is_streamed else 'resident'
   reads = f'{plan.reads_per_step} reads a step'
   typer.echo(f'learned: {mode}, {reads}; {plan.reason}.', err=True)
+
+
+def _cook(
+    recipe,
+    ingredients,
+    function,
+    *,
+    stop,
+    saved,
+    theta_0,
+    strict,
+    seed,
+    depth,
+    learning_rate,
+    epochs,
+    stream,
+    cache_dtype,
+    scores,
+):
+  """The soup of a recipe."""
+  import jax
+  import optax
+
+  import jaxsoup
+  from jaxsoup import checkpoints
+  from jaxsoup.experiments import preemption
+
+  log = None if scores is None else checkpoints.ScoreLog(scores, ingredients)
+  if recipe == 'uniform':
+    return jaxsoup.uniform(ingredients)
+  if recipe == 'greedy':
+    order = None if seed is None else jax.random.key(seed)
+    return jaxsoup.greedy(
+        ingredients, function, order=order, strict=strict, scores=log
+    )
+  if recipe == 'pruned':
+    return jaxsoup.pruned(ingredients, function, strict=strict, scores=log)
+  if recipe == 'learned':
+    loss_fn, batches, *val_batches = function()
+    return jaxsoup.learned(
+        ingredients,
+        loss_fn,
+        preemption.Batches(batches, stop, saved),
+        tx=optax.adamw(learning_rate, weight_decay=0.0),
+        num_epochs=epochs,
+        depth=depth,
+        val_batches=val_batches[0] if val_batches else None,
+        stream=stream,
+        cache_dtype=cache_dtype,
+        on_start=_show_plan,
+    )
+  return jaxsoup.model_stock(ingredients, theta_0)
 
 
 def _user_function(name: str) -> Callable[..., Any]:

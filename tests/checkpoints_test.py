@@ -375,7 +375,8 @@ def test_unfinished_checkpoints(tmp_path, runs):
   with pytest.raises(FileNotFoundError, match='unfinished checkpoint'):
     checkpoints.Ingredients([unfinished])
   shutil.copytree(runs[1], tmp_path / 'run' / '10')
-  found = checkpoints.Ingredients([tmp_path / 'run'])
+  with pytest.warns(UserWarning, match='20.orbax.*unfinished .* skipped'):
+    found = checkpoints.Ingredients([tmp_path / 'run'])
   assert found.paths == (str(tmp_path / 'run/10'),)
 
 

@@ -54,9 +54,12 @@ def environment(cache):
   }
 
 
-def finish(workdir, cache):
+def finish(workdir, cache, *overrides):
   done = subprocess.run(
-      command(workdir), env=environment(cache), capture_output=True, text=True
+      command(workdir, *overrides),
+      env=environment(cache),
+      capture_output=True,
+      text=True,
   )
   assert done.returncode == 0, done.stderr
   return done
@@ -102,12 +105,12 @@ def leaves(path):
   return [np.asarray(x) for x in jax.tree.leaves(params)]
 
 
-def assert_same(workdir, expected):
+def assert_same(workdir, expected, num_runs=4):
   results = [
       (folder / 'results.json').read_text() for folder in (workdir, expected)
   ]
   assert results[0] == results[1]
-  paths = ['theta_0', *(f'runs/{k:02d}' for k in range(4))]
+  paths = ['theta_0', *(f'runs/{k:02d}' for k in range(num_runs))]
   paths += [f'soups/{p.name}' for p in (expected / 'soups').iterdir()]
   for path in paths:
     for x, y in zip(leaves(workdir / path), leaves(expected / path)):

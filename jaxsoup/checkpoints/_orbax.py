@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 from typing import Any
+import warnings
 
 from absl import logging
 from etils import epath
@@ -71,6 +72,13 @@ def _resolve(path: epath.Path, item: str | None) -> epath.Path | None:
       for child in _directories(path)
       if (found := _resolve(child, item)) is not None
   }
+  unfinished = [p.name for p in _directories(path) if _UNFINISHED in p.name]
+  if children and unfinished:
+    warnings.warn(
+        f'{path}: {", ".join(unfinished)} is unfinished (its writer was '
+        'stopped) and skipped. Delete it, or save that step again.',
+        stacklevel=2,
+    )
   if item in children:
     return children[item]
   steps = {

@@ -75,10 +75,25 @@ class ScoreLog(MutableMapping):
     return len(self._scores)
 
   def _append(self, row: dict[str, Any]) -> None:
-    with self._path.open('a') as file:
-      file.write(json.dumps(row) + '\n')
-      file.flush()
-      os.fsync(file.fileno())
+    line = (json.dumps(row) + '\n').encode()
+    with self._path.open('ab', buffering=0) as file:
+      num_written = 0
+      try:
+        # One call, so that two processes cannot mix their lines. Where there is
+        # room for a part only, the second call says why.
+        num_written = file.write(line)
+        if num_written < len(line):
+          num_written += file.write(line[num_written:])
+        os.fsync(file.fileno())
+      except OSError as e:
+        file.truncate(os.fstat(file.fileno()).st_size - num_written)
+        raise OSError(
+            e.errno,
+            f'A score could not be stored: {e.strerror}. The scores before it '
+            'are kept: free some space, and the same command goes on from '
+            'there.',
+            str(self._path),
+        ) from e
 
   def _read(self, content: bytes) -> None:
     lines = content.splitlines(keepends=True)

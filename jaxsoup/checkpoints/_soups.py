@@ -1,6 +1,8 @@
 """Soups on disk: parameters, alpha, and how they came about."""
 
+from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
 import datetime
 import importlib.metadata
 import pathlib
@@ -16,6 +18,7 @@ from jaxsoup import _soup
 from jaxsoup import _tree
 from jaxsoup._soup import Params
 from jaxsoup._soup import Soup
+from jaxsoup.checkpoints import _disk
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
@@ -60,6 +63,7 @@ def save(
     FileExistsError: the path exists; it is not touched.
     ValueError, TypeError: metadata that is no JSON, or leaves that cannot be
       saved.
+    OSError: the disk is full.
 
   Example:
     >>> import tempfile
@@ -73,7 +77,8 @@ def save(
   params = params.params if isinstance(params, Soup) else params
   own = _own(soup, ingredients, metadata)
   if not str(path).endswith(_FILE):
-    return str(_orbax.write(path, params, {'jaxsoup': own}))
+    with _room_for(path):
+      return str(_orbax.write(path, params, {'jaxsoup': own}))
   flat = _tree.flatten(params)
 
   def fill_fn(put_fn):
@@ -85,7 +90,8 @@ def save(
   leaves = dict(zip(flat.paths, flat.leaves))
   _processes.wait_for_all('every process has seen that the path is free')
   if _processes.is_main():
-    _safetensors.write(path, leaves, lambda: own, fill_fn)
+    with _room_for(path):
+      _safetensors.write(path, leaves, lambda: own, fill_fn)
   else:
     fill_fn(lambda *_: None)
   _processes.wait_for_all('the file is written')
@@ -149,7 +155,8 @@ def save_average(
   leaves, fill_fn = streamed.leaves, streamed.put_all
   _processes.wait_for_all('every process has seen that the path is free')
   if _processes.is_main():
-    _safetensors.write(path, leaves, own_fn, fill_fn, num_more)
+    with _room_for(path):
+      _safetensors.write(path, leaves, own_fn, fill_fn, num_more)
   _processes.wait_for_all('the file is written')
   return str(path)
 
@@ -163,6 +170,21 @@ def _new_file(path: Any) -> pathlib.Path:
     )
   path.parent.mkdir(parents=True, exist_ok=True)
   return path
+
+
+@contextlib.contextmanager
+def _room_for(path: Any) -> Iterator[None]:
+  """Says of a full disk what to do."""
+  try:
+    yield
+  except (OSError, RuntimeError, ValueError) as e:
+    if not _disk.is_full(e):
+      raise
+    raise OSError(
+        f'{path} could not be saved, there is no room: '
+        f'{str(e).splitlines()[0][:200]}. Nothing has appeared under that name:'
+        ' free some space, and save again.'
+    ) from e
 
 
 def _own(soup, ingredients, metadata) -> dict[str, Any]:

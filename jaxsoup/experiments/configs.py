@@ -155,6 +155,7 @@ def check_unchanged(
 
   Raises:
     UsageError: the workdir belongs to another config; names what differs.
+    ValueError: the stored config is unreadable.
   """
   now = json.loads(json.dumps(_flat(config)))
   if not file.exists():
@@ -163,7 +164,13 @@ def check_unchanged(
     unfinished.write_text(json.dumps(now, indent=2))
     unfinished.replace(file)
     return
-  then = json.loads(file.read_text())
+  try:
+    then = dict(json.loads(file.read_text()))
+  except (TypeError, ValueError) as e:
+    raise ValueError(
+        f'{file} is unreadable: {e}. Delete that file if the workdir was begun '
+        'with this config: it is written again, and the rest is kept.'
+    ) from e
   differing = [
       f'{key} was {then.get(key)!r}, is {now.get(key)!r}'
       for key in sorted(then.keys() | now.keys())

@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 from jaxsoup.data import augment
+from jaxsoup.experiments import train_state
 from jaxsoup.models import vit
 
 Params = dict[str, Any]
@@ -94,6 +95,7 @@ def pretrain(
     data: Mapping[str, np.ndarray],
     *,
     progress_fn: Progress | None = None,
+    saved: train_state.Saved | None = None,
 ) -> Params:
   """Trains one model from scratch, by `config.pretrain`.
 
@@ -103,6 +105,8 @@ def pretrain(
     data: `image` [N, H, W, C], `label` [N].
     progress_fn: called after each epoch with (epochs done, epochs,
       losses [1]).
+    saved: where the state is kept in between; the result does not depend on
+      how often the training was stopped.
 
   Returns:
     The parameters theta_0, a plain nested dict.
@@ -111,7 +115,13 @@ def pretrain(
   init_fn = make_model(config).init_fn
   params = jax.jit(lambda: init_fn(jax.random.key(config.seed)))()
   stacked = _train(
-      config, config.pretrain, params, [run], data, progress_fn=progress_fn
+      config,
+      config.pretrain,
+      params,
+      [run],
+      data,
+      progress_fn=progress_fn,
+      saved=saved,
   )
   return jax.jit(functools.partial(jax.tree.map, lambda x: x[0]))(stacked)
 
@@ -123,6 +133,7 @@ def finetune(
     data: Mapping[str, np.ndarray],
     *,
     progress_fn: Progress | None = None,
+    saved: train_state.Saved | None = None,
 ) -> Params:
   """Fine-tunes a group of runs from one start, by `config.finetune`.
 
@@ -133,6 +144,7 @@ def finetune(
     data: `image` [N, H, W, C], `label` [N].
     progress_fn: called after each epoch with (epochs done, epochs,
       losses [K]).
+    saved: as for `pretrain`.
 
   Returns:
     Stacked parameters, leaves [K, ...], in the order of `runs`.
@@ -142,7 +154,13 @@ def finetune(
       known, or the data do not fill one batch.
   """
   return _train(
-      config, config.finetune, params, runs, data, progress_fn=progress_fn
+      config,
+      config.finetune,
+      params,
+      runs,
+      data,
+      progress_fn=progress_fn,
+      saved=saved,
   )
 
 
@@ -156,14 +174,17 @@ class _Settings(NamedTuple):
   num_classes: int
 
 
-def _train(config, phase, params, runs, data, *, progress_fn):
+def _train(config, phase, params, runs, data, *, progress_fn, saved):
   """Trains all runs from one start, an epoch a call of the compiled scan."""
   settings = _make_settings(config, phase, data)
   hyper = _stack_runs(runs)
   data = jax.device_put({name: data[name] for name in ('image', 'label')})
   params, opt_state = _start(params, len(runs))
   logits_fn = make_model(config).logits_fn
-  for epoch in range(settings.num_epochs):
+  num_done = 0
+  if saved is not None:
+    num_done, (params, opt_state) = saved.restore((params, opt_state))
+  for epoch in range(num_done, settings.num_epochs):
     params, opt_state, losses = _epoch(
         logits_fn,
         settings,
@@ -175,6 +196,8 @@ def _train(config, phase, params, runs, data, *, progress_fn):
     )
     if progress_fn is not None:
       progress_fn(epoch + 1, settings.num_epochs, np.asarray(losses))
+    if saved is not None:
+      saved.after_epoch(epoch + 1, (params, opt_state))
   return params
 
 

@@ -5,9 +5,11 @@ python -m jaxsoup.experiments.main --config=configs/digits.py --workdir=DIR \
     [--config.sweep.num_runs=16 ...]
 ```
 
-Goes on from its workdir after a kill at any point, with the same result. The
-workdir holds `theta_0/` and `runs/NN/` (Orbax checkpoints, with config and
-held-out score), `scores.jsonl`, `soups/NAME/`, `results.json`, and pictures.
+Goes on from its workdir after a kill at any point, with the same result. On
+SIGTERM it saves the state of its training and exits with 143. The workdir holds
+`theta_0/` and `runs/NN/` (Orbax checkpoints, with config and held-out score),
+`scores.jsonl`, `soups/NAME/`, `results.json`, and pictures; while it works also
+`unfinished/`, states of training, and `.lock`.
 """
 
 from collections.abc import Mapping
@@ -28,12 +30,16 @@ import numpy as np
 from jaxsoup import checkpoints
 from jaxsoup import metrics
 from jaxsoup import report
+from jaxsoup.checkpoints import _disk
 from jaxsoup.data import digits
 from jaxsoup.data import shifts
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import finetune
+from jaxsoup.experiments import locking
+from jaxsoup.experiments import preemption
 from jaxsoup.experiments import progress
+from jaxsoup.experiments import train_state
 
 # The stages, and about how long each takes.
 STAGES = {'pre-training': 8, 'fine-tuning': 12, 'souping': 20, 'reporting': 5}
@@ -44,6 +50,7 @@ def run(
     runs: Sequence[Mapping[str, float]],
     workdir: Any,
     progress_fn: progress.ProgressFn = progress.silent,
+    stop: preemption.Stop | None = None,
 ) -> list[report.Row]:
   """Runs one experiment, or what is left of it.
 
@@ -52,6 +59,7 @@ def run(
     runs: the hyper-parameters of each run.
     workdir: where everything goes.
     progress_fn: called with a stage and the share of it that is done.
+    stop: whether the script is asked to stop, see `preemption.handled`.
 
   Returns:
     A row a model: singles, soups, ensembles.
@@ -59,6 +67,9 @@ def run(
   Raises:
     ImportError: a package of the extra `demo` is missing.
     UsageError: the workdir was begun with another config.
+    InUseError: another process works on the workdir.
+    Preempted: `stop` was requested; what was done is saved.
+    OSError: the disk is full; what was done is saved.
   """
   for package in ('matplotlib', 'sklearn'):  # Now, not after the training.
     if importlib.util.find_spec(package) is None:
@@ -66,14 +77,27 @@ def run(
           f'{package} is not installed: pip install "jaxsoup[demo]"'
       )
   workdir = pathlib.Path(workdir).absolute()
+  try:
+    with locking.locked(workdir / '.lock', workdir):
+      return _run(config, runs, workdir, progress_fn, stop or preemption.Stop())
+  except OSError as e:
+    if not _disk.is_full(e):
+      raise
+    raise OSError(
+        f'{workdir}: {e} What was done is kept: free some space, and the same '
+        'command goes on from there.'
+    ) from e
+
+
+def _run(config, runs, workdir, progress_fn, stop) -> list[report.Row]:
   configs.check_unchanged(config, workdir / 'config.json')
   progress_fn('pre-training', 0.0)
   splits = digits.load(config.seed, config.data.sizes)
   data = _evaluation_data(config, splits)
   logits_fn = finetune.make_model(config).logits_fn
-  theta_0 = _theta_0(config, splits, workdir, progress_fn)
+  theta_0 = _theta_0(config, splits, workdir, progress_fn, stop)
   ingredients = _ingredients(
-      config, runs, theta_0, splits, workdir, progress_fn
+      config, runs, theta_0, splits, workdir, progress_fn, stop
   )
   logits = cook.all_logits(config, ingredients, logits_fn, data)
   soups = _soups(
@@ -85,6 +109,7 @@ def run(
       logits,
       workdir,
       progress_fn,
+      stop,
   )
   progress_fn('reporting', 0.0)
   soup_logits = cook.all_logits(
@@ -110,20 +135,28 @@ def _evaluation_data(config, splits) -> dict[str, Any]:
   }
 
 
-def _theta_0(config, splits, workdir, progress_fn):
+def _saved(config, workdir, name, stop) -> train_state.Saved:
+  folder = workdir / 'unfinished' / name
+  return train_state.Saved(folder, stop, minutes=config.save_every_minutes)
+
+
+def _theta_0(config, splits, workdir, progress_fn, stop):
   path = workdir / 'theta_0'
+  saved = _saved(config, workdir, 'theta_0', stop)
   if not path.exists():
     theta_0 = finetune.pretrain(
         config,
         splits['pretrain'],
         progress_fn=lambda n, num, _: progress_fn('pre-training', n / num),
+        saved=saved,
     )
     checkpoints.save(path, theta_0, metadata={'seed': config.seed})
+  saved.delete()
   # Always from the disk, so that a second start sees the same parameters.
   return checkpoints.Ingredients([path])[0]
 
 
-def _ingredients(config, runs, theta_0, splits, workdir, progress_fn):
+def _ingredients(config, runs, theta_0, splits, workdir, progress_fn, stop):
   """Fine-tunes the runs that are not there yet, one group after another."""
   paths = [workdir / 'runs' / f'{i:02d}' for i in range(len(runs))]
   size = config.sweep.group_size
@@ -135,9 +168,15 @@ def _ingredients(config, runs, theta_0, splits, workdir, progress_fn):
         group,
         splits,
         functools.partial(_part, progress_fn, start, len(group), len(runs)),
+        _saved(config, workdir, f'runs_{start:02d}', stop),
     )
-  abstract_params = jax.eval_shape(lambda: theta_0)
-  return checkpoints.Ingredients(paths, abstract_params)
+  shutil.rmtree(workdir / 'unfinished', ignore_errors=True)
+  return preemption.Ingredients(
+      paths,
+      jax.eval_shape(lambda: theta_0),
+      stop=stop,
+      saved=f'{workdir} holds all runs, and the scores and soups so far',
+  )
 
 
 def _part(progress_fn, start, num_runs, num_all, epoch, num_epochs, _) -> None:
@@ -145,16 +184,22 @@ def _part(progress_fn, start, num_runs, num_all, epoch, num_epochs, _) -> None:
   progress_fn('fine-tuning', done)
 
 
-def _finetune_group(config, theta_0, group, splits, progress_fn) -> None:
+def _finetune_group(config, theta_0, group, splits, progress_fn, saved) -> None:
   """Trains all runs of a group if one is missing, and saves those.
 
   All of them, so that what a run becomes does not depend on what was there.
   """
   if all(path.exists() for path, _ in group):
+    saved.delete()
     return
   runs = [run for _, run in group]
   stacked = finetune.finetune(
-      config, theta_0, runs, splits['train'], progress_fn=progress_fn
+      config,
+      theta_0,
+      runs,
+      splits['train'],
+      progress_fn=progress_fn,
+      saved=saved,
   )
   stacked = jax.device_get(stacked)
   logits_fn = finetune.make_model(config).logits_fn
@@ -164,10 +209,19 @@ def _finetune_group(config, theta_0, group, splits, progress_fn) -> None:
       params = jax.tree.map(operator.itemgetter(i), stacked)
       metadata = {'config': dict(run), 'held_out': float(eval_fn(params))}
       checkpoints.save(path, params, metadata=metadata)
+  saved.delete()
 
 
 def _soups(
-    config, ingredients, theta_0, logits_fn, data, logits, workdir, progress_fn
+    config,
+    ingredients,
+    theta_0,
+    logits_fn,
+    data,
+    logits,
+    workdir,
+    progress_fn,
+    stop,
 ):
   scores = checkpoints.ScoreLog(workdir / 'scores.jsonl', ingredients)
   for k, single in enumerate(logits['held_out']):
@@ -180,6 +234,7 @@ def _soups(
   soups = {}
   for i, (name, recipe) in enumerate(recipes.items()):
     progress_fn('souping', i / len(recipes))
+    stop.check(f'{workdir} holds all runs, and {i} of {len(recipes)} soups')
     path = workdir / 'soups' / name.replace(' ', '_').lower()
     if not path.exists():
       checkpoints.save(
@@ -250,8 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     path, workdir, overrides = configs.parse(argv)
     config, runs = configs.load(path, overrides)
-    with progress.shown(STAGES) as progress_fn:
-      rows = run(config, runs, workdir, progress_fn)
+    with preemption.handled() as stop, progress.shown(STAGES) as progress_fn:
+      rows = run(config, runs, workdir, progress_fn, stop)
   except (ImportError, OSError, TypeError, ValueError) as e:
     print(f'Error: {e}', file=sys.stderr)
     return getattr(e, 'exit_code', 1)

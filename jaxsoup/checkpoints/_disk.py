@@ -1,0 +1,14 @@
+"""A disk that is full, in whatever words it is said."""
+
+import errno
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Orbax and tensorstore write in threads of their own, and raise ValueError.
+_SAID = ('No space left', 'File too large', 'quota exceeded')
+
+
+def is_full(error: BaseException) -> bool:
+  """Whether there was no room left: on the disk, in a quota, in a file."""
+  if isinstance(error, OSError) and error.errno in _FULL:
+    return True
+  return any(words in str(error) for words in _SAID)

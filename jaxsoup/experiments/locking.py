@@ -1,0 +1,100 @@
+"""A lock on a path, which the system releases when its holder dies."""
+
+from collections.abc import Iterator
+import contextlib
+import datetime
+import errno
+import json
+import os
+import pathlib
+import socket
+from typing import Any
+import warnings
+
+try:
+  import fcntl
+except ImportError:  # Windows.
+  fcntl = None  # type: ignore[assignment]
+
+# What file systems without such locks answer.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class InUseError(OSError):
+  """Another process works there; the message names it."""
+
+
+@contextlib.contextmanager
+def locked(path: Any, what: Any) -> Iterator[None]:
+  """Holds a lock, or fails at once.
+
+  Args:
+    path: the lock's file: made with its directory, and deleted at the end. One
+      that a killed process left behind does no harm.
+    what: the path that is protected, for messages.
+
+  Yields:
+    None, while it is held.
+
+  Raises:
+    InUseError: another process holds it.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  file = _acquired(path, what)
+  try:
+    yield
+  finally:
+    if file is not None:
+      path.unlink(missing_ok=True)  # Before others can get the lock.
+      os.close(file)
+
+
+def _acquired(path: pathlib.Path, what: Any) -> int | None:
+  while True:
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+      if fcntl is None:
+        raise OSError(errno.ENOSYS, 'no flock')
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      holder = _holder(file)
+      os.close(file)
+      raise InUseError(
+          f'{what} is in use by {holder}. Wait until that has ended, stop it, '
+          'or give another path.'
+      ) from e
+    except OSError as e:
+      os.close(file)
+      if e.errno not in _NO_LOCKS:
+        raise
+      warnings.warn(
+          f'The file system of {path} knows no locks: make sure yourself that '
+          f'no other process works on {what}.',
+          stacklevel=4,
+      )
+      return None
+    # Its last holder may have deleted it between the two calls.
+    if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+      break
+    os.close(file)
+  os.ftruncate(file, 0)
+  os.write(file, json.dumps(_self()).encode())
+  return file
+
+
+def _self() -> dict[str, Any]:
+  now = datetime.datetime.now(datetime.UTC)
+  return {
+      'host': socket.gethostname(),
+      'pid': os.getpid(),
+      'since': now.isoformat(timespec='seconds'),
+  }
+
+
+def _holder(file: int) -> str:
+  try:
+    by = json.loads(os.pread(file, 1000, 0))
+    return f'process {by["pid"]} on {by["host"]} since {by["since"]}'
+  except (KeyError, TypeError, ValueError):  # It has not written that yet.
+    return 'another process'

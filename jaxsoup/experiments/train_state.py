@@ -1,0 +1,99 @@
+"""The state of a training that has not ended, on the disk.
+
+```
+saved = train_state.Saved(folder, stop, minutes=10)
+epoch, state = saved.restore(state)
+...
+saved.after_epoch(epoch + 1, state)
+```
+"""
+
+import pathlib
+import shutil
+import time
+from typing import Any
+
+import jax
+
+from jaxsoup import checkpoints
+from jaxsoup.experiments import preemption
+
+
+class Saved:
+  """Keeps the latest state of one training in a folder, by epoch.
+
+  A state is written every so many minutes, and when the script is asked to
+  stop. The older one is deleted only when the newer one is whole.
+  """
+
+  def __init__(
+      self, folder: Any, stop: preemption.Stop, *, minutes: float = 10.0
+  ):
+    """Deletes what a killed process left unfinished.
+
+    Args:
+      folder: for the states, each in a directory named by the epochs done.
+      stop: whether the script is to stop.
+      minutes: the least time between two states.
+    """
+    self._folder = pathlib.Path(folder)
+    self._stop = stop
+    self._seconds = 60 * minutes
+    self._last = time.monotonic()
+    for path in self._folder.glob('*'):
+      if not path.name.isdecimal():
+        shutil.rmtree(path)
+
+  def restore(self, state: Any) -> tuple[int, Any]:
+    """The epochs that are done, and the state after them.
+
+    Args:
+      state: the state at the start, returned where none is saved.
+
+    Raises:
+      ValueError: the saved state is damaged.
+    """
+    epochs = self._epochs()
+    if not epochs:
+      return 0, state
+    path = self._path(epochs[-1])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state
+    )
+    try:
+      return epochs[-1], checkpoints.Ingredients([path], abstract)[0]
+    except ValueError as e:
+      raise ValueError(
+          f'{e} It is the state of a training: without {path} that training '
+          'begins anew.'
+      ) from e
+
+  def after_epoch(self, epoch: int, state: Any) -> None:
+    """Saves the state where it is due.
+
+    Args:
+      epoch: how many are done.
+      state: a pytree of arrays.
+
+    Raises:
+      Preempted: the script is to stop; the state is saved.
+    """
+    is_due = time.monotonic() - self._last >= self._seconds
+    if is_due or self._stop.requested:
+      older = self._epochs()
+      checkpoints.save(self._path(epoch), state)
+      for done in older:
+        shutil.rmtree(self._path(done))
+      self._last = time.monotonic()
+    self._stop.check(f'{self._path(epoch)} holds the training')
+
+  def delete(self) -> None:
+    """Deletes it all: the training has ended, and its result is saved."""
+    shutil.rmtree(self._folder, ignore_errors=True)
+
+  def _epochs(self) -> list[int]:
+    names = (path.name for path in self._folder.glob('*'))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+  def _path(self, epoch: int) -> pathlib.Path:
+    return self._folder / str(epoch)
