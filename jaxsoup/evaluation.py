@@ -112,17 +112,7 @@ def mean_of(
     6.0
   """
 
-  @jax.jit
-  def sum_and_count(params, batch):
-    values = metric_fn(params, batch)
-    if values.ndim != 1:
-      raise ValueError(
-          f'metric_fn returned shape {values.shape}: expected [B], one number '
-          'an example, which mean_of averages. For a metric of the whole set '
-          'use evaluation.score_of.'
-      )
-    mask = batch.get('mask', jnp.ones(values.shape, bool))
-    return jnp.where(mask, values.astype(jnp.float32), 0).sum(), mask.sum()
+  sum_and_count = sum_and_count_of(metric_fn)
 
   def eval_fn(params: Params) -> float:
     params = jax.tree.map(_tree.on_device, params)
@@ -137,6 +127,33 @@ def mean_of(
     return float(sum(float(s) for s, _ in parts) / count)
 
   return eval_fn
+
+
+def sum_and_count_of(
+    metric_fn: Callable[[Params, Batch], jax.Array],
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+  """What `mean_of` runs on each batch: the compiled evaluation step.
+
+  Args:
+    metric_fn: as in `mean_of`.
+
+  Returns:
+    `fn(params, batch) -> (sum of the metric, number of examples)`, jitted.
+  """
+
+  @jax.jit
+  def sum_and_count(params, batch):
+    values = metric_fn(params, batch)
+    if values.ndim != 1:
+      raise ValueError(
+          f'metric_fn returned shape {values.shape}: expected [B], one number '
+          'an example, which mean_of averages. For a metric of the whole set '
+          'use evaluation.score_of.'
+      )
+    mask = batch.get('mask', jnp.ones(values.shape, bool))
+    return jnp.where(mask, values.astype(jnp.float32), 0).sum(), mask.sum()
+
+  return sum_and_count
 
 
 def logits_of(

@@ -255,3 +255,25 @@ def test_with_a_mesh_set(name, where, on_mesh):
   with jax.set_mesh(on_mesh.mesh):
     soup = run(name, models, key)
   assert_close(soup, expected)
+
+
+def test_the_first_rule_that_matches_shards_a_leaf():
+  mesh = jax.make_mesh((2, 2), ('data', 'tensor'))
+  shapes = {
+      'mlp': {'kernel': jax.ShapeDtypeStruct((6, 4), 'float32')},
+      'head': {'kernel': jax.ShapeDtypeStruct((4, 5), 'bfloat16')},
+      'scale': jax.ShapeDtypeStruct((), 'float32'),
+  }
+  rules = [
+      ('^mlp/', PartitionSpec('data', 'tensor')),
+      ('kernel$', PartitionSpec('tensor', None)),
+      ('mlp', PartitionSpec()),
+  ]
+  found = sharding.by_rules(shapes, mesh, rules)
+  spec_of = lambda x: tuple(x.sharding.spec)
+  assert spec_of(found['mlp']['kernel']) == ('data', 'tensor')
+  assert spec_of(found['head']['kernel']) == ('tensor', None)
+  assert spec_of(found['scale']) == ()
+  assert found['head']['kernel'].dtype == 'bfloat16'
+  with pytest.raises(ValueError, match=r"'head/kernel' of shape \(4, 5\)"):
+    sharding.by_rules(shapes, mesh, [('kernel', PartitionSpec(None, 'data'))])

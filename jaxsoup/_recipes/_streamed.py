@@ -102,8 +102,8 @@ class Streamed:
     self._dtypes = dtypes
     self._order = list(range(len(source)))
     self._alphas = jax.jit(alphas)
-    self._value_and_grad = jax.jit(jax.value_and_grad(loss_at, (0, 1)))
-    self._inner = jax.jit(self._inner_products)
+    self.step = jax.jit(jax.value_and_grad(loss_at, (0, 1)))
+    self.inner = jax.jit(self._inner_products)
     # The chain rule from alpha to w.
     self._pull = jax.jit(lambda w, inner: jax.vjp(alphas, w)[1](inner)[0])
 
@@ -124,12 +124,12 @@ class Streamed:
   def value_and_grad(self, variables: Any, batch: Any):
     """The loss, and its gradient in w and beta."""
     w, scale = variables
-    loss, (gradient, scale_gradient) = self._value_and_grad(
+    loss, (gradient, scale_gradient) = self.step(
         self.mixed(w), scale, batch
     )
     inner = {g: np.zeros(len(self._source), np.float32) for g in w}
     for k, leaves in self._walk():
-      for g, value in jax.device_get(self._inner(gradient, leaves)).items():
+      for g, value in jax.device_get(self.inner(gradient, leaves)).items():
         inner[g][k] = value
     on_device = {g: _tree.numbers(x) for g, x in inner.items()}
     return loss, (self._pull(w, on_device), scale_gradient)

@@ -89,7 +89,7 @@ class ViT(nnx.Module):
     has_cls_token: pools by a class token if true, else by the mean over
       tokens (GAP).
     dtype: name of the dtype of the computation, such as 'bfloat16'; None takes
-      that of the parameters, which are float32. Logits are in it too.
+      that of the parameters, which are float32. Logits are float32.
     is_scanned: stores all blocks as one, `blocks`, with leaves [depth, ...],
       and scans over them: compiles in the time of one block.
     is_rematerialized: keeps of each block only its input, and computes the rest
@@ -130,7 +130,6 @@ class ViT(nnx.Module):
     self.patch_size, self.depth = patch_size, depth
     self.has_cls_token = has_cls_token
     self.is_scanned, self.is_rematerialized = is_scanned, is_rematerialized
-    self.dtype = dtype
     self.embed = nnx.Linear(
         patch_size**2 * channels, width, dtype=_dtype(dtype), rngs=rngs
     )
@@ -155,7 +154,7 @@ class ViT(nnx.Module):
     self.norm = nnx.LayerNorm(
         width, epsilon=1e-6, dtype=_dtype(dtype), rngs=rngs
     )
-    self.head = nnx.Linear(width, num_classes, dtype=_dtype(dtype), rngs=rngs)
+    self.head = nnx.Linear(width, num_classes, rngs=rngs)
 
   def features(self, image: jax.Array) -> jax.Array:
     """Returns what the head sees, [B, width], for images [B, H, W, C]."""
