@@ -51,9 +51,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       is_rematerialized=True,
   )
   # ImageNet's training set, of which 2 % are held out to choose by.
-  config.data = dict(
-      sizes=dict(train=1_255_544, held_out=25_623, test=50_000)
-  )
+  config.data = dict(sizes=dict(train=1_255_544, held_out=25_623, test=50_000))
   config.finetune = dict(num_epochs=8, batch_size=512, warmup=0.1, final=0.0)
   # One run at a time: each fills the mesh.
   config.sweep = dict(

@@ -111,7 +111,6 @@ def mean_of(
     >>> mean_of(lambda params, batch: params * batch['x'], batches)(2.0)
     6.0
   """
-
   sum_and_count = sum_and_count_of(metric_fn)
 
   def eval_fn(params: Params) -> float:

@@ -124,9 +124,7 @@ class Streamed:
   def value_and_grad(self, variables: Any, batch: Any):
     """The loss, and its gradient in w and beta."""
     w, scale = variables
-    loss, (gradient, scale_gradient) = self.step(
-        self.mixed(w), scale, batch
-    )
+    loss, (gradient, scale_gradient) = self.step(self.mixed(w), scale, batch)
     inner = {g: np.zeros(len(self._source), np.float32) for g in w}
     for k, leaves in self._walk():
       for g, value in jax.device_get(self.inner(gradient, leaves)).items():

@@ -4,6 +4,7 @@ model = vit.ViT((8, 8, 1), num_classes=10, patch_size=2, rngs=nnx.Rngs(0))
 logits = model(image)  # [B, 8, 8, 1] -> [B, 10]
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -137,7 +138,7 @@ class ViT(nnx.Module):
     self.position = nnx.Param(normal(rngs.params(), (num_tokens, width)))
     if has_cls_token:
       self.cls_token = nnx.Param(jnp.zeros((1, width)))
-    make_block = lambda: Block(
+    make_block = lambda rngs: Block(
         width,
         mlp_width or 4 * width,
         num_heads,
@@ -145,12 +146,12 @@ class ViT(nnx.Module):
         rngs=rngs,
     )
     if is_scanned:
-      self.blocks = _stacked([make_block() for _ in range(depth)])
+      self.blocks = _stacked(make_block, jax.random.split(rngs.params(), depth))
     else:
       # Attributes rather than a list: the keys of the parameters are strings,
       # and a list of modules is spelled differently from release to release.
       for i in range(depth):
-        setattr(self, f'block_{i}', make_block())
+        setattr(self, f'block_{i}', make_block(rngs))
     self.norm = nnx.LayerNorm(
         width, epsilon=1e-6, dtype=_dtype(dtype), rngs=rngs
     )
@@ -199,11 +200,11 @@ def _dtype(name: str | None) -> Any:
   return None if name is None else jnp.dtype(name)
 
 
-def _stacked(blocks: list[Block]) -> Block:
-  """One block with leaves [depth, ...], the values of all of them."""
-  states = [nnx.state(block) for block in blocks]
-  stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
-  return nnx.merge(nnx.graphdef(blocks[0]), stacked)
+def _stacked(make_block: Callable[[nnx.Rngs], Block], keys: Any) -> Block:
+  """One block with leaves [depth, ...], traced once."""
+  split = lambda key: nnx.split(make_block(nnx.Rngs(key)), nnx.Param)
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
+  return nnx.merge(graphdef, jax.vmap(lambda key: split(key)[1])(keys))
 
 
 def patchify(image: jax.Array, patch_size: int) -> jax.Array:
