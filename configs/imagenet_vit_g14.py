@@ -49,6 +49,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       dtype='bfloat16',
       is_scanned=True,
       is_rematerialized=True,
+      batch_axis='fsdp',
   )
   # ImageNet's training set, of which 2 % are held out to choose by.
   config.data = dict(sizes=dict(train=1_255_544, held_out=25_623, test=50_000))

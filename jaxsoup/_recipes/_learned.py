@@ -160,10 +160,11 @@ def learned(
   source: Any = _streamed.Source(
       checked, first, cache_dtype if plan.is_streamed else None
   )
+  shardings = [x.sharding for x in first]
   del first
   if plan.is_streamed:
     model: Any = _streamed.Streamed(
-        source, groups, alphas, loss_at, checked.float_dtypes
+        source, groups, alphas, loss_at, checked.float_dtypes, shardings
     )
   else:
     with _out_of_memory():

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 import numpy as np
 
 from jaxsoup import _checked
@@ -96,13 +97,19 @@ class Streamed:
       alphas: Callable[[Any], dict[_tree.Path, jax.Array]],
       loss_at: Callable[..., jax.Array],
       dtypes: tuple[Any, ...],
+      shardings: Sequence[Any],
   ):
     self._source = source
     self._groups = groups
     self._dtypes = dtypes
     self._order = list(range(len(source)))
     self._alphas = jax.jit(alphas)
-    self.step = jax.jit(jax.value_and_grad(loss_at, (0, 1)))
+    # Or the gradient of a sharded model could lie on every device whole.
+    on_mesh = [x if isinstance(x, NamedSharding) else None for x in shardings]
+    self.step = jax.jit(
+        jax.value_and_grad(loss_at, (0, 1)),
+        out_shardings=(None, (on_mesh, None)),
+    )
     self.inner = jax.jit(self._inner_products)
     # The chain rule from alpha to w.
     self._pull = jax.jit(lambda w, inner: jax.vjp(alphas, w)[1](inner)[0])
@@ -162,20 +169,25 @@ def plan(
   )
   if device.platform == 'cpu':  # Whose devices share one memory.
     model_bytes *= len(sharding.addressable_devices)
-  needed = (num_ingredients + 3) * model_bytes
   free = _memory.free_bytes(device)
-  fits = needed <= 2 / 3 * free
+  needed, is_fitting = fits(num_ingredients, model_bytes, free)
   reason = (
       f'the stack of {num_ingredients} with three models more (one that is '
       f'read, the mixed one, its gradient) takes {_gigabytes(needed)}, and '
       f'{_gigabytes(free)} are free on {device.platform}, of which a third is '
-      f'left for activations: it {"fits" if fits else "does not fit"}'
+      f'left for activations: it {"fits" if is_fitting else "does not fit"}'
   )
   if is_streamed is not None:
     reason = f'stream={is_streamed} was passed; {reason}'
-  streamed = not fits if is_streamed is None else is_streamed
+  streamed = not is_fitting if is_streamed is None else is_streamed
   reads = 2 * (num_ingredients - 1) if streamed and not is_cached else 0
   return LearnedPlan(streamed, reason, needed, free, reads)
+
+
+def fits(num_ingredients: int, model_bytes: int, free: int) -> tuple[int, bool]:
+  """Bytes of a stack and three models more, and if two thirds of free do."""
+  needed = (num_ingredients + 3) * model_bytes
+  return needed, needed <= 2 / 3 * free
 
 
 def _gigabytes(num_bytes: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 
 class Mlp(nnx.Module):
@@ -95,6 +96,10 @@ class ViT(nnx.Module):
       and scans over them: compiles in the time of one block.
     is_rematerialized: keeps of each block only its input, and computes the rest
       again in the backward pass.
+    batch_axis: name of the axis of the mesh set by `jax.set_mesh` over which
+      batches lie. Parameters that are sharded over it too (`sharding.fsdp`) are
+      then gathered block by block. Left to itself the compiler keeps them
+      apart, and reduces activations of the whole batch over all devices.
     rngs: source of the initial parameters.
 
   Example:
@@ -119,6 +124,7 @@ class ViT(nnx.Module):
       dtype: str | None = None,
       is_scanned: bool = False,
       is_rematerialized: bool = False,
+      batch_axis: str | None = None,
       rngs: nnx.Rngs,
   ):
     height, image_width, channels = image_shape
@@ -130,6 +136,7 @@ class ViT(nnx.Module):
     num_tokens = (height // patch_size) * (image_width // patch_size)
     self.patch_size, self.depth = patch_size, depth
     self.has_cls_token = has_cls_token
+    self.batch_axis = batch_axis
     self.is_scanned, self.is_rematerialized = is_scanned, is_rematerialized
     self.embed = nnx.Linear(
         patch_size**2 * channels, width, dtype=_dtype(dtype), rngs=rngs
@@ -159,7 +166,8 @@ class ViT(nnx.Module):
 
   def features(self, image: jax.Array) -> jax.Array:
     """Returns what the head sees, [B, width], for images [B, H, W, C]."""
-    x = self.embed(patchify(image, self.patch_size))
+    embed = self._gathered(*nnx.split(self.embed))
+    x = self._on_batch_axis(embed(patchify(image, self.patch_size)))
     x = x + self.position[...].astype(x.dtype)
     if self.has_cls_token:
       cls_token = jnp.broadcast_to(
@@ -179,7 +187,8 @@ class ViT(nnx.Module):
     graphdef = split[0][0]
 
     def block_fn(x, state):
-      return nnx.merge(graphdef, state)(x), None
+      block = self._gathered(graphdef, state)
+      return self._on_batch_axis(block(self._on_batch_axis(x))), None
 
     if self.is_rematerialized:
       # In a scan nothing can be merged with what the forward pass computed.
@@ -191,9 +200,20 @@ class ViT(nnx.Module):
         x, _ = block_fn(x, state)
     return x
 
+  def _gathered(self, graphdef, state):
+    if self.batch_axis is not None:
+      state = jax.lax.with_sharding_constraint(state, PartitionSpec())
+    return nnx.merge(graphdef, state)
+
+  def _on_batch_axis(self, x: jax.Array) -> jax.Array:
+    if self.batch_axis is None:
+      return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(self.batch_axis))
+
   def __call__(self, image: jax.Array) -> jax.Array:
     """Returns logits, [B, num_classes], for images [B, H, W, C]."""
-    return self.head(self.features(image))
+    head = self._gathered(*nnx.split(self.head))
+    return self._on_batch_axis(head(self.features(image)))
 
 
 def _dtype(name: str | None) -> Any:
