@@ -132,7 +132,7 @@ def flops_of(jaxpr: Any) -> float:
     >>> import jax
     >>> x = jax.ShapeDtypeStruct((2, 3), 'float32')
     >>> flops_of(jax.make_jaxpr(lambda x: x @ x.T)(x).jaxpr)
-    24
+    24.0
   """
   return sum(map(_equation_flops, jaxpr.eqns))
 
