@@ -424,13 +424,19 @@ def plan(
     ] = None,
     json_file: Annotated[
         pathlib.Path | None,
-        typer.Option('--json', help='Write the plan here, too.'),
+        typer.Option(
+            '--json', dir_okay=False, help='Write the plan here, too.'
+        ),
     ] = None,
 ) -> None:
   """Compiles an experiment for machines that are not there: what would fit."""
   if (topology is None) == (devices is None):
     raise typer.BadParameter(
         'give one of --topology and --devices.', param_hint='--topology'
+    )
+  if json_file is not None and not json_file.absolute().parent.is_dir():
+    raise typer.BadParameter(
+        f'there is no directory {json_file.parent}.', param_hint='--json'
     )
   # Before jax looks for devices. There is no TPU to run on, just a compiler.
   flag = '--xla_force_host_platform_device_count'

@@ -1,9 +1,11 @@
 """Plans an experiment before it runs: memory, work, communication.
 
 ```
-mesh = plan.topology_mesh('v5e:8x8')              # no TPU is needed
-programs = plan.programs(config, mesh, num_ingredients=58)
-print(plan.as_text(plan.make(config, mesh, num_ingredients=58)))
+mesh, device_bytes = plan.topology_mesh('v5e:8x8')     # no TPU is needed
+made = plan.make(
+    config, mesh, device_bytes, num_ingredients=58, machine='v5e:8x8'
+)
+print(plan.as_text(made))
 ```
 
 Lowers what the library runs, at full size, from shapes alone, and compiles it
@@ -43,9 +45,21 @@ from jaxsoup.experiments import cook
 from jaxsoup.experiments import finetune
 from jaxsoup.experiments import hlo
 
-# Memory of a chip in GiB: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e,
-# section "System architecture".
-HBM = {'v4': 32, 'v5e': 16, 'v5p': 95, 'v6e': 32}
+
+class Chip(NamedTuple):
+  """A generation of TPUs: memory of a chip in GiB, and its largest pod."""
+
+  hbm_gib: int
+  largest: tuple[int, ...]
+
+
+# cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, section "System architecture".
+CHIPS = {
+    'v4': Chip(32, (16, 16, 16)),
+    'v5e': Chip(16, (16, 16)),
+    'v5p': Chip(95, (16, 20, 28)),
+    'v6e': Chip(32, (16, 16)),
+}
 
 
 class Program(NamedTuple):
@@ -53,16 +67,19 @@ class Program(NamedTuple):
 
   Attributes:
     name: what it computes.
+    peak: bytes while it runs: the sum of the next three.
     arguments: bytes of its arguments.
     temporaries: bytes it needs meanwhile.
     output: bytes of its results, without those that reuse an argument.
     flops: of products of matrices, loops counted as often as they run.
     collectives: by name, how many and the bytes of their results.
     seconds: time to compile.
-    problem: empty, or why it does not compile: often the memory it would need.
+    problem: empty, or what the compiler says of a program that does not fit, of
+      which just the peak is known (0, if not even that).
   """
 
   name: str
+  peak: int
   arguments: int = 0
   temporaries: int = 0
   output: int = 0
@@ -70,11 +87,6 @@ class Program(NamedTuple):
   collectives: Mapping[str, hlo.Traffic] = {}
   seconds: float = 0
   problem: str = ''
-
-  @property
-  def peak(self) -> int:
-    """Bytes while it runs."""
-    return self.arguments + self.temporaries + self.output
 
 
 class Recipe(NamedTuple):
@@ -104,7 +116,22 @@ class Recipe(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """A plan: the machine, its programs and the recipes on it."""
+  """A plan: the machine, its programs and the recipes on it.
+
+  Attributes:
+    machine: its name.
+    num_devices: of all hosts.
+    num_hosts: one process runs on each.
+    device_bytes: memory of one device.
+    num_ingredients: K.
+    num_parameters: of one ingredient.
+    model_bytes: of one ingredient.
+    read_bytes: what all hosts together read of one ingredient.
+    batch_sizes: by program, rounded up to what the devices divide.
+    held_out_bytes: of all held-out examples on one device.
+    programs: what the compiler says of each.
+    recipes: what each needs.
+  """
 
   machine: str
   num_devices: int
@@ -113,6 +140,9 @@ class Plan(NamedTuple):
   num_ingredients: int
   num_parameters: int
   model_bytes: int
+  read_bytes: int
+  batch_sizes: Mapping[str, int]
+  held_out_bytes: int
   programs: tuple[Program, ...]
   recipes: tuple[Recipe, ...]
 
@@ -136,24 +166,34 @@ def topology_mesh(name: str) -> tuple[jax.sharding.Mesh, int]:
         '"jaxsoup[tpu-plan]". Without it: --devices N, on virtual CPU devices.'
     )
   kind, _, shape = name.partition(':')
-  if kind not in HBM or not re.fullmatch(r'\d+(x\d+)+', shape):
+  sides = [int(n) for n in shape.split('x') if n.isascii() and n.isdigit()]
+  if kind not in CHIPS or 'x'.join(map(str, sides)) != shape:
     raise configs.UsageError(
-        f'There is no topology {name!r}: write one of {", ".join(HBM)}, and '
+        f'There is no topology {name!r}: write one of {", ".join(CHIPS)}, and '
         'its shape: v5e:8x8, v6e:16x16, v5p:4x4x4, v4:2x2x2.'
     )
+  chip = CHIPS[kind]
+  # The compiler would go on, and end the process later.
+  if len(sides) != len(chip.largest) or any(
+      n > most for n, most in zip(sorted(sides), sorted(chip.largest))
+  ):
+    raise configs.UsageError(
+        f'{name!r} is no valid topology: the largest of {kind} is '
+        f'{"x".join(map(str, chip.largest))}.'
+    )
   _prepare_compiler()
+  # Or v4 has two devices a chip, and no mesh.
+  options = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
   try:
     devices = topologies.get_topology_desc(
-        platform='tpu', topology_name=name
+        platform='tpu', topology_name=name, **options
     ).devices
   except Exception as e:  # libtpu raises several types.
     raise configs.UsageError(
-        f'{name!r} is no valid topology: {str(e).splitlines()[0]}. Sides are '
-        'multiples of 2; v5e and v6e have two, v4 and v5p three.'
+        f'{name!r} is no valid topology: its first two sides must be multiples '
+        f'of 2. {str(e).splitlines()[0]}'
     ) from e
-  num_chips = math.prod(map(int, shape.split('x')))
-  mesh = _mesh_of(devices)
-  return mesh, HBM[kind] * 2**30 * num_chips // len(devices)
+  return _mesh_of(devices), chip.hbm_gib * 2**30
 
 
 def _prepare_compiler() -> None:
@@ -161,6 +201,7 @@ def _prepare_compiler() -> None:
   defaults = {
       'TPU_SKIP_MDS_QUERY': '1',  # Or it looks for the machine it is not on.
       'TPU_WORKER_HOSTNAMES': 'localhost',
+      'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # Of any other machine, too.
       'TPU_MIN_LOG_LEVEL': '3',
       'TPU_STDERR_LOG_LEVEL': '3',
       # It takes a lock, which a second process would fail to get.
@@ -226,20 +267,31 @@ def make(
     if on_program is not None:
       on_program(compiled[-1])
   leaves = jax.tree.leaves(abstract_params(config, mesh))
-  num_hosts = len({d.process_index for d in mesh.devices.flat})
+  held_out = _batch(config, mesh, config.data.sizes.held_out)
   return Plan(
       machine=machine,
       num_devices=mesh.size,
-      num_hosts=num_hosts,
+      num_hosts=_num_hosts(mesh),
       device_bytes=device_bytes,
       num_ingredients=num_ingredients,
       num_parameters=sum(math.prod(x.shape) for x in leaves),
       model_bytes=sum(map(_total_bytes, leaves)),
+      read_bytes=_boxes(leaves)[1],
+      batch_sizes={
+          'evaluation': _divided(config.batch_size, mesh),
+          'learned': _divided(config.learned.batch_size, mesh),
+          'fine-tuning': _divided(config.finetune.batch_size, mesh),
+      },
+      held_out_bytes=sum(map(_shard_bytes, held_out.values())),
       programs=tuple(compiled),
       recipes=recipes(
           config, mesh, device_bytes, num_ingredients, tuple(compiled)
       ),
   )
+
+
+def _num_hosts(mesh: jax.sharding.Mesh) -> int:
+  return len({d.process_index for d in mesh.devices.flat})
 
 
 def abstract_params(config, mesh) -> Any:
@@ -332,7 +384,7 @@ def _stacked(x, num_ingredients):
 
 def _batch(config, mesh, size, **more):
   """Shapes of a batch, of a size that the mesh divides."""
-  size = -(-size // mesh.size) * mesh.size
+  size = _divided(size, mesh)
   split = NamedSharding(mesh, PartitionSpec('fsdp'))
   shape = lambda *x: jax.ShapeDtypeStruct(x[1:], x[0], sharding=split)
   return {
@@ -340,6 +392,10 @@ def _batch(config, mesh, size, **more):
       'label': shape(jnp.int32, size),
       **{name: shape(dtype, size) for name, dtype in more.items()},
   }
+
+
+def _divided(size: int, mesh: jax.sharding.Mesh) -> int:
+  return -(-size // mesh.size) * mesh.size
 
 
 def _fine_tuning(config, mesh, params):
@@ -399,17 +455,31 @@ def compile_program(
       raise
     problem = str(e).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ')
     seconds = time.monotonic() - start
-    return Program(name, flops=flops, seconds=seconds, problem=problem)
+    return Program(
+        name, _needed(problem), flops=flops, seconds=seconds, problem=problem
+    )
   memory = compiled.memory_analysis()
+  arguments = memory.argument_size_in_bytes
+  temporaries = memory.temp_size_in_bytes
+  output = memory.output_size_in_bytes - memory.alias_size_in_bytes
   return Program(
       name=name,
-      arguments=memory.argument_size_in_bytes,
-      temporaries=memory.temp_size_in_bytes,
-      output=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+      peak=arguments + temporaries + output,
+      arguments=arguments,
+      temporaries=temporaries,
+      output=output,
       flops=flops,
       collectives=hlo.collectives_of(compiled.as_text()),
       seconds=time.monotonic() - start,
   )
+
+
+def _needed(problem: str) -> int:
+  """Bytes, with the arguments, as the compiler of TPUs says them."""
+  found = re.search(r'required[^(]*\(([\d.]+)([KMGT])\)', problem)
+  if found is None:
+    return 0
+  return int(float(found[1]) * 1024 ** (1 + 'KMGT'.index(found[2])))
 
 
 def recipes(
@@ -421,106 +491,156 @@ def recipes(
 ) -> tuple[Recipe, ...]:
   """Adds up what each recipe reads, holds and evaluates.
 
-  Bytes on a device are sums of what a recipe keeps, and what its largest
-  program needs beside its arguments; bytes on a host are those of the copies
-  that it keeps and of the model that it reads.
+  Args:
+    config: the experiment.
+    mesh: as in `make`.
+    device_bytes: memory of one device.
+    num_ingredients: K.
+    compiled: the programs.
+
+  Returns:
+    One `Recipe` each; those that search are counted as if they took all.
   """
-  leaves = jax.tree.leaves(abstract_params(config, mesh))
-  num_hosts = len({d.process_index for d in mesh.devices.flat})
-  model = sum(map(_total_bytes, leaves))
-  one = sum(map(_shard_bytes, leaves))  # On one device.
-  total = sum(4 * _shard_bytes(x) // min(4, x.dtype.itemsize) for x in leaves)
   by_name = {p.name: p for p in compiled}
-  beside = lambda name: (by_name[name].temporaries + by_name[name].output)
-  k = num_ingredients
-  step = by_name['learned step, resident']
-  held_out = config.data.sizes.held_out
-  num_val = int(held_out * config.learned.val_fraction)
-  epochs = config.learned.num_epochs
-  steps = epochs * ((held_out - num_val) // config.learned.batch_size)
-  # Forward and backward, with the ingredient that was read last.
-  forward = (
-      one
-      + by_name['learned step, streamed'].arguments
-      + beside('learned step, streamed')
-  )
-  # Two mixes a step, one a walk through the second split, one at the end.
-  walks = 2 * steps + epochs + 2
-  evaluated = 3 * one + total + beside('evaluation step')
-  reading, read = _boxes(leaves)
-  logits = 4 * k * held_out * config.model.num_classes
-  is_alone = num_hosts == 1
-  copies = -(-k * sum(_narrow_bytes(x) for x in leaves) // num_hosts)
-  rows = [
-      ('uniform', one, reading, k, 0, 0),
-      ('greedy', evaluated, reading, 2 * k, 2 * k - 1, 0),
-      ('pruned, one pass', evaluated, reading, 3 * k, 2 * k + 1, 0),
-      (
-          'learned, resident',
-          step.peak or (k + 3) * one,
-          reading,
-          k,
-          epochs + 1,
-          steps,
-      ),
-      (
-          'learned, streamed',
-          max(total + 2 * one, forward, 3 * one),
-          reading,
-          walks * (k - 1) + 1,
-          epochs + 1,
-          steps,
-      ),
-      (
-          'learned, cached',
-          max(total + 2 * one, forward, 3 * one),
-          copies + reading,
-          2 * k,
-          epochs + 1,
-          steps,
-      ),
-      ('Model Stock', 2 * total + 4 * one, reading, k + 3, 0, 0),
-      ('ensembles', 2 * one + beside('evaluation step'), reading + logits, k, k,
-       0),
-  ]  # fmt: skip
-  failed = {
-      'learned, resident': step.problem,
-      'learned, streamed': by_name['learned step, streamed'].problem,
-      'learned, cached': by_name['learned step, streamed'].problem,
-      **dict.fromkeys(
-          ('greedy', 'pruned, one pass', 'ensembles'),
-          by_name['evaluation step'].problem,
-      ),
-  }
+  leaves = jax.tree.leaves(abstract_params(config, mesh))
+  host_reads, all_read = _boxes(leaves)
+  device = _on_device(by_name, num_ingredients)
+  host = _on_host(config, mesh, leaves, num_ingredients)
   made = []
-  for name, device, host, reads, evaluations, num_steps in rows:
-    fits = device <= device_bytes and not failed.get(name)
-    note = ''
-    if not fits and name == 'learned, resident':
-      note = 'does not fit: stream=True'
-    elif not fits:
-      note = 'does not fit: more devices, or smaller batches'
-    elif name == 'learned, resident':
-      needed, is_chosen = _streamed.fits(k, one, device_bytes)
-      if not is_chosen:
-        note = 'fits, but stream=None streams: it leaves a third free'
-    elif name == 'learned, cached' and not is_alone:
-      fits, note = False, 'copies are of one process: stream without cache'
-    writes = 0 if name == 'ensembles' else model
+  for name, (reads, evaluations, steps) in _counts(
+      config, num_ingredients
+  ).items():
+    is_fitting = device[name] <= device_bytes and not any(
+        by_name[program].problem for program in RUNS.get(name, ())
+    )
     made.append(
         Recipe(
-            name,
-            device,
-            host,
-            reads * read,
-            writes,
-            evaluations,
-            num_steps,
-            fits,
-            note,
+            name=name,
+            device=device[name],
+            host=host_reads + host.get(name, 0),
+            reads=reads * all_read,
+            writes=0 if name == 'ensembles' else sum(map(_total_bytes, leaves)),
+            evaluations=evaluations,
+            steps=steps,
+            fits=is_fitting,
         )
     )
-  return tuple(made)
+  return _with_notes(made, mesh, device_bytes, num_ingredients, by_name)
+
+
+# The largest programs that a recipe runs.
+RUNS = {
+    'greedy': ['evaluation step'],
+    'pruned, one pass': ['evaluation step'],
+    'learned, resident': ['learned step, resident'],
+    'learned, streamed': ['learned step, streamed'],
+    'learned, cached': ['learned step, streamed'],
+    'ensembles': ['evaluation step'],
+}
+
+
+def _on_device(
+    by_name: Mapping[str, Program], num_ingredients: int
+) -> dict[str, int]:
+  """Bytes by recipe: what it keeps, beside its largest program.
+
+  `one` is the model that a recipe works on, `ahead` the one read ahead.
+  """
+  # As the compiler lays them out: tiles are padded.
+  inner = by_name['inner products, streamed']
+  one = ahead = inner.arguments // 2
+  total = by_name['add to a sum'].arguments - one
+  evaluated = by_name['evaluation step'].peak
+  # The ingredient that was read last is kept.
+  forward = by_name['learned step, streamed'].peak + one
+  mixing = total + one
+  return {
+      'uniform': one,
+      'greedy': evaluated + total + one + ahead,
+      'pruned, one pass': evaluated + total + one + ahead,
+      'learned, resident': by_name['learned step, resident'].peak
+      or (num_ingredients + 3) * one,
+      'learned, streamed': max(forward, mixing, inner.peak) + ahead,
+      # Nothing is read ahead; a copy is widened on the device.
+      'learned, cached': max(forward, mixing + one, inner.peak + one),
+      # The sums of theta_k and of unit vectors, theta_0, and the soup.
+      'Model Stock': 2 * total + 3 * one + ahead,
+      'ensembles': evaluated + ahead,
+  }
+
+
+def _on_host(config, mesh, leaves, num_ingredients) -> dict[str, int]:
+  """Bytes by recipe that one host keeps, beside the model that it reads."""
+  narrow = lambda x: math.prod(x.shape) * min(2, x.dtype.itemsize)
+  copies = num_ingredients * sum(map(narrow, leaves)) // _num_hosts(mesh)
+  logits = config.data.sizes.held_out * config.model.num_classes * 4
+  # Collected one by one, then stacked.
+  return {
+      'learned, cached': copies,
+      'ensembles': 2 * num_ingredients * logits,
+  }
+
+
+def _counts(config, num_ingredients) -> dict[str, tuple[int, int, int]]:
+  """By recipe, at most: models read, walks through the data, steps."""
+  k = num_ingredients
+  held_out, epochs = config.data.sizes.held_out, config.learned.num_epochs
+  num_learning = held_out - int(held_out * config.learned.val_fraction)
+  steps = epochs * (num_learning // config.learned.batch_size)
+  # Two walks through the ingredients a step (the mix, and its gradient), one a
+  # walk through the second split, one for the soup. Each begins with the
+  # ingredient that is there.
+  streamed = (2 * steps + epochs + 2) * (k - 1) + 1
+  return {
+      'uniform': (k, 0, 0),
+      'greedy': (2 * k, 2 * k - 1, 0),
+      'pruned, one pass': (3 * k + 1, 2 * k + 1, 0),
+      'learned, resident': (k, epochs + 1, steps),
+      'learned, streamed': (streamed, epochs + 1, steps),
+      'learned, cached': (2 * k, epochs + 1, steps),
+      'Model Stock': (k + 3, 0, 0),
+      'ensembles': (k, k, 0),
+  }
+
+
+def _with_notes(made, mesh, device_bytes, num_ingredients, by_name):
+  """Says of each recipe why it does not fit, and what would."""
+  num_hosts = _num_hosts(mesh)
+  fits = {r.name: r.fits for r in made}
+  one = by_name['inner products, streamed'].arguments // 2
+
+  def noted(recipe):
+    is_resident = recipe.name == 'learned, resident'
+    note = ''
+    if not recipe.fits:
+      note = f'needs {amount(recipe.device)}, has {amount(device_bytes)}: '
+      if is_resident and fits['learned, streamed']:
+        note += 'stream=True fits'
+      else:
+        note += _what_would_fit(recipe.device, mesh)
+    elif recipe.name in ('learned, cached', 'ensembles') and num_hosts > 1:
+      recipe = recipe._replace(fits=False)
+      note = f'copies to one process, and {num_hosts} hosts run one each'
+      if recipe.name == 'learned, cached':
+        note += ': stream without cache_dtype'
+    elif is_resident:
+      needed, is_chosen = _streamed.fits(num_ingredients, one, device_bytes)
+      if not is_chosen:
+        note = (
+            f'by default it streams: {amount(needed)} of ingredients leave '
+            'less than a third for activations; stream=False'
+        )
+    return recipe._replace(note=note)
+
+  return tuple(map(noted, made))
+
+
+def _what_would_fit(num_bytes: int, mesh: jax.sharding.Mesh) -> str:
+  if mesh.devices.flat[0].platform == 'cpu':
+    return 'more memory, or smaller batches'
+  kinds = [k for k, c in CHIPS.items() if c.hbm_gib * 2**30 >= num_bytes]
+  others = f'as many {" or ".join(kinds)}, ' if kinds else ''
+  return f'{others}more devices, or smaller batches'
 
 
 def _boxes(leaves) -> tuple[int, int]:
@@ -555,61 +675,86 @@ def _shard_bytes(x) -> int:
   return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
-def _narrow_bytes(x) -> int:
-  return math.prod(x.shape) * min(2, x.dtype.itemsize)
-
-
 def as_text(plan: Plan) -> str:
   """The plan as two tables."""
+  return '\n'.join(
+      [
+          *_heading(plan),
+          '',
+          'Each program, on one device:',
+          _table(_program_rows(plan)),
+          '',
+          'Each recipe: peaks on one device and on one host, the rest in all, '
+          'at most:',
+          _table(_recipe_rows(plan)),
+      ]
+  )
+
+
+def _heading(plan: Plan) -> list[str]:
+  hosts = '1 host' if plan.num_hosts == 1 else f'{plan.num_hosts} hosts'
+  sizes = ', '.join(f'{n} ({name})' for name, n in plan.batch_sizes.items())
+  lines = [
+      f'{plan.machine}: {plan.num_devices} devices of '
+      f'{amount(plan.device_bytes)} each, {hosts}.',
+      f'{plan.num_ingredients} ingredients of '
+      f'{amount(plan.num_parameters, "")} parameters, '
+      f'{amount(plan.model_bytes)} each.',
+      f'Batches of {sizes}, multiples of {plan.num_devices}, count one at a '
+      'time: all held-out examples would take '
+      f'{amount(plan.held_out_bytes)} more on a device.',
+  ]
+  if plan.read_bytes > plan.model_bytes:
+    lines.append(
+        f'Hosts read {plan.read_bytes / plan.model_bytes:.2g} times what there '
+        'is: the devices of a host are no neighbours in the mesh.'
+    )
+  return lines
+
+
+def _program_rows(plan: Plan) -> list[list[str]]:
   rows = [
-      ['program', 'arguments', 'temporaries', 'output', 'TFLOP', 'compiled',
-       'collectives'],
+      ['program', 'arguments', 'temporaries', 'output', 'peak', 'of memory',
+       'work', 'compiled', 'collectives'],
   ]  # fmt: skip
   for p in plan.programs:
-    numbers = [p.arguments, p.temporaries, p.output]
+    parts = [p.arguments, p.temporaries, p.output]
     found = ', '.join(
-        f'{t.times} {name} {gigabytes(t.num_bytes)}'
+        f'{t.times} {name} {amount(t.num_bytes)}'
         for name, t in p.collectives.items()
     )
+    is_fitting = not p.problem and p.peak <= plan.device_bytes
     rows.append(
         [
             p.name,
-            *('-' if p.problem else gigabytes(n) for n in numbers),
-            f'{p.flops / 1e12:.3g}',
+            *('-' if p.problem else amount(n) for n in parts),
+            amount(p.peak) if p.peak else '?',
+            f'{p.peak / plan.device_bytes:.0%}' if p.peak else '?',
+            amount(p.flops, 'FLOP'),
             f'{p.seconds:.1f} s',
-            f'does not fit: {p.problem}' if p.problem else found or 'none',
+            (found or 'none') if is_fitting else 'does not fit',
         ]
     )
-  recipe_rows = [
+  return rows
+
+
+def _recipe_rows(plan: Plan) -> list[list[str]]:
+  rows = [
       ['recipe', 'device', 'host', 'reads', 'writes', 'evaluations', 'steps',
        ''],
   ]  # fmt: skip
   for r in plan.recipes:
-    recipe_rows.append(
+    verdict = 'fits' if r.fits else 'does not fit'
+    rows.append(
         [
             r.name,
-            *map(gigabytes, (r.device, r.host, r.reads, r.writes)),
+            *map(amount, (r.device, r.host, r.reads, r.writes)),
             str(r.evaluations),
             str(r.steps),
-            r.note or 'fits',
+            f'{verdict}: {r.note}' if r.note else verdict,
         ]
     )
-  return '\n'.join(
-      [
-          f'{plan.machine}: {plan.num_devices} devices of '
-          f'{gigabytes(plan.device_bytes)} each, {plan.num_hosts} '
-          f'host{"s" if plan.num_hosts > 1 else ""}. '
-          f'{plan.num_ingredients} ingredients of '
-          f'{plan.num_parameters / 1e9:.3g} G parameters, '
-          f'{gigabytes(plan.model_bytes)} each.',
-          '',
-          'Each program, on one device:',
-          _table(rows),
-          '',
-          'Each recipe: peaks on one device and one host, the rest in all:',
-          _table(recipe_rows),
-      ]
-  )
+  return rows
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -627,12 +772,17 @@ def as_json(plan: Plan) -> dict[str, Any]:
   }
 
 
-def gigabytes(num_bytes: float) -> str:
-  """Bytes in a unit that a reader can take in."""
-  for unit, size in [('TB', 1e12), ('GB', 1e9), ('MB', 1e6), ('kB', 1e3)]:
-    if num_bytes >= size:
-      return f'{num_bytes / size:.3g} {unit}'
-  return f'{num_bytes:.0f} B'
+def amount(number: float, unit: str = 'B') -> str:
+  """A number in three digits, and a prefix of its unit.
+
+  Example:
+    >>> amount(17_179_869_184), amount(58_520, ''), amount(4.51e13, 'FLOP')
+    ('17.2 GB', '58.5 k', '45.1 TFLOP')
+  """
+  for prefix, size in zip('PTGMk', (1e15, 1e12, 1e9, 1e6, 1e3)):
+    if number >= 0.9995 * size:
+      return f'{number / size:.3g} {prefix}{unit}'
+  return f'{number:.0f} {unit}'.rstrip()
 
 
 def _table(rows: list[list[str]]) -> str:
