@@ -259,7 +259,11 @@ def make(
 
   Returns:
     A `Plan`.
+
+  Raises:
+    UsageError: the config lacks something: names it.
   """
+  _check_complete(config)
   lowerings = programs(config, mesh, num_ingredients)
   compiled = []
   for name, lower_fn in lowerings.items():
@@ -288,6 +292,39 @@ def make(
           config, mesh, device_bytes, num_ingredients, tuple(compiled)
       ),
   )
+
+
+# What is read of a config, beside what its model and its sweep take.
+FIELDS = (
+    'batch_size',
+    'data.sizes.held_out',
+    'finetune.batch_size',
+    'finetune.final',
+    'finetune.num_epochs',
+    'finetune.warmup',
+    'learned.batch_size',
+    'learned.num_epochs',
+    'learned.val_fraction',
+    'model.image_shape',
+    'model.num_classes',
+    'sweep.group_size',
+)
+
+
+def _check_complete(config: ml_collections.ConfigDict) -> None:
+  def is_missing(name):
+    node = config
+    for part in name.split('.'):
+      if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+        return True
+      node = node[part]
+    return False
+
+  missing = [name for name in FIELDS if is_missing(name)]
+  if missing:
+    raise configs.UsageError(
+        f'The config lacks {", ".join(missing)}: see configs/digits.py.'
+    )
 
 
 def _num_hosts(mesh: jax.sharding.Mesh) -> int:
@@ -613,22 +650,22 @@ def _with_notes(made, mesh, device_bytes, num_ingredients, by_name):
     is_resident = recipe.name == 'learned, resident'
     note = ''
     if not recipe.fits:
-      note = f'needs {amount(recipe.device)}, has {amount(device_bytes)}: '
+      note = f'needs {amount(recipe.device)} of {amount(device_bytes)}; '
       if is_resident and fits['learned, streamed']:
-        note += 'stream=True fits'
+        note += 'streamed fits, and stream=None takes that'
       else:
         note += _what_would_fit(recipe.device, mesh)
     elif recipe.name in ('learned, cached', 'ensembles') and num_hosts > 1:
       recipe = recipe._replace(fits=False)
-      note = f'copies to one process, and {num_hosts} hosts run one each'
+      note = f'works in one process, and {num_hosts} hosts run one each'
       if recipe.name == 'learned, cached':
-        note += ': stream without cache_dtype'
+        note += '; stream without cache_dtype'
     elif is_resident:
       needed, is_chosen = _streamed.fits(num_ingredients, one, device_bytes)
       if not is_chosen:
         note = (
-            f'by default it streams: {amount(needed)} of ingredients leave '
-            'less than a third for activations; stream=False'
+            f'with stream=False: {amount(needed)} of models are over two '
+            'thirds, so that stream=None streams'
         )
     return recipe._replace(note=note)
 
@@ -637,10 +674,10 @@ def _with_notes(made, mesh, device_bytes, num_ingredients, by_name):
 
 def _what_would_fit(num_bytes: int, mesh: jax.sharding.Mesh) -> str:
   if mesh.devices.flat[0].platform == 'cpu':
-    return 'more memory, or smaller batches'
+    return 'try more memory, or smaller batches'
   kinds = [k for k, c in CHIPS.items() if c.hbm_gib * 2**30 >= num_bytes]
-  others = f'as many {" or ".join(kinds)}, ' if kinds else ''
-  return f'{others}more devices, or smaller batches'
+  others = f'{mesh.size} of {" or ".join(kinds)}, ' if kinds else ''
+  return f'try {others}more devices, or smaller batches'
 
 
 def _boxes(leaves) -> tuple[int, int]:
