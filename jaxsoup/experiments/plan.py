@@ -636,7 +636,7 @@ def _counts(config, num_ingredients) -> dict[str, tuple[int, int, int]]:
       'learned, streamed': (streamed, epochs + 1, steps),
       'learned, cached': (2 * k, epochs + 1, steps),
       'Model Stock': (k + 3, 0, 0),
-      'ensembles': (k, k, 0),
+      'ensembles': (k + 1, k, 0),
   }
 
 
