@@ -167,7 +167,7 @@ def topology_mesh(name: str) -> tuple[jax.sharding.Mesh, int]:
     )
   kind, _, shape = name.partition(':')
   sides = [int(n) for n in shape.split('x') if n.isascii() and n.isdigit()]
-  if kind not in CHIPS or 'x'.join(map(str, sides)) != shape:
+  if kind not in CHIPS or not sides or 'x'.join(map(str, sides)) != shape:
     raise configs.UsageError(
         f'There is no topology {name!r}: write one of {", ".join(CHIPS)}, and '
         'its shape: v5e:8x8, v6e:16x16, v5p:4x4x4, v4:2x2x2.'
