@@ -15,6 +15,7 @@ works on any machine.
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import functools
 import importlib.util
 import math
 import os
@@ -343,7 +344,7 @@ def programs(
     config: ml_collections.ConfigDict,
     mesh: jax.sharding.Mesh,
     num_ingredients: int,
-) -> dict[str, Callable[[], Any]]:
+) -> dict[str, functools.partial]:
   """The programs that the recipes and the training run, ready to be lowered.
 
   Returns:
@@ -404,10 +405,10 @@ def programs(
       'fine-tuning step': _fine_tuning(config, mesh, params),
   }
 
-  def traced_fn(fn, *arguments):
-    return lambda: fn.trace(*arguments)
-
-  return {name: traced_fn(*call) for name, call in calls.items()}
+  return {
+      name: functools.partial(fn.trace, *arguments)
+      for name, (fn, *arguments) in calls.items()
+  }
 
 
 def _stacked(x, num_ingredients):
@@ -477,7 +478,7 @@ def _fine_tuning(config, mesh, params):
 
 
 def compile_program(
-    name: str, trace_fn: Callable[[], Any], mesh: jax.sharding.Mesh
+    name: str, trace_fn: functools.partial, mesh: jax.sharding.Mesh
 ) -> Program:
   """Compiles for the devices of the mesh, and reads what the compiler says."""
   start = time.monotonic()
@@ -492,9 +493,9 @@ def compile_program(
       raise
     problem = str(e).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ')
     seconds = time.monotonic() - start
-    return Program(
-        name, _needed(problem), flops=flops, seconds=seconds, problem=problem
-    )
+    arguments = sum(map(_shard_bytes, jax.tree.leaves(trace_fn.args)))
+    needed = _needed(str(e), arguments)
+    return Program(name, needed, flops=flops, seconds=seconds, problem=problem)
   memory = compiled.memory_analysis()
   arguments = memory.argument_size_in_bytes
   temporaries = memory.temp_size_in_bytes
@@ -511,12 +512,15 @@ def compile_program(
   )
 
 
-def _needed(problem: str) -> int:
-  """Bytes, with the arguments, as the compiler of TPUs says them."""
-  found = re.search(r'required[^(]*\(([\d.]+)([KMGT])\)', problem)
+def _needed(message: str, argument_bytes: int) -> int:
+  """Bytes of a program and its arguments, as the compiler of TPUs says them."""
+  found = re.search(r'(?:required[^(]*\(|Used )([\d.]+)([KMGT])', message)
   if found is None:
     return 0
-  return int(float(found[1]) * 1024 ** (1 + 'KMGT'.index(found[2])))
+  needed = int(float(found[1]) * 1024 ** (1 + 'KMGT'.index(found[2])))
+  # That of jax 0.7 then speaks of the program alone.
+  is_alone = re.search(r'arguments +0B', message)
+  return needed + (argument_bytes if is_alone else 0)
 
 
 def recipes(
@@ -595,8 +599,11 @@ def _on_device(
       'uniform': one,
       'greedy': evaluated + total + one + ahead,
       'pruned, one pass': evaluated + total + one + ahead,
-      'learned, resident': by_name['learned step, resident'].peak
-      or (num_ingredients + 3) * one,
+      # Or when the last one is put on the stack.
+      'learned, resident': max(
+          by_name['learned step, resident'].peak,
+          num_ingredients * one + one + ahead,
+      ),
       'learned, streamed': max(forward, mixing, inner.peak) + ahead,
       # Nothing is read ahead; a copy is widened on the device.
       'learned, cached': max(forward, mixing + one, inner.peak + one),
