@@ -101,8 +101,8 @@ class Recipe(NamedTuple):
     writes: bytes of the soup.
     evaluations: walks through the held-out set, at most.
     steps: of gradient descent, at most.
-    fits: whether `device` fits.
-    note: why not, and what would.
+    fits: whether `device` fits, and all hosts can take part.
+    note: if not, why, and what would.
   """
 
   name: str
@@ -657,21 +657,27 @@ def _with_notes(made, mesh, device_bytes, num_ingredients, by_name):
     is_resident = recipe.name == 'learned, resident'
     note = ''
     if not recipe.fits:
-      note = f'needs {amount(recipe.device)} of {amount(device_bytes)}; '
+      note = (
+          f'does not fit: needs {amount(recipe.device)} of '
+          f'{amount(device_bytes)}; '
+      )
       if is_resident and fits['learned, streamed']:
         note += 'streamed fits, and stream=None takes that'
       else:
         note += _what_would_fit(recipe.device, mesh)
     elif recipe.name in ('learned, cached', 'ensembles') and num_hosts > 1:
       recipe = recipe._replace(fits=False)
-      note = f'works in one process, and {num_hosts} hosts run one each'
+      note = (
+          f'does not run: it is of one process, and {num_hosts} hosts have '
+          'one each'
+      )
       if recipe.name == 'learned, cached':
         note += '; stream without cache_dtype'
     elif is_resident:
       needed, is_chosen = _streamed.fits(num_ingredients, one, device_bytes)
       if not is_chosen:
         note = (
-            f'with stream=False: {amount(needed)} of models are over two '
+            f'fits with stream=False: {amount(needed)} of models are over two '
             'thirds, so that stream=None streams'
         )
     return recipe._replace(note=note)
@@ -788,14 +794,13 @@ def _recipe_rows(plan: Plan) -> list[list[str]]:
        ''],
   ]  # fmt: skip
   for r in plan.recipes:
-    verdict = 'fits' if r.fits else 'does not fit'
     rows.append(
         [
             r.name,
             *map(amount, (r.device, r.host, r.reads, r.writes)),
             str(r.evaluations),
             str(r.steps),
-            f'{verdict}: {r.note}' if r.note else verdict,
+            r.note or 'fits',
         ]
     )
   return rows
