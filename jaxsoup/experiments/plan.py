@@ -652,34 +652,31 @@ def _with_notes(made, mesh, device_bytes, num_ingredients, by_name):
   num_hosts = _num_hosts(mesh)
   fits = {r.name: r.fits for r in made}
   one = by_name['inner products, streamed'].arguments // 2
+  # What `jaxsoup.learned` chooses: it knows nothing of the activations.
+  _, is_kept = _streamed.fits(num_ingredients, one, device_bytes)
 
   def noted(recipe):
     is_resident = recipe.name == 'learned, resident'
     note = ''
     if not recipe.fits:
-      note = (
-          f'does not fit: needs {amount(recipe.device)} of '
-          f'{amount(device_bytes)}; '
-      )
+      needed = f'{amount(recipe.device)} of {amount(device_bytes)}'
+      note = f'does not fit: needs {needed}; '
       if is_resident and fits['learned, streamed']:
-        note += 'streamed fits, and stream=None takes that'
+        note += 'streamed fits: ' + (
+            'pass stream=True' if is_kept else 'stream=None takes that'
+        )
       else:
         note += _what_would_fit(recipe.device, mesh)
     elif recipe.name in ('learned, cached', 'ensembles') and num_hosts > 1:
       recipe = recipe._replace(fits=False)
-      note = (
-          f'does not run: it is of one process, and {num_hosts} hosts have '
-          'one each'
-      )
+      note = f'does not run: in one process only, not on {num_hosts} hosts'
       if recipe.name == 'learned, cached':
         note += '; stream without cache_dtype'
-    elif is_resident:
-      needed, is_chosen = _streamed.fits(num_ingredients, one, device_bytes)
-      if not is_chosen:
-        note = (
-            f'fits with stream=False: {amount(needed)} of models are over two '
-            'thirds, so that stream=None streams'
-        )
+    elif is_resident and not is_kept:
+      note = (
+          'fits with stream=False; stream=None streams, as K + 3 models take '
+          'over two thirds'
+      )
     return recipe._replace(note=note)
 
   return tuple(map(noted, made))
