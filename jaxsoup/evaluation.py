@@ -138,6 +138,8 @@ class MeanOf:
 
   Attributes:
     num_seen: how many examples the last evaluation looked at.
+    step: `step(params, batch)`, jitted: sum of the metric, number of examples,
+      and of a boolean metric who is wrong, `[B]`, else None.
   """
 
   def __init__(
@@ -148,7 +150,7 @@ class MeanOf:
     self.num_seen = 0
     self._metric_fn = metric_fn
     self._batches = batches
-    self._sums = jax.jit(functools.partial(_sums, metric_fn))
+    self.step = jax.jit(functools.partial(_sums, metric_fn))
     # Known when a model was scored: the number of examples, and the rest.
     self._num = 0
     self._is_boolean: bool | None = None
@@ -166,7 +168,7 @@ class MeanOf:
   def __call__(self, params: Params) -> float:
     """The score of a model."""
     params = jax.tree.map(_tree.on_device, params)
-    parts = [self._sums(params, _on_device(batch)) for batch in self._batches]
+    parts = [self.step(params, _on_device(batch)) for batch in self._batches]
     totals = jax.device_get([part[:2] for part in parts])
     count = sum(int(n) for _, n in totals)
     if not count:
@@ -224,7 +226,7 @@ class MeanOf:
     params = jax.tree.map(_tree.on_device, params)
     most, self.num_seen = self._num, 0
     for rows, batch in self._in_order():
-      right, count, wrong = self._sums(params, batch)
+      right, count, wrong = self.step(params, batch)
       if self._hard_first is None:
         right, count = jax.device_get((right, count))
       else:

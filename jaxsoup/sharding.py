@@ -10,12 +10,15 @@ ingredients = checkpoints.Ingredients(run_dirs, abstract_params)
 another function.
 """
 
+from collections.abc import Sequence
+import re
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
+from jaxsoup import _tree
 from jaxsoup._soup import Params
 
 
@@ -59,3 +62,47 @@ def fsdp(abstract_params: Params, mesh: Any, *, axis: str = 'fsdp') -> Params:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   return jax.tree.map(sharded, abstract_params)
+
+
+def by_rules(
+    abstract_params: Params, mesh: Any, rules: Sequence[tuple[str, Any]]
+) -> Params:
+  """Shards leaves by their paths: the first rule that matches decides.
+
+  Args:
+    abstract_params: a tree of `jax.ShapeDtypeStruct` (from `jax.eval_shape`),
+      or of arrays, of which shape and dtype are used.
+    mesh: a `jax.sharding.Mesh`.
+    rules: pairs of a regular expression, looked for anywhere in the leaf's path
+      such as 'blocks/mlp/dense_in/kernel', and a `PartitionSpec`. Leaves that
+      none matches are replicated.
+
+  Returns:
+    A tree of `jax.ShapeDtypeStruct` with a `NamedSharding` each.
+
+  Raises:
+    ValueError: a rule does not fit its leaf: names both.
+
+  Example:
+    >>> mesh = jax.make_mesh((1,), ('tensor',))
+    >>> shapes = {'mlp': {'kernel': jax.ShapeDtypeStruct((3, 4), 'float32')}}
+    >>> rules = [('mlp/kernel', PartitionSpec(None, 'tensor'))]
+    >>> tuple(by_rules(shapes, mesh, rules)['mlp']['kernel'].sharding.spec)
+    (None, 'tensor')
+  """
+
+  def sharded(key_path, leaf):
+    name = _tree.name_of(_tree.path_of(key_path))
+    matching = (rule for rule in rules if re.search(rule[0], name))
+    pattern, spec = next(matching, ('', PartitionSpec()))
+    try:
+      sharding = NamedSharding(mesh, spec)
+      sharding.shard_shape(leaf.shape)
+    except ValueError as e:
+      raise ValueError(
+          f'The rule {pattern!r}, {spec}, does not fit leaf {name!r} of shape '
+          f'{leaf.shape} on a mesh of {dict(mesh.shape)}: {e}'
+      ) from e
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree_util.tree_map_with_path(sharded, abstract_params)

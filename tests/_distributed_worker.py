@@ -3,6 +3,7 @@
 python tests/_distributed_worker.py FOLDER PORT NUM_PROCESSES PROCESS
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -66,14 +67,21 @@ def loss_fn(params, batch, beta):
   ).mean()
 
 
+learn = functools.partial(
+    jaxsoup.learned,
+    ingredients,
+    loss_fn,
+    batches[:2],
+    tx=optax.adam(0.1),
+    num_epochs=3,
+)
 log = checkpoints.ScoreLog(folder / 'scores.jsonl', ingredients)
 eval_fn = evaluation.mean_of(correct, batches)
 soups = {
     'uniform': jaxsoup.uniform(ingredients),
     'greedy': jaxsoup.greedy(ingredients, eval_fn, scores=log),
-    'learned': jaxsoup.learned(
-        ingredients, loss_fn, batches[:2], tx=optax.adam(0.1), num_epochs=3
-    ),
+    'learned': learn(),
+    'streamed': learn(stream=True),
 }
 found = {'scores': {str(k): v for k, v in log.items()}}
 for name, soup in soups.items():

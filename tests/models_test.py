@@ -284,3 +284,75 @@ def test_affine_moves_an_image_by_its_draw():
   np.testing.assert_allclose(
       turned[..., 0], np.rot90(corner[..., 0], -1), atol=1e-5
   )
+
+
+@pytest.mark.parametrize('is_rematerialized', [False, True])
+@pytest.mark.parametrize('has_cls_token', [False, True])
+def test_a_scan_over_the_blocks_is_the_loop(has_cls_token, is_rematerialized):
+  graphdef, params = make(has_cls_token)
+  blocks = [params.pop(f'block_{i}') for i in range(SMALL['depth'])]
+  stacked = {**params, 'blocks': jax.tree.map(lambda *x: np.stack(x), *blocks)}
+  params |= {f'block_{i}': block for i, block in enumerate(blocks)}
+  scanned = vit.ViT(
+      (6, 4, 2),
+      num_classes=5,
+      has_cls_token=has_cls_token,
+      is_scanned=True,
+      is_rematerialized=is_rematerialized,
+      rngs=nnx.Rngs(0),
+      **SMALL,
+  )
+
+  def loss_of(graphdef):
+    return jax.jit(
+        jax.value_and_grad(
+            lambda p: jnp.square(nnx.merge(graphdef, p)(images())).sum()
+        )
+    )
+
+  expected, gradient = loss_of(graphdef)(params)
+  actual, stacked_gradient = loss_of(nnx.graphdef(scanned))(stacked)
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
+  blocks = [gradient.pop(f'block_{i}') for i in range(SMALL['depth'])]
+  gradient['blocks'] = jax.tree.map(lambda *x: np.stack(x), *blocks)
+  jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4),
+      stacked_gradient,
+      gradient,
+  )
+
+
+def test_scanned_blocks_start_apart_and_spread_as_in_the_loop():
+  make_params = lambda is_scanned: nnx.to_pure_dict(
+      nnx.state(
+          vit.ViT(
+              (6, 4, 2),
+              5,
+              width=64,
+              depth=3,
+              patch_size=2,
+              is_scanned=is_scanned,
+              rngs=nnx.Rngs(3),
+          ),
+          nnx.Param,
+      )
+  )
+  loop, scanned = make_params(False), make_params(True)
+  kernel = np.asarray(scanned['blocks']['mlp']['dense_in']['kernel'])
+  expected = np.asarray(loop['block_1']['mlp']['dense_in']['kernel'])
+  assert kernel.shape == (3, *expected.shape)
+  np.testing.assert_allclose(
+      kernel.std((1, 2)), np.full(3, expected.std()), rtol=0.03
+  )
+  correlation = np.corrcoef(kernel.reshape(3, -1)) - np.eye(3)
+  assert np.abs(correlation).max() < 0.05
+
+
+def test_bfloat16_computes_near_float32_on_float32_parameters():
+  graphdef, params = make()
+  narrow = vit.ViT((6, 4, 2), 5, dtype='bfloat16', rngs=nnx.Rngs(0), **SMALL)
+  logits = nnx.merge(nnx.graphdef(narrow), params)(images())
+  assert logits.dtype == jnp.float32
+  expected = vit_by_hand(params, images())
+  error = np.abs(np.asarray(logits, np.float32) - expected).max()
+  assert 1e-6 < error < 0.05 * np.abs(expected).max()

@@ -160,14 +160,17 @@ def learned(
   source: Any = _streamed.Source(
       checked, first, cache_dtype if plan.is_streamed else None
   )
+  shardings = [x.sharding for x in first]
   del first
   if plan.is_streamed:
     model: Any = _streamed.Streamed(
-        source, groups, alphas, loss_at, checked.float_dtypes
+        source, groups, alphas, loss_at, checked.float_dtypes, shardings
     )
   else:
     with _out_of_memory():
-      model = _Resident(source, groups, alphas, loss_at)
+      stacked = _mixing.stack_leaves(source)
+      model = Resident(stacked, groups, alphas, loss_at)
+      del stacked
   del source
   fit = _Fit(model, loss_at, tx, variables, num_epochs, patience)
   with contextlib.nullcontext() if plan.is_streamed else _out_of_memory():
@@ -204,11 +207,11 @@ def _out_of_memory():
     ) from e
 
 
-class _Resident:
+class Resident:
   """The loss of a mix and its gradient, from the stack of all ingredients."""
 
-  def __init__(self, source, groups, alphas, loss_at):
-    self._stacked = _mixing.stack_leaves(source)
+  def __init__(self, stacked, groups, alphas, loss_at):
+    self._stacked = stacked
 
     def mixed(w, stacked):
       alpha = alphas(w)
@@ -219,13 +222,13 @@ class _Resident:
       return loss_at(mixed(w, stacked), scale, batch)
 
     self._mixed = jax.jit(mixed)
-    self._value_and_grad = jax.jit(jax.value_and_grad(loss_of))
+    self.step = jax.jit(jax.value_and_grad(loss_of))
 
   def mixed(self, w):
     return self._mixed(w, self._stacked)
 
   def value_and_grad(self, variables, batch):
-    return self._value_and_grad(variables, self._stacked, batch)
+    return self.step(variables, self._stacked, batch)
 
 
 class _Fit:

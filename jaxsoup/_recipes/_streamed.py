@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 import numpy as np
 
 from jaxsoup import _checked
@@ -96,14 +97,20 @@ class Streamed:
       alphas: Callable[[Any], dict[_tree.Path, jax.Array]],
       loss_at: Callable[..., jax.Array],
       dtypes: tuple[Any, ...],
+      shardings: Sequence[Any],
   ):
     self._source = source
     self._groups = groups
     self._dtypes = dtypes
     self._order = list(range(len(source)))
     self._alphas = jax.jit(alphas)
-    self._value_and_grad = jax.jit(jax.value_and_grad(loss_at, (0, 1)))
-    self._inner = jax.jit(self._inner_products)
+    # Or the gradient of a sharded model could lie on every device whole.
+    on_mesh = [x if isinstance(x, NamedSharding) else None for x in shardings]
+    self.step = jax.jit(
+        jax.value_and_grad(loss_at, (0, 1)),
+        out_shardings=(None, (on_mesh, None)),
+    )
+    self.inner = jax.jit(self._inner_products)
     # The chain rule from alpha to w.
     self._pull = jax.jit(lambda w, inner: jax.vjp(alphas, w)[1](inner)[0])
 
@@ -124,12 +131,10 @@ class Streamed:
   def value_and_grad(self, variables: Any, batch: Any):
     """The loss, and its gradient in w and beta."""
     w, scale = variables
-    loss, (gradient, scale_gradient) = self._value_and_grad(
-        self.mixed(w), scale, batch
-    )
+    loss, (gradient, scale_gradient) = self.step(self.mixed(w), scale, batch)
     inner = {g: np.zeros(len(self._source), np.float32) for g in w}
     for k, leaves in self._walk():
-      for g, value in jax.device_get(self._inner(gradient, leaves)).items():
+      for g, value in jax.device_get(self.inner(gradient, leaves)).items():
         inner[g][k] = value
     on_device = {g: _tree.numbers(x) for g, x in inner.items()}
     return loss, (self._pull(w, on_device), scale_gradient)
@@ -164,20 +169,25 @@ def plan(
   )
   if device.platform == 'cpu':  # Whose devices share one memory.
     model_bytes *= len(sharding.addressable_devices)
-  needed = (num_ingredients + 3) * model_bytes
   free = _memory.free_bytes(device)
-  fits = needed <= 2 / 3 * free
+  needed, is_fitting = fits(num_ingredients, model_bytes, free)
   reason = (
       f'the stack of {num_ingredients} with three models more (one that is '
       f'read, the mixed one, its gradient) takes {_gigabytes(needed)}, and '
       f'{_gigabytes(free)} are free on {device.platform}, of which a third is '
-      f'left for activations: it {"fits" if fits else "does not fit"}'
+      f'left for activations: it {"fits" if is_fitting else "does not fit"}'
   )
   if is_streamed is not None:
     reason = f'stream={is_streamed} was passed; {reason}'
-  streamed = not fits if is_streamed is None else is_streamed
+  streamed = not is_fitting if is_streamed is None else is_streamed
   reads = 2 * (num_ingredients - 1) if streamed and not is_cached else 0
   return LearnedPlan(streamed, reason, needed, free, reads)
+
+
+def fits(num_ingredients: int, model_bytes: int, free: int) -> tuple[int, bool]:
+  """Bytes of a stack and three models more, and if two thirds of free do."""
+  needed = (num_ingredients + 3) * model_bytes
+  return needed, needed <= 2 / 3 * free
 
 
 def _gigabytes(num_bytes: int) -> str:

@@ -164,7 +164,7 @@ def finetune(
   )
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
   """What shapes the compiled program: static, hence hashable."""
 
   num_epochs: int
@@ -207,7 +207,12 @@ def _make_settings(config, phase, data):
         f'{len(data["label"])} examples do not fill one batch of '
         f'{phase.batch_size}: make the batch smaller.'
     )
-  return _Settings(
+  return settings_of(config, phase)
+
+
+def settings_of(config, phase) -> Settings:
+  """The settings of a phase: of `config.pretrain` or `config.finetune`."""
+  return Settings(
       num_epochs=phase.num_epochs,
       batch_size=phase.batch_size,
       warmup=phase.warmup,
@@ -256,12 +261,11 @@ def _epoch(logits_fn, settings, params, opt_state, hyper, data, epoch):
     def step_fn(carry, xs):
       step, index = xs
       batch = jax.tree.map(lambda x: x[index], data)
-      image, target = _augment(
-          jax.random.fold_in(key, step), batch, hyper, settings.num_classes
+      done = epoch + step / num_steps
+      step_key = jax.random.fold_in(key, step)
+      return train_step(
+          logits_fn, settings, carry, hyper, batch, step_key, done
       )
-      share = _schedule(settings, epoch + step / num_steps)
-      rate = share * hyper['learning_rate']
-      return _step(logits_fn, carry, image, target, rate, hyper['weight_decay'])
 
     carry, losses = jax.lax.scan(
         step_fn, (params, opt_state), (jnp.arange(num_steps), order)
@@ -271,8 +275,27 @@ def _epoch(logits_fn, settings, params, opt_state, hyper, data, epoch):
   return jax.vmap(run_fn)(params, opt_state, hyper)
 
 
+def train_step(logits_fn, settings, carry, hyper, batch, key, epoch):
+  """AdamW, decoupled: theta <- theta - rate (adam(g) + weight_decay theta).
+
+  Args:
+    logits_fn: of the model.
+    settings: of the phase.
+    carry: parameters, and the state of the optimizer.
+    hyper: hyper-parameters of this run, scalars.
+    batch: `image` [B, H, W, C] and `label` [B].
+    key: of the augmentation.
+    epoch: how many epochs are done, with the fraction of this one.
+
+  Returns:
+    The new carry, and the loss.
+  """
+  image, target = _augment(key, batch, hyper, settings.num_classes)
+  rate = _schedule(settings, epoch) * hyper['learning_rate']
+  return _step(logits_fn, carry, image, target, rate, hyper['weight_decay'])
+
+
 def _step(logits_fn, carry, image, target, rate, weight_decay):
-  """AdamW, decoupled: theta <- theta - rate (adam(g) + weight_decay theta)."""
   params, opt_state = carry
 
   def loss_fn(params):

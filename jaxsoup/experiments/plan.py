@@ -1,0 +1,846 @@
+"""Plans an experiment before it runs: memory, work, communication.
+
+```
+mesh, device_bytes = plan.topology_mesh('v5e:8x8')     # no TPU is needed
+made = plan.make(
+    config, mesh, device_bytes, num_ingredients=58, machine='v5e:8x8'
+)
+print(plan.as_text(made))
+```
+
+Lowers what the library runs, at full size, from shapes alone, and compiles it
+with the compiler of the device: that of TPUs is in the package libtpu, and
+works on any machine.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import functools
+import importlib.util
+import math
+import os
+import re
+import time
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import ml_collections
+import optax
+
+from jaxsoup import _memory
+from jaxsoup import _mixing
+from jaxsoup import _tree
+from jaxsoup import evaluation
+from jaxsoup import metrics
+from jaxsoup import sharding
+from jaxsoup._recipes import _learned
+from jaxsoup._recipes import _streamed
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import cook
+from jaxsoup.experiments import finetune
+from jaxsoup.experiments import hlo
+
+
+class Chip(NamedTuple):
+  """A generation of TPUs: memory of a chip in GiB, and its largest pod."""
+
+  hbm_gib: int
+  largest: tuple[int, ...]
+
+
+# cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, section "System architecture".
+CHIPS = {
+    'v4': Chip(32, (16, 16, 16)),
+    'v5e': Chip(16, (16, 16)),
+    'v5p': Chip(95, (16, 20, 28)),
+    'v6e': Chip(32, (16, 16)),
+}
+
+
+class Program(NamedTuple):
+  """What the compiler says of one program; bytes and FLOPs are of one device.
+
+  Attributes:
+    name: what it computes.
+    peak: bytes while it runs: the sum of the next three.
+    arguments: bytes of its arguments.
+    temporaries: bytes it needs meanwhile.
+    output: bytes of its results, without those that reuse an argument.
+    flops: of products of matrices, loops counted as often as they run.
+    collectives: by name, how many and the bytes of their results.
+    seconds: time to compile.
+    problem: empty, or what the compiler says of a program that does not fit, of
+      which just the peak is known (0, if not even that).
+  """
+
+  name: str
+  peak: int
+  arguments: int = 0
+  temporaries: int = 0
+  output: int = 0
+  flops: float = 0
+  collectives: Mapping[str, hlo.Traffic] = {}
+  seconds: float = 0
+  problem: str = ''
+
+
+class Recipe(NamedTuple):
+  """What a recipe needs; all bytes, those of a device at its peak.
+
+  Attributes:
+    name: of the recipe, and how it reads.
+    device: bytes on one device.
+    host: bytes in the memory of one host.
+    reads: bytes read by all hosts together.
+    writes: bytes of the soup.
+    evaluations: walks through the held-out set, at most.
+    steps: of gradient descent, at most.
+    fits: whether `device` fits, and all hosts can take part.
+    note: if not, why, and what would.
+  """
+
+  name: str
+  device: int
+  host: int
+  reads: int
+  writes: int
+  evaluations: int
+  steps: int
+  fits: bool
+  note: str = ''
+
+
+class Plan(NamedTuple):
+  """A plan: the machine, its programs and the recipes on it.
+
+  Attributes:
+    machine: its name.
+    num_devices: of all hosts.
+    num_hosts: one process runs on each.
+    device_bytes: memory of one device.
+    num_ingredients: K.
+    num_parameters: of one ingredient.
+    model_bytes: of one ingredient.
+    read_bytes: what all hosts together read of one ingredient.
+    batch_sizes: by program, rounded up to what the devices divide.
+    held_out_bytes: of all held-out examples on one device.
+    programs: what the compiler says of each.
+    recipes: what each needs.
+  """
+
+  machine: str
+  num_devices: int
+  num_hosts: int
+  device_bytes: int
+  num_ingredients: int
+  num_parameters: int
+  model_bytes: int
+  read_bytes: int
+  batch_sizes: Mapping[str, int]
+  held_out_bytes: int
+  programs: tuple[Program, ...]
+  recipes: tuple[Recipe, ...]
+
+
+def topology_mesh(name: str) -> tuple[jax.sharding.Mesh, int]:
+  """A mesh of TPUs that are not there, and the bytes of memory of each.
+
+  Args:
+    name: generation and shape: 'v5e:8x8', 'v5p:4x4x4'.
+
+  Returns:
+    (mesh with the axis `fsdp`, bytes a device).
+
+  Raises:
+    ImportError: libtpu is missing.
+    UsageError: there is no such generation or shape.
+  """
+  if importlib.util.find_spec('libtpu') is None:
+    raise ImportError(
+        'The compiler of TPUs, libtpu, is not installed: pip install '
+        '"jaxsoup[tpu-plan]". Without it: --devices N, on virtual CPU devices.'
+    )
+  kind, _, shape = name.partition(':')
+  sides = [int(n) for n in shape.split('x') if n.isascii() and n.isdigit()]
+  if kind not in CHIPS or not sides or 'x'.join(map(str, sides)) != shape:
+    raise configs.UsageError(
+        f'There is no topology {name!r}: write one of {", ".join(CHIPS)}, and '
+        'its shape: v5e:8x8, v6e:16x16, v5p:4x4x4, v4:2x2x2.'
+    )
+  chip = CHIPS[kind]
+  # The compiler would go on, and end the process later.
+  if len(sides) != len(chip.largest) or any(
+      n > most for n, most in zip(sorted(sides), sorted(chip.largest))
+  ):
+    raise configs.UsageError(
+        f'{name!r} is no valid topology: the largest of {kind} is '
+        f'{"x".join(map(str, chip.largest))}.'
+    )
+  _prepare_compiler()
+  # Or v4 has two devices a chip, and no mesh.
+  options = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
+  try:
+    devices = topologies.get_topology_desc(
+        platform='tpu', topology_name=name, **options
+    ).devices
+  except Exception as e:  # libtpu raises several types.
+    raise configs.UsageError(
+        f'{name!r} is no valid topology: its first two sides must be multiples '
+        f'of 2. {str(e).splitlines()[0]}'
+    ) from e
+  return _mesh_of(devices), chip.hbm_gib * 2**30
+
+
+def _prepare_compiler() -> None:
+  """Must come before libtpu is loaded."""
+  defaults = {
+      'TPU_SKIP_MDS_QUERY': '1',  # Or it looks for the machine it is not on.
+      'TPU_WORKER_HOSTNAMES': 'localhost',
+      'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # Of any other machine, too.
+      'TPU_MIN_LOG_LEVEL': '3',
+      'TPU_STDERR_LOG_LEVEL': '3',
+      # It takes a lock, which a second process would fail to get.
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  }
+  for name, value in defaults.items():
+    os.environ.setdefault(name, value)
+  # The compiler overflows its stack on scanned blocks of this size, and dies.
+  flag = '--fibers_default_thread_stack_size'
+  given = os.environ.get('LIBTPU_INIT_ARGS', '')
+  if flag not in given:
+    os.environ['LIBTPU_INIT_ARGS'] = f'{given} {flag}=4194304'.strip()
+
+
+def cpu_mesh(num_devices: int) -> tuple[jax.sharding.Mesh, int]:
+  """A mesh of virtual CPU devices, and the bytes that each can have.
+
+  Raises:
+    UsageError: jax has begun with fewer.
+  """
+  devices = jax.devices('cpu')
+  if len(devices) < num_devices:
+    raise configs.UsageError(
+        f'jax has {len(devices)} CPU devices, not {num_devices}: set XLA_FLAGS='
+        f'--xla_force_host_platform_device_count={num_devices}.'
+    )
+  free = _memory.host_free_bytes()
+  return _mesh_of(devices[:num_devices]), free // num_devices
+
+
+def _mesh_of(devices) -> jax.sharding.Mesh:
+  return jax.make_mesh(
+      (len(devices),), ('fsdp',), axis_types=(AxisType.Auto,), devices=devices
+  )
+
+
+def make(
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    device_bytes: int,
+    *,
+    num_ingredients: int,
+    machine: str,
+    on_program: Callable[[Program], None] | None = None,
+) -> Plan:
+  """Compiles the programs of an experiment, and adds up what recipes need.
+
+  Args:
+    config: the experiment.
+    mesh: with the axis `fsdp`, over which models and batches are sharded.
+    device_bytes: memory of one device.
+    num_ingredients: K.
+    machine: a name for it.
+    on_program: called after each program.
+
+  Returns:
+    A `Plan`.
+
+  Raises:
+    UsageError: the config lacks something: names it.
+  """
+  _check_complete(config)
+  lowerings = programs(config, mesh, num_ingredients)
+  compiled = []
+  for name, lower_fn in lowerings.items():
+    compiled.append(compile_program(name, lower_fn, mesh))
+    if on_program is not None:
+      on_program(compiled[-1])
+  leaves = jax.tree.leaves(abstract_params(config, mesh))
+  held_out = _batch(config, mesh, config.data.sizes.held_out)
+  return Plan(
+      machine=machine,
+      num_devices=mesh.size,
+      num_hosts=_num_hosts(mesh),
+      device_bytes=device_bytes,
+      num_ingredients=num_ingredients,
+      num_parameters=sum(math.prod(x.shape) for x in leaves),
+      model_bytes=sum(map(_total_bytes, leaves)),
+      read_bytes=_boxes(leaves)[1],
+      batch_sizes={
+          'evaluation': _divided(config.batch_size, mesh),
+          'learned': _divided(config.learned.batch_size, mesh),
+          'fine-tuning': _divided(config.finetune.batch_size, mesh),
+      },
+      held_out_bytes=sum(map(_shard_bytes, held_out.values())),
+      programs=tuple(compiled),
+      recipes=recipes(
+          config, mesh, device_bytes, num_ingredients, tuple(compiled)
+      ),
+  )
+
+
+# What is read of a config, beside what its model and its sweep take.
+FIELDS = (
+    'batch_size',
+    'data.sizes.held_out',
+    'finetune.batch_size',
+    'finetune.final',
+    'finetune.num_epochs',
+    'finetune.warmup',
+    'learned.batch_size',
+    'learned.num_epochs',
+    'learned.val_fraction',
+    'model.image_shape',
+    'model.num_classes',
+    'sweep.group_size',
+)
+
+
+def _check_complete(config: ml_collections.ConfigDict) -> None:
+  def is_missing(name):
+    node = config
+    for part in name.split('.'):
+      if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+        return True
+      node = node[part]
+    return False
+
+  missing = [name for name in FIELDS if is_missing(name)]
+  if missing:
+    raise configs.UsageError(
+        f'The config lacks {", ".join(missing)}: see configs/digits.py.'
+    )
+
+
+def _num_hosts(mesh: jax.sharding.Mesh) -> int:
+  return len({d.process_index for d in mesh.devices.flat})
+
+
+def abstract_params(config, mesh) -> Any:
+  """Shapes and shardings of one ingredient."""
+  init_fn = finetune.make_model(config).init_fn
+  with jax.set_mesh(mesh):
+    shapes = jax.eval_shape(lambda: init_fn(jax.random.key(0)))
+  return sharding.fsdp(shapes, mesh)
+
+
+def programs(
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    num_ingredients: int,
+) -> dict[str, functools.partial]:
+  """The programs that the recipes and the training run, ready to be lowered.
+
+  Returns:
+    Functions by name that return a `jax.stages.Traced`.
+  """
+  params = abstract_params(config, mesh)
+  flat = _tree.flatten(params)
+  logits_fn = finetune.make_model(config).logits_fn
+  replicated = NamedSharding(mesh, PartitionSpec())
+  scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
+  alpha = jax.ShapeDtypeStruct(
+      (num_ingredients,), jnp.float32, sharding=replicated
+  )
+  stacked = [_stacked(x, num_ingredients) for x in flat.leaves]
+  each = [scalar] * len(flat.leaves)
+  wide = [
+      jax.ShapeDtypeStruct(
+          x.shape, _tree.wide_dtype(x.dtype), sharding=x.sharding
+      )
+      for x in flat.leaves
+  ]
+
+  def loss_at(floats, scale, batch):
+    return cook.loss_fn_of(logits_fn)(flat.replace(floats), batch, scale)
+
+  groups = [_tree.group_of(path, None) for path in flat.paths]
+  alphas = lambda w: {g: jax.nn.softmax(w[g]) for g in w}
+  w = {groups[0]: alpha}
+  resident = _learned.Resident(None, groups, alphas, loss_at)
+  streamed = _streamed.Streamed(
+      range(num_ingredients),
+      groups,
+      alphas,
+      loss_at,
+      tuple(x.dtype for x in flat.leaves),
+      [x.sharding for x in flat.leaves],
+  )
+  batch = lambda size, **more: _batch(config, mesh, size, **more)
+  learning = batch(config.learned.batch_size)
+  gradient = jax.jit(
+      lambda alpha, stacked, cotangent: jax.vjp(
+          lambda a: _mixing.mix_leaves([a] * len(stacked), stacked), alpha
+      )[1](cotangent)
+  )
+  evaluate = evaluation.mean_of(
+      lambda params, batch: metrics.correct(
+          logits_fn(params, batch['image']), batch['label']
+      ),
+      batches=(),
+  )
+  calls = {
+      'add to a sum': (_mixing.add, wide, flat.leaves, each),
+      'mix': (_mixing.mix_leaves, [alpha] * len(stacked), stacked),
+      'gradient in alpha': (gradient, alpha, stacked, flat.leaves),
+      'evaluation step': (
+          evaluate.step,
+          params,
+          batch(config.batch_size, mask=bool),
+      ),
+      'learned step, resident': (resident.step, (w, scalar), stacked, learning),
+      'learned step, streamed': (streamed.step, flat.leaves, scalar, learning),
+      'inner products, streamed': (streamed.inner, flat.leaves, flat.leaves),
+      'fine-tuning step': _fine_tuning(config, mesh, params),
+  }
+
+  return {
+      name: functools.partial(fn.trace, *arguments)
+      for name, (fn, *arguments) in calls.items()
+  }
+
+
+def _stacked(x, num_ingredients):
+  spec = PartitionSpec(None, *x.sharding.spec)
+  return jax.ShapeDtypeStruct(
+      (num_ingredients, *x.shape),
+      x.dtype,
+      sharding=NamedSharding(x.sharding.mesh, spec),
+  )
+
+
+def _batch(config, mesh, size, **more):
+  """Shapes of a batch, of a size that the mesh divides."""
+  size = _divided(size, mesh)
+  split = NamedSharding(mesh, PartitionSpec('fsdp'))
+  shape = lambda *x: jax.ShapeDtypeStruct(x[1:], x[0], sharding=split)
+  return {
+      'image': shape(jnp.float32, size, *config.model.image_shape),
+      'label': shape(jnp.int32, size),
+      **{name: shape(dtype, size) for name, dtype in more.items()},
+  }
+
+
+def _divided(size: int, mesh: jax.sharding.Mesh) -> int:
+  return -(-size // mesh.size) * mesh.size
+
+
+def _fine_tuning(config, mesh, params):
+  """One step of all runs of a group, as `finetune.finetune` runs it."""
+  num_runs = config.sweep.group_size
+  settings = finetune.settings_of(config, config.finetune)
+  logits_fn = finetune.make_model(config).logits_fn
+  replicated = NamedSharding(mesh, PartitionSpec())
+  placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  params = jax.tree.map(lambda x: _stacked(x, num_runs), params)
+  moments = jax.eval_shape(jax.vmap(optax.scale_by_adam().init), params)
+  moments = moments._replace(
+      count=placed(moments.count, replicated),
+      mu=jax.tree.map(lambda x, p: placed(x, p.sharding), moments.mu, params),
+      nu=jax.tree.map(lambda x, p: placed(x, p.sharding), moments.nu, params),
+  )
+  row = lambda dtype: jax.ShapeDtypeStruct(
+      (num_runs,), dtype, sharding=replicated
+  )
+  hyper = {
+      name: row(jnp.uint32 if name == 'seed' else jnp.float32)
+      for name in finetune.DEFAULTS
+  }
+
+  def step_fn(params, moments, hyper, batch, epoch):
+    def run_fn(params, moments, hyper):
+      key = jax.random.key(hyper['seed'])
+      return finetune.train_step(
+          logits_fn, settings, (params, moments), hyper, batch, key, epoch
+      )
+
+    return jax.vmap(run_fn)(params, moments, hyper)
+
+  return (
+      jax.jit(step_fn, donate_argnums=(0, 1)),
+      params,
+      moments,
+      hyper,
+      _batch(config, mesh, config.finetune.batch_size),
+      jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated),
+  )
+
+
+def compile_program(
+    name: str, trace_fn: functools.partial, mesh: jax.sharding.Mesh
+) -> Program:
+  """Compiles for the devices of the mesh, and reads what the compiler says."""
+  start = time.monotonic()
+  with jax.set_mesh(mesh):
+    traced = trace_fn()
+    flops = hlo.flops_of(traced.jaxpr.jaxpr) / mesh.size
+    lowered = traced.lower()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    problem = str(e).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ')
+    seconds = time.monotonic() - start
+    arguments = sum(map(_shard_bytes, jax.tree.leaves(trace_fn.args)))
+    needed = _needed(str(e), arguments)
+    return Program(name, needed, flops=flops, seconds=seconds, problem=problem)
+  memory = compiled.memory_analysis()
+  arguments = memory.argument_size_in_bytes
+  temporaries = memory.temp_size_in_bytes
+  output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return Program(
+      name=name,
+      peak=arguments + temporaries + output,
+      arguments=arguments,
+      temporaries=temporaries,
+      output=output,
+      flops=flops,
+      collectives=hlo.collectives_of(compiled.as_text()),
+      seconds=time.monotonic() - start,
+  )
+
+
+def _needed(message: str, argument_bytes: int) -> int:
+  """Bytes of a program and its arguments, as the compiler of TPUs says them."""
+  found = re.search(r'(?:required[^(]*\(|Used )([\d.]+)([KMGT])', message)
+  if found is None:
+    return 0
+  needed = int(float(found[1]) * 1024 ** (1 + 'KMGT'.index(found[2])))
+  # That of jax 0.7 then speaks of the program alone.
+  is_alone = re.search(r'arguments +0B', message)
+  return needed + (argument_bytes if is_alone else 0)
+
+
+def recipes(
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    device_bytes: int,
+    num_ingredients: int,
+    compiled: tuple[Program, ...],
+) -> tuple[Recipe, ...]:
+  """Adds up what each recipe reads, holds and evaluates.
+
+  Args:
+    config: the experiment.
+    mesh: as in `make`.
+    device_bytes: memory of one device.
+    num_ingredients: K.
+    compiled: the programs.
+
+  Returns:
+    One `Recipe` each; those that search are counted as if they took all.
+  """
+  by_name = {p.name: p for p in compiled}
+  leaves = jax.tree.leaves(abstract_params(config, mesh))
+  host_reads, all_read = _boxes(leaves)
+  device = _on_device(by_name, num_ingredients)
+  host = _on_host(config, mesh, leaves, num_ingredients)
+  made = []
+  for name, (reads, evaluations, steps) in _counts(
+      config, num_ingredients
+  ).items():
+    is_fitting = device[name] <= device_bytes and not any(
+        by_name[program].problem for program in RUNS.get(name, ())
+    )
+    made.append(
+        Recipe(
+            name=name,
+            device=device[name],
+            host=host_reads + host.get(name, 0),
+            reads=reads * all_read,
+            writes=0 if name == 'ensembles' else sum(map(_total_bytes, leaves)),
+            evaluations=evaluations,
+            steps=steps,
+            fits=is_fitting,
+        )
+    )
+  return _with_notes(made, mesh, device_bytes, num_ingredients, by_name)
+
+
+# The largest programs that a recipe runs.
+RUNS = {
+    'greedy': ['evaluation step'],
+    'pruned, one pass': ['evaluation step'],
+    'learned, resident': ['learned step, resident'],
+    'learned, streamed': ['learned step, streamed'],
+    'learned, cached': ['learned step, streamed'],
+    'ensembles': ['evaluation step'],
+}
+
+
+def _on_device(
+    by_name: Mapping[str, Program], num_ingredients: int
+) -> dict[str, int]:
+  """Bytes by recipe: what it keeps, beside its largest program.
+
+  `one` is the model that a recipe works on, `ahead` the one read ahead.
+  """
+  # As the compiler lays them out: tiles are padded.
+  inner = by_name['inner products, streamed']
+  one = ahead = inner.arguments // 2
+  total = by_name['add to a sum'].arguments - one
+  evaluated = by_name['evaluation step'].peak
+  # The ingredient that was read last is kept.
+  forward = by_name['learned step, streamed'].peak + one
+  mixing = total + one
+  return {
+      'uniform': one,
+      'greedy': evaluated + total + one + ahead,
+      'pruned, one pass': evaluated + total + one + ahead,
+      # Or when the last one is put on the stack.
+      'learned, resident': max(
+          by_name['learned step, resident'].peak,
+          num_ingredients * one + one + ahead,
+      ),
+      'learned, streamed': max(forward, mixing, inner.peak) + ahead,
+      # Nothing is read ahead; a copy is widened on the device.
+      'learned, cached': max(forward, mixing + one, inner.peak + one),
+      # The sums of theta_k and of unit vectors, theta_0, and the soup.
+      'Model Stock': 2 * total + 3 * one + ahead,
+      'ensembles': evaluated + ahead,
+  }
+
+
+def _on_host(config, mesh, leaves, num_ingredients) -> dict[str, int]:
+  """Bytes by recipe that one host keeps, beside the model that it reads."""
+  narrow = lambda x: math.prod(x.shape) * min(2, x.dtype.itemsize)
+  copies = num_ingredients * sum(map(narrow, leaves)) // _num_hosts(mesh)
+  logits = config.data.sizes.held_out * config.model.num_classes * 4
+  # Collected one by one, then stacked.
+  return {
+      'learned, cached': copies,
+      'ensembles': 2 * num_ingredients * logits,
+  }
+
+
+def _counts(config, num_ingredients) -> dict[str, tuple[int, int, int]]:
+  """By recipe, at most: models read, walks through the data, steps."""
+  k = num_ingredients
+  held_out, epochs = config.data.sizes.held_out, config.learned.num_epochs
+  num_learning = held_out - int(held_out * config.learned.val_fraction)
+  steps = epochs * (num_learning // config.learned.batch_size)
+  # Two walks through the ingredients a step (the mix, and its gradient), one a
+  # walk through the second split, one for the soup. Each begins with the
+  # ingredient that is there.
+  streamed = (2 * steps + epochs + 2) * (k - 1) + 1
+  return {
+      'uniform': (k, 0, 0),
+      'greedy': (2 * k, 2 * k - 1, 0),
+      'pruned, one pass': (3 * k + 1, 2 * k + 1, 0),
+      'learned, resident': (k, epochs + 1, steps),
+      'learned, streamed': (streamed, epochs + 1, steps),
+      'learned, cached': (2 * k, epochs + 1, steps),
+      'Model Stock': (k + 3, 0, 0),
+      'ensembles': (k + 1, k, 0),
+  }
+
+
+def _with_notes(made, mesh, device_bytes, num_ingredients, by_name):
+  """Says of each recipe why it does not fit, and what would."""
+  num_hosts = _num_hosts(mesh)
+  fits = {r.name: r.fits for r in made}
+  one = by_name['inner products, streamed'].arguments // 2
+  # What `jaxsoup.learned` chooses: it knows nothing of the activations.
+  _, is_kept = _streamed.fits(num_ingredients, one, device_bytes)
+
+  def noted(recipe):
+    is_resident = recipe.name == 'learned, resident'
+    note = ''
+    if not recipe.fits:
+      needed = f'{amount(recipe.device)} of {amount(device_bytes)}'
+      note = f'does not fit: needs {needed}; '
+      if is_resident and fits['learned, streamed']:
+        note += 'streamed fits: ' + (
+            'pass stream=True' if is_kept else 'stream=None takes that'
+        )
+      else:
+        note += _what_would_fit(recipe.device, mesh)
+    elif recipe.name in ('learned, cached', 'ensembles') and num_hosts > 1:
+      recipe = recipe._replace(fits=False)
+      note = f'does not run: in one process only, not on {num_hosts} hosts'
+      if recipe.name == 'learned, cached':
+        note += '; stream without cache_dtype'
+    elif is_resident and not is_kept:
+      note = (
+          'fits with stream=False; stream=None streams, as K + 3 models take '
+          'over two thirds'
+      )
+    return recipe._replace(note=note)
+
+  return tuple(map(noted, made))
+
+
+def _what_would_fit(num_bytes: int, mesh: jax.sharding.Mesh) -> str:
+  if mesh.devices.flat[0].platform == 'cpu':
+    return 'try more memory, or smaller batches'
+  kinds = [k for k, c in CHIPS.items() if c.hbm_gib * 2**30 >= num_bytes]
+  others = f'{mesh.size} of {" or ".join(kinds)}, ' if kinds else ''
+  return f'try {others}more devices, or smaller batches'
+
+
+def _boxes(leaves) -> tuple[int, int]:
+  """Bytes that one host reads of a model, at most, and that all read.
+
+  A host reads of a leaf the smallest box with all that its devices hold, see
+  `checkpoints`: more than they hold where these are no neighbours in the mesh.
+  """
+  by_host: dict[int, int] = {}
+  for x in leaves:
+    boxes: dict[int, list[Any]] = {}
+    for device, index in x.sharding.devices_indices_map(x.shape).items():
+      boxes.setdefault(device.process_index, []).append(index)
+    for host, indices in boxes.items():
+      sides = [
+          [i.indices(n)[:2] for i in of_axis]
+          for of_axis, n in zip(zip(*indices), x.shape)
+      ]
+      size = math.prod(
+          max(end for _, end in side) - min(start for start, _ in side)
+          for side in sides
+      )
+      by_host[host] = by_host.get(host, 0) + size * x.dtype.itemsize
+  return max(by_host.values()), sum(by_host.values())
+
+
+def _total_bytes(x) -> int:
+  return math.prod(x.shape) * x.dtype.itemsize
+
+
+def _shard_bytes(x) -> int:
+  return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def as_text(plan: Plan) -> str:
+  """The plan as two tables."""
+  return '\n'.join(
+      [
+          *_heading(plan),
+          '',
+          'Each program, on one device:',
+          _table(_program_rows(plan)),
+          '',
+          'Each recipe: peaks on one device and on one host, the rest in all, '
+          'at most:',
+          _table(_recipe_rows(plan)),
+      ]
+  )
+
+
+def _heading(plan: Plan) -> list[str]:
+  hosts = '1 host' if plan.num_hosts == 1 else f'{plan.num_hosts} hosts'
+  sizes = ', '.join(f'{n} ({name})' for name, n in plan.batch_sizes.items())
+  lines = [
+      f'{plan.machine}: {plan.num_devices} devices of '
+      f'{amount(plan.device_bytes)} each, {hosts}.',
+      f'{plan.num_ingredients} ingredients of '
+      f'{amount(plan.num_parameters, "")} parameters, '
+      f'{amount(plan.model_bytes)} each.',
+      f'Batches of {sizes}, multiples of {plan.num_devices}, count one at a '
+      'time: all held-out examples would take '
+      f'{amount(plan.held_out_bytes)} more on a device.',
+  ]
+  if plan.read_bytes > plan.model_bytes:
+    lines.append(
+        f'Hosts read {plan.read_bytes / plan.model_bytes:.2g} times what there '
+        'is: the devices of a host are no neighbours in the mesh.'
+    )
+  return lines
+
+
+def _program_rows(plan: Plan) -> list[list[str]]:
+  rows = [
+      ['program', 'arguments', 'temporaries', 'output', 'peak', 'of memory',
+       'work', 'compiled', 'collectives'],
+  ]  # fmt: skip
+  for p in plan.programs:
+    parts = [p.arguments, p.temporaries, p.output]
+    found = ', '.join(
+        f'{t.times} {name} {amount(t.num_bytes)}'
+        for name, t in p.collectives.items()
+    )
+    is_fitting = not p.problem and p.peak <= plan.device_bytes
+    rows.append(
+        [
+            p.name,
+            *('-' if p.problem else amount(n) for n in parts),
+            amount(p.peak) if p.peak else '?',
+            f'{p.peak / plan.device_bytes:.0%}' if p.peak else '?',
+            amount(p.flops, 'FLOP'),
+            f'{p.seconds:.1f} s',
+            (found or 'none') if is_fitting else 'does not fit',
+        ]
+    )
+  return rows
+
+
+def _recipe_rows(plan: Plan) -> list[list[str]]:
+  rows = [
+      ['recipe', 'device', 'host', 'reads', 'writes', 'evaluations', 'steps',
+       ''],
+  ]  # fmt: skip
+  for r in plan.recipes:
+    rows.append(
+        [
+            r.name,
+            *map(amount, (r.device, r.host, r.reads, r.writes)),
+            str(r.evaluations),
+            str(r.steps),
+            r.note or 'fits',
+        ]
+    )
+  return rows
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+  """The plan as nested dicts, bytes and FLOPs as numbers."""
+  return {
+      **plan._asdict(),
+      'programs': [
+          {
+              **p._asdict(),
+              'collectives': {k: t._asdict() for k, t in p.collectives.items()},
+          }
+          for p in plan.programs
+      ],
+      'recipes': [r._asdict() for r in plan.recipes],
+  }
+
+
+def amount(number: float, unit: str = 'B') -> str:
+  """A number in three digits, and a prefix of its unit.
+
+  Example:
+    >>> amount(17_179_869_184), amount(58_520, ''), amount(4.51e13, 'FLOP')
+    ('17.2 GB', '58.5 k', '45.1 TFLOP')
+  """
+  for prefix, size in zip('PTGMk', (1e15, 1e12, 1e9, 1e6, 1e3)):
+    if number >= 0.9995 * size:
+      return f'{number / size:.3g} {prefix}{unit}'
+  return f'{number:.0f} {unit}'.rstrip()
+
+
+def _table(rows: list[list[str]]) -> str:
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  lines = []
+  for first, *numbers, last in rows:
+    cells = [first.ljust(widths[0])]
+    cells += [x.rjust(n) for x, n in zip(numbers, widths[1:-1])]
+    lines.append('  '.join([*cells, last]).rstrip())
+  return '\n'.join(lines)

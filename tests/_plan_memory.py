@@ -1,0 +1,58 @@
+"""Runs the programs of a plan, and prints what the system saw of their memory.
+
+Alone in its process, whose high-water mark is read: not what jax or XLA count.
+"""
+
+import gc
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import plan
+
+
+def status(name: str) -> int:
+  text = pathlib.Path('/proc/self/status').read_text()
+  return 1024 * int(text.partition(f'{name}:')[2].split()[0])
+
+
+def ones(info, sharding):
+  """An argument; what a program does not use has no sharding."""
+  make = jax.jit(
+      lambda: jnp.ones(info.shape, info.dtype), out_shardings=sharding
+  )
+  return jax.block_until_ready(make())
+
+
+def measured(trace_fn, mesh) -> int:
+  """Bytes that the process grows by: arguments, and a run on them."""
+  with jax.set_mesh(mesh):
+    lowered = trace_fn().lower()
+  compiled = lowered.compile()
+  is_leaf = lambda x: x is None or hasattr(x, 'shape')
+  gc.collect()
+  before = status('VmRSS')
+  arguments, _ = jax.tree.map(
+      ones, lowered.args_info, compiled.input_shardings, is_leaf=is_leaf
+  )
+  pathlib.Path('/proc/self/clear_refs').write_text('5')  # Forgets the mark.
+  jax.block_until_ready(compiled(*arguments))
+  return status('VmHWM') - before
+
+
+def main(file: str, num_ingredients: int, *overrides: str):
+  config, _ = configs.load(file, overrides)
+  mesh, _ = plan.cpu_mesh(4)
+  found = {}
+  for name, trace_fn in plan.programs(config, mesh, num_ingredients).items():
+    planned = plan.compile_program(name, trace_fn, mesh)
+    found[name] = mesh.size * planned.peak, measured(trace_fn, mesh)
+  print(json.dumps(found))
+
+
+if __name__ == '__main__':
+  main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
