@@ -14,6 +14,7 @@ from jaxsoup import checkpoints
 
 WORKER = pathlib.Path(__file__).parent / '_distributed_worker.py'
 NUM = 4
+NAMES = ('uniform', 'greedy', 'learned', 'streamed')
 
 
 def _free_port() -> int:
@@ -70,7 +71,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
   first, second = _run(tmp_path / 'two', 2)
   assert first == second
   assert first['scores'] == one['scores'] and len(one['scores']) > NUM
-  for name in ('uniform', 'greedy', 'learned'):
+  for name in NAMES:
     assert first[name]['is_restored'] and one[name]['is_restored']
     np.testing.assert_allclose(
         first[name]['alpha'], one[name]['alpha'], atol=1e-6
@@ -81,7 +82,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
   # Written once, by the first; the same in both formats.
   lines = (tmp_path / 'two' / 'scores.jsonl').read_text().splitlines()
   assert len(lines) == 1 + len(one['scores'])
-  for name in ('uniform', 'greedy', 'learned'):
+  for name in NAMES:
     orbax = checkpoints.load(tmp_path / 'two' / name).params
     file = safetensors.load_file(tmp_path / 'two' / f'{name}.safetensors')
     for key, value in orbax.items():

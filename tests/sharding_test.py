@@ -16,6 +16,7 @@ from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import sharding
 from jaxsoup._soup import LearnedPlan
+from jaxsoup.experiments import hlo
 
 NUM = 3
 COLLECTIVE = re.compile(
@@ -78,8 +79,10 @@ def test_gradient_needs_one_collective(on_mesh, stacked, alpha):
   on_device = jax.tree.map(lambda x: on_mesh.put(x, 1), stacked)
   gradient = jax.grad(lambda a, x: loss_of(jaxsoup.mix(x, a)))
   lowered = jax.jit(gradient).lower(jax.device_put(alpha), on_device)
-  found = COLLECTIVE.findall(lowered.compile().as_text())
-  assert found == ['all-reduce']
+  (found,) = hlo.collectives_of(lowered.compile().as_text()).items()
+  # The inner products of all leaves together.
+  num_bytes = len(on_device) * alpha.nbytes
+  assert found == ('all-reduce', hlo.Traffic(1, num_bytes))
 
 
 def temporaries(num, dtype):
