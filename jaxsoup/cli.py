@@ -89,11 +89,13 @@ def demo(
   with _failures():
     from jaxsoup import report
     from jaxsoup.experiments import configs
+    from jaxsoup.experiments import distributed
     from jaxsoup.experiments import main as experiment
     from jaxsoup.experiments import preemption
     from jaxsoup.experiments import progress
 
     file = f'{_config_file("digits.py")}{":runlocal" if short else ""}'
+    typer.echo(distributed.banner(workdir), err=True)
     tables = []
     for seed in range(seeds):
       config, runs = configs.load(file, [f'--config.seed={seed}'])

@@ -202,7 +202,7 @@ def test_recipes_read_evaluate_and_step_as_planned():
   }
   logits_fn = finetune.make_model(config).logits_fn
   eval_fn = cook.accuracy_of(config, logits_fn, held_out)
-  batches, val_batches = cook._learning_batches(config, held_out)
+  batches, val_batches = cook.learning_batches(config, held_out)
 
   def learned(ingredients, **options):
     info = jaxsoup.learned(

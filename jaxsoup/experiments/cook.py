@@ -53,7 +53,7 @@ def recipes(
   eval_fn = accuracy_of(config, logits_fn, held_out)
 
   def learned(depth):
-    batches, val_batches = _learning_batches(config, held_out)
+    batches, val_batches = learning_batches(config, held_out)
     return jaxsoup.learned(
         ingredients,
         loss_fn_of(logits_fn),
@@ -99,8 +99,10 @@ def loss_fn_of(logits_fn: LogitsFn) -> Callable[..., jax.Array]:
   return loss_fn
 
 
-def _learning_batches(config, held_out: Dataset):
-  """Two parts of the held-out set: one to learn on, one to stop by."""
+def learning_batches(
+    config: ml_collections.ConfigDict, held_out: Dataset
+) -> tuple[list[Any], list[Any]]:
+  """Two parts of the held-out set, in batches: to learn on, and to stop by."""
   num = len(held_out['label'])
   order = np.random.default_rng(config.seed).permutation(num)
   num_val = int(num * config.learned.val_fraction)

@@ -35,6 +35,7 @@ from jaxsoup.data import digits
 from jaxsoup.data import shifts
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
+from jaxsoup.experiments import distributed
 from jaxsoup.experiments import finetune
 from jaxsoup.experiments import locking
 from jaxsoup.experiments import preemption
@@ -305,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     path, workdir, overrides = configs.parse(argv)
     config, runs = configs.load(path, overrides)
+    print(distributed.banner(workdir), file=sys.stderr)
     with preemption.handled() as stop, progress.shown(STAGES) as progress_fn:
       rows = run(config, runs, workdir, progress_fn, stop)
   except (ImportError, OSError, TypeError, ValueError) as e:

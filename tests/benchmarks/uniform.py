@@ -140,7 +140,7 @@ PEERS = {
 CHILD = """
 import json, os, sys, threading, time
 NUM, FOLDER, OUT = {num}, {folder!r}, {out!r}
-SAFETENSORS = [f'{{FOLDER}}/{{k % 8}}.safetensors' for k in range(NUM)]
+SAFETENSORS = [f'{{FOLDER}}/{{k}}.safetensors' for k in range(NUM)]
 ORBAX = [f'{{FOLDER}}/orbax{{k % 8}}' for k in range(NUM)]
 ZSTD = [f'{{FOLDER}}/zstd{{k % 8}}' for k in range(NUM)]
 import warnings
@@ -207,6 +207,9 @@ def make_models(folder: pathlib.Path, width: int, depth: int, with_orbax: bool):
         for n, x in base.items()
     }
     safetensors.save_file(model, folder / f'{k}.safetensors')
+    # The same eight under more names, up to K = 64.
+    for other in range(k + 8, 64, 8):
+      os.link(folder / f'{k}.safetensors', folder / f'{other}.safetensors')
     if with_orbax:
       for name, is_compressed in (('orbax', False), ('zstd', True)):
         checkpointer = ocp.PyTreeCheckpointer(use_compression=is_compressed)
