@@ -377,7 +377,7 @@ def _cook(
         val_batches=val_batches[0] if val_batches else None,
         stream=stream,
         cache_dtype=cache_dtype,
-        on_start=_show_plan,
+        on_start=_show_plan if jax.process_index() == 0 else None,
     )
   return jaxsoup.model_stock(ingredients, theta_0)
 
