@@ -52,25 +52,14 @@ def recipes(
   """
   eval_fn = accuracy_of(config, logits_fn, held_out)
 
-  def learned(depth):
-    batches, val_batches = learning_batches(config, held_out)
-    return jaxsoup.learned(
-        ingredients,
-        loss_fn_of(logits_fn),
-        batches,
-        tx=optax.adamw(config.learned.learning_rate, weight_decay=0.0),
-        num_epochs=config.learned.num_epochs,
-        val_batches=val_batches,
-        patience=config.learned.patience,
-        depth=depth,
-    )
-
   return {
       'uniform': lambda: jaxsoup.uniform(ingredients),
       'greedy': lambda: jaxsoup.greedy(ingredients, eval_fn, scores=scores),
       'pruned': lambda: jaxsoup.pruned(ingredients, eval_fn, scores=scores),
-      'learned': lambda: learned(None),
-      'learned by tensor': lambda: learned(math.inf),
+      'learned': lambda: learned(config, ingredients, logits_fn, held_out),
+      'learned by tensor': lambda: learned(
+          config, ingredients, logits_fn, held_out, depth=math.inf
+      ),
       'Model Stock': lambda: jaxsoup.model_stock(ingredients, theta_0),
   }
 
@@ -97,6 +86,27 @@ def loss_fn_of(logits_fn: LogitsFn) -> Callable[..., jax.Array]:
     ).mean()
 
   return loss_fn
+
+
+def learned(
+    config: ml_collections.ConfigDict,
+    ingredients: Sequence[Any],
+    logits_fn: LogitsFn,
+    held_out: Dataset,
+    **options: Any,
+) -> jaxsoup.Soup:
+  """The learned soup of an experiment; options as in `jaxsoup.learned`."""
+  batches, val_batches = learning_batches(config, held_out)
+  return jaxsoup.learned(
+      ingredients,
+      loss_fn_of(logits_fn),
+      batches,
+      tx=optax.adamw(config.learned.learning_rate, weight_decay=0.0),
+      num_epochs=config.learned.num_epochs,
+      val_batches=val_batches,
+      patience=config.learned.patience,
+      **options,
+  )
 
 
 def learning_batches(

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup import metrics
 from jaxsoup.data import digits
@@ -49,15 +48,11 @@ def lost(ingredients, theta_0, dtype) -> float:
 
 def learned(config, ingredients, logits_fn, splits, depth, dtype):
   """The coefficients in a row, test accuracy and test NLL."""
-  batches, val_batches = cook.learning_batches(config, splits['held_out'])
-  soup = jaxsoup.learned(
+  soup = cook.learned(
+      config,
       ingredients,
-      cook.loss_fn_of(logits_fn),
-      batches,
-      tx=optax.adamw(config.learned.learning_rate, weight_decay=0.0),
-      num_epochs=config.learned.num_epochs,
-      val_batches=val_batches,
-      patience=config.learned.patience,
+      logits_fn,
+      splits['held_out'],
       depth=depth,
       stream=True,
       cache_dtype=dtype,
