@@ -11,7 +11,25 @@ task vectors  norm of what rounding loses, over the norm of theta_k - theta_0
 alpha         largest change of a coefficient, between the least and the
               largest of the exact ones
 test          accuracy on the test data, and what it gains
-NLL           on the test data, times beta, and what it gains
+NLL           on the test data, times beta, and what it gains (less is better)
+
+Measured (seed, alpha, copies, task vectors, alpha, test, NLL):
+
+0 a model bfloat16 1.73% 0.1884 0.0033-0.2422 96.43% -0.45% 0.1440 +0.0292
+0 a model float16 0.22% 0.0002 0.0033-0.2422 96.43% +0.00% 0.1440 +0.0000
+0 a tensor bfloat16 1.73% 0.0240 0.0039-0.5279 97.10% +0.00% 0.1248 -0.0000
+0 a tensor float16 0.22% 0.0027 0.0039-0.5279 97.10% +0.00% 0.1248 -0.0000
+1 a model bfloat16 2.25% 0.0044 0.0092-0.1887 97.44% -0.11% 0.0656 +0.0000
+1 a model float16 0.28% 0.0001 0.0092-0.1887 97.44% +0.00% 0.0656 +0.0000
+1 a tensor bfloat16 2.25% 0.0552 0.0044-0.3984 98.10% +0.00% 0.0535 -0.0001
+1 a tensor float16 0.28% 0.0061 0.0044-0.3984 98.10% +0.00% 0.0535 +0.0000
+2 a model bfloat16 2.19% 0.0017 0.0036-0.1441 95.99% +0.00% 0.1431 -0.0000
+2 a model float16 0.27% 0.0003 0.0036-0.1441 95.99% +0.00% 0.1431 +0.0000
+2 a tensor bfloat16 2.19% 0.0319 0.0037-0.3320 96.21% +0.00% 0.1456 -0.0001
+2 a tensor float16 0.27% 0.0035 0.0037-0.3320 96.21% +0.00% 0.1456 +0.0000
+
+In the first row two losses on the second split, 0.2084 both, changed places:
+patience (3) ended learning after 4 epochs, and the first was the best of them.
 """
 
 import argparse
