@@ -30,11 +30,12 @@ mergekit-pytorch linear                  3.54     4.41    1.91   1.92   1.98
 The limit was 0.39 s in that run, where it was the first to read after others
 had filled the memory, and 0.11 s with every page in the cache (0.06 reading,
 0.05 writing; files are now read before each measurement): file to file takes
-about three times that. A profile of one thread takes 0.44 s: reading 0.10, adding 0.07, checksums 0.07, writing 0.06, the rest Python
-and the file system; two threads on two cores gain a quarter of it, 0.33 s in a
-process that is warm. Without checksums that is 0.25, without the sums too 0.22,
-without writing 0.16; a prototype without any check took 0.15. What would help
-next is fewer Python calls per piece, which hold the interpreter's lock.
+about three times that. A profile of one thread takes 0.44 s: reading 0.10,
+adding 0.07, checksums 0.07, writing 0.06, the rest Python and the file system;
+two threads on two cores gain a quarter of it, 0.33 s in a process that is warm.
+Without checksums that is 0.25, without the sums too 0.22, without writing 0.16;
+a prototype without any check took 0.15. What would help next is fewer Python
+calls per piece, which hold the interpreter's lock.
 """
 
 import argparse
