@@ -270,11 +270,16 @@ def reads(monkeypatch):
   seen = []
   original = _checkpoint.Checkpoint.unverified
 
-  def unverified(self, name, index):
-    run = pathlib.Path(self.source.metadata.path).name
-    if run not in seen:
-      seen.append(run)
-    return original(self, name, index)
+  def unverified(self, name):
+    read = original(self, name)
+
+    def read_and_tell(index):
+      run = pathlib.Path(self.source.metadata.path).name
+      if run not in seen:
+        seen.append(run)
+      return read(index)
+
+    return read_and_tell
 
   monkeypatch.setattr(_checkpoint.Checkpoint, 'unverified', unverified)
   return seen
@@ -467,11 +472,14 @@ def test_every_flipped_byte_is_found(tmp_path):
 def test_other_values_under_our_checksums_are_named(runs, monkeypatch):
   original = _checkpoint.Checkpoint.unverified
 
-  def unverified(self, name, index):
-    piece = np.array(original(self, name, index))
-    if name == ('body', 'bias'):
-      piece.view(np.uint8)[3] ^= 1
-    return piece
+  def unverified(self, name):
+    def read(index):
+      piece = np.array(original(self, name)(index))
+      if name == ('body', 'bias'):
+        piece.view(np.uint8)[3] ^= 1
+      return piece
+
+    return read
 
   monkeypatch.setattr(_checkpoint.Checkpoint, 'unverified', unverified)
   with pytest.raises(ValueError, match="Leaf 'body/bias' of .*run0 is damaged"):

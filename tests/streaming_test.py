@@ -254,17 +254,24 @@ def test_checksums_add_up():
   rng = np.random.default_rng(0)
   array = rng.integers(0, 256, 100_003, np.uint8)
   whole = _checksum.sums_of(array)
-  for cuts in ([50_000], [1, 2, 99_999], [32_744, 65_488], [7, 32_751, 70_000]):
+  for cuts in ([50_000], [1, 2, 99_999], [4072, 65_152], [7, 4079, 70_000]):
     starts = [0, *cuts]
     parts = np.split(array, cuts)
     sums = sum(_checksum.sums_of(p, s) for p, s in zip(parts, starts))
     np.testing.assert_array_equal(sums, whole)
-  words = np.zeros(8 * 4093 * 4, np.uint8)
+  words = np.zeros(8 * 509 * 25, np.uint8)
   words[: array.size] = array
-  expected = words.view(np.uint64).reshape(4, 4093).sum(0, dtype=np.uint64)
+  expected = words.view(np.uint64).reshape(25, 509).sum(0, dtype=np.uint64)
   np.testing.assert_array_equal(whole, expected)
   rows = rng.normal(size=(64, 512)).astype(np.float32)
   assert _checksum.of(rows) != _checksum.of(rows[::-1])
+
+
+def test_digests_of_another_period_prove_nothing():
+  found = _checksum.of(np.arange(9))
+  assert not _checksum.differ(found, found)
+  assert _checksum.differ(found, _checksum.of(np.arange(1, 10)))
+  assert not _checksum.differ(found, '1f2e3d4c')
 
 
 # --- Averages -----------------------------------------------------------------

@@ -15,7 +15,7 @@ from jaxsoup.checkpoints import _source
 
 
 class Sums(dict[_tree.Path, tuple[np.ndarray, int]]):
-  """Checksums under way: of each leaf the sums so far, of how many values."""
+  """Checksums under way: of each leaf the sums so far, of how many bytes."""
 
 
 class Checkpoint:
@@ -44,8 +44,10 @@ class Checkpoint:
 
     sums = Sums()
 
+    reads = [self.reader(name, sums) for name in names]
+
     def piece_fn(i, index):
-      piece = self.piece(names[i], index, sums)
+      piece = reads[i](index)
       _pieces.put(boxes[i], wanted[i], index, piece.astype(wanted[i].dtype))
 
     for i in _pieces.run([self.plan(n) for n in names], piece_fn):
@@ -61,24 +63,28 @@ class Checkpoint:
     pieces = _pieces.plan(abstract, dtype, num_rows)
     return [(index, _pieces.num_bytes(index, dtype)) for index in pieces]
 
-  def piece(
-      self, name: _tree.Path, index: _source.Index, sums: Sums
-  ) -> np.ndarray:
-    """A part of a leaf as it is stored, added to its checksum."""
-    piece = self.unverified(name, index)
-    shape = self.stored[name].shape
-    if piece.shape[1:] == tuple(shape[1:]):  # Whole rows, one after another.
-      row_bytes = piece.dtype.itemsize * math.prod(shape[1:])
-      start = index[0].start * row_bytes if index else 0
-      more = _checksum.sums_of(piece, start)
-      with self._lock:
-        total, count = sums.get(name, (0, 0))
-        sums[name] = (more + total, count + piece.size)
-    return piece
+  def reader(self, name: _tree.Path, sums: Sums) -> _source.ReadFn:
+    """Reads a part of a leaf as it is stored, and adds it to its checksum."""
+    read = self.unverified(name)
+    columns = self.stored[name].shape[1:]
+    row_bytes = self.stored[name].dtype.itemsize * math.prod(columns)
 
-  def unverified(self, name: _tree.Path, index: _source.Index) -> np.ndarray:
+    def read_and_add(index):
+      piece = read(index)
+      if piece.shape[1:] == columns:  # Whole rows, one after another.
+        more = _checksum.sums_of(
+            piece, index[0].start * row_bytes if index else 0
+        )
+        with self._lock:
+          total, count = sums.get(name, (0, 0))
+          sums[name] = (more + total, count + piece.nbytes)
+      return piece
+
+    return read_and_add
+
+  def unverified(self, name: _tree.Path) -> _source.ReadFn:
     """The same, without a look at its checksum."""
-    return self.source.read_fn(self._places[name], index)
+    return self.source.reader_fn(self._places[name])
 
   def verify(self, name: _tree.Path, sums: Sums) -> None:
     """Compares the checksum of a leaf that has been read with the stored one.
@@ -86,13 +92,13 @@ class Checkpoint:
     Where this process read only a part of it, nothing can be said.
     """
     total, count = sums.pop(name, (None, 0))
-    if total is None or count < math.prod(self.stored[name].shape):
+    if total is None or count < _bytes(self.stored[name]):
       return
     found = self._digests[_tree.name_of(name)] = _checksum.digest(total)
     stored = self.source.metadata.checksums.get(
         _tree.name_of(self._places[name])
     )
-    if stored is not None and found != stored:
+    if stored is not None and _checksum.differ(found, stored):
       raise _source.DamagedError(
           f'Leaf {_tree.name_of(name)!r} of {self.source.metadata.path} is '
           f'damaged: its checksum is {found}, and {stored} was stored with it. '
@@ -111,6 +117,10 @@ class Checkpoint:
       return None
     leaves = {_tree.name_of(name): x for name, x in self.stored.items()}
     return _checksum.content_hash(leaves, checksums)
+
+
+def _bytes(leaf: Any) -> int:
+  return leaf.dtype.itemsize * math.prod(leaf.shape)
 
 
 def _places(

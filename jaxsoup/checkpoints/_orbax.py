@@ -152,18 +152,23 @@ def open_source(path: epath.Path) -> _source.Source:
       or str(described.get('init_timestamp_nsecs')),
   )
 
-  def read(leaf_path, index):
-    try:
-      return np.asarray(arrays[leaf_path][index].read().result())
-    except ValueError as e:
-      raise _source.damaged(path, e) from e
+  def reader_of(leaf_path):
+    array = arrays[leaf_path]
+
+    def read(index):
+      try:
+        return np.asarray(array[index].read().result())
+      except ValueError as e:
+        raise _source.damaged(path, e) from e
+
+    return read
 
   def rows_of(leaf_path):
     # A chunk is decoded as a whole.
     chunk = arrays[leaf_path].chunk_layout.read_chunk.shape or (1,)
     return max(chunk[0], 1)
 
-  return _source.Source(metadata, read, rows_of)
+  return _source.Source(metadata, reader_of, rows_of)
 
 
 def _open_arrays(path, layout, leaf_paths) -> dict[_tree.Path, Any]:

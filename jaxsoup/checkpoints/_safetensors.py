@@ -88,7 +88,7 @@ def open_source(path: pathlib.Path) -> _source.Source:
   descriptors = {file: _Descriptor(file) for file in map(str, files)}
   return _source.Source(
       metadata,
-      read_fn=lambda p, index: _read(by_path[p], index, descriptors),
+      reader_fn=lambda p: _reader(by_path[p], descriptors[by_path[p].file]),
       rows_fn=lambda p: 1,
   )
 
@@ -115,21 +115,23 @@ class _Descriptor:
       close(self._number)
 
 
-def _read(
-    tensor: _Tensor,
-    index: _source.Index,
-    descriptors: Mapping[str, _Descriptor],
-) -> np.ndarray:
-  """A part of a tensor: its rows from the file, of those the columns."""
-  shape, start = tensor.shape, tensor.start
-  if index:
-    rows = index[0]
-    shape = (rows.stop - rows.start, *shape[1:])
-    start += rows.start * math.prod(shape[1:]) * tensor.dtype.itemsize
-  array = _source.scratch('read', shape, tensor.dtype)
-  if array.size:
-    descriptors[tensor.file].read(array, start)
-  return array[(slice(None), *index[1:])] if index else array
+def _reader(tensor: _Tensor, descriptor: _Descriptor) -> _source.ReadFn:
+  """Reads a part of a tensor: its rows from the file, of those the columns."""
+  columns, dtype = tensor.shape[1:], tensor.dtype
+  row_bytes = math.prod(columns) * dtype.itemsize
+
+  def read(index):
+    if not index:
+      shape, start = (), tensor.start
+    else:
+      first, end = index[0].start, index[0].stop
+      shape, start = (end - first, *columns), tensor.start + first * row_bytes
+    array = _source.scratch('read', shape, dtype)
+    if array.size:
+      descriptor.read(array, start)
+    return array[(slice(None), *index[1:])] if len(index) > 1 else array
+
+  return read
 
 
 def _files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
@@ -268,7 +270,8 @@ def write(
 
 
 def _header_bytes(rows, leaves, own, digests, num_more=0) -> bytes:
-  checksums = {_tree.name_of(p): digests.get(p, '0' * 8) for p in leaves}
+  unknown = _checksum.of(np.empty(0, np.uint8))  # As long as any other.
+  checksums = {_tree.name_of(p): digests.get(p, unknown) for p in leaves}
   by_name = {_tree.name_of(p): x for p, x in leaves.items()}
   content_hash = _checksum.content_hash(by_name, checksums)
   own = {**own, 'checksums': checksums, 'content_hash': content_hash}

@@ -14,6 +14,7 @@ import numpy as np
 from jaxsoup import _tree
 
 Index = tuple[slice, ...]
+ReadFn = Callable[[Index], np.ndarray]
 
 
 class Metadata(NamedTuple):
@@ -39,13 +40,13 @@ class Source(NamedTuple):
 
   Attributes:
     metadata: what it says about itself.
-    read_fn: `(path, index) -> array`: a part of one leaf, which is good until
-      the same thread reads again. Threads may call it at the same time.
+    reader_fn: `path -> (index -> array)`: reads a part of one leaf, which is
+      good until the same thread reads again. Threads may read at the same time.
     rows_fn: `path -> int`: how many rows are the least that can be read.
   """
 
   metadata: Metadata
-  read_fn: Callable[[_tree.Path, Index], np.ndarray]
+  reader_fn: Callable[[_tree.Path], ReadFn]
   rows_fn: Callable[[_tree.Path], int]
 
 

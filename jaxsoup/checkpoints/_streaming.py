@@ -41,14 +41,14 @@ class Average:
     self._template = opened[self._first]
     flat = self._template.flat
     self._wanted = dict(zip(flat.paths, flat.leaves))
-    floats = [n for n in flat.paths if _tree.is_float(self._template.stored[n])]
-    self._weights = None
-    if alpha is not None:
-      rows = jax.device_get(_tree.alphas_of(alpha, floats))
-      self._weights = dict(zip(floats, rows))
-    self._sums = {k: _checkpoint.Sums() for k in opened}
     for k in order:
       self._check_fits(k)
+    self._sums = {k: _checkpoint.Sums() for k in opened}
+    floats = [n for n in flat.paths if _tree.is_float(self._template.stored[n])]
+    rows: list[Any] = [None] * len(floats)
+    if alpha is not None:
+      rows = jax.device_get(_tree.alphas_of(alpha, floats))
+    self._terms = {n: self._terms_of(n, row) for n, row in zip(floats, rows)}
 
   def params(self) -> Params:
     """The average as arrays, in the wanted container and shardings."""
@@ -105,6 +105,18 @@ class Average:
     if found:
       raise _checked.misfit_error(self._name(k), found)
 
+  def _terms_of(self, name, row) -> list[tuple[Any, _source.ReadFn]]:
+    """What is added up to a leaf: weights (None is one), and who reads."""
+    wide = np.dtype(_tree.wide_dtype(self._template.stored[name].dtype)).type
+    return [
+        (
+            None if row is None else wide(row[k]),
+            self._opened[k].reader(name, self._sums[k]),
+        )
+        for k in self._order
+        if row is None or row[k]
+    ]
+
   def _plan(self, name: _tree.Path) -> list[tuple[_source.Index, int]]:
     # The wide sum, and one ingredient's piece beside it.
     return [(index, 3 * size) for index, size in self._template.plan(name)]
@@ -123,14 +135,11 @@ class Average:
     total = _source.scratch('total', shape, wide)
     product = _source.scratch('product', shape, wide)
     total.fill(0)
-    for k in self._order:
-      weight = 1 if self._weights is None else self._weights[name][k]
-      if not weight:
-        continue
-      piece = self._opened[k].piece(name, index, self._sums[k])
-      if self._weights is not None:
-        piece = np.multiply(piece, wide(weight), out=product)
-      with np.errstate(over='ignore', invalid='ignore'):  # See below.
+    with np.errstate(over='ignore', invalid='ignore'):  # See below.
+      for weight, read in self._terms[name]:
+        piece = read(index)
+        if weight is not None:
+          piece = np.multiply(piece, weight, out=product)
         np.add(total, piece, out=total)
     if not np.isfinite(np.add.reduce(total, axis=None)):
       self._find_not_finite(name, index)
@@ -140,16 +149,16 @@ class Average:
   def _find_not_finite(self, name, index) -> None:
     """A sum that is not finite tells that something may be wrong: but what?"""
     for k in self._order:
-      piece = self._opened[k].unverified(name, index)
+      piece = self._opened[k].unverified(name)(index)
       if not np.isfinite(piece).all():
         raise _checked.not_finite_error(self._name(k), [name])
 
   def _non_float(self, name, index) -> np.ndarray:
-    sums = self._sums[self._first]
-    expected = self._template.piece(name, index, sums).copy()
+    read = lambda k: self._opened[k].reader(name, self._sums[k])(index)
+    expected = read(self._first).copy()
     if self._non_float_from is None:
       for k in self._order[1:]:
-        actual = self._opened[k].piece(name, index, self._sums[k])
+        actual = read(k)
         if not np.array_equal(expected, actual):
           raise _checked.non_float_error(self._name(k), name, expected, actual)
     return expected
