@@ -62,10 +62,15 @@ class Flat(NamedTuple):
 
 def flatten(tree: Params) -> Flat:
   """Takes a pytree apart, with its leaves on a device."""
+  flat = flatten_in_place(tree)
+  return flat._replace(leaves=list(map(on_device, flat.leaves, flat.paths)))
+
+
+def flatten_in_place(tree: Params) -> Flat:
+  """Takes a pytree apart, its leaves left where they are."""
   with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
   paths = [path_of(key_path) for key_path, _ in with_paths]
-  leaves = [on_device(leaf, path) for (_, leaf), path in zip(with_paths, paths)]
-  return Flat(leaves, paths, treedef)
+  return Flat([leaf for _, leaf in with_paths], paths, treedef)
 
 
 def on_device(leaf: Any, path: Path = ()) -> Any:

@@ -10,6 +10,7 @@ checkpoints.load('runs/soup').info
 ```
 """
 
+from jaxsoup.checkpoints._arrays import Arrays as Arrays
 from jaxsoup.checkpoints._formats import metadata as metadata
 from jaxsoup.checkpoints._ingredients import Ingredients as Ingredients
 from jaxsoup.checkpoints._score_log import ScoreLog as ScoreLog

@@ -90,6 +90,7 @@ def open_source(path: pathlib.Path) -> _source.Source:
       metadata,
       reader_fn=lambda p: _reader(by_path[p], descriptors[by_path[p].file]),
       rows_fn=lambda p: 1,
+      separator='.',
   )
 
 

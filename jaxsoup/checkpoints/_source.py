@@ -43,11 +43,13 @@ class Source(NamedTuple):
     reader_fn: `path -> (index -> array)`: reads a part of one leaf, which is
       good until the same thread reads again. Threads may read at the same time.
     rows_fn: `path -> int`: how many rows are the least that can be read.
+    separator: of the keys of a path, in the names of the format.
   """
 
   metadata: Metadata
   reader_fn: Callable[[_tree.Path], ReadFn]
   rows_fn: Callable[[_tree.Path], int]
+  separator: str = '/'
 
 
 _scratch = threading.local()

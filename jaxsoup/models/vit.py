@@ -4,78 +4,14 @@ model = vit.ViT((8, 8, 1), num_classes=10, patch_size=2, rngs=nnx.Rngs(0))
 logits = model(image)  # [B, 8, 8, 1] -> [B, 10]
 """
 
-from collections.abc import Callable
-from typing import Any
-
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+
+from jaxsoup.models import _transformer
 
 
-class Mlp(nnx.Module):
-  """Two dense layers with a GELU between them.
-
-  Args:
-    width: size of the input and of the output.
-    mlp_width: size of the hidden layer.
-    dtype: of the computation; None takes that of the parameters.
-    rngs: source of the initial parameters.
-  """
-
-  def __init__(
-      self, width: int, mlp_width: int, *, dtype: Any = None, rngs: nnx.Rngs
-  ):
-    self.dense_in = nnx.Linear(width, mlp_width, dtype=dtype, rngs=rngs)
-    self.dense_out = nnx.Linear(mlp_width, width, dtype=dtype, rngs=rngs)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return self.dense_out(nnx.gelu(self.dense_in(x), approximate=False))
-
-
-class Block(nnx.Module):
-  """One pre-LN transformer block.
-
-  y = x + Attention(LN(x)),  out = y + MLP(LN(y))
-
-  Args:
-    width: size of a token.
-    mlp_width: size of the hidden layer of the MLP.
-    num_heads: number of attention heads; divides `width`.
-    dtype: of the computation; None takes that of the parameters.
-    rngs: source of the initial parameters.
-  """
-
-  def __init__(
-      self,
-      width: int,
-      mlp_width: int,
-      num_heads: int,
-      *,
-      dtype: Any = None,
-      rngs: nnx.Rngs,
-  ):
-    # 1e-6 as in the original ViT; Flax's default as well, but files depend on
-    # it, so it is written out.
-    self.norm_attention = nnx.LayerNorm(
-        width, epsilon=1e-6, dtype=dtype, rngs=rngs
-    )
-    self.attention = nnx.MultiHeadAttention(
-        num_heads=num_heads,
-        in_features=width,
-        decode=False,
-        dtype=dtype,
-        rngs=rngs,
-    )
-    self.norm_mlp = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
-    self.mlp = Mlp(width, mlp_width, dtype=dtype, rngs=rngs)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    x = x + self.attention(self.norm_attention(x))
-    return x + self.mlp(self.norm_mlp(x))
-
-
-class ViT(nnx.Module):
+class ViT(_transformer.Stack):
   """A vision transformer for classification.
 
   patches -> linear embedding + position -> blocks -> LN -> pool -> linear head
@@ -134,97 +70,45 @@ class ViT(nnx.Module):
           f'{height} x {image_width}: choose a divisor of both sides.'
       )
     num_tokens = (height // patch_size) * (image_width // patch_size)
-    self.patch_size, self.depth = patch_size, depth
-    self.has_cls_token = has_cls_token
-    self.batch_axis = batch_axis
-    self.is_scanned, self.is_rematerialized = is_scanned, is_rematerialized
+    self.patch_size, self.has_cls_token = patch_size, has_cls_token
+    dtype_ = _transformer.as_dtype(dtype)
     self.embed = nnx.Linear(
-        patch_size**2 * channels, width, dtype=_dtype(dtype), rngs=rngs
+        patch_size**2 * channels, width, dtype=dtype_, rngs=rngs
     )
     normal = nnx.initializers.normal(0.02)
     self.position = nnx.Param(normal(rngs.params(), (num_tokens, width)))
     if has_cls_token:
       self.cls_token = nnx.Param(jnp.zeros((1, width)))
-    make_block = lambda rngs: Block(
-        width,
-        mlp_width or 4 * width,
-        num_heads,
-        dtype=_dtype(dtype),
+    self.add_blocks(
+        lambda rngs: _transformer.Block(
+            width, mlp_width or 4 * width, num_heads, dtype=dtype_, rngs=rngs
+        ),
+        depth,
+        is_scanned=is_scanned,
+        is_rematerialized=is_rematerialized,
+        batch_axis=batch_axis,
         rngs=rngs,
     )
-    if is_scanned:
-      self.blocks = _stacked(make_block, jax.random.split(rngs.params(), depth))
-    else:
-      # Attributes rather than a list: the keys of the parameters are strings,
-      # and a list of modules is spelled differently from release to release.
-      for i in range(depth):
-        setattr(self, f'block_{i}', make_block(rngs))
-    self.norm = nnx.LayerNorm(
-        width, epsilon=1e-6, dtype=_dtype(dtype), rngs=rngs
-    )
+    self.norm = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype_, rngs=rngs)
     self.head = nnx.Linear(width, num_classes, rngs=rngs)
 
   def features(self, image: jax.Array) -> jax.Array:
     """Returns what the head sees, [B, width], for images [B, H, W, C]."""
-    embed = self._gathered(*nnx.split(self.embed))
-    x = self._on_batch_axis(embed(patchify(image, self.patch_size)))
+    embed = self.gathered(*nnx.split(self.embed))
+    x = self.on_batch_axis(embed(patchify(image, self.patch_size)))
     x = x + self.position[...].astype(x.dtype)
     if self.has_cls_token:
       cls_token = jnp.broadcast_to(
           self.cls_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1])
       )
       x = jnp.concatenate([cls_token, x], axis=1)
-    x = self.norm(self._through_blocks(x))
+    x = self.norm(self.through_blocks(x))
     return x[:, 0] if self.has_cls_token else x.mean(axis=1)
-
-  def _through_blocks(self, x: jax.Array) -> jax.Array:
-    if self.is_scanned:
-      split = [nnx.split(self.blocks)]
-    else:
-      split = [
-          nnx.split(getattr(self, f'block_{i}')) for i in range(self.depth)
-      ]
-    graphdef = split[0][0]
-
-    def block_fn(x, state):
-      block = self._gathered(graphdef, state)
-      return self._on_batch_axis(block(self._on_batch_axis(x))), None
-
-    if self.is_rematerialized:
-      # In a scan nothing can be merged with what the forward pass computed.
-      block_fn = jax.checkpoint(block_fn, prevent_cse=not self.is_scanned)
-    for _, state in split:
-      if self.is_scanned:
-        x, _ = jax.lax.scan(block_fn, x, state)
-      else:
-        x, _ = block_fn(x, state)
-    return x
-
-  def _gathered(self, graphdef, state):
-    if self.batch_axis is not None:
-      state = jax.lax.with_sharding_constraint(state, PartitionSpec())
-    return nnx.merge(graphdef, state)
-
-  def _on_batch_axis(self, x: jax.Array) -> jax.Array:
-    if self.batch_axis is None:
-      return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(self.batch_axis))
 
   def __call__(self, image: jax.Array) -> jax.Array:
     """Returns logits, [B, num_classes], for images [B, H, W, C]."""
-    head = self._gathered(*nnx.split(self.head))
-    return self._on_batch_axis(head(self.features(image)))
-
-
-def _dtype(name: str | None) -> Any:
-  return None if name is None else jnp.dtype(name)
-
-
-def _stacked(make_block: Callable[[nnx.Rngs], Block], keys: Any) -> Block:
-  """One block with leaves [depth, ...], traced once."""
-  split = lambda key: nnx.split(make_block(nnx.Rngs(key)), nnx.Param)
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
-  return nnx.merge(graphdef, jax.vmap(lambda key: split(key)[1])(keys))
+    head = self.gathered(*nnx.split(self.head))
+    return self.on_batch_axis(head(self.features(image)))
 
 
 def patchify(image: jax.Array, patch_size: int) -> jax.Array:

@@ -246,7 +246,11 @@ def measure(python, way, folder, num, *, is_watched, definition='') -> list:
   shutil.rmtree(out, ignore_errors=True)
   for path in folder.glob('out*'):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-  # Or the first way of a round would pay for what the system has dropped.
+  # Or a way would pay for what the one before it left behind: bytes to be
+  # written, files dropped from memory, and pages that no one has touched yet.
+  os.sync()
+  out.write_bytes(bytes(os.path.getsize(folder / '0.safetensors')))
+  out.unlink()
   for path in folder.rglob('*'):
     if path.is_file():
       with path.open('rb', buffering=0) as f:

@@ -1,0 +1,306 @@
+"""Weights under other names: tables, and the layouts of their arrays.
+
+```
+table = vit.table('hf', depth=12, patch_size=16)
+params = _names.read(checkpoints.Arrays('vit-base/'), abstract_params, table)
+for name, array in _names.write(params, table): ...
+```
+
+A table lists a rule for each array of a file, and is used in both directions:
+`Rule('block_0/mlp/dense_in/kernel', 'blocks.0.mlp.fc1.weight', dense())`.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import difflib
+import math
+import re
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxsoup import _tree
+
+Params = Any  # A nested dict of arrays.
+Shape = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+  """How an array lies in a file, and how in our models.
+
+  Attributes:
+    read: `(stored, shape) -> leaf`.
+    write: `leaf -> stored`; by methods alone, so that it can be traced.
+  """
+
+  read: Callable[[np.ndarray, Shape], np.ndarray]
+  write: Callable[[Any], Any]
+
+
+same = Layout(lambda x, shape: x, lambda x: x)
+# A vector in the file, such as the bias of all heads, [H D].
+flat = Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1))
+# With a first axis of size one in the file: position embeddings.
+batched = Layout(lambda x, shape: x.reshape(shape), lambda x: x[None])
+# Convolutions of torch, [out, in, H, W], are [H, W, in, out] here.
+conv = Layout(
+    lambda x, shape: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
+)
+
+
+def dense(num_in: int = 1) -> Layout:
+  """A matrix `[out, in]` in the file, as in torch.
+
+  Args:
+    num_in: how many of our axes are inputs, the first ones: 1 for the kernel
+      `[in, H, D]` of queries, 2 for that of the output, `[H, D, out]`.
+
+  Returns:
+    The layout.
+  """
+
+  def write(x):
+    size = math.prod(x.shape[:num_in])
+    return x.reshape(size, -1).T
+
+  return Layout(lambda x, shape: x.T.reshape(shape), write)
+
+
+def patches(patch_size: int) -> Layout:
+  """A convolution of patches in the file, a matrix `[P P C, width]` here."""
+
+  def write(x):
+    x = x.reshape(patch_size, patch_size, -1, x.shape[-1])
+    return x.transpose(3, 2, 0, 1)
+
+  return Layout(lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape), write)
+
+
+class Rule(NamedTuple):
+  """One array of a file.
+
+  Attributes:
+    ours: path of our leaf, with slashes; or the paths of several that lie one
+      after another along the first axis in the file, such as q, k and v.
+    theirs: name in the file.
+    layout: how each of them lies there.
+  """
+
+  ours: str | tuple[str, ...]
+  theirs: str
+  layout: Layout = same
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+
+class Table(NamedTuple):
+  """The names of a family in one kind of file.
+
+  Attributes:
+    rules: one for each array.
+    ignored: regular expressions, matched against whole names, of arrays that
+      hold nothing learned: counters, position ids, copies of tied weights.
+  """
+
+  rules: Sequence[Rule]
+  ignored: Sequence[str] = ()
+
+
+class _Leaves:
+  """Leaves of a tree by path; of stacked blocks (`blocks/...`) the rows."""
+
+  def __init__(self, tree: Params):
+    flat_tree = _tree.flatten_in_place(tree)
+    self.flat = flat_tree
+    self._leaves = {
+        _tree.name_of(p): x for p, x in zip(flat_tree.paths, flat_tree.leaves)
+    }
+
+  def place(self, path: str) -> tuple[str, int | None]:
+    """The leaf's path in this tree, and its row where blocks are stacked."""
+    if path in self._leaves:
+      return path, None
+    stacked = re.sub(r'\bblock_\d+/', 'blocks/', path)
+    if stacked != path and stacked in self._leaves:
+      number = re.search(r'\bblock_(\d+)/', path)
+      assert number is not None
+      return stacked, int(number[1])
+    return path, None
+
+  def __contains__(self, path: str) -> bool:
+    return self.place(path)[0] in self._leaves
+
+  def __getitem__(self, path: str) -> Any:
+    place, row = self.place(path)
+    leaf = self._leaves[place]
+    if row is None:
+      return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    return leaf[row]
+
+  def names(self) -> list[str]:
+    return list(self._leaves)
+
+
+def stored_shape(rule: Rule, leaves: Any) -> Shape:
+  """The shape that a rule's array has in a file."""
+  shapes = [
+      jax.eval_shape(
+          rule.layout.write, jax.ShapeDtypeStruct(leaves[p].shape, np.float32)
+      ).shape
+      for p in rule.paths
+  ]
+  if len(shapes) == 1:
+    return shapes[0]
+  return (sum(s[0] for s in shapes), *shapes[0][1:])
+
+
+def read(
+    stored: Any,
+    wanted: Params,
+    table: Table,
+    *,
+    initial: Sequence[str] = (),
+) -> Params:
+  """Reads a model from a file with other names.
+
+  Args:
+    stored: a `checkpoints.Arrays`: names, shapes, and arrays when asked for.
+    wanted: the parameters as a nested dict, of arrays or of
+      `jax.ShapeDtypeStruct`; blocks may be stacked (`blocks/...`).
+    table: what is where.
+    initial: regular expressions, matched against the beginnings of our paths,
+      of leaves that keep the value that `wanted` has, whatever the file holds:
+      a head for other classes.
+
+  Returns:
+    A tree like `wanted`, of NumPy arrays in the dtypes of `wanted`.
+
+  Raises:
+    ValueError: lists what is missing in the file, what it holds that no rule
+      knows, and what has another shape.
+  """
+  leaves = _Leaves(wanted)
+  is_initial = lambda p: any(re.match(pattern, p) for pattern in initial)
+  rules = [r for r in table.rules if not all(map(is_initial, r.paths))]
+  _check(stored, leaves, rules, table, is_initial)
+  boxes = {n: x for n, x in zip(leaves.names(), leaves.flat.leaves)}
+  for rule in rules:
+    parts = [stored[rule.theirs]]
+    if len(rule.paths) > 1:
+      parts = np.split(parts[0], len(rule.paths))
+    for path, part in zip(rule.paths, parts):
+      place, row = leaves.place(path)
+      leaf = rule.layout.read(part, leaves[path].shape)
+      if row is None:
+        boxes[place] = np.ascontiguousarray(leaf, leaves[path].dtype)
+        continue
+      if row == 0:
+        boxes[place] = np.empty(boxes[place].shape, boxes[place].dtype)
+      boxes[place][row] = leaf
+  return leaves.flat.replace(boxes.values())
+
+
+def write(params: Params, table: Table) -> Iterator[tuple[str, np.ndarray]]:
+  """The arrays of a file with other names, one after another.
+
+  Args:
+    params: a nested dict of arrays; blocks may be stacked.
+    table: what is where.
+
+  Yields:
+    Names, and contiguous arrays in the dtypes of the leaves.
+
+  Raises:
+    ValueError: the tree lacks leaves of the table, or has others.
+  """
+  leaves = _Leaves(params)
+  _check_ours(leaves, table.rules)
+  for rule in table.rules:
+    parts = [rule.layout.write(np.asarray(leaves[p])) for p in rule.paths]
+    # safetensors writes the memory of an array as it is, whatever its strides.
+    yield rule.theirs, np.ascontiguousarray(
+        parts[0] if len(parts) == 1 else np.concatenate(parts)
+    )
+
+
+def shapes(params: Params, table: Table) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of what `write` yields, by name; reads no array."""
+  leaves = _Leaves(params)
+  _check_ours(leaves, table.rules)
+  return {
+      rule.theirs: jax.ShapeDtypeStruct(
+          stored_shape(rule, leaves), leaves[rule.paths[0]].dtype
+      )
+      for rule in table.rules
+  }
+
+
+def _check_ours(leaves: _Leaves, rules: Sequence[Rule]) -> None:
+  known = {p for rule in rules for p in rule.paths}
+  missing = sorted(p for p in known if p not in leaves)
+  places = {leaves.place(p)[0] for p in known}
+  unknown = sorted(p for p in leaves.names() if p not in places)
+  if missing or unknown:
+    lines = [f'the tree lacks {p!r}' for p in missing]
+    lines += [f'the names have no {p!r}' for p in unknown]
+    raise ValueError(_listed('These parameters do not fit the names', lines))
+
+
+def _check(stored, leaves, rules, table, is_initial) -> None:
+  """Raises with all that is missing, unexpected, or of another shape."""
+  inside = {p for r in rules for p in r.paths}
+  lines = []
+  for rule in rules:
+    absent = [p for p in rule.paths if p not in leaves]
+    if absent:
+      lines.append(f'the model has no {absent[0]!r}, for {rule.theirs!r}')
+    elif rule.theirs not in stored.shapes:
+      near = _nearest(rule.theirs, stored.shapes)
+      lines.append(f'{rule.theirs!r} is missing, for {rule.paths[0]!r}{near}')
+    else:
+      found = tuple(stored.shapes[rule.theirs].shape)
+      expected = stored_shape(rule, leaves)
+      if found != expected:
+        lines.append(
+            f'{rule.theirs!r} has shape {found}, expected {expected} for '
+            f'{rule.paths[0]!r}'
+        )
+  known = {r.theirs for r in table.rules}
+  for name in stored.shapes:
+    if name not in known and not _is_ignored(name, table):
+      near = _nearest(name, known)
+      lines.append(f'{name!r} is unexpected{near}')
+  places = {leaves.place(p)[0] for p in inside}
+  for name in leaves.names():
+    if name not in places and not is_initial(name):
+      lines.append(f'no array of the file is for {name!r}')
+  if lines:
+    raise ValueError(_listed(f'{stored.path} does not fit the model', lines))
+
+
+def _is_ignored(name: str, table: Table) -> bool:
+  return any(re.fullmatch(pattern, name) for pattern in table.ignored)
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+  found = difflib.get_close_matches(name, list(names), 1)
+  return f' (nearest: {found[0]!r})' if found else ''
+
+
+def _listed(title: str, lines: Sequence[str], most: int = 20) -> str:
+  more = [f'and {len(lines) - most} more'] if len(lines) > most else []
+  return '\n  '.join([f'{title}:', *lines[:most], *more])
+
+
+def matches(stored: Mapping[str, Any], table: Table) -> float:
+  """The share of a table's names that a file has: which table is it?"""
+  return np.mean([rule.theirs in stored for rule in table.rules]).item()

@@ -1,0 +1,237 @@
+"""What the transformers share: pre-LN blocks, and stacks of any blocks.
+
+```
+class Encoder(_transformer.Stack):
+  def __init__(self, ..., *, rngs):
+    make_block = lambda rngs: _transformer.Block(64, 256, 4, rngs=rngs)
+    self.add_blocks(make_block, depth, is_rematerialized=True, rngs=rngs)
+
+  def __call__(self, x):
+    return self.through_blocks(x)
+```
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """`x Phi(x)`, exact: not the approximation by tanh."""
+  return nnx.gelu(x, approximate=False)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+  """`x sigmoid(1.702 x)`, of the first CLIP."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+class Mlp(nnx.Module):
+  """Two dense layers with an activation between them.
+
+  Args:
+    width: size of the input and of the output.
+    mlp_width: size of the hidden layer.
+    activation: between the two.
+    dtype: of the computation; None takes that of the parameters.
+    rngs: source of the initial parameters.
+  """
+
+  def __init__(
+      self,
+      width: int,
+      mlp_width: int,
+      *,
+      activation: Activation = gelu,
+      dtype: Any = None,
+      rngs: nnx.Rngs,
+  ):
+    self.activation = activation
+    self.dense_in = nnx.Linear(width, mlp_width, dtype=dtype, rngs=rngs)
+    self.dense_out = nnx.Linear(mlp_width, width, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.dense_out(self.activation(self.dense_in(x)))
+
+
+class SwiGlu(nnx.Module):
+  """A gated MLP, `(silu(x W_gate) * x W_in) W_out`.
+
+  Args:
+    width: size of the input and of the output.
+    mlp_width: size of the hidden layer.
+    dtype: of the computation; None takes that of the parameters.
+    rngs: source of the initial parameters.
+
+  Source: Shazeer 2020, "GLU variants improve transformer".
+  """
+
+  def __init__(
+      self, width: int, mlp_width: int, *, dtype: Any = None, rngs: nnx.Rngs
+  ):
+    self.dense_gate = nnx.Linear(width, mlp_width, dtype=dtype, rngs=rngs)
+    self.dense_in = nnx.Linear(width, mlp_width, dtype=dtype, rngs=rngs)
+    self.dense_out = nnx.Linear(mlp_width, width, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.dense_out(nnx.silu(self.dense_gate(x)) * self.dense_in(x))
+
+
+class Block(nnx.Module):
+  """One pre-LN transformer block.
+
+  y = x + s_1 Attention(LN(x)),  out = y + s_2 MLP(LN(y))
+
+  Args:
+    width: size of a token.
+    mlp_width: size of the hidden layer of the MLP.
+    num_heads: number of attention heads; divides `width`.
+    epsilon: of the LayerNorms.
+    activation: of the MLP.
+    has_layer_scale: whether the branches are scaled by learned vectors s_1 and
+      s_2 (else they are 1).
+    is_gated: whether the MLP is a `SwiGlu`.
+    dtype: of the computation; None takes that of the parameters.
+    rngs: source of the initial parameters.
+  """
+
+  def __init__(
+      self,
+      width: int,
+      mlp_width: int,
+      num_heads: int,
+      *,
+      epsilon: float = 1e-6,
+      activation: Activation = gelu,
+      has_layer_scale: bool = False,
+      is_gated: bool = False,
+      dtype: Any = None,
+      rngs: nnx.Rngs,
+  ):
+    self.has_layer_scale = has_layer_scale
+    norm = lambda: nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+    self.norm_attention = norm()
+    self.attention = nnx.MultiHeadAttention(
+        num_heads=num_heads,
+        in_features=width,
+        decode=False,
+        dtype=dtype,
+        rngs=rngs,
+    )
+    self.norm_mlp = norm()
+    if is_gated:
+      self.mlp: Any = SwiGlu(width, mlp_width, dtype=dtype, rngs=rngs)
+    else:
+      self.mlp = Mlp(
+          width, mlp_width, activation=activation, dtype=dtype, rngs=rngs
+      )
+    if has_layer_scale:
+      self.scale_attention = nnx.Param(jnp.full(width, 1e-5))
+      self.scale_mlp = nnx.Param(jnp.full(width, 1e-5))
+
+  def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Returns tokens, [B, T, width]; mask is [B or 1, 1, T, T], True sees."""
+    y = self.attention(self.norm_attention(x), mask=mask)
+    if self.has_layer_scale:
+      y = y * self.scale_attention[...].astype(y.dtype)
+    x = x + y
+    y = self.mlp(self.norm_mlp(x))
+    if self.has_layer_scale:
+      y = y * self.scale_mlp[...].astype(y.dtype)
+    return x + y
+
+
+class Stack(nnx.Module):
+  """A module with blocks `block_0`, `block_1`..., or all stacked as `blocks`.
+
+  Attributes:
+    depth: number of blocks.
+    is_scanned: stores all blocks as one, `blocks`, with leaves [depth, ...],
+      and scans over them: compiles in the time of one block.
+    is_rematerialized: keeps of each block only its input, and computes the rest
+      again in the backward pass.
+    batch_axis: name of the axis of the mesh set by `jax.set_mesh` over which
+      batches lie. Parameters that are sharded over it too (`sharding.fsdp`) are
+      then gathered block by block. Left to itself the compiler keeps them
+      apart, and reduces activations of the whole batch over all devices.
+  """
+
+  depth: int
+  is_scanned: bool = False
+  is_rematerialized: bool = False
+  batch_axis: str | None = None
+
+  def add_blocks(
+      self,
+      make_block: Callable[[nnx.Rngs], nnx.Module],
+      depth: int,
+      *,
+      is_scanned: bool = False,
+      is_rematerialized: bool = False,
+      batch_axis: str | None = None,
+      rngs: nnx.Rngs,
+  ) -> None:
+    """Makes the blocks; called once, by the constructor."""
+    self.depth, self.batch_axis = depth, batch_axis
+    self.is_scanned, self.is_rematerialized = is_scanned, is_rematerialized
+    if is_scanned:
+      self.blocks = _stacked(make_block, jax.random.split(rngs.params(), depth))
+    else:
+      # Attributes rather than a list: the keys of the parameters are strings,
+      # and a list of modules is spelled differently from release to release.
+      for i in range(depth):
+        setattr(self, f'block_{i}', make_block(rngs))
+
+  def through_blocks(self, x: jax.Array, *others: Any) -> jax.Array:
+    """`block_i(x, *others)`, one block after another."""
+    if self.is_scanned:
+      split = [nnx.split(self.blocks)]
+    else:
+      split = [
+          nnx.split(getattr(self, f'block_{i}')) for i in range(self.depth)
+      ]
+    graphdef = split[0][0]
+
+    def block_fn(x, state):
+      block = self.gathered(graphdef, state)
+      return self.on_batch_axis(block(self.on_batch_axis(x), *others)), None
+
+    if self.is_rematerialized:
+      # In a scan nothing can be merged with what the forward pass computed.
+      block_fn = jax.checkpoint(block_fn, prevent_cse=not self.is_scanned)
+    for _, state in split:
+      if self.is_scanned:
+        x, _ = jax.lax.scan(block_fn, x, state)
+      else:
+        x, _ = block_fn(x, state)
+    return x
+
+  def gathered(self, graphdef, state):
+    """A module whose parameters are whole on every device."""
+    if self.batch_axis is not None:
+      state = jax.lax.with_sharding_constraint(state, PartitionSpec())
+    return nnx.merge(graphdef, state)
+
+  def on_batch_axis(self, x: jax.Array) -> jax.Array:
+    """Activations whose first axis lies over the devices."""
+    if self.batch_axis is None:
+      return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(self.batch_axis))
+
+
+def _stacked(make_block: Callable[[nnx.Rngs], nnx.Module], keys: Any) -> Any:
+  """One block with leaves [depth, ...], traced once."""
+  split = lambda key: nnx.split(make_block(nnx.Rngs(key)), nnx.Param)
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
+  return nnx.merge(graphdef, jax.vmap(lambda key: split(key)[1])(keys))
+
+
+def as_dtype(name: str | None) -> Any:
+  """A dtype by its name; None stays None."""
+  return None if name is None else jnp.dtype(name)
