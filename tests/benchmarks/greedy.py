@@ -10,20 +10,17 @@ mixing, waiting for either. "Search" begins when all singles are scored.
 Compilation is left out. Peak memory is the system's count for a process of its
 own.
 
-Measured on two CPU cores that others used as well (times of one way differ by
-a factor of two between repeats), jax 0.10.2, medians of five that took turns:
+Measured on two CPU cores, jax 0.10.2, medians of five that took turns:
 
          search s   all s   rest of all   peak MB   soup of
-early        5.03   16.55          6.4%       543         5
-full        10.66   21.40          4.2%       532         5
-loop        19.53   40.40                     547         5
-full / early: search x2.12, with singles x1.29
-loop / early: search x3.88, with singles x2.44
+early        2.00    6.67          4.8%       599         5
+full         4.34    8.97          3.9%       613         5
+loop         8.01   16.39                     577         5
+full / early: search x2.17, with singles x1.34
+loop / early: search x4.00, with singles x2.46
 32 trials, 27 rejected; a rejection took 19 per cent of the held-out examples
-(median; largest 54). An earlier single repeat gave x2.62, x1.32, x5.95, x3.03,
-and a rest of 4.5%: early rejections make the evaluations less, not the rest.
-
-Of the five repeats the ratio loop / early with singles was 1.9 to 3.7.
+(median; largest 54). While other programs used the cores as well the ratio
+loop / early with singles was 1.9 to 3.7, and the rest 6.4%.
 
 Limits:
 

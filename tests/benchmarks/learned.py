@@ -3,28 +3,28 @@
 python tests/benchmarks/learned.py [--num 8 32 72] [--dtype float32]
 
 A ViT of 3.2 M parameters in float32, 64 images of 32 x 32 in patches of 4; two
-shared cores that other programs were using too, so that one forward and
-backward of one model took between 0.9 and 2.9 s and the ratios are uncertain by
-half. Ratios are to that forward and backward in the same process, half of it
-measured before and half after; memory is the peak of the resident set beyond
-the start, in models of 12.8 MB. Ingredients are read from the page cache.
+cores. Ratios are to a forward and backward of one model in the same process,
+half of it measured before and half after; memory is the peak of the resident
+set beyond the start, in models of 12.8 MB. Ingredients are read from the page
+cache; "cached" keeps bfloat16 copies of them.
 
-mode       K   step / gradient  compile s  peak, models
-gradient    1              1.00        0.0          70.6
-resident    8              1.08        7.7          82.4
-resident   32              0.92        3.4         106.8
-resident   72              1.49        3.5         146.2
-streamed    8              0.66        3.6          74.8
-streamed   32              0.84        6.2          77.5
-streamed   72              2.02       31.2          79.9
+mode       K   step / gradient  gradient s  compile s  peak, models
+gradient    1              1.00        0.44        0.0          66.9
+resident    8              1.01        0.44        1.9          84.7
+resident   32              1.03        0.44        1.9         107.1
+resident   72              1.31        0.45        1.9         147.3
+streamed    8              1.16        0.45        2.3          74.8
+streamed   32              1.70        0.45        2.5          74.1
+streamed   72              2.62        0.44        2.6          75.4
+cached      8              1.02        0.45        2.4          82.8
+cached     32              1.46        0.45        2.8          95.8
+cached     72              2.20        0.46        3.8         116.5
 
-Resident memory is that of one gradient, K + 4 models; compile time is that of
-one model. "Compile" is what the first step takes beyond the median: of a
-streamed one also that each ingredient is checked when it is first read.
-Streamed memory grows by five models from K = 8 to 72, though no more than three
-are alive at once (tests/streamed_test.py counts them): pages that the allocator
-does not give back. What limits: resident, two readings of the stack; streamed,
-reading 2 K - 2 ingredients.
+Resident memory is that of one gradient, K + 4 models; streamed it is the same
+for any K. Compile time is that of one model. "Compile" is what the first step
+takes beyond the median: of a streamed one also that each ingredient is checked
+when it is first read. What limits: resident, two readings of the stack;
+streamed, reading 2 K - 2 ingredients.
 
 Tried, on K leaves of 2048 x 2048 bfloat16 on a CPU: `mix` by tensordot and by a
 scan over rows makes a float32 copy of the stack (570 MB and 0.17 s at K = 33),

@@ -16,26 +16,35 @@ memory        peak of private memory (anonymous pages) above that after the
 
 Measured on two CPU cores, jax 0.10.2, torch 2.13.0, mergekit 0.1.5:
 
-                                         work  process   memory at K = 4, 8, 32
-jaxsoup, file to file                    0.32     0.76    0.06   0.07   0.12
-jaxsoup, uniform and save                0.64     1.09    1.05   1.04   1.08
-jaxsoup, from Orbax (no compression)     1.20     1.64    1.37   1.52   1.49
-Orbax, whole trees (no compression)      2.37     3.12    6.35   8.44  12.17
-jaxsoup, from Orbax (zstd)               2.27     2.68    1.33   1.42   1.49
-Orbax, whole trees (zstd)                2.81     3.57    6.06   7.46  11.59
-torch, tensor by tensor                  0.33     1.34    1.32   1.19   1.18
-torch, whole state dicts                 0.70     1.81    3.26   3.12   3.66
-mergekit-pytorch linear                  3.54     4.41    1.91   1.92   1.98
+                                         work  x limit  process   memory at K = 4, 8, 32
+limit: read once, write once             0.39     1.00     0.41    0.05   0.05   0.05
+jaxsoup, file to file                    0.34     0.85     0.91    0.05   0.05   0.08
+jaxsoup, uniform and save                1.00     2.53     1.53    1.04   1.05   1.08
+jaxsoup, from Orbax (no compression)     1.13     2.86     1.65    1.37   1.39   1.50
+Orbax, whole trees (no compression)      2.39     6.06     3.30    5.41   5.81   8.54
+jaxsoup, from Orbax (zstd)               2.29     5.80     2.88    1.37   1.48   1.48
+Orbax, whole trees (zstd)                3.35     8.49     4.24    7.02   8.36  12.13
+torch, tensor by tensor                  0.62     1.56     1.74    1.10   1.32   1.30
+torch, whole state dicts                 0.96     2.44     2.15    3.12   3.12   3.14
+mergekit-pytorch linear                  3.81     9.65     4.86    1.91   1.92   1.98
 
-The limit was 0.39 s in that run, where it was the first to read after others
-had filled the memory, and 0.11 s with every page in the cache (0.06 reading,
-0.05 writing; files are now read before each measurement): file to file takes
-about three times that. A profile of one thread takes 0.44 s: reading 0.10,
-adding 0.07, checksums 0.07, writing 0.06, the rest Python and the file system;
-two threads on two cores gain a quarter of it, 0.33 s in a process that is warm.
-Without checksums that is 0.25, without the sums too 0.22, without writing 0.16;
-a prototype without any check took 0.15. What would help next is fewer Python
-calls per piece, which hold the interpreter's lock.
+Other programs were running. Two runs on a quiet machine gave 0.32 and 0.34 file
+to file against 0.29 and 0.53 of torch, and Orbax 1.02 and 1.18 against 2.37 and
+3.06 (zstd: 2.23 and 2.29 against 3.12 and 3.29).
+
+How good is that? The limit of a fresh process, 0.4 s, is mostly pages that the
+virtual machine has not touched yet. Where all are there already (one process,
+again and again) reading takes 0.06 s and writing 0.05, and file to file 0.25:
+2.2 times as much. What it does beyond, in seconds of one core, of which there
+are two: adding 0.06, checksums 0.06, Python 0.1. A bare loop with the same
+checksums takes 0.18, one without 0.13.
+
+Tried: checksums of 4,093 sums (32 kB, which push the piece out of the innermost
+cache) took 0.1 s more than those of 509; pieces of 1 MB fit the second cache
+with their sum, but cost more in Python than they gain; two threads in place of
+three, or another switching interval of the interpreter, change nothing. What
+would help next is fewer Python calls per piece, which hold the interpreter's
+lock. From zstd, decompression limits: both ways spend most of their time there.
 """
 
 import argparse
