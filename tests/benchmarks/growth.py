@@ -3,41 +3,40 @@
 python tests/benchmarks/growth.py --picture growth.png
 
 Seconds of one mix or step, and the peak of the resident set beyond the start,
-in float32, on two shared cores that other programs were using too (times are
-uncertain by a factor of two). Ingredients are read from the page cache.
+in float32, on two CPU cores. Ingredients are read from the page cache.
 
 mode      K  parameters, M   seconds  peak, GB  peak, models
-mix       2              5     0.003      0.25          12.4
-resident  2              5     0.017      0.30          15.1
-streamed  2              5     0.043      0.31          15.6
-mix       4              5     0.016      0.30          15.0
-resident  4              5     0.050      0.31          15.7
-streamed  4              5     0.084      0.31          15.3
-mix       8              5     0.007      0.39          19.3
-resident  8              5     0.024      0.41          20.4
-streamed  8              5     0.210      0.35          17.4
-mix      16              5     0.013      0.54          26.8
-resident 16              5     0.030      0.56          28.1
-streamed 16              5     0.185      0.31          15.7
-mix      32              5     0.024      0.86          43.1
-resident 32              5     0.054      0.88          44.0
-streamed 32              5     0.371      0.32          16.2
-mix      64              5     0.050      1.47          73.6
-resident 64              5     0.151      1.53          76.4
-streamed 64              5     1.296      0.34          16.8
-mix       2             20     0.145      0.72           9.1
-resident  2             20     0.233      0.60           7.5
-streamed  2             20     0.413      0.96          12.0
-mix       2             80     0.719      1.73           5.4
-resident  2             80     0.561      1.79           5.6
-streamed  2             80     2.381      1.64           5.1
-mix       2            300     1.013      6.54           5.5
-resident  2            300     1.234      6.31           5.3
-streamed  2            300     4.902      5.88           4.9
+mix       2              5     0.003      0.36          18.1
+resident  2              5     0.012      0.38          18.8
+streamed  2              5     0.027      0.43          21.4
+mix       4              5     0.005      0.40          20.2
+resident  4              5     0.014      0.42          21.2
+streamed  4              5     0.068      0.44          22.2
+mix       8              5     0.007      0.49          24.4
+resident  8              5     0.058      0.52          26.0
+streamed  8              5     0.151      0.46          22.8
+mix      16              5     0.010      0.65          32.5
+resident 16              5     0.019      0.67          33.6
+streamed 16              5     0.140      0.43          21.6
+mix      32              5     0.011      0.95          47.4
+resident 32              5     0.029      1.00          50.0
+streamed 32              5     0.275      0.45          22.5
+mix      64              5     0.020      1.62          80.8
+resident 64              5     0.082      1.63          81.3
+streamed 64              5     0.570      0.43          21.5
+mix       2             20     0.026      0.85          10.7
+resident  2             20     0.046      0.65           8.1
+streamed  2             20     0.118      0.96          12.0
+mix       2             80     0.211      1.94           6.0
+resident  2             80     0.182      1.86           5.8
+streamed  2             80     0.598      1.63           5.1
+mix       2            300     0.868      6.75           5.6
+resident  2            300     0.703      6.90           5.7
+streamed  2            300     5.234      5.96           5.0
 
 Memory of a streamed step is the same for K = 2 and 64; resident memory grows
 linearly in K and in parameters, as times do as far as the noise shows. At 5 M
-parameters the programs themselves, 0.2 GB, are most of a peak. Reading limits a
+parameters the programs themselves, 0.3 GB, are most of a peak. Reading limits a
 streamed step here: forward and backward are of eight examples.
 """
 
