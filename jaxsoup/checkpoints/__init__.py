@@ -17,5 +17,6 @@ from jaxsoup.checkpoints._score_log import ScoreLog as ScoreLog
 from jaxsoup.checkpoints._soups import load as load
 from jaxsoup.checkpoints._soups import provenance as provenance
 from jaxsoup.checkpoints._soups import save as save
+from jaxsoup.checkpoints._soups import save_arrays as save_arrays
 from jaxsoup.checkpoints._soups import save_average as save_average
 from jaxsoup.checkpoints._source import Metadata as Metadata

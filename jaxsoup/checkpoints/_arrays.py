@@ -31,6 +31,8 @@ class Arrays(Mapping):
   Attributes:
     path: the file or directory, as a string.
     shapes: shape and dtype of each array, by name.
+    metadata: what is stored beside the arrays.
+    separator: of keys in the names of this format.
   """
 
   def __init__(self, path: Any, *, item: str | None = None):
@@ -46,7 +48,7 @@ class Arrays(Mapping):
     """
     source = _formats.open_source(_formats.resolve(path, item))
     self.path = source.metadata.path
-    self.metadata = source.metadata
+    self.metadata, self.separator = source.metadata, source.separator
     leaves = source.metadata.leaves
     paths = _orbax.without_value_keys(list(leaves))
     everything = _tree.Flat([leaves[p] for p in paths.values()], [*paths], None)

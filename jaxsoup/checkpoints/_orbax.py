@@ -230,7 +230,7 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
     )
   import orbax.checkpoint as ocp  # Slow to import, and reading needs it not.
 
-  flat = _tree.flatten(params)
+  flat = _tree.flatten_in_place(params)
   arrays = {p: _savable(leaf, p) for p, leaf in zip(flat.paths, flat.leaves)}
   dotted = {'.'.join(p) for p in arrays}
   if len(dotted) < len(arrays) or () in arrays:
@@ -257,6 +257,9 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
 
 def _savable(leaf: Any, path: _tree.Path) -> Any:
   """On the host, unless it is spread over processes, which all write."""
+  if isinstance(leaf, np.memmap):
+    return leaf  # On a device it would take memory.
+  leaf = _tree.on_device(leaf, path)
   check_no_key(leaf, path)
   if leaf.is_fully_addressable or leaf.is_fully_replicated:
     return np.asarray(jax.device_get(leaf))

@@ -69,7 +69,7 @@ def open_source(path: pathlib.Path) -> _source.Source:
     if missing:
       raise _source.damaged(file, f'{path.name} names {missing[0]!r} in it')
     tensors |= {n: t for n, t in found.items() if wanted is None or n in wanted}
-  paths = _paths_of(tensors)
+  paths = paths_of(tensors)
   try:
     own = json.loads(texts.pop('jaxsoup', '{}'))
   except ValueError as e:
@@ -197,7 +197,7 @@ def _check_offsets(offsets: list[list[int]], num_bytes: int) -> None:
     raise ValueError(f'the tensors end at {end:,}, the file at {num_bytes:,}')
 
 
-def _paths_of(names: Mapping[str, Any]) -> list[_tree.Path]:
+def paths_of(names: Mapping[str, Any]) -> list[_tree.Path]:
   """`a.b.weight` as nested keys; flat where one name begins another."""
   paths = [tuple(name.split('.')) for name in names]
   groups = {p[:n] for p in paths for n in range(len(p))}

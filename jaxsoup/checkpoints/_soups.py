@@ -1,5 +1,6 @@
 """Soups on disk: parameters, alpha, and how they came about."""
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
@@ -8,6 +9,7 @@ import importlib.metadata
 import pathlib
 import platform
 import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -158,6 +160,65 @@ def save_average(
     with _room_for(path):
       _safetensors.write(path, leaves, own_fn, fill_fn, num_more)
   _processes.wait_for_all('the file is written')
+  return str(path)
+
+
+def save_arrays(
+    path: Any,
+    shapes: Mapping[str, Any],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    *,
+    separator: str = '.',
+    metadata: Mapping[str, Any] | None = None,
+) -> str:
+  """Writes arrays under given names, while only one of them is in memory.
+
+  Args:
+    path: a `.safetensors` file that does not exist yet; or a new directory, for
+      Orbax.
+    shapes: shape and dtype of each array, by name.
+    arrays: names and arrays, each of `shapes` once, in any order.
+    separator: of the keys in the names, for Orbax, which stores nested dicts.
+    metadata: as in `save`.
+
+  Returns:
+    The absolute path.
+
+  Raises:
+    FileExistsError: the path exists; it is not touched.
+
+  Example:
+    >>> import tempfile
+    >>> x = np.ones(2, np.float32)
+    >>> path = tempfile.mkdtemp() + '/model.safetensors'
+    >>> _ = save_arrays(path, {'head.weight': x}, [('head.weight', x)])
+    >>> _ingredients.Ingredients([path])[0]
+    {'head': {'weight': Array([1., 1.], dtype=float32)}}
+  """
+  path, own = _new_file(path), _own(None, None, metadata)
+  with _room_for(path):
+    if path.name.endswith(_FILE):
+      paths = dict(zip(shapes, _safetensors.paths_of(shapes)))
+      leaves = {paths[name]: x for name, x in shapes.items()}
+
+      def fill_fn(put_fn):
+        for name, array in arrays:
+          put_fn(paths[name], 0, array)
+
+      _safetensors.write(path, leaves, lambda: own, fill_fn)
+      return str(path)
+    # Orbax takes whole trees: of arrays that lie in a file beside it.
+    with tempfile.TemporaryDirectory(
+        prefix=f'.{path.name}-', dir=path.parent
+    ) as folder:
+      tree = {}
+      for i, (name, array) in enumerate(arrays):
+        file = pathlib.Path(folder) / str(i)
+        file.write_bytes(array.reshape(-1).view(np.uint8).data)
+        on_disk = np.memmap(file, np.uint8, 'r') if array.nbytes else array
+        on_disk = on_disk.view(array.dtype).reshape(array.shape)
+        tree[tuple(name.split(separator))] = on_disk
+      _orbax.write(path, _tree.nest(tree), {'jaxsoup': own})
   return str(path)
 
 

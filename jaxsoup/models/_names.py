@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import difflib
+import functools
 import math
 import re
 from typing import Any
@@ -117,21 +118,15 @@ class _Leaves:
   """Leaves of a tree by path; of stacked blocks (`blocks/...`) the rows."""
 
   def __init__(self, tree: Params):
-    flat_tree = _tree.flatten_in_place(tree)
-    self.flat = flat_tree
-    self._leaves = {
-        _tree.name_of(p): x for p, x in zip(flat_tree.paths, flat_tree.leaves)
-    }
+    self._leaves = leaves_of(tree)
 
   def place(self, path: str) -> tuple[str, int | None]:
     """The leaf's path in this tree, and its row where blocks are stacked."""
-    if path in self._leaves:
-      return path, None
-    stacked = re.sub(r'\bblock_\d+/', 'blocks/', path)
-    if stacked != path and stacked in self._leaves:
+    if path not in self._leaves:
+      stacked, num = re.subn(r'\bblock_\d+/', 'blocks/', path)
       number = re.search(r'\bblock_(\d+)/', path)
-      assert number is not None
-      return stacked, int(number[1])
+      if number and num == 1 and stacked in self._leaves:
+        return stacked, int(number[1])
     return path, None
 
   def __contains__(self, path: str) -> bool:
@@ -146,21 +141,75 @@ class _Leaves:
       return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
     return leaf[row]
 
-  def names(self) -> list[str]:
-    return list(self._leaves)
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._leaves)
+
+
+def leaves_of(tree: Params) -> dict[str, Any]:
+  """Leaves of nested dicts by their paths, such as 'head/kernel'."""
+  flat_tree = _tree.flatten_in_place(tree)
+  return dict(zip(map(_tree.name_of, flat_tree.paths), flat_tree.leaves))
 
 
 def stored_shape(rule: Rule, leaves: Any) -> Shape:
   """The shape that a rule's array has in a file."""
-  shapes = [
+  first, *others = [
       jax.eval_shape(
           rule.layout.write, jax.ShapeDtypeStruct(leaves[p].shape, np.float32)
       ).shape
       for p in rule.paths
   ]
-  if len(shapes) == 1:
-    return shapes[0]
-  return (sum(s[0] for s in shapes), *shapes[0][1:])
+  if not others:
+    return first
+  return (first[0] + sum(s[0] for s in others), *first[1:])
+
+
+LeafFn = Callable[[str], np.ndarray]
+
+
+def reader(
+    stored: Any,
+    wanted: Params,
+    table: Table,
+    *,
+    initial: Sequence[str] = (),
+) -> LeafFn:
+  """Leaves of a model from a file with other names, read when asked for.
+
+  Args:
+    stored: a `checkpoints.Arrays`: names, shapes, and arrays when asked for.
+    wanted: the parameters as nested dicts, of arrays or of
+      `jax.ShapeDtypeStruct`; blocks may be stacked (`blocks/...`).
+    table: what is where.
+    initial: beginnings of paths that are not to be read.
+
+  Returns:
+    `path -> leaf`, in the dtype of the file; of stacked blocks by the paths of
+    single ones.
+
+  Raises:
+    ValueError: lists what is missing in the file, what it holds that no rule
+      knows, and what has another shape.
+  """
+  leaves = _Leaves(wanted)
+  rules = [
+      rule
+      for rule in table.rules
+      if not all(is_below(path, initial) for path in rule.paths)
+  ]
+  _check(stored, leaves, rules, table, initial)
+  places = {p: (rule, i) for rule in rules for i, p in enumerate(rule.paths)}
+  # Of q, k and v in one array, which are asked for one after another.
+  array_of = functools.lru_cache(1)(stored.__getitem__)
+
+  def read_leaf(path):
+    rule, i = places[path]
+    array = array_of(rule.theirs)
+    if len(rule.paths) > 1:
+      array = np.split(array, len(rule.paths))[i]
+    return rule.layout.read(array, leaves[path].shape)
+
+  return read_leaf
 
 
 def read(
@@ -173,50 +222,66 @@ def read(
   """Reads a model from a file with other names.
 
   Args:
-    stored: a `checkpoints.Arrays`: names, shapes, and arrays when asked for.
-    wanted: the parameters as a nested dict, of arrays or of
-      `jax.ShapeDtypeStruct`; blocks may be stacked (`blocks/...`).
+    stored: as for `reader`, as are `wanted` and `table`.
+    wanted: where its leaves are arrays, those below `initial` are kept.
     table: what is where.
-    initial: regular expressions, matched against the beginnings of our paths,
-      of leaves that keep the value that `wanted` has, whatever the file holds:
-      a head for other classes.
+    initial: beginnings of paths that keep the value that `wanted` has, whatever
+      the file holds: a head for other classes.
 
   Returns:
-    A tree like `wanted`, of NumPy arrays in the dtypes of `wanted`.
+    Nested dicts like `wanted`, of NumPy arrays in the dtypes of `wanted`.
 
   Raises:
-    ValueError: lists what is missing in the file, what it holds that no rule
-      knows, and what has another shape.
+    ValueError: as `reader`.
   """
-  leaves = _Leaves(wanted)
-  is_initial = lambda p: any(re.match(pattern, p) for pattern in initial)
-  rules = [r for r in table.rules if not all(map(is_initial, r.paths))]
-  _check(stored, leaves, rules, table, is_initial)
-  boxes = {n: x for n, x in zip(leaves.names(), leaves.flat.leaves)}
-  for rule in rules:
-    parts = [stored[rule.theirs]]
-    if len(rule.paths) > 1:
-      parts = np.split(parts[0], len(rule.paths))
-    for path, part in zip(rule.paths, parts):
-      place, row = leaves.place(path)
-      leaf = rule.layout.read(part, leaves[path].shape)
-      if row is None:
-        boxes[place] = np.ascontiguousarray(leaf, leaves[path].dtype)
-        continue
-      if row == 0:
+  read_leaf = reader(stored, wanted, table, initial=initial)
+  leaves, flat_tree = _Leaves(wanted), _tree.flatten_in_place(wanted)
+  boxes = dict(zip(leaves, flat_tree.leaves))
+  for path in (p for rule in table.rules for p in rule.paths):
+    if is_below(path, initial):
+      continue
+    place, row = leaves.place(path)
+    if row is None:
+      dtype = leaves[path].dtype
+      boxes[place] = np.ascontiguousarray(read_leaf(path), dtype)
+    else:
+      if not isinstance(boxes[place], np.ndarray):
         boxes[place] = np.empty(boxes[place].shape, boxes[place].dtype)
-      boxes[place][row] = leaf
-  return leaves.flat.replace(boxes.values())
+      boxes[place][row] = read_leaf(path)
+  return flat_tree.replace(boxes.values())
 
 
-def write(params: Params, table: Table) -> Iterator[tuple[str, np.ndarray]]:
+def is_below(path: str, beginnings: Sequence[str]) -> bool:
+  """Whether a path is one of these, or lies below one."""
+  return any(path == b or path.startswith(f'{b}/') for b in beginnings)
+
+
+def written(leaf_fn: LeafFn, table: Table) -> Iterator[tuple[str, np.ndarray]]:
   """The arrays of a file with other names, one after another.
 
   Args:
-    params: a nested dict of arrays; blocks may be stacked.
+    leaf_fn: `path -> leaf`, such as a `reader`.
     table: what is where.
 
   Yields:
+    Names, and contiguous arrays.
+  """
+  for rule in table.rules:
+    parts = [rule.layout.write(np.asarray(leaf_fn(p))) for p in rule.paths]
+    # safetensors writes the memory of an array as it is, whatever its strides.
+    yield rule.theirs, np.ascontiguousarray(
+        parts[0] if len(parts) == 1 else np.concatenate(parts)
+    )
+
+
+def write(params: Params, table: Table) -> Iterator[tuple[str, np.ndarray]]:
+  """The same, of a model in memory.
+
+  Args:
+    params: nested dicts of arrays; blocks may be stacked.
+    table: what is where.
+
+  Returns:
     Names, and contiguous arrays in the dtypes of the leaves.
 
   Raises:
@@ -224,12 +289,7 @@ def write(params: Params, table: Table) -> Iterator[tuple[str, np.ndarray]]:
   """
   leaves = _Leaves(params)
   _check_ours(leaves, table.rules)
-  for rule in table.rules:
-    parts = [rule.layout.write(np.asarray(leaves[p])) for p in rule.paths]
-    # safetensors writes the memory of an array as it is, whatever its strides.
-    yield rule.theirs, np.ascontiguousarray(
-        parts[0] if len(parts) == 1 else np.concatenate(parts)
-    )
+  return written(leaves.__getitem__, table)
 
 
 def shapes(params: Params, table: Table) -> dict[str, jax.ShapeDtypeStruct]:
@@ -244,18 +304,33 @@ def shapes(params: Params, table: Table) -> dict[str, jax.ShapeDtypeStruct]:
   }
 
 
+def with_dtypes_of(stored: Any, wanted: Params, table: Table) -> Params:
+  """Abstract parameters in the dtypes that a file has."""
+  dtypes = {
+      p: stored.shapes[rule.theirs].dtype
+      for rule in table.rules
+      if rule.theirs in stored.shapes
+      for p in rule.paths
+  }
+  flat_tree = _tree.flatten_in_place(wanted)
+  return flat_tree.replace(
+      jax.ShapeDtypeStruct(x.shape, dtypes.get(_tree.name_of(p), x.dtype))
+      for p, x in zip(flat_tree.paths, flat_tree.leaves)
+  )
+
+
 def _check_ours(leaves: _Leaves, rules: Sequence[Rule]) -> None:
   known = {p for rule in rules for p in rule.paths}
   missing = sorted(p for p in known if p not in leaves)
   places = {leaves.place(p)[0] for p in known}
-  unknown = sorted(p for p in leaves.names() if p not in places)
+  unknown = sorted(p for p in leaves if p not in places)
   if missing or unknown:
     lines = [f'the tree lacks {p!r}' for p in missing]
     lines += [f'the names have no {p!r}' for p in unknown]
     raise ValueError(_listed('These parameters do not fit the names', lines))
 
 
-def _check(stored, leaves, rules, table, is_initial) -> None:
+def _check(stored, leaves, rules, table, initial) -> None:
   """Raises with all that is missing, unexpected, or of another shape."""
   inside = {p for r in rules for p in r.paths}
   lines = []
@@ -280,8 +355,8 @@ def _check(stored, leaves, rules, table, is_initial) -> None:
       near = _nearest(name, known)
       lines.append(f'{name!r} is unexpected{near}')
   places = {leaves.place(p)[0] for p in inside}
-  for name in leaves.names():
-    if name not in places and not is_initial(name):
+  for name in leaves:
+    if name not in places and not is_below(name, initial):
       lines.append(f'no array of the file is for {name!r}')
   if lines:
     raise ValueError(_listed(f'{stored.path} does not fit the model', lines))

@@ -1,0 +1,344 @@
+"""Models with weights from files, and weights under the names of files.
+
+```
+model = models.load('vit-base-patch16-224/')
+model = models.load('vit-base-patch16-224/', without=['head'], num_classes=10)
+models.save('soup/', soup.params, like='vit-base-patch16-224/')
+```
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import importlib
+import json
+import pathlib
+import re
+from typing import Any
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+
+from jaxsoup import checkpoints
+from jaxsoup.models import _names
+
+Params = Any  # A nested dict of arrays.
+
+_FAMILIES = {
+    'vit': 'ViT',
+    'clip': 'CLIP',
+    'bert': 'Bert',
+    't5': 'T5',
+    'resnet': 'ResNet',
+    'efficientnet': 'EfficientNet',
+}
+# `model_type` of a Hugging Face config, where it is not the family's name.
+_MODEL_TYPES = {'dinov2': 'vit', 'bit': 'resnet'}
+# What a soup averages: running statistics as well.
+_VARIABLES = (nnx.Param, nnx.BatchStat)
+# Our own names; all others are listed in the families' TABLES.
+_OWN = 'flax'
+
+
+class Kind(NamedTuple):
+  """What the arrays of a file are.
+
+  Attributes:
+    family: a key of `_FAMILIES`.
+    names: whose names they have: 'flax' (ours), 'hf', 'timm', ...
+    arguments: of the model's constructor.
+    separator: of keys in names of ours.
+  """
+
+  family: str
+  names: str
+  arguments: dict[str, Any]
+  separator: str = '.'
+
+  def as_json(self) -> dict[str, Any]:
+    """What is stored with the arrays."""
+    return {
+        'family': self.family,
+        'names': self.names,
+        'arguments': self.arguments,
+    }
+
+  def make(self, key: Any) -> nnx.Module:
+    module = importlib.import_module(f'jaxsoup.models.{self.family}')
+    model_class = getattr(module, _FAMILIES[self.family])
+    return model_class(**self.arguments, rngs=nnx.Rngs(key))
+
+  def abstract(self) -> nnx.Module:
+    """The model with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: self.make(0))
+
+  def table(self) -> _names.Table:
+    """Where each array is."""
+    if self.names != _OWN:
+      return _tables(self.family)[self.names](**self.arguments)
+    paths = _names.leaves_of(params_of(self.abstract()))
+    return _names.Table(
+        [_names.Rule(p, p.replace('/', self.separator)) for p in paths]
+    )
+
+
+def params_of(model: nnx.Module) -> Params:
+  """What a soup averages, as nested dicts: parameters, running statistics.
+
+  Args:
+    model: any nnx module.
+
+  Returns:
+    Nested dicts with string keys.
+
+  Example:
+    >>> model = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+    >>> sorted(params_of(model))
+    ['bias', 'mean', 'scale', 'var']
+  """
+  return nnx.to_pure_dict(nnx.state(model, _VARIABLES))
+
+
+def load(
+    path: Any,
+    *,
+    without: Sequence[str] = (),
+    family: str | None = None,
+    names: str | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> nnx.Module:
+  """Makes a model from a file or a directory, with its weights.
+
+  Family, naming and size are found from `config.json` or from the names and
+  shapes of the arrays.
+
+  Args:
+    path: a directory of Hugging Face, a `.safetensors`, `.npz` or torch file,
+      or an Orbax checkpoint that `convert` or `save` wrote.
+    without: beginnings of our parameters' paths that are not taken from the
+      file, such as 'head': they keep their initial values.
+    family: 'vit', 'clip', 'bert', 't5', 'resnet' or 'efficientnet', where it is
+      not found.
+    names: 'hf', 'timm', ..., where they are not found.
+    seed: of the initial values of what is left out.
+    **changes: arguments of the model's constructor in place of those found,
+      such as `num_classes=10`, `dtype='bfloat16'`, `is_scanned=True`.
+
+  Returns:
+    An nnx module. Its parameters are `models.params_of(model)`.
+
+  Raises:
+    FileNotFoundError: there is no file.
+    ValueError: no family fits; or the file lacks arrays, holds others, or of
+      other shapes: lists all.
+  """
+  stored = checkpoints.Arrays(path)
+  found = identify(stored, family=family, names=names)
+  wanted = found._replace(arguments=found.arguments | changes)
+  table = wanted.table()
+  left_out = [
+      re.escape(rule.theirs)
+      for rule in found.table().rules
+      if any(_names.is_below(p, without) for p in rule.paths)
+  ]
+  table = table._replace(ignored=[*table.ignored, *left_out])
+  abstract = wanted.abstract()
+  graphdef, state, _ = _split(abstract)
+  params = nnx.to_pure_dict(state)
+  initial, others = _initial(wanted, without, seed)
+  params = _names.read(stored, params, table, initial=without)
+  nnx.replace_by_pure_dict(state, jax.device_put(_replaced(params, initial)))
+  return nnx.merge(graphdef, state, others)
+
+
+def _split(model: nnx.Module) -> Any:
+  return nnx.split(model, _VARIABLES, ...)
+
+
+def _initial(kind: Kind, without: Sequence[str], seed: int):
+  """The initial values of what is left out, and what is no parameter."""
+
+  def start(key):
+    _, state, others = _split(kind.make(key))
+    leaves = _names.leaves_of(nnx.to_pure_dict(state))
+    return {
+        p: x for p, x in leaves.items() if _names.is_below(p, without)
+    }, others
+
+  # Under jit what is not asked for is not computed.
+  return jax.jit(start)(jax.random.key(seed))
+
+
+def _replaced(params: Params, leaves: Mapping[str, Any]) -> Params:
+  for path, leaf in leaves.items():
+    *parents, last = path.split('/')
+    node = params
+    for key in parents:
+      node = node[key]
+    node[last] = leaf
+  return params
+
+
+def identify(
+    stored: checkpoints.Arrays,
+    *,
+    family: str | None = None,
+    names: str | None = None,
+) -> Kind:
+  """Finds out what the arrays of a file are, without reading them.
+
+  Args:
+    stored: the open file.
+    family: the family, if it is known.
+    names: the naming, if it is known.
+
+  Returns:
+    A `Kind`.
+
+  Raises:
+    ValueError: nothing fits, or the given names are not known.
+  """
+  own = checkpoints.provenance(stored.path).get('metadata', {})
+  if 'model' in own:
+    return Kind(**own['model'], separator=stored.separator)
+  config = _config_beside(stored.path)
+  if config and family is None:
+    model_type = config.get('model_type', '')
+    family = _MODEL_TYPES.get(model_type, model_type)
+    if family not in _FAMILIES:
+      raise ValueError(
+          f'{stored.path}: its config.json says model_type {model_type!r}; '
+          f'there are {", ".join(_FAMILIES)}. Souping needs no model: jaxsoup '
+          'soup --recipe uniform.'
+      )
+    names = names or 'hf'
+  candidates = [
+      (share, kind)
+      for f in ([family] if family else _FAMILIES)
+      for n in ([names] if names else _tables(f))
+      for share, kind in _fitting(stored, f, n, config)
+  ]
+  if not candidates:
+    raise ValueError(
+        f'{stored.path} fits no family that is known ({", ".join(_FAMILIES)}). '
+        f'It holds {", ".join(list(stored.shapes)[:4])}, ... Give family= and '
+        'names= to see what does not fit.'
+    )
+  return max(candidates, key=lambda pair: pair[0])[1]
+
+
+def _tables(family: str) -> Mapping[str, Callable[..., _names.Table]]:
+  return importlib.import_module(f'jaxsoup.models.{family}').TABLES
+
+
+def _fitting(stored, family, names, config) -> Iterator[tuple[float, Kind]]:
+  """The kind, and the share of its names that are there; or nothing."""
+  if names not in _tables(family):
+    known = ', '.join(_tables(family))
+    raise ValueError(f'{family} has no names {names!r}: there are {known}.')
+  module = importlib.import_module(f'jaxsoup.models.{family}')
+  try:
+    arguments = module.arguments(names, stored.shapes, config)
+    kind = Kind(family, names, arguments)
+    share = _names.matches(stored.shapes, kind.table())
+  except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    return  # Names of another family: sizes cannot be read from them.
+  if share > 0.5:
+    yield share, kind
+
+
+def _config_beside(path: str) -> dict[str, Any]:
+  file = pathlib.Path(path).parent / 'config.json'
+  if not path.endswith(('.safetensors', '.json', '.bin')) or not file.exists():
+    return {}
+  try:
+    config = json.loads(file.read_text())
+  except ValueError as e:
+    raise ValueError(f'{file} cannot be read: {e}.') from e
+  # timm writes one too, of another kind.
+  return config if 'model_type' in config else {}
+
+
+def save(path: Any, params: Any, *, like: Any) -> str:
+  """Writes parameters under the names that they have in another file.
+
+  Args:
+    path: a new `.safetensors` file; or a new directory, for Orbax.
+    params: of the same model: nested dicts, such as a soup's, or the model.
+    like: the file or directory that it came from, see `load`.
+
+  Returns:
+    The absolute path.
+
+  Raises:
+    FileExistsError: the path exists; it is not touched.
+    ValueError: the parameters are not those of that model.
+  """
+  if isinstance(params, nnx.Module):
+    params = params_of(params)
+  kind = identify(checkpoints.Arrays(like))
+  table = kind.table()
+  return checkpoints.save_arrays(
+      path,
+      _names.shapes(params, table),
+      _names.write(params, table),
+      separator=kind.separator,
+      metadata={'model': kind.as_json()},
+  )
+
+
+def convert(
+    source: Any,
+    path: Any,
+    *,
+    names: str | None = None,
+    like: Any = None,
+    family: str | None = None,
+    from_names: str | None = None,
+) -> str:
+  """Writes the arrays of a file under other names, one leaf after another.
+
+  Args:
+    source: as for `load`.
+    path: a new `.safetensors` file; or a new directory, for Orbax.
+    names: 'flax' for ours, 'hf', 'timm', ...; or those of `like`.
+    like: a file of the same model. With it `source` may be any checkpoint with
+      our names, such as a soup.
+    family: as for `load`.
+    from_names: the names in `source`, where they are not found.
+
+  Returns:
+    The absolute path.
+
+  Raises:
+    FileExistsError: the path exists; it is not touched.
+    ValueError: the family has no such names; or as for `load`.
+  """
+  stored = checkpoints.Arrays(source)
+  if like is None:
+    kind = new = identify(stored, family=family, names=from_names)
+  else:
+    new = identify(checkpoints.Arrays(like), family=family)
+    kind = new._replace(names=from_names or _OWN, separator=stored.separator)
+  new = new._replace(names=names or new.names)
+  known = [_OWN, *_tables(kind.family)]
+  if new.names not in known:
+    raise ValueError(
+        f'{kind.family} has no names {names!r}: there are {", ".join(known)}.'
+    )
+  is_orbax = not str(path).endswith('.safetensors')
+  new = new._replace(separator='/' if is_orbax else '.')
+  old_table, table = kind.table(), new.table()
+  abstract = params_of(kind.abstract())
+  leaf_fn = _names.reader(stored, abstract, old_table)
+  abstract = _names.with_dtypes_of(stored, abstract, old_table)
+  return checkpoints.save_arrays(
+      path,
+      _names.shapes(abstract, table),
+      _names.written(leaf_fn, table),
+      separator=new.separator,
+      metadata={'model': new.as_json()},
+  )
