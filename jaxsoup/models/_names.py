@@ -23,6 +23,7 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _tree
@@ -82,6 +83,14 @@ def patches(patch_size: int) -> Layout:
   return Layout(lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape), write)
 
 
+def row(i: int, num_rows: int) -> Layout:
+  """Row i of what the file holds stacked: blocks; to be read only."""
+  return Layout(
+      lambda x, shape: x[i],
+      lambda x: jnp.broadcast_to(x, (num_rows, *x.shape)),
+  )
+
+
 class Rule(NamedTuple):
   """One array of a file.
 
@@ -108,10 +117,31 @@ class Table(NamedTuple):
     rules: one for each array.
     ignored: regular expressions, matched against whole names, of arrays that
       hold nothing learned: counters, position ids, copies of tied weights.
+    aliases: regular expressions with what replaces them (as for `re.sub`),
+      which turn names of older or of partial files into those of the rules.
   """
 
   rules: Sequence[Rule]
   ignored: Sequence[str] = ()
+  aliases: Sequence[tuple[str, str]] = ()
+
+  def alias(self, name: str) -> str:
+    """A name in a file as the rules spell it."""
+    for pattern, replacement in self.aliases:
+      name = re.sub(pattern, replacement, name)
+    return name
+
+
+class _Aliased:
+  """Arrays of a file by the names of the rules."""
+
+  def __init__(self, stored: Any, table: Table):
+    self.path, self._stored = stored.path, stored
+    self._names = {table.alias(name): name for name in stored.shapes}
+    self.shapes = {n: stored.shapes[name] for n, name in self._names.items()}
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self._stored[self._names[name]]
 
 
 class _Leaves:
@@ -191,7 +221,7 @@ def reader(
     ValueError: lists what is missing in the file, what it holds that no rule
       knows, and what has another shape.
   """
-  leaves = _Leaves(wanted)
+  leaves, stored = _Leaves(wanted), _Aliased(stored, table)
   rules = [
       rule
       for rule in table.rules
@@ -306,6 +336,7 @@ def shapes(params: Params, table: Table) -> dict[str, jax.ShapeDtypeStruct]:
 
 def with_dtypes_of(stored: Any, wanted: Params, table: Table) -> Params:
   """Abstract parameters in the dtypes that a file has."""
+  stored = _Aliased(stored, table)
   dtypes = {
       p: stored.shapes[rule.theirs].dtype
       for rule in table.rules
@@ -378,4 +409,5 @@ def _listed(title: str, lines: Sequence[str], most: int = 20) -> str:
 
 def matches(stored: Mapping[str, Any], table: Table) -> float:
   """The share of a table's names that a file has: which table is it?"""
-  return np.mean([rule.theirs in stored for rule in table.rules]).item()
+  names = {table.alias(name) for name in stored}
+  return np.mean([rule.theirs in names for rule in table.rules]).item()

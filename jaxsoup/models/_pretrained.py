@@ -78,10 +78,21 @@ class Kind(NamedTuple):
     """Where each array is."""
     if self.names != _OWN:
       return _tables(self.family)[self.names](**self.arguments)
-    paths = _names.leaves_of(params_of(self.abstract()))
-    return _names.Table(
-        [_names.Rule(p, p.replace('/', self.separator)) for p in paths]
-    )
+    return _own_table(params_of(self.abstract()), self.separator)
+
+
+def _own_table(params: Params, separator: str) -> _names.Table:
+  """Our own names, of single blocks whether they are stacked or not."""
+  rules = []
+  for path, leaf in _names.leaves_of(params).items():
+    theirs = path.replace('/', separator)
+    if re.search(r'\bblocks/', path) is None:
+      rules.append(_names.Rule(path, theirs))
+      continue
+    for i in range(leaf.shape[0]):
+      one = re.sub(r'\bblocks/', f'block_{i}/', path)
+      rules.append(_names.Rule(one, theirs, _names.row(i, leaf.shape[0])))
+  return _names.Table(rules)
 
 
 def params_of(model: nnx.Module) -> Params:
@@ -138,7 +149,8 @@ def load(
   stored = checkpoints.Arrays(path)
   found = identify(stored, family=family, names=names)
   wanted = found._replace(arguments=found.arguments | changes)
-  table = wanted.table()
+  # Our own names are those of the file, however the model stacks its blocks.
+  table = found.table() if found.names == _OWN else wanted.table()
   left_out = [
       re.escape(rule.theirs)
       for rule in found.table().rules
@@ -323,7 +335,9 @@ def convert(
   else:
     new = identify(checkpoints.Arrays(like), family=family)
     kind = new._replace(names=from_names or _OWN, separator=stored.separator)
-  new = new._replace(names=names or new.names)
+  # Files have single blocks, whatever the form of the model that wrote them.
+  arguments = {k: v for k, v in new.arguments.items() if k != 'is_scanned'}
+  new = new._replace(names=names or new.names, arguments=arguments)
   known = [_OWN, *_tables(kind.family)]
   if new.names not in known:
     raise ValueError(
@@ -332,7 +346,7 @@ def convert(
   is_orbax = not str(path).endswith('.safetensors')
   new = new._replace(separator='/' if is_orbax else '.')
   old_table, table = kind.table(), new.table()
-  abstract = params_of(kind.abstract())
+  abstract = params_of(new.abstract())
   leaf_fn = _names.reader(stored, abstract, old_table)
   abstract = _names.with_dtypes_of(stored, abstract, old_table)
   return checkpoints.save_arrays(
