@@ -23,7 +23,8 @@ BASIC = {'jax', 'numpy', 'jaxsoup'}
 ALLOWED = (
     BASIC,
     BASIC | {'optax'},
-    BASIC | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'tensorstore'},
+    BASIC
+    | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'tensorstore', 'torch'},
     BASIC | {'flax', 'scipy', 'sklearn', 'tensorflow_datasets'},
     BASIC | {'absl', 'flax', 'ml_collections', 'optax', 'rich', 'typer'},
 )

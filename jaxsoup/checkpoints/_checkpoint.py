@@ -91,8 +91,8 @@ class Checkpoint:
 
     Where this process read only a part of it, nothing can be said.
     """
-    total, count = sums.pop(name, (None, 0))
-    if total is None or count < _bytes(self.stored[name]):
+    total, count = sums.pop(name, (_checksum.NOTHING, 0))
+    if count < _bytes(self.stored[name]):
       return
     found = self._digests[_tree.name_of(name)] = _checksum.digest(total)
     stored = self.source.metadata.checksums.get(

@@ -23,6 +23,7 @@ import numpy as np
 # A prime: rows of a matrix that change places change the sums. Small, or they
 # would push the array that is added out of the innermost cache.
 _PERIOD = 509
+NOTHING = np.zeros(_PERIOD, np.uint64)  # The sums of an array without numbers.
 
 
 def sums_of(piece: np.ndarray, start: int = 0) -> np.ndarray:

@@ -5,18 +5,24 @@ from typing import Any
 
 from etils import epath
 
+from jaxsoup.checkpoints import _npz
 from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _source
+from jaxsoup.checkpoints import _torch
+
+_FILES = {'.npz': _npz.open_source} | dict.fromkeys(
+    _torch.SUFFIXES, _torch.open_source
+)
 
 
 def resolve(path: Any, item: str | None = None) -> str:
   """The file or directory that holds the pytree.
 
   Args:
-    path: a `.safetensors` file or its index, or a directory with one; an Orbax
-      checkpoint; a run directory, whose latest step is taken; or a step of a
-      `CheckpointManager`.
+    path: a `.safetensors` file or its index, or a directory with one; a `.npz`
+      file; a `.pth`, `.pt` or `.bin` file of torch; an Orbax checkpoint; a run
+      directory, whose latest step is taken; or a step of a `CheckpointManager`.
     item: which one, where a step holds several.
 
   Returns:
@@ -27,7 +33,10 @@ def resolve(path: Any, item: str | None = None) -> str:
     ValueError: there are several, and nothing tells which is meant.
   """
   if '://' not in str(path):
-    found = _safetensors.find(pathlib.Path(path).absolute())
+    path = pathlib.Path(path).absolute()
+    if path.is_file() and path.suffix in _FILES:
+      return str(path)
+    found = _safetensors.find(path)
     if found is not None:
       return str(found)
   return str(_orbax.resolve(path, item))
@@ -35,6 +44,9 @@ def resolve(path: Any, item: str | None = None) -> str:
 
 def open_source(resolved: str) -> _source.Source:
   """Opens what `resolve` found; reads no array."""
+  suffix = pathlib.PurePath(resolved).suffix
+  if suffix in _FILES:
+    return _FILES[suffix](pathlib.Path(resolved))
   if resolved.endswith(('.safetensors', '.json')):
     return _safetensors.open_source(pathlib.Path(resolved))
   return _orbax.open_source(epath.Path(resolved))

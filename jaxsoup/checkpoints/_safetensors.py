@@ -1,6 +1,5 @@
 """Reads and writes safetensors: one file, or several with an index."""
 
-import collections
 from collections.abc import Callable
 from collections.abc import Mapping
 import json
@@ -10,7 +9,6 @@ import pathlib
 import struct
 import threading
 from typing import Any
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +16,7 @@ import numpy as np
 
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checksum
+from jaxsoup.checkpoints import _raw
 from jaxsoup.checkpoints import _source
 
 _DTYPES = {
@@ -30,13 +29,6 @@ _DTYPES = {
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _INDEX = '.safetensors.index.json'
 _MOST_HEADER_BYTES = 100_000_000  # The limit of the format.
-
-
-class _Tensor(NamedTuple):
-  file: str
-  start: int
-  shape: tuple[int, ...]
-  dtype: np.dtype
 
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
@@ -60,7 +52,7 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
 def open_source(path: pathlib.Path) -> _source.Source:
   """Opens a file, or an index and its files; reads only headers."""
   files = _files_of(path) if path.name.endswith(_INDEX) else {path: None}
-  tensors: dict[str, _Tensor] = {}
+  tensors: dict[str, _raw.Array] = {}
   texts: dict[str, str] = {}
   for file, wanted in files.items():
     found, texts_of_file = _header(file)
@@ -69,7 +61,7 @@ def open_source(path: pathlib.Path) -> _source.Source:
     if missing:
       raise _source.damaged(file, f'{path.name} names {missing[0]!r} in it')
     tensors |= {n: t for n, t in found.items() if wanted is None or n in wanted}
-  paths = paths_of(tensors)
+  paths = _source.paths_of(tensors, '.')
   try:
     own = json.loads(texts.pop('jaxsoup', '{}'))
   except ValueError as e:
@@ -85,54 +77,13 @@ def open_source(path: pathlib.Path) -> _source.Source:
       identity=own.get('content_hash') or _source.state_of(path, *files),
   )
   by_path = dict(zip(paths, tensors.values()))
-  descriptors = {file: _Descriptor(file) for file in map(str, files)}
+  opened = {file: _raw.File(file) for file in map(str, files)}
   return _source.Source(
       metadata,
-      reader_fn=lambda p: _reader(by_path[p], descriptors[by_path[p].file]),
+      reader_fn=lambda p: _raw.reader(by_path[p], opened[by_path[p].file]),
       rows_fn=lambda p: 1,
       separator='.',
   )
-
-
-class _Descriptor:
-  """A file that is opened when it is first read, and closed with its owner."""
-
-  def __init__(self, file: str):
-    self._file = file
-    self._number: int | None = None
-
-  def read(self, array: np.ndarray, start: int) -> None:
-    if self._number is None:
-      self._number = os.open(self._file, os.O_RDONLY)
-    buffer = array.reshape(-1).view(np.uint8).data
-    while buffer:
-      num_read = os.preadv(self._number, [buffer], start)
-      if not num_read:
-        raise _source.damaged(self._file, 'it ends too early')
-      buffer, start = buffer[num_read:], start + num_read
-
-  def __del__(self, close=os.close):  # At exit modules are gone before us.
-    if self._number is not None:
-      close(self._number)
-
-
-def _reader(tensor: _Tensor, descriptor: _Descriptor) -> _source.ReadFn:
-  """Reads a part of a tensor: its rows from the file, of those the columns."""
-  columns, dtype = tensor.shape[1:], tensor.dtype
-  row_bytes = math.prod(columns) * dtype.itemsize
-
-  def read(index):
-    if not index:
-      shape, start = (), tensor.start
-    else:
-      first, end = index[0].start, index[0].stop
-      shape, start = (end - first, *columns), tensor.start + first * row_bytes
-    array = _source.scratch('read', shape, dtype)
-    if array.size:
-      descriptor.read(array, start)
-    return array[(slice(None), *index[1:])] if len(index) > 1 else array
-
-  return read
 
 
 def _files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
@@ -153,7 +104,7 @@ def _files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
   return files
 
 
-def _header(file: pathlib.Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
+def _header(file: pathlib.Path) -> tuple[dict[str, _raw.Array], dict[str, str]]:
   """The tensors and the metadata of one file, checked against its size."""
   num_bytes = file.stat().st_size
   with file.open('rb') as f:
@@ -175,7 +126,7 @@ def _header(file: pathlib.Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
   return tensors, metadata
 
 
-def _tensor(file: str, start: int, row: Mapping[str, Any]) -> _Tensor:
+def _tensor(file: str, start: int, row: Mapping[str, Any]) -> _raw.Array:
   dtype = np.dtype(_DTYPES[row['dtype']])
   if not isinstance(row['shape'], list):
     raise TypeError(f'the shape {row["shape"]!r} is no list')
@@ -183,7 +134,7 @@ def _tensor(file: str, start: int, row: Mapping[str, Any]) -> _Tensor:
   begin, end = (int(n) for n in row['data_offsets'])
   if min((*shape, 0)) < 0 or math.prod(shape) * dtype.itemsize != end - begin:
     raise ValueError(f'{list(shape)} {dtype} in {end - begin} bytes')
-  return _Tensor(file, start + begin, shape, dtype)
+  return _raw.Array(file, start + begin, shape, dtype)
 
 
 def _check_offsets(offsets: list[list[int]], num_bytes: int) -> None:
@@ -195,15 +146,6 @@ def _check_offsets(offsets: list[list[int]], num_bytes: int) -> None:
     end = next_end
   if end != num_bytes:
     raise ValueError(f'the tensors end at {end:,}, the file at {num_bytes:,}')
-
-
-def paths_of(names: Mapping[str, Any]) -> list[_tree.Path]:
-  """`a.b.weight` as nested keys; flat where one name begins another."""
-  paths = [tuple(name.split('.')) for name in names]
-  groups = {p[:n] for p in paths for n in range(len(p))}
-  if groups & set(paths):
-    return [(name,) for name in names]
-  return paths
 
 
 PutFn = Callable[[_tree.Path, int, np.ndarray], None]
@@ -250,7 +192,8 @@ def write(
   try:
     # The checksums come last, and are as long as their placeholders.
     length = 8 + len(_header_bytes(rows, leaves, own_fn(), {}, num_more))
-    sums: dict[_tree.Path, Any] = collections.defaultdict(np.uint64)
+    # Of a leaf without numbers no piece comes.
+    sums: dict[_tree.Path, Any] = dict.fromkeys(leaves, _checksum.NOTHING)
     lock = threading.Lock()
 
     def put(leaf_path, start, piece):
@@ -271,7 +214,7 @@ def write(
 
 
 def _header_bytes(rows, leaves, own, digests, num_more=0) -> bytes:
-  unknown = _checksum.of(np.empty(0, np.uint8))  # As long as any other.
+  unknown = _checksum.digest(_checksum.NOTHING)  # As long as any other.
   checksums = {_tree.name_of(p): digests.get(p, unknown) for p in leaves}
   by_name = {_tree.name_of(p): x for p, x in leaves.items()}
   content_hash = _checksum.content_hash(by_name, checksums)

@@ -26,6 +26,7 @@ from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _processes
 from jaxsoup.checkpoints import _safetensors
+from jaxsoup.checkpoints import _source
 
 _FILE = '.safetensors'
 _NAMED_TUPLES = {
@@ -198,7 +199,7 @@ def save_arrays(
   path, own = _new_file(path), _own(None, None, metadata)
   with _room_for(path):
     if path.name.endswith(_FILE):
-      paths = dict(zip(shapes, _safetensors.paths_of(shapes)))
+      paths = dict(zip(shapes, _source.paths_of(shapes, '.')))
       leaves = {paths[name]: x for name, x in shapes.items()}
 
       def fill_fn(put_fn):

@@ -1,6 +1,7 @@
 """What all formats have in common: metadata, and arrays read in pieces."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
 import math
 import os
@@ -71,6 +72,16 @@ def scratch(name: str, shape: Sequence[int], dtype: Any) -> np.ndarray:
   if memory is None or memory.size < size:
     memory = vars(_scratch)[name] = np.empty(size, np.uint8)
   return memory[:size].view(dtype).reshape(shape)
+
+
+def paths_of(names: Iterable[str], separator: str) -> list[_tree.Path]:
+  """`a.b.weight` as nested keys; flat where one name begins another."""
+  names = list(names)
+  paths = [tuple(name.split(separator)) for name in names]
+  groups = {p[:n] for p in paths for n in range(len(p))}
+  if groups & set(paths):
+    return [(name,) for name in names]
+  return paths
 
 
 class DamagedError(ValueError):

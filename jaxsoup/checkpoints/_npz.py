@@ -1,0 +1,185 @@
+"""Reads the `.npz` files of NumPy: AugReg, big_vision, `np.savez`.
+
+A member that is stored is read row by row, one that is compressed as a whole.
+Objects are pickles, which run code: they are refused.
+"""
+
+import ast
+from collections.abc import Iterator
+import pathlib
+import struct
+from typing import Any
+from typing import NamedTuple
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoup.checkpoints import _raw
+from jaxsoup.checkpoints import _source
+
+_MAGIC = b'\x93NUMPY'
+_MOST_HEADER_BYTES = 1 << 16
+_MOST_DEFLATED = 1032  # What a byte of deflate can stand for, at most.
+_ENCRYPTED = 1
+# NumPy knows no bfloat16, and stores it as two bytes without a meaning.
+_BFLOAT16 = 'V2'
+
+
+class _Member(NamedTuple):
+  """An array of the archive: where it lies, and how.
+
+  Attributes:
+    array: where, if it is stored; else `start` is its place in the member.
+    in_file: its dtype there, perhaps in another order of bytes.
+    is_stored: not compressed, in the order of C.
+    is_fortran: in the order of Fortran.
+    name: of the member.
+  """
+
+  array: _raw.Array
+  in_file: np.dtype
+  is_stored: bool
+  is_fortran: bool
+  name: str
+
+
+def open_source(path: pathlib.Path) -> _source.Source:
+  """Opens an archive; reads only the headers of its members."""
+  members = _members(path)
+  paths = _source.paths_of(members, '/')
+  by_path = dict(zip(paths, members.values()))
+  metadata = _source.Metadata(
+      path=str(path),
+      leaves={
+          p: jax.ShapeDtypeStruct(m.array.shape, m.array.dtype)
+          for p, m in by_path.items()
+      },
+      custom={},
+      checksums={},
+      identity=_source.state_of(path),
+  )
+  file = _raw.File(path)
+  return _source.Source(
+      metadata,
+      reader_fn=lambda p: _reader(by_path[p], file),
+      rows_fn=lambda p: _rows_at_once(by_path[p]),
+  )
+
+
+def _rows_at_once(member: _Member) -> int:
+  return 1 if member.is_stored else max(1, *member.array.shape[:1])
+
+
+def _reader(member: _Member, file: _raw.File) -> _source.ReadFn:
+  read = _raw.reader(member.array._replace(dtype=member.in_file), file)
+  if not member.is_stored:
+    read = lambda index: _whole(member)[index]
+  return lambda index: read(index).astype(member.array.dtype, copy=False)
+
+
+def _whole(member: _Member) -> np.ndarray:
+  """An array that cannot be read in parts."""
+  path, array = member.array.file, member.array
+  flat = _source.scratch('read', (array.num_bytes,), np.uint8)
+  try:
+    with zipfile.ZipFile(path) as archive, archive.open(member.name) as f:
+      f.read(array.start)
+      num_read = 0
+      while num_read < flat.size:
+        part = f.read(min(1 << 20, flat.size - num_read))
+        if not part:
+          raise EOFError(f'{member.name} ends too early')
+        flat[num_read : num_read + len(part)] = np.frombuffer(part, np.uint8)
+        num_read += len(part)
+      f.read(1)  # At the end its CRC-32 is compared.
+  except Exception as e:  # See `_members`.
+    raise _source.damaged(path, e) from e
+  order: Any = 'F' if member.is_fortran else 'C'
+  return flat.view(member.in_file).reshape(array.shape, order=order)
+
+
+def _members(path: pathlib.Path) -> dict[str, _Member]:
+  """The arrays of an archive by name, checked against its size."""
+  try:
+    with zipfile.ZipFile(path) as archive, path.open('rb') as f:
+      infos = [i for i in archive.infolist() if i.filename.endswith('.npy')]
+      found = dict(_each_member(path, archive, infos, f))
+    if len(found) < len(infos):
+      raise ValueError('two of its arrays have one name')
+    if not found:
+      raise ValueError('it holds no arrays')
+  # zipfile and ast raise a dozen types on bytes that somebody made up.
+  except Exception as e:
+    if isinstance(e, FileNotFoundError):
+      raise
+    raise _source.damaged(path, e) from e
+  return found
+
+
+def _each_member(path, archive, infos, f) -> Iterator[tuple[str, _Member]]:
+  num_bytes = path.stat().st_size
+  for info in infos:
+    name = info.filename.removesuffix('.npy')
+    _check_size(info, num_bytes)
+    with archive.open(info) as member:
+      shape, in_file, is_fortran, start = _header(name, member)
+    is_stored = info.compress_type == zipfile.ZIP_STORED and not is_fortran
+    data = _data_start(f, info) if is_stored else 0
+    dtype = np.dtype(jnp.bfloat16) if in_file.kind == 'V' else in_file
+    if in_file.kind == 'V':
+      in_file = dtype
+    array = _raw.Array(str(path), data + start, shape, dtype.newbyteorder('='))
+    if start + array.num_bytes != info.file_size:
+      raise ValueError(
+          f'{name!r}: {list(shape)} {dtype} in {info.file_size - start} bytes'
+      )
+    yield name, _Member(array, in_file, is_stored, is_fortran, info.filename)
+
+
+def _check_size(info: zipfile.ZipInfo, num_bytes: int) -> None:
+  """Refuses what declares more than the file can hold."""
+  is_stored = info.compress_type == zipfile.ZIP_STORED
+  most = info.compress_size * (1 if is_stored else _MOST_DEFLATED)
+  end = info.header_offset + info.compress_size
+  if info.flag_bits & _ENCRYPTED:
+    raise ValueError(f'{info.filename!r} is encrypted')
+  if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    raise ValueError(f'{info.filename!r} is compressed in an unknown way')
+  if end > num_bytes or info.file_size > most:
+    raise ValueError(
+        f'{info.filename!r} declares {info.file_size:,} bytes, and the file '
+        f'has {num_bytes:,}'
+    )
+
+
+def _data_start(f, info: zipfile.ZipInfo) -> int:
+  """Where the bytes of a stored member begin: behind its local header."""
+  f.seek(info.header_offset)
+  name, extra = struct.unpack('<26x2H', f.read(30))
+  return info.header_offset + 30 + name + extra
+
+
+def _header(name: str, member) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+  """Shape, dtype, order and size of the header of an array."""
+  start = member.read(8)
+  if start[:6] != _MAGIC:
+    raise ValueError(f'{name!r} is no array of NumPy')
+  size = 2 if start[6] == 1 else 4
+  length = int.from_bytes(member.read(size), 'little')
+  if length > _MOST_HEADER_BYTES:
+    raise ValueError(f'the header of {name!r} should have {length:,} bytes')
+  fields = ast.literal_eval(member.read(length).decode('latin1').strip())
+  dtype = np.dtype(fields['descr'])
+  if dtype.hasobject:
+    raise ValueError(
+        f'{name!r} holds pickled objects, which are not read because that runs '
+        'code'
+    )
+  if dtype.kind not in 'biufc' and dtype.str[1:] != _BFLOAT16:
+    raise ValueError(f'{name!r} has dtype {dtype}: no numbers')
+  shape = tuple(int(n) for n in fields['shape'])
+  if min((*shape, 0)) < 0:
+    raise ValueError(f'{name!r} has shape {shape}')
+  return shape, dtype, bool(fields['fortran_order']), 8 + size + length

@@ -1,0 +1,66 @@
+"""Arrays that lie in a file as they lie in memory, read row by row."""
+
+import math
+import os
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxsoup.checkpoints import _source
+
+
+class Array(NamedTuple):
+  """Where an array lies: in C order, from byte `start` on."""
+
+  file: str
+  start: int
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  @property
+  def num_bytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+class File:
+  """A file that is opened when it is first read, and closed with its owner."""
+
+  def __init__(self, path: pathlib.Path | str):
+    self._path = str(path)
+    self._number: int | None = None
+
+  def read(self, array: np.ndarray, start: int) -> None:
+    """Fills an array with what lies in the file from byte `start` on."""
+    if self._number is None:
+      self._number = os.open(self._path, os.O_RDONLY)
+    buffer = array.reshape(-1).view(np.uint8).data
+    while buffer:
+      num_read = os.preadv(self._number, [buffer], start)
+      if not num_read:
+        raise _source.damaged(self._path, 'it ends too early')
+      buffer, start = buffer[num_read:], start + num_read
+
+  def __del__(self, close: Any = os.close):  # At exit modules go before us.
+    if self._number is not None:
+      close(self._number)
+
+
+def reader(array: Array, file: File) -> _source.ReadFn:
+  """Reads a part of an array: its rows from the file, of those the columns."""
+  columns, dtype = array.shape[1:], array.dtype
+  row_bytes = math.prod(columns) * dtype.itemsize
+
+  def read(index):
+    if not index:
+      shape, start = (), array.start
+    else:
+      first, end = index[0].start, index[0].stop
+      shape, start = (end - first, *columns), array.start + first * row_bytes
+    rows = _source.scratch('read', shape, dtype)
+    if rows.size:
+      file.read(rows, start)
+    return rows[(slice(None), *index[1:])] if len(index) > 1 else rows
+
+  return read

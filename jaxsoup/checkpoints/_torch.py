@@ -1,0 +1,150 @@
+"""Reads the files of torch: `torch.save(model.state_dict(), 'model.pth')`.
+
+Through `torch.load(weights_only=True)`, which runs no code of the file. Its
+bytes are mapped into memory and read when they are needed; files of torch
+before 1.6 are read as a whole.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoup.checkpoints import _source
+
+SUFFIXES = ('.pth', '.pt', '.bin')
+_REFUSED = ('Unsupported global', 'Unsupported class', 'TorchScript')
+_WRAPPERS = ('state_dict', 'model')
+# dtypes that NumPy lacks, and integers of their size.
+_VIEWS = {
+    'bfloat16': ('int16', jnp.bfloat16),
+    'float8_e4m3fn': ('uint8', jnp.float8_e4m3fn),
+    'float8_e5m2': ('uint8', jnp.float8_e5m2),
+}
+
+
+def open_source(path: pathlib.Path) -> _source.Source:
+  """Opens a file; of one in the present format only names and shapes."""
+  tensors = dict(_tensors(_state_dict(_loaded(path))))
+  if not tensors:
+    raise ValueError(
+        f'{path} holds no tensors. Save those alone: '
+        'torch.save(model.state_dict(), path).'
+    )
+  num_bytes = path.stat().st_size
+  for name, tensor in tensors.items():
+    _check(path, name, tensor, num_bytes)
+  by_path = dict(zip(_source.paths_of(tensors, '.'), tensors.values()))
+  metadata = _source.Metadata(
+      path=str(path),
+      leaves={
+          p: jax.ShapeDtypeStruct(tuple(t.shape), _dtype_of(t))
+          for p, t in by_path.items()
+      },
+      custom={},
+      checksums={},
+      identity=_source.state_of(path),
+  )
+  return _source.Source(
+      metadata,
+      reader_fn=lambda p: _reader(by_path[p]),
+      rows_fn=lambda p: 1,
+      separator='.',
+  )
+
+
+def _loaded(path: pathlib.Path) -> Any:
+  try:
+    import torch
+  except ImportError as e:
+    raise ImportError(
+        f'{path} is a file of torch, which is not installed: '
+        '`pip install torch`, or save the model as safetensors.'
+    ) from e
+  with path.open('rb') as f:
+    is_mapped = f.read(4) == b'PK\x03\x04'
+  try:
+    return torch.load(
+        str(path), map_location='cpu', mmap=is_mapped, weights_only=True
+    )
+  # The reader of pickles raises anything on bytes that somebody made up.
+  except Exception as e:
+    said = str(e)
+    if any(words in said for words in _REFUSED):
+      raise ValueError(
+          f'{path} holds more than tensors: {_reason(said)}. Loading that '
+          'could run code, and is refused. If you trust the file, save its '
+          'tensors alone: torch.save(model.state_dict(), path).'
+      ) from e
+    raise _source.damaged(path, _reason(said) or e) from e
+
+
+def _reason(said: str) -> str:
+  """What was wrong, from torch's page of advice."""
+  found = re.search(
+      r'Unsupported .*?(?= was not|$)|TorchScript archive', said, re.MULTILINE
+  )
+  return found[0] if found else said
+
+
+def _state_dict(content: Any) -> Any:
+  """What lies in the wrappers of training scripts."""
+  while isinstance(content, Mapping):
+    inside = [w for w in _WRAPPERS if isinstance(content.get(w), Mapping)]
+    if not inside:
+      break
+    content = content[inside[0]]
+  return content
+
+
+def _tensors(content: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """The tensors by name; epochs, arguments and the like are left out."""
+  import torch
+
+  if isinstance(content, torch.Tensor):
+    yield prefix.removesuffix('.') or 'tensor', content.detach()
+  elif isinstance(content, Mapping):
+    for key, child in content.items():
+      yield from _tensors(child, f'{prefix}{key}.')
+
+
+def _check(path: pathlib.Path, name: str, tensor: Any, num_bytes: int) -> None:
+  import torch
+
+  if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+    raise ValueError(
+        f'{path}: {name!r} is sparse, quantized or without values. Save dense '
+        'tensors: tensor.to_dense(), tensor.dequantize().'
+    )
+  if tensor.numel() * tensor.element_size() > num_bytes:
+    raise _source.damaged(
+        path,
+        f'{name!r} declares {tensor.numel() * tensor.element_size():,} bytes, '
+        f'and the file has {num_bytes:,}',
+    )
+  _dtype_of(tensor)
+
+
+def _dtype_of(tensor: Any) -> np.dtype:
+  name = str(tensor.dtype).removeprefix('torch.')
+  return np.dtype(_VIEWS[name][1] if name in _VIEWS else name)
+
+
+def _reader(tensor: Any) -> _source.ReadFn:
+  import torch
+
+  name = str(tensor.dtype).removeprefix('torch.')
+
+  def read(index):
+    part = tensor[index].resolve_conj().resolve_neg().contiguous()
+    if name not in _VIEWS:
+      return part.numpy()
+    integers, dtype = _VIEWS[name]
+    return part.view(getattr(torch, integers)).numpy().view(dtype)
+
+  return read
