@@ -107,10 +107,31 @@ class Table(NamedTuple):
     rules: one for each array.
     ignored: regular expressions, matched against whole names, of arrays that
       hold nothing learned: counters, position ids, copies of tied weights.
+    aliases: regular expressions with what replaces them (as for `re.sub`),
+      which turn names of older or of partial files into those of the rules.
   """
 
   rules: Sequence[Rule]
   ignored: Sequence[str] = ()
+  aliases: Sequence[tuple[str, str]] = ()
+
+  def alias(self, name: str) -> str:
+    """A name in a file as the rules spell it."""
+    for pattern, replacement in self.aliases:
+      name = re.sub(pattern, replacement, name)
+    return name
+
+
+class _Aliased:
+  """Arrays of a file by the names of the rules."""
+
+  def __init__(self, stored: Any, table: Table):
+    self.path, self._stored = stored.path, stored
+    self._names = {table.alias(name): name for name in stored.shapes}
+    self.shapes = {n: stored.shapes[name] for n, name in self._names.items()}
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self._stored[self._names[name]]
 
 
 class _Leaves:
@@ -188,7 +209,7 @@ def read(
     ValueError: lists what is missing in the file, what it holds that no rule
       knows, and what has another shape.
   """
-  leaves = _Leaves(wanted)
+  leaves, stored = _Leaves(wanted), _Aliased(stored, table)
   is_initial = lambda p: any(re.match(pattern, p) for pattern in initial)
   rules = [r for r in table.rules if not all(map(is_initial, r.paths))]
   _check(stored, leaves, rules, table, is_initial)
@@ -303,4 +324,5 @@ def _listed(title: str, lines: Sequence[str], most: int = 20) -> str:
 
 def matches(stored: Mapping[str, Any], table: Table) -> float:
   """The share of a table's names that a file has: which table is it?"""
-  return np.mean([rule.theirs in stored for rule in table.rules]).item()
+  names = {table.alias(name) for name in stored}
+  return np.mean([rule.theirs in names for rule in table.rules]).item()
