@@ -1,0 +1,386 @@
+"""BERT in Flax nnx, and sentence embeddings as MiniLM makes them.
+
+model = bert.Bert(num_classes=2, vocab_size=100, rngs=nnx.Rngs(0))
+logits = model(input_ids, attention_mask)  # [B, T], [B, T] -> [B, 2]
+tokens = model.tokens(input_ids, attention_mask)  # [B, T, 768]
+sentences = bert.mean_pooled(tokens, attention_mask)  # [B, 768]
+"""
+
+from collections.abc import Mapping
+import re
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from jaxsoup.models import _names
+from jaxsoup.models import _transformer
+
+
+class Block(nnx.Module):
+  """One post-LN transformer block, with exact GELU.
+
+  y = LN(x + Attention(x)),  out = LN(y + MLP(y))
+
+  Args:
+    width: size of a token.
+    mlp_width: size of the hidden layer of the MLP.
+    num_heads: number of attention heads; divides `width`.
+    epsilon: of the LayerNorms.
+    dtype: of the computation; None takes that of the parameters.
+    rngs: source of the initial parameters.
+
+  Source: Vaswani et al., "Attention is all you need", NeurIPS 2017.
+  """
+
+  def __init__(
+      self,
+      width: int,
+      mlp_width: int,
+      num_heads: int,
+      *,
+      epsilon: float = 1e-12,
+      dtype: Any = None,
+      rngs: nnx.Rngs,
+  ):
+    norm = lambda: nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+    self.attention = nnx.MultiHeadAttention(
+        num_heads=num_heads,
+        in_features=width,
+        decode=False,
+        dtype=dtype,
+        rngs=rngs,
+    )
+    self.norm_attention = norm()
+    self.mlp = _transformer.Mlp(width, mlp_width, dtype=dtype, rngs=rngs)
+    self.norm_mlp = norm()
+
+  def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Returns tokens, [B, T, width]; mask is [B, 1, 1, T], True is seen."""
+    x = self.norm_attention(x + self.attention(x, mask=mask))
+    return self.norm_mlp(x + self.mlp(x))
+
+
+class Bert(_transformer.Stack):
+  """BERT, for classification or for the tokens and sentences themselves.
+
+  word + position + token type -> LN -> blocks -> first token -> tanh -> head
+
+  Args:
+    num_classes: number of logits; 0 leaves out the head.
+    vocab_size: number of words.
+    width: size of a token.
+    depth: number of blocks.
+    num_heads: number of attention heads; divides `width`.
+    mlp_width: size of the hidden layers, `4 * width` if not given.
+    num_positions: the longest text, in tokens.
+    num_token_types: kinds of tokens: first and second sentence.
+    has_pooler: whether a dense layer and tanh follow on the first token.
+    epsilon: of the LayerNorms.
+    dtype: name of the dtype of the computation, such as 'bfloat16'; None takes
+      that of the parameters, which are float32. Logits are float32.
+    is_scanned: see `ViT`, as the next two.
+    is_rematerialized: keeps of each block only its input.
+    batch_axis: name of the axis of the mesh over which batches lie.
+    rngs: source of the initial parameters.
+
+  Raises:
+    ValueError: `num_heads` does not divide `width`; in calls: a text is longer
+      than `num_positions`.
+
+  Example:
+    >>> model = Bert(
+    ...     3, vocab_size=9, width=8, depth=2, num_heads=2, rngs=nnx.Rngs(0)
+    ... )
+    >>> model(jnp.array([[1, 5, 2, 0]]), jnp.array([[1, 1, 1, 0]])).shape
+    (1, 3)
+
+  Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers
+  for Language Understanding", NAACL 2019, section 3.
+  """
+
+  def __init__(
+      self,
+      num_classes: int = 0,
+      *,
+      vocab_size: int = 30522,
+      width: int = 768,
+      depth: int = 12,
+      num_heads: int = 12,
+      mlp_width: int | None = None,
+      num_positions: int = 512,
+      num_token_types: int = 2,
+      has_pooler: bool = True,
+      epsilon: float = 1e-12,
+      dtype: str | None = None,
+      is_scanned: bool = False,
+      is_rematerialized: bool = False,
+      batch_axis: str | None = None,
+      rngs: nnx.Rngs,
+  ):
+    if width % num_heads:
+      raise ValueError(
+          f'num_heads {num_heads} does not divide width {width}: choose a '
+          'divisor.'
+      )
+    self.num_classes, self.has_pooler = num_classes, has_pooler
+    dtype_ = _transformer.as_dtype(dtype)
+    normal = nnx.initializers.normal(0.02)
+    embed = lambda num: nnx.Embed(
+        num, width, embedding_init=normal, dtype=dtype_, rngs=rngs
+    )
+    self.word = embed(vocab_size)
+    self.position = nnx.Param(normal(rngs.params(), (num_positions, width)))
+    self.token_type = embed(num_token_types)
+    self.norm = nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype_, rngs=rngs)
+    self.add_blocks(
+        lambda rngs: Block(
+            width,
+            mlp_width or 4 * width,
+            num_heads,
+            epsilon=epsilon,
+            dtype=dtype_,
+            rngs=rngs,
+        ),
+        depth,
+        is_scanned=is_scanned,
+        is_rematerialized=is_rematerialized,
+        batch_axis=batch_axis,
+        rngs=rngs,
+    )
+    if has_pooler:
+      self.pooler = nnx.Linear(width, width, dtype=dtype_, rngs=rngs)
+    if num_classes:
+      self.head = nnx.Linear(width, num_classes, rngs=rngs)
+
+  def tokens(
+      self,
+      input_ids: jax.Array,
+      attention_mask: jax.Array | None = None,
+      token_type_ids: jax.Array | None = None,
+  ) -> jax.Array:
+    """The tokens after the last block.
+
+    Args:
+      input_ids: [B, T], integers.
+      attention_mask: [B, T], 1 where there is a token, 0 where there is
+        padding; None if there is none.
+      token_type_ids: [B, T], integers; None means 0.
+
+    Returns:
+      [B, T, width]; those of padding mean nothing.
+    """
+    length, num_positions = input_ids.shape[1], self.position.shape[0]
+    if length > num_positions:
+      raise ValueError(
+          f'input_ids has {length} tokens a text, the model {num_positions} '
+          'positions: truncate the texts.'
+      )
+    if token_type_ids is None:
+      token_type_ids = jnp.zeros_like(input_ids)
+    word = self.gathered(*nnx.split(self.word))
+    x = self.on_batch_axis(word(input_ids)) + self.token_type(token_type_ids)
+    x = self.norm(x + self.position[...][:length].astype(x.dtype))
+    mask = None
+    if attention_mask is not None:
+      mask = attention_mask[:, None, None, :].astype(bool)
+    return self.through_blocks(x, mask)
+
+  def features(
+      self,
+      input_ids: jax.Array,
+      attention_mask: jax.Array | None = None,
+      token_type_ids: jax.Array | None = None,
+  ) -> jax.Array:
+    """What the head sees, [B, width]: the pooler's output or first tokens."""
+    x = self.tokens(input_ids, attention_mask, token_type_ids)[:, 0]
+    if not self.has_pooler:
+      return x
+    return jnp.tanh(self.gathered(*nnx.split(self.pooler))(x))
+
+  def __call__(
+      self,
+      input_ids: jax.Array,
+      attention_mask: jax.Array | None = None,
+      token_type_ids: jax.Array | None = None,
+  ) -> jax.Array:
+    """Logits, [B, num_classes]; without a head the features, [B, width]."""
+    x = self.features(input_ids, attention_mask, token_type_ids)
+    if not self.num_classes:
+      return x
+    return self.on_batch_axis(self.gathered(*nnx.split(self.head))(x))
+
+
+def mean_pooled(
+    tokens: jax.Array,
+    attention_mask: jax.Array | None = None,
+    *,
+    is_normalized: bool = False,
+) -> jax.Array:
+  """Sentence embeddings: the mean over the tokens that are not padding.
+
+  e = sum_t m_t x_t / sum_t m_t,  or  e / |e|
+
+  Args:
+    tokens: [B, T, width], of `Bert.tokens`.
+    attention_mask: [B, T], 1 where there is a token; None if all are.
+    is_normalized: whether each is divided by its length.
+
+  Returns:
+    [B, width], float32; zeros for a text without any token.
+
+  Example:
+    >>> tokens = jnp.array([[[3.0, 0.0], [3.0, 8.0], [9.0, 9.0]]])
+    >>> mean_pooled(tokens, jnp.array([[1, 1, 0]])).tolist()
+    [[3.0, 4.0]]
+    >>> mean_pooled(tokens, jnp.array([[1, 1, 0]]), is_normalized=True).tolist()
+    [[0.6, 0.8]]
+
+  Source: Reimers and Gurevych, "Sentence-BERT", EMNLP 2019, section 3.
+  """
+  x = tokens.astype(jnp.float32)
+  if attention_mask is None:
+    attention_mask = jnp.ones(x.shape[:2])
+  mask = attention_mask.astype(jnp.float32)[..., None]
+  x = (x * mask).sum(1) / jnp.maximum(mask.sum(1), 1)
+  if is_normalized:
+    x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+  return x
+
+
+# --- Names in files -----------------------------------------------------------
+
+Rule = _names.Rule
+
+
+def _dense(
+    ours: str, theirs: str, kernel: _names.Layout, bias: _names.Layout
+) -> list[Rule]:
+  return [
+      Rule(f'{ours}/kernel', f'{theirs}.weight', kernel),
+      Rule(f'{ours}/bias', f'{theirs}.bias', bias),
+  ]
+
+
+def _norm(ours: str, theirs: str) -> list[Rule]:
+  return [
+      Rule(f'{ours}/scale', f'{theirs}.weight'),
+      Rule(f'{ours}/bias', f'{theirs}.bias'),
+  ]
+
+
+def _block(ours: str, theirs: str) -> list[Rule]:
+  """The rules of one block; both names end in a separator."""
+  kernel, same = _names.dense(), _names.same
+  rules = []
+  for name in ('query', 'key', 'value'):
+    path = f'{ours}attention/{name}', f'{theirs}attention.self.{name}'
+    rules += _dense(*path, kernel, _names.flat)
+  path = f'{ours}attention/out', f'{theirs}attention.output.dense'
+  return [
+      *rules,
+      *_dense(*path, _names.dense(2), same),
+      *_norm(f'{ours}norm_attention', f'{theirs}attention.output.LayerNorm'),
+      *_dense(
+          f'{ours}mlp/dense_in', f'{theirs}intermediate.dense', kernel, same
+      ),
+      *_dense(f'{ours}mlp/dense_out', f'{theirs}output.dense', kernel, same),
+      *_norm(f'{ours}norm_mlp', f'{theirs}output.LayerNorm'),
+  ]
+
+
+def hf_table(
+    *, num_classes: int = 0, depth: int = 12, has_pooler: bool = True, **_: Any
+) -> _names.Table:
+  """Names of Hugging Face's `BertForSequenceClassification` or `BertModel`.
+
+  Files are read with the prefix `bert.` and without it. Written are those of
+  the first if there are classes, else those of the second. The heads of
+  pre-training, `cls.*`, are ignored: no model here has them.
+  """
+  prefix = 'bert.' if num_classes else ''
+  kernel, same = _names.dense(), _names.same
+  embeddings = f'{prefix}embeddings.'
+  rules = [
+      Rule('word/embedding', f'{embeddings}word_embeddings.weight'),
+      Rule('position', f'{embeddings}position_embeddings.weight'),
+      Rule('token_type/embedding', f'{embeddings}token_type_embeddings.weight'),
+      *_norm('norm', f'{embeddings}LayerNorm'),
+  ]
+  for i in range(depth):
+    rules += _block(f'block_{i}/', f'{prefix}encoder.layer.{i}.')
+  if has_pooler:
+    rules += _dense('pooler', f'{prefix}pooler.dense', kernel, same)
+  if num_classes:
+    rules += _dense('head', 'classifier', kernel, same)
+  return _names.Table(
+      rules,
+      ignored=(r'(bert\.)?embeddings\.position_ids', r'cls\..*'),
+      aliases=(
+          (r'^(bert\.)?(?=embeddings\.|encoder\.|pooler\.)', prefix),
+          # Files converted from the first release, in TensorFlow.
+          (r'(?<=LayerNorm\.)gamma$', 'weight'),
+          (r'(?<=LayerNorm\.)beta$', 'bias'),
+      ),
+  )
+
+
+TABLES = {'hf': hf_table}
+
+
+def arguments(
+    naming: str, shapes: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The arguments of `Bert` for a file.
+
+  Args:
+    naming: 'hf'.
+    shapes: of the arrays, by name.
+    config: the parsed `config.json`; {} if there is none.
+
+  Returns:
+    Keyword arguments.
+
+  Raises:
+    ValueError: it is a model of another kind.
+  """
+  del naming
+  _check_config(config)
+  shape_of = {n.removeprefix('bert.'): x.shape for n, x in shapes.items()}
+  vocab_size, width = shape_of['embeddings.word_embeddings.weight']
+  has_pooler = 'pooler.dense.weight' in shape_of
+  if 'classifier.weight' in shape_of and not has_pooler:
+    raise ValueError(
+        "The file has 'classifier.weight' but no 'pooler.dense.weight': its "
+        'head classifies tokens. Load a model that classifies texts.'
+    )
+  layers = [re.match(r'encoder\.layer\.(\d+)\.', name) for name in shape_of]
+  # Heads are of size 64, but for MiniLM's, which keep the teacher's number.
+  num_heads = 12 if width == 384 else max(1, width // 64)
+  return {
+      'num_classes': shape_of.get('classifier.weight', (0,))[0],
+      'vocab_size': vocab_size,
+      'width': width,
+      'depth': 1 + max(int(layer[1]) for layer in layers if layer),
+      'num_heads': config.get('num_attention_heads', num_heads),
+      'mlp_width': shape_of['encoder.layer.0.intermediate.dense.weight'][0],
+      'num_positions': shape_of['embeddings.position_embeddings.weight'][0],
+      'num_token_types': shape_of['embeddings.token_type_embeddings.weight'][0],
+      'has_pooler': has_pooler,
+      'epsilon': config.get('layer_norm_eps', 1e-12),
+  }
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+  for name, expected in {
+      'hidden_act': 'gelu',
+      'position_embedding_type': 'absolute',
+      'is_decoder': False,
+  }.items():
+    found = config.get(name, expected)
+    if found != expected:
+      raise ValueError(
+          f'config.json has {name} {found!r}; `Bert` computes {expected!r} '
+          'only: choose another checkpoint.'
+      )
