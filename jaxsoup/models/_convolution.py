@@ -17,27 +17,19 @@ pointwise = _names.Layout(
 IGNORED = (r'(.*\.)?num_batches_tracked',)
 
 
-class StandardizedConv(nnx.Conv):
-  """A convolution whose kernel has mean 0 and variance 1 for each output.
+def _standardized(x, kernel, *args, **kwargs):
+  """A convolution by a kernel that is standardized for each output.
 
   w_hat = (w - mean(w)) / sqrt(var(w) + 1e-8), over height, width and inputs
 
   Source: Qiao et al. 2019, "Micro-batch training with batch-channel
   normalization and weight standardization", equation 5.
   """
-
-  def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
-    kernel = self.kernel[...]
-    kernel = kernel - kernel.mean((0, 1, 2))
-    kernel = kernel * jax.lax.rsqrt(kernel.var((0, 1, 2)) + 1e-8)
-    dtype = self.dtype or jnp.result_type(x, kernel)
-    return jax.lax.conv_general_dilated(
-        x.astype(dtype),
-        kernel.astype(dtype),
-        self.strides,
-        self.padding,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    )
+  w = kernel.astype(jnp.float32)
+  w = w - w.mean((0, 1, 2))
+  w = w * jax.lax.rsqrt(jnp.square(w).mean((0, 1, 2)) + 1e-8)
+  w = w.astype(kernel.dtype)
+  return jax.lax.conv_general_dilated(x, w, *args, **kwargs)
 
 
 def conv(
@@ -63,7 +55,8 @@ def conv(
     is_same_padded: pads to `ceil(H / stride)` rows as TensorFlow does: of an
       odd number of zeros one more below and on the right. Else `size // 2`
       zeros on each side, as in torch.
-    is_standardized: whether it is a `StandardizedConv`.
+    is_standardized: whether the kernel is brought to mean 0 and variance 1 for
+      each output before it is used.
     dtype: of the computation; None takes that of the parameters.
     rngs: source of the initial parameters.
 
@@ -71,7 +64,7 @@ def conv(
     The layer, its kernel as of He et al. 2015.
   """
   side = (size // 2, size // 2)
-  return (StandardizedConv if is_standardized else nnx.Conv)(
+  return nnx.Conv(
       num_in,
       num_out,
       (size, size),
@@ -79,6 +72,9 @@ def conv(
       padding='SAME' if is_same_padded else (side, side),
       feature_group_count=num_groups,
       use_bias=False,
+      conv_general_dilated=(
+          _standardized if is_standardized else jax.lax.conv_general_dilated
+      ),
       kernel_init=nnx.initializers.variance_scaling(
           2.0 * num_groups, 'fan_out', 'normal'
       ),

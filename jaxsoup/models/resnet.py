@@ -5,7 +5,6 @@ logits = model(image)  # [B, 224, 224, 3] -> [B, 1000]
 params = nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
 """
 
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
@@ -128,7 +127,7 @@ class ResNet(nnx.Module):
     self.head = nnx.Linear(num_in, num_classes, rngs=rngs)
 
   def features(self, image: jax.Array) -> jax.Array:
-    """Returns what the head sees, [B, C], for images [B, H, W, num_channels]."""
+    """Returns what the head sees, [B, C], for images [B, H, W, C']."""
     x = self.conv_stem(image)
     if not self.is_bit:
       x = nnx.relu(self.norm_stem(x))
@@ -141,7 +140,7 @@ class ResNet(nnx.Module):
     return x.mean(axis=(1, 2))
 
   def __call__(self, image: jax.Array) -> jax.Array:
-    """Returns logits, [B, num_classes], for images [B, H, W, num_channels]."""
+    """Returns logits, [B, num_classes], for images [B, H, W, C']."""
     return self.head(self.features(image))
 
 
