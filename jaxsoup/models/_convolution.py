@@ -1,0 +1,129 @@
+"""What the convolutional networks share: layers, and rules for their names."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from jaxsoup.models import _names
+
+# A dense layer that the file holds as a convolution of size 1, [out, in, 1, 1].
+pointwise = _names.Layout(
+    lambda x, shape: x.T.reshape(shape), lambda x: x.T[..., None, None]
+)
+# A counter, which with a momentum has no influence.
+IGNORED = (r'(.*\.)?num_batches_tracked',)
+
+
+def _standardized(x, kernel, *args, **kwargs):
+  """A convolution by a kernel that is standardized for each output.
+
+  w_hat = (w - mean(w)) / sqrt(var(w) + 1e-8), over height, width and inputs
+
+  Source: Qiao et al. 2019, "Micro-batch training with batch-channel
+  normalization and weight standardization", equation 5.
+  """
+  w = kernel.astype(jnp.float32)
+  w = w - w.mean((0, 1, 2))
+  w = w * jax.lax.rsqrt(jnp.square(w).mean((0, 1, 2)) + 1e-8)
+  w = w.astype(kernel.dtype)
+  return jax.lax.conv_general_dilated(x, w, *args, **kwargs)
+
+
+def conv(
+    num_in: int,
+    num_out: int,
+    size: int,
+    stride: int = 1,
+    *,
+    num_groups: int = 1,
+    is_same_padded: bool = False,
+    is_standardized: bool = False,
+    dtype: Any = None,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+  """A convolution without bias, `[B, H, W, num_in] -> [B, H', W', num_out]`.
+
+  Args:
+    num_in: channels of the input.
+    num_out: channels of the output.
+    size: of the kernel, odd.
+    stride: in both directions.
+    num_groups: groups of channels that do not mix; `num_in` is depthwise.
+    is_same_padded: pads to `ceil(H / stride)` rows as TensorFlow does: of an
+      odd number of zeros one more below and on the right. Else `size // 2`
+      zeros on each side, as in torch.
+    is_standardized: whether the kernel is brought to mean 0 and variance 1 for
+      each output before it is used.
+    dtype: of the computation; None takes that of the parameters.
+    rngs: source of the initial parameters.
+
+  Returns:
+    The layer, its kernel as of He et al. 2015.
+  """
+  side = (size // 2, size // 2)
+  return nnx.Conv(
+      num_in,
+      num_out,
+      (size, size),
+      strides=(stride, stride),
+      padding='SAME' if is_same_padded else (side, side),
+      feature_group_count=num_groups,
+      use_bias=False,
+      conv_general_dilated=(
+          _standardized if is_standardized else jax.lax.conv_general_dilated
+      ),
+      kernel_init=nnx.initializers.variance_scaling(
+          2.0 * num_groups, 'fan_out', 'normal'
+      ),
+      dtype=dtype,
+      rngs=rngs,
+  )
+
+
+def batch_norm(
+    width: int,
+    *,
+    epsilon: float,
+    momentum: float,
+    dtype: Any = None,
+    rngs: nnx.Rngs,
+) -> nnx.BatchNorm:
+  """BatchNorm by its running statistics, until `model.train()`."""
+  return nnx.BatchNorm(
+      width,
+      use_running_average=True,
+      epsilon=epsilon,
+      momentum=momentum,
+      dtype=dtype,
+      rngs=rngs,
+  )
+
+
+def conv_rule(ours: str, theirs: str) -> _names.Rule:
+  """The kernel of a convolution."""
+  return _names.Rule(f'{ours}/kernel', f'{theirs}.weight', _names.conv)
+
+
+def affine_rules(ours: str, theirs: str) -> Iterator[_names.Rule]:
+  """Scale and bias of a normalization."""
+  yield _names.Rule(f'{ours}/scale', f'{theirs}.weight')
+  yield _names.Rule(f'{ours}/bias', f'{theirs}.bias')
+
+
+def batch_norm_rules(ours: str, theirs: str) -> Iterator[_names.Rule]:
+  """Scale, bias and running statistics of a BatchNorm."""
+  yield from affine_rules(ours, theirs)
+  yield _names.Rule(f'{ours}/mean', f'{theirs}.running_mean')
+  yield _names.Rule(f'{ours}/var', f'{theirs}.running_var')
+
+
+def dense_rules(
+    ours: str, theirs: str, layout: _names.Layout | None = None
+) -> Iterator[_names.Rule]:
+  """Kernel and bias of a dense layer."""
+  layout = layout or _names.dense()
+  yield _names.Rule(f'{ours}/kernel', f'{theirs}.weight', layout)
+  yield _names.Rule(f'{ours}/bias', f'{theirs}.bias')
