@@ -16,17 +16,17 @@ memory        peak of private memory (anonymous pages) above that after the
 
 Measured on two CPU cores, jax 0.10.2, torch 2.13.0, mergekit 0.1.5:
 
-                                         work  x limit  process   memory at K = 4, 8, 32
-limit: read once, write once             0.39     1.00     0.41    0.05   0.05   0.05
-jaxsoup, file to file                    0.34     0.85     0.91    0.05   0.05   0.08
-jaxsoup, uniform and save                1.00     2.53     1.53    1.04   1.05   1.08
-jaxsoup, from Orbax (no compression)     1.13     2.86     1.65    1.37   1.39   1.50
-Orbax, whole trees (no compression)      2.39     6.06     3.30    5.41   5.81   8.54
-jaxsoup, from Orbax (zstd)               2.29     5.80     2.88    1.37   1.48   1.48
-Orbax, whole trees (zstd)                3.35     8.49     4.24    7.02   8.36  12.13
-torch, tensor by tensor                  0.62     1.56     1.74    1.10   1.32   1.30
-torch, whole state dicts                 0.96     2.44     2.15    3.12   3.12   3.14
-mergekit-pytorch linear                  3.81     9.65     4.86    1.91   1.92   1.98
+                                      work  x limit  process  K = 4     8    32
+limit: read once, write once          0.39     1.00     0.41   0.05  0.05  0.05
+jaxsoup, file to file                 0.34     0.85     0.91   0.05  0.05  0.08
+jaxsoup, uniform and save             1.00     2.53     1.53   1.04  1.05  1.08
+jaxsoup, from Orbax (no compression)  1.13     2.86     1.65   1.37  1.39  1.50
+Orbax, whole trees (no compression)   2.39     6.06     3.30   5.41  5.81  8.54
+jaxsoup, from Orbax (zstd)            2.29     5.80     2.88   1.37  1.48  1.48
+Orbax, whole trees (zstd)             3.35     8.49     4.24   7.02  8.36 12.13
+torch, tensor by tensor               0.62     1.56     1.74   1.10  1.32  1.30
+torch, whole state dicts              0.96     2.44     2.15   3.12  3.12  3.14
+mergekit-pytorch linear               3.81     9.65     4.86   1.91  1.92  1.98
 
 Other programs were running. Two runs on a quiet machine gave 0.32 and 0.34 file
 to file against 0.29 and 0.53 of torch, and Orbax 1.02 and 1.18 against 2.37 and
@@ -314,12 +314,12 @@ def compare(folder, peers, num_repeats) -> list[dict]:
 
 def show(rows: list[dict]) -> None:
   limit = rows[0]['work']
-  print(f'{"":38}   work  x limit  process   memory at K = 4, 8, 32')
+  print(f'{"":36}  work  x limit  process  K = 4     8    32')
   for row in rows:
-    memory = '  '.join(f'{x:5.2f}' for x in row['memory'].values())
+    memory = ''.join(f'{x:6.2f}' for x in row['memory'].values())
     print(
-        f'{row["way"]:38} {row["work"]:6.2f}  {row["work"] / limit:7.2f}'
-        f'  {row["process"]:7.2f}   {memory}'
+        f'{row["way"]:36}{row["work"]:6.2f}{row["work"] / limit:9.2f}'
+        f'{row["process"]:9.2f} {memory}'
     )
 
 
