@@ -23,6 +23,17 @@ _PYTREE_FILE = '_METADATA'
 _UNFINISHED = '.orbax-checkpoint-tmp'
 
 
+class OnDisk(np.memmap):
+  """An array that stays in its file while it is saved.
+
+  Orbax copies arrays of the host first, because others may change them while it
+  writes: the whole model.
+  """
+
+  def __deepcopy__(self, memo: Any) -> 'OnDisk':
+    return self
+
+
 def resolve(path: Any, item: str | None = None) -> epath.Path:
   """The directory that holds the pytree, of a step, run or manager directory.
 
@@ -257,8 +268,8 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
 
 def _savable(leaf: Any, path: _tree.Path) -> Any:
   """On the host, unless it is spread over processes, which all write."""
-  if isinstance(leaf, np.memmap):
-    return leaf  # On a device it would take memory.
+  if isinstance(leaf, OnDisk):
+    return leaf
   leaf = _tree.on_device(leaf, path)
   check_no_key(leaf, path)
   if leaf.is_fully_addressable or leaf.is_fully_replicated:

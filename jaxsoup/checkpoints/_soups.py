@@ -216,9 +216,10 @@ def save_arrays(
       for i, (name, array) in enumerate(arrays):
         file = pathlib.Path(folder) / str(i)
         file.write_bytes(array.reshape(-1).view(np.uint8).data)
-        on_disk = np.memmap(file, np.uint8, 'r') if array.nbytes else array
-        on_disk = on_disk.view(array.dtype).reshape(array.shape)
-        tree[tuple(name.split(separator))] = on_disk
+        if array.nbytes:  # An empty file cannot be mapped.
+          mapped = _orbax.OnDisk(file, np.uint8, 'r')
+          array = mapped.view(array.dtype).reshape(array.shape)
+        tree[tuple(name.split(separator))] = array
       _orbax.write(path, _tree.nest(tree), {'jaxsoup': own})
   return str(path)
 
