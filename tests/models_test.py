@@ -72,9 +72,10 @@ def vit_by_hand(params, image):
       for i in range(0, height, 2)
       for j in range(0, width, 2)
   ]
-  x = linear(p['embed'], np.stack(patches, 1)) + p['position']
+  x = linear(p['embed'], np.stack(patches, 1))
   if 'cls_token' in p:
     x = np.concatenate([np.tile(p['cls_token'], (batch, 1, 1)), x], 1)
+  x = x + p['position']
   for i in range(SMALL['depth']):
     b = p[f'block_{i}']
     x = x + attention(b['attention'], norm(b['norm_attention'], x))

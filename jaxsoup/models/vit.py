@@ -1,14 +1,105 @@
-"""A vision transformer in Flax nnx.
+"""A vision transformer in Flax nnx, and the names of its weights elsewhere.
 
 model = vit.ViT((8, 8, 1), num_classes=10, patch_size=2, rngs=nnx.Rngs(0))
 logits = model(image)  # [B, 8, 8, 1] -> [B, 10]
 """
 
+from collections.abc import Mapping
+from collections.abc import Sequence
+import math
+from typing import Any
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsoup.models import _transformer
+from jaxsoup.models._vit_names import SIZES
+from jaxsoup.models._vit_names import TABLES as TABLES
+from jaxsoup.models._vit_names import arguments as arguments
+
+ACTIVATIONS = {
+    'gelu': _transformer.gelu,
+    # That of Flax and of models trained in it: by tanh.
+    'gelu_tanh': nnx.gelu,
+    'quick_gelu': _transformer.quick_gelu,
+}
+_POOLS = 'cls', 'mean', 'map', 'cls+mean'
+
+
+def size(name: str) -> dict[str, int]:
+  """Arguments of `ViT` by the name of a size.
+
+  Args:
+    name: 'Ti', 'S', 'B', 'L', 'So400m', 'H', 'g' or 'G'.
+
+  Returns:
+    `width`, `depth`, `num_heads` and `mlp_width`.
+
+  Raises:
+    ValueError: there is no such size.
+
+  Example:
+    >>> size('B')
+    {'width': 768, 'depth': 12, 'num_heads': 12, 'mlp_width': 3072}
+
+  Source: Zhai et al., "Scaling vision transformers", CVPR 2022, Table 2; So400m
+  is of Alabdulmohsin et al., "Getting ViT in shape", NeurIPS 2023.
+  """
+  if name not in SIZES:
+    raise ValueError(f'There is no size {name!r}: choose from {list(SIZES)}.')
+  return dict(zip(('width', 'depth', 'num_heads', 'mlp_width'), SIZES[name]))
+
+
+class MapHead(nnx.Module):
+  """Pools by attention of a learned probe.
+
+  y = Attention(probe, x, x),  out = y + MLP(LN(y))
+
+  Args:
+    width: size of a token.
+    mlp_width: size of the hidden layer of the MLP.
+    num_heads: number of attention heads; divides `width`.
+    epsilon: of the LayerNorm.
+    activation: of the MLP.
+    dtype: of the computation; None takes that of the parameters.
+    rngs: source of the initial parameters.
+
+  Source: Zhai et al., "Scaling vision transformers", CVPR 2022, Section 3.2;
+  Lee et al., "Set transformer", ICML 2019.
+  """
+
+  def __init__(
+      self,
+      width: int,
+      mlp_width: int,
+      num_heads: int,
+      *,
+      epsilon: float = 1e-6,
+      activation: _transformer.Activation = _transformer.gelu,
+      dtype: Any = None,
+      rngs: nnx.Rngs,
+  ):
+    normal = nnx.initializers.normal(width**-0.5)
+    self.probe = nnx.Param(normal(rngs.params(), (1, width)))
+    self.attention = nnx.MultiHeadAttention(
+        num_heads=num_heads,
+        in_features=width,
+        decode=False,
+        dtype=dtype,
+        rngs=rngs,
+    )
+    self.norm = nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+    self.mlp = _transformer.Mlp(
+        width, mlp_width, activation=activation, dtype=dtype, rngs=rngs
+    )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns one token, [B, width], for tokens [B, T, width]."""
+    probe = _repeated(self.probe[...], x)
+    y = self.attention(probe, x)
+    return (y + self.mlp(self.norm(y)))[:, 0]
 
 
 class ViT(_transformer.Stack):
@@ -18,14 +109,22 @@ class ViT(_transformer.Stack):
 
   Args:
     image_shape: (H, W, C) of one image; `patch_size` divides H and W.
-    num_classes: number of logits.
+    num_classes: number of logits; 0 for features in their place.
     patch_size: side of a square patch, in pixels.
     width: size of a token.
     depth: number of blocks.
     num_heads: number of attention heads; divides `width`.
     mlp_width: size of the hidden layers, `4 * width` if not given.
-    has_cls_token: pools by a class token if true, else by the mean over
-      tokens (GAP).
+    has_cls_token: whether a class token precedes the patches.
+    has_cls_position: whether the class token has a position too.
+    pool: 'cls', the class token; 'mean' over the patches (GAP); 'map', by
+      attention (`MapHead`); 'cls+mean', both side by side, [B, 2 width]. If not
+      given, 'cls' where there is a class token, else 'mean'.
+    is_pooled_first: whether the last LayerNorm comes after the pool.
+    has_layer_scale: whether learned vectors scale the branches of the blocks.
+    is_gated: whether the MLPs of the blocks are SwiGLUs.
+    activation: of the other MLPs: 'gelu', 'gelu_tanh' or 'quick_gelu'.
+    epsilon: of the LayerNorms.
     dtype: name of the dtype of the computation, such as 'bfloat16'; None takes
       that of the parameters, which are float32. Logits are float32.
     is_scanned: stores all blocks as one, `blocks`, with leaves [depth, ...],
@@ -38,17 +137,22 @@ class ViT(_transformer.Stack):
       apart, and reduces activations of the whole batch over all devices.
     rngs: source of the initial parameters.
 
+  Raises:
+    ValueError: `patch_size` does not divide the image, or `pool` is unknown or
+      needs a class token that is not there.
+
   Example:
     >>> model = ViT((8, 8, 1), num_classes=10, patch_size=4, rngs=nnx.Rngs(0))
     >>> model(jnp.zeros((2, 8, 8, 1))).shape
     (2, 10)
 
-  Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021.
+  Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021;
+  LayerScale and SwiGLU as in Oquab et al., "DINOv2", TMLR 2024.
   """
 
   def __init__(
       self,
-      image_shape: tuple[int, int, int],
+      image_shape: Sequence[int],
       num_classes: int,
       *,
       patch_size: int,
@@ -57,31 +161,49 @@ class ViT(_transformer.Stack):
       num_heads: int = 4,
       mlp_width: int | None = None,
       has_cls_token: bool = False,
+      has_cls_position: bool = True,
+      pool: str | None = None,
+      is_pooled_first: bool = False,
+      has_layer_scale: bool = False,
+      is_gated: bool = False,
+      activation: str = 'gelu',
+      epsilon: float = 1e-6,
       dtype: str | None = None,
       is_scanned: bool = False,
       is_rematerialized: bool = False,
       batch_axis: str | None = None,
       rngs: nnx.Rngs,
   ):
-    height, image_width, channels = image_shape
-    if height % patch_size or image_width % patch_size:
-      raise ValueError(
-          f'patch_size {patch_size} does not divide the image, '
-          f'{height} x {image_width}: choose a divisor of both sides.'
-      )
-    num_tokens = (height // patch_size) * (image_width // patch_size)
+    num_tokens = math.prod(grid(image_shape, patch_size))
     self.patch_size, self.has_cls_token = patch_size, has_cls_token
-    dtype_ = _transformer.as_dtype(dtype)
+    self.pool, self.is_pooled_first = (
+        _pool(pool, has_cls_token),
+        is_pooled_first,
+    )
+    self.has_cls_position = has_cls_token and has_cls_position
+    mlp_width = mlp_width or 4 * width
+    shared = dict(dtype=_transformer.as_dtype(dtype), epsilon=epsilon)
+    mlp = dict(shared, activation=ACTIVATIONS[activation])
     self.embed = nnx.Linear(
-        patch_size**2 * channels, width, dtype=dtype_, rngs=rngs
+        patch_size**2 * image_shape[2],
+        width,
+        dtype=_transformer.as_dtype(dtype),
+        rngs=rngs,
     )
     normal = nnx.initializers.normal(0.02)
-    self.position = nnx.Param(normal(rngs.params(), (num_tokens, width)))
+    num_rows = num_tokens + self.has_cls_position
+    self.position = nnx.Param(normal(rngs.params(), (num_rows, width)))
     if has_cls_token:
       self.cls_token = nnx.Param(jnp.zeros((1, width)))
     self.add_blocks(
         lambda rngs: _transformer.Block(
-            width, mlp_width or 4 * width, num_heads, dtype=dtype_, rngs=rngs
+            width,
+            mlp_width,
+            num_heads,
+            has_layer_scale=has_layer_scale,
+            is_gated=is_gated,
+            rngs=rngs,
+            **mlp,
         ),
         depth,
         is_scanned=is_scanned,
@@ -89,26 +211,81 @@ class ViT(_transformer.Stack):
         batch_axis=batch_axis,
         rngs=rngs,
     )
-    self.norm = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype_, rngs=rngs)
-    self.head = nnx.Linear(width, num_classes, rngs=rngs)
+    self.norm = nnx.LayerNorm(width, rngs=rngs, **shared)
+    if self.pool == 'map':
+      self.map_head = MapHead(width, mlp_width, num_heads, rngs=rngs, **mlp)
+    self.num_classes = num_classes
+    if num_classes:
+      num_features = 2 * width if self.pool == 'cls+mean' else width
+      self.head = nnx.Linear(num_features, num_classes, rngs=rngs)
 
   def features(self, image: jax.Array) -> jax.Array:
     """Returns what the head sees, [B, width], for images [B, H, W, C]."""
+    if self.is_pooled_first:
+      return self.norm(self.pooled(self.tokens(image)))
+    return self.pooled(self.norm(self.tokens(image)))
+
+  def tokens(self, image: jax.Array) -> jax.Array:
+    """Returns what the blocks give, [B, T, width], for images [B, H, W, C]."""
     embed = self.gathered(*nnx.split(self.embed))
     x = self.on_batch_axis(embed(patchify(image, self.patch_size)))
-    x = x + self.position[...].astype(x.dtype)
+    position = self.position[...].astype(x.dtype)
+    if not self.has_cls_position:
+      x = x + position
     if self.has_cls_token:
-      cls_token = jnp.broadcast_to(
-          self.cls_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1])
-      )
-      x = jnp.concatenate([cls_token, x], axis=1)
-    x = self.norm(self.through_blocks(x))
-    return x[:, 0] if self.has_cls_token else x.mean(axis=1)
+      x = jnp.concatenate([_repeated(self.cls_token[...], x), x], axis=1)
+    if self.has_cls_position:
+      x = x + position
+    return self.through_blocks(x)
+
+  def pooled(self, x: jax.Array) -> jax.Array:
+    """Returns one vector for each image, [B, width], for tokens."""
+    patches = x[:, 1:] if self.has_cls_token else x
+    if self.pool == 'cls':
+      return x[:, 0]
+    if self.pool == 'mean':
+      return patches.mean(axis=1)
+    if self.pool == 'map':
+      return self.gathered(*nnx.split(self.map_head))(patches)
+    return jnp.concatenate([x[:, 0], patches.mean(axis=1)], axis=-1)
 
   def __call__(self, image: jax.Array) -> jax.Array:
     """Returns logits, [B, num_classes], for images [B, H, W, C]."""
+    features = self.features(image)
+    if not self.num_classes:
+      return features
     head = self.gathered(*nnx.split(self.head))
-    return self.on_batch_axis(head(self.features(image)))
+    return self.on_batch_axis(head(features))
+
+
+def _pool(pool: str | None, has_cls_token: bool) -> str:
+  pool = pool or ('cls' if has_cls_token else 'mean')
+  if pool not in _POOLS:
+    raise ValueError(f'There is no pool {pool!r}: choose from {_POOLS}.')
+  if 'cls' in pool and not has_cls_token:
+    raise ValueError(f'pool={pool!r} needs a class token: has_cls_token=True.')
+  return pool
+
+
+def _repeated(token: jax.Array, x: jax.Array) -> jax.Array:
+  """One token [1, width] for each image of x, [B, 1, width]."""
+  return jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, x.shape[-1]))
+
+
+def grid(image_shape: Sequence[int], patch_size: int) -> tuple[int, int]:
+  """Rows and columns of patches of an image, (H, W) or (H, W, C).
+
+  Example:
+    >>> grid((32, 48, 3), 16)
+    (2, 3)
+  """
+  height, width = image_shape[:2]
+  if height % patch_size or width % patch_size:
+    raise ValueError(
+        f'patch_size {patch_size} does not divide the image, '
+        f'{height} x {width}: choose a divisor of both sides.'
+    )
+  return height // patch_size, width // patch_size
 
 
 def patchify(image: jax.Array, patch_size: int) -> jax.Array:
@@ -130,3 +307,104 @@ def patchify(image: jax.Array, patch_size: int) -> jax.Array:
   x = image.reshape(batch, rows, patch_size, columns, patch_size, channels)
   x = x.transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(batch, rows * columns, patch_size**2 * channels)
+
+
+# --- Other resolutions --------------------------------------------------------
+
+
+def interpolate_position(
+    position: np.ndarray,
+    shape: tuple[int, int],
+    new_shape: tuple[int, int],
+    num_prefix: int = 0,
+) -> np.ndarray:
+  """Position embeddings of another grid of patches, by bicubic interpolation.
+
+  Corners are not aligned, edges are repeated, and nothing is smoothed when the
+  grid shrinks: as PyTorch does by default, and DINOv2 with it.
+
+  Args:
+    position: [num_prefix + rows * columns, width].
+    shape: rows and columns of patches.
+    new_shape: those wanted.
+    num_prefix: how many rows come first that belong to no patch, and stay.
+
+  Returns:
+    [num_prefix + new rows * new columns, width], in the dtype of `position`.
+
+  Raises:
+    ValueError: `position` has not that many rows.
+
+  Example:
+    >>> interpolate_position(np.ones((1 + 4, 8)), (2, 2), (3, 4), 1).shape
+    (13, 8)
+
+  Source: Keys, "Cubic convolution interpolation", 1981, with a = -0.75;
+  Dosovitskiy et al., ICLR 2021, Section 3.2.
+  """
+  if len(position) != num_prefix + math.prod(shape):
+    raise ValueError(
+        f'position has {len(position)} rows, expected {num_prefix} + '
+        f'{shape[0]} * {shape[1]}: give the grid that it was made for.'
+    )
+  position = np.asarray(position)
+  prefix, patches = position[:num_prefix], position[num_prefix:]
+  patches = np.einsum(
+      'ir,jc,rcd->ijd',
+      _bicubic(shape[0], new_shape[0]),
+      _bicubic(shape[1], new_shape[1]),
+      patches.reshape(*shape, -1).astype(np.float64),
+  ).reshape(math.prod(new_shape), -1)
+  return np.concatenate([prefix, patches.astype(position.dtype)])
+
+
+def _bicubic(num: int, new_num: int) -> np.ndarray:
+  """Each new point as a mean of old ones, [new_num, num]."""
+  a = -0.75
+  weights = np.zeros((new_num, num))
+  point = (np.arange(new_num) + 0.5) * num / new_num - 0.5
+  for tap in range(-1, 3):
+    neighbor = np.floor(point).astype(int) + tap
+    d = np.abs(point - neighbor)
+    near = ((a + 2) * d - (a + 3)) * d**2 + 1
+    far = a * (((d - 5) * d + 8) * d - 4)
+    rows, columns = np.arange(new_num), neighbor.clip(0, num - 1)
+    weights[rows, columns] += np.where(d <= 1, near, far)
+  return weights
+
+
+def at_resolution(
+    params: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    image_shape: Sequence[int],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The same model for images of another size.
+
+  Args:
+    params: of a ViT, a nested dict.
+    arguments: of its constructor.
+    image_shape: (H, W, C) wanted.
+
+  Returns:
+    Parameters with other positions, and arguments with `image_shape`.
+
+  Example:
+    >>> arguments = dict(image_shape=(8, 8, 3), patch_size=4, num_classes=0)
+    >>> params = {'position': np.zeros((4, 16))}
+    >>> params, arguments = at_resolution(params, arguments, (8, 12, 3))
+    >>> params['position'].shape, arguments['image_shape']
+    ((6, 16), [8, 12, 3])
+  """
+  patch_size = arguments['patch_size']
+  has_row = arguments.get('has_cls_token', False)
+  has_row = has_row and arguments.get('has_cls_position', True)
+  position = interpolate_position(
+      np.asarray(params['position']),
+      grid(arguments['image_shape'], patch_size),
+      grid(image_shape, patch_size),
+      int(has_row),
+  )
+  return (
+      {**params, 'position': position},
+      {**arguments, 'image_shape': [*image_shape]},
+  )
