@@ -1,0 +1,734 @@
+"""T5 in Flax nnx: text to text, and classification as text.
+
+model = t5.T5(vocab_size=100, rngs=nnx.Rngs(0))
+logits = model(input_ids, t5.shift_right(label_ids), attention_mask)
+scores = t5.score_labels(model, input_ids, attention_mask, label_ids)
+texts = t5.greedy_decode(model, input_ids, attention_mask, num_tokens=8)
+"""
+
+from collections.abc import Mapping
+import re
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoup.models import _names
+from jaxsoup.models import _transformer
+
+
+class Attention(nnx.Module):
+  """Attention without biases, whose scores are not scaled by 1 / sqrt(d).
+
+  softmax(Q K^T + bias) V W_out
+
+  Args:
+    width: size of a token.
+    num_heads: H, number of attention heads.
+    head_width: size of each.
+    dtype: of the computation; None takes that of the parameters.
+    rngs: source of the initial parameters.
+  """
+
+  def __init__(
+      self,
+      width: int,
+      num_heads: int,
+      head_width: int,
+      *,
+      dtype: Any = None,
+      rngs: nnx.Rngs,
+  ):
+    heads = num_heads, head_width
+
+    def project(scale):
+      # The scale that other models give to the scores is in the queries here.
+      return nnx.LinearGeneral(
+          width,
+          heads,
+          use_bias=False,
+          kernel_init=nnx.initializers.normal(scale),
+          dtype=dtype,
+          rngs=rngs,
+      )
+
+    self.query = project((width * head_width) ** -0.5)
+    self.key, self.value = project(width**-0.5), project(width**-0.5)
+    self.out = nnx.LinearGeneral(
+        heads, width, axis=(-2, -1), use_bias=False, dtype=dtype, rngs=rngs
+    )
+
+  def __call__(
+      self,
+      x: jax.Array,
+      context: jax.Array,
+      bias: jax.Array | None = None,
+      mask: jax.Array | None = None,
+  ) -> jax.Array:
+    """Reads from a context.
+
+    Args:
+      x: tokens that ask, [B, T, width].
+      context: tokens that answer, [B, S, width].
+      bias: added to the scores, [1, H, T, S].
+      mask: [B or 1, 1, T or 1, S], True is seen.
+
+    Returns:
+      [B, T, width].
+    """
+    x = jax.nn.dot_product_attention(
+        self.query(x),
+        self.key(context),
+        self.value(context),
+        bias,
+        mask,
+        scale=1.0,
+    )
+    return self.out(x)
+
+
+class Mlp(nnx.Module):
+  """The feed-forward layer, without biases.
+
+  relu(x W_in) W_out,  or gated  (gelu(x W_gate) * x W_in) W_out
+
+  The GELU is its approximation by tanh.
+
+  Args:
+    width: size of the input and of the output.
+    mlp_width: size of the hidden layer.
+    is_gated: as in T5 1.1.
+    dtype: of the computation; None takes that of the parameters.
+    rngs: source of the initial parameters.
+  """
+
+  def __init__(
+      self,
+      width: int,
+      mlp_width: int,
+      *,
+      is_gated: bool,
+      dtype: Any = None,
+      rngs: nnx.Rngs,
+  ):
+    self.is_gated = is_gated
+    dense = lambda *size: nnx.Linear(
+        *size, use_bias=False, dtype=dtype, rngs=rngs
+    )
+    if is_gated:
+      self.dense_gate = dense(width, mlp_width)
+    self.dense_in = dense(width, mlp_width)
+    self.dense_out = dense(mlp_width, width)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    hidden = self.dense_in(x)
+    if self.is_gated:
+      hidden = nnx.gelu(self.dense_gate(x), approximate=True) * hidden
+    else:
+      hidden = nnx.relu(hidden)
+    return self.dense_out(hidden)
+
+
+class Block(nnx.Module):
+  """One pre-LN block of either tower; the norms are RMSNorms.
+
+  x += Attention(N(x), N(x)),  x += Attention(N(x), encoded),  x += MLP(N(x))
+
+  Args:
+    width: size of a token.
+    mlp_width: size of the hidden layer of the MLP.
+    num_heads: number of attention heads.
+    head_width: size of each.
+    is_decoder: whether it attends to what the encoder returned.
+    is_gated: whether the MLP is gated.
+    epsilon: of the norms.
+    dtype: of the computation; None takes that of the parameters.
+    rngs: source of the initial parameters.
+  """
+
+  def __init__(
+      self,
+      width: int,
+      mlp_width: int,
+      num_heads: int,
+      head_width: int,
+      *,
+      is_decoder: bool,
+      is_gated: bool,
+      epsilon: float,
+      dtype: Any = None,
+      rngs: nnx.Rngs,
+  ):
+    norm = lambda: nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+    attention = lambda: Attention(
+        width, num_heads, head_width, dtype=dtype, rngs=rngs
+    )
+    self.norm_attention, self.attention = norm(), attention()
+    if is_decoder:
+      self.norm_cross, self.cross = norm(), attention()
+    self.norm_mlp = norm()
+    self.mlp = Mlp(width, mlp_width, is_gated=is_gated, dtype=dtype, rngs=rngs)
+
+  def __call__(
+      self,
+      x: jax.Array,
+      bias: jax.Array,
+      mask: jax.Array | None = None,
+      encoded: jax.Array | None = None,
+      encoded_mask: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns tokens, [B, T, width]; `encoded` is [B, S, width]."""
+    y = self.norm_attention(x)
+    x = x + self.attention(y, y, bias, mask)
+    if encoded is not None:
+      y = self.norm_cross(x)
+      x = x + self.cross(y, encoded, mask=encoded_mask)
+    return x + self.mlp(self.norm_mlp(x))
+
+
+class Tower(_transformer.Stack):
+  """The encoder or the decoder: blocks that share a bias by distance.
+
+  Args:
+    width: size of a token.
+    depth: number of blocks.
+    num_heads: number of attention heads.
+    is_decoder: whether tokens see only those before them, and what the encoder
+      returned.
+    num_buckets: number of classes of distances.
+    max_distance: from which on all distances are in one class.
+    epsilon: of the norms.
+    dtype: of the computation; None takes that of the parameters.
+    block: other arguments of `Block`.
+    stack: arguments of `add_blocks`.
+    rngs: source of the initial parameters.
+  """
+
+  def __init__(
+      self,
+      width: int,
+      depth: int,
+      num_heads: int,
+      *,
+      is_decoder: bool,
+      num_buckets: int,
+      max_distance: int,
+      epsilon: float,
+      dtype: Any,
+      block: Mapping[str, Any],
+      stack: Mapping[str, Any],
+      rngs: nnx.Rngs,
+  ):
+    self.is_decoder, self.max_distance = is_decoder, max_distance
+    normal = nnx.initializers.normal(width**-0.5)
+    self.distance = nnx.Param(normal(rngs.params(), (num_buckets, num_heads)))
+    self.add_blocks(
+        lambda rngs: Block(
+            width,
+            num_heads=num_heads,
+            is_decoder=is_decoder,
+            epsilon=epsilon,
+            dtype=dtype,
+            rngs=rngs,
+            **block,
+        ),
+        depth,
+        rngs=rngs,
+        **stack,
+    )
+    self.norm = nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+  def __call__(
+      self,
+      x: jax.Array,
+      mask: jax.Array | None = None,
+      encoded: jax.Array | None = None,
+      encoded_mask: jax.Array | None = None,
+  ) -> jax.Array:
+    """Tokens after the last block.
+
+    Args:
+      x: embedded tokens, [B, T, width].
+      mask: [B, T], 0 where there is padding; None if there is none.
+      encoded: what the encoder returned, [B, S, width]; for the decoder.
+      encoded_mask: of `encoded`, [B, S].
+
+    Returns:
+      [B, T, width].
+    """
+    length = x.shape[1]
+    table = self.distance[...]
+    buckets = distance_buckets(
+        length,
+        is_bidirectional=not self.is_decoder,
+        num_buckets=table.shape[0],
+        max_distance=self.max_distance,
+    )
+    bias = table[buckets].transpose(2, 0, 1)[None]
+    mask = _over_keys(mask)
+    if self.is_decoder:
+      causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+      mask = causal if mask is None else causal & mask
+    x = self.through_blocks(x, bias, mask, encoded, _over_keys(encoded_mask))
+    return self.norm(x)
+
+
+def _over_keys(mask: jax.Array | None) -> jax.Array | None:
+  return None if mask is None else mask[:, None, None, :].astype(bool)
+
+
+def distance_buckets(
+    length: int,
+    *,
+    is_bidirectional: bool,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+) -> np.ndarray:
+  """Classes of distances between tokens: exact when near, logarithmic when far.
+
+  With n buckets a direction, e = n / 2 and distance d:
+  d < e: d,  else min(n - 1, e + floor((n - e) log(d / e) / log(D / e)))
+
+  Args:
+    length: T, number of tokens.
+    is_bidirectional: whether half of the buckets are for tokens that follow;
+      else these are in bucket 0.
+    num_buckets: of both directions together.
+    max_distance: D, from which on all distances are in the last bucket.
+
+  Returns:
+    [T, T], integers: rows are the tokens that look, columns those looked at.
+
+  Example:
+    >>> distance_buckets(
+    ...     5, is_bidirectional=False, num_buckets=4, max_distance=4
+    ... )
+    array([[0, 0, 0, 0, 0],
+           [1, 0, 0, 0, 0],
+           [2, 1, 0, 0, 0],
+           [3, 2, 1, 0, 0],
+           [3, 3, 2, 1, 0]])
+
+  Source: Raffel et al. 2020, section 2.1; the buckets are those of their code.
+  """
+  offset = np.arange(length)[None] - np.arange(length)[:, None]
+  if is_bidirectional:
+    num_buckets //= 2
+    start, distance = num_buckets * (offset > 0), np.abs(offset)
+  else:
+    start, distance = np.zeros_like(offset), np.maximum(-offset, 0)
+  exact = num_buckets // 2
+  # In float32 as in the original: bounds between buckets depend on rounding.
+  far = np.maximum(distance, exact).astype(np.float32) / np.float32(exact)
+  far = np.log(far) / np.float32(np.log(max_distance / exact))
+  far = exact + (far * np.float32(num_buckets - exact)).astype(int)
+  near = np.where(distance < exact, distance, far)
+  return start + np.minimum(near, num_buckets - 1)
+
+
+class T5(nnx.Module):
+  """T5, an encoder and a decoder; 1.0, and 1.1 with its descendants.
+
+  Args:
+    vocab_size: number of words.
+    width: size of a token.
+    depth: number of blocks of the encoder.
+    decoder_depth: of the decoder; as many if not given.
+    num_heads: number of attention heads.
+    head_width: size of each; their sum may differ from `width`.
+    mlp_width: size of the hidden layers, `4 * width` if not given.
+    is_gated: whether the MLPs are gated by a GELU (1.1) or have a ReLU (1.0).
+    is_tied: whether the embedding gives the logits too (1.0), or a head of its
+      own does (1.1).
+    has_scaled_logits: whether what gives the logits is divided by
+      `sqrt(width)`; as `is_tied` if not given.
+    num_buckets: number of classes of distances between tokens.
+    max_distance: from which on all distances are in one class.
+    epsilon: of the RMSNorms.
+    dtype: name of the dtype of the computation, such as 'bfloat16'; None takes
+      that of the parameters, which are float32. Logits are float32.
+    is_scanned: see `ViT`, as the next two; for both towers.
+    is_rematerialized: keeps of each block only its input.
+    batch_axis: name of the axis of the mesh over which batches lie.
+    rngs: source of the initial parameters.
+
+  Example:
+    >>> model = T5(
+    ...     9, width=8, depth=1, num_heads=2, head_width=4, rngs=nnx.Rngs(0)
+    ... )
+    >>> model(jnp.array([[5, 3, 1]]), jnp.array([[0, 7]])).shape
+    (1, 2, 9)
+
+  Source: Raffel et al., "Exploring the Limits of Transfer Learning with a
+  Unified Text-to-Text Transformer", JMLR 2020, section 2.1; the gated MLP:
+  Shazeer 2020, "GLU variants improve transformer".
+  """
+
+  def __init__(
+      self,
+      vocab_size: int = 32128,
+      *,
+      width: int = 512,
+      depth: int = 6,
+      decoder_depth: int | None = None,
+      num_heads: int = 8,
+      head_width: int = 64,
+      mlp_width: int | None = None,
+      is_gated: bool = False,
+      is_tied: bool = True,
+      has_scaled_logits: bool | None = None,
+      num_buckets: int = 32,
+      max_distance: int = 128,
+      epsilon: float = 1e-6,
+      dtype: str | None = None,
+      is_scanned: bool = False,
+      is_rematerialized: bool = False,
+      batch_axis: str | None = None,
+      rngs: nnx.Rngs,
+  ):
+    self.is_tied = is_tied
+    if has_scaled_logits is None:
+      has_scaled_logits = is_tied
+    self.has_scaled_logits = has_scaled_logits
+    dtype_ = _transformer.as_dtype(dtype)
+    tower = lambda depth, is_decoder: Tower(
+        width,
+        depth,
+        num_heads,
+        is_decoder=is_decoder,
+        num_buckets=num_buckets,
+        max_distance=max_distance,
+        epsilon=epsilon,
+        dtype=dtype_,
+        block=dict(
+            mlp_width=mlp_width or 4 * width,
+            head_width=head_width,
+            is_gated=is_gated,
+        ),
+        stack=dict(
+            is_scanned=is_scanned,
+            is_rematerialized=is_rematerialized,
+            batch_axis=batch_axis,
+        ),
+        rngs=rngs,
+    )
+    normal = nnx.initializers.normal(1.0)
+    self.embed = nnx.Embed(
+        vocab_size, width, embedding_init=normal, dtype=dtype_, rngs=rngs
+    )
+    self.encoder = tower(depth, False)
+    self.decoder = tower(
+        depth if decoder_depth is None else decoder_depth, True
+    )
+    if not is_tied:
+      self.head = nnx.Linear(width, vocab_size, use_bias=False, rngs=rngs)
+
+  def encode(
+      self, input_ids: jax.Array, attention_mask: jax.Array | None = None
+  ) -> jax.Array:
+    """What the encoder makes of texts.
+
+    Args:
+      input_ids: [B, S], integers.
+      attention_mask: [B, S], 1 where there is a token, 0 where there is
+        padding; None if there is none.
+
+    Returns:
+      [B, S, width]; those of padding mean nothing.
+    """
+    return self.encoder(self._embedded(input_ids), attention_mask)
+
+  def decode(
+      self,
+      decoder_input_ids: jax.Array,
+      encoded: jax.Array,
+      attention_mask: jax.Array | None = None,
+  ) -> jax.Array:
+    """The logits of each next token, given those before it.
+
+    Args:
+      decoder_input_ids: [B, T], integers: the start token, then the text so
+        far. Padding at the end needs no mask: nothing before it sees it.
+      encoded: what `encode` returned, [B, S, width].
+      attention_mask: of the encoder's texts, [B, S], as there.
+
+    Returns:
+      [B, T, vocab_size], float32.
+    """
+    x = self.decoder(
+        self._embedded(decoder_input_ids),
+        encoded=encoded,
+        encoded_mask=attention_mask,
+    )
+    if self.has_scaled_logits:
+      x = x * x.shape[-1] ** -0.5
+    gathered = self.encoder.gathered
+    if self.is_tied:
+      kernel = gathered(*nnx.split(self.embed)).embedding[...].T
+    else:
+      kernel = gathered(*nnx.split(self.head)).kernel[...]
+    logits = jnp.matmul(
+        x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+    return self.encoder.on_batch_axis(logits)
+
+  def __call__(
+      self,
+      input_ids: jax.Array,
+      decoder_input_ids: jax.Array,
+      attention_mask: jax.Array | None = None,
+  ) -> jax.Array:
+    """Logits, [B, T, vocab_size], for texts [B, S] and beginnings [B, T]."""
+    encoded = self.encode(input_ids, attention_mask)
+    return self.decode(decoder_input_ids, encoded, attention_mask)
+
+  def _embedded(self, ids: jax.Array) -> jax.Array:
+    embed = self.encoder.gathered(*nnx.split(self.embed))
+    return self.encoder.on_batch_axis(embed(ids))
+
+
+def shift_right(label_ids: jax.Array, *, start_id: int = 0) -> jax.Array:
+  """What the decoder is given to predict a text: `y_0 = start, y_t = l_(t-1)`.
+
+  Args:
+    label_ids: [..., L], integers.
+    start_id: the token before the first; T5 starts with its padding, 0.
+
+  Returns:
+    [..., L].
+
+  Example:
+    >>> shift_right(jnp.array([[7, 8, 1]])).tolist()
+    [[0, 7, 8]]
+  """
+  label_ids = jnp.asarray(label_ids)
+  start = jnp.full_like(label_ids[..., :1], start_id)
+  return jnp.concatenate([start, label_ids[..., :-1]], axis=-1)
+
+
+def score_labels(
+    model: T5,
+    input_ids: jax.Array,
+    attention_mask: jax.Array | None,
+    label_ids: jax.Array,
+    *,
+    pad_id: int = 0,
+) -> jax.Array:
+  """How probable each label's text is after each input: classification.
+
+  s_bc = sum_t log p(l_ct | l_c1 ... l_c(t-1), x_b)
+
+  They serve as logits: their softmax is the probability of each label given
+  that the model says one of them.
+
+  Args:
+    model: a T5.
+    input_ids: [B, S], integers.
+    attention_mask: [B, S], 0 where there is padding; None if there is none.
+    label_ids: the labels' texts, [C, L], each with its end token, then padded.
+    pad_id: marks padding in `label_ids`.
+
+  Returns:
+    [B, C], float32.
+
+  Example:
+    >>> model = T5(
+    ...     9, width=8, depth=1, num_heads=2, head_width=4, rngs=nnx.Rngs(0)
+    ... )
+    >>> labels = jnp.array([[4, 1, 0], [5, 6, 1]])
+    >>> score_labels(model, jnp.array([[5, 3, 1]]), None, labels).shape
+    (1, 2)
+
+  Source: Raffel et al., JMLR 2020, section 2.2 (labels as texts).
+  """
+  encoded = model.encode(input_ids, attention_mask)
+
+  def score(labels):
+    inputs = jnp.tile(shift_right(labels), (len(encoded), 1))
+    logits = model.decode(inputs, encoded, attention_mask)
+    log_probs = jax.nn.log_softmax(logits)[:, jnp.arange(len(labels)), labels]
+    return jnp.where(labels != pad_id, log_probs, 0).sum(-1)
+
+  # One label after another: logits of all at once are large, [B, C, L, V].
+  return jax.lax.map(score, jnp.asarray(label_ids)).T
+
+
+def greedy_decode(
+    model: T5,
+    input_ids: jax.Array,
+    attention_mask: jax.Array | None = None,
+    *,
+    num_tokens: int,
+    start_id: int = 0,
+    end_id: int = 1,
+    pad_id: int = 0,
+) -> jax.Array:
+  """Texts of the most probable next tokens; for short ones, such as labels.
+
+  Each step computes the whole text again: `num_tokens` squared in all.
+
+  Args:
+    model: a T5.
+    input_ids: [B, S], integers.
+    attention_mask: [B, S], 0 where there is padding; None if there is none.
+    num_tokens: L, the longest text.
+    start_id: the token before the first.
+    end_id: ends a text.
+    pad_id: follows the end.
+
+  Returns:
+    [B, L], integers; with the end token where it was reached.
+
+  Example:
+    >>> model = T5(
+    ...     9, width=8, depth=1, num_heads=2, head_width=4, rngs=nnx.Rngs(0)
+    ... )
+    >>> greedy_decode(model, jnp.array([[5, 3, 1]]), num_tokens=4).shape
+    (1, 4)
+  """
+  encoded = model.encode(input_ids, attention_mask)
+
+  def step(i, text):
+    inputs = shift_right(text, start_id=start_id)
+    logits = model.decode(inputs, encoded, attention_mask)[:, i]
+    is_over = (text == end_id).any(-1)
+    token = jnp.where(is_over, pad_id, logits.argmax(-1))
+    return text.at[:, i].set(token.astype(text.dtype))
+
+  text = jnp.full((len(encoded), num_tokens), pad_id, jnp.int32)
+  return jax.lax.fori_loop(0, num_tokens, step, text)
+
+
+# --- Names in files -----------------------------------------------------------
+
+Rule = _names.Rule
+
+
+def _attention(ours: str, theirs: str) -> list[Rule]:
+  return [
+      Rule(f'{ours}/query/kernel', f'{theirs}.q.weight', _names.dense()),
+      Rule(f'{ours}/key/kernel', f'{theirs}.k.weight', _names.dense()),
+      Rule(f'{ours}/value/kernel', f'{theirs}.v.weight', _names.dense()),
+      Rule(f'{ours}/out/kernel', f'{theirs}.o.weight', _names.dense(2)),
+  ]
+
+
+def _block(ours: str, theirs: str, is_decoder: bool, is_gated: bool):
+  """The rules of one block; both names end in a separator."""
+  kinds = [('attention', 'SelfAttention'), ('cross', 'EncDecAttention')]
+  rules = []
+  for i, (name, their_name) in enumerate(kinds[: 1 + is_decoder]):
+    layer = f'{theirs}layer.{i}'
+    rules += _attention(f'{ours}{name}', f'{layer}.{their_name}')
+    rules.append(Rule(f'{ours}norm_{name}/scale', f'{layer}.layer_norm.weight'))
+  layer = f'{theirs}layer.{1 + is_decoder}'
+  denses = {'dense_in': 'wi', 'dense_out': 'wo'}
+  if is_gated:
+    denses = {'dense_gate': 'wi_0', 'dense_in': 'wi_1', 'dense_out': 'wo'}
+  rules += [
+      Rule(
+          f'{ours}mlp/{name}/kernel',
+          f'{layer}.DenseReluDense.{their_name}.weight',
+          _names.dense(),
+      )
+      for name, their_name in denses.items()
+  ]
+  return [*rules, Rule(f'{ours}norm_mlp/scale', f'{layer}.layer_norm.weight')]
+
+
+def hf_table(
+    *,
+    depth: int = 6,
+    decoder_depth: int | None = None,
+    is_gated: bool = False,
+    is_tied: bool = True,
+    **_: Any,
+) -> _names.Table:
+  """Names of Hugging Face's `T5ForConditionalGeneration`.
+
+  Files of older releases hold copies of the embedding, which are ignored; and a
+  bias of distances in the decoder's attention to the encoder, never used.
+  """
+  rules = [Rule('embed/embedding', 'shared.weight')]
+  depths = depth, depth if decoder_depth is None else decoder_depth
+  for tower, number in zip(('encoder', 'decoder'), depths):
+    bias = 'block.0.layer.0.SelfAttention.relative_attention_bias.weight'
+    rules.append(Rule(f'{tower}/distance', f'{tower}.{bias}'))
+    for i in range(number):
+      names = f'{tower}/block_{i}/', f'{tower}.block.{i}.'
+      rules += _block(*names, tower == 'decoder', is_gated)
+    norm = f'{tower}.final_layer_norm.weight'
+    rules.append(Rule(f'{tower}/norm/scale', norm))
+  ignored = [
+      r'(encoder|decoder)\.embed_tokens\.weight',
+      r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias'
+      r'\.weight',
+  ]
+  if is_tied:
+    ignored.append(r'lm_head\.weight')
+  else:
+    rules.append(Rule('head/kernel', 'lm_head.weight', _names.dense()))
+  return _names.Table(rules, ignored)
+
+
+TABLES = {'hf': hf_table}
+
+
+def arguments(
+    naming: str, shapes: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The arguments of `T5` for a file.
+
+  Args:
+    naming: 'hf'.
+    shapes: of the arrays, by name.
+    config: the parsed `config.json`; {} if there is none.
+
+  Returns:
+    Keyword arguments.
+
+  Raises:
+    ValueError: the MLPs have another activation.
+  """
+  del naming
+  first = 'encoder.block.0.layer.'
+  is_gated = f'{first}1.DenseReluDense.wi_0.weight' in shapes
+  expected = 'gated-gelu' if is_gated else 'relu'
+  found = config.get('feed_forward_proj', expected)
+  if found != expected:
+    raise ValueError(
+        f'config.json has feed_forward_proj {found!r}; `T5` computes '
+        f'{expected!r} for these arrays: choose another checkpoint.'
+    )
+  attention = f'{first}0.SelfAttention.'
+  bias = shapes[f'{attention}relative_attention_bias.weight']
+  num_buckets, num_heads = bias.shape
+  vocab_size, width = shapes['shared.weight'].shape
+  mlp = f'{first}1.DenseReluDense.wi{"_0" if is_gated else ""}.weight'
+  # Since release 5 `tie_word_embeddings` is true in every config that
+  # transformers writes, and what it was is in `scale_decoder_outputs`.
+  tie = config.get('tie_word_embeddings', not (is_gated and not config))
+  has_scaled_logits = config.get('scale_decoder_outputs', tie)
+  return {
+      'vocab_size': vocab_size,
+      'width': width,
+      'depth': _depth('encoder', shapes),
+      'decoder_depth': _depth('decoder', shapes),
+      'num_heads': num_heads,
+      'head_width': shapes[f'{attention}q.weight'].shape[0] // num_heads,
+      'mlp_width': shapes[mlp].shape[0],
+      'is_gated': is_gated,
+      # With scaled logits an `lm_head` is a copy of the embedding.
+      'is_tied': has_scaled_logits or 'lm_head.weight' not in shapes,
+      'has_scaled_logits': has_scaled_logits,
+      'num_buckets': num_buckets,
+      'max_distance': config.get('relative_attention_max_distance', 128),
+      'epsilon': config.get('layer_norm_epsilon', 1e-6),
+  }
+
+
+def _depth(tower: str, shapes: Mapping[str, Any]) -> int:
+  blocks = [re.match(rf'{tower}\.block\.(\d+)\.', name) for name in shapes]
+  return 1 + max(int(block[1]) for block in blocks if block)
