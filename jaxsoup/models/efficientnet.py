@@ -197,16 +197,21 @@ class EfficientNet(nnx.Module):
       dtype: str | None = None,
       rngs: nnx.Rngs,
   ):
-    options: dict[str, Any] = {
-        'dtype': _transformer.as_dtype(dtype),
-        'rngs': rngs,
-    }
+    dtype_ = _transformer.as_dtype(dtype)
     conv = functools.partial(
-        _convolution.conv, is_same_padded=is_same_padded, **options
+        _convolution.conv,
+        is_same_padded=is_same_padded,
+        dtype=dtype_,
+        rngs=rngs,
     )
     norm = functools.partial(
-        _convolution.batch_norm, epsilon=epsilon, momentum=momentum, **options
+        _convolution.batch_norm,
+        epsilon=epsilon,
+        momentum=momentum,
+        dtype=dtype_,
+        rngs=rngs,
     )
+    dense = functools.partial(nnx.Linear, dtype=dtype_, rngs=rngs)
     self.activation = jax.nn.relu6 if is_lite else nnx.swish
     places = _places(width_factor, depth_factor, is_lite)
     self.depth = len(places)
@@ -214,7 +219,7 @@ class EfficientNet(nnx.Module):
     self.conv_stem = conv(num_channels, stem_width, 3, 2)
     self.norm_stem = norm(stem_width)
     for i, place in enumerate(places):
-      block = Block(place, self.activation, not is_lite, conv, norm, options)
+      block = Block(place, self.activation, not is_lite, conv, norm, dense)
       setattr(self, f'block_{i}', block)
     self.conv_head = conv(places[-1].num_out, head_width, 1)
     self.norm_head = norm(head_width)
@@ -244,13 +249,13 @@ class Block(nnx.Module):
     has_excitation: whether channels are scaled by what all pixels say.
     conv: makes a convolution.
     norm: makes a BatchNorm.
-    options: of other layers.
+    dense: makes a dense layer.
 
   Source: Sandler et al., "MobileNetV2", CVPR 2018; Hu et al., "Squeeze-and-
   excitation networks", CVPR 2018.
   """
 
-  def __init__(self, place, activation, has_excitation, conv, norm, options):
+  def __init__(self, place, activation, has_excitation, conv, norm, dense):
     self.activation, self.has_excitation = activation, has_excitation
     self.is_residual = place.stride == 1 and place.num_in == place.num_out
     self.is_expanding = place.expansion > 1
@@ -264,8 +269,8 @@ class Block(nnx.Module):
     self.norm_depthwise = norm(width)
     if has_excitation:
       # A quarter of the channels before they are expanded.
-      self.squeeze = nnx.Linear(width, place.num_in // 4, **options)
-      self.excite = nnx.Linear(place.num_in // 4, width, **options)
+      self.squeeze = dense(width, place.num_in // 4)
+      self.excite = dense(place.num_in // 4, width)
     self.conv_project = conv(width, place.num_out, 1)
     self.norm_project = norm(place.num_out)
 
@@ -474,6 +479,6 @@ def _size_of(naming: str, shapes: Mapping[str, Any]) -> Size:
       return found
   raise ValueError(
       f'No EfficientNet under the names of {naming!r}: the {len(shapes)} '
-      f'arrays are those of none of {list(_SIZES)}. Other names, other widths, or a '
-      f'file without its head? Known names are {list(TABLES)}.'
+      f'arrays are those of none of {list(_SIZES)}. Other names (known are '
+      f'{list(TABLES)}), other widths, or a file without its head?'
   )
