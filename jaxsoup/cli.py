@@ -558,6 +558,72 @@ def plan(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        pathlib.Path,
+        typer.Argument(
+            help='A Hugging Face directory, a .safetensors, .npz or torch file,'
+            ' an Orbax checkpoint.',
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        pathlib.Path, typer.Argument(help='What is made.', show_default=False)
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar='orbax|safetensors',
+            help='The format. [safetensors for a file NAME.safetensors, and for'
+            ' names of other libraries]',
+        ),
+    ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            metavar='flax|hf|timm|open_clip|...',
+            help='Whose names the arrays get; flax are ours. [as --like, or '
+            'flax]',
+        ),
+    ] = None,
+    like: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            help='A file or directory of the same model, with the names that '
+            'are wanted; SOURCE then has ours, as soups do.'
+        ),
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(help='vit, clip, bert, ... [found]')
+    ] = None,
+    from_names: Annotated[
+        str | None, typer.Option(help='Whose names SOURCE has. [found]')
+    ] = None,
+    as_json: Json = False,
+) -> None:
+  """Writes a model's weights under other names, for another library."""
+  if to not in (None, 'orbax', 'safetensors'):
+    raise typer.BadParameter(f'{to!r} is no format.', param_hint='--to')
+  if to == 'orbax' and out.suffix == '.safetensors':
+    raise typer.BadParameter(
+        'an Orbax checkpoint is a directory: another name.', param_hint='OUT'
+    )
+  with _failures():
+    from jaxsoup import models
+
+    made = models.convert(
+        source,
+        out,
+        names=names or (None if like else 'flax'),
+        is_orbax=None if to is None else to == 'orbax',
+        like=like,
+        family=family,
+        from_names=from_names,
+    )
+  typer.echo(json.dumps({'path': made}) if as_json else made)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
   """Shows versions, devices, and pairs of versions that are known to clash."""
   with _failures():

@@ -278,7 +278,9 @@ def save(path: Any, params: Any, *, like: Any) -> str:
   """Writes parameters under the names that they have in another file.
 
   Args:
-    path: a new `.safetensors` file; or a new directory, for Orbax.
+    path: a new `.safetensors` file. Or a new directory: with what lies beside
+      `like` (config, tokenizer) if that is a model of Hugging Face, else an
+      Orbax checkpoint if that is one.
     params: of the same model: nested dicts, such as a soup's, or the model.
     like: the file or directory that it came from, see `load`.
 
@@ -291,13 +293,14 @@ def save(path: Any, params: Any, *, like: Any) -> str:
   """
   if isinstance(params, nnx.Module):
     params = params_of(params)
-  kind = identify(checkpoints.Arrays(like))
-  table = kind.table()
+  stored = checkpoints.Arrays(like)
+  kind, table = _for_path(path, identify(stored))
   return checkpoints.save_arrays(
       path,
       _names.shapes(params, table),
       _names.write(params, table),
       separator=kind.separator,
+      beside=None if kind.names == _OWN else stored.path,
       metadata={'model': kind.as_json()},
   )
 
@@ -307,6 +310,7 @@ def convert(
     path: Any,
     *,
     names: str | None = None,
+    is_orbax: bool | None = None,
     like: Any = None,
     family: str | None = None,
     from_names: str | None = None,
@@ -315,8 +319,12 @@ def convert(
 
   Args:
     source: as for `load`.
-    path: a new `.safetensors` file; or a new directory, for Orbax.
+    path: a new `.safetensors` file; or a new directory: an Orbax checkpoint, or
+      `model.safetensors` and what lies beside `like` or `source` (config,
+      tokenizer).
     names: 'flax' for ours, 'hf', 'timm', ...; or those of `like`.
+    is_orbax: whether a directory is an Orbax checkpoint; None: if the names are
+      ours.
     like: a file of the same model. With it `source` may be any checkpoint with
       our names, such as a soup.
     family: as for `load`.
@@ -330,29 +338,45 @@ def convert(
     ValueError: the family has no such names; or as for `load`.
   """
   stored = checkpoints.Arrays(source)
+  model = stored if like is None else checkpoints.Arrays(like)
   if like is None:
     kind = new = identify(stored, family=family, names=from_names)
   else:
-    new = identify(checkpoints.Arrays(like), family=family)
+    new = identify(model, family=family)
     kind = new._replace(names=from_names or _OWN, separator=stored.separator)
-  # Files have single blocks, whatever the form of the model that wrote them.
-  arguments = {k: v for k, v in new.arguments.items() if k != 'is_scanned'}
-  new = new._replace(names=names or new.names, arguments=arguments)
-  known = [_OWN, *_tables(kind.family)]
-  if new.names not in known:
-    raise ValueError(
-        f'{kind.family} has no names {names!r}: there are {", ".join(known)}.'
-    )
-  is_orbax = not str(path).endswith('.safetensors')
-  new = new._replace(separator='/' if is_orbax else '.')
-  old_table, table = kind.table(), new.table()
+  new, table = _for_path(path, new._replace(names=names or new.names), is_orbax)
   abstract = params_of(new.abstract())
-  leaf_fn = _names.reader(stored, abstract, old_table)
-  abstract = _names.with_dtypes_of(stored, abstract, old_table)
+  leaf_fn = _names.reader(stored, abstract, kind.table())
+  abstract = _names.with_dtypes_of(stored, abstract, kind.table())
   return checkpoints.save_arrays(
       path,
       _names.shapes(abstract, table),
       _names.written(leaf_fn, table),
       separator=new.separator,
+      beside=None if _is_orbax(path, new, is_orbax) else model.path,
       metadata={'model': new.as_json()},
   )
+
+
+def _is_orbax(path: Any, kind: Kind, is_orbax: bool | None) -> bool:
+  if str(path).endswith('.safetensors'):
+    return False
+  return kind.names == _OWN if is_orbax is None else is_orbax
+
+
+def _for_path(
+    path: Any, kind: Kind, is_orbax: bool | None = None
+) -> tuple[Kind, _names.Table]:
+  """The kind as it will be in a file, and its table."""
+  known = [_OWN, *_tables(kind.family)]
+  if kind.names not in known:
+    raise ValueError(
+        f'{kind.family} has no names {kind.names!r}: there are '
+        f'{", ".join(known)}.'
+    )
+  # Files have single blocks, whatever the form of the model that wrote them.
+  kind = kind._replace(
+      separator='/' if _is_orbax(path, kind, is_orbax) else '.',
+      arguments={k: v for k, v in kind.arguments.items() if k != 'is_scanned'},
+  )
+  return kind, kind.table()
