@@ -390,7 +390,10 @@ def _check(stored, leaves, rules, table, initial) -> None:
     if name not in places and not is_below(name, initial):
       lines.append(f'no array of the file is for {name!r}')
   if lines:
-    raise ValueError(_listed(f'{stored.path} does not fit the model', lines))
+    text = _listed(f'{stored.path} does not fit the model', lines)
+    raise ValueError(
+        f"{text}\nTo leave out a part, such as a head: without=['head']."
+    )
 
 
 def _is_ignored(name: str, table: Table) -> bool:
