@@ -11,6 +11,8 @@ checkpoints.load('runs/soup').info
 """
 
 from jaxsoup.checkpoints._arrays import Arrays as Arrays
+from jaxsoup.checkpoints._directories import is_directory as is_directory
+from jaxsoup.checkpoints._directories import save_directory as save_directory
 from jaxsoup.checkpoints._formats import metadata as metadata
 from jaxsoup.checkpoints._ingredients import Ingredients as Ingredients
 from jaxsoup.checkpoints._score_log import ScoreLog as ScoreLog
