@@ -1,21 +1,20 @@
 """The `jaxsoup` command. Imports jax only when a command needs it."""
 
-from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
-import importlib
 import json
 import math
 import os
 import pathlib
-import sys
-import traceback
+import re
 from typing import Annotated
 from typing import Any
 from typing import NoReturn
 import warnings
 
 import typer
+
+from jaxsoup.experiments import user_code
 
 app = typer.Typer(
     name='jaxsoup',
@@ -38,16 +37,14 @@ Runs = Annotated[
     typer.Argument(help='Checkpoints or run directories.', show_default=False),
 ]
 
-RECIPES = ('uniform', 'greedy', 'pruned', 'learned', 'model_stock')
+RECIPES = (
+    'uniform', 'greedy', 'pruned', 'learned', 'model_stock', 'average'
+)  # fmt: skip
 
 
 def main() -> None:
   """The entry point: 0 is success, 1 a failure, 2 wrong usage."""
   app()
-
-
-class UserCodeError(Exception):
-  """What the user's own function raised, with its place."""
 
 
 @contextlib.contextmanager
@@ -58,7 +55,8 @@ def _failures() -> Iterator[None]:
       warnings.showwarning = _show_warning
       yield
   except (
-      ImportError, MemoryError, OSError, TypeError, UserCodeError, ValueError
+      ImportError, MemoryError, OSError, TypeError, ValueError,
+      user_code.UserCodeError,
   ) as e:  # fmt: skip
     _fail(str(e), code=getattr(e, 'exit_code', 1))
 
@@ -132,7 +130,9 @@ def soup(
     out: Annotated[
         pathlib.Path,
         typer.Option(
-            help='A new directory (Orbax), or a file NAME.safetensors.'
+            help='A file NAME.safetensors, or a new directory: like them if'
+            ' all runs are directories of Hugging Face (config.json beside'
+            ' safetensors), else Orbax.'
         ),
     ],
     eval_name: Annotated[
@@ -151,6 +151,28 @@ def soup(
         pathlib.Path | None,
         typer.Option(help='model_stock: what all runs were fine-tuned from.'),
     ] = None,
+    alpha: Annotated[
+        str | None,
+        typer.Option(
+            metavar='A,B,...', help='average: the weight of each run.'
+        ),
+    ] = None,
+    non_float_from: Annotated[
+        int | None,
+        typer.Option(
+            metavar='K',
+            min=0,
+            help='Take counters and other integers from run K (0 is the'
+            ' first); else they must be equal. Not for learned.',
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str,
+        typer.Option(
+            metavar='SIZE',
+            help='Hugging Face: larger soups are several files: 5GB, 500MB.',
+        ),
+    ] = '5GB',
     strict: Annotated[
         bool, typer.Option('--strict', help='greedy, pruned: reject ties.')
     ] = False,
@@ -227,6 +249,17 @@ def soup(
     raise typer.BadParameter(
         'model_stock needs the initialization.', param_hint='--init'
     )
+  if (recipe == 'average') != (alpha is not None):
+    raise typer.BadParameter(
+        'average needs the weights of the runs, and nothing else takes them.',
+        param_hint='--alpha',
+    )
+  if non_float_from is not None and non_float_from >= len(runs):
+    raise typer.BadParameter(
+        f'there are {len(runs)} runs, 0 is the first.',
+        param_hint='--non-float-from',
+    )
+  weights, max_shard_bytes = _weights(alpha), _num_bytes(max_shard_size)
   if out.exists():
     raise typer.BadParameter(f'{out} exists.', param_hint='--out')
   if coordinator and (num_processes is None or process is None):
@@ -243,7 +276,6 @@ def soup(
       typer.echo(distributed_lib.banner(out), err=True)
     import jax
 
-    import jaxsoup
     from jaxsoup import checkpoints
     from jaxsoup.experiments import locking
     from jaxsoup.experiments import preemption
@@ -255,37 +287,74 @@ def soup(
     with preemption.handled() as stop, held:
       if out.exists():  # Since the first look.
         raise FileExistsError(f'{out} exists. Give another path.')
+      _refuse_adapters(runs)
       saved = _what_is_saved(recipe, scores)
       ingredients = preemption.Ingredients(
           runs, item=item, stop=stop, saved=saved
       )
       if shard or distributed or coordinator:
         ingredients = ingredients.onto(_sharded(ingredients.abstract_params))
-      metadata = {'recipe': recipe, 'seed': seed}
-      if recipe == 'uniform' and out.suffix == '.safetensors':
-        checkpoints.save_average(out, ingredients, metadata=metadata)
-        own = checkpoints.provenance(out)
-        made = jaxsoup.Soup(None, own['alpha'], own['info'])
-      else:
-        made = _cook(
-            recipe,
-            ingredients,
-            _user_function(eval_name or ''),
-            stop=stop,
-            saved=saved,
-            theta_0=init and checkpoints.Ingredients([init], item=item)[0],
-            strict=strict,
-            seed=seed,
-            depth=math.inf if per_tensor else None,
-            learning_rate=learning_rate,
-            epochs=epochs,
-            stream=stream,
-            cache_dtype=_float_dtype(cache_dtype),
-            scores=scores,
-        )
-        checkpoints.save(out, made, ingredients=ingredients, metadata=metadata)
+      cook_fn = lambda: _cook(
+          recipe,
+          ingredients,
+          user_code.load(eval_name or ''),
+          stop=stop,
+          saved=saved,
+          theta_0=init and checkpoints.Ingredients([init], item=item)[0],
+          alpha=weights,
+          non_float_from=non_float_from,
+          strict=strict,
+          seed=seed,
+          depth=math.inf if per_tensor else None,
+          learning_rate=learning_rate,
+          epochs=epochs,
+          stream=stream,
+          cache_dtype=_float_dtype(cache_dtype),
+          scores=scores,
+      )
+      made = _cook_and_save(
+          out,
+          ingredients,
+          cook_fn,
+          is_average=recipe in ('uniform', 'average'),
+          # As the directories are that come in.
+          is_directory=all(map(checkpoints.is_directory, runs)),
+          alpha=weights,
+          non_float_from=non_float_from,
+          max_shard_bytes=max_shard_bytes,
+          metadata={'recipe': recipe, 'seed': seed},
+      )
     if is_main:
       _show_soup(made, ingredients, out, recipe, as_json)
+
+
+def _weights(text: str | None) -> list[float] | None:
+  try:
+    return None if text is None else [float(x) for x in text.split(',')]
+  except ValueError as e:
+    raise typer.BadParameter(
+        f'{text!r}: write numbers with commas, 0.5,0.3,0.2.',
+        param_hint='--alpha',
+    ) from e
+
+
+def _num_bytes(text: str) -> int:
+  found = re.fullmatch(r'(\d+)\s*([KMGT]?)B?', text.strip().upper())
+  if found is None or not int(found[1]):
+    raise typer.BadParameter(
+        f'{text!r}: write 5GB or 500MB.', param_hint='--max-shard-size'
+    )
+  return int(found[1]) * 1000 ** ' KMGT'.index(found[2] or ' ')
+
+
+def _refuse_adapters(runs: list[pathlib.Path]) -> None:
+  """An average of the factors of LoRA is no average of what they add."""
+  for run in runs:
+    if (run / 'adapter_config.json').exists():
+      raise ValueError(
+          f'{run} is an adapter of LoRA. Average adapters with jaxsoup.lora, '
+          'or merge each into its base first.'
+      )
 
 
 def _what_is_saved(recipe: str, scores: pathlib.Path | None) -> str:
@@ -324,6 +393,51 @@ def _float_dtype(name: str | None) -> Any:
   return dtype
 
 
+def _cook_and_save(
+    out,
+    ingredients,
+    cook_fn,
+    *,
+    is_average,
+    is_directory,
+    alpha,
+    non_float_from,
+    max_shard_bytes,
+    metadata,
+):
+  """Cooks a soup and stores it, from file to file where that is possible."""
+  import jaxsoup
+  from jaxsoup import checkpoints
+
+  is_file = out.suffix == '.safetensors'
+  is_streamed = is_average and (is_file or is_directory)
+  made = None if is_streamed else cook_fn()
+  if is_directory and not is_file:
+    checkpoints.save_directory(
+        out,
+        ingredients,
+        made,
+        alpha=alpha,
+        non_float_from=non_float_from,
+        max_shard_bytes=max_shard_bytes,
+        metadata=metadata,
+    )
+  elif is_streamed:
+    checkpoints.save_average(
+        out,
+        ingredients,
+        alpha,
+        non_float_from=non_float_from,
+        metadata=metadata,
+    )
+  else:
+    checkpoints.save(out, made, ingredients=ingredients, metadata=metadata)
+  if is_streamed:
+    own = checkpoints.provenance(out)
+    made = jaxsoup.Soup(None, own['alpha'], own['info'])
+  return made
+
+
 def _show_plan(plan) -> None:
   mode = 'streamed' if plan.is_streamed else 'resident'
   reads = f'{plan.reads_per_step} reads a step'
@@ -338,6 +452,8 @@ def _cook(
     stop,
     saved,
     theta_0,
+    alpha,
+    non_float_from,
     strict,
     seed,
     depth,
@@ -357,14 +473,27 @@ def _cook(
 
   log = None if scores is None else checkpoints.ScoreLog(scores, ingredients)
   if recipe == 'uniform':
-    return jaxsoup.uniform(ingredients)
+    return jaxsoup.uniform(ingredients, non_float_from=non_float_from)
+  if recipe == 'average':
+    return jaxsoup.average(ingredients, alpha, non_float_from=non_float_from)
   if recipe == 'greedy':
     order = None if seed is None else jax.random.key(seed)
     return jaxsoup.greedy(
-        ingredients, function, order=order, strict=strict, scores=log
+        ingredients,
+        function,
+        order=order,
+        strict=strict,
+        scores=log,
+        non_float_from=non_float_from,
     )
   if recipe == 'pruned':
-    return jaxsoup.pruned(ingredients, function, strict=strict, scores=log)
+    return jaxsoup.pruned(
+        ingredients,
+        function,
+        strict=strict,
+        scores=log,
+        non_float_from=non_float_from,
+    )
   if recipe == 'learned':
     loss_fn, batches, *val_batches = function()
     return jaxsoup.learned(
@@ -379,55 +508,9 @@ def _cook(
         cache_dtype=cache_dtype,
         on_start=_show_plan if jax.process_index() == 0 else None,
     )
-  return jaxsoup.model_stock(ingredients, theta_0)
-
-
-def _user_function(name: str) -> Callable[..., Any]:
-  """The function behind package.module:function; its errors say where."""
-  module_name, _, function_name = name.partition(':')
-  if not name:
-    return lambda *_: None  # For recipes that need no data.
-  if not function_name:
-    raise ValueError(f'--eval {name}: write package.module:function.')
-  sys.path.insert(0, '')
-  try:
-    module = importlib.import_module(module_name)
-  except ImportError as e:
-    raise ValueError(
-        f'--eval {name}: cannot import {module_name}: {e}. Modules are looked '
-        'for in the present directory and among installed packages.'
-    ) from e
-  except Exception as e:
-    # A module runs when it is imported, and may raise anything.
-    raise UserCodeError(
-        f'--eval {name}: importing {module_name} raised {type(e).__name__}: {e}'
-    ) from e
-  function = getattr(module, function_name, None)
-  if not callable(function):
-    raise ValueError(f'--eval {name}: {module_name} has no such function.')
-
-  called = _guarded(function, module, name)
-  if hasattr(function, 'at_least'):
-    called.at_least = _guarded(function.at_least, module, name)
-  return called
-
-
-def _guarded(function, module, name: str) -> Any:
-  """A function of the user's, whose errors say where they were raised."""
-
-  def call(*args, **kwargs):
-    try:
-      return function(*args, **kwargs)
-    except Exception as e:
-      frames = traceback.extract_tb(e.__traceback__)
-      theirs = [f for f in frames if f.filename == module.__file__]
-      last = (theirs or frames)[-1]
-      raise UserCodeError(
-          f'{name} raised {type(e).__name__}: {e} ({last.filename}, line '
-          f'{last.lineno})'
-      ) from e
-
-  return call
+  return jaxsoup.model_stock(
+      ingredients, theta_0, non_float_from=non_float_from
+  )
 
 
 def _show_soup(made, ingredients, out, recipe, as_json) -> None:

@@ -1,7 +1,10 @@
 """Arrays of a file by the names that they have there."""
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -9,8 +12,12 @@ import numpy as np
 
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checkpoint
+from jaxsoup.checkpoints import _directories
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _orbax
+from jaxsoup.checkpoints import _safetensors
+from jaxsoup.checkpoints import _soups
+from jaxsoup.checkpoints import _source
 
 
 class Arrays(Mapping):
@@ -71,3 +78,79 @@ class Arrays(Mapping):
     array = np.array(self._checkpoint.reader(path, sums)(index))
     self._checkpoint.verify(path, sums)
     return array
+
+
+def save_arrays(
+    path: Any,
+    shapes: Mapping[str, Any],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    *,
+    separator: str = '.',
+    beside: Any = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> str:
+  """Writes arrays under given names, while only one of them is in memory.
+
+  Args:
+    path: a `.safetensors` file that does not exist yet; or a new directory, for
+      Orbax or with other files, see `beside`.
+    shapes: shape and dtype of each array, by name.
+    arrays: names and arrays, each of `shapes` once, in any order.
+    separator: of the keys in the names, for Orbax, which stores nested dicts.
+    beside: a file in a directory: `path` becomes another such directory, with
+      `model.safetensors` and the small files that lie there (config,
+      tokenizer); unless it ends in `.safetensors`.
+    metadata: as in `save`.
+
+  Returns:
+    The absolute path.
+
+  Raises:
+    FileExistsError: the path exists; it is not touched.
+
+  Example:
+    >>> import tempfile
+    >>> x = np.ones(2, np.float32)
+    >>> path = tempfile.mkdtemp() + '/model.safetensors'
+    >>> _ = save_arrays(path, {'head.weight': x}, [('head.weight', x)])
+    >>> Arrays(path)['head.weight']
+    array([1., 1.], dtype=float32)
+  """
+  path = _soups.new_path(path)
+  own = _soups.own_of(None, None, metadata)
+  with _soups.room_for(path):
+    if path.name.endswith('.safetensors'):
+      _write_file(path, shapes, arrays, own)
+    elif beside is not None:
+      with _directories.appearing(path) as folder:
+        _write_file(folder / 'model.safetensors', shapes, arrays, own)
+        _directories.copy_what_is_no_weights(pathlib.Path(beside), folder)
+    else:
+      _write_orbax(path, arrays, separator, own)
+  return str(path)
+
+
+def _write_file(path, shapes, arrays, own) -> None:
+  paths = dict(zip(shapes, _source.paths_of(shapes, '.')))
+  leaves = {paths[name]: x for name, x in shapes.items()}
+
+  def fill_fn(put_fn):
+    for name, array in arrays:
+      put_fn(paths[name], 0, array)
+
+  _safetensors.write(path, leaves, lambda: own, fill_fn)
+
+
+def _write_orbax(path, arrays, separator, own) -> None:
+  """Orbax takes whole trees: of arrays that lie in files beside it."""
+  prefix = f'.{path.name}-'
+  with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
+    tree = {}
+    for i, (name, array) in enumerate(arrays):
+      file = pathlib.Path(folder) / str(i)
+      file.write_bytes(array.reshape(-1).view(np.uint8).data)
+      if array.nbytes:  # An empty file cannot be mapped.
+        mapped = _orbax.OnDisk(file, np.uint8, 'r')
+        array = mapped.view(array.dtype).reshape(array.shape)
+      tree[tuple(name.split(separator))] = array
+    _orbax.write(path, _tree.nest(tree), {'jaxsoup': own})

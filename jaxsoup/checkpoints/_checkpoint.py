@@ -25,6 +25,7 @@ class Checkpoint:
     source: the checkpoint.
     flat: what is wanted: names, shapes, dtypes and shardings of the leaves.
     stored: shape and dtype in the file, by name.
+    places: paths in the file, by name.
   """
 
   def __init__(self, source: _source.Source, abstract: _tree.Flat | None):
@@ -33,7 +34,7 @@ class Checkpoint:
     leaves = source.metadata.leaves
     self.stored = {name: leaves[path] for name, path in places.items()}
     self.flat = abstract or _tree.flatten(_tree.nest(self.stored))
-    self._places = places
+    self.places = places
     self._digests: dict[str, str] = {}
     self._lock = threading.Lock()
 
@@ -59,7 +60,7 @@ class Checkpoint:
     """The pieces in which a leaf is read, with their bytes."""
     abstract = self.flat.leaves[self.flat.paths.index(name)]
     dtype = self.stored[name].dtype
-    num_rows = self.source.rows_fn(self._places[name])
+    num_rows = self.source.rows_fn(self.places[name])
     pieces = _pieces.plan(abstract, dtype, num_rows)
     return [(index, _pieces.num_bytes(index, dtype)) for index in pieces]
 
@@ -84,7 +85,7 @@ class Checkpoint:
 
   def unverified(self, name: _tree.Path) -> _source.ReadFn:
     """The same, without a look at its checksum."""
-    return self.source.reader_fn(self._places[name])
+    return self.source.reader_fn(self.places[name])
 
   def verify(self, name: _tree.Path, sums: Sums) -> None:
     """Compares the checksum of a leaf that has been read with the stored one.
@@ -96,7 +97,7 @@ class Checkpoint:
       return
     found = self._digests[_tree.name_of(name)] = _checksum.digest(total)
     stored = self.source.metadata.checksums.get(
-        _tree.name_of(self._places[name])
+        _tree.name_of(self.places[name])
     )
     if stored is not None and _checksum.differ(found, stored):
       raise _source.DamagedError(
@@ -110,10 +111,10 @@ class Checkpoint:
     stored = self.source.metadata.checksums
     checksums = {
         _tree.name_of(name): stored[_tree.name_of(path)]
-        for name, path in self._places.items()
+        for name, path in self.places.items()
         if _tree.name_of(path) in stored
     } | self._digests
-    if len(checksums) < len(self._places):
+    if len(checksums) < len(self.places):
       return None
     leaves = {_tree.name_of(name): x for name, x in self.stored.items()}
     return _checksum.content_hash(leaves, checksums)

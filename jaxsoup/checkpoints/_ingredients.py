@@ -50,7 +50,8 @@ class Ingredients(Sequence):
       paths: one for each ingredient: an Orbax checkpoint (v0 or v1); a run
         directory, whose latest finished step is taken; a directory of a
         `CheckpointManager`, or of one of its steps; a `.safetensors` file, its
-        index, or a directory with one.
+        index, or a directory with one; a `.npz` file; a file of torch (`.pth`,
+        `.pt`, `.bin`), for which torch is needed.
       abstract_params: parameters as `jax.ShapeDtypeStruct` (from
         `jax.eval_shape`, see also `sharding.fsdp`): what to read, in which
         container, dtypes and shardings. Each process reads what its devices
@@ -161,6 +162,8 @@ class Ingredients(Sequence):
 
   def unsharded(self) -> 'Ingredients':
     """The same, for one process alone."""
+    if self._abstract is None:  # Then what others have more is a misfit.
+      return Ingredients(self.paths)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.abstract_params
     )

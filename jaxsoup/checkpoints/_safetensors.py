@@ -54,18 +54,19 @@ def open_source(path: pathlib.Path) -> _source.Source:
   files = _files_of(path) if path.name.endswith(_INDEX) else {path: None}
   tensors: dict[str, _raw.Array] = {}
   texts: dict[str, str] = {}
+  checksums: dict[str, str] = {}
+  own: dict[str, Any] = {}
   for file, wanted in files.items():
-    found, texts_of_file = _header(file)
+    found, texts_of_file, own = _header(file)
     texts |= texts_of_file
+    checksums |= own.get('checksums', {})
     missing = sorted(set(wanted or ()) - found.keys())
     if missing:
       raise _source.damaged(file, f'{path.name} names {missing[0]!r} in it')
     tensors |= {n: t for n, t in found.items() if wanted is None or n in wanted}
   paths = _source.paths_of(tensors, '.')
-  try:
-    own = json.loads(texts.pop('jaxsoup', '{}'))
-  except ValueError as e:
-    raise _source.damaged(path, e) from e
+  if len(files) != 1:  # What we store beside the arrays is of each file.
+    own = {'checksums': checksums} if checksums else {}
   metadata = _source.Metadata(
       path=str(path),
       leaves={
@@ -73,7 +74,7 @@ def open_source(path: pathlib.Path) -> _source.Source:
           for p, t in zip(paths, tensors.values())
       },
       custom={**texts, **({'jaxsoup': own} if own else {})},
-      checksums=own.get('checksums', {}),
+      checksums=checksums,
       identity=own.get('content_hash') or _source.state_of(path, *files),
   )
   by_path = dict(zip(paths, tensors.values()))
@@ -104,8 +105,12 @@ def _files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
   return files
 
 
-def _header(file: pathlib.Path) -> tuple[dict[str, _raw.Array], dict[str, str]]:
-  """The tensors and the metadata of one file, checked against its size."""
+def _header(
+    file: pathlib.Path,
+) -> tuple[dict[str, _raw.Array], dict[str, str], dict[str, Any]]:
+  """The tensors of one file, checked against its size; texts of others, and
+  what we stored there.
+  """
   num_bytes = file.stat().st_size
   with file.open('rb') as f:
     start = f.read(8)
@@ -116,6 +121,9 @@ def _header(file: pathlib.Path) -> tuple[dict[str, _raw.Array], dict[str, str]]:
   try:
     rows = json.loads(header)
     metadata = dict(rows.pop('__metadata__', None) or {})
+    own = dict(json.loads(metadata.pop('jaxsoup', '{}')))
+    if not all(isinstance(s, str) for s in own.get('checksums', {}).values()):
+      raise TypeError('a checksum is no text')
     tensors = {n: _tensor(str(file), 8 + length, r) for n, r in rows.items()}
     offsets = [row['data_offsets'] for row in rows.values()]
     _check_offsets(offsets, num_bytes - 8 - length)
@@ -123,7 +131,7 @@ def _header(file: pathlib.Path) -> tuple[dict[str, _raw.Array], dict[str, str]]:
       AttributeError, KeyError, RecursionError, TypeError, ValueError
   ) as e:  # fmt: skip
     raise _source.damaged(file, f'its header is wrong: {e}') from e
-  return tensors, metadata
+  return tensors, metadata, own
 
 
 def _tensor(file: str, start: int, row: Mapping[str, Any]) -> _raw.Array:

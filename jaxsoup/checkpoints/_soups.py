@@ -1,15 +1,15 @@
 """Soups on disk: parameters, alpha, and how they came about."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
 import datetime
 import importlib.metadata
+import json
 import pathlib
 import platform
 import sys
-import tempfile
 from typing import Any
 
 import jax
@@ -26,9 +26,10 @@ from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _processes
 from jaxsoup.checkpoints import _safetensors
-from jaxsoup.checkpoints import _source
+from jaxsoup.checkpoints import _streaming
 
 _FILE = '.safetensors'
+BESIDE = 'soup.json'  # In a directory of Hugging Face.
 _NAMED_TUPLES = {
     cls.__name__: cls
     for cls in vars(_soup).values()
@@ -78,9 +79,9 @@ def save(
   """
   soup = params if isinstance(params, Soup) else None
   params = params.params if isinstance(params, Soup) else params
-  own = _own(soup, ingredients, metadata)
+  own = own_of(soup, ingredients, metadata)
   if not str(path).endswith(_FILE):
-    with _room_for(path):
+    with room_for(path):
       return str(_orbax.write(path, params, {'jaxsoup': own}))
   flat = _tree.flatten(params)
 
@@ -89,11 +90,11 @@ def save(
       _orbax.check_no_key(leaf, leaf_path)
       put_fn(leaf_path, 0, _processes.gathered(leaf))
 
-  path = _new_file(path)
+  path = new_path(path)
   leaves = dict(zip(flat.paths, flat.leaves))
   _processes.wait_for_all('every process has seen that the path is free')
   if _processes.is_main():
-    with _room_for(path):
+    with room_for(path):
       _safetensors.write(path, leaves, lambda: own, fill_fn)
   else:
     fill_fn(lambda *_: None)
@@ -140,8 +141,31 @@ def save_average(
     {'w': Array([1.5, 1. ], dtype=float32)}
   """
   num = len(ingredients)
-  path = _new_file(path)
+  path = new_path(path)
   ingredients = ingredients.unsharded()
+  streamed, soup_fn = streamed_soup(ingredients, alpha, non_float_from)
+  own_fn = lambda: own_of(soup_fn(), ingredients, metadata)
+
+  # A hash of each ingredient, and duplicates, are known when all is read.
+  num_more = 200 * num
+  leaves, fill_fn = streamed.leaves, streamed.put_all
+  _processes.wait_for_all('every process has seen that the path is free')
+  if _processes.is_main():
+    with room_for(path):
+      _safetensors.write(path, leaves, own_fn, fill_fn, num_more)
+  _processes.wait_for_all('the file is written')
+  return str(path)
+
+
+def streamed_soup(
+    ingredients: _ingredients.Ingredients,
+    alpha: Any,
+    non_float_from: int | None,
+) -> tuple[_streaming.Average, Callable[[], Soup]]:
+  """An average that is not yet computed, and what is known of it, in the end
+  also which ingredients are equal.
+  """
+  num = len(ingredients)
   if alpha is None:
     streamed = ingredients.streamed(range(num), None, num, non_float_from)
     alpha = np.full(num, 1 / num, np.float32)
@@ -149,82 +173,13 @@ def save_average(
     alpha = _tree.checked_alpha(alpha, num)
     streamed = ingredients.streamed(range(num), alpha, 1, non_float_from)
 
-  def own_fn():
-    info = _soup.AverageInfo(streamed.duplicates())
-    return _own(Soup(None, alpha, info), ingredients, metadata)
+  def soup_fn():
+    return Soup(None, alpha, _soup.AverageInfo(streamed.duplicates()))
 
-  # A hash of each ingredient, and duplicates, are known when all is read.
-  num_more = 200 * num
-  leaves, fill_fn = streamed.leaves, streamed.put_all
-  _processes.wait_for_all('every process has seen that the path is free')
-  if _processes.is_main():
-    with _room_for(path):
-      _safetensors.write(path, leaves, own_fn, fill_fn, num_more)
-  _processes.wait_for_all('the file is written')
-  return str(path)
+  return streamed, soup_fn
 
 
-def save_arrays(
-    path: Any,
-    shapes: Mapping[str, Any],
-    arrays: Iterable[tuple[str, np.ndarray]],
-    *,
-    separator: str = '.',
-    metadata: Mapping[str, Any] | None = None,
-) -> str:
-  """Writes arrays under given names, while only one of them is in memory.
-
-  Args:
-    path: a `.safetensors` file that does not exist yet; or a new directory, for
-      Orbax.
-    shapes: shape and dtype of each array, by name.
-    arrays: names and arrays, each of `shapes` once, in any order.
-    separator: of the keys in the names, for Orbax, which stores nested dicts.
-    metadata: as in `save`.
-
-  Returns:
-    The absolute path.
-
-  Raises:
-    FileExistsError: the path exists; it is not touched.
-
-  Example:
-    >>> import tempfile
-    >>> x = np.ones(2, np.float32)
-    >>> path = tempfile.mkdtemp() + '/model.safetensors'
-    >>> _ = save_arrays(path, {'head.weight': x}, [('head.weight', x)])
-    >>> _ingredients.Ingredients([path])[0]
-    {'head': {'weight': Array([1., 1.], dtype=float32)}}
-  """
-  path, own = _new_file(path), _own(None, None, metadata)
-  with _room_for(path):
-    if path.name.endswith(_FILE):
-      paths = dict(zip(shapes, _source.paths_of(shapes, '.')))
-      leaves = {paths[name]: x for name, x in shapes.items()}
-
-      def fill_fn(put_fn):
-        for name, array in arrays:
-          put_fn(paths[name], 0, array)
-
-      _safetensors.write(path, leaves, lambda: own, fill_fn)
-      return str(path)
-    # Orbax takes whole trees: of arrays that lie in a file beside it.
-    with tempfile.TemporaryDirectory(
-        prefix=f'.{path.name}-', dir=path.parent
-    ) as folder:
-      tree = {}
-      for i, (name, array) in enumerate(arrays):
-        file = pathlib.Path(folder) / str(i)
-        file.write_bytes(array.reshape(-1).view(np.uint8).data)
-        if array.nbytes:  # An empty file cannot be mapped.
-          mapped = _orbax.OnDisk(file, np.uint8, 'r')
-          array = mapped.view(array.dtype).reshape(array.shape)
-        tree[tuple(name.split(separator))] = array
-      _orbax.write(path, _tree.nest(tree), {'jaxsoup': own})
-  return str(path)
-
-
-def _new_file(path: Any) -> pathlib.Path:
+def new_path(path: Any) -> pathlib.Path:
   path = pathlib.Path(path).absolute()
   if path.exists():
     raise FileExistsError(
@@ -236,7 +191,7 @@ def _new_file(path: Any) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _room_for(path: Any) -> Iterator[None]:
+def room_for(path: Any) -> Iterator[None]:
   """Says of a full disk what to do."""
   try:
     yield
@@ -250,7 +205,7 @@ def _room_for(path: Any) -> Iterator[None]:
     ) from e
 
 
-def _own(soup, ingredients, metadata) -> dict[str, Any]:
+def own_of(soup, ingredients, metadata) -> dict[str, Any]:
   """What is stored beside the arrays."""
   own: dict[str, Any] = {'metadata': _to_json(metadata or {})}
   if soup is not None:
@@ -292,7 +247,7 @@ def provenance(path: Any) -> dict[str, Any]:
   """What `save` stored beside the arrays, which are not read.
 
   Args:
-    path: a directory that `save` wrote.
+    path: a directory or file that `save` wrote, or its kin.
 
   Returns:
     A dict with `ingredients` (of each the path, the identity of its file, and
@@ -300,7 +255,11 @@ def provenance(path: Any) -> dict[str, Any]:
     `versions`, `command`, `time`, `checksums`, `content_hash`; for a soup also
     `alpha` and `info`. Empty for checkpoints that others wrote.
   """
-  return _from_json(_formats.metadata(path).custom.get('jaxsoup', {}))
+  own = _formats.metadata(path).custom.get('jaxsoup', {})
+  beside = pathlib.Path(path) / BESIDE
+  if beside.is_file():
+    own = {**json.loads(beside.read_text()), **own}
+  return _from_json(own)
 
 
 def _describe(ingredients: Any) -> list[dict[str, Any]]:

@@ -64,18 +64,28 @@ class Average:
       boxes[i] = _pieces.placed(boxes[i], flat.leaves[i])
     return flat.replace(boxes)
 
-  def put_all(self, put_fn: Callable[[_tree.Path, int, np.ndarray], None]):
-    """Hands on every piece, with the byte of the leaf at which it begins."""
-    flat = self._template.flat
+  def put_all(
+      self,
+      put_fn: Callable[[_tree.Path, int, np.ndarray], None],
+      names: Sequence[_tree.Path] | None = None,
+  ) -> None:
+    """Hands on every piece, with the byte of the leaf at which it begins.
+
+    Args:
+      put_fn: `(name, start, piece)`.
+      names: which leaves; None is all.
+    """
+    names = self._template.flat.paths if names is None else names
 
     def piece_fn(i, index):
-      piece = self._piece(flat.paths[i], index)
-      row_bytes = piece.dtype.itemsize * math.prod(flat.leaves[i].shape[1:])
+      piece = self._piece(names[i], index)
+      columns = self._wanted[names[i]].shape[1:]
+      row_bytes = piece.dtype.itemsize * math.prod(columns)
       start = index[0].start * row_bytes if index else 0
-      put_fn(flat.paths[i], start, piece)
+      put_fn(names[i], start, piece)
 
-    for i in _pieces.run([self._plan(n) for n in flat.paths], piece_fn):
-      self._verify(flat.paths[i])
+    for i in _pieces.run([self._plan(n) for n in names], piece_fn):
+      self._verify(names[i])
 
   @property
   def leaves(self) -> dict[_tree.Path, Any]:

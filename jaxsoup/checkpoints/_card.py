@@ -1,0 +1,95 @@
+"""The model card of a soup, in the form of the Hugging Face hub."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import json
+import pathlib
+import shlex
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsoup._soup import Soup
+
+_CARD = """\
+---
+base_model:
+{base_models}
+base_model_relation: merge
+tags:
+- model-soup
+---
+
+# {name}
+
+A model soup: the average of the parameters of {num} models that were fine-tuned
+from one initialization, each weighted by its alpha. Recipe: {recipe}.
+
+{table}
+{notes}
+Made with jaxsoup {version}:
+
+```
+{command}
+```
+
+`soup.json` holds the hashes of the models, all scores and the versions.
+Wortsman et al., [Model soups](https://arxiv.org/abs/2203.05482), 2022.
+"""
+
+
+def text(
+    name: str,
+    ingredients: Sequence[str],
+    soup: Soup,
+    metadata: Mapping[str, Any],
+) -> str:
+  """The card: front matter in YAML, and a page in Markdown.
+
+  Args:
+    name: of the soup.
+    ingredients: their names.
+    soup: alpha and info; params may be None.
+    metadata: `recipe`, if it has a name.
+
+  Returns:
+    The content of README.md.
+  """
+  import jaxsoup
+
+  command = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
+  return _CARD.format(
+      # Texts of JSON are texts of YAML.
+      base_models='\n'.join(f'- {json.dumps(n)}' for n in ingredients),
+      name=name,
+      num=len(ingredients),
+      recipe=metadata.get('recipe') or 'given weights',
+      table=_table(ingredients, soup),
+      notes=_notes(soup),
+      version=jaxsoup.__version__,
+      command=shlex.join(command),
+  )
+
+
+def _table(ingredients: Sequence[str], soup: Soup) -> str:
+  alpha = np.mean(jax.tree.leaves(jax.device_get(soup.alpha)), axis=0)
+  scores = getattr(soup.info, 'scores', {})
+  head = ['model', 'alpha'] + (['held-out score'] if scores else [])
+  rows = [head, ['---'] * len(head)]
+  for k, name in enumerate(ingredients):
+    score = scores.get((k,))
+    known = [f'{score:.4f}' if score is not None else ''] if scores else []
+    rows.append([f'`{name}`', f'{alpha[k]:.4f}', *known])
+  return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+
+def _notes(soup: Soup) -> str:
+  notes = []
+  if isinstance(soup.alpha, dict):
+    notes.append('Alpha differs between tensors; the table shows the mean.\n')
+  score = getattr(soup.info, 'score', None)
+  if score is not None:
+    notes.append(f'Held-out score of the soup: {score:.4f}.\n')
+  return ''.join(f'{note}\n' for note in notes)

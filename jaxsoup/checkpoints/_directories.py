@@ -1,0 +1,330 @@
+"""Soups of directories of Hugging Face: weights, config and tokenizer.
+
+The names of the tensors stay as they are, and no code of a model is needed.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import contextlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from typing import Any
+import warnings
+
+import numpy as np
+
+from jaxsoup import _tree
+from jaxsoup._soup import Soup
+from jaxsoup.checkpoints import _card
+from jaxsoup.checkpoints import _checkpoint
+from jaxsoup.checkpoints import _formats
+from jaxsoup.checkpoints import _ingredients
+from jaxsoup.checkpoints import _pieces
+from jaxsoup.checkpoints import _processes
+from jaxsoup.checkpoints import _safetensors
+from jaxsoup.checkpoints import _soups
+from jaxsoup.checkpoints import _source
+
+_CONFIG = 'config.json'
+# Other weights, and what belongs to a run and not to its model.
+_LEFT_SUFFIXES = {
+    '.bin', '.ckpt', '.gguf', '.h5', '.log', '.lock', '.msgpack', '.npz',
+    '.onnx', '.pt', '.pth', '.safetensors',
+}  # fmt: skip
+_LEFT_NAMES = {'README.md', _soups.BESIDE, 'trainer_state.json'}
+_LEFT_ENDS = ('.index.json',)
+_LEFT_STARTS = ('.', 'events.out.', 'optimizer', 'rng_state', 'scheduler')
+_MOST_BYTES = 100_000_000  # Of a file that is no weights.
+# What differs between the configs of one model.
+_NOT_COMPARED = {
+    '_name_or_path',
+    'dtype',
+    'torch_dtype',
+    'transformers_version',
+}
+
+FillFn = Callable[[_safetensors.PutFn, Sequence[_tree.Path]], None]
+
+
+def is_directory(path: Any) -> bool:
+  """Whether a path is a model of Hugging Face: a config beside safetensors.
+
+  Args:
+    path: any path.
+
+  Returns:
+    True if `save_directory` can average it.
+
+  Example:
+    >>> is_directory('/no/such/path')
+    False
+  """
+  if '://' in str(path):
+    return False
+  path = pathlib.Path(path).absolute()
+  return (path / _CONFIG).is_file() and _safetensors.find(path) is not None
+
+
+def save_directory(
+    path: Any,
+    ingredients: _ingredients.Ingredients,
+    soup: Soup | None = None,
+    *,
+    alpha: Any = None,
+    non_float_from: int | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    metadata: Mapping[str, Any] | None = None,
+) -> str:
+  """Writes a soup as a directory that `from_pretrained` loads.
+
+  `theta = sum_k alpha_k theta_k`, piece by piece from file to file, or the
+  params of a soup that another recipe made. Tensors keep the names and dtypes
+  that they have in the first ingredient, and its config and tokenizer are
+  copied. A model card and `soup.json` say how the soup came about. What was
+  written is read once more and compared; the directory appears under its name
+  only when it is whole.
+
+  Args:
+    path: a directory that does not exist yet.
+    ingredients: of directories, see `is_directory`.
+    soup: of these ingredients; None averages them here.
+    alpha: as in `jaxsoup.average`; None is the uniform soup.
+    non_float_from: as in `jaxsoup.uniform`.
+    max_shard_bytes: more are written as several files with an index.
+    metadata: as in `save`; `recipe` is named in the model card.
+
+  Returns:
+    The absolute path.
+
+  Raises:
+    FileExistsError: the path exists; it is not touched.
+    ValueError: the ingredients do not fit, are damaged, or are no directories.
+    OSError: the disk is full.
+
+  Example:
+    >>> import tempfile
+    >>> from jaxsoup import checkpoints
+    >>> folder = tempfile.mkdtemp()
+    >>> def made(name, value):
+    ...   params = {'head': {'weight': np.float32([value])}}
+    ...   checkpoints.save(f'{folder}/{name}/model.safetensors', params)
+    ...   _ = pathlib.Path(folder, name, 'config.json').write_text('{}')
+    ...   return f'{folder}/{name}'
+    >>> runs = [made('a', 1), made('b', 2)]
+    >>> ingredients = checkpoints.Ingredients(runs)
+    >>> path = save_directory(f'{folder}/soup', ingredients)
+    >>> sorted(os.listdir(path))
+    ['README.md', 'config.json', 'model.safetensors', 'soup.json']
+    >>> checkpoints.load(path).params
+    {'head': {'weight': Array([1.5], dtype=float32)}}
+  """
+  path = _soups.new_path(path)
+  first = _first(ingredients)
+  _warn_of_configs(ingredients.paths)
+  if soup is None:
+    ingredients = ingredients.unsharded()
+    streamed, soup_fn = _soups.streamed_soup(ingredients, alpha, non_float_from)
+    fill_fn: FillFn = streamed.put_all
+  else:
+    soup_fn = lambda: soup
+    fill_fn = _filler(soup.params, first.stored)
+  shards = _shards(first.stored, max_shard_bytes)
+  _processes.wait_for_all('every process has seen that the path is free')
+  if not _processes.is_main():
+    if soup is not None:  # Others have parts of what this process has to write.
+      for shard in shards:
+        fill_fn(lambda *_: None, list(shard))
+  else:
+    with _soups.room_for(path), appearing(path) as folder:
+      _write_weights(folder, first, shards, fill_fn)
+      made = soup_fn()
+      own = _soups.own_of(made, ingredients, metadata)
+      _write_json(folder / _soups.BESIDE, own)
+      names = _names_of(ingredients.paths)
+      card = _card.text(path.name, names, made, metadata or {})
+      (folder / 'README.md').write_text(card)
+      copy_what_is_no_weights(pathlib.Path(first.source.metadata.path), folder)
+  _processes.wait_for_all('the directory is written')
+  return str(path)
+
+
+def _first(ingredients) -> _checkpoint.Checkpoint:
+  """The first ingredient: names and dtypes of all tensors."""
+  for path in ingredients.paths:
+    if not is_directory(pathlib.Path(path).parent):
+      raise ValueError(
+          f'{path} lies in no directory of Hugging Face, with {_CONFIG} beside '
+          'safetensors. Give such directories, or write another format: '
+          'checkpoints.save.'
+      )
+  source = _formats.open_source(ingredients.paths[0])
+  first = _checkpoint.Checkpoint(source, None)
+  if len(first.places) < len(source.metadata.leaves):
+    raise ValueError(
+        f'{source.metadata.path} holds tensors below params and others; only '
+        'the first would be averaged. Rename them.'
+    )
+  return first
+
+
+def _warn_of_configs(paths: Sequence[str]) -> None:
+  """Equal shapes can hide classes in another order, or another activation."""
+  folders = [pathlib.Path(path).parent for path in paths]
+  configs = [_config(folder / _CONFIG) for folder in folders]
+  for folder, config in zip(folders[1:], configs[1:]):
+    keys = (configs[0].keys() | config.keys()) - _NOT_COMPARED
+    odd = sorted(k for k in keys if configs[0].get(k) != config.get(k))
+    if odd:
+      warnings.warn(
+          f'{folder / _CONFIG} differs from that of {folders[0]} in '
+          f'{", ".join(odd[:5])}: the soup gets the first one. Do the models '
+          'mean the same by the same outputs?',
+          stacklevel=3,
+      )
+
+
+def _config(file: pathlib.Path) -> dict[str, Any]:
+  try:
+    return dict(json.loads(file.read_text()))
+  except (TypeError, ValueError) as e:
+    raise _source.damaged(file, e) from e
+
+
+def _filler(params: Any, stored: Mapping[_tree.Path, Any]) -> FillFn:
+  flat = _tree.flatten_in_place(params)
+  leaves = dict(zip(flat.paths, flat.leaves))
+
+  def fill(put_fn, names):
+    for name in names:
+      array = _processes.gathered(leaves[name])
+      # jax keeps no 64 bits, unless it is told to.
+      put_fn(name, 0, array.astype(stored[name].dtype))
+
+  return fill
+
+
+def _shards(
+    leaves: Mapping[_tree.Path, Any], most: int
+) -> list[dict[_tree.Path, Any]]:
+  """Leaves in groups of at most so many bytes; a larger leaf is alone."""
+  shards: list[dict[_tree.Path, Any]] = [{}]
+  total = 0
+  for name, leaf in leaves.items():
+    num_bytes = _num_bytes(leaf)
+    if shards[-1] and total + num_bytes > most:
+      shards.append({})
+      total = 0
+    shards[-1][name] = leaf
+    total += num_bytes
+  return shards
+
+
+def _num_bytes(leaf: Any) -> int:
+  return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+
+
+def _write_weights(folder, first, shards, fill_fn) -> None:
+  """One file, or several with an index, named as in the first ingredient."""
+  stem = pathlib.Path(first.source.metadata.path).name.partition(
+      '.safetensors'
+  )[0]
+  num = len(shards)
+  files = [f'{stem}-{i + 1:05}-of-{num:05}' for i in range(num)]
+  files = [f'{f}.safetensors' for f in (files if num > 1 else [stem])]
+  for file, shard in zip(files, shards):
+    _write_shard(folder / file, shard, first.places, fill_fn)
+  index = folder / f'{stem}.safetensors.index.json'
+  if num > 1:
+    weight_map = {
+        '.'.join(first.places[name]): file
+        for file, shard in zip(files, shards)
+        for name in shard
+    }
+    size = sum(map(_num_bytes, first.stored.values()))
+    content = {'metadata': {'total_size': size}, 'weight_map': weight_map}
+    _write_json(index, content)
+  _verify(index if num > 1 else folder / files[0])
+
+
+def _write_shard(file, shard, places, fill_fn) -> None:
+  def fill(put_fn):
+    put = lambda name, start, piece: put_fn(places[name], start, piece)
+    fill_fn(put, list(shard))
+
+  leaves = {places[name]: leaf for name, leaf in shard.items()}
+  _safetensors.write(file, leaves, dict, fill)
+
+
+def _verify(path: pathlib.Path) -> None:
+  """Reads what was written, and compares it with what was to be written."""
+  checkpoint = _checkpoint.Checkpoint(_safetensors.open_source(path), None)
+  sums = _checkpoint.Sums()
+  names = checkpoint.flat.paths
+  reads = [checkpoint.reader(name, sums) for name in names]
+  plans = [checkpoint.plan(name) for name in names]
+
+  def piece_fn(i, index):
+    reads[i](index)
+
+  for i in _pieces.run(plans, piece_fn):
+    checkpoint.verify(names[i], sums)
+
+
+def _write_json(file: pathlib.Path, content: Any) -> None:
+  file.write_text(json.dumps(content, indent=2) + '\n')
+
+
+@contextlib.contextmanager
+def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A directory that gets its name when all is in it, and else is deleted."""
+  folder = path.with_name(f'{path.name}.unfinished-{os.getpid()}')
+  folder.mkdir()
+  try:
+    yield folder
+    if path.exists():  # An empty directory would be replaced.
+      raise FileExistsError(f'{path} exists by now and is not overwritten.')
+    folder.rename(path)
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_what_is_no_weights(
+    weights: pathlib.Path, folder: pathlib.Path
+) -> None:
+  """Config, tokenizer, preprocessor and their like, of the first ingredient."""
+  for file in sorted(weights.parent.iterdir()):
+    if file.is_file() and not _is_left(file):
+      shutil.copyfile(file, folder / file.name)
+
+
+def _is_left(file: pathlib.Path) -> bool:
+  return (
+      file.suffix in _LEFT_SUFFIXES
+      or file.name in _LEFT_NAMES
+      or file.name.endswith(_LEFT_ENDS)
+      or file.name.startswith(_LEFT_STARTS)
+      or file.stat().st_size > _MOST_BYTES
+  )
+
+
+def _names_of(paths: Sequence[str]) -> list[str]:
+  """Names of ingredients for others: of the hub, or below what they share."""
+  folders = [pathlib.Path(path).parent for path in paths]
+  shared = os.path.commonpath([folder.parent for folder in folders])
+  return [
+      _hub_name(folder) or folder.relative_to(shared).as_posix()
+      for folder in folders
+  ]
+
+
+def _hub_name(folder: pathlib.Path) -> str | None:
+  """`models--ORGANIZATION--NAME/snapshots/...` in the cache of the hub."""
+  cached = [p.name for p in folder.parents if p.name.startswith('models--')]
+  if folder.parent.name != 'snapshots' or not cached:
+    return None
+  return cached[0].removeprefix('models--').replace('--', '/')

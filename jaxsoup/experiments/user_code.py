@@ -1,0 +1,75 @@
+"""Functions of the user's, named on a command line; their errors say where.
+
+```
+function = user_code.load('package.module:function')
+```
+"""
+
+from collections.abc import Callable
+import importlib
+import sys
+import traceback
+from typing import Any
+
+
+class UserCodeError(Exception):
+  """What the user's own function raised, with its place."""
+
+
+def load(name: str) -> Callable[..., Any]:
+  """Imports the function that an option names.
+
+  Args:
+    name: package.module:function; empty for recipes that need no data.
+
+  Returns:
+    The function, which raises `UserCodeError`.
+
+  Raises:
+    ValueError: there is no such function.
+    UserCodeError: its module raised when it was imported.
+  """
+  module_name, _, function_name = name.partition(':')
+  if not name:
+    return lambda *_: None  # For recipes that need no data.
+  if not function_name:
+    raise ValueError(f'--eval {name}: write package.module:function.')
+  sys.path.insert(0, '')
+  try:
+    module = importlib.import_module(module_name)
+  except ImportError as e:
+    raise ValueError(
+        f'--eval {name}: cannot import {module_name}: {e}. Modules are looked '
+        'for in the present directory and among installed packages.'
+    ) from e
+  except Exception as e:
+    # A module runs when it is imported, and may raise anything.
+    raise UserCodeError(
+        f'--eval {name}: importing {module_name} raised {type(e).__name__}: {e}'
+    ) from e
+  function = getattr(module, function_name, None)
+  if not callable(function):
+    raise ValueError(f'--eval {name}: {module_name} has no such function.')
+
+  called = _guarded(function, module, name)
+  if hasattr(function, 'at_least'):
+    called.at_least = _guarded(function.at_least, module, name)
+  return called
+
+
+def _guarded(function, module, name: str) -> Any:
+  """A function of the user's, whose errors say where they were raised."""
+
+  def call(*args, **kwargs):
+    try:
+      return function(*args, **kwargs)
+    except Exception as e:
+      frames = traceback.extract_tb(e.__traceback__)
+      theirs = [f for f in frames if f.filename == module.__file__]
+      last = (theirs or frames)[-1]
+      raise UserCodeError(
+          f'{name} raised {type(e).__name__}: {e} ({last.filename}, line '
+          f'{last.lineno})'
+      ) from e
+
+  return call
