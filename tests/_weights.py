@@ -1,5 +1,6 @@
 """What the tests of weights under other names share."""
 
+import functools
 import json
 import pathlib
 
@@ -64,8 +65,12 @@ def randomized(params, seed=0):
 def run(model, *inputs, method='__call__'):
   """The model's outputs, compiled as a whole: faster than op by op."""
   graphdef, state = nnx.split(model)
-  call = lambda s, *x: getattr(nnx.merge(graphdef, s), method)(*x)
-  return jax.jit(call)(state, *inputs)
+  return _call(graphdef, method, nnx.to_pure_dict(state), *inputs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call(graphdef, method, params, *inputs):
+  return getattr(nnx.merge(graphdef, params), method)(*inputs)
 
 
 def write(params, table):

@@ -270,9 +270,9 @@ def make_flax(naming, pool):
   is_augreg = naming == 'augreg'
   theirs = Theirs(is_augreg, pool)
   image = images(8, 8)
-  params = theirs.init(jax.random.key(0), image)['params']
+  params = jax.eval_shape(theirs.init, jax.random.key(0), image)['params']
   params = _weights.randomized(params)
-  logits = theirs.apply({'params': params}, image)
+  logits = jax.jit(theirs.apply)({'params': params}, image)
   if naming == 'big_vision_scanned':
     encoder = params['Transformer']
     blocks = [encoder.pop(f'encoderblock_{i}') for i in range(2)]
