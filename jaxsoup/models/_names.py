@@ -201,7 +201,7 @@ def read(
       place, row = leaves.place(path)
       leaf = rule.layout.read(part, leaves[path].shape)
       if row is None:
-        boxes[place] = np.ascontiguousarray(leaf, leaves[path].dtype)
+        boxes[place] = np.asarray(leaf, leaves[path].dtype, order='C')
         continue
       if row == 0:
         boxes[place] = np.empty(boxes[place].shape, boxes[place].dtype)
@@ -226,10 +226,9 @@ def write(params: Params, table: Table) -> Iterator[tuple[str, np.ndarray]]:
   _check_ours(leaves, table.rules)
   for rule in table.rules:
     parts = [rule.layout.write(np.asarray(leaves[p])) for p in rule.paths]
+    array = parts[0] if len(parts) == 1 else np.concatenate(parts)
     # safetensors writes the memory of an array as it is, whatever its strides.
-    yield rule.theirs, np.ascontiguousarray(
-        parts[0] if len(parts) == 1 else np.concatenate(parts)
-    )
+    yield rule.theirs, np.asarray(array, order='C')
 
 
 def shapes(params: Params, table: Table) -> dict[str, jax.ShapeDtypeStruct]:
