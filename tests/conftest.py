@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 # Scripts that are run, and would run when doctest imports them.
-collect_ignore = ['_distributed_worker.py', 'benchmarks']
+collect_ignore = ['_distributed_worker.py', '_timm_worker.py', 'benchmarks']
 
 # The same examples in every run, and no time limit on a busy machine.
 hypothesis.settings.register_profile(

@@ -273,7 +273,7 @@ def read(
     place, row = leaves.place(path)
     if row is None:
       dtype = leaves[path].dtype
-      boxes[place] = np.ascontiguousarray(read_leaf(path), dtype)
+      boxes[place] = np.asarray(read_leaf(path), dtype, order='C')
     else:
       if not isinstance(boxes[place], np.ndarray):
         boxes[place] = np.empty(boxes[place].shape, boxes[place].dtype)
@@ -298,10 +298,9 @@ def written(leaf_fn: LeafFn, table: Table) -> Iterator[tuple[str, np.ndarray]]:
   """
   for rule in table.rules:
     parts = [rule.layout.write(np.asarray(leaf_fn(p))) for p in rule.paths]
+    array = parts[0] if len(parts) == 1 else np.concatenate(parts)
     # safetensors writes the memory of an array as it is, whatever its strides.
-    yield rule.theirs, np.ascontiguousarray(
-        parts[0] if len(parts) == 1 else np.concatenate(parts)
-    )
+    yield rule.theirs, np.asarray(array, order='C')
 
 
 def write(params: Params, table: Table) -> Iterator[tuple[str, np.ndarray]]:

@@ -192,9 +192,7 @@ def _augreg(
   for i in range(depth):
     theirs = f'Transformer/encoderblock_{i}'
     rules += [_names.Rule(f'block_{i}/{x}', f'{theirs}/{y}') for x, y in names]
-  # A head on top of a layer that we lack says nothing without it.
-  ignored = [] if num_classes else ['pre_logits/.*', 'head/.*']
-  return _names.Table(rules, ignored)
+  return _names.Table(rules, _without_head('', num_classes))
 
 
 def _big_vision(
@@ -230,7 +228,13 @@ def _big_vision(
         _names.Rule(f'map_head/{x}', f'{head}/{y}')
         for x, y in _flax_block(attention, ('LayerNorm_0',), mlp)
     ]
-  return _names.Table(rules, ['opt/.*', 'chrono/.*'])
+  ignored = ['opt/.*', 'chrono/.*', *_without_head('params/', num_classes)]
+  return _names.Table(rules, ignored)
+
+
+def _without_head(prefix: str, num_classes: int) -> list[str]:
+  # A head on top of a layer that we lack says nothing without it.
+  return [] if num_classes else [f'{prefix}pre_logits/.*', f'{prefix}head/.*']
 
 
 def _flax_ends(
@@ -333,29 +337,26 @@ def _hf_arguments(shapes, config) -> dict[str, Any]:
   layer = f'{prefix}encoder.layer.0.'
   has_layer_scale = f'{layer}layer_scale1.lambda1' in shapes
   is_gated = f'{layer}mlp.weights_in.weight' in shapes
-  mlp = (
-      ('mlp.weights_out' if is_gated else 'mlp.fc2')
-      if has_layer_scale
-      else 'output.dense'
-  )
+  num_classes = _num_classes(shapes, 'classifier.weight', 0)
+  mlp = 'output.dense'
+  if has_layer_scale:
+    mlp = 'mlp.weights_out' if is_gated else 'mlp.fc2'
   embeddings = f'{prefix}embeddings.'
-  width, channels, patch_size, _ = _shape(
+  width, channels, patch_size, _ = shape_of(
       shapes, f'{embeddings}patch_embeddings.projection.weight'
   )
-  rows = _shape(shapes, f'{embeddings}position_embeddings')[1]
+  rows = shape_of(shapes, f'{embeddings}position_embeddings')[1]
   size = config.get('image_size')
   return dict(
-      image_shape=_image_shape(rows, patch_size, channels, size, True)[0],
-      num_classes=_num_classes(shapes, 'classifier.weight', 0),
+      image_shape=image_shape_of(rows, patch_size, channels, size, True)[0],
+      num_classes=num_classes,
       patch_size=patch_size,
       width=width,
-      depth=_depth(shapes, rf'{re.escape(prefix)}encoder\.layer\.(\d+)\..*'),
-      num_heads=config.get('num_attention_heads') or _num_heads(width),
-      mlp_width=_shape(shapes, f'{layer}{mlp}.weight')[1],
+      depth=depth_of(shapes, rf'{re.escape(prefix)}encoder\.layer\.(\d+)\..*'),
+      num_heads=config.get('num_attention_heads') or num_heads_of(width),
+      mlp_width=shape_of(shapes, f'{layer}{mlp}.weight')[1],
       has_cls_token=True,
-      pool='cls+mean'
-      if has_layer_scale and 'classifier.weight' in shapes
-      else 'cls',
+      pool='cls+mean' if has_layer_scale and num_classes else 'cls',
       has_layer_scale=has_layer_scale,
       is_gated=is_gated,
       activation=ACTIVATION_NAMES[config.get('hidden_act', 'gelu')],
@@ -364,17 +365,17 @@ def _hf_arguments(shapes, config) -> dict[str, Any]:
 
 
 def _timm_arguments(shapes, config) -> dict[str, Any]:
-  width, channels, patch_size, _ = _shape(shapes, 'patch_embed.proj.weight')
+  width, channels, patch_size, _ = shape_of(shapes, 'patch_embed.proj.weight')
   has_cls_token = 'cls_token' in shapes
   size = config.get('pretrained_cfg', {}).get('input_size', [None])[1:]
-  image_shape, has_cls_position = _image_shape(
-      _shape(shapes, 'pos_embed')[1],
+  image_shape, has_cls_position = image_shape_of(
+      shape_of(shapes, 'pos_embed')[1],
       patch_size,
       channels,
       config.get('model_args', {}).get('img_size') or size,
       has_cls_token,
   )
-  mlp_width = _shape(shapes, 'blocks.0.mlp.fc2.weight')[1]
+  mlp_width = shape_of(shapes, 'blocks.0.mlp.fc2.weight')[1]
   is_pooled_first = 'fc_norm.weight' in shapes
   pool = 'cls' if has_cls_token and not is_pooled_first else 'mean'
   return dict(
@@ -382,15 +383,15 @@ def _timm_arguments(shapes, config) -> dict[str, Any]:
       num_classes=_num_classes(shapes, 'head.weight', 0),
       patch_size=patch_size,
       width=width,
-      depth=_depth(shapes, r'blocks\.(\d+)\..*'),
-      num_heads=_num_heads(width),
+      depth=depth_of(shapes, r'blocks\.(\d+)\..*'),
+      num_heads=num_heads_of(width),
       mlp_width=mlp_width,
       has_cls_token=has_cls_token,
       has_cls_position=has_cls_position,
       pool='map' if 'attn_pool.latent' in shapes else pool,
       is_pooled_first=is_pooled_first,
       has_layer_scale='blocks.0.ls1.gamma' in shapes,
-      is_gated=_shape(shapes, 'blocks.0.mlp.fc1.weight')[0] == 2 * mlp_width,
+      is_gated=shape_of(shapes, 'blocks.0.mlp.fc1.weight')[0] == 2 * mlp_width,
   )
 
 
@@ -400,28 +401,28 @@ def _flax_arguments(naming, shapes) -> dict[str, Any]:
   position = 'Transformer/posembed_input/' if is_augreg else ''
   block = f'{prefix}Transformer/encoderblock{"" if is_scanned else "_0"}/'
   attention = f'MultiHeadDotProductAttention_{int(is_augreg)}'
-  query = _shape(shapes, f'{block}{attention}/query/kernel')
+  query = shape_of(shapes, f'{block}{attention}/query/kernel')
   mlp = 'MlpBlock_3' if is_augreg else 'MlpBlock_0'
-  kernel = _shape(shapes, f'{prefix}embedding/kernel')
-  rows = _shape(shapes, f'{prefix}{position}pos_embedding')[1]
+  kernel = shape_of(shapes, f'{prefix}embedding/kernel')
+  rows = shape_of(shapes, f'{prefix}{position}pos_embedding')[1]
   has_cls_token = f'{prefix}cls' in shapes
   pool = 'cls' if has_cls_token else 'mean'
-  # Under a head of their own, `pre_logits`, the classes cannot be had.
-  has_head = f'{prefix}pre_logits/kernel' not in shapes
+  depth = query[0]
+  if not is_scanned:
+    depth = depth_of(shapes, rf'{prefix}Transformer/encoderblock_(\d+)/.*')
+  num_classes = _num_classes(shapes, f'{prefix}head/kernel', 1)
+  if f'{prefix}pre_logits/kernel' in shapes:
+    num_classes = 0  # They are computed from what we lack.
   return dict(
-      image_shape=_image_shape(
+      image_shape=image_shape_of(
           rows, kernel[0], kernel[2], None, is_augreg and has_cls_token
       )[0],
-      num_classes=_num_classes(shapes, f'{prefix}head/kernel', 1)
-      if has_head
-      else 0,
+      num_classes=num_classes,
       patch_size=kernel[0],
       width=kernel[3],
-      depth=query[0]
-      if is_scanned
-      else _depth(shapes, rf'{prefix}Transformer/encoderblock_(\d+)/.*'),
+      depth=depth,
       num_heads=query[-2],
-      mlp_width=_shape(shapes, f'{block}{mlp}/Dense_0/kernel')[-1],
+      mlp_width=shape_of(shapes, f'{block}{mlp}/Dense_0/kernel')[-1],
       has_cls_token=has_cls_token,
       has_cls_position=is_augreg,
       pool='map' if f'{prefix}MAPHead_0/probe' in shapes else pool,
@@ -429,7 +430,7 @@ def _flax_arguments(naming, shapes) -> dict[str, Any]:
   )
 
 
-def _shape(shapes: Mapping[str, Any], name: str) -> tuple[int, ...]:
+def shape_of(shapes: Mapping[str, Any], name: str) -> tuple[int, ...]:
   if name not in shapes:
     raise ValueError(
         f'This is no vision transformer: {name!r} is missing among '
@@ -438,7 +439,7 @@ def _shape(shapes: Mapping[str, Any], name: str) -> tuple[int, ...]:
   return tuple(shapes[name].shape)
 
 
-def _depth(shapes: Mapping[str, Any], pattern: str) -> int:
+def depth_of(shapes: Mapping[str, Any], pattern: str) -> int:
   matches = [re.fullmatch(pattern, name) for name in shapes]
   return 1 + max(int(m[1]) for m in matches if m)
 
@@ -447,12 +448,12 @@ def _num_classes(shapes: Mapping[str, Any], name: str, axis: int) -> int:
   return shapes[name].shape[axis] if name in shapes else 0
 
 
-def _num_heads(width: int) -> int:
+def num_heads_of(width: int) -> int:
   known = {width: num_heads for width, _, num_heads, _ in SIZES.values()}
   return known.get(width, max(1, width // 64))
 
 
-def _image_shape(
+def image_shape_of(
     rows: int,
     patch_size: int,
     channels: int,
@@ -474,8 +475,9 @@ def _image_shape(
     if size:
       sizes.insert(0, [size, size] if isinstance(size, int) else [*size])
     for height, width in sizes:
-      patches = (height // patch_size) * (width // patch_size)
-      if patches == rows - num_prefix:
+      # What fills no patch is not seen by a convolution either.
+      height, width = (x // patch_size * patch_size for x in (height, width))
+      if height * width == (rows - num_prefix) * patch_size**2:
         return [height, width, channels], bool(num_prefix)
   raise ValueError(
       f'{rows} positions of patches of {patch_size} pixels fit no square image'

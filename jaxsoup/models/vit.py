@@ -97,7 +97,7 @@ class MapHead(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns one token, [B, width], for tokens [B, T, width]."""
-    probe = _repeated(self.probe[...], x)
+    probe = repeated(self.probe[...], x)
     y = self.attention(probe, x)
     return (y + self.mlp(self.norm(y)))[:, 0]
 
@@ -233,7 +233,7 @@ class ViT(_transformer.Stack):
     if not self.has_cls_position:
       x = x + position
     if self.has_cls_token:
-      x = jnp.concatenate([_repeated(self.cls_token[...], x), x], axis=1)
+      x = jnp.concatenate([repeated(self.cls_token[...], x), x], axis=1)
     if self.has_cls_position:
       x = x + position
     return self.through_blocks(x)
@@ -267,7 +267,7 @@ def _pool(pool: str | None, has_cls_token: bool) -> str:
   return pool
 
 
-def _repeated(token: jax.Array, x: jax.Array) -> jax.Array:
+def repeated(token: jax.Array, x: jax.Array) -> jax.Array:
   """One token [1, width] for each image of x, [B, 1, width]."""
   return jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, x.shape[-1]))
 

@@ -1,0 +1,368 @@
+"""CLIP in Flax nnx: two towers, zero-shot heads, and image classifiers.
+
+model = clip.CLIP(rngs=nnx.Rngs(0), **arguments)
+logits = model(image, text)  # [B, H, W, C], [N, T] -> [B, N]
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import math
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from jaxsoup.models import _transformer
+from jaxsoup.models import vit
+from jaxsoup.models._clip_names import TABLES as TABLES
+from jaxsoup.models._clip_names import arguments as arguments
+
+
+class ImageTower(_transformer.Stack):
+  """The transformer of images, up to the joint space.
+
+  patches, class token + position -> LN -> blocks -> class token -> LN -> linear
+
+  Args:
+    image_shape: (H, W, C) of one image; `patch_size` divides H and W.
+    embed_width: size of the joint space.
+    patch_size: side of a square patch, in pixels.
+    width: size of a token.
+    depth: number of blocks.
+    num_heads: number of attention heads; divides `width`.
+    mlp_width: size of the hidden layers, `4 * width` if not given.
+    activation: of the MLPs: 'quick_gelu', 'gelu' or 'gelu_tanh'.
+    epsilon: of the LayerNorms.
+    dtype: name of the dtype of the computation; None takes that of the
+      parameters. Features are float32.
+    rngs: source of the initial parameters.
+    **stack: `is_scanned`, `is_rematerialized` and `batch_axis`, as of `ViT`.
+
+  Source: Radford et al., "Learning transferable visual models from natural
+  language supervision", ICML 2021, Section 2.4.
+  """
+
+  def __init__(
+      self,
+      image_shape: Sequence[int],
+      embed_width: int,
+      *,
+      patch_size: int,
+      width: int,
+      depth: int,
+      num_heads: int,
+      mlp_width: int | None = None,
+      activation: str = 'quick_gelu',
+      epsilon: float = 1e-5,
+      dtype: str | None = None,
+      rngs: nnx.Rngs,
+      **stack: Any,
+  ):
+    shared = dict(epsilon=epsilon, dtype=_transformer.as_dtype(dtype))
+    normal = nnx.initializers.normal(width**-0.5)
+    num_tokens = 1 + math.prod(vit.grid(image_shape, patch_size))
+    self.patch_size = patch_size
+    self.embed = nnx.Linear(
+        patch_size**2 * image_shape[2],
+        width,
+        use_bias=False,
+        dtype=shared['dtype'],
+        rngs=rngs,
+    )
+    self.cls_token = nnx.Param(normal(rngs.params(), (1, width)))
+    self.position = nnx.Param(normal(rngs.params(), (num_tokens, width)))
+    self.norm_embed = nnx.LayerNorm(width, rngs=rngs, **shared)
+    self.add_blocks(
+        lambda rngs: _transformer.Block(
+            width,
+            mlp_width or 4 * width,
+            num_heads,
+            activation=vit.ACTIVATIONS[activation],
+            rngs=rngs,
+            **shared,
+        ),
+        depth,
+        rngs=rngs,
+        **stack,
+    )
+    self.norm = nnx.LayerNorm(width, rngs=rngs, **shared)
+    self.projection = nnx.Linear(
+        width, embed_width, use_bias=False, kernel_init=normal, rngs=rngs
+    )
+
+  def __call__(self, image: jax.Array) -> jax.Array:
+    """Returns features, [B, embed_width], for images [B, H, W, C]."""
+    embed = self.gathered(*nnx.split(self.embed))
+    x = self.on_batch_axis(embed(vit.patchify(image, self.patch_size)))
+    x = jnp.concatenate([vit.repeated(self.cls_token[...], x), x], axis=1)
+    x = self.norm_embed(x + self.position[...].astype(x.dtype))
+    x = self.norm(self.through_blocks(x)[:, 0])
+    return self.gathered(*nnx.split(self.projection))(x)
+
+
+class TextTower(_transformer.Stack):
+  """The transformer of texts, up to the joint space.
+
+  tokens + position -> causal blocks -> LN -> token of the end -> linear
+
+  Args:
+    embed_width: size of the joint space.
+    vocab_size: number of tokens.
+    max_length: number of positions.
+    width: size of a token.
+    depth: number of blocks.
+    num_heads: number of attention heads; divides `width`.
+    mlp_width: size of the hidden layers, `4 * width` if not given.
+    end_id: id of the token that ends a text, the first one of which is taken;
+      None takes the token with the largest id, as the first CLIP did.
+    activation: of the MLPs: 'quick_gelu', 'gelu' or 'gelu_tanh'.
+    epsilon: of the LayerNorms.
+    dtype: name of the dtype of the computation; None takes that of the
+      parameters. Features are float32.
+    rngs: source of the initial parameters.
+    **stack: `is_scanned`, `is_rematerialized` and `batch_axis`, as of `ViT`.
+
+  Source: Radford et al., ICML 2021, Section 2.4.
+  """
+
+  def __init__(
+      self,
+      embed_width: int,
+      *,
+      vocab_size: int,
+      max_length: int,
+      width: int,
+      depth: int,
+      num_heads: int,
+      mlp_width: int | None = None,
+      end_id: int | None = None,
+      activation: str = 'quick_gelu',
+      epsilon: float = 1e-5,
+      dtype: str | None = None,
+      rngs: nnx.Rngs,
+      **stack: Any,
+  ):
+    shared = dict(epsilon=epsilon, dtype=_transformer.as_dtype(dtype))
+    normal = nnx.initializers.normal
+    self.end_id = end_id
+    self.embed = nnx.Embed(
+        vocab_size,
+        width,
+        embedding_init=normal(0.02),
+        dtype=shared['dtype'],
+        rngs=rngs,
+    )
+    self.position = nnx.Param(normal(0.01)(rngs.params(), (max_length, width)))
+    self.add_blocks(
+        lambda rngs: _transformer.Block(
+            width,
+            mlp_width or 4 * width,
+            num_heads,
+            activation=vit.ACTIVATIONS[activation],
+            rngs=rngs,
+            **shared,
+        ),
+        depth,
+        rngs=rngs,
+        **stack,
+    )
+    self.norm = nnx.LayerNorm(width, rngs=rngs, **shared)
+    self.projection = nnx.Linear(
+        width,
+        embed_width,
+        use_bias=False,
+        kernel_init=normal(width**-0.5),
+        rngs=rngs,
+    )
+
+  def __call__(self, text: jax.Array) -> jax.Array:
+    """Returns features, [B, embed_width], for ids of tokens [B, T]."""
+    length = text.shape[1]
+    if length > len(self.position[...]):
+      raise ValueError(
+          f'Texts of {length} tokens are longer than the '
+          f'{len(self.position[...])} positions: cut them, and keep their end.'
+      )
+    embed = self.gathered(*nnx.split(self.embed))
+    x = self.on_batch_axis(embed(text))
+    x = x + self.position[:length].astype(x.dtype)
+    mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
+    x = self.norm(self.through_blocks(x, mask))
+    at = text if self.end_id is None else text == self.end_id
+    end = jnp.argmax(at, axis=1)[:, None, None]
+    x = jnp.take_along_axis(x, end, axis=1)[:, 0]
+    return self.gathered(*nnx.split(self.projection))(x)
+
+
+class CLIP(nnx.Module):
+  """Contrastive language-image pre-training: images and texts in one space.
+
+  logits = exp(s) I T^T,  I and T the normalized features
+
+  Args:
+    embed_width: size of the joint space.
+    image: arguments of the `ImageTower`: `image_shape`, `patch_size`, `width`,
+      `depth`, `num_heads`, `mlp_width`.
+    text: those of the `TextTower`: `vocab_size`, `max_length`, `width`,
+      `depth`, `num_heads`, `mlp_width`, `end_id`; None for images alone.
+    rngs: source of the initial parameters.
+    **both: what both towers take: `activation`, `epsilon`, `dtype`,
+      `is_scanned`, `is_rematerialized` and `batch_axis`.
+
+  Example:
+    >>> tower = dict(width=8, depth=1, num_heads=2)
+    >>> model = CLIP(
+    ...     embed_width=6,
+    ...     image=dict(image_shape=(8, 8, 3), patch_size=4, **tower),
+    ...     text=dict(vocab_size=20, max_length=5, **tower),
+    ...     rngs=nnx.Rngs(0),
+    ... )
+    >>> model(jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 5), int)).shape
+    (2, 3)
+
+  Source: Radford et al., "Learning transferable visual models from natural
+  language supervision", ICML 2021, Figure 3.
+  """
+
+  def __init__(
+      self,
+      *,
+      embed_width: int,
+      image: Mapping[str, Any],
+      text: Mapping[str, Any] | None = None,
+      rngs: nnx.Rngs,
+      **both: Any,
+  ):
+    self.image = ImageTower(embed_width=embed_width, rngs=rngs, **image, **both)
+    if text is not None:
+      self.text = TextTower(embed_width, rngs=rngs, **text, **both)
+      self.logit_scale = nnx.Param(jnp.log(1 / 0.07))
+
+  def image_features(self, image: jax.Array) -> jax.Array:
+    """Returns unit vectors, [B, embed_width], for images [B, H, W, C]."""
+    return normalized(self.image(image))
+
+  def text_features(self, text: jax.Array) -> jax.Array:
+    """Returns unit vectors, [B, embed_width], for ids of tokens [B, T]."""
+    return normalized(self.text(text))
+
+  def __call__(self, image: jax.Array, text: jax.Array) -> jax.Array:
+    """Returns logits, [num_images, num_texts]."""
+    features = self.image_features(image), self.text_features(text)
+    return jnp.exp(self.logit_scale[...]) * features[0] @ features[1].T
+
+
+class ImageClassifier(nnx.Module):
+  """The image tower of CLIP under a linear head, as it is fine-tuned.
+
+  logits = I W + b,  I the normalized features
+
+  The parameters are `image`, those of a CLIP, and `head`, of `zero_shot_head`
+  or random ones:
+  `{'image': params['image'], 'head': {'kernel': kernel}}`.
+
+  Args:
+    num_classes: number of logits.
+    embed_width: size of the joint space.
+    image: arguments of the `ImageTower`, as of `CLIP`.
+    has_bias: whether the head has a bias.
+    rngs: source of the initial parameters.
+    **others: `activation`, `epsilon`, `dtype`, `is_scanned`,
+      `is_rematerialized` and `batch_axis`.
+
+  Example:
+    >>> image = dict(
+    ...     image_shape=(8, 8, 3), patch_size=4, width=8, depth=1, num_heads=2
+    ... )
+    >>> model = ImageClassifier(5, embed_width=6, image=image, rngs=nnx.Rngs(0))
+    >>> model(jnp.zeros((2, 8, 8, 3))).shape
+    (2, 5)
+
+  Source: Wortsman et al., "Model soups", ICML 2022, Section 3.1.
+  """
+
+  def __init__(
+      self,
+      num_classes: int,
+      *,
+      embed_width: int,
+      image: Mapping[str, Any],
+      has_bias: bool = False,
+      rngs: nnx.Rngs,
+      **others: Any,
+  ):
+    self.image = ImageTower(
+        embed_width=embed_width, rngs=rngs, **image, **others
+    )
+    self.head = nnx.Linear(
+        embed_width, num_classes, use_bias=has_bias, rngs=rngs
+    )
+
+  def features(self, image: jax.Array) -> jax.Array:
+    """Returns what the head sees, unit vectors [B, embed_width]."""
+    return normalized(self.image(image))
+
+  def __call__(self, image: jax.Array) -> jax.Array:
+    """Returns logits, [B, num_classes], for images [B, H, W, C]."""
+    head = self.image.gathered(*nnx.split(self.head))
+    return self.image.on_batch_axis(head(self.features(image)))
+
+
+def normalized(x: jax.Array) -> jax.Array:
+  """Vectors along the last axis, scaled to length one."""
+  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def zero_shot_head(
+    text_features_fn: Callable[[jax.Array], jax.Array],
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    tokenize_fn: Callable[[Sequence[str]], Any],
+    *,
+    scale: float = 100.0,
+) -> jax.Array:
+  """A linear head that tells classes by their names.
+
+  w_c = scale n(mean_t n(f(template_t(class_c)))),  n(x) = x / |x|
+
+  Args:
+    text_features_fn: features [N, width] of tokens [N, T]: `model.text` of a
+      `CLIP`; jit it.
+    class_names: such as 'tabby cat'.
+    templates: with `{}` where the name goes, such as 'a photo of a {}.'.
+    tokenize_fn: ids [N, T] of N texts. There is none here: any tokenizer for
+      the weights will do, such as `lambda texts: tokenizer(texts,
+      padding='max_length', max_length=77, return_tensors='np')['input_ids']`
+      with that of Hugging Face.
+    scale: multiplies the kernel; 100 is what CLIP's own temperature ends at.
+
+  Returns:
+    A kernel [width, num_classes], float32, for the head of an
+    `ImageClassifier`.
+
+  Raises:
+    ValueError: there is no template, or one without `{}`.
+
+  Example:
+    >>> features_fn = lambda tokens: jnp.eye(3)[tokens[:, 0]]
+    >>> tokenize_fn = lambda texts: jnp.array([[len(x) - 4] for x in texts])
+    >>> head = zero_shot_head(features_fn, ['x', 'yy'], ['a {}.'], tokenize_fn)
+    >>> head[:, 1]
+    Array([  0., 100.,   0.], dtype=float32)
+
+  Source: Radford et al., ICML 2021, Section 3.1.4; Wortsman et al., "Robust
+  fine-tuning of zero-shot models", CVPR 2022, Section 2.
+  """
+  wrong = [t for t in templates if '{}' not in t]
+  if wrong or not templates:
+    raise ValueError(
+        f"Templates need a place for the name, '{{}}': found {wrong}."
+    )
+  columns = []
+  for name in class_names:
+    tokens = tokenize_fn([t.replace('{}', name) for t in templates])
+    features = normalized(text_features_fn(jnp.asarray(tokens)))
+    columns.append(normalized(features.astype(jnp.float32).mean(axis=0)))
+  return scale * jnp.stack(columns, axis=1)
