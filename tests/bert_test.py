@@ -7,11 +7,15 @@ import pathlib
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from jaxsoup import checkpoints
+from jaxsoup import sharding
 from jaxsoup.models import _names
 from jaxsoup.models import bert
 
@@ -163,6 +167,28 @@ def test_a_scan_over_the_blocks_is_the_loop():
   )
 
 
+def test_sharded_over_a_mesh_the_logits_are_the_same():
+  graphdef, params = make()
+  on_mesh, _ = make(batch_axis='fsdp', is_scanned=True)
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
+  inputs = [np.concatenate([x, x[:1]]) for x in (IDS, MASK, TYPES)]
+
+  def model_fn(graphdef, params, *inputs):
+    return nnx.merge(graphdef, params)(*inputs)
+
+  expected = jax.jit(model_fn, static_argnums=0)(graphdef, params, *inputs)
+  params = stack(params, 2)
+  shardings = jax.tree.map(
+      lambda x: x.sharding, sharding.fsdp(jax.eval_shape(lambda: params), mesh)
+  )
+  with jax.set_mesh(mesh):
+    params = jax.device_put(params, shardings)
+    inputs = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec('fsdp')))
+    logits = jax.jit(model_fn, static_argnums=0)(on_mesh, params, *inputs)
+  assert logits.sharding.spec[0] == 'fsdp'
+  np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
 def test_bfloat16_computes_near_float32_on_float32_parameters():
   graphdef, params = make()
   narrow, narrow_params = make(dtype='bfloat16')
@@ -189,6 +215,8 @@ def test_what_does_not_fit():
     with pytest.raises(ValueError, match=f'config.json has {name} {value!r}'):
       bert.arguments('hf', shapes, {name: value})
   headless = {n: x for n, x in shapes.items() if 'pooler' not in n}
+  with pytest.raises(ValueError, match='the file is not of a BERT'):
+    bert.arguments('hf', {}, {})
   with pytest.raises(ValueError, match='head classifies tokens'):
     bert.arguments('hf', headless, {})
 

@@ -4,11 +4,15 @@ import json
 
 from flax import nnx
 import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from jaxsoup import checkpoints
+from jaxsoup import sharding
 from jaxsoup.models import _names
 from jaxsoup.models import t5
 
@@ -193,6 +197,28 @@ def test_a_scan_over_the_blocks_is_the_loop():
   )
 
 
+def test_sharded_over_a_mesh_the_logits_are_the_same():
+  graphdef, params = make()
+  on_mesh, _ = make(batch_axis='fsdp', is_scanned=True)
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
+  inputs = [np.concatenate([x, x[:1]]) for x in (IDS, TEXTS, MASK)]
+
+  def model_fn(graphdef, params, *inputs):
+    return nnx.merge(graphdef, params)(*inputs)
+
+  expected = jax.jit(model_fn, static_argnums=0)(graphdef, params, *inputs)
+  params = stack(params)
+  shardings = jax.tree.map(
+      lambda x: x.sharding, sharding.fsdp(jax.eval_shape(lambda: params), mesh)
+  )
+  with jax.set_mesh(mesh):
+    params = jax.device_put(params, shardings)
+    inputs = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec('fsdp')))
+    logits = jax.jit(model_fn, static_argnums=0)(on_mesh, params, *inputs)
+  assert logits.sharding.spec[0] == 'fsdp'
+  np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
 def test_bfloat16_computes_near_float32_on_float32_parameters():
   graphdef, params = make(**V1_1)
   narrow, narrow_params = make(dtype='bfloat16', **V1_1)
@@ -347,10 +373,13 @@ def test_ties_of_configs(config, has_head, is_tied, is_scaled):
   assert arguments['has_scaled_logits'] == is_scaled
 
 
-def test_another_activation():
+def test_a_file_of_another_kind():
   file = file_of(make()[1])
   with pytest.raises(ValueError, match="'gated-silu'; `T5` computes 'relu'"):
     t5.arguments('hf', file, {'feed_forward_proj': 'gated-silu'})
+  encoder = {n: x for n, x in file.items() if not n.startswith('decoder.')}
+  with pytest.raises(ValueError, match="'decoder.final_.* is missing"):
+    t5.arguments('hf', encoder, {})
 
 
 # --- Against transformers -----------------------------------------------------
