@@ -7,18 +7,18 @@ import pathlib
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from jaxsoup import checkpoints
+from jaxsoup import sharding
 from jaxsoup.models import _names
 from jaxsoup.models import bert
 
-pytestmark = [
-    pytest.mark.filterwarnings('ignore::DeprecationWarning'),
-    pytest.mark.filterwarnings('ignore::FutureWarning'),
-]
 SMALL = dict(
     vocab_size=11, width=12, depth=2, num_heads=3, mlp_width=20, num_positions=9
 )
@@ -31,8 +31,7 @@ def params_of(model):
   return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def moved(params, scale=0.2, seed=0):
-  """Biases and scales start as constants: move them."""
+def moved(params, scale, seed=0):
   rng = np.random.default_rng(seed)
   return jax.tree.map(
       lambda x: np.asarray(x + scale * rng.normal(size=x.shape), np.float32),
@@ -41,8 +40,11 @@ def moved(params, scale=0.2, seed=0):
 
 
 def make(num_classes=3, **kwargs):
-  model = bert.Bert(num_classes, rngs=nnx.Rngs(0), **SMALL | kwargs)
-  return nnx.graphdef(model), moved(params_of(model))
+  model = nnx.eval_shape(
+      lambda: bert.Bert(num_classes, rngs=nnx.Rngs(0), **SMALL | kwargs)
+  )
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape), params_of(model))
+  return nnx.graphdef(model), moved(zeros, scale=0.5)
 
 
 def stack(params, depth):
@@ -144,10 +146,9 @@ def test_mean_pooled():
   np.testing.assert_array_equal(empty, 0)
 
 
-@pytest.mark.parametrize('is_rematerialized', [False, True])
-def test_a_scan_over_the_blocks_is_the_loop(is_rematerialized):
+def test_a_scan_over_the_blocks_is_the_loop():
   graphdef, params = make()
-  scanned, _ = make(is_scanned=True, is_rematerialized=is_rematerialized)
+  scanned, _ = make(is_scanned=True, is_rematerialized=True)
 
   def loss_of(graphdef):
     return jax.jit(
@@ -164,6 +165,28 @@ def test_a_scan_over_the_blocks_is_the_loop(is_rematerialized):
       stacked_gradient,
       stack(gradient, 2),
   )
+
+
+def test_sharded_over_a_mesh_the_logits_are_the_same():
+  graphdef, params = make()
+  on_mesh, _ = make(batch_axis='fsdp', is_scanned=True)
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
+  inputs = [np.concatenate([x, x[:1]]) for x in (IDS, MASK, TYPES)]
+
+  def model_fn(graphdef, params, *inputs):
+    return nnx.merge(graphdef, params)(*inputs)
+
+  expected = jax.jit(model_fn, static_argnums=0)(graphdef, params, *inputs)
+  params = stack(params, 2)
+  shardings = jax.tree.map(
+      lambda x: x.sharding, sharding.fsdp(jax.eval_shape(lambda: params), mesh)
+  )
+  with jax.set_mesh(mesh):
+    params = jax.device_put(params, shardings)
+    inputs = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec('fsdp')))
+    logits = jax.jit(model_fn, static_argnums=0)(on_mesh, params, *inputs)
+  assert logits.sharding.spec[0] == 'fsdp'
+  np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 def test_bfloat16_computes_near_float32_on_float32_parameters():
@@ -192,6 +215,8 @@ def test_what_does_not_fit():
     with pytest.raises(ValueError, match=f'config.json has {name} {value!r}'):
       bert.arguments('hf', shapes, {name: value})
   headless = {n: x for n, x in shapes.items() if 'pooler' not in n}
+  with pytest.raises(ValueError, match='the file is not of a BERT'):
+    bert.arguments('hf', {}, {})
   with pytest.raises(ValueError, match='head classifies tokens'):
     bert.arguments('hf', headless, {})
 

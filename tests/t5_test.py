@@ -1,22 +1,26 @@
-"""T5, labels as texts, and greedy decoding: NumPy and transformers."""
+"""T5, labels as TEXTS, and greedy decoding: NumPy and transformers."""
 
 import json
 
 from flax import nnx
 import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from jaxsoup import checkpoints
+from jaxsoup import sharding
 from jaxsoup.models import _names
 from jaxsoup.models import t5
 
 SMALL = dict(
     vocab_size=11,
     width=12,
-    depth=2,
-    decoder_depth=3,
+    depth=1,
+    decoder_depth=2,
     num_heads=3,
     head_width=5,
     mlp_width=20,
@@ -26,6 +30,7 @@ SMALL = dict(
 IDS = np.array([[3, 5, 7, 2, 1, 0], [4, 3, 4, 10, 9, 1], [2, 1, 0, 0, 0, 0]])
 MASK = (IDS > 0).astype(np.int32)
 LABELS = np.array([[5, 1, 0, 0], [6, 7, 8, 1], [5, 6, 1, 0]])
+TEXTS = np.array([[0, 5, 1, 0], [0, 6, 7, 8], [0, 5, 6, 1]])
 V1_1 = dict(is_gated=True, is_tied=False)
 KINDS = pytest.mark.parametrize('kind', [{}, V1_1], ids=['v1.0', 'v1.1'])
 
@@ -34,8 +39,7 @@ def params_of(model):
   return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def moved(params, scale=0.2, seed=0):
-  """Scales start as constants: move them."""
+def moved(params, scale, seed=0):
   rng = np.random.default_rng(seed)
   return jax.tree.map(
       lambda x: np.asarray(x + scale * rng.normal(size=x.shape), np.float32),
@@ -44,8 +48,9 @@ def moved(params, scale=0.2, seed=0):
 
 
 def make(**kwargs):
-  model = t5.T5(rngs=nnx.Rngs(0), **SMALL | kwargs)
-  return nnx.graphdef(model), moved(params_of(model))
+  model = nnx.eval_shape(lambda: t5.T5(rngs=nnx.Rngs(0), **SMALL | kwargs))
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape), params_of(model))
+  return nnx.graphdef(model), moved(zeros, scale=0.5)
 
 
 def logits_of(graphdef, params, *inputs):
@@ -140,52 +145,46 @@ def t5_by_hand(params, ids, mask, texts):
 @KINDS
 def test_equals_numpy(kind):
   graphdef, params = make(**kind)
-  texts = np.asarray(t5.shift_right(LABELS))
   np.testing.assert_allclose(
-      logits_of(graphdef, params, IDS, texts, MASK),
-      t5_by_hand(params, IDS, MASK, texts),
+      logits_of(graphdef, params, IDS, TEXTS, MASK),
+      t5_by_hand(params, IDS, MASK, TEXTS),
       atol=2e-5,
   )
   np.testing.assert_allclose(
-      logits_of(graphdef, params, IDS, texts),
-      t5_by_hand(params, IDS, np.ones_like(MASK), texts),
+      logits_of(graphdef, params, IDS, TEXTS),
+      t5_by_hand(params, IDS, np.ones_like(MASK), TEXTS),
       atol=2e-5,
   )
 
 
-@KINDS
-def test_padding_changes_nothing_and_batches_do_not_mix(kind):
-  graphdef, params = make(**kind)
-  texts = np.asarray(t5.shift_right(LABELS))
-  expected = logits_of(graphdef, params, IDS, texts, MASK)
+def test_padding_changes_nothing_and_batches_do_not_mix():
+  graphdef, params = make()
+  expected = logits_of(graphdef, params, IDS, TEXTS, MASK)
   garbage = np.where(MASK, IDS, 8)
   np.testing.assert_allclose(
-      logits_of(graphdef, params, garbage, texts, MASK), expected, atol=1e-5
+      logits_of(graphdef, params, garbage, TEXTS, MASK), expected, atol=1e-5
   )
   for row, logits in enumerate(expected):
     ids = IDS[row : row + 1, : MASK[row].sum()]
-    alone = logits_of(graphdef, params, ids, texts[row : row + 1])
+    alone = logits_of(graphdef, params, ids, TEXTS[row : row + 1])
     np.testing.assert_allclose(alone[0], logits, atol=1e-5)
 
 
 def test_the_decoder_does_not_see_what_follows():
   graphdef, params = make()
-  texts = np.asarray(t5.shift_right(LABELS))
-  expected = logits_of(graphdef, params, IDS, texts, MASK)
-  texts[:, 2:] = 9
+  expected = logits_of(graphdef, params, IDS, TEXTS, MASK)
+  texts = np.where(np.arange(4) < 2, TEXTS, 9)
   other = logits_of(graphdef, params, IDS, texts, MASK)
   np.testing.assert_allclose(other[:, :2], expected[:, :2], atol=1e-5)
   assert np.abs(other[:, 2:] - expected[:, 2:]).max() > 1e-2
 
 
-@pytest.mark.parametrize('is_rematerialized', [False, True])
-def test_a_scan_over_the_blocks_is_the_loop(is_rematerialized):
+def test_a_scan_over_the_blocks_is_the_loop():
   graphdef, params = make()
-  scanned, _ = make(is_scanned=True, is_rematerialized=is_rematerialized)
-  texts = np.asarray(t5.shift_right(LABELS))
+  scanned, _ = make(is_scanned=True, is_rematerialized=True)
 
   def loss_of(graphdef):
-    loss_fn = lambda p: nnx.merge(graphdef, p)(IDS, texts, MASK).std()
+    loss_fn = lambda p: nnx.merge(graphdef, p)(IDS, TEXTS, MASK).std()
     return jax.jit(jax.value_and_grad(loss_fn))
 
   expected, gradient = loss_of(graphdef)(params)
@@ -198,15 +197,35 @@ def test_a_scan_over_the_blocks_is_the_loop(is_rematerialized):
   )
 
 
-@KINDS
-def test_bfloat16_computes_near_float32_on_float32_parameters(kind):
-  graphdef, params = make(**kind)
-  narrow, narrow_params = make(dtype='bfloat16', **kind)
+def test_sharded_over_a_mesh_the_logits_are_the_same():
+  graphdef, params = make()
+  on_mesh, _ = make(batch_axis='fsdp', is_scanned=True)
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
+  inputs = [np.concatenate([x, x[:1]]) for x in (IDS, TEXTS, MASK)]
+
+  def model_fn(graphdef, params, *inputs):
+    return nnx.merge(graphdef, params)(*inputs)
+
+  expected = jax.jit(model_fn, static_argnums=0)(graphdef, params, *inputs)
+  params = stack(params)
+  shardings = jax.tree.map(
+      lambda x: x.sharding, sharding.fsdp(jax.eval_shape(lambda: params), mesh)
+  )
+  with jax.set_mesh(mesh):
+    params = jax.device_put(params, shardings)
+    inputs = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec('fsdp')))
+    logits = jax.jit(model_fn, static_argnums=0)(on_mesh, params, *inputs)
+  assert logits.sharding.spec[0] == 'fsdp'
+  np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_bfloat16_computes_near_float32_on_float32_parameters():
+  graphdef, params = make(**V1_1)
+  narrow, narrow_params = make(dtype='bfloat16', **V1_1)
   assert {x.dtype for x in jax.tree.leaves(narrow_params)} == {np.dtype('f4')}
-  texts = np.asarray(t5.shift_right(LABELS))
-  logits = logits_of(narrow, params, IDS, texts, MASK)
+  logits = logits_of(narrow, params, IDS, TEXTS, MASK)
   assert logits.dtype == np.float32
-  expected = logits_of(graphdef, params, IDS, texts, MASK)
+  expected = logits_of(graphdef, params, IDS, TEXTS, MASK)
   error = np.abs(logits - expected).max()
   assert 1e-6 < error < 0.1 * np.abs(expected).max()
 
@@ -217,6 +236,10 @@ def test_bfloat16_computes_near_float32_on_float32_parameters(kind):
 def log_softmax(x):
   x = x - x.max(-1, keepdims=True)
   return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def test_the_decoder_is_given_the_text_one_later():
+  np.testing.assert_array_equal(t5.shift_right(LABELS), TEXTS)
 
 
 def test_scores_of_labels_by_hand():
@@ -245,21 +268,28 @@ def test_probabilities_of_all_texts_of_two_tokens_sum_to_one():
 
 def test_greedy_decoding_by_hand():
   graphdef, params = make()
-  decode_fn = lambda p, ids, mask: t5.greedy_decode(
-      nnx.merge(graphdef, p), ids, mask, num_tokens=5, end_id=END
-  )
   text = np.zeros((3, 5), int)
-  # The token that one of the texts has second, so that it ends there.
-  END = None
   for i in range(5):
     inputs = np.concatenate([np.zeros((3, 1), int), text[:, :i]], 1)
     logits = t5_by_hand(params, IDS, MASK, inputs)[:, -1]
     text[:, i] = logits.argmax(-1)
-  END = int(text[1, 1])
-  is_over = np.cumsum(text == END, 1) - (text == END)
-  expected = np.where(is_over, 0, text)
-  assert (expected == 0).any() and (expected > 0).any()
-  np.testing.assert_array_equal(jax.jit(decode_fn)(params, IDS, MASK), expected)
+  # Whatever the second text says second ends texts.
+  end_id = int(text[1, 1])
+  is_over = np.cumsum(text == end_id, 1) - (text == end_id)
+  expected = np.where(is_over, 10, text)
+  assert is_over.any() and not is_over.all()
+
+  def decode_fn(params):
+    return t5.greedy_decode(
+        nnx.merge(graphdef, params),
+        IDS,
+        MASK,
+        num_tokens=5,
+        end_id=end_id,
+        pad_id=10,
+    )
+
+  np.testing.assert_array_equal(jax.jit(decode_fn)(params), expected)
 
 
 # --- Files --------------------------------------------------------------------
@@ -285,21 +315,24 @@ def load(folder, **overrides):
 
 
 def file_of(params, **arguments):
-  table = t5.hf_table(depth=2, decoder_depth=3, **arguments)
+  table = t5.hf_table(depth=1, decoder_depth=2, **arguments)
   return dict(_names.write(params, table))
 
 
 @KINDS
 def test_files_without_a_config(kind, tmp_path):
-  graphdef, params = make(**kind, max_distance=128)
+  _, params = make(**kind)
   save(tmp_path, file_of(params, **kind))
-  read_graphdef, read, _ = load(tmp_path)
-  assert_equal(read, params)
-  texts = np.asarray(t5.shift_right(LABELS))
-  np.testing.assert_array_equal(
-      logits_of(read_graphdef, read, IDS, texts),
-      logits_of(graphdef, params, IDS, texts),
-  )
+  assert_equal(load(tmp_path)[1], params)
+  arguments = t5.arguments('hf', file_of(params, **kind), {})
+  v1_0 = dict(is_gated=False, is_tied=True, has_scaled_logits=True)
+  v1_1 = dict(is_gated=True, is_tied=False, has_scaled_logits=False)
+  assert arguments == {
+      **SMALL,
+      **(v1_1 if kind else v1_0),
+      'max_distance': 128,
+      'epsilon': 1e-6,
+  }
 
 
 def test_copies_of_the_embedding_are_ignored(tmp_path):
@@ -340,10 +373,13 @@ def test_ties_of_configs(config, has_head, is_tied, is_scaled):
   assert arguments['has_scaled_logits'] == is_scaled
 
 
-def test_another_activation():
+def test_a_file_of_another_kind():
   file = file_of(make()[1])
   with pytest.raises(ValueError, match="'gated-silu'; `T5` computes 'relu'"):
     t5.arguments('hf', file, {'feed_forward_proj': 'gated-silu'})
+  encoder = {n: x for n, x in file.items() if not n.startswith('decoder.')}
+  with pytest.raises(ValueError, match="'decoder.final_.* is missing"):
+    t5.arguments('hf', encoder, {})
 
 
 # --- Against transformers -----------------------------------------------------
@@ -353,8 +389,8 @@ TINY = dict(
     d_model=12,
     d_kv=5,
     d_ff=20,
-    num_layers=2,
-    num_decoder_layers=3,
+    num_layers=1,
+    num_decoder_layers=2,
     num_heads=3,
     relative_attention_num_buckets=4,
     relative_attention_max_distance=5,
@@ -364,7 +400,6 @@ THEIR_V1_1 = dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False)
 THEIR_KINDS = pytest.mark.parametrize(
     'kind', [{}, THEIR_V1_1], ids=['v1.0', 'v1.1']
 )
-QUIET = pytest.mark.filterwarnings('ignore::DeprecationWarning')
 
 
 def reference(scale, **config):
@@ -401,11 +436,10 @@ def test_equals_transformers(kind, size, tmp_path):
   theirs = reference(scale, **size, **kind)
   theirs.save_pretrained(tmp_path / 'theirs')
   graphdef, params, table = load(tmp_path / 'theirs')
-  texts = np.asarray(t5.shift_right(LABELS))
-  expected = their_logits(theirs, IDS, MASK, texts)
+  expected = their_logits(theirs, IDS, MASK, TEXTS)
   assert np.abs(expected).max() > 0.1
   np.testing.assert_allclose(
-      logits_of(graphdef, params, IDS, texts, MASK),
+      logits_of(graphdef, params, IDS, TEXTS, MASK),
       expected,
       rtol=0,
       atol=1e-5,
@@ -420,8 +454,8 @@ def test_equals_transformers(kind, size, tmp_path):
   )
   assert not any(info.values()), info
   np.testing.assert_allclose(
-      their_logits(again.eval(), IDS, MASK, texts),
-      logits_of(graphdef, params, IDS, texts, MASK),
+      their_logits(again.eval(), IDS, MASK, TEXTS),
+      logits_of(graphdef, params, IDS, TEXTS, MASK),
       rtol=0,
       atol=1e-5,
   )
@@ -448,7 +482,12 @@ def test_texts_and_scores_are_those_of_transformers(tmp_path):
   model = nnx.merge(graphdef, params)
   ids, mask = torch.tensor(IDS), torch.tensor(MASK)
   expected = theirs.generate(
-      ids, attention_mask=mask, max_new_tokens=6, do_sample=False
+      ids,
+      attention_mask=mask,
+      max_new_tokens=6,
+      do_sample=False,
+      # Its cache has as many layers as the encoder, the decoder more.
+      use_cache=False,
   )[:, 1:].numpy()
   text = t5.greedy_decode(model, IDS, MASK, num_tokens=6)
   expected = np.pad(expected, ((0, 0), (0, 6 - expected.shape[1])))

@@ -348,6 +348,11 @@ def arguments(
   del naming
   _check_config(config)
   shape_of = {n.removeprefix('bert.'): x.shape for n, x in shapes.items()}
+  if 'embeddings.word_embeddings.weight' not in shape_of:
+    raise ValueError(
+        "'embeddings.word_embeddings.weight' is missing, with `bert.` or "
+        'without: the file is not of a BERT.'
+    )
   vocab_size, width = shape_of['embeddings.word_embeddings.weight']
   has_pooler = 'pooler.dense.weight' in shape_of
   if 'classifier.weight' in shape_of and not has_pooler:

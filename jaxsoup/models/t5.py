@@ -690,9 +690,15 @@ def arguments(
     Keyword arguments.
 
   Raises:
-    ValueError: the MLPs have another activation.
+    ValueError: it is a model of another kind, or with another activation.
   """
   del naming
+  for name in ('shared.weight', 'decoder.final_layer_norm.weight'):
+    if name not in shapes:
+      raise ValueError(
+          f'{name!r} is missing: the file is not of an encoder and decoder '
+          'with one embedding (`T5ForConditionalGeneration`).'
+      )
   first = 'encoder.block.0.layer.'
   is_gated = f'{first}1.DenseReluDense.wi_0.weight' in shapes
   expected = 'gated-gelu' if is_gated else 'relu'
