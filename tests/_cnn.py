@@ -11,6 +11,7 @@ from safetensors import numpy as safetensors
 
 from jaxsoup import checkpoints
 from jaxsoup.models import _names
+from jaxsoup.models.batch_norm import recalibrated
 
 STATE = nnx.Any(nnx.Param, nnx.BatchStat)
 
@@ -21,18 +22,15 @@ def abstract(cls, arguments):
   return nnx.graphdef(model), nnx.to_pure_dict(nnx.state(model, STATE))
 
 
-def random_params(shapes, seed=0, gain=1.0):
-  """Nothing as a constructor leaves it.
-
-  The gain of a layer decides whether signals vanish or explode in the depth.
-  """
+def random_params(shapes, seed=0):
+  """Nothing as a constructor leaves it."""
   rng = np.random.default_rng(seed)
 
   def leaf(path, x):
     draw = rng.normal(size=x.shape)
     name = path[-1].key
     if name == 'kernel':
-      draw *= gain / np.sqrt(np.prod(x.shape[:-1]))
+      draw /= np.sqrt(np.prod(x.shape[:-1]))
     else:
       draw = {'scale': 1 + 0.1 * draw, 'var': np.exp(0.3 * draw)}.get(
           name, 0.1 * draw
@@ -40,6 +38,17 @@ def random_params(shapes, seed=0, gain=1.0):
     return draw.astype(np.float32)
 
   return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def settled(graphdef, params, size=64, num_channels=3):
+  """With the statistics of noise: else signals vanish or explode in depth."""
+  names = {
+      path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)
+  }
+  if 'var' not in names:
+    return params
+  batches = [images(size, 8, num_channels, seed=9)]
+  return recalibrated(graphdef, params, batches)
 
 
 def images(size, num=2, num_channels=3, seed=1):
@@ -102,12 +111,12 @@ def assert_close(actual, expected, atol=1e-5):
   np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
-def check_hf(module, cls, reference: Any, size, folder, gain=1.0):
+def check_hf(module, cls, reference: Any, size, folder):
   """A model of transformers -> ours -> a file -> a model of transformers."""
   import torch
 
-  randomize(reference, gain)
-  reference.eval().save_pretrained(folder)
+  randomize(reference)
+  reference.save_pretrained(folder)
   config = json.loads((folder / 'config.json').read_text())
   stored = checkpoints.Arrays(folder)
   graphdef, params, table = load(module, cls, 'hf', stored, config)
@@ -121,7 +130,7 @@ def check_hf(module, cls, reference: Any, size, folder, gain=1.0):
   for name, array in _names.write(params, table):
     np.testing.assert_array_equal(array, stored[name])
 
-  params = random_params(params, seed=2, gain=gain)
+  params = settled(graphdef, random_params(params, seed=2))
   safetensors.save_file(
       dict(_names.write(params, table)),
       folder / 'model.safetensors',
@@ -131,32 +140,31 @@ def check_hf(module, cls, reference: Any, size, folder, gain=1.0):
   assert_close(apply(graphdef, params, image), expected(loaded))
 
 
-def randomize(model, gain):
-  """Moves every parameter and every buffer of a model of torch."""
+def randomize(model):
+  """Moves every parameter and buffer of a model of torch, and settles it."""
   import torch
 
   generator = torch.Generator().manual_seed(0)
+  draw = lambda shape: torch.randn(shape, generator=generator)
   with torch.no_grad():
-    for name, x in model.state_dict().items():
-      if not x.is_floating_point():
-        continue
-      draw = torch.randn(x.shape, generator=generator)
-      if name.endswith('running_var'):
-        x.copy_(torch.exp(0.3 * draw))
-      elif x.ndim < 2:
-        x.add_(0.1 * draw)
-      else:
-        x.copy_(draw * gain / x[0].numel() ** 0.5)
+    for x in model.parameters():
+      noise = draw(x.shape)
+      x.add_(0.1 * noise) if x.ndim < 2 else x.copy_(
+          noise / x[0].numel() ** 0.5
+      )
+    for module in model.modules():
+      if isinstance(module, torch.nn.BatchNorm2d):
+        module.momentum = 1.0
+    model.train()(draw((8, 3, 64, 64)))
+  model.eval()
 
 
-def check_timm(
-    module, cls, name, arguments, folder, *, config, gain=1.0, atol=1e-5
-):
+def check_timm(module, cls, name, arguments, folder, *, config, atol=1e-5):
   """Our weights -> a model of timm, strictly -> its own file -> ours."""
   import _timm
 
   graphdef, shapes = abstract(cls, arguments)
-  params = random_params(shapes, gain=gain)
+  params = settled(graphdef, random_params(shapes))
   given = dict(_names.write(params, module.TABLES['timm'](**arguments)))
   num_classes = arguments['num_classes']
   found = _timm.run(name, folder, given=given, num_classes=num_classes)
