@@ -25,7 +25,7 @@ def _standardized(x, kernel, *args, **kwargs):
   Source: Qiao et al. 2019, "Micro-batch training with batch-channel
   normalization and weight standardization", equation 5.
   """
-  w = kernel.astype(jnp.float32)
+  w = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
   w = w - w.mean((0, 1, 2))
   w = w * jax.lax.rsqrt(jnp.square(w).mean((0, 1, 2)) + 1e-8)
   w = w.astype(kernel.dtype)

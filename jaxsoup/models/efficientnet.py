@@ -243,6 +243,8 @@ class Block(nnx.Module):
 
   expand (1x1) -> depthwise -> squeeze and excite -> project (1x1) [+ input]
 
+  The input is added in all blocks of a stage but the first.
+
   Args:
     place: its shape.
     activation: after all convolutions but the last.
@@ -257,7 +259,7 @@ class Block(nnx.Module):
 
   def __init__(self, place, activation, has_excitation, conv, norm, dense):
     self.activation, self.has_excitation = activation, has_excitation
-    self.is_residual = place.stride == 1 and place.num_in == place.num_out
+    self.is_residual = place.block > 0
     self.is_expanding = place.expansion > 1
     width = place.num_in * place.expansion
     if self.is_expanding:
@@ -463,6 +465,7 @@ def arguments(
 
 def _size_of(naming: str, shapes: Mapping[str, Any]) -> Size:
   """The size whose convolutions a file has, each with its channels."""
+  held = {x for x in shapes if not x.endswith('num_batches_tracked')}
   for found in _SIZES.values():
     factors: dict[str, Any] = found._asdict()
     del factors['resolution']
@@ -473,7 +476,7 @@ def _size_of(naming: str, shapes: Mapping[str, Any]) -> Size:
         for i, place in enumerate(_places(**factors))
     }
     _, widths['norm_head/scale'] = _ends(found.width_factor, found.is_lite)
-    if set(theirs.values()) <= set(shapes) and all(
+    if set(theirs.values()) == held and all(
         shapes[theirs[ours]].shape == (width,) for ours, width in widths.items()
     ):
       return found

@@ -1,0 +1,107 @@
+"""BatchNorm after an average: its statistics, estimated anew.
+
+params = jaxsoup.uniform(ingredients).params
+params = batch_norm.recalibrated(nnx.graphdef(model), params, images)
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Params = Any
+
+
+def recalibrated(
+    graphdef: nnx.GraphDef, params: Params, images: Iterable[jax.Array]
+) -> Params:
+  """Replaces running means and variances by those of some images.
+
+  mean = E[x],  var = E[(x - mean)^2],  over all images and pixels
+
+  x is what the layer sees in training mode: the layers before it normalize by
+  the statistics of the batch, so that deep statistics depend on its size. Take
+  the batch size of training, and images as they were augmented there.
+
+  Args:
+    graphdef: of a model `[B, ...] -> ...` with layers `nnx.BatchNorm`.
+    params: its parameters and running statistics as a nested dict.
+    images: batches `[B, ...]`, of one shape but for B.
+
+  Returns:
+    A dict like `params`; only the `mean` and `var` of BatchNorm are others.
+
+  Raises:
+    ValueError: there is no batch, or no BatchNorm.
+
+  Example:
+    >>> model = nnx.BatchNorm(1, use_running_average=True, rngs=nnx.Rngs(0))
+    >>> graphdef, state = nnx.split(model)
+    >>> images = [jnp.array([[1.0], [2.0]]), jnp.array([[3.0], [6.0]])]
+    >>> params = recalibrated(graphdef, nnx.to_pure_dict(state), images)
+    >>> params['mean'], params['var']
+    (Array([3.], dtype=float32), Array([3.5], dtype=float32))
+
+  Source: Izmailov et al. 2018, "Averaging weights leads to wider optima and
+  better generalization", section 3.2.
+  """
+  estimate_fn = jax.jit(lambda *args: _of_batch(graphdef, *args))
+  pooled_fn = jax.jit(_pooled)
+  num, stats = 0, None
+  for batch in images:
+    size = batch.shape[0]
+    of_batch = estimate_fn(params, batch)
+    if stats is None:
+      stats = of_batch
+    else:
+      stats = pooled_fn(stats, of_batch, np.float32(size / (num + size)))
+    num += size
+  if not stats:
+    raise ValueError(
+        f'Nothing to estimate: {num} images, and statistics {stats}. Pass at '
+        'least one batch, and a model with layers nnx.BatchNorm.'
+    )
+  return _replaced(params, stats)
+
+
+def _of_batch(graphdef, params, batch):
+  """Means and variances of one batch, as a nested dict of BatchNorms alone."""
+  model = nnx.merge(graphdef, params)
+  # Momentum 0 stores the statistics of this batch as they are.
+  model.set_attributes(
+      nnx.BatchNorm,
+      use_running_average=False,
+      momentum=0.0,
+      use_fast_variance=False,
+      raise_if_not_found=False,
+  )
+  model(batch)
+  return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
+def _pooled(stats, new, share):
+  """Statistics of all examples, of which `new` has a share.
+
+  Source: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise
+  algorithm for computing sample variances".
+  """
+  if 'mean' not in stats:
+    return {k: _pooled(stats[k], new[k], share) for k in stats}
+  delta = new['mean'] - stats['mean']
+  return {
+      'mean': stats['mean'] + share * delta,
+      'var': (1 - share) * stats['var']
+      + share * new['var']
+      + share * (1 - share) * jnp.square(delta),
+  }
+
+
+def _replaced(params, stats):
+  if not isinstance(stats, dict):
+    return stats
+  return {
+      k: _replaced(x, stats[k]) if k in stats else x for k, x in params.items()
+  }
