@@ -3,7 +3,6 @@
 import _timm
 import _weights
 from flax import nnx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
