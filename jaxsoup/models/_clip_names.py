@@ -277,4 +277,5 @@ def _text(shapes, *, embed, position, mlp, blocks, num_heads) -> dict[str, Any]:
       depth=_vit_names.depth_of(shapes, blocks),
       num_heads=num_heads or _vit_names.num_heads_of(width),
       mlp_width=shape_of(mlp)[0],
+      end_id=None,
   )
