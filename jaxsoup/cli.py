@@ -132,7 +132,7 @@ def soup(
         typer.Option(
             help='A file NAME.safetensors, or a new directory: like them if'
             ' all runs are directories of Hugging Face (config.json beside'
-            ' safetensors), else Orbax.'
+            ' weights), else Orbax.'
         ),
     ],
     eval_name: Annotated[

@@ -29,6 +29,7 @@ from jaxsoup.checkpoints import _processes
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _soups
 from jaxsoup.checkpoints import _source
+from jaxsoup.checkpoints import _torch
 
 _CONFIG = 'config.json'
 # Other weights, and what belongs to a run and not to its model.
@@ -42,23 +43,20 @@ _LEFT_STARTS = ('.', 'events.out.', 'optimizer', 'rng_state', 'scheduler')
 _MOST_BYTES = 100_000_000  # Of a file that is no weights.
 # What differs between the configs of one model.
 _NOT_COMPARED = {
-    '_name_or_path',
-    'dtype',
-    'torch_dtype',
-    'transformers_version',
-}
+    '_name_or_path', 'dtype', 'torch_dtype', 'transformers_version'
+}  # fmt: skip
 
 FillFn = Callable[[_safetensors.PutFn, Sequence[_tree.Path]], None]
 
 
 def is_directory(path: Any) -> bool:
-  """Whether a path is a model of Hugging Face: a config beside safetensors.
+  """Whether a path is a model of Hugging Face: a config beside weights.
 
   Args:
     path: any path.
 
   Returns:
-    True if `save_directory` can average it.
+    True if it is a directory that `save_directory` can average.
 
   Example:
     >>> is_directory('/no/such/path')
@@ -67,7 +65,7 @@ def is_directory(path: Any) -> bool:
   if '://' in str(path):
     return False
   path = pathlib.Path(path).absolute()
-  return (path / _CONFIG).is_file() and _safetensors.find(path) is not None
+  return (path / _CONFIG).is_file() and _formats.find(path) is not None
 
 
 def save_directory(
@@ -159,7 +157,7 @@ def _first(ingredients) -> _checkpoint.Checkpoint:
     if not is_directory(pathlib.Path(path).parent):
       raise ValueError(
           f'{path} lies in no directory of Hugging Face, with {_CONFIG} beside '
-          'safetensors. Give such directories, or write another format: '
+          'weights. Give such directories, or write another format: '
           'checkpoints.save.'
       )
   source = _formats.open_source(ingredients.paths[0])
@@ -230,9 +228,9 @@ def _num_bytes(leaf: Any) -> int:
 
 def _write_weights(folder, first, shards, fill_fn) -> None:
   """One file, or several with an index, named as in the first ingredient."""
-  stem = pathlib.Path(first.source.metadata.path).name.partition(
-      '.safetensors'
-  )[0]
+  weights = pathlib.Path(first.source.metadata.path).name
+  is_torch = weights == _torch.IN_DIRECTORY
+  stem = 'model' if is_torch else weights.partition('.safetensors')[0]
   num = len(shards)
   files = [f'{stem}-{i + 1:05}-of-{num:05}' for i in range(num)]
   files = [f'{f}.safetensors' for f in (files if num > 1 else [stem])]

@@ -32,14 +32,20 @@ def resolve(path: Any, item: str | None = None) -> str:
     FileNotFoundError: there is no finished checkpoint.
     ValueError: there are several, and nothing tells which is meant.
   """
-  if '://' not in str(path):
-    path = pathlib.Path(path).absolute()
-    if path.is_file() and path.suffix in _FILES:
-      return str(path)
-    found = _safetensors.find(path)
-    if found is not None:
-      return str(found)
-  return str(_orbax.resolve(path, item))
+  return str(find(path) or _orbax.resolve(path, item))
+
+
+def find(path: Any) -> pathlib.Path | None:
+  """The file to open, if the path is one or a directory of Hugging Face."""
+  if '://' in str(path):
+    return None
+  path = pathlib.Path(path).absolute()
+  if path.is_file() and path.suffix in _FILES:
+    return path
+  found = _safetensors.find(path)
+  if found is None and (path / _torch.IN_DIRECTORY).is_file():
+    return path / _torch.IN_DIRECTORY
+  return found
 
 
 def open_source(resolved: str) -> _source.Source:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxsoup.checkpoints import _source
 
 SUFFIXES = ('.pth', '.pt', '.bin')
+IN_DIRECTORY = 'pytorch_model.bin'  # Of Hugging Face, before safetensors.
 _REFUSED = ('Unsupported global', 'Unsupported class', 'TorchScript')
 _WRAPPERS = ('state_dict', 'model')
 # dtypes that NumPy lacks, and integers of their size.
