@@ -362,16 +362,30 @@ def _check_ours(leaves: _Leaves, rules: Sequence[Rule]) -> None:
 
 def _check(stored, leaves, rules, table, initial) -> None:
   """Raises with all that is missing, unexpected, or of another shape."""
-  inside = {p for r in rules for p in r.paths}
-  lines = []
+  known = {rule.theirs for rule in table.rules}
+  unexpected = [
+      name
+      for name in stored.shapes
+      if name not in known and not _is_ignored(name, table)
+  ]
+  missing = [rule for rule in rules if rule.theirs not in stored.shapes]
+  # What was misspelled is one of the others.
+  lines = [
+      f'{rule.theirs!r} is missing, for {rule.paths[0]!r}'
+      f'{_nearest(rule.theirs, unexpected)}'
+      for rule in missing
+  ]
+  lines += [
+      f'{name!r} is unexpected{_nearest(name, [r.theirs for r in missing])}'
+      for name in unexpected
+  ]
+  places = set()
   for rule in rules:
+    places |= {leaves.place(p)[0] for p in rule.paths}
     absent = [p for p in rule.paths if p not in leaves]
     if absent:
       lines.append(f'the model has no {absent[0]!r}, for {rule.theirs!r}')
-    elif rule.theirs not in stored.shapes:
-      near = _nearest(rule.theirs, stored.shapes)
-      lines.append(f'{rule.theirs!r} is missing, for {rule.paths[0]!r}{near}')
-    else:
+    elif rule.theirs in stored.shapes:
       found = tuple(stored.shapes[rule.theirs].shape)
       expected = stored_shape(rule, leaves)
       if found != expected:
@@ -379,15 +393,11 @@ def _check(stored, leaves, rules, table, initial) -> None:
             f'{rule.theirs!r} has shape {found}, expected {expected} for '
             f'{rule.paths[0]!r}'
         )
-  known = {r.theirs for r in table.rules}
-  for name in stored.shapes:
-    if name not in known and not _is_ignored(name, table):
-      near = _nearest(name, known)
-      lines.append(f'{name!r} is unexpected{near}')
-  places = {leaves.place(p)[0] for p in inside}
-  for name in leaves:
-    if name not in places and not is_below(name, initial):
-      lines.append(f'no array of the file is for {name!r}')
+  lines += [
+      f'no array of the file is for {name!r}'
+      for name in leaves
+      if name not in places and not is_below(name, initial)
+  ]
   if lines:
     text = _listed(f'{stored.path} does not fit the model', lines)
     raise ValueError(
