@@ -87,7 +87,6 @@ def inputs(model, arguments: dict, generator: torch.Generator) -> dict:
 
 @torch.no_grad()
 def main(name: str, seed: str, out: str, arguments: str = '{}') -> None:
-
   folder, kwargs = pathlib.Path(out), json.loads(arguments)
   generator = torch.Generator().manual_seed(int(seed))
   model = make(name, kwargs).eval()

@@ -419,6 +419,39 @@ def test_at_another_resolution_as_hugging_face(name, tmp_path):
   assert_close(_weights.run(ours, image), expected)
 
 
+# --- What is wrong ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(pool='max'), "no pool 'max': choose"),
+        (dict(pool='cls+mean'), 'needs a class token: has_cls_token=True'),
+        (dict(activation='relu'), "no activation 'relu': choose"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message):
+  with pytest.raises(ValueError, match=message.replace('+', r'\+')):
+    make(patch_size=8, **arguments)
+
+
+def test_sizes_have_names():
+  assert vit.size('g')['width'] == 1408
+  with pytest.raises(ValueError, match="no size 'XXL': choose from"):
+    vit.size('XXL')
+
+
+def test_files_that_are_none():
+  with pytest.raises(ValueError, match=r"'patch_embed.proj.weight' is missing"):
+    vit.arguments('timm', _weights.Dict(x=np.zeros(1)), {})
+  shapes = {
+      'patch_embed.proj.weight': np.zeros((8, 3, 4, 4)),
+      'pos_embed': np.zeros((1, 15, 8)),
+  }
+  with pytest.raises(ValueError, match='15 positions of patches of 4 pixels'):
+    vit.arguments('timm', shapes, {})
+
+
 # --- Real weights -------------------------------------------------------------
 
 

@@ -204,9 +204,9 @@ def _hf_arguments(shapes, config) -> dict[str, Any]:
       embed_width=embed_width,
       image=image,
       text=text,
-      activation=_vit_names.ACTIVATION_NAMES[
+      activation=_vit_names.activation_of(
           vision.get('hidden_act', 'quick_gelu')
-      ],
+      ),
       epsilon=vision.get('layer_norm_eps', 1e-5),
   )
 

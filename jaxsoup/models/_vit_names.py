@@ -359,7 +359,7 @@ def _hf_arguments(shapes, config) -> dict[str, Any]:
       pool='cls+mean' if has_layer_scale and num_classes else 'cls',
       has_layer_scale=has_layer_scale,
       is_gated=is_gated,
-      activation=ACTIVATION_NAMES[config.get('hidden_act', 'gelu')],
+      activation=activation_of(config.get('hidden_act', 'gelu')),
       epsilon=config.get('layer_norm_eps', 1e-6 if has_layer_scale else 1e-12),
   )
 
@@ -437,6 +437,16 @@ def shape_of(shapes: Mapping[str, Any], name: str) -> tuple[int, ...]:
         f'{len(shapes)} arrays, such as {sorted(shapes)[:3]}.'
     )
   return tuple(shapes[name].shape)
+
+
+def activation_of(name: str) -> str:
+  """Our name of an activation, by that of Hugging Face."""
+  if name not in ACTIVATION_NAMES:
+    raise ValueError(
+        f'There is no activation {name!r} here: these are known, '
+        f'{list(ACTIVATION_NAMES)}.'
+    )
+  return ACTIVATION_NAMES[name]
 
 
 def depth_of(shapes: Mapping[str, Any], pattern: str) -> int:

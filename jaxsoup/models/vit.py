@@ -19,13 +19,22 @@ from jaxsoup.models._vit_names import SIZES
 from jaxsoup.models._vit_names import TABLES as TABLES
 from jaxsoup.models._vit_names import arguments as arguments
 
-ACTIVATIONS = {
+_ACTIVATIONS = {
     'gelu': _transformer.gelu,
     # That of Flax and of models trained in it: by tanh.
     'gelu_tanh': nnx.gelu,
     'quick_gelu': _transformer.quick_gelu,
 }
 _POOLS = 'cls', 'mean', 'map', 'cls+mean'
+
+
+def activation_fn(name: str) -> _transformer.Activation:
+  """An activation by its name: 'gelu', 'gelu_tanh' or 'quick_gelu'."""
+  if name not in _ACTIVATIONS:
+    raise ValueError(
+        f'There is no activation {name!r}: choose from {list(_ACTIVATIONS)}.'
+    )
+  return _ACTIVATIONS[name]
 
 
 def size(name: str) -> dict[str, int]:
@@ -138,8 +147,8 @@ class ViT(_transformer.Stack):
     rngs: source of the initial parameters.
 
   Raises:
-    ValueError: `patch_size` does not divide the image, or `pool` is unknown or
-      needs a class token that is not there.
+    ValueError: `patch_size` does not divide the image; `activation` or `pool`
+      is unknown; or `pool` needs a class token that is not there.
 
   Example:
     >>> model = ViT((8, 8, 1), num_classes=10, patch_size=4, rngs=nnx.Rngs(0))
@@ -183,7 +192,7 @@ class ViT(_transformer.Stack):
     self.has_cls_position = has_cls_token and has_cls_position
     mlp_width = mlp_width or 4 * width
     shared = dict(dtype=_transformer.as_dtype(dtype), epsilon=epsilon)
-    mlp = dict(shared, activation=ACTIVATIONS[activation])
+    mlp = dict(shared, activation=activation_fn(activation))
     self.embed = nnx.Linear(
         patch_size**2 * image_shape[2],
         width,
