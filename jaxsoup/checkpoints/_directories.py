@@ -138,7 +138,7 @@ def save_directory(
       for shard in shards:
         fill_fn(lambda *_: None, list(shard))
   else:
-    with _soups.room_for(path), _appearing(path) as folder:
+    with _soups.room_for(path), appearing(path) as folder:
       _write_weights(folder, first, shards, fill_fn)
       made = soup_fn()
       own = _soups.own_of(made, ingredients, metadata)
@@ -278,7 +278,7 @@ def _write_json(file: pathlib.Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def _appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A directory that gets its name when all is in it, and else is deleted."""
   folder = path.with_name(f'{path.name}.unfinished-{os.getpid()}')
   folder.mkdir()
