@@ -411,3 +411,24 @@ def test_no_damage_crashes_or_takes_all_memory(tmp_path):
       cwd=pathlib.Path(__file__).parent,
   )
   assert result.stdout == 'survived\n', result.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    'own', ['[', '3', '[1]', '{"checksums": 3}', '{"checksums": {"a": 1}}']
+)
+def test_what_is_stored_beside_the_arrays_may_be_damaged(tmp_path, own):
+  header = {'__metadata__': {'jaxsoup': own}, 'a': row()}
+  path = tmp_path / 'x.safetensors'
+  path.write_bytes(st_file(header, bytes(8)))
+  with pytest.raises(ValueError, match='x.safetensors cannot be read'):
+    checkpoints.Arrays(path)
+
+
+@pytest.mark.parametrize('suffix', FORMATS)
+def test_leaves_that_only_one_has_are_not_lost_in_silence(tmp_path, suffix):
+  few = write(tmp_path / f'a.{suffix}', {'w': np.ones(2, 'f4')})
+  more = {'w': np.ones(2, 'f4'), 'head': np.ones(3, 'f4')}
+  more = write(tmp_path / f'b.{suffix}', more)
+  ingredients = checkpoints.Ingredients([few, more])
+  with pytest.raises(ValueError, match="'head' is not in the first one"):
+    checkpoints.save_average(tmp_path / 'soup.safetensors', ingredients)

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(jaxsoup.__file__).parent
 LAYERS = (
     ('_soup', '_memory', '_tree', '_checked', '_mixing'),
     ('_recipes', 'evaluation', 'metrics', 'ensembles', 'sharding'),
-    ('checkpoints', 'report'),
+    ('checkpoints', 'report', 'lora'),
     ('models', 'data'),
     ('experiments', 'cli', 'doctor'),
 )
