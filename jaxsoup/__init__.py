@@ -20,6 +20,7 @@ if TYPE_CHECKING:
   from jaxsoup import checkpoints as checkpoints
   from jaxsoup import ensembles as ensembles
   from jaxsoup import evaluation as evaluation
+  from jaxsoup import lora as lora
   from jaxsoup import metrics as metrics
   from jaxsoup import report as report
   from jaxsoup import sharding as sharding
@@ -55,8 +56,14 @@ _EXPORTS = {
     '_soup': ('AtMost', 'Soup', 'Trial'),
 }
 _MODULES = (
-    'checkpoints', 'ensembles', 'evaluation', 'metrics', 'report', 'sharding'
-)  # fmt: skip
+    'checkpoints',
+    'ensembles',
+    'evaluation',
+    'lora',
+    'metrics',
+    'report',
+    'sharding',
+)
 __all__ = sorted([*sum(_EXPORTS.values(), ()), *_MODULES])
 
 

@@ -89,6 +89,13 @@ def assert_same(params, expected):
     np.testing.assert_array_equal(params[path], leaf, err_msg=path)
 
 
+def assert_close(params, expected):
+  params, expected = map(_names.leaves_of, (params, expected))
+  assert params.keys() == expected.keys()
+  for path, leaf in expected.items():
+    np.testing.assert_allclose(params[path], leaf, rtol=1e-6, err_msg=path)
+
+
 # --- Loading ------------------------------------------------------------------
 
 
@@ -237,6 +244,19 @@ def test_a_soup_goes_back_to_where_its_ingredients_came_from(tmp_path):
     assert found.keys() == expected.keys()
     for name, array in expected.items():
       np.testing.assert_array_equal(found[name], 2 * array, err_msg=name)
+
+
+@pytest.mark.parametrize('out', ['soup', 'soup.safetensors'])
+def test_a_soup_of_our_files_knows_its_model(tmp_path, vit, out):
+  path, model = vit
+  other = jax.tree.map(lambda x: 3 * x, models.params_of(model))
+  other = models.save(tmp_path / 'other.safetensors', other, like=path)
+  made = tmp_path / out
+  result = run('soup', '--recipe', 'uniform', path, other, '--out', made)
+  assert result.exit_code == 0, result.output
+  expected = jax.tree.map(lambda x: 2 * x, models.params_of(model))
+  found = models.params_of(models.load(made))
+  assert_close(found, expected)
 
 
 def test_saving_what_is_another_model(tmp_path, vit):

@@ -207,7 +207,9 @@ def room_for(path: Any) -> Iterator[None]:
 
 def own_of(soup, ingredients, metadata) -> dict[str, Any]:
   """What is stored beside the arrays."""
-  own: dict[str, Any] = {'metadata': _to_json(metadata or {})}
+  own: dict[str, Any] = {
+      'metadata': _to_json(_model_of(ingredients) | dict(metadata or {}))
+  }
   if soup is not None:
     own |= {'alpha': _to_json(soup.alpha), 'info': _to_json(soup.info)}
   return own | {
@@ -216,6 +218,15 @@ def own_of(soup, ingredients, metadata) -> dict[str, Any]:
       'command': sys.argv,
       'time': datetime.datetime.now(datetime.UTC).isoformat(),
   }
+
+
+def _model_of(ingredients: Any) -> dict[str, Any]:
+  """What the first ingredient says of its architecture: the soup has it too."""
+  if ingredients is None:
+    return {}
+  own = _from_json(ingredients.metadata(0).custom.get('jaxsoup', {}))
+  model = own.get('metadata', {}).get('model')
+  return {} if model is None else {'model': model}
 
 
 def load(path: Any, abstract_params: Params | None = None) -> Soup:
