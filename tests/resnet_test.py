@@ -343,6 +343,14 @@ def test_bit_of_transformers(size, options, tmp_path):
 def test_resnets_of_timm(name, num_layers, atol, tmp_path):
   kind = {**resnet.size(num_layers), 'is_bit': name.endswith('bit')}
   arguments = {'num_classes': 7, **kind}
+  _, shapes = _cnn.abstract(resnet.ResNet, arguments)
   _cnn.check_timm(
-      resnet, resnet.ResNet, name, arguments, tmp_path, config={}, atol=atol
+      resnet,
+      resnet.ResNet,
+      name,
+      arguments,
+      _cnn.random_params(shapes),
+      tmp_path,
+      config={},
+      atol=atol,
   )
