@@ -263,6 +263,19 @@ def test_a_classifier_with_a_zero_shot_head_is_clip(is_scanned):
   )
 
 
+def test_a_classifier_of_a_model():
+  model, _ = _weights.random(clip.CLIP, **MODEL)
+  image = images(8, 12)
+  width = model.image(image).shape[1]
+  kernel = np.random.default_rng(0).normal(size=(width, 4)).astype(np.float32)
+  classifier = clip.image_classifier(model, jnp.asarray(kernel))
+  features = np.asarray(model.image(image), np.float64)
+  units = features / np.linalg.norm(features, axis=1, keepdims=True)
+  np.testing.assert_allclose(
+      _weights.run(classifier, image), units @ kernel, rtol=1e-4, atol=1e-5
+  )
+
+
 def test_a_classifier_with_a_bias_in_bfloat16():
   arguments = {k: v for k, v in MODEL.items() if k != 'text'}
   arguments |= dict(num_classes=3, has_bias=True)

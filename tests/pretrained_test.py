@@ -123,6 +123,19 @@ def test_blocks_may_be_stacked_in_the_file_and_in_the_model(
   )
 
 
+def test_other_resolutions_interpolate_the_positions(vit):
+  path, model = vit
+  loaded = models.load(path, image_shape=[32, 24, 3])
+  params = models.params_of(loaded)
+  assert params['position'].shape == (1 + 4 * 3, 64)
+  # The row of the class token, and all other leaves, are as they were.
+  np.testing.assert_array_equal(params['position'][0], model.position[0])
+  other = models.params_of(model) | {'position': params['position']}
+  assert_same(params, other)
+  image = np.random.default_rng(0).normal(size=(2, 32, 24, 3)).astype('f4')
+  assert loaded(image).shape == (2, 5)
+
+
 def test_a_part_is_left_out_only_when_told(vit):
   path, model = vit
   with pytest.raises(ValueError, match=r"'head.kernel' has shape \(64, 5\)"):

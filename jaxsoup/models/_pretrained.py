@@ -23,6 +23,7 @@ import jax
 
 from jaxsoup import checkpoints
 from jaxsoup.models import _names
+from jaxsoup.models import vit
 
 Params = Any  # A nested dict of arrays.
 
@@ -136,7 +137,8 @@ def load(
     names: 'hf', 'timm', ..., where they are not found.
     seed: of the initial values of what is left out.
     **changes: arguments of the model's constructor in place of those found,
-      such as `num_classes=10`, `dtype='bfloat16'`, `is_scanned=True`.
+      such as `num_classes=10`, `dtype='bfloat16'`, `is_scanned=True`. Other
+      `image_shape`s of a ViT interpolate its positions.
 
   Returns:
     An nnx module. Its parameters are `models.params_of(model)`.
@@ -149,6 +151,10 @@ def load(
   stored = checkpoints.Arrays(path)
   found = identify(stored, family=family, names=names)
   wanted = found._replace(arguments=found.arguments | changes)
+  is_resized = wanted.family == 'vit' and 'image_shape' in changes
+  native = dict(wanted.arguments)
+  if is_resized:
+    native['image_shape'] = found.arguments['image_shape']
   # Our own names are those of the file, however the model stacks its blocks.
   table = found.table() if found.names == _OWN else wanted.table()
   left_out = [
@@ -157,11 +163,12 @@ def load(
       if any(_names.is_below(p, without) for p in rule.paths)
   ]
   table = table._replace(ignored=[*table.ignored, *left_out])
-  abstract = wanted.abstract()
-  graphdef, state, _ = _split(abstract)
-  params = nnx.to_pure_dict(state)
-  initial, others = _initial(wanted, without, seed)
+  params = params_of(wanted._replace(arguments=native).abstract())
   params = _names.read(stored, params, table, initial=without)
+  if is_resized:
+    params, _ = vit.at_resolution(params, native, changes['image_shape'])
+  initial, others = _initial(wanted, without, seed)
+  graphdef, state, _ = _split(wanted.abstract())
   nnx.replace_by_pure_dict(state, jax.device_put(_replaced(params, initial)))
   return nnx.merge(graphdef, state, others)
 

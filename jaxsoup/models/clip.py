@@ -366,3 +366,37 @@ def zero_shot_head(
     features = normalized(text_features_fn(jnp.asarray(tokens)))
     columns.append(normalized(features.astype(jnp.float32).mean(axis=0)))
   return scale * jnp.stack(columns, axis=1)
+
+
+def image_classifier(model: CLIP, kernel: jax.Array) -> ImageClassifier:
+  """The image tower of a CLIP under a head: what the soups paper fine-tunes.
+
+  Args:
+    model: with its weights, such as `models.load('clip-vit-base-patch32/')`.
+    kernel: [embed_width, num_classes], of `zero_shot_head`.
+
+  Returns:
+    A classifier without a bias; it shares the tower's arrays with the model.
+
+  Example:
+    >>> image = dict(
+    ...     image_shape=(8, 8, 3), patch_size=4, width=8, depth=1, num_heads=2
+    ... )
+    >>> model = CLIP(embed_width=6, image=image, text=None, rngs=nnx.Rngs(0))
+    >>> image_classifier(model, jnp.ones((6, 5)))(jnp.zeros((2, 8, 8, 3))).shape
+    (2, 5)
+
+  Source: Wortsman et al., "Model soups", ICML 2022, Section 3.1.
+  """
+  embed_width, num_classes = kernel.shape
+  # Its own tower is replaced: as small a one as there can be.
+  smallest = dict(image_shape=(1, 1, 3), patch_size=1, depth=1, num_heads=1)
+  classifier = ImageClassifier(
+      num_classes,
+      embed_width=embed_width,
+      image=smallest | {'width': 1},
+      rngs=nnx.Rngs(0),
+  )
+  classifier.image = model.image
+  classifier.head.kernel[...] = kernel
+  return classifier
