@@ -16,10 +16,10 @@ pytestmark = pytest.mark.filterwarnings(
 SMALL = dict(num_classes=5, width_factor=0.25, depth_factor=0.5)
 
 
-def make(seed=0, **changes):
+def make(**changes):
   arguments = {**SMALL, **changes}
   graphdef, shapes = _cnn.abstract(efficientnet.EfficientNet, arguments)
-  return graphdef, _cnn.settled(graphdef, _cnn.random_params(shapes, seed))
+  return graphdef, _cnn.random_params(shapes)
 
 
 # --- Against NumPy ------------------------------------------------------------
@@ -65,6 +65,7 @@ def efficientnet_by_hand(params, x, is_lite, is_same_padded, epsilon):
 def test_equals_numpy(is_lite, is_same_padded):
   kind = dict(is_lite=is_lite, is_same_padded=is_same_padded, epsilon=0.01)
   graphdef, params = make(**kind)
+  params = _cnn.settled(graphdef, params)
   image = _cnn.images((38, 27))
   _cnn.assert_close(
       _cnn.apply(graphdef, params, image),
@@ -130,10 +131,10 @@ def test_there_is_no_b9():
     efficientnet.size('b9')
 
 
-@pytest.mark.parametrize('is_lite', [False, True])
-def test_bfloat16_computes_near_float32_on_float32_parameters(is_lite):
-  graphdef, params = make(is_lite=is_lite)
-  narrow, _ = make(is_lite=is_lite, dtype='bfloat16')
+def test_bfloat16_computes_near_float32_on_float32_parameters():
+  graphdef, params = make()
+  params = _cnn.settled(graphdef, params)
+  narrow, _ = make(dtype='bfloat16')
   image = _cnn.images(64)
   expected = _cnn.apply(graphdef, params, image)
   logits = _cnn.apply(narrow, params, image)
@@ -213,7 +214,6 @@ def test_files_that_are_no_efficientnet_of_ours():
 @pytest.mark.parametrize(
     ('size', 'options'),
     [
-        (64, dict(width_coefficient=0.25, hidden_dim=320)),
         # The sixth block sees 5 x 5 pixels: what transformers wants to be told.
         (
             80,
@@ -238,7 +238,6 @@ def test_efficientnet_of_transformers(size, options, tmp_path):
     ('name', 'atol'),
     [
         ('tf_efficientnet_b0', 1e-5),
-        ('efficientnet_b0', 1e-5),
         # At this depth float32 is that far from float64, in torch as here.
         ('efficientnet_lite0', 5e-5),
     ],
