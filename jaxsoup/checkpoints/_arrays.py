@@ -99,7 +99,7 @@ def save_arrays(
     separator: of the keys in the names, for Orbax, which stores nested dicts.
     beside: a file in a directory: `path` becomes another such directory, with
       `model.safetensors` and the small files that lie there (config,
-      tokenizer); unless it ends in `.safetensors`.
+      tokenizer) if a config.json does; unless it ends in `.safetensors`.
     metadata: as in `save`.
 
   Returns:
@@ -124,7 +124,9 @@ def save_arrays(
     elif beside is not None:
       with _directories.appearing(path) as folder:
         _write_file(folder / 'model.safetensors', shapes, arrays, own)
-        _directories.copy_what_is_no_weights(pathlib.Path(beside), folder)
+        beside = pathlib.Path(beside)
+        if _directories.is_directory(beside.parent):
+          _directories.copy_what_is_no_weights(beside, folder)
     else:
       _write_orbax(path, arrays, separator, own)
   return str(path)

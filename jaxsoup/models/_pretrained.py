@@ -17,6 +17,7 @@ import pathlib
 import re
 from typing import Any
 from typing import NamedTuple
+import warnings
 
 from flax import nnx
 import jax
@@ -302,14 +303,9 @@ def save(path: Any, params: Any, *, like: Any) -> str:
     params = params_of(params)
   stored = checkpoints.Arrays(like)
   kind, table = _for_path(path, identify(stored))
-  return checkpoints.save_arrays(
-      path,
-      _names.shapes(params, table),
-      _names.write(params, table),
-      separator=kind.separator,
-      beside=None if kind.names == _OWN else stored.path,
-      metadata={'model': kind.as_json()},
-  )
+  arrays = _names.shapes(params, table), _names.write(params, table)
+  beside = None if kind.names == _OWN else stored.path
+  return _write(path, *arrays, kind, beside)
 
 
 def convert(
@@ -355,14 +351,30 @@ def convert(
   abstract = params_of(new.abstract())
   leaf_fn = _names.reader(stored, abstract, kind.table())
   abstract = _names.with_dtypes_of(stored, abstract, kind.table())
-  return checkpoints.save_arrays(
+  arrays = _names.shapes(abstract, table), _names.written(leaf_fn, table)
+  beside = None if _is_orbax(path, new, is_orbax) else model.path
+  return _write(path, *arrays, new, beside)
+
+
+def _write(path: Any, shapes, arrays, kind: Kind, beside: str | None) -> str:
+  made = checkpoints.save_arrays(
       path,
-      _names.shapes(abstract, table),
-      _names.written(leaf_fn, table),
-      separator=new.separator,
-      beside=None if _is_orbax(path, new, is_orbax) else model.path,
-      metadata={'model': new.as_json()},
+      shapes,
+      arrays,
+      separator=kind.separator,
+      beside=beside,
+      metadata={'model': kind.as_json()},
   )
+  weights = pathlib.Path(made, 'model.safetensors')
+  config = pathlib.Path(made, 'config.json')
+  if kind.names == 'hf' and weights.exists() and not config.exists():
+    warnings.warn(
+        f'{made} has no config.json, which from_pretrained needs: there is none'
+        f' beside {beside}. Copy it from the directory that the model came '
+        'from, or pass that as like=.',
+        stacklevel=3,
+    )
+  return made
 
 
 def _is_orbax(path: Any, kind: Kind, is_orbax: bool | None) -> bool:
