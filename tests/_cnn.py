@@ -81,6 +81,25 @@ def train(graphdef, params, image):
   return step(params)
 
 
+def value_and_grad(graphdef, params, image):
+  """A loss in training mode, moved statistics, and the loss's gradient."""
+
+  def loss_fn(params):
+    model = nnx.merge(graphdef, params)
+    model.train()
+    loss = (model(image) ** 2).mean()
+    return loss, nnx.to_pure_dict(nnx.state(model, STATE))
+
+  return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
+
+
+def num_rematerialized(graphdef, params, image):
+  """How many parts of the forward pass keep only their input."""
+  forward = lambda params: nnx.merge(graphdef, params)(image)
+  equations = jax.make_jaxpr(forward)(params).eqns
+  return sum(e.primitive.name in ('checkpoint', 'remat2') for e in equations)
+
+
 class Stored(NamedTuple):
   """Arrays in memory, as `checkpoints.Arrays` shows those of a file."""
 

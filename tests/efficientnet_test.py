@@ -131,6 +131,19 @@ def test_there_is_no_b9():
     efficientnet.size('b9')
 
 
+def test_rematerialized_blocks_compute_the_same():
+  graphdef, params = make()
+  params = _cnn.settled(graphdef, params)
+  again, _ = make(is_rematerialized=True)
+  image = _cnn.images(32)
+  expected = _cnn.value_and_grad(graphdef, params, image)
+  actual = _cnn.value_and_grad(again, params, image)
+  for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+  assert _cnn.num_rematerialized(again, params, image) > 1
+  assert not _cnn.num_rematerialized(graphdef, params, image)
+
+
 def test_bfloat16_computes_near_float32_on_float32_parameters():
   graphdef, params = make()
   params = _cnn.settled(graphdef, params)

@@ -102,6 +102,13 @@ def batch_norm(
   )
 
 
+def through(block: Any, x: jax.Array, is_rematerialized: bool) -> jax.Array:
+  """`block(x)`; of its activations only x is kept, if asked for."""
+  if is_rematerialized:
+    return nnx.remat(lambda block, x: block(x))(block, x)
+  return block(x)
+
+
 def conv_rule(ours: str, theirs: str) -> _names.Rule:
   """The kernel of a convolution."""
   return _names.Rule(f'{ours}/kernel', f'{theirs}.weight', _names.conv)

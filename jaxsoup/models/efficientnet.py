@@ -167,6 +167,8 @@ class EfficientNet(nnx.Module):
     momentum: of BatchNorm's running statistics, 0.9 where torch says 0.1.
     dtype: name of the dtype of the computation, such as 'bfloat16'; None takes
       that of the parameters, which are float32. Logits are float32.
+    is_rematerialized: keeps of each block only its input, and computes the rest
+      again in the backward pass.
     rngs: source of the initial parameters.
 
   Running statistics are used, and left alone, but between `model.train()` and
@@ -195,8 +197,10 @@ class EfficientNet(nnx.Module):
       epsilon: float = 1e-3,
       momentum: float = 0.99,
       dtype: str | None = None,
+      is_rematerialized: bool = False,
       rngs: nnx.Rngs,
   ):
+    self.is_rematerialized = is_rematerialized
     dtype_ = _transformer.as_dtype(dtype)
     conv = functools.partial(
         _convolution.conv,
@@ -229,7 +233,8 @@ class EfficientNet(nnx.Module):
     """Returns what the head sees, [B, C], for images [B, H, W, C']."""
     x = self.activation(self.norm_stem(self.conv_stem(image)))
     for i in range(self.depth):
-      x = getattr(self, f'block_{i}')(x)
+      block = getattr(self, f'block_{i}')
+      x = _convolution.through(block, x, self.is_rematerialized)
     x = self.activation(self.norm_head(self.conv_head(x)))
     return x.mean(axis=(1, 2))
 

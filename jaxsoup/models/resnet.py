@@ -79,6 +79,8 @@ class ResNet(nnx.Module):
     momentum: of BatchNorm's running statistics, 0.9 where torch says 0.1.
     dtype: name of the dtype of the computation, such as 'bfloat16'; None takes
       that of the parameters, which are float32. Logits are float32.
+    is_rematerialized: keeps of each block only its input, and computes the rest
+      again in the backward pass.
     rngs: source of the initial parameters.
 
   Running statistics are used, and left alone, but between `model.train()` and
@@ -107,9 +109,11 @@ class ResNet(nnx.Module):
       epsilon: float = 1e-5,
       momentum: float = 0.9,
       dtype: str | None = None,
+      is_rematerialized: bool = False,
       rngs: nnx.Rngs,
   ):
     self.num_stages, self.is_bit = len(depths), is_bit
+    self.is_rematerialized = is_rematerialized
     self.has_small_stem = has_small_stem
     dtype_ = _transformer.as_dtype(dtype)
     make = _Maker(is_bit, num_groups, epsilon, momentum, dtype_, rngs)
@@ -134,7 +138,7 @@ class ResNet(nnx.Module):
     if not self.has_small_stem:
       x = _max_pool(x, 0.0 if self.is_bit else -jnp.inf)
     for i in range(self.num_stages):
-      x = getattr(self, f'stage_{i}')(x)
+      x = getattr(self, f'stage_{i}')(x, self.is_rematerialized)
     if self.is_bit:
       x = nnx.relu(self.norm(x))
     return x.mean(axis=(1, 2))
@@ -210,9 +214,10 @@ class Stage(nnx.Module):
       setattr(self, f'block_{j}', block)
       num_in = width * 4 if is_bottleneck else width
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, is_rematerialized: bool) -> jax.Array:
     for j in range(self.depth):
-      x = getattr(self, f'block_{j}')(x)
+      block = getattr(self, f'block_{j}')
+      x = _convolution.through(block, x, is_rematerialized)
     return x
 
 
