@@ -198,6 +198,10 @@ def check_timm(
   image = found.data['image'].transpose(0, 2, 3, 1)
   actual = apply(graphdef, again, image)
   assert_close(actual, found.data['logits'], atol)
+  # Float32 rounds; the function is the same.
+  with jax.enable_x64(True):
+    wide = jax.tree.map(lambda x: x.astype(np.float64), (again, image))
+    assert_close(apply(graphdef, *wide), found.data['logits_float64'], 1e-9)
 
 
 # --- NumPy, in float64 --------------------------------------------------------

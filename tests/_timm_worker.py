@@ -8,8 +8,8 @@ MODEL is a name of timm; `open_clip` takes the arguments of its CLIP class; and
 `probe` only imports. Every parameter and buffer is moved off its initial value.
 Writes into OUT:
   model.safetensors: the state dict.
-  data.npz: `image` [B, C, H, W] and `logits`; of open_clip `text`,
-    `image_features`, `text_features` and `logits` per image too.
+  data.npz: `image` [B, C, H, W], `logits` and `logits_float64`; of open_clip
+    `text`, `image_features`, `text_features` and `logits` per image.
 With OUT/given.safetensors, loads that (strictly) instead of random weights.
 """
 
@@ -105,6 +105,7 @@ def main(name: str, seed: str, out: str, arguments: str = '{}') -> None:
     data['logits'] = scale * image_features @ text_features.T
   else:
     data['logits'] = model(data['image'])
+    data['logits_float64'] = model.double()(data['image'].double())
   np.savez(folder / 'data.npz', **{k: v.numpy() for k, v in data.items()})
 
 
