@@ -15,6 +15,7 @@ from typer import testing
 from jaxsoup import checkpoints
 from jaxsoup import cli
 from jaxsoup import models
+from jaxsoup.checkpoints import _safetensors
 from jaxsoup.models import _names
 from jaxsoup.models import _pretrained
 
@@ -257,6 +258,23 @@ def test_a_soup_goes_back_to_where_its_ingredients_came_from(tmp_path):
     assert found.keys() == expected.keys()
     for name, array in expected.items():
       np.testing.assert_array_equal(found[name], 2 * array, err_msg=name)
+
+
+def test_what_is_written_is_read_back(tmp_path, vit, monkeypatch):
+  path, _ = vit
+  write_all = _safetensors._write_all
+
+  def flipped(number, array, place):
+    octets = np.array(array).reshape(-1).view(np.uint8)
+    if octets.size == 64 * 256 * 4:
+      octets[5] ^= 1
+    write_all(number, octets, place)
+
+  monkeypatch.setattr(_safetensors, '_write_all', flipped)
+  out = tmp_path / 'out.safetensors'
+  with pytest.raises(ValueError, match='mlp.* is damaged'):
+    models.convert(path, out, names='timm')
+  assert not out.exists()
 
 
 @pytest.mark.parametrize('out', ['soup', 'soup.safetensors'])

@@ -3,10 +3,14 @@
 import _cnn
 from flax import nnx
 import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
 import jaxsoup
+from jaxsoup import sharding
 from jaxsoup.models import _names
 from jaxsoup.models import batch_norm
 from jaxsoup.models import resnet
@@ -137,6 +141,18 @@ def test_number_of_parameters_is_that_of_the_papers(
 def test_there_is_no_resnet_20():
   with pytest.raises(ValueError, match=r'no ResNet with 20 layers.*\[18, 34'):
     resnet.size(20)
+
+
+def test_on_a_mesh():
+  graphdef, params = make()
+  image = _cnn.images(32, 4)
+  expected = _cnn.apply(graphdef, params, image)
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
+  shardings = jax.tree.map(lambda x: x.sharding, sharding.fsdp(params, mesh))
+  assert not all(x.is_fully_replicated for x in jax.tree.leaves(shardings))
+  params = jax.device_put(params, shardings)
+  image = jax.device_put(image, NamedSharding(mesh, PartitionSpec('fsdp')))
+  _cnn.assert_close(_cnn.apply(graphdef, params, image), expected, 1e-5)
 
 
 def test_rematerialized_blocks_compute_the_same():

@@ -107,6 +107,7 @@ def save_arrays(
 
   Raises:
     FileExistsError: the path exists; it is not touched.
+    ValueError: what was written is not what is read back.
 
   Example:
     >>> import tempfile
@@ -141,6 +142,11 @@ def _write_file(path, shapes, arrays, own) -> None:
       put_fn(paths[name], 0, array)
 
   _safetensors.write(path, leaves, lambda: own, fill_fn)
+  try:
+    _directories.verify(path)
+  except ValueError:
+    path.unlink()
+    raise
 
 
 def _write_orbax(path, arrays, separator, own) -> None:

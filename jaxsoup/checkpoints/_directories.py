@@ -246,7 +246,7 @@ def _write_weights(folder, first, shards, fill_fn) -> None:
     size = sum(map(_num_bytes, first.stored.values()))
     content = {'metadata': {'total_size': size}, 'weight_map': weight_map}
     _write_json(index, content)
-  _verify(index if num > 1 else folder / files[0])
+  verify(index if num > 1 else folder / files[0])
 
 
 def _write_shard(file, shard, places, fill_fn) -> None:
@@ -258,7 +258,7 @@ def _write_shard(file, shard, places, fill_fn) -> None:
   _safetensors.write(file, leaves, dict, fill)
 
 
-def _verify(path: pathlib.Path) -> None:
+def verify(path: pathlib.Path) -> None:
   """Reads what was written, and compares it with what was to be written."""
   checkpoint = _checkpoint.Checkpoint(_safetensors.open_source(path), None)
   sums = _checkpoint.Sums()
