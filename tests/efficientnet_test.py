@@ -60,8 +60,9 @@ def efficientnet_by_hand(params, x, is_lite, is_same_padded, epsilon):
   return _cnn.dense(p['head'], x.mean((1, 2)))
 
 
-@pytest.mark.parametrize('is_same_padded', [False, True])
-@pytest.mark.parametrize('is_lite', [False, True])
+@pytest.mark.parametrize(
+    ('is_lite', 'is_same_padded'), [(False, True), (True, False)]
+)
 def test_equals_numpy(is_lite, is_same_padded):
   kind = dict(is_lite=is_lite, is_same_padded=is_same_padded, epsilon=0.01)
   graphdef, params = make(**kind)
@@ -115,7 +116,7 @@ def test_number_of_parameters_is_that_of_the_paper(name):
   assert num_params(**factors_of(name)) == PUBLISHED[name]
 
 
-@pytest.mark.parametrize('name', ['b2', 'lite1'])
+@pytest.mark.parametrize('name', ['b0', 'lite1'])
 def test_the_model_has_that_many_parameters(name):
   model = nnx.eval_shape(
       lambda: efficientnet.EfficientNet(
