@@ -149,7 +149,8 @@ def check_hf(module, cls, reference: Any, size, folder):
 
   @torch.no_grad()
   def expected(model):
-    return model(torch.tensor(image).permute(0, 3, 1, 2)).logits.numpy()
+    x = torch.tensor(image, dtype=model.dtype).permute(0, 3, 1, 2)
+    return model(x).logits.numpy()
 
   assert_close(apply(graphdef, params, image), expected(reference))
   for name, array in _names.write(params, table):
@@ -163,6 +164,14 @@ def check_hf(module, cls, reference: Any, size, folder):
   )
   loaded = type(reference).from_pretrained(folder).eval()
   assert_close(apply(graphdef, params, image), expected(loaded))
+  assert_close_in_float64(graphdef, params, image, expected(loaded.double()))
+
+
+def assert_close_in_float64(graphdef, params, image, expected):
+  """Float32 rounds; the function is the same."""
+  with jax.enable_x64(True):
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, image))
+    assert_close(apply(graphdef, *wide), expected, 1e-9)
 
 
 def randomize(model):
@@ -198,10 +207,8 @@ def check_timm(
   image = found.data['image'].transpose(0, 2, 3, 1)
   actual = apply(graphdef, again, image)
   assert_close(actual, found.data['logits'], atol)
-  # Float32 rounds; the function is the same.
-  with jax.enable_x64(True):
-    wide = jax.tree.map(lambda x: x.astype(np.float64), (again, image))
-    assert_close(apply(graphdef, *wide), found.data['logits_float64'], 1e-9)
+  logits = found.data['logits_float64']
+  assert_close_in_float64(graphdef, again, image, logits)
 
 
 # --- NumPy, in float64 --------------------------------------------------------
