@@ -198,6 +198,37 @@ def test_families_are_recognised_by_their_names(tmp_path, family, names):
   assert_same(models.params_of(models.load(path)), params)
 
 
+@pytest.mark.parametrize('architecture', ['tf_efficientnet_b0', 'other'])
+def test_a_config_of_timm_tells_the_padding(tmp_path, architecture):
+  kind = _pretrained.Kind('efficientnet', 'timm', {'num_classes': 3})
+  arrays = dict(_names.write(random_params(kind), kind.table()))
+  safetensors.save_file(arrays, tmp_path / 'model.safetensors')
+  config = {'architecture': architecture, 'num_classes': 3}
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  found = _pretrained.identify(checkpoints.Arrays(tmp_path))
+  is_ported = architecture.startswith('tf_')
+  assert found.names == 'timm' and found.family == 'efficientnet'
+  assert found.arguments['is_same_padded'] == is_ported
+  assert found.arguments['epsilon'] == (1e-3 if is_ported else 1e-5)
+
+
+@pytest.mark.parametrize('is_quick', [False, True])
+def test_a_config_of_open_clip_tells_the_activation(tmp_path, is_quick):
+  image = {'image_shape': [8, 8, 3], 'patch_size': 4, 'width': 64}
+  image |= {'depth': 1, 'num_heads': 1}
+  text = {'vocab_size': 20, 'max_length': 8, 'width': 64}
+  text |= {'depth': 1, 'num_heads': 1}
+  arguments = {'embed_width': 16, 'image': image, 'text': text}
+  kind = _pretrained.Kind('clip', 'open_clip', arguments)
+  arrays = dict(_names.write(random_params(kind), kind.table()))
+  safetensors.save_file(arrays, tmp_path / 'open_clip_model.safetensors')
+  config = {'model_cfg': {'quick_gelu': is_quick}}
+  (tmp_path / 'open_clip_config.json').write_text(json.dumps(config))
+  found = _pretrained.identify(checkpoints.Arrays(tmp_path))
+  expected = 'quick_gelu' if is_quick else 'gelu'
+  assert found.arguments['activation'] == expected
+
+
 def test_what_no_family_knows(tmp_path):
   path = tmp_path / 'm.safetensors'
   safetensors.save_file({'layer.weight': np.zeros((2, 2), 'f4')}, path)

@@ -225,8 +225,8 @@ def identify(
   if 'model' in own:
     return Kind(**own['model'], separator=stored.separator)
   config = _config_beside(stored.path)
-  if config and family is None:
-    model_type = config.get('model_type', '')
+  if 'model_type' in config and family is None:
+    model_type = config['model_type']
     family = _MODEL_TYPES.get(model_type, model_type)
     if family not in _FAMILIES:
       raise ValueError(
@@ -235,10 +235,13 @@ def identify(
           'soup --recipe uniform.'
       )
     names = names or 'hf'
+  elif 'architecture' in config:  # Of timm: it tells padding and epsilon.
+    names = names or 'timm'
   candidates = [
       (share, kind)
       for f in ([family] if family else _FAMILIES)
       for n in ([names] if names else _tables(f))
+      if family or n in _tables(f)
       for share, kind in _fitting(stored, f, n, config)
   ]
   if not candidates:
@@ -271,15 +274,19 @@ def _fitting(stored, family, names, config) -> Iterator[tuple[float, Kind]]:
 
 
 def _config_beside(path: str) -> dict[str, Any]:
-  file = pathlib.Path(path).parent / 'config.json'
-  if not path.endswith(('.safetensors', '.json', '.bin')) or not file.exists():
+  """What Hugging Face, timm or open_clip say beside the weights; {} if none."""
+  file = pathlib.Path(path)
+  name = 'open_clip_config.json' if 'open_clip' in file.name else 'config.json'
+  config = file.with_name(name)
+  if (
+      file.suffix not in ('.safetensors', '.json', '.bin')
+      or not config.exists()
+  ):
     return {}
   try:
-    config = json.loads(file.read_text())
+    return json.loads(config.read_text())
   except ValueError as e:
-    raise ValueError(f'{file} cannot be read: {e}.') from e
-  # timm writes one too, of another kind.
-  return config if 'model_type' in config else {}
+    raise ValueError(f'{config} cannot be read: {e}.') from e
 
 
 def save(path: Any, params: Any, *, like: Any) -> str:
