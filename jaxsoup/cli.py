@@ -686,7 +686,9 @@ def convert(
 ) -> None:
   """Writes a model's weights under other names, for another library."""
   if to not in (None, 'orbax', 'safetensors'):
-    raise typer.BadParameter(f'{to!r} is no format.', param_hint='--to')
+    raise typer.BadParameter(
+        f'{to!r} is no format: orbax or safetensors.', param_hint='--to'
+    )
   if to == 'orbax' and out.suffix == '.safetensors':
     raise typer.BadParameter(
         'an Orbax checkpoint is a directory: another name.', param_hint='OUT'
