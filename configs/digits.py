@@ -38,6 +38,10 @@ seed takes three quarters of a minute, half of it spent in the compiler.
 import ml_collections
 import numpy as np
 
+from jaxsoup.data import digits
+from jaxsoup.data import shifts
+from jaxsoup.data import sources
+
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Returns the experiment.
@@ -119,6 +123,29 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # A state of the training is kept that often, and on SIGTERM.
   config.save_every_minutes = 10.0
   return config
+
+
+def data(config: ml_collections.ConfigDict) -> sources.Splits:
+  """Disjoint parts of the digits, and the test part shifted.
+
+  Args:
+    config: the experiment: `seed`, `data.sizes`, `shifts`.
+
+  Returns:
+    Everything in memory.
+  """
+  parts = digits.load(config.seed, config.data.sizes)
+  shifted = {
+      name: shifts.apply(
+          parts['test'], name, severity=severity, seed=config.seed
+      )
+      for name, severity in config.shifts.items()
+      if severity > 0
+  }
+  arrays = {name: sources.Arrays(x) for name, x in parts.items()}
+  return sources.Splits(
+      **arrays, shifts={name: sources.Arrays(x) for name, x in shifted.items()}
+  )
 
 
 def sweep(config: ml_collections.ConfigDict) -> list[dict[str, float]]:

@@ -96,13 +96,13 @@ def demo(
     typer.echo(distributed.banner(workdir), err=True)
     tables = []
     for seed in range(seeds):
-      config, runs = configs.load(file, [f'--config.seed={seed}'])
+      loaded = configs.load(file, [f'--config.seed={seed}'])
       folder = workdir / f'seed{seed}' if seeds > 1 else workdir
       with (
           preemption.handled() as stop,
           progress.shown(experiment.STAGES) as progress_fn,
       ):
-        tables.append(experiment.run(config, runs, folder, progress_fn, stop))
+        tables.append(experiment.run(loaded, folder, progress_fn, stop))
     summaries = [report.summary(rows) for rows in tables]
     means, deviations = report.mean_rows(summaries)
     many = deviations if seeds > 1 else None
@@ -620,7 +620,7 @@ def plan(
     from jaxsoup.experiments import configs
     from jaxsoup.experiments import plan as plan_lib
 
-    experiment, runs = configs.load(config)
+    experiment = configs.load(config)
     if topology is not None:
       mesh, device_bytes = plan_lib.topology_mesh(topology)
     else:
@@ -629,7 +629,7 @@ def plan(
         experiment,
         mesh,
         device_bytes,
-        num_ingredients=ingredients or len(runs),
+        num_ingredients=ingredients or len(experiment.runs),
         machine=topology or 'CPU',
         on_program=lambda p: typer.echo(
             f'{p.name}: compiled in {p.seconds:.1f} s', err=True

@@ -1,22 +1,42 @@
-"""Configs: files in which an experiment is a function, and their overrides.
+"""Configs: files in which an experiment is a few functions; their overrides.
 
 ```
-config, runs = configs.load('configs/digits.py', ['--config.seed=1'])
+experiment = configs.load('configs/digits.py', ['--config.seed=1'])
+splits = experiment.data_fn(experiment.config)
 ```
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import difflib
 import importlib.util
 import json
 import pathlib
 from typing import Any
+from typing import NamedTuple
 
 from absl import flags
 import ml_collections
 from ml_collections import config_flags
 
-Runs = list[dict[str, float]]
+Run = dict[str, Any]
+
+
+class Experiment(NamedTuple):
+  """What a config file says.
+
+  Attributes:
+    config: of `get_config(arg)`, with the overrides.
+    runs: of `sweep(config)`: hyper-parameters of each run.
+    data_fn: its function `data`: config -> `jaxsoup.data.sources.Splits`.
+    model_fn: its function `model`: config -> `modeling.Model`; None if there is
+      none, and `config.model` says it all.
+  """
+
+  config: ml_collections.ConfigDict
+  runs: list[Run]
+  data_fn: Callable[[ml_collections.ConfigDict], Any]
+  model_fn: Callable[[ml_collections.ConfigDict], Any] | None = None
 
 
 class UsageError(ValueError):
@@ -62,21 +82,20 @@ def _missing(values, rest) -> str:
   return '--config is missing' if not values.config else '--workdir is missing'
 
 
-def load(
-    path: str, overrides: Sequence[str] = ()
-) -> tuple[ml_collections.ConfigDict, Runs]:
+def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
   """Reads a config and draws the runs of its sweep.
 
   Args:
-    path: a Python file with `get_config(arg)` and `sweep(config)`, perhaps with
-      an argument behind a colon: 'configs/digits.py:runlocal'.
+    path: a Python file with `get_config(arg)`, `sweep(config)`, `data(config)`
+      and perhaps `model(config)`; perhaps with an argument behind a colon:
+      'configs/digits.py:runlocal'.
     overrides: such as '--config.seed=1'.
 
   Returns:
-    (config, runs): the runs are dicts of hyper-parameters.
+    An `Experiment`.
 
   Raises:
-    UsageError: no such file, key, or a value of another type.
+    UsageError: no such file, function, key, or a value of another type.
   """
   file, _, arg = path.partition(':')
   if not pathlib.Path(file).is_file():
@@ -89,6 +108,11 @@ def load(
         + (f' In {folder} there is: {", ".join(there)}.' if there else '')
     )
   module = _module(file)
+  needed = ('get_config', 'sweep', 'data')
+  if missing := [name for name in needed if not hasattr(module, name)]:
+    raise UsageError(
+        f'{file} has no function {", ".join(missing)}: see configs/digits.py.'
+    )
   try:
     config = module.get_config(arg or None)
   except ValueError as e:
@@ -105,7 +129,12 @@ def load(
     raise UsageError(
         _explain(overrides, module.get_config(arg or None), e)
     ) from e
-  return values.config, module.sweep(values.config)
+  return Experiment(
+      values.config,
+      module.sweep(values.config),
+      module.data,
+      getattr(module, 'model', None),
+  )
 
 
 def _explain(overrides, config, error) -> str:
@@ -158,6 +187,7 @@ def check_unchanged(
     ValueError: the stored config is unreadable.
   """
   now = json.loads(json.dumps(_flat(config)))
+  now.pop('sweep.shard', None)  # It decides where a run is trained, not what.
   if not file.exists():
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix('.tmp')

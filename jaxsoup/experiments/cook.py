@@ -1,12 +1,13 @@
 """Every recipe on one set of ingredients, and how well each does.
 
 ```
-soups = cook.all_recipes(ingredients, theta_0, model_fn, held_out, ...)
-rows = cook.evaluate(...)
+recipes = cook.recipes(config, model, ingredients, theta_0, held_out, scores)
+soup = recipes['greedy']()
 ```
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import math
@@ -18,71 +19,184 @@ import numpy as np
 import optax
 
 import jaxsoup
+from jaxsoup import _memory
 from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import metrics
 from jaxsoup._soup import EvalFn
+from jaxsoup.data import sources
+from jaxsoup.experiments import modeling
 from jaxsoup.report import Row
 
 Dataset = Mapping[str, np.ndarray]
-LogitsFn = Callable[[Any, jax.Array], jax.Array]
+LogitsFn = Callable[[Any, Any], jax.Array]
+
+# The names that `config.metric` may have, and what they are.
+METRICS: dict[str, Callable[[Any, Any], Any]] = {
+    'accuracy': metrics.accuracy,
+    'f1': metrics.f1,
+    'accuracy and f1': lambda logits, label: (
+        metrics.accuracy(logits, label) + metrics.f1(logits, label)
+    )
+    / 2,
+    'matthews': metrics.matthews,
+}
+
+
+def metric_of(config: ml_collections.ConfigDict) -> Callable[[Any, Any], Any]:
+  """What scores a model: `config.metric`, accuracy if there is none."""
+  return METRICS[config.get('metric', 'accuracy')]
 
 
 def recipes(
     config: ml_collections.ConfigDict,
+    model: modeling.Model,
     ingredients: Sequence[Any],
     theta_0: Any,
-    logits_fn: LogitsFn,
-    held_out: Dataset,
+    held_out: sources.Source,
     scores: Any,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> dict[str, Callable[[], jaxsoup.Soup]]:
   """The recipes by name, each a function that makes its soup.
 
   Args:
     config: the experiment: `batch_size`, and `learned` with `learning_rate`,
       `num_epochs`, `batch_size`, `val_fraction`, `patience`.
+    model: whose parameters these are.
     ingredients: the fine-tuned parameters.
     theta_0: what they were fine-tuned from.
-    logits_fn: `logits_fn(params, image) -> [B, C]`.
-    held_out: the data that choose: `image` and `label`.
+    held_out: the data that choose.
     scores: the score log of the searches.
+    sharding: how a batch lies on a mesh.
 
   Returns:
     Functions without arguments, which return a `Soup`.
   """
-  eval_fn = accuracy_of(config, logits_fn, held_out)
+  eval_fn = score_fn(config, model.logits_fn, held_out, sharding)
 
   return {
       'uniform': lambda: jaxsoup.uniform(ingredients),
       'greedy': lambda: jaxsoup.greedy(ingredients, eval_fn, scores=scores),
       'pruned': lambda: jaxsoup.pruned(ingredients, eval_fn, scores=scores),
-      'learned': lambda: learned(config, ingredients, logits_fn, held_out),
+      'learned': lambda: learned(config, model, ingredients, held_out),
       'learned by tensor': lambda: learned(
-          config, ingredients, logits_fn, held_out, depth=math.inf
+          config, model, ingredients, held_out, depth=math.inf
       ),
       'Model Stock': lambda: jaxsoup.model_stock(ingredients, theta_0),
   }
 
 
-def accuracy_of(
-    config: ml_collections.ConfigDict, logits_fn: LogitsFn, data: Dataset
-) -> EvalFn:
-  """The `eval_fn` of the searches: the share of right answers on `data`."""
-  return evaluation.mean_of(
-      lambda params, batch: metrics.correct(
-          logits_fn(params, batch['image']), batch['label']
-      ),
-      evaluation.batched(data, config.batch_size),
+class Batches:
+  """Batches of a source, read anew in each walk."""
+
+  def __init__(self, source, batch_size, sharding=None):
+    self._source, self._batch_size = source, batch_size
+    self._sharding = sharding
+
+  def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+    for batch in sources.batches(self._source, self._batch_size):
+      yield {
+          name: jax.device_put(x, self._sharding) for name, x in batch.items()
+      }
+
+
+def batches_of(
+    source: sources.Source,
+    batch_size: int,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Any:
+  """The batches of an evaluation: on the device where they fit, else read.
+
+  Args:
+    source: of examples.
+    batch_size: of a batch, the last one padded.
+    sharding: how a batch lies on a mesh.
+
+  Returns:
+    A list of batches on the device, if those take at most a fifth of what is
+    free there; else an iterable that reads them in each walk.
+  """
+  if not hasattr(source, 'arrays'):
+    row = source[np.arange(1)]
+    size = len(source) * sum(x.nbytes for x in row.values())
+    if size > _memory.free_bytes(jax.local_devices()[0]) / 5:
+      return Batches(source, batch_size, sharding)
+  return evaluation.batched(
+      in_memory(source), batch_size, sharding=sharding
   )
+
+
+def labels_of(source: sources.Source) -> np.ndarray:
+  """The labels of all examples."""
+  if hasattr(source, 'arrays'):
+    return source.arrays['label']
+  return np.concatenate([
+      batch['label'][batch['mask']] for batch in sources.batches(source, 256)
+  ])
+
+
+def in_memory(source: sources.Source) -> Dataset:
+  """All of a source."""
+  if hasattr(source, 'arrays'):
+    return source.arrays
+  return source[np.arange(len(source))]
+
+
+def score_fn(
+    config: ml_collections.ConfigDict,
+    logits_fn: LogitsFn,
+    data: sources.Source,
+    sharding: jax.sharding.Sharding | None = None,
+) -> EvalFn:
+  """The `eval_fn` of the searches.
+
+  Args:
+    config: `select_by` is 'metric' (the default), or 'nll': minus the negative
+      log-likelihood, which says more where the held-out set is small.
+    logits_fn: `logits_fn(params, batch) -> [B, C]`.
+    data: the held-out set.
+    sharding: how a batch lies on a mesh.
+
+  Returns:
+    A function of the parameters; higher is better. Of accuracy it rejects
+    early.
+  """
+  batches = batches_of(data, config.batch_size, sharding)
+  select_by = config.get('select_by', 'metric')
+  if select_by == 'nll':
+    return evaluation.mean_of(
+        lambda params, batch: -optax.softmax_cross_entropy_with_integer_labels(
+            logits_fn(params, batch), batch['label']
+        ),
+        batches,
+    )
+  if select_by != 'metric':
+    raise ValueError(f"select_by is {select_by!r}: choose 'metric' or 'nll'.")
+  if config.get('metric', 'accuracy') == 'accuracy':
+    return evaluation.mean_of(
+        lambda params, batch: metrics.correct(
+            logits_fn(params, batch), batch['label']
+        ),
+        batches,
+    )
+  return evaluation.score_of(metric_of(config), logits_fn, batches)
+
+
+def selection_score(
+    config: ml_collections.ConfigDict, logits: np.ndarray, label: np.ndarray
+) -> float:
+  """What `score_fn` returns, from logits that are there."""
+  if config.get('select_by', 'metric') == 'nll':
+    return -float(metrics.negative_log_likelihood(logits, label))
+  return float(metric_of(config)(logits, label))
 
 
 def loss_fn_of(logits_fn: LogitsFn) -> Callable[..., jax.Array]:
   """Cross-entropy of the logits, times beta: what `jaxsoup.learned` wants."""
 
   def loss_fn(params, batch, beta):
-    logits = beta * logits_fn(params, batch['image'])
     return optax.softmax_cross_entropy_with_integer_labels(
-        logits, batch['label']
+        beta * logits_fn(params, batch), batch['label']
     ).mean()
 
   return loss_fn
@@ -90,16 +204,16 @@ def loss_fn_of(logits_fn: LogitsFn) -> Callable[..., jax.Array]:
 
 def learned(
     config: ml_collections.ConfigDict,
+    model: modeling.Model,
     ingredients: Sequence[Any],
-    logits_fn: LogitsFn,
-    held_out: Dataset,
+    held_out: sources.Source,
     **options: Any,
 ) -> jaxsoup.Soup:
   """The learned soup of an experiment; options as in `jaxsoup.learned`."""
   batches, val_batches = learning_batches(config, held_out)
   return jaxsoup.learned(
       ingredients,
-      loss_fn_of(logits_fn),
+      loss_fn_of(model.logits_fn),
       batches,
       tx=optax.adamw(config.learned.learning_rate, weight_decay=0.0),
       num_epochs=config.learned.num_epochs,
@@ -110,44 +224,28 @@ def learned(
 
 
 def learning_batches(
-    config: ml_collections.ConfigDict, held_out: Dataset
+    config: ml_collections.ConfigDict, held_out: sources.Source
 ) -> tuple[list[Any], list[Any]]:
   """Two parts of the held-out set, in batches: to learn on, and to stop by."""
-  num = len(held_out['label'])
+  num = len(held_out)
   order = np.random.default_rng(config.seed).permutation(num)
   num_val = int(num * config.learned.val_fraction)
-  part = lambda rows: {name: x[rows] for name, x in held_out.items()}
   size = config.learned.batch_size
   full = (num - num_val) // size * size
   batches = [
-      jax.device_put(part(order[num_val + i : num_val + i + size]))
+      jax.device_put(held_out[order[num_val + i : num_val + i + size]])
       for i in range(0, full, size)
   ]
-  return batches, [jax.device_put(part(order[:num_val]))]
-
-
-def all_logits(
-    config: ml_collections.ConfigDict,
-    models: Sequence[Any],
-    logits_fn: LogitsFn,
-    data: Mapping[str, Dataset],
-) -> dict[str, np.ndarray]:
-  """Logits `[K, N, C]` of every model on every data set, each run once."""
-  run = lambda params, batch: logits_fn(params, batch['image'])
-  return {
-      name: ensembles.collect(
-          models, run, evaluation.batched(dataset, config.batch_size)
-      )
-      for name, dataset in data.items()
-  }
+  return batches, [jax.device_put(held_out[order[:num_val]])]
 
 
 def row(
     name: str,
     kind: str,
     logits: Mapping[str, np.ndarray],
-    data: Mapping[str, Dataset],
+    labels: Mapping[str, np.ndarray],
     *,
+    metric: Callable[[Any, Any], Any] = metrics.accuracy,
     beta: float = 1.0,
     cost: float = 1,
 ) -> Row:
@@ -157,19 +255,18 @@ def row(
     name: of the row.
     kind: of the row.
     logits: `[N, C]` by data set: 'held_out', 'test' and the shifts.
-    data: the same data sets.
+    labels: `[N]` by data set.
+    metric: of logits and labels.
     beta: the temperature that multiplies the logits.
     cost: forward passes for one prediction.
 
   Returns:
     A `Row`.
   """
-  score = {
-      k: float(metrics.accuracy(x, data[k]['label'])) for k, x in logits.items()
-  }
+  score = {k: float(metric(x, labels[k])) for k, x in logits.items()}
   shifts = {k: v for k, v in score.items() if k not in ('held_out', 'test')}
   scaled = np.float32(beta) * logits['test']
-  label = data['test']['label']
+  label = labels['test']
   return Row(
       name=name,
       kind=kind,
@@ -182,33 +279,30 @@ def row(
   )
 
 
-def ensemble_rows(
-    logits: Mapping[str, np.ndarray], data: Mapping[str, Dataset]
-) -> list[Row]:
+def ensemble_logits(
+    config: ml_collections.ConfigDict,
+    logits: Mapping[str, np.ndarray],
+    labels: Mapping[str, np.ndarray],
+) -> dict[str, tuple[dict[str, np.ndarray], int]]:
   """The baselines: ensembles of all models, and of those greedy takes.
 
   Args:
-    logits: `[K, N, C]` by data set, as `all_logits` returns them.
-    data: the same data sets.
+    config: of the experiment: what greedy selects by.
+    logits: `[K, N, C]` by data set.
+    labels: `[N]` by data set.
 
   Returns:
-    Two rows.
+    By name: logits `[N, C]` by data set, and forward passes for a prediction.
   """
-  num_models = len(logits['held_out'])
-  label = data['held_out']['label']
+  score = lambda x: selection_score(config, x, labels['held_out'])
   alphas = {
       'ensemble': ensembles.uniform(logits['held_out']).alpha,
-      'greedy ensemble': ensembles.greedy(
-          logits['held_out'], lambda x: metrics.accuracy(x, label)
-      ).alpha,
+      'greedy ensemble': ensembles.greedy(logits['held_out'], score).alpha,
   }
-  return [
-      row(
-          name,
-          'ensemble',
+  return {
+      name: (
           {k: np.asarray(jaxsoup.mix(x, alpha)) for k, x in logits.items()},
-          data,
-          cost=int(np.count_nonzero(alpha)) if num_models else 0,
+          int(np.count_nonzero(alpha)),
       )
       for name, alpha in alphas.items()
-  ]
+  }

@@ -1,327 +1,586 @@
-"""Pre-trains a model once and fine-tunes a sweep of runs from it.
+"""Trains models: one from scratch, a head alone, or a sweep from one start.
 
-  theta_0 = finetune.pretrain(config, splits['pretrain'])
-  stacked = finetune.finetune(config, theta_0, runs, splits['train'])
-  logits = finetune.make_model(config).logits_fn(theta_0, image)
+```
+model = modeling.of(experiment)
+theta_0 = model.start_fn(jax.random.key(0))
+theta_0 = finetune.probe(model, config.probe, theta_0, splits.train)
+stacked = finetune.train(model, config.finetune, theta_0, runs, splits.train)
+```
 
-`runs` is a list of plain dicts of hyper-parameters. All runs of one call train
-together, vmapped inside one compiled scan, so hyper-parameters are traced. A
-run depends on its own dict, and in its last bits on the number of runs beside
-it; the same call gives the same bits.
+`runs` is a list of plain dicts of hyper-parameters. Data in memory go to the
+device as a whole, and all runs of one call train together, vmapped inside one
+compiled scan, so hyper-parameters are traced. Other data are read while one
+run trains on the whole mesh. A run depends on its own dict, and in its last
+bits on the number of runs beside it; the same call gives the same bits.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 from typing import Any
 from typing import NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
-import ml_collections
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 
-from jaxsoup.data import augment
+from jaxsoup import evaluation
+from jaxsoup import sharding
+from jaxsoup.data import sources
+from jaxsoup.experiments import augmentation
+from jaxsoup.experiments import modeling
 from jaxsoup.experiments import train_state
-from jaxsoup.models import vit
 
 Params = dict[str, Any]
+Run = Mapping[str, Any]
+# Epochs done, epochs, losses [K].
 Progress = Callable[[int, int, np.ndarray], None]
+# Name of a copy that is kept ('ema_0.99', 'epoch_2'), its stacked parameters.
+Keep = Callable[[str, Params], None]
 
-# What a run may set. `affine` and `noise` are strengths of augmentation, see
-# `jaxsoup.data.augment`; they and `mixup` are off at 0.
+# What a run may set, beside what `jaxsoup.experiments.augmentation` applies.
+# `sam` is the radius of sharpness-aware minimization. With `init_seed` a run
+# starts from initial parameters of its own.
 DEFAULTS = {
     'seed': 0,
     'learning_rate': 1e-3,
     'weight_decay': 0.0,
     'label_smoothing': 0.0,
-    'mixup': 0.0,
-    'affine': 0.0,
-    'noise': 0.0,
+}
+OTHERS = ('sam', 'init_seed')
+# What shapes the compiled program: runs that differ in it train apart.
+STATIC = ('num_epochs', 'batch_size', 'optimizer')
+
+
+class Settings(NamedTuple):
+  """What shapes the compiled program: static, hence hashable.
+
+  Attributes:
+    num_epochs: walks through the data.
+    batch_size: examples a step.
+    num_updates: of the parameters, in all epochs.
+    warmup: share of the updates in which the rate rises linearly.
+    final: share of the peak rate at the end of the cosine.
+    optimizer: a key of `OPTIMIZERS`.
+    momentum: of SGD.
+    clip: largest norm of the gradient; 0 does not clip.
+    num_accumulated: batches whose mean gradient makes one update.
+    ema: decays per step; each keeps a moving average of the parameters.
+    keep_epochs: after which the parameters are kept as well.
+    batch_norm: 'train', by the statistics of the batch, or 'frozen', by those
+      that are there.
+    augmentations: names of those that a run asks for.
+    is_sharp: whether a run asks for sharpness-aware minimization.
+  """
+
+  num_epochs: int
+  batch_size: int
+  num_updates: int
+  warmup: float
+  final: float
+  optimizer: str = 'adamw'
+  momentum: float = 0.9
+  clip: float = 0.0
+  num_accumulated: int = 1
+  ema: tuple[float, ...] = ()
+  keep_epochs: tuple[int, ...] = ()
+  batch_norm: str = 'train'
+  augmentations: tuple[str, ...] = ()
+  is_sharp: bool = False
+
+
+class State(NamedTuple):
+  """Parameters, the optimizer's state, moving averages by name."""
+
+  params: Params
+  opt_state: Any
+  ema: dict[str, Params]
+
+
+OPTIMIZERS = {
+    'adamw': lambda settings: optax.scale_by_adam(),
+    'sgd': lambda settings: optax.trace(settings.momentum, nesterov=True),
+    'adafactor': lambda settings: optax.chain(
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+    ),
 }
 
 
-class Model(NamedTuple):
-  """A model as two pure functions.
-
-  Attributes:
-    init_fn: key -> params, a plain nested dict with string keys.
-    logits_fn: (params, image [B, H, W, C]) -> logits [B, num_classes].
-  """
-
-  init_fn: Callable[[jax.Array], Params]
-  logits_fn: Callable[[Params, jax.Array], jax.Array]
-
-
-def make_model(config: ml_collections.ConfigDict) -> Model:
-  """Makes the model that `config.model` describes.
-
-  Equal descriptions give the same functions, so that what was compiled for
-  them is found again.
-
-  Args:
-    config: with the arguments of `jaxsoup.models.ViT` under `model`.
-
-  Returns:
-    The model's pure functions; `logits_fn` is jitted.
-  """
-  arguments = config.model.to_dict()
-  arguments['image_shape'] = tuple(arguments['image_shape'])
-  return _make_model(tuple(sorted(arguments.items())))
-
-
-@functools.cache
-def _make_model(arguments: tuple[tuple[str, Any], ...]) -> Model:
-  def build_fn(key):
-    return vit.ViT(**dict(arguments), rngs=nnx.Rngs(key))
-
-  abstract_model = nnx.eval_shape(lambda: build_fn(jax.random.key(0)))
-  graphdef = nnx.graphdef(abstract_model)
-
-  def init_fn(key):
-    return nnx.to_pure_dict(nnx.state(build_fn(key), nnx.Param))
-
-  def logits_fn(params, image):
-    return nnx.merge(graphdef, params)(image)
-
-  return Model(init_fn, jax.jit(logits_fn))
-
-
-def pretrain(
-    config: ml_collections.ConfigDict,
-    data: Mapping[str, np.ndarray],
-    *,
-    progress_fn: Progress | None = None,
-    saved: train_state.Saved | None = None,
-) -> Params:
-  """Trains one model from scratch, by `config.pretrain`.
-
-  Args:
-    config: the experiment; `config.seed` decides the initial parameters and
-      the order of the data.
-    data: `image` [N, H, W, C], `label` [N].
-    progress_fn: called after each epoch with (epochs done, epochs,
-      losses [1]).
-    saved: where the state is kept in between; the result does not depend on
-      how often the training was stopped.
-
-  Returns:
-    The parameters theta_0, a plain nested dict.
-  """
-  run = {**config.pretrain.run.to_dict(), 'seed': config.seed}
-  init_fn = make_model(config).init_fn
-  params = jax.jit(lambda: init_fn(jax.random.key(config.seed)))()
-  stacked = _train(
-      config,
-      config.pretrain,
-      params,
-      [run],
-      data,
-      progress_fn=progress_fn,
-      saved=saved,
-  )
-  return jax.jit(functools.partial(jax.tree.map, lambda x: x[0]))(stacked)
-
-
-def finetune(
-    config: ml_collections.ConfigDict,
+def train(
+    model: modeling.Model,
+    phase: Mapping[str, Any],
     params: Params,
-    runs: Sequence[Mapping[str, float]],
-    data: Mapping[str, np.ndarray],
+    runs: Sequence[Run],
+    source: sources.Source,
     *,
     progress_fn: Progress | None = None,
     saved: train_state.Saved | None = None,
+    keep_fn: Keep | None = None,
 ) -> Params:
-  """Fine-tunes a group of runs from one start, by `config.finetune`.
+  """Trains a group of runs from one start.
 
   Args:
-    config: the experiment.
+    model: of `modeling.of`.
+    phase: such as `config.finetune`; what it may hold is in `Settings`.
     params: theta_0, the common start.
-    runs: K dicts; keys as in `DEFAULTS`, which fills in what is missing.
-    data: `image` [N, H, W, C], `label` [N].
+    runs: K dicts with keys of `DEFAULTS`, which fills in what is missing, of
+      `OTHERS`, `STATIC` (alike in all) and of `augmentation.ALL`.
+    source: the training data. In memory they go to the device; else one run
+      trains on all devices.
     progress_fn: called after each epoch with (epochs done, epochs,
       losses [K]).
-    saved: as for `pretrain`.
+    saved: where the state is kept in between; the result does not depend on
+      how often the training was stopped.
+    keep_fn: called with the name and the stacked parameters of each copy that
+      is kept beside the last one.
 
   Returns:
     Stacked parameters, leaves [K, ...], in the order of `runs`.
 
   Raises:
-    ValueError: there are no runs, a run has a hyper-parameter that is not
-      known, or the data do not fill one batch.
+    ValueError: there are no runs, or several where the data are not in memory;
+      a run has a hyper-parameter that is not known; or the data do not fill
+      one batch.
   """
-  return _train(
-      config,
-      config.finetune,
-      params,
-      runs,
-      data,
-      progress_fn=progress_fn,
-      saved=saved,
-  )
-
-
-class Settings(NamedTuple):
-  """What shapes the compiled program: static, hence hashable."""
-
-  num_epochs: int
-  batch_size: int
-  warmup: float
-  final: float
-  num_classes: int
-
-
-def _train(config, phase, params, runs, data, *, progress_fn, saved):
-  """Trains all runs from one start, an epoch a call of the compiled scan."""
-  settings = _make_settings(config, phase, data)
+  settings = settings_of(phase, runs, len(source))
   hyper = _stack_runs(runs)
-  data = jax.device_put({name: data[name] for name in ('image', 'label')})
-  params, opt_state = _start(params, len(runs))
-  logits_fn = make_model(config).logits_fn
+  if hasattr(source, 'arrays'):
+    data = {name: source.arrays[name] for name in (*model.inputs, 'label')}
+    data = jax.device_put(data)
+    state = _start(model, settings, params, hyper)
+    epoch_fn = lambda state, epoch: _epoch(
+        model, settings, state, hyper, data, jax.device_put(np.int32(epoch))
+    )
+  else:
+    streamed = Streamed(model, settings, hyper, source)
+    state, epoch_fn = streamed.start(params), streamed.epoch
   num_done = 0
   if saved is not None:
-    num_done, (params, opt_state) = saved.restore((params, opt_state))
+    num_done, state = saved.restore(state)
   for epoch in range(num_done, settings.num_epochs):
-    params, opt_state, losses = _epoch(
-        logits_fn,
-        settings,
-        params,
-        opt_state,
-        hyper,
-        data,
-        jax.device_put(np.int32(epoch)),
-    )
+    state, losses = epoch_fn(state, epoch)
     if progress_fn is not None:
       progress_fn(epoch + 1, settings.num_epochs, np.asarray(losses))
+    if keep_fn is not None and epoch + 1 in settings.keep_epochs:
+      keep_fn(f'epoch_{epoch + 1}', state.params)
     if saved is not None:
-      saved.after_epoch(epoch + 1, (params, opt_state))
-  return params
+      saved.after_epoch(epoch + 1, state)
+  if keep_fn is not None:
+    for name, copy in state.ema.items():
+      keep_fn(name, copy)
+  return state.params
 
 
-def _make_settings(config, phase, data):
-  if len(data['label']) < phase.batch_size:
+def train_one(
+    model: modeling.Model,
+    phase: Mapping[str, Any],
+    params: Params,
+    run: Run,
+    source: sources.Source,
+    **options: Any,
+) -> Params:
+  """Trains one run; arguments as of `train`, the parameters are not stacked."""
+  stacked = train(model, phase, params, [run], source, **options)
+  return jax.jit(functools.partial(jax.tree.map, lambda x: x[0]))(stacked)
+
+
+def probe(
+    model: modeling.Model,
+    phase: Mapping[str, Any],
+    params: Params,
+    source: sources.Source,
+    *,
+    batch_size: int = 256,
+) -> Params:
+  """Trains the head alone, on features computed once: the LP of LP-FT.
+
+  Args:
+    model: with `features_fn`.
+    phase: `run` with its hyper-parameters, and the rest as in `train`.
+    params: the start; its head is not used.
+    source: the training data, as they are: nothing is augmented.
+    batch_size: of the features' computation.
+
+  Returns:
+    The parameters with another `head`.
+
+  Raises:
+    ValueError: the model has no linear head.
+
+  Source: Kumar et al., "Fine-tuning can distort pretrained features and
+  underperform out-of-distribution", ICLR 2022.
+  """
+  if model.features_fn is None:
     raise ValueError(
-        f'{len(data["label"])} examples do not fill one batch of '
-        f'{phase.batch_size}: make the batch smaller.'
+        'The model has no linear head that could be probed: leave out '
+        'config.probe.'
     )
-  return settings_of(config, phase)
-
-
-def settings_of(config, phase) -> Settings:
-  """The settings of a phase: of `config.pretrain` or `config.finetune`."""
-  return Settings(
-      num_epochs=phase.num_epochs,
-      batch_size=phase.batch_size,
-      warmup=phase.warmup,
-      final=phase.final,
-      num_classes=config.model.num_classes,
+  batches = list(sources.batches(source, batch_size))
+  collect = lambda fn: evaluation.logits_of(fn, batches)(params)
+  features = sources.Arrays({
+      'feature': collect(model.features_fn),
+      'label': collect(lambda _, batch: batch['label']),
+  })
+  head_model = modeling.linear(
+      features.arrays['feature'].shape[-1], model.num_classes
   )
+  head = train_one(
+      head_model,
+      phase,
+      head_model.start_fn(jax.random.key(0)),
+      phase['run'],
+      features,
+  )
+  return {**params, 'head': {**params['head'], **_without_bias(params, head)}}
+
+
+def _without_bias(params, head):
+  """The head that was trained; of a model without a bias in its head, no bias.
+
+  A bias that all classes share changes nothing; others are lost, as the
+  zero-shot head of a CLIP has none.
+  """
+  return {name: x for name, x in head.items() if name in params['head']}
+
+
+def names_of(phase: Mapping[str, Any]) -> list[str]:
+  """Names of the copies that a run leaves: '' is the last one."""
+  return [
+      '',
+      *(f'epoch_{n}' for n in phase.get('keep_epochs', ())),
+      *(f'ema_{decay}' for decay in phase.get('ema', ())),
+  ]
+
+
+def grouped(runs: Sequence[Run], size: int) -> list[list[int]]:
+  """Indices of runs that train together: alike in `STATIC`, at most `size`.
+
+  Example:
+    >>> grouped([{}, {'num_epochs': 3}, {}, {}], 2)
+    [[0, 2], [3], [1]]
+  """
+  alike: dict[tuple, list[int]] = {}
+  for i, run in enumerate(runs):
+    alike.setdefault(tuple(run.get(k) for k in STATIC), []).append(i)
+  return [
+      rows[start : start + size]
+      for rows in alike.values()
+      for start in range(0, len(rows), size)
+  ]
+
+
+def settings_of(
+    phase: Mapping[str, Any], runs: Sequence[Run], num_examples: int
+) -> Settings:
+  """The settings of a phase, for runs that train together.
+
+  Args:
+    phase: such as `config.finetune`.
+    runs: what they set of `STATIC` goes before what the phase says.
+    num_examples: of the training data.
+
+  Returns:
+    `Settings`.
+
+  Raises:
+    ValueError: no runs, runs that differ, names that are not known, a value
+      that no optimizer takes, or too few examples.
+  """
+  if not runs:
+    raise ValueError('No runs to train: pass at least one.')
+  known = [*DEFAULTS, *OTHERS, *STATIC, *augmentation.ALL]
+  if unknown := sorted(set().union(*runs) - set(known)):
+    raise ValueError(f'Unknown hyper-parameters {unknown}: choose from {known}.')
+  if len(grouped(runs, len(runs))) > 1:
+    raise ValueError(f'Runs that differ in {STATIC} cannot train together.')
+  given = {k: phase[k] for k in Settings._fields if k in phase}
+  given |= {k: runs[0][k] for k in STATIC if k in runs[0]}
+  for name in ('ema', 'keep_epochs'):
+    given[name] = tuple(given.get(name, ()))
+  if num_examples < given['batch_size']:
+    raise ValueError(
+        f'{num_examples} examples do not fill one batch of '
+        f'{given["batch_size"]}: make the batch smaller.'
+    )
+  num_steps = given['num_epochs'] * (num_examples // given['batch_size'])
+  asked = set().union(*runs)
+  settings = Settings(
+      **given,
+      num_updates=max(1, num_steps // given.get('num_accumulated', 1)),
+      augmentations=tuple(name for name in augmentation.ALL if name in asked),
+      is_sharp='sam' in asked,
+  )
+  return _checked(settings)
+
+
+def _checked(settings: Settings) -> Settings:
+  if settings.optimizer not in OPTIMIZERS:
+    raise ValueError(
+        f'optimizer is {settings.optimizer!r}: choose from '
+        f'{", ".join(OPTIMIZERS)}.'
+    )
+  if settings.batch_norm not in ('train', 'frozen'):
+    raise ValueError(
+        f"batch_norm is {settings.batch_norm!r}: 'train' or 'frozen'."
+    )
+  if settings.is_sharp and settings.num_accumulated > 1:
+    raise ValueError(
+        f'num_accumulated is {settings.num_accumulated} and runs have sam: the '
+        'second gradient of SAM is of one batch. Make num_accumulated 1.'
+    )
+  return settings
 
 
 def _stack_runs(runs):
   """A dict of [K] from K dicts, with what is missing filled in."""
-  if not runs:
-    raise ValueError('No runs to train: pass at least one.')
-  for run in runs:
-    if unknown := sorted(set(run) - set(DEFAULTS)):
-      raise ValueError(
-          f'Unknown hyper-parameters {unknown}: choose from {list(DEFAULTS)}.'
+  names = set().union(DEFAULTS, *runs) - set(STATIC)
+  return jax.device_put({
+      name: np.asarray(
+          [run.get(name, DEFAULTS.get(name, 0)) for run in runs],
+          np.uint32 if name.endswith('seed') else np.float32,
       )
-  columns = {k: [run.get(k, v) for run in runs] for k, v in DEFAULTS.items()}
-  return jax.device_put(
-      {
-          name: np.asarray(column, np.uint32 if name == 'seed' else np.float32)
-          for name, column in columns.items()
-      }
+      for name in sorted(names)
+  })
+
+
+def make_tx(
+    settings: Settings, hyper: Mapping[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+  """The optimizer: `theta <- theta - rate (direction + weight_decay theta)`.
+
+  Args:
+    settings: of the phase.
+    hyper: scalars, perhaps traced: `learning_rate`, `weight_decay`, `sam`.
+
+  Returns:
+    An optax transformation.
+  """
+  rate_fn = lambda count: hyper['learning_rate'] * schedule(settings, count)
+  clip = optax.clip_by_global_norm(settings.clip) if settings.clip else None
+  parts = [
+      clip or optax.identity(),
+      OPTIMIZERS[settings.optimizer](settings),
+      optax.add_decayed_weights(hyper['weight_decay']),
+      optax.scale_by_learning_rate(rate_fn),
+  ]
+  tx = optax.chain(*parts)
+  if settings.is_sharp:
+    up = optax.chain(optax.contrib.normalize(), optax.sgd(hyper['sam']))
+    tx = optax.contrib.sam(tx, up, opaque_mode=True)
+  if settings.num_accumulated > 1:
+    every = settings.num_accumulated
+    tx = optax.MultiSteps(tx, every).gradient_transformation()
+  return optax.with_extra_args_support(tx)
+
+
+def schedule(settings: Settings, count: Any) -> Any:
+  """Share of the peak rate: a linear warm-up times a cosine to `final`."""
+  done = count / settings.num_updates
+  cosine = 0.5 * (1 + jnp.cos(jnp.pi * done))
+  warm = jnp.minimum(1.0, done / settings.warmup) if settings.warmup else 1.0
+  return warm * (settings.final + (1 - settings.final) * cosine)
+
+
+def train_step(
+    model: modeling.Model,
+    settings: Settings,
+    state: State,
+    hyper: Mapping[str, jax.Array],
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+) -> tuple[State, jax.Array]:
+  """One step of one run.
+
+  Args:
+    model: of `modeling.of`.
+    settings: of the phase.
+    state: before.
+    hyper: hyper-parameters of this run, scalars.
+    batch: the model's inputs, and `label` [B].
+    key: of the augmentation.
+
+  Returns:
+    The state after it, and the loss.
+  """
+  batch, target = augmentation.apply(
+      key, batch, hyper, settings.augmentations, model.num_classes
+  )
+
+  def loss_fn(params):
+    if settings.batch_norm == 'train':
+      logits, stats = model.train_fn(params, batch)
+    else:
+      logits, stats = model.logits_fn(params, batch), {}
+    return optax.softmax_cross_entropy(logits, target).mean(), stats
+
+  def grad_fn(params, _=None):
+    grads, stats = jax.grad(loss_fn, has_aux=True)(params)
+    del stats
+    return jax.tree.map(_where, mask, grads)
+
+  mask = is_trained(model, state.params)
+  (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  grads = jax.tree.map(_where, mask, grads)
+  tx = make_tx(settings, hyper)
+  more = {'grad_fn': grad_fn} if settings.is_sharp else {}
+  updates, opt_state = tx.update(grads, state.opt_state, state.params, **more)
+  updates = jax.tree.map(_where, mask, updates)  # No decay of statistics.
+  params = _replaced(optax.apply_updates(state.params, updates), stats)
+  ema = {
+      name: optax.incremental_update(params, copy, 1 - decay)
+      for decay, (name, copy) in zip(settings.ema, state.ema.items())
+  }
+  return State(params, opt_state, ema), loss
+
+
+def is_trained(model: modeling.Model, params: Params) -> Any:
+  """A tree of bools: False for the running statistics of BatchNorm."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: tuple(k.key for k in path) not in model.statistics, params
   )
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _start(params, num_runs):
-  params = jax.tree.map(lambda x: jnp.stack([x] * num_runs), params)
-  return params, jax.vmap(optax.scale_by_adam().init)(params)
+def _where(is_kept: bool, x: jax.Array) -> jax.Array:
+  return x if is_kept else jnp.zeros_like(x)
+
+
+def _replaced(params: Any, new: Any) -> Any:
+  """`params` with those leaves that the nested dict `new` holds."""
+  if not isinstance(new, dict):
+    return new
+  return {
+      k: _replaced(x, new[k]) if k in new else x for k, x in params.items()
+  }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(model, settings, params, hyper):
+  """The state of K runs, stacked."""
+
+  def run_fn(hyper):
+    start = params
+    if 'init_seed' in hyper:
+      start = model.init_fn(jax.random.key(hyper['init_seed']))
+    return initial_state(settings, start, hyper)
+
+  return jax.vmap(run_fn)(hyper)
+
+
+def initial_state(settings, params, hyper) -> State:
+  """The state of one run before its first step."""
+  return State(
+      params,
+      make_tx(settings, hyper).init(params),
+      {f'ema_{decay}': params for decay in settings.ema},
+  )
 
 
 @functools.partial(
-    jax.jit, static_argnums=(0, 1), donate_argnames=('params', 'opt_state')
+    jax.jit, static_argnums=(0, 1), donate_argnames=('state',)
 )
-def _epoch(logits_fn, settings, params, opt_state, hyper, data, epoch):
+def _epoch(model, settings, state, hyper, data, epoch):
   """One pass over the data for all runs; K along the leading axes."""
   num_examples = len(data['label'])
   num_steps = num_examples // settings.batch_size
 
-  def run_fn(params, opt_state, hyper):
+  def run_fn(state, hyper):
     key = jax.random.fold_in(jax.random.key(hyper['seed']), epoch)
     order = jax.random.permutation(key, num_examples)
     order = order[: num_steps * settings.batch_size].reshape(num_steps, -1)
 
-    def step_fn(carry, xs):
+    def step_fn(state, xs):
       step, index = xs
       batch = jax.tree.map(lambda x: x[index], data)
-      done = epoch + step / num_steps
       step_key = jax.random.fold_in(key, step)
-      return train_step(
-          logits_fn, settings, carry, hyper, batch, step_key, done
-      )
+      return train_step(model, settings, state, hyper, batch, step_key)
 
-    carry, losses = jax.lax.scan(
-        step_fn, (params, opt_state), (jnp.arange(num_steps), order)
+    state, losses = jax.lax.scan(
+        step_fn, state, (jnp.arange(num_steps), order)
     )
-    return *carry, losses.mean()
+    return state, losses.mean()
 
-  return jax.vmap(run_fn)(params, opt_state, hyper)
+  return jax.vmap(run_fn)(state, hyper)
 
 
-def train_step(logits_fn, settings, carry, hyper, batch, key, epoch):
-  """AdamW, decoupled: theta <- theta - rate (adam(g) + weight_decay theta).
+class Streamed:
+  """The training of one run on data that are read meanwhile, on all devices.
 
-  Args:
-    logits_fn: of the model.
-    settings: of the phase.
-    carry: parameters, and the state of the optimizer.
-    hyper: hyper-parameters of this run, scalars.
-    batch: `image` [B, H, W, C] and `label` [B].
-    key: of the augmentation.
-    epoch: how many epochs are done, with the fraction of this one.
-
-  Returns:
-    The new carry, and the loss.
+  Parameters and the optimizer's state are sharded over the mesh (FSDP), and so
+  is each batch; every process reads its own rows.
   """
-  image, target = _augment(key, batch, hyper, settings.num_classes)
-  rate = _schedule(settings, epoch) * hyper['learning_rate']
-  return _step(logits_fn, carry, image, target, rate, hyper['weight_decay'])
+
+  def __init__(self, model, settings, hyper, source):
+    num_runs = len(hyper['seed'])
+    if num_runs > 1:
+      raise ValueError(
+          f'{num_runs} runs cannot train together on data that are not in '
+          'memory: make sweep.group_size 1.'
+      )
+    self._model, self._settings, self._source = model, settings, source
+    self._hyper = jax.tree.map(lambda x: x[0], jax.device_get(hyper))
+    self._mesh = mesh()
+    self._step = jax.jit(
+        functools.partial(train_step, model, settings), donate_argnums=(0,)
+    )
+
+  def start(self, params: Params) -> State:
+    """The state before the first step, stacked: leaves [1, ...]."""
+    hyper = self._hyper
+    if 'init_seed' in hyper:
+      params = self._model.init_fn(jax.random.key(hyper['init_seed']))
+    init_fn = functools.partial(
+        initial_state, self._settings, hyper=dict(hyper)
+    )
+    abstract = sharded_state(jax.eval_shape(init_fn, params), self._mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    state = jax.jit(init_fn, out_shardings=shardings)(params)
+    return jax.tree.map(lambda x: x[None], state)
+
+  def epoch(self, state: State, epoch: int) -> tuple[State, np.ndarray]:
+    """One walk through the data."""
+    state = jax.tree.map(lambda x: x[0], state)
+    key = jax.random.fold_in(jax.random.key(self._hyper['seed']), epoch)
+    losses = []
+    for step, batch in enumerate(self._batches(epoch)):
+      step_key = jax.random.fold_in(key, step)
+      with jax.set_mesh(self._mesh):
+        state, loss = self._step(state, self._hyper, batch, step_key)
+      losses.append(loss)
+      # Few steps ahead of the device: batches in flight take memory.
+      jax.block_until_ready(losses[max(0, step - 2)])
+    mean = np.mean(jax.device_get(losses), keepdims=True)
+    return jax.tree.map(lambda x: x[None], state), mean
+
+  def _batches(self, epoch: int) -> Iterator[dict[str, jax.Array]]:
+    split = NamedSharding(self._mesh, PartitionSpec('fsdp'))
+    for batch in sources.batches(
+        self._source,
+        self._settings.batch_size,
+        seed=int(self._hyper['seed']),
+        epoch=epoch,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    ):
+      names = (*self._model.inputs, 'label')
+      yield {
+          name: jax.make_array_from_process_local_data(split, batch[name])
+          for name in names
+      }
 
 
-def _step(logits_fn, carry, image, target, rate, weight_decay):
-  params, opt_state = carry
-
-  def loss_fn(params):
-    logits = logits_fn(params, image)
-    return optax.softmax_cross_entropy(logits, target).mean()
-
-  loss, grads = jax.value_and_grad(loss_fn)(params)
-  updates, opt_state = optax.scale_by_adam().update(grads, opt_state)
-  params = jax.tree.map(
-      lambda p, u: p - rate * (u + weight_decay * p), params, updates
+def mesh() -> jax.sharding.Mesh:
+  """All devices along one axis, `fsdp`."""
+  return jax.make_mesh(
+      (jax.device_count(),), ('fsdp',), axis_types=(AxisType.Auto,)
   )
-  return (params, opt_state), loss
 
 
-def _augment(key, batch, hyper, num_classes):
-  keys = jax.random.split(key, 3)
-  image = augment.affine(keys[0], batch['image'], hyper['affine'])
-  image = augment.noise(keys[1], image, hyper['noise'])
-  target = jax.nn.one_hot(batch['label'], num_classes)
-  target = optax.smooth_labels(target, hyper['label_smoothing'])
-  return augment.mixup(keys[2], image, target, hyper['mixup'])
-
-
-def _schedule(settings, epoch):
-  """Share of the peak rate: a linear warm-up times a cosine to `final`."""
-  done = epoch / settings.num_epochs
-  cosine = 0.5 * (1 + jnp.cos(jnp.pi * done))
-  warm = jnp.minimum(1.0, done / settings.warmup) if settings.warmup else 1.0
-  return warm * (settings.final + (1 - settings.final) * cosine)
+def sharded_state(state: State, on_mesh: jax.sharding.Mesh) -> State:
+  """Puts the shardings of FSDP on an abstract state; scalars are replicated."""
+  return sharding.fsdp(state, on_mesh)

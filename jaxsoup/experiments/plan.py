@@ -3,7 +3,7 @@
 ```
 mesh, device_bytes = plan.topology_mesh('v5e:8x8')     # no TPU is needed
 made = plan.make(
-    config, mesh, device_bytes, num_ingredients=58, machine='v5e:8x8'
+    experiment, mesh, device_bytes, num_ingredients=58, machine='v5e:8x8'
 )
 print(plan.as_text(made))
 ```
@@ -31,7 +31,6 @@ from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import ml_collections
-import optax
 
 from jaxsoup import _memory
 from jaxsoup import _mixing
@@ -45,6 +44,7 @@ from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import finetune
 from jaxsoup.experiments import hlo
+from jaxsoup.experiments import modeling
 
 
 class Chip(NamedTuple):
@@ -240,7 +240,7 @@ def _mesh_of(devices) -> jax.sharding.Mesh:
 
 
 def make(
-    config: ml_collections.ConfigDict,
+    experiment: configs.Experiment,
     mesh: jax.sharding.Mesh,
     device_bytes: int,
     *,
@@ -251,7 +251,7 @@ def make(
   """Compiles the programs of an experiment, and adds up what recipes need.
 
   Args:
-    config: the experiment.
+    experiment: of `configs.load`; its data are not asked for.
     mesh: with the axis `fsdp`, over which models and batches are sharded.
     device_bytes: memory of one device.
     num_ingredients: K.
@@ -264,15 +264,17 @@ def make(
   Raises:
     UsageError: the config lacks something: names it.
   """
+  config = experiment.config
   _check_complete(config)
-  lowerings = programs(config, mesh, num_ingredients)
+  model = modeling.of(experiment)
+  lowerings = programs(experiment, mesh, num_ingredients)
   compiled = []
   for name, lower_fn in lowerings.items():
     compiled.append(compile_program(name, lower_fn, mesh))
     if on_program is not None:
       on_program(compiled[-1])
-  leaves = jax.tree.leaves(abstract_params(config, mesh))
-  held_out = _batch(config, mesh, config.data.sizes.held_out)
+  leaves = jax.tree.leaves(abstract_params(model, mesh))
+  held_out = _batch(model, mesh, config.data.sizes.held_out)
   return Plan(
       machine=machine,
       num_devices=mesh.size,
@@ -290,7 +292,7 @@ def make(
       held_out_bytes=sum(map(_shard_bytes, held_out.values())),
       programs=tuple(compiled),
       recipes=recipes(
-          config, mesh, device_bytes, num_ingredients, tuple(compiled)
+          experiment, mesh, device_bytes, num_ingredients, tuple(compiled)
       ),
   )
 
@@ -299,6 +301,7 @@ def make(
 FIELDS = (
     'batch_size',
     'data.sizes.held_out',
+    'data.sizes.train',
     'finetune.batch_size',
     'finetune.final',
     'finetune.num_epochs',
@@ -306,8 +309,6 @@ FIELDS = (
     'learned.batch_size',
     'learned.num_epochs',
     'learned.val_fraction',
-    'model.image_shape',
-    'model.num_classes',
     'sweep.group_size',
 )
 
@@ -332,16 +333,15 @@ def _num_hosts(mesh: jax.sharding.Mesh) -> int:
   return len({d.process_index for d in mesh.devices.flat})
 
 
-def abstract_params(config, mesh) -> Any:
+def abstract_params(model: modeling.Model, mesh: jax.sharding.Mesh) -> Any:
   """Shapes and shardings of one ingredient."""
-  init_fn = finetune.make_model(config).init_fn
   with jax.set_mesh(mesh):
-    shapes = jax.eval_shape(lambda: init_fn(jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: model.init_fn(jax.random.key(0)))
   return sharding.fsdp(shapes, mesh)
 
 
 def programs(
-    config: ml_collections.ConfigDict,
+    experiment: configs.Experiment,
     mesh: jax.sharding.Mesh,
     num_ingredients: int,
 ) -> dict[str, functools.partial]:
@@ -350,9 +350,9 @@ def programs(
   Returns:
     Functions by name that return a `jax.stages.Traced`.
   """
-  params = abstract_params(config, mesh)
+  config, model = experiment.config, modeling.of(experiment)
+  params = abstract_params(model, mesh)
   flat = _tree.flatten(params)
-  logits_fn = finetune.make_model(config).logits_fn
   replicated = NamedSharding(mesh, PartitionSpec())
   scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
   alpha = jax.ShapeDtypeStruct(
@@ -368,7 +368,7 @@ def programs(
   ]
 
   def loss_at(floats, scale, batch):
-    return cook.loss_fn_of(logits_fn)(flat.replace(floats), batch, scale)
+    return cook.loss_fn_of(model.logits_fn)(flat.replace(floats), batch, scale)
 
   groups = [_tree.group_of(path, None) for path in flat.paths]
   alphas = lambda w: {g: jax.nn.softmax(w[g]) for g in w}
@@ -382,7 +382,7 @@ def programs(
       tuple(x.dtype for x in flat.leaves),
       [x.sharding for x in flat.leaves],
   )
-  batch = lambda size, **more: _batch(config, mesh, size, **more)
+  batch = lambda size, **more: _batch(model, mesh, size, **more)
   learning = batch(config.learned.batch_size)
   gradient = jax.jit(
       lambda alpha, stacked, cotangent: jax.vjp(
@@ -391,7 +391,7 @@ def programs(
   )
   evaluate = evaluation.mean_of(
       lambda params, batch: metrics.correct(
-          logits_fn(params, batch['image']), batch['label']
+          model.logits_fn(params, batch), batch['label']
       ),
       batches=(),
   )
@@ -407,7 +407,7 @@ def programs(
       'learned step, resident': (resident.step, (w, scalar), stacked, learning),
       'learned step, streamed': (streamed.step, flat.leaves, scalar, learning),
       'inner products, streamed': (streamed.inner, flat.leaves, flat.leaves),
-      'fine-tuning step': _fine_tuning(config, mesh, params),
+      'fine-tuning step': _fine_tuning(experiment, model, mesh, params),
   }
 
   return {
@@ -425,13 +425,13 @@ def _stacked(x, num_ingredients):
   )
 
 
-def _batch(config, mesh, size, **more):
+def _batch(model, mesh, size, **more):
   """Shapes of a batch, of a size that the mesh divides."""
   size = _divided(size, mesh)
   split = NamedSharding(mesh, PartitionSpec('fsdp'))
   shape = lambda *x: jax.ShapeDtypeStruct(x[1:], x[0], sharding=split)
   return {
-      'image': shape(jnp.float32, size, *config.model.image_shape),
+      **{n: shape(x.dtype, size, *x.shape) for n, x in model.inputs.items()},
       'label': shape(jnp.int32, size),
       **{name: shape(dtype, size) for name, dtype in more.items()},
   }
@@ -441,44 +441,35 @@ def _divided(size: int, mesh: jax.sharding.Mesh) -> int:
   return -(-size // mesh.size) * mesh.size
 
 
-def _fine_tuning(config, mesh, params):
-  """One step of all runs of a group, as `finetune.finetune` runs it."""
-  num_runs = config.sweep.group_size
-  settings = finetune.settings_of(config, config.finetune)
-  logits_fn = finetune.make_model(config).logits_fn
+def _fine_tuning(experiment, model, mesh, params):
+  """One step of all runs of a group, as `finetune.train` runs it."""
+  config = experiment.config
+  runs = experiment.runs[: config.sweep.group_size]
+  settings = finetune.settings_of(
+      config.finetune, runs, config.data.sizes.train
+  )
   replicated = NamedSharding(mesh, PartitionSpec())
-  placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  params = jax.tree.map(lambda x: _stacked(x, num_runs), params)
-  moments = jax.eval_shape(jax.vmap(optax.scale_by_adam().init), params)
-  moments = moments._replace(
-      count=placed(moments.count, replicated),
-      mu=jax.tree.map(lambda x, p: placed(x, p.sharding), moments.mu, params),
-      nu=jax.tree.map(lambda x, p: placed(x, p.sharding), moments.nu, params),
-  )
-  row = lambda dtype: jax.ShapeDtypeStruct(
-      (num_runs,), dtype, sharding=replicated
-  )
+  scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=replicated)
   hyper = {
-      name: row(jnp.uint32 if name == 'seed' else jnp.float32)
-      for name in finetune.DEFAULTS
+      name: scalar(jnp.uint32 if name.endswith('seed') else jnp.float32)
+      for name in sorted(set().union(finetune.DEFAULTS, *runs))
   }
+  init_fn = functools.partial(finetune.initial_state, settings)
+  state = sharding.fsdp(jax.eval_shape(init_fn, params, hyper), mesh)
+  stacked = lambda tree: jax.tree.map(lambda x: _stacked(x, len(runs)), tree)
 
-  def step_fn(params, moments, hyper, batch, epoch):
-    def run_fn(params, moments, hyper):
+  def step_fn(state, hyper, batch):
+    def run_fn(state, hyper):
       key = jax.random.key(hyper['seed'])
-      return finetune.train_step(
-          logits_fn, settings, (params, moments), hyper, batch, key, epoch
-      )
+      return finetune.train_step(model, settings, state, hyper, batch, key)
 
-    return jax.vmap(run_fn)(params, moments, hyper)
+    return jax.vmap(run_fn)(state, hyper)
 
   return (
-      jax.jit(step_fn, donate_argnums=(0, 1)),
-      params,
-      moments,
-      hyper,
-      _batch(config, mesh, config.finetune.batch_size),
-      jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated),
+      jax.jit(step_fn, donate_argnums=0),
+      stacked(state),
+      stacked(hyper),
+      _batch(model, mesh, config.finetune.batch_size),
   )
 
 
@@ -529,7 +520,7 @@ def _needed(message: str, argument_bytes: int) -> int:
 
 
 def recipes(
-    config: ml_collections.ConfigDict,
+    experiment: configs.Experiment,
     mesh: jax.sharding.Mesh,
     device_bytes: int,
     num_ingredients: int,
@@ -538,7 +529,7 @@ def recipes(
   """Adds up what each recipe reads, holds and evaluates.
 
   Args:
-    config: the experiment.
+    experiment: as in `make`.
     mesh: as in `make`.
     device_bytes: memory of one device.
     num_ingredients: K.
@@ -548,10 +539,12 @@ def recipes(
     One `Recipe` each; those that search are counted as if they took all.
   """
   by_name = {p.name: p for p in compiled}
-  leaves = jax.tree.leaves(abstract_params(config, mesh))
+  config, model = experiment.config, modeling.of(experiment)
+  leaves = jax.tree.leaves(abstract_params(model, mesh))
   host_reads, all_read = _boxes(leaves)
   device = _on_device(by_name, num_ingredients)
-  host = _on_host(config, mesh, leaves, num_ingredients)
+  num_logits = config.data.sizes.held_out * model.num_classes
+  host = _on_host(num_logits, mesh, leaves, num_ingredients)
   made = []
   for name, (reads, evaluations, steps) in _counts(
       config, num_ingredients
@@ -618,15 +611,14 @@ def _on_device(
   }
 
 
-def _on_host(config, mesh, leaves, num_ingredients) -> dict[str, int]:
+def _on_host(num_logits, mesh, leaves, num_ingredients) -> dict[str, int]:
   """Bytes by recipe that one host keeps, beside the model that it reads."""
   narrow = lambda x: math.prod(x.shape) * min(2, x.dtype.itemsize)
   copies = num_ingredients * sum(map(narrow, leaves)) // _num_hosts(mesh)
-  logits = config.data.sizes.held_out * config.model.num_classes * 4
-  # Collected one by one, then stacked.
+  # Logits are collected one by one, then stacked.
   return {
       'learned, cached': copies,
-      'ensembles': 2 * num_ingredients * logits,
+      'ensembles': 2 * num_ingredients * num_logits * 4,
   }
 
 

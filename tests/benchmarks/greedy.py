@@ -13,19 +13,21 @@ own.
 Measured on two CPU cores, jax 0.10.2, medians of five that took turns:
 
          search s   all s   rest of all   peak MB   soup of
-early        2.00    6.67          4.8%       599         5
-full         4.34    8.97          3.9%       613         5
-loop         8.01   16.39                     577         5
-full / early: search x2.17, with singles x1.34
-loop / early: search x4.00, with singles x2.46
-32 trials, 27 rejected; a rejection took 19 per cent of the held-out examples
-(median; largest 54). While other programs used the cores as well the ratio
-loop / early with singles was 1.9 to 3.7, and the rest 6.4%.
+early        4.76   17.18          4.3%       526         4
+full        11.92   24.52          3.0%       512         4
+loop        22.68   45.40                     503         4
+full / early: search x2.51, with singles x1.43
+loop / early: search x4.77, with singles x2.64
+32 trials, 28 rejected; a rejection took 19 per cent of the held-out examples
+(median; largest 93). On two cores that multiply matrices 2.6 times as fast it
+was x4.00 and x2.46, and the rest 4.8%: what is not the model weighs more there.
+While other programs used the cores as well the ratio loop / early with singles
+was 1.9 to 3.7.
 
 Limits:
 
 - A rejection needs more wrong answers than the present soup has, 13 per cent of
-  the examples here: no order can do with fewer.
+  the examples: no order can do with fewer.
 - The largest shares are of candidates that fall short by few answers: the last
   wrong one may be anywhere.
 - Every single needs its exact score, and what is accepted is evaluated in full:

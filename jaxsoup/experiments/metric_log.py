@@ -1,0 +1,62 @@
+"""What a training reports: JSON lines in a file, TensorBoard on request.
+
+```
+log = metric_log.MetricLog(workdir / 'metrics.jsonl')
+log.write({'run': 3, 'epoch': 1, 'loss': 0.7})
+```
+"""
+
+from collections.abc import Mapping
+import json
+import pathlib
+import time
+from typing import Any
+
+from jaxsoup.experiments import distributed
+
+
+class MetricLog:
+  """Appends a line a report; process 0 alone writes."""
+
+  def __init__(self, path: Any, *, tensorboard: Any = None):
+    """Opens nothing yet.
+
+    Args:
+      path: of the file.
+      tensorboard: a folder for TensorBoard's files; None: none are written.
+
+    Raises:
+      ImportError: tensorboardX is not installed.
+    """
+    self._path = pathlib.Path(path)
+    self._writer_fn = None
+    if tensorboard is not None:
+      try:
+        import tensorboardX
+      except ImportError as e:
+        raise ImportError(
+            'tensorboardX is not installed: pip install "jaxsoup[tensorboard]"'
+        ) from e
+      self._writer_fn = lambda name: tensorboardX.SummaryWriter(
+          str(pathlib.Path(tensorboard, name))
+      )
+
+  def write(self, values: Mapping[str, Any]) -> None:
+    """Writes one report.
+
+    Args:
+      values: what JSON can hold; `run` and `epoch` name the curve and the place
+        on it.
+    """
+    if not distributed.is_main():
+      return
+    line = json.dumps({'time': round(time.time(), 1), **values})
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    # One write a line: what others append meanwhile stays whole.
+    with self._path.open('a') as file:
+      file.write(line + '\n')
+    if self._writer_fn is not None:
+      with self._writer_fn(str(values.get('run', 'all'))) as writer:
+        for name, value in values.items():
+          if name not in ('run', 'epoch') and isinstance(value, (int, float)):
+            writer.add_scalar(name, value, values.get('epoch', 0))

@@ -1,0 +1,250 @@
+"""Models of experiments as pure functions of parameters and a batch.
+
+```
+model = modeling.make(config)                       # what `config.model` says
+logits = model.logits_fn(params, {'image': image})
+```
+
+A config file that needs another model has a function `model(config)`, which
+returns `modeling.of_module(make_fn, inputs=..., num_classes=...)`.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import dataclasses
+import functools
+import importlib
+import json
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from jaxsoup import models
+from jaxsoup.experiments import configs
+
+Params = dict[str, Any]
+Batch = Mapping[str, jax.Array]
+
+# Where each family's class is, and what it is called with.
+FAMILIES = {
+    'vit': ('ViT', ('image',)),
+    'bert': ('Bert', ('input_ids', 'attention_mask', 'token_type_ids')),
+    'resnet': ('ResNet', ('image',)),
+    'efficientnet': ('EfficientNet', ('image',)),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A model as pure functions; itself a static argument of jitted ones.
+
+  Attributes:
+    init_fn: key -> params, a plain nested dict with string keys; traceable.
+    start_fn: key -> params that training starts from: those of a file with a
+      new head drawn by the key, or those of `init_fn`.
+    logits_fn: (params, batch) -> logits [B, num_classes]; jitted.
+    train_fn: (params, batch) -> (logits, statistics): BatchNorm normalizes by
+      the batch; the running statistics that follow, by their paths in params.
+    features_fn: (params, batch) -> what the head sees [B, D]; None if no linear
+      probe is possible.
+    inputs: shape and dtype of each input of one example, by its name.
+    num_classes: C.
+    statistics: paths of the running statistics: averaged in a soup, not
+      trained. Empty without BatchNorm.
+  """
+
+  init_fn: Callable[[jax.Array], Params]
+  start_fn: Callable[[jax.Array], Params]
+  logits_fn: Callable[[Params, Batch], jax.Array]
+  train_fn: Callable[[Params, Batch], tuple[jax.Array, dict]]
+  features_fn: Callable[[Params, Batch], jax.Array] | None
+  inputs: Mapping[str, jax.ShapeDtypeStruct]
+  num_classes: int
+  statistics: frozenset[tuple[str, ...]] = frozenset()
+
+
+def of(experiment: configs.Experiment) -> Model:
+  """The model of an experiment: `model(config)` of its file, or `make`."""
+  return (experiment.model_fn or make)(experiment.config)
+
+
+def make(config: ml_collections.ConfigDict) -> Model:
+  """Makes the model that `config.model` describes.
+
+  Equal descriptions give the same functions, so that what was compiled for
+  them is found again.
+
+  Args:
+    config: `model.family`, a key of `FAMILIES` ('vit' if there is none); the
+      arguments of its constructor beside it; `inputs`, the shape of each input
+      of one example, unless that is `model.image_shape`; and `init`, a file or
+      directory of weights for all but the head, empty for none.
+
+  Returns:
+    The model's pure functions.
+
+  Raises:
+    UsageError: the config names no such family, or lacks the inputs.
+  """
+  arguments = config.model.to_dict()
+  family = arguments.pop('family', 'vit')
+  if family not in FAMILIES:
+    raise configs.UsageError(
+        f'model.family is {family!r}: choose from {", ".join(FAMILIES)}, or '
+        'give the config file a function model(config).'
+    )
+  inputs = dict(config.get('inputs', {}))
+  if 'image_shape' in arguments:
+    inputs.setdefault('image', arguments['image_shape'])
+  if not inputs:
+    raise configs.UsageError(
+        'The config says no shape of its inputs: inputs=dict(image=(H, W, C)), '
+        'or inputs=dict(input_ids=(T,), attention_mask=(T,)).'
+    )
+  description = [family, arguments, inputs, config.get('init', '')]
+  return _made(json.dumps(description, sort_keys=True))
+
+
+@functools.cache
+def _made(description: str) -> Model:
+  family, arguments, inputs, path = json.loads(description)
+  if 'image_shape' in arguments:
+    arguments['image_shape'] = tuple(arguments['image_shape'])
+  class_name, names = FAMILIES[family]
+  module = importlib.import_module(f'jaxsoup.models.{family}')
+
+  def make_fn(key):
+    return getattr(module, class_name)(**arguments, rngs=nnx.Rngs(key))
+
+  def load_fn(key):
+    seed = int(jax.random.bits(key, dtype=jnp.uint32)) >> 1
+    return models.load(
+        path, family=family, without=['head'], seed=seed, **arguments
+    )
+
+  return of_module(
+      make_fn,
+      inputs={name: inputs[name] for name in names if name in inputs},
+      num_classes=arguments['num_classes'],
+      load_fn=load_fn if path else None,
+  )
+
+
+def of_module(
+    make_fn: Callable[[jax.Array], nnx.Module],
+    *,
+    inputs: Mapping[str, tuple[int, ...]],
+    num_classes: int,
+    load_fn: Callable[[jax.Array], nnx.Module] | None = None,
+    call: Callable[..., jax.Array] | None = None,
+) -> Model:
+  """A `Model` of an nnx module.
+
+  Args:
+    make_fn: key -> the module with initial parameters; traceable.
+    inputs: what the module is called with, in this order: the shape of each of
+      one example. Those of 'image' are float32, all others int32.
+    num_classes: of its logits.
+    load_fn: key -> the module with pre-trained weights, and a new head.
+    call: (module, *inputs) -> logits; by default the module is called.
+
+  Returns:
+    A `Model`. It has `features_fn` if the module has a method `features` and a
+    linear `head`.
+  """
+  call = call or (lambda module, *xs: module(*xs))
+  abstract = nnx.eval_shape(lambda: make_fn(jax.random.key(0)))
+  graphdef = nnx.graphdef(abstract)
+  stats = nnx.to_pure_dict(nnx.state(abstract, nnx.BatchStat))
+
+  def merged(params):
+    return nnx.merge(graphdef, params)
+
+  def arguments(batch):
+    return [batch[name] for name in inputs]
+
+  def init_fn(key):
+    return models.params_of(make_fn(key))
+
+  def start_fn(key):
+    if load_fn is None:
+      return jax.jit(init_fn)(key)
+    return models.params_of(load_fn(key))
+
+  def logits_fn(params, batch):
+    return call(merged(params), *arguments(batch))
+
+  def train_fn(params, batch):
+    module = merged(params)
+    module.set_attributes(
+        nnx.BatchNorm, use_running_average=False, raise_if_not_found=False
+    )
+    logits = call(module, *arguments(batch))
+    return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+  def features_fn(params, batch):
+    return merged(params).features(*arguments(batch))
+
+  has_head = hasattr(abstract, 'features') and hasattr(abstract, 'head')
+  return Model(
+      init_fn=init_fn,
+      start_fn=start_fn,
+      logits_fn=jax.jit(logits_fn),
+      train_fn=train_fn,
+      features_fn=features_fn if has_head else None,
+      inputs={
+          name: jax.ShapeDtypeStruct(
+              tuple(shape), jnp.float32 if name == 'image' else jnp.int32
+          )
+          for name, shape in inputs.items()
+      },
+      num_classes=num_classes,
+      statistics=frozenset(_paths(stats)),
+  )
+
+
+def _paths(tree: Any, prefix: tuple[str, ...] = ()):
+  if not isinstance(tree, dict):
+    yield prefix
+    return
+  for key, node in tree.items():
+    yield from _paths(node, (*prefix, key))
+
+
+def linear(num_features: int, num_classes: int) -> Model:
+  """The model of a linear probe: `logits = feature kernel + bias`, from zero.
+
+  Args:
+    num_features: D.
+    num_classes: C.
+
+  Returns:
+    A `Model` of batches with `feature` [B, D].
+  """
+  return _linear(num_features, num_classes)
+
+
+@functools.cache
+def _linear(num_features, num_classes):
+  def init_fn(key):
+    del key
+    return {
+        'kernel': jnp.zeros((num_features, num_classes)),
+        'bias': jnp.zeros(num_classes),
+    }
+
+  def logits_fn(params, batch):
+    return batch['feature'] @ params['kernel'] + params['bias']
+
+  return Model(
+      init_fn=init_fn,
+      start_fn=jax.jit(init_fn),
+      logits_fn=jax.jit(logits_fn),
+      train_fn=lambda params, batch: (logits_fn(params, batch), {}),
+      features_fn=None,
+      inputs={'feature': jax.ShapeDtypeStruct((num_features,), jnp.float32)},
+      num_classes=num_classes,
+  )

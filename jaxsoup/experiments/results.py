@@ -1,0 +1,223 @@
+"""From fine-tuned runs to soups, tables and pictures.
+
+```
+rows = results.make(work, theta_0)
+```
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import json
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxsoup import checkpoints
+from jaxsoup import report
+from jaxsoup.data import sources
+from jaxsoup.experiments import cook
+from jaxsoup.experiments import stages
+
+
+class Models(NamedTuple):
+  """What is compared: all that the rows of a table need.
+
+  Attributes:
+    logits: by kind and name of a model: `[N, C]` by data set.
+    beta: the temperature of those that have one.
+    cost: forward passes for one prediction, of those that need several.
+  """
+
+  logits: dict[tuple[str, str], dict[str, np.ndarray]]
+  beta: dict[str, float]
+  cost: dict[str, int]
+
+
+class Split(NamedTuple):
+  """One way to part the examples that select from those that report.
+
+  Attributes:
+    folder: of its soups and scores.
+    held_out: the examples that select.
+    select: rows of 'held_out' followed by 'test' that select.
+    report: rows of those that report.
+  """
+
+  folder: pathlib.Path
+  held_out: sources.Source
+  select: np.ndarray
+  report: np.ndarray
+
+  def of(self, arrays: Mapping[str, np.ndarray], axis: int = 0):
+    """Logits or labels by data set, as this split has them."""
+    pool = np.concatenate([arrays['held_out'], arrays['test']], axis=axis)
+    return {
+        **arrays,
+        'held_out': pool.take(self.select, axis),
+        'test': pool.take(self.report, axis),
+    }
+
+
+def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
+  """Cooks every soup, writes tables and pictures.
+
+  Args:
+    work: the experiment, whose runs are all there.
+    theta_0: the start of the runs.
+
+  Returns:
+    A row a model; means over the splits, where there are several.
+  """
+  ingredients = stages.ingredients(work, theta_0)
+  logits = stages.all_logits(work, ingredients.__getitem__)
+  labels = work.labels
+  tables, first = [], {}
+  all_splits = splits(work)
+  for i, split in enumerate(all_splits):
+    soups = _soups(
+        work,
+        ingredients,
+        theta_0,
+        split,
+        split.of(logits, axis=1),
+        split.of(labels),
+        (i, len(all_splits)),
+    )
+    first = first or soups
+    models = _models(work, ingredients, soups, logits, split, labels)
+    tables.append(_rows(work, models, split.of(labels)))
+  work.progress_fn('reporting', 0.0)
+  _write(work, tables, first)
+  return tables[0] if len(tables) == 1 else report.mean_rows(tables)[0]
+
+
+def splits(work: stages.Work) -> list[Split]:
+  """The split of the data, and further ones at random: `config.num_splits`.
+
+  All have as many examples that select. The runs stay what they are: none was
+  trained on any of these examples.
+  """
+  held_out, test = work.splits.held_out, work.splits.test
+  num_select, num = len(held_out), len(held_out) + len(test)
+  number = work.config.get('num_splits', 1)
+  first = np.arange(num)
+  found = [Split(work.workdir, held_out, first[:num_select], first[num_select:])]
+  if number == 1:
+    return found
+  pool = {
+      name: np.concatenate([x, cook.in_memory(test)[name]])
+      for name, x in cook.in_memory(held_out).items()
+  }
+  for i in range(1, number):
+    rng = np.random.default_rng([work.config.seed, i, *b'split'])
+    order = rng.permutation(num)
+    select, rest = np.sort(order[:num_select]), np.sort(order[num_select:])
+    part = sources.Arrays({name: x[select] for name, x in pool.items()})
+    found.append(Split(work.workdir, part, select, rest))
+  return [
+      split._replace(folder=work.workdir / 'splits' / str(i))
+      for i, split in enumerate(found)
+  ]
+
+
+def _soups(work, ingredients, theta_0, split, logits, labels, part):
+  config = work.config
+  scores = checkpoints.ScoreLog(split.folder / 'scores.jsonl', ingredients)
+  for k, single in enumerate(logits['held_out']):
+    if (k,) not in scores:
+      scores[(k,)] = cook.selection_score(config, single, labels['held_out'])
+  recipes = cook.recipes(
+      config,
+      work.model,
+      ingredients,
+      theta_0,
+      split.held_out,
+      scores,
+      stages.on(config),
+  )
+  soups = {}
+  for i, (name, recipe) in enumerate(recipes.items()):
+    work.progress_fn('souping', (part[0] + i / len(recipes)) / part[1])
+    work.stop.check(
+        f'{work.workdir} holds all runs, and {i} of {len(recipes)} soups'
+    )
+    path = split.folder / 'soups' / name.replace(' ', '_').lower()
+    if not path.exists():
+      checkpoints.save(
+          path,
+          recipe(),
+          ingredients=ingredients,
+          metadata={'recipe': name, 'seed': config.seed},
+      )
+    soups[name] = checkpoints.load(path, stages.abstract(config, theta_0))
+  return soups
+
+
+def _models(work, ingredients, soups, logits, split, labels) -> Models:
+  """The logits of all that is compared, as this split has them."""
+  mine = split.of(logits, axis=1)
+  models = Models({}, {}, {})
+  for k, path in enumerate(ingredients.paths):
+    name = pathlib.Path(path).name
+    models.logits['single', name] = {d: x[k] for d, x in mine.items()}
+  for name, soup in soups.items():
+    models.logits['soup', name] = split.of(work.logits(soup.params))
+    models.beta[name] = getattr(soup.info, 'beta', 1.0)
+  made = cook.ensemble_logits(work.config, mine, split.of(labels))
+  for name, (of_ensemble, cost) in made.items():
+    models.logits['ensemble', name] = of_ensemble
+    models.cost[name] = cost
+  return models
+
+
+def _rows(work, models: Models, labels) -> list[report.Row]:
+  views = work.splits.views
+  return [
+      cook.row(
+          name,
+          kind,
+          {d: views.get(d, lambda x: x)(x) for d, x in logits.items()},
+          labels,
+          metric=cook.metric_of(work.config),
+          beta=models.beta.get(name, 1.0),
+          cost=models.cost.get(name, 1),
+      )
+      for (kind, name), logits in models.logits.items()
+  ]
+
+
+def _write(work, tables: Sequence[Sequence[report.Row]], soups) -> None:
+  workdir = work.workdir
+  rows = tables[0] if len(tables) == 1 else report.mean_rows(tables)[0]
+  report.save(
+      lambda ax: report.scatter(ax, rows),
+      workdir / 'test_against_shifts.png',
+      size=(7.2, 4.2),
+  )
+  searches = {name: soups[name].info for name in ('greedy', 'pruned')}
+  report.save(
+      lambda ax: report.trials(ax, searches),
+      workdir / 'trials.png',
+  )
+  summaries = [report.summary(table) for table in tables]
+  means, deviations = report.mean_rows(summaries)
+  (workdir / 'table.md').write_text(
+      report.markdown(means, deviations if len(tables) > 1 else None) + '\n'
+  )
+  content = {
+      'config': json.loads((workdir / 'config.json').read_text()),
+      'runs': list(work.experiment.runs),
+      'rows': [row._asdict() for row in rows],
+      'alpha': {
+          name: soup.alpha.tolist()
+          for name, soup in soups.items()
+          if isinstance(soup.alpha, np.ndarray)
+      },
+  }
+  if len(tables) > 1:
+    content['splits'] = [[r._asdict() for r in table] for table in tables]
+  unfinished = workdir / 'results.tmp'
+  unfinished.write_text(json.dumps(content, indent=1))
+  unfinished.replace(workdir / 'results.json')

@@ -1,0 +1,316 @@
+"""From a start to fine-tuned runs: the stages of an experiment that train.
+
+```
+theta_0 = stages.theta_0(work)
+is_complete = stages.finetune_all(work, theta_0)
+ingredients = stages.ingredients(work, theta_0)
+```
+
+Each stage does what is left to do, and leaves checkpoints in the workdir.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import functools
+import operator
+import pathlib
+import shutil
+import time
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import ml_collections
+import numpy as np
+
+from jaxsoup import checkpoints
+from jaxsoup import evaluation
+from jaxsoup import sharding
+from jaxsoup.data import sources
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import cook
+from jaxsoup.experiments import finetune
+from jaxsoup.experiments import locking
+from jaxsoup.experiments import metric_log
+from jaxsoup.experiments import modeling
+from jaxsoup.experiments import preemption
+from jaxsoup.experiments import progress
+from jaxsoup.experiments import train_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What all stages of one experiment share."""
+
+  experiment: configs.Experiment
+  model: modeling.Model
+  splits: sources.Splits
+  workdir: pathlib.Path
+  progress_fn: progress.ProgressFn
+  stop: preemption.Stop
+  log: metric_log.MetricLog
+
+  @property
+  def config(self) -> ml_collections.ConfigDict:
+    return self.experiment.config
+
+  @functools.cached_property
+  def data(self) -> dict[str, sources.Source]:
+    """What scores the models: held-out chooses, test and its shifts report."""
+    return {
+        'held_out': self.splits.held_out,
+        'test': self.splits.test,
+        **self.splits.shifts,
+    }
+
+  @functools.cached_property
+  def labels(self) -> dict[str, np.ndarray]:
+    """The labels of each data set."""
+    return {name: cook.labels_of(source) for name, source in self.data.items()}
+
+  def logits(self, params: Any) -> dict[str, np.ndarray]:
+    """Logits `[N, C]` of a model on each data set."""
+    return {name: fn(params) for name, fn in self._logits_fns.items()}
+
+  @functools.cached_property
+  def _logits_fns(self) -> dict[str, Any]:
+    sharding = on(self.config)
+    return {
+        name: evaluation.logits_of(
+            self.model.logits_fn,
+            cook.batches_of(source, self.config.batch_size, sharding),
+        )
+        for name, source in self.data.items()
+    }
+
+  def saved(self, name: str) -> train_state.Saved:
+    return train_state.Saved(
+        self.workdir / 'unfinished' / name,
+        self.stop,
+        minutes=self.config.save_every_minutes,
+    )
+
+  def copies(self) -> list[tuple[int, str, pathlib.Path]]:
+    """Run, name of the copy, and path of everything that is to be souped."""
+    names = self.config.get('ingredients', None)
+    return [
+        (i, name, self._path(i, name))
+        for i in range(len(self.experiment.runs))
+        for name in finetune.names_of(self.config.finetune)
+        if names is None or name in names
+    ]
+
+  def _path(self, run: int, name: str) -> pathlib.Path:
+    stem = f'{run:02d}_{name}' if name else f'{run:02d}'
+    return self.workdir / 'runs' / stem
+
+
+def theta_0(work: Work) -> Any:
+  """The start of all runs: from a file or from scratch, then pre-trained by
+  `config.pretrain`, then with a probed head by `config.probe`.
+
+  Of several processes with one workdir one makes it, and the others wait.
+  """
+  path = work.workdir / 'theta_0'
+  if not path.exists():
+    with _alone(work, path):
+      if not path.exists():
+        work.progress_fn('pre-training', 0.0)
+        metadata = {'seed': work.config.seed}
+        checkpoints.save(path, _start(work), metadata=metadata)
+        shutil.rmtree(work.workdir / 'unfinished' / 'theta_0', True)
+  # Always from the disk, so that a second start sees the same parameters.
+  return checkpoints.Ingredients([path])[0]
+
+
+@contextlib.contextmanager
+def _alone(work: Work, path: pathlib.Path) -> Iterator[None]:
+  """Waits until no other process makes what is at the path."""
+  while True:
+    try:
+      with locking.locked(path.with_name(f'.{path.name}.lock'), path):
+        yield
+        return
+    except locking.InUseError:
+      work.stop.check(f'another process makes {path}')
+      time.sleep(1.0)
+
+
+def _start(work: Work) -> Any:
+  config, model = work.config, work.model
+  params = model.start_fn(jax.random.key(config.seed))
+  if 'pretrain' in config:
+    params = finetune.train_one(
+        model,
+        config.pretrain,
+        params,
+        {**config.pretrain.run.to_dict(), 'seed': config.seed},
+        work.splits.pretrain,
+        progress_fn=functools.partial(_report, work, 'pretrain', 'pre-training'),
+        saved=work.saved('theta_0'),
+    )
+  if 'probe' in config:
+    params = finetune.probe(
+        model,
+        config.probe,
+        params,
+        work.splits.train,
+        batch_size=config.batch_size,
+    )
+  return params
+
+
+def _report(work: Work, run: str, stage: str, epoch, num_epochs, losses) -> None:
+  work.progress_fn(stage, epoch / num_epochs)
+  work.log.write({'run': run, 'epoch': epoch, 'loss': float(losses[0])})
+
+
+def shard_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
+  """Which part of the runs is trained here: (i, n) of `sweep.shard` = 'i/n'.
+
+  Raises:
+    UsageError: it is no such text.
+  """
+  text = config.sweep.get('shard', '0/1')
+  i, _, n = text.partition('/')
+  if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+    raise configs.UsageError(
+        f"sweep.shard is {text!r}: write 'i/n' with i in 0..n-1, such as '0/4'."
+    )
+  return int(i), int(n)
+
+
+def finetune_all(work: Work, start: Any) -> bool:
+  """Fine-tunes those runs of this shard that are not there yet.
+
+  Args:
+    work: the experiment.
+    start: theta_0.
+
+  Returns:
+    Whether all runs of all shards are there.
+  """
+  size = work.config.sweep.group_size
+  groups = finetune.grouped(work.experiment.runs, size)
+  shard, num_shards = shard_of(work.config)
+  mine = groups[shard::num_shards]
+  num_runs = sum(map(len, mine))
+  num_done = 0
+  for group in mine:
+    progress_fn = functools.partial(_part, work, group, num_done, num_runs)
+    with _alone(work, work.workdir / 'runs' / f'{group[0]:02d}'):
+      _finetune_group(work, start, group, progress_fn)
+    num_done += len(group)
+  is_complete = all(path.exists() for _, _, path in work.copies())
+  if is_complete:
+    shutil.rmtree(work.workdir / 'unfinished', ignore_errors=True)
+  return is_complete
+
+
+def _part(work, group, num_done, num_runs, epoch, num_epochs, losses) -> None:
+  done = (num_done + len(group) * epoch / num_epochs) / num_runs
+  work.progress_fn('fine-tuning', done)
+  for run, loss in zip(group, losses):
+    work.log.write({'run': run, 'epoch': epoch, 'loss': float(loss)})
+
+
+def _finetune_group(work: Work, start, group, progress_fn) -> None:
+  """Trains all runs of a group if one is missing, and saves those.
+
+  All of them, so that what a run becomes does not depend on what was there.
+  """
+  saved = work.saved(f'runs_{group[0]:02d}')
+  paths = {(i, name): path for i, name, path in work.copies() if i in group}
+  if not all(path.exists() for path in paths.values()):
+
+    def keep_fn(name, stacked):
+      stacked = jax.device_get(stacked)
+      for row, i in enumerate(group):
+        if (i, name) in paths:
+          params = jax.tree.map(operator.itemgetter(row), stacked)
+          _save(work, paths[i, name], i, name, params)
+
+    stacked = finetune.train(
+        work.model,
+        work.config.finetune,
+        start,
+        [work.experiment.runs[i] for i in group],
+        work.splits.train,
+        progress_fn=progress_fn,
+        saved=saved,
+        keep_fn=keep_fn,
+    )
+    keep_fn('', stacked)
+  saved.delete()
+
+
+def _save(work: Work, path, run: int, name: str, params) -> None:
+  """Saves a run with its score; first its logits, which are needed later."""
+  if path.exists():
+    return
+  logits = work.logits(params)
+  _write_logits(work, path, logits)
+  metric = cook.metric_of(work.config)
+  score = float(metric(logits['held_out'], work.labels['held_out']))
+  config = dict(work.experiment.runs[run])
+  metadata = {'config': config, 'held_out': score}
+  if name:
+    metadata['copy'] = name
+  checkpoints.save(path, params, metadata=metadata)
+  work.log.write({'run': run, 'copy': name, 'held_out': score})
+
+
+def all_logits(work: Work, params_fn: Any) -> dict[str, np.ndarray]:
+  """Logits `[K, N, C]` of all ingredients on each data set, from the disk.
+
+  Args:
+    work: the experiment.
+    params_fn: k -> parameters, for those whose logits are missing.
+  """
+  rows = []
+  for k, (_, _, path) in enumerate(work.copies()):
+    file = _logits_file(work, path)
+    if not file.exists():
+      _write_logits(work, path, work.logits(params_fn(k)))
+    with np.load(file) as stored:
+      rows.append(dict(stored))
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _logits_file(work: Work, path: pathlib.Path) -> pathlib.Path:
+  return work.workdir / 'logits' / f'{path.name}.npz'
+
+
+def _write_logits(work: Work, path: pathlib.Path, arrays) -> None:
+  file = _logits_file(work, path)
+  file.parent.mkdir(exist_ok=True)
+  unfinished = file.with_name(f'.{file.name}')
+  np.savez(unfinished, **arrays)
+  unfinished.replace(file)
+
+
+def ingredients(work: Work, start: Any) -> preemption.Ingredients:
+  """The fine-tuned runs, on the devices that `config.is_sharded` asks for."""
+  return preemption.Ingredients(
+      [path for _, _, path in work.copies()],
+      abstract(work.config, start),
+      stop=work.stop,
+      saved=f'{work.workdir} holds all runs, and the scores and soups so far',
+  )
+
+
+def abstract(config: ml_collections.ConfigDict, params: Any) -> Any:
+  """Shapes of the parameters, with shardings if the experiment is sharded."""
+  shapes = jax.eval_shape(lambda: params)
+  if not config.get('is_sharded', False):
+    return shapes
+  return sharding.fsdp(shapes, finetune.mesh())
+
+
+def on(config: ml_collections.ConfigDict) -> NamedSharding | None:
+  """How batches lie, if the experiment is sharded."""
+  if not config.get('is_sharded', False):
+    return None
+  return NamedSharding(finetune.mesh(), PartitionSpec('fsdp'))
