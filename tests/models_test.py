@@ -1,4 +1,4 @@
-"""The vision transformer and its training, against plain jax.numpy."""
+"""The vision transformer and the augmentations, against plain jax.numpy."""
 
 import math
 
@@ -6,12 +6,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxsoup.data import augment
-from jaxsoup.experiments import configs
-from jaxsoup.experiments import finetune
 from jaxsoup.models import vit
 
 SMALL = dict(patch_size=2, width=12, depth=2, num_heads=3, mlp_width=20)
@@ -127,130 +124,6 @@ def test_keys_are_strings():
 def test_patch_size_has_to_divide_the_image():
   with pytest.raises(ValueError, match='patch_size 3 does not divide .* 8 x 8'):
     vit.ViT((8, 8, 1), num_classes=10, patch_size=3, rngs=nnx.Rngs(0))
-
-
-# --- Training -----------------------------------------------------------------
-
-
-@pytest.fixture(scope='module')
-def config():
-  overrides = {
-      'model.depth': 1,
-      'model.width': 12,
-      'finetune.num_epochs': 2,
-      'finetune.batch_size': 8,
-      'pretrain.num_epochs': 30,
-      'pretrain.run.learning_rate': 1e-2,
-      'pretrain.run.affine': 0.0,
-      'pretrain.batch_size': 8,
-  }
-  argv = [f'--config.{name}={value}' for name, value in overrides.items()]
-  return configs.load('configs/digits.py', argv)[0]
-
-
-@pytest.fixture(autouse=True)
-def from_the_root(request, monkeypatch):
-  monkeypatch.chdir(request.config.rootpath)
-
-
-@pytest.fixture(scope='module')
-def data():
-  rng = np.random.default_rng(0)
-  return {
-      'image': rng.random((16, 8, 8, 1)).astype(np.float32),
-      'label': rng.integers(0, 10, 16).astype(np.int32),
-  }
-
-
-@pytest.fixture(scope='module')
-def theta_0(config):
-  return jax.jit(finetune.make_model(config).init_fn)(jax.random.key(0))
-
-
-RUNS = [
-    {'seed': 1, 'learning_rate': 1e-3},
-    {'seed': 2, 'learning_rate': 3e-3, 'mixup': 0.8, 'label_smoothing': 0.2},
-    {'seed': 3, 'learning_rate': 2e-3, 'weight_decay': 0.4, 'affine': 0.5},
-]
-
-
-def test_a_group_equals_its_runs_alone(config, theta_0, data):
-  group = finetune.finetune(config, theta_0, RUNS, data)
-  for k, run in enumerate(RUNS):
-    alone = finetune.finetune(config, theta_0, [run], data)
-    one = jax.tree.map(lambda x, k=k: x[k], group)
-    other = jax.tree.map(lambda x: x[0], alone)
-    for params in (one, other):
-      # No gradient reaches it but rounding, which Adam blows up: a softmax
-      # does not feel what is added to all its scores.
-      params['block_0']['attention']['key']['bias'] = 0
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), one, other
-    )
-    moved = max(
-        float(abs(x[k] - z).max())
-        for x, z in zip(*map(jax.tree.leaves, (group, theta_0)))
-    )
-    assert moved > 1e-3
-
-
-def assert_equal(first, second):
-  for x, y in zip(*map(jax.tree.leaves, (first, second)), strict=True):
-    np.testing.assert_array_equal(x, y)
-
-
-def test_the_same_call_gives_the_same_bits(config, theta_0, data):
-  assert_equal(
-      *(finetune.finetune(config, theta_0, RUNS, data) for _ in range(2))
-  )
-
-
-def test_pretraining_learns_and_repeats_itself(config, data):
-  seen = []
-  first, second = (
-      finetune.pretrain(
-          config,
-          data,
-          progress_fn=lambda n, num, losses: seen.append((n, num, losses)),
-      )
-      for _ in range(2)
-  )
-  assert_equal(first, second)
-  assert [n for n, _, _ in seen] == [*range(1, 31)] * 2
-  assert {num for _, num, _ in seen} == {30}
-  assert seen[29][2].shape == (1,)
-  assert seen[29][2][0] < 0.7 * seen[0][2][0]
-
-
-def test_step_equals_optax_adamw(config, theta_0, data):
-  logits_fn = finetune.make_model(config).logits_fn
-  target = jax.nn.one_hot(data['label'], 10)
-  tx = optax.adamw(1e-2, weight_decay=0.3)
-
-  def loss_fn(params):
-    logits = logits_fn(params, data['image'])
-    return optax.softmax_cross_entropy(logits, target).mean()
-
-  expected, state = theta_0, tx.init(theta_0)
-  carry = theta_0, optax.scale_by_adam().init(theta_0)
-  for _ in range(2):
-    updates, state = tx.update(jax.grad(loss_fn)(expected), state, expected)
-    expected = optax.apply_updates(expected, updates)
-    carry, _ = finetune._step(
-        logits_fn, carry, data['image'], target, 1e-2, 0.3
-    )
-  for x, y in zip(*map(jax.tree.leaves, (carry[0], expected))):
-    np.testing.assert_allclose(x, y, atol=2e-5)
-
-
-def test_what_cannot_be_trained(config, theta_0, data):
-  with pytest.raises(ValueError, match=r"Unknown hyper-parameters \['lr'\]"):
-    finetune.finetune(config, theta_0, [{'lr': 1.0}], data)
-  with pytest.raises(ValueError, match='No runs'):
-    finetune.finetune(config, theta_0, [], data)
-  few = {name: x[:7] for name, x in data.items()}
-  with pytest.raises(ValueError, match='7 examples do not fill one batch of 8'):
-    finetune.finetune(config, theta_0, RUNS, few)
 
 
 def test_augmentation_at_strength_0_changes_nothing():

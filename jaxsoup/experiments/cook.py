@@ -121,18 +121,16 @@ def batches_of(
     size = len(source) * sum(x.nbytes for x in row.values())
     if size > _memory.free_bytes(jax.local_devices()[0]) / 5:
       return Batches(source, batch_size, sharding)
-  return evaluation.batched(
-      in_memory(source), batch_size, sharding=sharding
-  )
+  return evaluation.batched(in_memory(source), batch_size, sharding=sharding)
 
 
 def labels_of(source: sources.Source) -> np.ndarray:
   """The labels of all examples."""
   if hasattr(source, 'arrays'):
     return source.arrays['label']
-  return np.concatenate([
-      batch['label'][batch['mask']] for batch in sources.batches(source, 256)
-  ])
+  return np.concatenate(
+      [batch['label'][batch['mask']] for batch in sources.batches(source, 256)]
+  )
 
 
 def in_memory(source: sources.Source) -> Dataset:

@@ -138,7 +138,7 @@ def train(
     saved: where the state is kept in between; the result does not depend on
       how often the training was stopped.
     keep_fn: called with the name and the stacked parameters of each copy that
-      is kept beside the last one.
+      is kept beside the last one; the next step reuses the arrays.
 
   Returns:
     Stacked parameters, leaves [K, ...], in the order of `runs`.
@@ -223,10 +223,12 @@ def probe(
     )
   batches = list(sources.batches(source, batch_size))
   collect = lambda fn: evaluation.logits_of(fn, batches)(params)
-  features = sources.Arrays({
-      'feature': collect(model.features_fn),
-      'label': collect(lambda _, batch: batch['label']),
-  })
+  features = sources.Arrays(
+      {
+          'feature': collect(model.features_fn),
+          'label': collect(lambda _, batch: batch['label']),
+      }
+  )
   head_model = modeling.linear(
       features.arrays['feature'].shape[-1], model.num_classes
   )
@@ -296,7 +298,9 @@ def settings_of(
     raise ValueError('No runs to train: pass at least one.')
   known = [*DEFAULTS, *OTHERS, *STATIC, *augmentation.ALL]
   if unknown := sorted(set().union(*runs) - set(known)):
-    raise ValueError(f'Unknown hyper-parameters {unknown}: choose from {known}.')
+    raise ValueError(
+        f'Unknown hyper-parameters {unknown}: choose from {known}.'
+    )
   if len(grouped(runs, len(runs))) > 1:
     raise ValueError(f'Runs that differ in {STATIC} cannot train together.')
   given = {k: phase[k] for k in Settings._fields if k in phase}
@@ -340,13 +344,15 @@ def _checked(settings: Settings) -> Settings:
 def _stack_runs(runs):
   """A dict of [K] from K dicts, with what is missing filled in."""
   names = set().union(DEFAULTS, *runs) - set(STATIC)
-  return jax.device_put({
-      name: np.asarray(
-          [run.get(name, DEFAULTS.get(name, 0)) for run in runs],
-          np.uint32 if name.endswith('seed') else np.float32,
-      )
-      for name in sorted(names)
-  })
+  return jax.device_put(
+      {
+          name: np.asarray(
+              [run.get(name, DEFAULTS.get(name, 0)) for run in runs],
+              np.uint32 if name.endswith('seed') else np.float32,
+          )
+          for name in sorted(names)
+      }
+  )
 
 
 def make_tx(
@@ -454,9 +460,7 @@ def _replaced(params: Any, new: Any) -> Any:
   """`params` with those leaves that the nested dict `new` holds."""
   if not isinstance(new, dict):
     return new
-  return {
-      k: _replaced(x, new[k]) if k in new else x for k, x in params.items()
-  }
+  return {k: _replaced(x, new[k]) if k in new else x for k, x in params.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -481,9 +485,7 @@ def initial_state(settings, params, hyper) -> State:
   )
 
 
-@functools.partial(
-    jax.jit, static_argnums=(0, 1), donate_argnames=('state',)
-)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
 def _epoch(model, settings, state, hyper, data, epoch):
   """One pass over the data for all runs; K along the leading axes."""
   num_examples = len(data['label'])
@@ -500,9 +502,7 @@ def _epoch(model, settings, state, hyper, data, epoch):
       step_key = jax.random.fold_in(key, step)
       return train_step(model, settings, state, hyper, batch, step_key)
 
-    state, losses = jax.lax.scan(
-        step_fn, state, (jnp.arange(num_steps), order)
-    )
+    state, losses = jax.lax.scan(step_fn, state, (jnp.arange(num_steps), order))
     return state, losses.mean()
 
   return jax.vmap(run_fn)(state, hyper)
@@ -528,6 +528,7 @@ class Streamed:
     self._step = jax.jit(
         functools.partial(train_step, model, settings), donate_argnums=(0,)
     )
+    self._shardings: Any = None
 
   def start(self, params: Params) -> State:
     """The state before the first step, stacked: leaves [1, ...]."""
@@ -538,13 +539,14 @@ class Streamed:
         initial_state, self._settings, hyper=dict(hyper)
     )
     abstract = sharded_state(jax.eval_shape(init_fn, params), self._mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    state = jax.jit(init_fn, out_shardings=shardings)(params)
+    self._shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    state = jax.jit(init_fn, out_shardings=self._shardings)(params)
     return jax.tree.map(lambda x: x[None], state)
 
   def epoch(self, state: State, epoch: int) -> tuple[State, np.ndarray]:
     """One walk through the data."""
-    state = jax.tree.map(lambda x: x[0], state)
+    # A state that was restored lies elsewhere.
+    state = jax.device_put(jax.tree.map(lambda x: x[0], state), self._shardings)
     key = jax.random.fold_in(jax.random.key(self._hyper['seed']), epoch)
     losses = []
     for step, batch in enumerate(self._batches(epoch)):

@@ -103,7 +103,9 @@ def splits(work: stages.Work) -> list[Split]:
   num_select, num = len(held_out), len(held_out) + len(test)
   number = work.config.get('num_splits', 1)
   first = np.arange(num)
-  found = [Split(work.workdir, held_out, first[:num_select], first[num_select:])]
+  found = [
+      Split(work.workdir, held_out, first[:num_select], first[num_select:])
+  ]
   if number == 1:
     return found
   pool = {

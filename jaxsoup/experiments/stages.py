@@ -148,7 +148,9 @@ def _start(work: Work) -> Any:
         params,
         {**config.pretrain.run.to_dict(), 'seed': config.seed},
         work.splits.pretrain,
-        progress_fn=functools.partial(_report, work, 'pretrain', 'pre-training'),
+        progress_fn=functools.partial(
+            _report, work, 'pretrain', 'pre-training'
+        ),
         saved=work.saved('theta_0'),
     )
   if 'probe' in config:
@@ -162,7 +164,9 @@ def _start(work: Work) -> Any:
   return params
 
 
-def _report(work: Work, run: str, stage: str, epoch, num_epochs, losses) -> None:
+def _report(
+    work: Work, run: str, stage: str, epoch, num_epochs, losses
+) -> None:
   work.progress_fn(stage, epoch / num_epochs)
   work.log.write({'run': run, 'epoch': epoch, 'loss': float(losses[0])})
 

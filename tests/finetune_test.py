@@ -1,0 +1,529 @@
+"""The training of an experiment, against NumPy, optax and scikit-learn."""
+
+import dataclasses
+import functools
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn import linear_model
+
+from jaxsoup.data import sources
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import finetune
+from jaxsoup.experiments import modeling
+from jaxsoup.experiments import preemption
+from jaxsoup.experiments import train_state
+
+NUM_FEATURES, NUM_CLASSES = 5, 3
+PHASE = dict(num_epochs=2, batch_size=8, warmup=0.25, final=0.1)
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(request, monkeypatch):
+  monkeypatch.chdir(request.config.rootpath)
+
+
+# A linear classifier, whose gradient is known: x (softmax(z) - t).
+
+
+def features(num=16, seed=0):
+  rng = np.random.default_rng(seed)
+  label = rng.integers(0, NUM_CLASSES, num).astype(np.int32)
+  centres = rng.normal(size=(NUM_CLASSES, NUM_FEATURES))
+  feature = centres[label] + rng.normal(size=(num, NUM_FEATURES))
+  return {'feature': feature.astype(np.float32), 'label': label}
+
+
+def gradient(params, batch):
+  x, label = batch['feature'].astype(np.float64), batch['label']
+  z = x @ params['kernel'] + params['bias']
+  p = np.exp(z - z.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  error = (p - np.eye(NUM_CLASSES)[label]) / len(label)
+  return {'kernel': x.T @ error, 'bias': error.sum(0)}
+
+
+def start(seed=3):
+  rng = np.random.default_rng(seed)
+  return {
+      'kernel': rng.normal(size=(NUM_FEATURES, NUM_CLASSES)),
+      'bias': rng.normal(size=NUM_CLASSES),
+  }
+
+
+def rate_of(settings, count):
+  done = count / settings.num_updates
+  cosine = 0.5 * (1 + math.cos(math.pi * done))
+  return min(1, done / 0.25) * (0.1 + 0.9 * cosine)
+
+
+LINEAR = modeling.linear(NUM_FEATURES, NUM_CLASSES)
+tree = jax.tree.map
+
+
+def steps(run, num=4, **phase):
+  """What `train_step` makes of a few batches; and the batches."""
+  data = features(8 * num)
+  batches = [
+      {k: x[8 * i : 8 * i + 8] for k, x in data.items()} for i in range(num)
+  ]
+  settings = finetune.settings_of(PHASE | phase, [run], 8 * num)
+  hyper = tree(lambda x: x[0], finetune._stack_runs([run]))
+  params = tree(np.float32, start())
+  state = finetune.initial_state(settings, params, hyper)
+  step_fn = jax.jit(functools.partial(finetune.train_step, LINEAR, settings))
+  for batch in batches:
+    state, _ = step_fn(state, hyper, batch, jax.random.key(0))
+  return settings, state, batches
+
+
+def assert_close(found, expected, atol=2e-5):
+  tree(
+      lambda x, y: np.testing.assert_allclose(x, y, atol=atol), found, expected
+  )
+
+
+def test_sgd_is_nesterov_momentum_with_decoupled_decay():
+  run = {'learning_rate': 0.3, 'weight_decay': 0.02}
+  settings, state, batches = steps(run, optimizer='sgd', momentum=0.8)
+  params, velocity = start(), tree(np.zeros_like, start())
+  for count, batch in enumerate(batches):
+    grads = gradient(params, batch)
+    velocity = tree(lambda v, g: 0.8 * v + g, velocity, grads)
+    rate = 0.3 * rate_of(settings, count)
+    params = tree(
+        lambda p, v, g, r=rate: p - r * (g + 0.8 * v + 0.02 * p),
+        params,
+        velocity,
+        grads,
+    )
+  assert_close(state.params, params)
+
+
+def test_adamw_is_that_of_optax():
+  run = {'learning_rate': 0.1, 'weight_decay': 0.3}
+  settings, state, batches = steps(run)
+  tx = optax.adamw(
+      lambda count: 0.1 * finetune.schedule(settings, count), weight_decay=0.3
+  )
+  params = tree(np.float32, start())
+  opt_state = tx.init(params)
+  for batch in batches:
+    grads = tree(np.float32, gradient(params, batch))
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+  assert_close(state.params, params)
+
+
+def test_sam_takes_the_gradient_at_the_edge_of_a_ball():
+  run = {'learning_rate': 0.3, 'sam': 0.5}
+  settings, state, batches = steps(run, optimizer='sgd', momentum=0.0)
+  params = start()
+  for count, batch in enumerate(batches):
+    grads = gradient(params, batch)
+    norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+    edge = tree(lambda p, g, n=norm: p + 0.5 * g / n, params, grads)
+    rate = 0.3 * rate_of(settings, count)
+    params = tree(lambda p, g, r=rate: p - r * g, params, gradient(edge, batch))
+  assert_close(state.params, params)
+  # At radius 0 it is the plain step.
+  flat, plain = ({'learning_rate': 0.3, **x} for x in ({'sam': 0.0}, {}))
+  options = dict(optimizer='sgd', momentum=0.0)
+  assert_close(
+      steps(flat, **options)[1].params, steps(plain, **options)[1].params
+  )
+
+
+def test_accumulated_batches_make_one_update_of_their_mean():
+  run = {'learning_rate': 0.3}
+  settings, state, batches = steps(
+      run, optimizer='sgd', momentum=0.0, num_accumulated=2
+  )
+  assert settings.num_updates == 4  # Two epochs of four batches.
+  params = start()
+  for count in range(2):
+    pair = [gradient(params, b) for b in batches[2 * count : 2 * count + 2]]
+    rate = 0.3 * rate_of(settings, count)
+    params = tree(lambda p, a, b, r=rate: p - r * (a + b) / 2, params, *pair)
+  assert_close(state.params, params)
+
+
+def test_moving_averages_and_clipping():
+  run = {'learning_rate': 0.3}
+  options = dict(optimizer='sgd', momentum=0.0, clip=0.01, ema=(0.5, 0.9))
+  settings, state, batches = steps(run, **options)
+  params, copies = start(), {0.5: start(), 0.9: start()}
+  for count, batch in enumerate(batches):
+    grads = gradient(params, batch)
+    norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+    assert norm > 0.01
+    rate = 0.3 * rate_of(settings, count) * 0.01 / norm
+    params = tree(lambda p, g, r=rate: p - r * g, params, grads)
+    for d, copy in copies.items():
+      copies[d] = tree(lambda c, p, d=d: d * c + (1 - d) * p, copy, params)
+  assert_close(state.params, params)
+  for d, copy in copies.items():
+    assert_close(state.ema[f'ema_{d}'], copy)
+
+
+def test_adafactor_learns():
+  data = sources.Arrays(features(64))
+  phase = PHASE | dict(num_epochs=20, optimizer='adafactor')
+  losses = []
+  finetune.train(
+      LINEAR,
+      phase,
+      tree(np.float32, start()),
+      [{'learning_rate': 0.03}],
+      data,
+      progress_fn=lambda n, num, loss: losses.append(loss[0]),
+  )
+  assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_probe_is_logistic_regression():
+  data = features(200)
+  model = dataclasses.replace(
+      LINEAR,
+      features_fn=lambda params, batch: params['scale'] * batch['feature'],
+  )
+  params = {'scale': np.float32(2.0), 'head': tree(np.float32, start())}
+  phase = dict(
+      num_epochs=60, batch_size=50, warmup=0.1, final=0.0,
+      run={'learning_rate': 0.3},
+  )  # fmt: skip
+  found = finetune.probe(model, phase, params, sources.Arrays(data))
+  assert found['scale'] == 2.0
+  best = linear_model.LogisticRegression(C=np.inf, max_iter=1000, tol=1e-8)
+  best.fit(2.0 * data['feature'], data['label'])
+
+  def loss(kernel, bias):
+    logits = 2.0 * data['feature'] @ kernel + bias
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits, data['label']
+    )
+    return float(losses.mean())
+
+  least = loss(best.coef_.T, best.intercept_)
+  assert loss(**tree(np.asarray, found['head'])) == pytest.approx(
+      least, rel=0.02
+  )
+
+
+def test_a_probe_needs_a_head():
+  with pytest.raises(ValueError, match='no linear head'):
+    finetune.probe(LINEAR, {}, {}, sources.Arrays(features()))
+
+
+# A small ViT, several runs at once.
+
+
+@pytest.fixture(scope='module')
+def config():
+  overrides = {
+      'model.depth': 1,
+      'model.width': 12,
+      'finetune.num_epochs': 2,
+      'finetune.batch_size': 8,
+      'pretrain.num_epochs': 30,
+      'pretrain.run.learning_rate': 1e-2,
+      'pretrain.run.affine': 0.0,
+      'pretrain.batch_size': 8,
+  }
+  argv = [f'--config.{name}={value}' for name, value in overrides.items()]
+  return configs.load('configs/digits.py', argv).config
+
+
+@pytest.fixture(scope='module')
+def model(config):
+  return modeling.make(config)
+
+
+@pytest.fixture(scope='module')
+def data():
+  rng = np.random.default_rng(0)
+  return sources.Arrays(
+      {
+          'image': rng.random((16, 8, 8, 1)).astype(np.float32),
+          'label': rng.integers(0, 10, 16).astype(np.int32),
+      }
+  )
+
+
+@pytest.fixture(scope='module')
+def theta_0(model):
+  return model.start_fn(jax.random.key(0))
+
+
+RUNS = [
+    {'seed': 1, 'learning_rate': 1e-3},
+    {'seed': 2, 'learning_rate': 3e-3, 'mixup': 0.8, 'label_smoothing': 0.2},
+    {'seed': 3, 'learning_rate': 2e-3, 'weight_decay': 0.4, 'affine': 0.5},
+]
+
+
+def test_a_group_equals_its_runs_alone(config, model, theta_0, data):
+  group = finetune.train(model, config.finetune, theta_0, RUNS, data)
+  everything = dict.fromkeys(('mixup', 'affine'), 0.0)
+  for k, run in enumerate(RUNS):
+    # With the same augmentations: each has a key of its own.
+    alone = finetune.train_one(
+        model, config.finetune, theta_0, everything | run, data
+    )
+    one = jax.tree.map(lambda x, k=k: x[k], group)
+    for params in (one, alone):
+      # No gradient reaches it but rounding, which Adam blows up: a softmax
+      # does not feel what is added to all its scores.
+      params['block_0']['attention']['key']['bias'] = 0
+    assert_close(one, alone, atol=1e-4)
+    moved = max(
+        float(abs(x[k] - z).max())
+        for x, z in zip(*map(jax.tree.leaves, (group, theta_0)))
+    )
+    assert moved > 1e-3
+
+
+def assert_equal(first, second):
+  for x, y in zip(*map(jax.tree.leaves, (first, second)), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_the_same_call_gives_the_same_bits(config, model, theta_0, data):
+  assert_equal(
+      *(
+          finetune.train(model, config.finetune, theta_0, RUNS, data)
+          for _ in range(2)
+      )
+  )
+
+
+def test_pretraining_learns_and_repeats_itself(config, model, theta_0, data):
+  seen = []
+  first, second = (
+      finetune.train_one(
+          model,
+          config.pretrain,
+          theta_0,
+          config.pretrain.run.to_dict(),
+          data,
+          progress_fn=lambda n, num, losses: seen.append((n, num, losses)),
+      )
+      for _ in range(2)
+  )
+  assert_equal(first, second)
+  assert [n for n, _, _ in seen] == [*range(1, 31)] * 2
+  assert {num for _, num, _ in seen} == {30}
+  assert seen[29][2].shape == (1,)
+  assert seen[29][2][0] < 0.7 * seen[0][2][0]
+
+
+def keeper(kept):
+  """The next step reuses the arrays."""
+  return lambda name, stacked: kept.update({name: jax.device_get(stacked)})
+
+
+def test_copies_are_kept(config, model, theta_0, data):
+  phase = config.finetune.to_dict() | dict(ema=(0.9,), keep_epochs=(1,))
+  kept = {}
+  last = finetune.train(
+      model, phase, theta_0, RUNS[:2], data, keep_fn=keeper(kept)
+  )
+  assert ['', *kept] == finetune.names_of(phase)
+  # After one epoch it is where the first epoch of the same schedule ends.
+  leaves = lambda t: np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)])
+  assert abs(leaves(kept['epoch_1']) - leaves(last)).max() > 1e-4
+  distance = lambda t: np.linalg.norm(
+      leaves(t) - leaves(jax.tree.map(lambda x: np.stack([x, x]), theta_0))
+  )
+  assert 0 < distance(kept['ema_0.9']) < distance(last)
+
+
+def test_runs_with_initial_parameters_of_their_own(
+    config, model, theta_0, data
+):
+  phase = config.finetune.to_dict() | dict(num_epochs=1)
+  runs = [{'init_seed': s, 'learning_rate': 0.0} for s in (1, 2)]
+  stacked = finetune.train(model, phase, theta_0, runs, data)
+  for k, run in enumerate(runs):
+    expected = jax.jit(model.init_fn)(jax.random.key(run['init_seed']))
+    assert_close(tree(lambda x, k=k: x[k], stacked), expected, atol=1e-7)
+
+
+def test_what_cannot_be_trained(config, model, theta_0, data):
+  train = functools.partial(finetune.train, model, config.finetune, theta_0)
+  with pytest.raises(ValueError, match=r"Unknown hyper-parameters \['lr'\]"):
+    train([{'lr': 1.0}], data)
+  with pytest.raises(ValueError, match='No runs'):
+    train([], data)
+  few = sources.Arrays({name: x[:7] for name, x in data.arrays.items()})
+  with pytest.raises(ValueError, match='7 examples do not fill one batch of 8'):
+    train(RUNS, few)
+  with pytest.raises(ValueError, match='cannot train together'):
+    train([{}, {'num_epochs': 3}], data)
+  with pytest.raises(
+      ValueError, match="optimizer is 'adam': choose from adamw"
+  ):
+    train([{'optimizer': 'adam'}], data)
+  phase = config.finetune.to_dict() | dict(num_accumulated=2)
+  with pytest.raises(ValueError, match='Make num_accumulated 1'):
+    finetune.train(model, phase, theta_0, [{'sam': 0.1}], data)
+
+
+# Data that are not in memory: one run on all devices.
+
+
+class Read:
+  """A source without `.arrays`."""
+
+  def __init__(self, arrays):
+    self._arrays = sources.Arrays(arrays)
+
+  def __len__(self):
+    return len(self._arrays)
+
+  def __getitem__(self, rows):
+    return self._arrays[rows]
+
+
+def streamed_steps(model, phase, theta_0, run, source):
+  """The same on one device, step by step."""
+  settings = finetune.settings_of(phase, [run], len(source))
+  hyper = tree(lambda x: x[0], finetune._stack_runs([run]))
+  state = finetune.initial_state(settings, theta_0, hyper)
+  step_fn = jax.jit(functools.partial(finetune.train_step, model, settings))
+  for epoch in range(settings.num_epochs):
+    key = jax.random.fold_in(jax.random.key(run['seed']), epoch)
+    batches = sources.batches(
+        source, settings.batch_size, seed=run['seed'], epoch=epoch
+    )
+    for step, batch in enumerate(batches):
+      state, _ = step_fn(state, hyper, batch, jax.random.fold_in(key, step))
+  return state
+
+
+def test_on_a_mesh_as_on_one_device(config, model, theta_0, data):
+  source = Read(data.arrays)
+  run = {'seed': 1, 'learning_rate': 0.1, 'mixup': 0.5}
+  phase = config.finetune.to_dict() | dict(ema=(0.9,), optimizer='sgd')
+  assert jax.device_count() == 4
+  kept, progress = {}, []
+  found = finetune.train(
+      model, phase, theta_0, [run], source,
+      keep_fn=keeper(kept), progress_fn=lambda *x: progress.append(x),
+  )  # fmt: skip
+  expected = streamed_steps(model, phase, theta_0, run, source)
+  assert_close(tree(lambda x: x[0], found), expected.params, atol=1e-5)
+  assert_close(tree(lambda x: x[0], kept['ema_0.9']), expected.ema['ema_0.9'])
+  assert [x[:2] for x in progress] == [(1, 2), (2, 2)]
+
+
+def test_runs_on_data_that_are_read_train_alone(model, config, theta_0, data):
+  with pytest.raises(ValueError, match='make sweep.group_size 1'):
+    finetune.train(model, config.finetune, theta_0, RUNS, Read(data.arrays))
+
+
+@pytest.mark.parametrize('is_read', [False, True])
+def test_stopped_and_resumed_is_the_same(
+    is_read, config, model, theta_0, data, tmp_path
+):
+  source = Read(data.arrays) if is_read else data
+  phase = config.finetune.to_dict() | dict(num_epochs=3, ema=(0.9,))
+  kept = [{}, {}]
+  train = lambda **options: finetune.train(
+      model, phase, theta_0, RUNS[:1], source, **options
+  )
+  whole = train(keep_fn=keeper(kept[0]))
+  stop = preemption.Stop()
+  saved = train_state.Saved(tmp_path, stop)
+  stop.requested = True
+  with pytest.raises(preemption.Preempted):
+    train(saved=saved)
+  stop.requested = False
+  assert [p.name for p in tmp_path.iterdir()] == ['1']
+  assert_equal(train(saved=saved, keep_fn=keeper(kept[1])), whole)
+  assert_equal(*kept)
+
+
+# BatchNorm.
+
+
+class Net(nnx.Module):
+
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(4, 6, rngs=rngs)
+    self.norm = nnx.BatchNorm(
+        6, momentum=0.5, use_running_average=True, rngs=rngs
+    )
+    self.head = nnx.Linear(6, 3, rngs=rngs)
+
+  def features(self, x):
+    return self.norm(self.dense(x))
+
+  def __call__(self, x):
+    return self.head(self.features(x))
+
+
+@pytest.mark.parametrize('batch_norm', ['train', 'frozen'])
+def test_running_statistics_follow_and_are_not_trained(batch_norm):
+  model = modeling.of_module(
+      lambda key: Net(nnx.Rngs(key)), inputs={'image': (4,)}, num_classes=3
+  )
+  assert model.statistics == {('norm', 'mean'), ('norm', 'var')}
+  params = model.start_fn(jax.random.key(1))
+  rng = np.random.default_rng(0)
+  data = sources.Arrays(
+      {
+          'image': rng.normal(size=(8, 4)).astype(np.float32),
+          'label': rng.integers(0, 3, 8).astype(np.int32),
+      }
+  )
+  phase = dict(
+      num_epochs=1, batch_size=8, warmup=0.0, final=1.0, batch_norm=batch_norm
+  )
+  run = {'learning_rate': 0.1, 'weight_decay': 0.5}
+  found = finetune.train_one(model, phase, params, run, data)
+  x = data.arrays['image'] @ params['dense']['kernel'] + params['dense']['bias']
+  expected = {'mean': np.zeros(6), 'var': np.ones(6)}
+  if batch_norm == 'train':
+    expected = {'mean': 0.5 * x.mean(0), 'var': 0.5 + 0.5 * x.var(0)}
+  for name, value in expected.items():
+    np.testing.assert_allclose(found['norm'][name], value, atol=1e-5)
+  assert abs(found['norm']['scale'] - 1).max() > 0.01
+
+
+def test_a_model_without_inputs_is_refused(config):
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model = dict(family='bert', num_classes=2)
+  with pytest.raises(configs.UsageError, match='no shape of its inputs'):
+    modeling.make(config)
+  config.model.family = 'gpt'
+  with pytest.raises(configs.UsageError, match="model.family is 'gpt'"):
+    modeling.make(config)
+
+
+def test_a_text_model_by_its_config(config):
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model = dict(
+        family='bert', num_classes=2, vocab_size=11, width=8, depth=1,
+        num_heads=2, num_positions=6,
+    )  # fmt: skip
+    config.inputs = dict(attention_mask=(6,), input_ids=(6,))
+  model = modeling.make(config)
+  assert list(model.inputs) == ['input_ids', 'attention_mask']
+  batch = {
+      'input_ids': jnp.arange(6)[None],
+      'attention_mask': jnp.array([[1, 1, 1, 1, 0, 0]]),
+  }
+  params = model.start_fn(jax.random.key(0))
+  logits = model.logits_fn(params, batch)
+  assert logits.shape == (1, 2)
+  # What is masked does not count.
+  other = batch | {'input_ids': batch['input_ids'].at[0, 5].set(9)}
+  np.testing.assert_allclose(model.logits_fn(params, other), logits, atol=1e-6)
