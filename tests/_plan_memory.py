@@ -45,10 +45,12 @@ def measured(trace_fn, mesh) -> int:
 
 
 def main(file: str, num_ingredients: int, *overrides: str):
-  config, _ = configs.load(file, overrides)
+  experiment = configs.load(file, overrides)
   mesh, _ = plan.cpu_mesh(4)
   found = {}
-  for name, trace_fn in plan.programs(config, mesh, num_ingredients).items():
+  for name, trace_fn in plan.programs(
+      experiment, mesh, num_ingredients
+  ).items():
     planned = plan.compile_program(name, trace_fn, mesh)
     found[name] = mesh.size * planned.peak, measured(trace_fn, mesh)
   print(json.dumps(found))

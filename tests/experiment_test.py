@@ -211,7 +211,7 @@ def test_overrides_that_do_not_fit(override, text, tmp_path, capsys):
 
 
 def test_data_are_disjoint():
-  config, _ = configs.load(CONFIG)
+  config = configs.load(CONFIG).config
   splits = digits.load(config.seed, config.data.sizes)
   sizes = {name: len(split['label']) for name, split in splits.items()}
   assert sizes == config.data.sizes.to_dict()
@@ -222,11 +222,11 @@ def test_data_are_disjoint():
 
 def test_more_runs_begin_with_the_same():
   few, many = (
-      configs.load(CONFIG, [f'--config.sweep.num_runs={num}'])[1]
+      configs.load(CONFIG, [f'--config.sweep.num_runs={num}']).runs
       for num in (3, 9)
   )
   assert many[:3] == few and len(many) == 9
-  other = configs.load(CONFIG, ['--config.seed=1'])[1]
+  other = configs.load(CONFIG, ['--config.seed=1']).runs
   assert other[0] != few[0]
 
 

@@ -26,7 +26,9 @@ ALLOWED = (
     BASIC
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'tensorstore', 'torch'},
     BASIC | {'flax', 'scipy', 'sklearn', 'tensorflow_datasets'},
-    BASIC | {'absl', 'flax', 'ml_collections', 'optax', 'rich', 'typer'},
+    BASIC
+    | {'absl', 'flax', 'ml_collections', 'optax', 'rich', 'typer'}
+    | {'tensorboardX'},
 )
 MODULES = sorted(p for p in ROOT.rglob('*.py') if p != ROOT / '__init__.py')
 

@@ -19,10 +19,11 @@ from typer import testing
 import jaxsoup
 from jaxsoup import cli
 from jaxsoup import ensembles
+from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
-from jaxsoup.experiments import finetune
 from jaxsoup.experiments import hlo
+from jaxsoup.experiments import modeling
 from jaxsoup.experiments import plan
 
 HERE = pathlib.Path(__file__).parent
@@ -41,7 +42,7 @@ needs_libtpu = pytest.mark.skipif(
 
 @functools.cache
 def load(file, *overrides):
-  return configs.load(file, overrides)[0]
+  return configs.load(file, overrides)
 
 
 @functools.cache
@@ -52,11 +53,15 @@ def tpu_mesh(topology):
 @functools.cache
 def cpu_plan(num_ingredients=24):
   mesh, device_bytes = plan.cpu_mesh(4)
-  config = load(DIGITS, '--config.model.depth=1')
+  experiment = load(DIGITS, '--config.model.depth=1')
   made = plan.make(
-      config, mesh, device_bytes, num_ingredients=num_ingredients, machine='CPU'
+      experiment,
+      mesh,
+      device_bytes,
+      num_ingredients=num_ingredients,
+      machine='CPU',
   )
-  return config, mesh, made
+  return experiment, mesh, made
 
 
 def recipe_of(recipes, name):
@@ -81,9 +86,10 @@ def forward_flops(model):
 
 @pytest.mark.parametrize('file', [DIGITS, VIT_G])
 def test_work_is_the_closed_form_of_a_transformer(file):
-  config = load(file)
+  experiment = load(file)
+  config = experiment.config
   mesh, _ = plan.cpu_mesh(4)
-  lowerings = plan.programs(config, mesh, 3)
+  lowerings = plan.programs(experiment, mesh, 3)
   with jax.set_mesh(mesh):
     flops = {
         name: hlo.flops_of(lowerings[name]().jaxpr.jaxpr)
@@ -92,7 +98,7 @@ def test_work_is_the_closed_form_of_a_transformer(file):
   assert flops['evaluation step'] == config.batch_size * forward_flops(
       config.model
   )
-  leaves = jax.tree.leaves(plan.abstract_params(config, mesh))
+  leaves = jax.tree.leaves(plan.abstract_params(modeling.of(experiment), mesh))
   num_parameters = sum(x.size for x in leaves)
   assert flops['mix'] == 2 * 3 * num_parameters
   # Traced with the mix that it is the gradient of.
@@ -135,6 +141,7 @@ def test_peaks_are_those_of_the_process():
       'batch_size=2048',
       'learned.batch_size=2048',
       'finetune.batch_size=1024',
+      'data.sizes.train=1024',
   ]
   result = subprocess.run(
       [sys.executable, HERE / '_plan_memory.py', DIGITS, '24']
@@ -178,16 +185,17 @@ class Counted(list):
 
 def test_recipes_read_evaluate_and_step_as_planned():
   num = 5
-  config = load(
+  experiment = load(
       DIGITS,
       '--config.model.depth=1',
       '--config.learned.num_epochs=2',
       '--config.learned.patience=9',
   )
+  config, model = experiment.config, modeling.of(experiment)
   _, mesh, made = cpu_plan()
-  rows = plan.recipes(config, mesh, 2**30, num, made.programs)
+  rows = plan.recipes(experiment, mesh, 2**30, num, made.programs)
   rng = np.random.default_rng(0)
-  shapes = plan.abstract_params(config, mesh)
+  shapes = plan.abstract_params(model, mesh)
   theta_0 = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   models = [
       jax.tree.map(
@@ -196,18 +204,19 @@ def test_recipes_read_evaluate_and_step_as_planned():
       for _ in range(num)
   ]
   size = config.data.sizes.held_out
-  held_out = {
-      'image': rng.normal(size=(size, 8, 8, 1)).astype(np.float32),
-      'label': rng.integers(10, size=size),
-  }
-  logits_fn = finetune.make_model(config).logits_fn
-  eval_fn = cook.accuracy_of(config, logits_fn, held_out)
+  held_out = sources.Arrays(
+      {
+          'image': rng.normal(size=(size, 8, 8, 1)).astype(np.float32),
+          'label': rng.integers(10, size=size),
+      }
+  )
+  eval_fn = cook.score_fn(config, model.logits_fn, held_out)
   batches, val_batches = cook.learning_batches(config, held_out)
 
   def learned(ingredients, **options):
     info = jaxsoup.learned(
         ingredients,
-        cook.loss_fn_of(logits_fn),
+        cook.loss_fn_of(model.logits_fn),
         batches,
         tx=optax.adamw(0.05),
         num_epochs=2,
@@ -222,9 +231,7 @@ def test_recipes_read_evaluate_and_step_as_planned():
     return len(scores), 0
 
   def collected(ingredients):
-    logits = ensembles.collect(
-        ingredients, lambda p, b: logits_fn(p, b['image']), [held_out]
-    )
+    logits = ensembles.collect(ingredients, model.logits_fn, [held_out.arrays])
     return len(logits), 0
 
   def averaged(recipe_fn, *arguments):

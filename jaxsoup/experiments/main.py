@@ -44,7 +44,7 @@ def run(
     workdir: Any,
     progress_fn: progress.ProgressFn = progress.silent,
     stop: preemption.Stop | None = None,
-) -> list[report.Row] | None:
+) -> list[report.Row]:
   """Runs one experiment, or what is left of it.
 
   Args:
@@ -54,8 +54,8 @@ def run(
     stop: whether the script is asked to stop, see `preemption.handled`.
 
   Returns:
-    A row a model: singles, soups, ensembles. None, if runs of other shards are
-    not there yet.
+    A row a model: singles, soups, ensembles. None at all with `sweep.shard`,
+    which only trains.
 
   Raises:
     ImportError: a package of an extra is missing.
@@ -81,7 +81,7 @@ def run(
     ) from e
 
 
-def _run(experiment, workdir, progress_fn, stop) -> list[report.Row] | None:
+def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
   config = experiment.config
   shard, num_shards = stages.shard_of(config)
   name = '.lock' if num_shards == 1 else f'.lock_{shard}_{num_shards}'
@@ -103,7 +103,7 @@ def _run(experiment, workdir, progress_fn, stop) -> list[report.Row] | None:
     )
     theta_0 = stages.theta_0(work)
     if not stages.finetune_all(work, theta_0) or num_shards > 1:
-      return None
+      return []
     rows = results.make(work, theta_0)
     progress_fn('reporting', 1.0)
     return rows
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (ImportError, OSError, TypeError, ValueError) as e:
     print(f'Error: {e}', file=sys.stderr)
     return getattr(e, 'exit_code', 1)
-  if rows is None:
+  if not rows:
     print(
         f'This part of the runs is in {workdir}. When all parts are there, the '
         'same command without sweep.shard makes the soups.'

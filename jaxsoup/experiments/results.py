@@ -73,7 +73,8 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
   ingredients = stages.ingredients(work, theta_0)
   logits = stages.all_logits(work, ingredients.__getitem__)
   labels = work.labels
-  tables, first = [], {}
+  tables: list[list[report.Row]] = []
+  first: dict[str, Any] = {}
   all_splits = splits(work)
   for i, split in enumerate(all_splits):
     soups = _soups(

@@ -44,11 +44,10 @@ import optax
 
 from jaxsoup import checkpoints
 from jaxsoup import metrics
-from jaxsoup.data import digits
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
-from jaxsoup.experiments import finetune
-from jaxsoup.experiments import main as experiment
+from jaxsoup.experiments import main as experiment_main
+from jaxsoup.experiments import modeling
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
 
@@ -64,19 +63,19 @@ def lost(ingredients, theta_0, dtype) -> float:
   return float(np.mean(jax.device_get(ratios)))
 
 
-def learned(config, ingredients, logits_fn, splits, depth, dtype):
+def learned(config, ingredients, model, splits, depth, dtype):
   """The coefficients in a row, test accuracy and test NLL."""
   soup = cook.learned(
       config,
+      model,
       ingredients,
-      logits_fn,
-      splits['held_out'],
+      splits.held_out,
       depth=depth,
       stream=True,
       cache_dtype=dtype,
   )
-  test = splits['test']
-  logits = logits_fn(soup.params, jnp.asarray(test['image']))
+  test = splits.test.arrays
+  logits = model.logits_fn(soup.params, test)
   scaled = soup.info.beta * logits
   alpha = np.concatenate([np.ravel(x) for x in jax.tree.leaves(soup.alpha)])
   accuracy = metrics.accuracy(logits, test['label'])
@@ -86,17 +85,17 @@ def learned(config, ingredients, logits_fn, splits, depth, dtype):
 
 def of_seed(seed: int, folder: pathlib.Path) -> None:
   """Prints the rows of one seed."""
-  config, runs = configs.load(str(CONFIG), [f'--config.seed={seed}'])
+  experiment = configs.load(str(CONFIG), [f'--config.seed={seed}'])
   workdir = folder / str(seed)
-  experiment.run(config, runs, workdir)
+  experiment_main.run(experiment, workdir)
   ingredients = list(
       checkpoints.Ingredients(sorted((workdir / 'runs').iterdir()))
   )
   theta_0 = checkpoints.Ingredients([workdir / 'theta_0'])[0]
-  splits = digits.load(config.seed, config.data.sizes)
-  logits_fn = jax.jit(finetune.make_model(config).logits_fn)
+  splits = experiment.data_fn(experiment.config)
+  model = modeling.of(experiment)
   for name, depth in (('model', None), ('tensor', math.inf)):
-    case = config, ingredients, logits_fn, splits, depth
+    case = experiment.config, ingredients, model, splits, depth
     exact, accuracy, nll = learned(*case, None)
     for dtype in (jnp.bfloat16, jnp.float16):
       alpha, narrow_accuracy, narrow_nll = learned(*case, dtype)

@@ -54,9 +54,9 @@ import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
 from jaxsoup import metrics
-from jaxsoup.data import digits
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import finetune
+from jaxsoup.experiments import modeling
 from jaxsoup.models import vit
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def main() -> None:
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as temporary:
     workdir = pathlib.Path(args.workdir or temporary).absolute()
-    config, runs = configs.load(
+    experiment = configs.load(
         str(ROOT / 'configs' / 'digits.py'),
         [
             *SWEEP,
@@ -96,9 +96,11 @@ def main() -> None:
             f'--config.model.mlp_width={4 * args.width}',
         ],
     )
-    data = digits.load(config.seed, config.data.sizes.to_dict())
-    paths = finetuned(config, runs, data, workdir)
-    problem = Problem(config, data['held_out'], paths, args.batch_size)
+    splits = experiment.data_fn(experiment.config)
+    paths = finetuned(experiment, splits, workdir)
+    problem = Problem(
+        experiment, splits.held_out.arrays, paths, args.batch_size
+    )
     if args.child:
       problem.run(args.child)
       # Not ru_maxrss, which a child takes over from its parent. In kB.
@@ -113,14 +115,24 @@ def main() -> None:
     pathlib.Path(args.json).write_text(json.dumps(found, indent=2) + '\n')
 
 
-def finetuned(config, runs, data, workdir: pathlib.Path) -> list[str]:
+def finetuned(experiment, splits, workdir: pathlib.Path) -> list[str]:
   """Directories of the fine-tuned models, which are made where missing."""
+  config, runs = experiment.config, experiment.runs
+  model = modeling.of(experiment)
   paths = [workdir / f'run_{k:02d}' for k in range(len(runs))]
   if not paths[-1].exists():
-    theta_0 = finetune.pretrain(config, data['pretrain'])
+    theta_0 = finetune.train_one(
+        model,
+        config.pretrain,
+        model.start_fn(jax.random.key(config.seed)),
+        config.pretrain.run.to_dict(),
+        splits.pretrain,
+    )
     for start in range(0, len(runs), config.sweep.group_size):
       group = runs[start : start + config.sweep.group_size]
-      stacked = finetune.finetune(config, theta_0, group, data['train'])
+      stacked = finetune.train(
+          model, config.finetune, theta_0, group, splits.train
+      )
       for k in range(len(group)):
         params = jax.tree.map(lambda x, k=k: np.asarray(x[k]), stacked)
         checkpoints.save(paths[start + k], params)
@@ -130,10 +142,10 @@ def finetuned(config, runs, data, workdir: pathlib.Path) -> list[str]:
 class Problem:
   """One search, in three ways that end in the same soup."""
 
-  def __init__(self, config, held_out, paths, batch_size):
-    self.config, self.held_out, self.paths = config, held_out, paths
-    self.batch_size = batch_size
-    self.logits_fn = finetune.make_model(config).logits_fn
+  def __init__(self, experiment, held_out, paths, batch_size):
+    self.config, self.held_out = experiment.config, held_out
+    self.paths, self.batch_size = paths, batch_size
+    self.logits_fn = modeling.of(experiment).logits_fn
     self.batches = evaluation.batched(held_out, batch_size)
 
   def run(self, mode: str) -> dict:
@@ -174,7 +186,7 @@ class Problem:
     }
 
   def _correct(self, params, batch):
-    logits = self.logits_fn(params, batch['image'])
+    logits = self.logits_fn(params, batch)
     return metrics.correct(logits, batch['label'])
 
   def loop(self) -> dict:
