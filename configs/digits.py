@@ -92,6 +92,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       draw=0,
       num_runs=8 if is_short else 24,
       group_size=8,
+      shard='0/1',
       learning_rate=(1e-3, 1e-2),
       weight_decay=(1e-3, 0.5),
       label_smoothing=(0.0, 0.25),
@@ -120,6 +121,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       patience=3,
   )
   config.batch_size = 500
+  # How often the held-out set is drawn anew.
+  config.num_splits = 1
   # A state of the training is kept that often, and on SIGTERM.
   config.save_every_minutes = 10.0
   return config

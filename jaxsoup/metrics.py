@@ -27,12 +27,14 @@ def _metric(fn):
         x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x))
         for x in (logits, labels)
     )
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not labels.size:
+    is_sets = fn.__name__ == 'accuracy' and labels.dtype == bool
+    expected = logits.shape if is_sets else logits.shape[:1]
+    if logits.ndim != 2 or labels.shape != expected or not labels.size:
       raise ValueError(
           f'{fn.__name__}: logits have shape {logits.shape} and labels '
           f'{labels.shape}: expected [N, C] and [N], with N at least 1.'
       )
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
+    if not is_sets and not jnp.issubdtype(labels.dtype, jnp.integer):
       raise TypeError(
           f'{fn.__name__}: labels have dtype {labels.dtype}: expected '
           'integers, not one-hot rows or probabilities.'
@@ -43,13 +45,22 @@ def _metric(fn):
 
 
 def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Whether each prediction is right, `[N]` bool: for `evaluation.mean_of`."""
-  return logits.argmax(-1) == labels
+  """Whether each prediction is right, `[N]` bool: for `evaluation.mean_of`.
+
+  Where several labels are right they are bool, `[N, C]`: the class of the
+  largest logit has to be among them.
+  """
+  predicted = logits.argmax(-1)
+  if labels.ndim == 1:
+    return predicted == labels
+  return jnp.take_along_axis(labels, predicted[:, None], axis=1)[:, 0]
 
 
 @_metric
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """The share of examples whose largest logit is that of the label.
+
+  Of several right labels, bool `[N, C]`, it may be any: see `correct`.
 
   Example:
     >>> accuracy(np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([0, 0]))

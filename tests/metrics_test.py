@@ -221,3 +221,18 @@ def test_correct_is_one_number_an_example():
   got = metrics.correct(jnp.asarray(logits), jnp.asarray(label))
   assert got.dtype == bool  # What mean_of can bound.
   np.testing.assert_array_equal(got, logits.argmax(-1) == label)
+
+
+def test_one_of_several_right_labels_is_enough():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(50, 7)).astype(np.float32)
+  labels = rng.random((50, 7)) < 0.3
+  expected = [labels[i, logits[i].argmax()] for i in range(50)]
+  np.testing.assert_array_equal(metrics.correct(logits, labels), expected)
+  assert metrics.accuracy(logits, labels) == pytest.approx(np.mean(expected))
+  # One label each: the same as integers.
+  label = rng.integers(0, 7, 50)
+  one_hot = np.eye(7, dtype=bool)[label]
+  assert metrics.accuracy(logits, one_hot) == metrics.accuracy(logits, label)
+  with pytest.raises(ValueError, match='labels \\(50, 7\\)'):
+    metrics.f1(logits, labels)
