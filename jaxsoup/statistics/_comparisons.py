@@ -1,25 +1,8 @@
-"""How sure a number is: paired comparisons, disjoint data, stable choices.
-
-```
-statistics.check_disjoint(select=held_out, report=[test, *shifts.values()])
-statistics.compare(soup_logits, best_single_logits, label)     # on test data
-statistics.stability(values_fn, num_models)                     # of a search
-```
-
-Data that choose flatter what they chose: `optimism` says by how much. Where the
-held-out set is small, select on `metrics.log_likelihood` rather than on
-`metrics.correct`: it ranks the same models with less noise.
-
-TABLE
-"""
+"""Two models on the same examples: which is better, and how sure that is."""
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
-from collections.abc import MutableMapping
 from collections.abc import Sequence
-import functools
-import hashlib
 from typing import Any
 from typing import NamedTuple
 
@@ -27,14 +10,9 @@ import jax
 import numpy as np
 
 from jaxsoup import metrics
-from jaxsoup._recipes import _greedy
-from jaxsoup._soup import Members
-from jaxsoup._soup import Soup
 
 # Maps logits `[N, C]` and labels `[N]` to one number, or to one an example.
 Metric = Callable[[Any, Any], Any]
-_NOT_INPUTS = ('label', 'mask')
-_NUM_AT_ONCE = 1024
 
 
 class McNemar(NamedTuple):
@@ -76,7 +54,7 @@ class Comparison(NamedTuple):
 
   @property
   def is_significant(self) -> bool:
-    """Whether chance alone gives such a difference too rarely: p < 1 - level."""
+    """Whether chance alone would rarely do: p < 1 - level."""
     return self.p_value < 1 - self.level
 
 
@@ -291,7 +269,8 @@ def optimism(held_out_gain: Any, report_gain: Any) -> Comparison:
   """What the selection flattered: held-out gain minus report gain.
 
   A search takes the luckiest of its candidates on the held-out data, so that
-  the gain there is more than what data that chose nothing show.
+  the gain there is more than what data that chose nothing show. It is negative
+  where the best single model, the luckiest of K, was flattered more.
 
   Args:
     held_out_gain: gain over the best single model on the data that chose: a
@@ -459,335 +438,3 @@ def _resampled_sums(values: np.ndarray, num_resamples, rng) -> np.ndarray:
   return np.array(
       [values[rng.integers(num, size=num)].sum() for _ in range(num_resamples)]
   )
-
-
-class Split(NamedTuple):
-  """Disjoint rows of one data set.
-
-  Attributes:
-    rows: row numbers by name, each ascending.
-    record: what to store: `num`, `sizes`, `seed` and `hash`, for JSON.
-  """
-
-  rows: dict[str, np.ndarray]
-  record: dict[str, Any]
-
-
-def split(
-    num: int,
-    sizes: Mapping[str, int],
-    seed: int,
-    *,
-    record: Mapping[str, Any] | None = None,
-) -> Split:
-  """Draws disjoint rows for each role.
-
-  Args:
-    num: examples in the data set.
-    sizes: how many each role gets, such as `{'select': 400, 'report': 897}`.
-    seed: of the draw.
-    record: that of an earlier split, which this one must repeat.
-
-  Returns:
-    A `Split`.
-
-  Raises:
-    ValueError: more rows than there are, a size below 1, or other rows than
-      the record says.
-
-  Example:
-    >>> found = split(5, {'select': 2, 'report': 3}, seed=0)
-    >>> {name: rows.tolist() for name, rows in found.rows.items()}
-    {'select': [2, 4], 'report': [0, 1, 3]}
-  """
-  if not sizes or min(sizes.values()) < 1 or sum(sizes.values()) > num:
-    raise ValueError(
-        f'sizes {dict(sizes)} ask for {sum(sizes.values())} rows of {num}: '
-        'expected at least 1 each, and no more than there are.'
-    )
-  order = np.random.default_rng(seed).permutation(num)
-  parts = np.split(order, np.cumsum(list(sizes.values())))
-  rows = {name: np.sort(part) for name, part in zip(sizes, parts)}
-  digest = hashlib.sha256()
-  for name, part in rows.items():
-    digest.update(f'{name}:{",".join(map(str, part.tolist()))};'.encode())
-  made = {
-      'num': num,
-      'sizes': dict(sizes),
-      'seed': seed,
-      'hash': digest.hexdigest(),
-  }
-  if record is not None and dict(record) != made:
-    raise ValueError(
-        f'The split is {made}, the record {dict(record)}. Scores of other rows '
-        'cannot be compared: take the arguments of the record, or start anew.'
-    )
-  return Split(rows, made)
-
-
-def shared_rows(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
-  """Which examples two data sets have in common, by content.
-
-  Args:
-    a: an array `[N, ...]`; a mapping of those; a `data.Source`; or a sequence
-      of those, whose rows are counted through. Labels and masks are not
-      compared: an example under two labels is one example.
-    b: another, in the same form and dtype.
-
-  Returns:
-    Row numbers of a that are also in b, and rows of b that are also in a: what
-    to drop from one of them.
-
-  Example:
-    >>> shared_rows(np.array([[1, 2], [3, 4]]), np.array([[3, 4], [5, 6]]))
-    (array([1]), array([0]))
-  """
-  hashes = [list(_row_hashes(x)) for x in (a, b)]
-  return _shared(*hashes)
-
-
-def check_disjoint(**sets: Any) -> None:
-  """Refuses data sets of different roles that share examples.
-
-  What chose must not report: pass what each role sees, before it is augmented.
-
-  Args:
-    **sets: by role, such as `select=held_out, report=[test, shifted]`, each as
-      in `shared_rows`.
-
-  Raises:
-    ValueError: one data set in two roles, or examples in two roles: which, how
-      many, and one of them.
-
-  Example:
-    >>> check_disjoint(select=np.array([1, 2]), report=np.array([3, 4]))
-  """
-  names = list(sets)
-  pairs = [(p, q) for i, p in enumerate(names) for q in names[i + 1 :]]
-  for p, q in pairs:
-    same = {id(x) for x in _parts(sets[p])} & {id(x) for x in _parts(sets[q])}
-    if same:
-      raise ValueError(_twice(p, q))
-  hashes = {name: list(_row_hashes(x)) for name, x in sets.items()}
-  for p, q in pairs:
-    in_p, in_q = _shared(hashes[p], hashes[q])
-    if len(in_p) == len(hashes[p]) > 0 and len(in_q) == len(hashes[q]):
-      raise ValueError(_twice(p, q))
-    if len(in_p):
-      twin = hashes[q].index(hashes[p][in_p[0]])
-      raise ValueError(
-          f'{p} and {q} share examples: {len(in_p)} of the {len(hashes[p])} '
-          f'rows of {p} are also in {q} ({len(hashes[q])} rows); row '
-          f'{in_p[0]} of {p} is row {twin} of {q}. Drop them from one: '
-          f'statistics.shared_rows({p}, {q}) lists them.'
-      )
-
-
-def _twice(p: str, q: str) -> str:
-  return (
-      f'{p} and {q} are the same data set. Data that choose cannot report: '
-      'split it with statistics.split.'
-  )
-
-
-def _shared(a: list[bytes], b: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-  both = set(a) & set(b)
-  in_a, in_b = (
-      np.array([i for i, h in enumerate(x) if h in both], np.int64)
-      for x in (a, b)
-  )
-  return in_a, in_b
-
-
-def _parts(data: Any) -> list[Any]:
-  parts = data if isinstance(data, list | tuple) else [data]
-  return [getattr(part, 'arrays', part) for part in parts]
-
-
-def _row_hashes(data: Any) -> Iterator[bytes]:
-  for part in _parts(data):
-    for inputs in _in_chunks(part):
-      for row in zip(*map(_row_bytes, inputs)):
-        digest = hashlib.blake2b(digest_size=16)
-        for content in row:
-          digest.update(content)
-        yield digest.digest()
-
-
-def _in_chunks(data: Any) -> Iterator[list[np.ndarray]]:
-  """The inputs of a data set, sorted by name, some rows at a time."""
-  if isinstance(data, Mapping):
-    num = len(next(iter(data.values())))
-  else:
-    num = len(data)
-  for start in range(0, num, _NUM_AT_ONCE):
-    rows = np.arange(start, min(start + _NUM_AT_ONCE, num))
-    if isinstance(data, Mapping):
-      part = {name: x[rows[0] : rows[-1] + 1] for name, x in data.items()}
-    elif hasattr(data, 'shape'):
-      part = {'': data[rows[0] : rows[-1] + 1]}
-    else:
-      part = data[rows]
-    names = sorted(part.keys() - set(_NOT_INPUTS))
-    yield [np.asarray(jax.device_get(part[name])) for name in names]
-
-
-def _row_bytes(x: np.ndarray) -> Iterator[Any]:
-  if x.dtype.kind in 'OSU':  # Texts: their width depends on the longest one.
-    return (repr(row.tolist()).encode() for row in x.astype(str)[:, None])
-  flat = np.ascontiguousarray(x).reshape(len(x), -1).view(np.uint8)
-  return iter(flat)
-
-
-class Stability(NamedTuple):
-  """How far the choice of a search hangs on the examples it saw.
-
-  Attributes:
-    chosen: ingredients that it takes on all examples, ascending.
-    frequency: share of resamples that take each ingredient, `[K]`.
-    overlap: mean of `|A & B| / |A | B|` (Jaccard) of the resampled choice and
-      `chosen`; 1 where the choice never changes.
-    sizes: how many ingredients each resample takes, `[num_resamples]`.
-    num_evaluated: candidates whose answers had to be found out.
-  """
-
-  chosen: Members
-  frequency: np.ndarray
-  overlap: float
-  sizes: np.ndarray
-  num_evaluated: int
-
-
-def stability(
-    values_fn: Callable[[Members], Any],
-    num_models: int,
-    *,
-    recipe: Callable[..., Soup] = _greedy.greedy,
-    num_resamples: int = 100,
-    seed: int = 0,
-    answers: MutableMapping[Members, Any] | None = None,
-) -> Stability:
-  """Repeats a search on resampled held-out examples.
-
-  The search itself is that of the recipe. Answers are remembered, so that a
-  candidate is evaluated once, however many resamples meet it: for an ensemble
-  of cached logits it costs nothing; for soups one evaluation for each candidate
-  that the search on all examples did not meet, `num_evaluated` in all.
-
-  Args:
-    values_fn: per-example scores of the mean of some ingredients, `[N]`, higher
-      is better. Of soups: `lambda members: metrics.correct(run(jaxsoup.uniform(
-      [ingredients[k] for k in members]).params), label)`, with `run` an
-      `evaluation.logits_of`. Of an ensemble: see the example.
-    num_models: K.
-    recipe: `jaxsoup.greedy` or `jaxsoup.pruned`, or one of them with options
-      (`functools.partial`).
-    num_resamples: how many.
-    seed: of the resamples.
-    answers: remembered values, read and written, by members.
-
-  Returns:
-    A `Stability`.
-
-  Raises:
-    ValueError: values that are no vector, or of different lengths; what the
-      recipe raises.
-
-  Example:
-    >>> label = np.arange(40) % 2
-    >>> right, wrong = np.eye(2)[label], np.eye(2)[1 - label]
-    >>> logits = np.stack([2 * right, wrong, wrong])
-    >>> found = stability(
-    ...     lambda members: metrics.correct(logits[list(members)].mean(0), label),
-    ...     num_models=3,
-    ...     recipe=functools.partial(_greedy.greedy, strict=True),
-    ... )
-    >>> found.chosen, found.frequency.tolist(), found.overlap
-    ((0,), [1.0, 0.0, 0.0], 1.0)
-
-  Source: Meinshausen and Buehlmann 2010, "Stability selection".
-  """
-  known = _Answers(values_fn, {} if answers is None else answers)
-  num = len(known[(0,)])
-  rng = np.random.default_rng(seed)
-  # Nothing is read but the numbers that stand for the ingredients.
-  ingredients = list(np.arange(num_models, dtype=np.float32))
-  chosen = _choice(recipe, ingredients, known, np.ones(num, np.int64))
-  choices = [
-      _choice(recipe, ingredients, known, rng.multinomial(num, [1 / num] * num))
-      for _ in range(num_resamples)
-  ]
-  taken = np.array([[k in c for k in range(num_models)] for c in choices])
-  return Stability(
-      chosen=tuple(sorted(chosen)),
-      frequency=taken.mean(0),
-      overlap=float(
-          np.mean([len(c & chosen) / len(c | chosen) for c in choices])
-      ),
-      sizes=taken.sum(1),
-      num_evaluated=known.num_evaluated,
-  )
-
-
-def _choice(recipe, ingredients, known, counts) -> set[int]:
-  scores = _Scores(known, counts)
-  return set(recipe(ingredients, _never, scores=scores).info.accepted)
-
-
-def _never(params: Any) -> float:
-  raise AssertionError('Every score is known.')
-
-
-class _Answers:
-  """Remembered answers of candidates, `[N]` each."""
-
-  def __init__(
-      self,
-      values_fn: Callable[[Members], Any],
-      answers: MutableMapping[Members, Any],
-  ):
-    self.num_evaluated = 0
-    self._values_fn = values_fn
-    self._answers = answers
-
-  def __getitem__(self, members: Members) -> np.ndarray:
-    if members not in self._answers:
-      values = np.asarray(jax.device_get(self._values_fn(members)))
-      if values.ndim != 1 or not values.size:
-        raise ValueError(
-            f'values_fn returned shape {list(values.shape)} for {members}: '
-            'expected [N], one number an example.'
-        )
-      self._answers[members] = values
-      self.num_evaluated += 1
-    return self._answers[members]
-
-
-class _Scores(MutableMapping):
-  """A score log that knows every candidate: the mean of resampled answers."""
-
-  def __init__(self, answers: _Answers, counts: np.ndarray):
-    self._answers = answers
-    self._counts = counts
-
-  def __getitem__(self, members: Members) -> float:
-    values = self._answers[members]
-    if values.shape != self._counts.shape:
-      raise ValueError(
-          f'values_fn returned {len(values)} numbers for {members}, and '
-          f'{len(self._counts)} for ingredient 0: expected one an example.'
-      )
-    # Sums of right answers are exact, so that ties stay ties.
-    return float(self._counts @ values.astype(float) / self._counts.sum())
-
-  def __setitem__(self, members: Members, score: float) -> None:
-    raise TypeError(f'The score of {members} follows from the answers.')
-
-  def __delitem__(self, members: Members) -> None:
-    raise TypeError(f'The score of {members} follows from the answers.')
-
-  def __iter__(self) -> Iterator[Members]:
-    return iter(())
-
-  def __len__(self) -> int:
-    return 0
