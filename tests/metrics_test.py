@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
+from jaxsoup import evaluation
 from jaxsoup import metrics
 
 ALL = (
@@ -221,3 +222,25 @@ def test_correct_is_one_number_an_example():
   got = metrics.correct(jnp.asarray(logits), jnp.asarray(label))
   assert got.dtype == bool  # What mean_of can bound.
   np.testing.assert_array_equal(got, logits.argmax(-1) == label)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_log_likelihood_of_each_example(seed):
+  logits, label = problem(seed)
+  got = metrics.log_likelihood(logits, label)
+  expected = np.log(softmax(logits)[np.arange(len(label)), label])
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_log_likelihood_is_a_score_of_models():
+  logits, label = problem(6)
+  batches = evaluation.batched({'logits': logits, 'label': label}, 25)
+  eval_fn = evaluation.mean_of(
+      lambda beta, batch: metrics.log_likelihood(
+          beta * batch['logits'], batch['label']
+      ),
+      batches,
+  )
+  for beta in (0.5, 2.0):
+    expected = -sk.log_loss(label, softmax(beta * logits), labels=range(6))
+    np.testing.assert_allclose(eval_fn(beta), expected, rtol=1e-5)

@@ -49,8 +49,8 @@ class Row(NamedTuple):
 
   @property
   def mean_shift(self) -> float:
-    """The mean over the shifted test sets."""
-    return float(np.mean(list(self.shifts.values())))
+    """The mean over the shifted test sets; NaN where there are none."""
+    return float(np.mean(list(self.shifts.values()) or [np.nan]))
 
 
 class _Column(NamedTuple):
@@ -344,11 +344,12 @@ def _with(
 
 
 def _shown(rows: Sequence[Row]) -> list[_Column]:
-  """The columns; those that no row has gains for show none."""
+  """The columns that there is something to show in, and their gains."""
   known = {key for row in rows for key in row.gains}
   return [
       column if column.gain in known else column._replace(gain='')
       for column in _COLUMNS
+      if column.gain != 'shifts' or any(row.shifts for row in rows)
   ]
 
 

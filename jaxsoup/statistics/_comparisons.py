@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from jaxsoup import metrics
 
 # Maps logits `[N, C]` and labels `[N]` to one number, or to one an example.
 Metric = Callable[[Any, Any], Any]
+_NUM_AT_ONCE = 100
 
 
 class McNemar(NamedTuple):
@@ -116,7 +118,7 @@ def paired_bootstrap(
     metric: `metric(logits [N, C], label [N])`. Where it returns one number an
       example, as `metrics.correct` does, their mean is compared, which takes no
       time; where it returns a scalar, as `metrics.matthews` does, it is called
-      twice a resample. None: a and b are such numbers already.
+      twice a resample, compiled if jax can. None: a and b are such numbers.
     a: logits `[N, C]` of the first model, or numbers `[N]`; or a mapping of
       those by data set, whose metrics are averaged.
     b: the same of the second.
@@ -418,14 +420,42 @@ def _resampled(metric, group, num_resamples, rng) -> np.ndarray:
         _resampled_sums(sum(s.differences for s in group), num_resamples, rng)
         / num
     )
-  score = lambda x, label: float(_answers(metric, x, label))
-  draws = np.zeros(num_resamples)
-  for i in range(num_resamples):
-    rows = rng.integers(num, size=num)
-    for s in group:
-      label = None if s.label is None else s.label[rows]
-      draws[i] += score(s.a[rows], label) - score(s.b[rows], label)
-  return draws
+  gain_fns = [_gain_fn(metric, s) for s in group]
+  draws = []
+  for _ in range(0, num_resamples, _NUM_AT_ONCE):
+    rows = rng.integers(num, size=(_NUM_AT_ONCE, num), dtype=np.int32)
+    draws.append(sum(gain_fn(rows) for gain_fn in gain_fns))
+  return np.concatenate(draws)[:num_resamples]
+
+
+def _gain_fn(metric, s: _Set) -> Callable[[np.ndarray], np.ndarray]:
+  """The gain on rows `[R, N]` of a data set, `[R]`; compiled if it can be."""
+  compiled = functools.partial(
+      _gains(metric), *jax.device_put((s.a, s.b, s.label))
+  )
+  try:
+    jax.eval_shape(compiled, np.zeros((1, len(s.a)), np.int32))
+  except Exception:  # It is not one of jax: it just worked on these arrays.
+    score = lambda x, r: float(_answers(metric, *_taken(x, s.label, r)))
+    return lambda rows: np.array([score(s.a, r) - score(s.b, r) for r in rows])
+  return lambda rows: np.asarray(
+      jax.device_get(compiled(jax.device_put(rows))), float
+  )
+
+
+@functools.lru_cache(maxsize=8)
+def _gains(metric):
+  """A compiled function, the same for all data sets of one size."""
+
+  def gains(a, b, label, rows):
+    score = lambda x, r: metric(*_taken(x, label, r))
+    return jax.lax.map(lambda r: score(a, r) - score(b, r), rows)
+
+  return jax.jit(gains)
+
+
+def _taken(x, label, rows):
+  return x[rows], None if label is None else label[rows]
 
 
 def _resampled_sums(values: np.ndarray, num_resamples, rng) -> np.ndarray:
