@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
+from jaxsoup import evaluation
 from jaxsoup import metrics
 
 ALL = (
@@ -236,3 +237,25 @@ def test_one_of_several_right_labels_is_enough():
   assert metrics.accuracy(logits, one_hot) == metrics.accuracy(logits, label)
   with pytest.raises(ValueError, match='labels \\(50, 7\\)'):
     metrics.f1(logits, labels)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_log_likelihood_of_each_example(seed):
+  logits, label = problem(seed)
+  got = metrics.log_likelihood(logits, label)
+  expected = np.log(softmax(logits)[np.arange(len(label)), label])
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_log_likelihood_is_a_score_of_models():
+  logits, label = problem(6)
+  batches = evaluation.batched({'logits': logits, 'label': label}, 25)
+  eval_fn = evaluation.mean_of(
+      lambda beta, batch: metrics.log_likelihood(
+          beta * batch['logits'], batch['label']
+      ),
+      batches,
+  )
+  for beta in (0.5, 2.0):
+    expected = -sk.log_loss(label, softmax(beta * logits), labels=range(6))
+    np.testing.assert_allclose(eval_fn(beta), expected, rtol=1e-5)
