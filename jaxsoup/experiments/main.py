@@ -106,6 +106,7 @@ def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
             tensorboard=workdir / 'tensorboard' if has_board else None,
         ),
     )
+    stages.check_roles(work)
     theta_0 = stages.theta_0(work)
     if not stages.finetune_all(work, theta_0) or num_shards > 1:
       return []
