@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import json
 import pathlib
+import shutil
 from typing import Any
 from typing import NamedTuple
 
@@ -112,7 +113,8 @@ def with_gains(
     The rows; those of soups and ensembles with `gains`.
 
   Raises:
-    ValueError: rows and logits of different lengths; as `statistics.compare`.
+    ValueError: rows and logits of different lengths; held-out data that also
+      report; as `statistics.compare`.
   """
   if len(rows) != len(logits):
     raise ValueError(
@@ -122,6 +124,7 @@ def with_gains(
   best = _best(rows)
   if best is None:
     return list(rows)
+  _refuse_twice(logits[best])
 
   def gains_of(first: Mapping[str, Any]) -> dict[str, Comparison]:
     second = logits[best]
@@ -144,6 +147,17 @@ def with_gains(
       row if row.kind == 'single' else row._replace(gains=gains_of(x))
       for row, x in zip(rows, logits)
   ]
+
+
+def _refuse_twice(logits: Mapping[str, Any]) -> None:
+  held_out = logits.get('held_out', ())
+  for name, x in logits.items():
+    # Answers that are right or wrong may agree by chance; logits do not.
+    if name != 'held_out' and np.ndim(x) > 1 and np.array_equal(x, held_out):
+      raise ValueError(
+          f'held_out and {name} are the same data set: the model has the same '
+          'logits there. Data that choose cannot report: see statistics.split.'
+      )
 
 
 def _best(rows: Sequence[Row]) -> int | None:
@@ -289,6 +303,7 @@ def rich_table(
     deviations: Sequence[Row] | None = None,
     *,
     sets: Mapping[str, Mapping[str, int]] | None = None,
+    width: int | None = None,
 ) -> Any:
   """A table for the terminal: what `markdown` says, gains below the scores.
 
@@ -296,6 +311,8 @@ def rich_table(
     rows: such as those of `summary`.
     deviations: as in `markdown`.
     sets: as in `markdown`.
+    width: columns to stay within, by default those of the terminal. 80 are
+      enough: where there are fewer than a line needs, cells have more lines.
 
   Returns:
     A `rich.table.Table`.
@@ -304,20 +321,10 @@ def rich_table(
   from rich import table as rich_table_lib
   from rich import text
 
-  columns = _shown(rows)
-  cells = []
-  for row, deviation in _with(rows, deviations):
-    cells.append([text.Text(row.name)])
-    for column in columns:
-      # A line may break before the deviation, not behind its sign.
-      score = _score(column, row, deviation).replace('± ', '±')
-      cells[-1].append(text.Text(score))
-      if column.gain in row.gains:
-        gain = row.gains[column.gain]
-        style = 'bold' if _is_bold(gain) else ''
-        cells[-1][-1].append('\n').append(_gain(gain), style)
+  width = shutil.get_terminal_size().columns if width is None else width
   table = rich_table_lib.Table(
       box=box.SIMPLE_HEAD,
+      show_edge=False,
       pad_edge=False,
       collapse_padding=True,
       caption=text.Text.from_markup(
@@ -326,14 +333,55 @@ def rich_table(
       caption_justify='left',
   )
   table.add_column('', no_wrap=True)
-  for column, of_rows in zip(columns, [*zip(*cells)][1:]):
-    words = ' '.join([column.header, *(cell.plain for cell in of_rows)]).split()
-    table.add_column(
-        column.header, justify='right', min_width=max(map(len, words))
-    )
+  for column in _shown(rows):
+    header = column.header.removesuffix(' at inference')
+    header = ' of\n'.join(header.split(' of '))
+    table.add_column(header, justify='right', no_wrap=True)
+  for before_deviation, before_interval in (
+      (' ', ' '),
+      ('\n', ' '),
+      ('\n', '\n'),
+  ):
+    cells = [
+        [text.Text(row.name)]
+        + [
+            _rich_cell(
+                column, row, deviation, before_deviation, before_interval
+            )
+            for column in _shown(rows)
+        ]
+        for row, deviation in _with(rows, deviations)
+    ]
+    if _width_of(table, cells) <= width:
+      break
   for row_cells in cells:
     table.add_row(*row_cells)
   return table
+
+
+def _rich_cell(column, row, deviation, before_deviation, before_interval):
+  from rich import text
+
+  score = _score(column, row, deviation).replace(' ± ', f'{before_deviation}±')
+  cell = text.Text(score)
+  if column.gain in row.gains:
+    gain = row.gains[column.gain]
+    shown = _gain(gain).replace(' ', before_interval)
+    cell.append('\n').append(shown, 'bold' if _is_bold(gain) else '')
+  return cell
+
+
+def _width_of(table: Any, cells: Sequence[Sequence[Any]]) -> int:
+  """The columns that a table with these cells takes, two between cells."""
+  widths = [
+      max(
+          len(line)
+          for part in (column.header, *(cell.plain for cell in of_rows))
+          for line in part.split('\n')
+      )
+      for column, of_rows in zip(table.columns, zip(*cells))
+  ]
+  return sum(widths) + 2 * (len(widths) - 1)
 
 
 def _with(
