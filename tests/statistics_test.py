@@ -598,3 +598,24 @@ def test_stability_names_what_is_wrong():
     statistics.stability(lambda members: 0.5, 3)
   with pytest.raises(ValueError, match=r'returned 4 numbers for \(1,\), and 3'):
     statistics.stability(lambda members: np.ones(3 + members[0]), 3)
+
+
+def test_splits_of_the_same_examples_reject_no_more_than_one():
+  """Two models as good as each other: five in a hundred at most."""
+  rng = np.random.default_rng(0)
+  rejected = []
+  for _ in range(400):
+    a, b = rng.random((2, 60)) < 0.7
+    parts = [rng.permutation(60)[:40] for _ in range(5)]
+    gains = [statistics.compare(a[p], b[p], metric=None) for p in parts]
+    rejected.append(statistics.over_splits(gains).is_significant)
+  assert np.mean(rejected) < 0.05
+
+
+def test_a_clear_gain_stays_one_over_splits():
+  one = statistics.Comparison(0.1, 0.05, 0.15, p_value=0.001, num=100)
+  found = statistics.over_splits([one] * 5)
+  assert found.is_significant and found.p_value == pytest.approx(0.002)
+  assert (found.gain, found.low, found.high) == pytest.approx((0.1, 0.05, 0.15))
+  with pytest.raises(ValueError, match='There is no gain'):
+    statistics.over_splits([])

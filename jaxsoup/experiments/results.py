@@ -96,7 +96,21 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
   work.progress_fn('reporting', 0.0)
   stable = stability(work, ingredients, all_splits[0], logits)
   _write(work, tables, first, stable)
-  return tables[0] if len(tables) == 1 else report.mean_rows(tables)[0]
+  return averaged(tables)[0]
+
+
+def averaged(tables: list[list[report.Row]]):
+  """Means and deviations over splits; the gains are those of `over_splits`."""
+  means, deviations = report.mean_rows(tables)
+  for i, rows in enumerate(zip(*tables)):
+    gains = {
+        key: statistics.over_splits([row.gains[key] for row in rows])
+        for key in rows[0].gains
+    }
+    means[i] = means[i]._replace(
+        gains=gains if len(tables) > 1 else rows[0].gains
+    )
+  return means, deviations
 
 
 def splits(work: stages.Work) -> list[Split]:
@@ -259,7 +273,7 @@ def _rows(work, models: Models, labels) -> list[report.Row]:
 
 def _write(work, tables, soups, stable) -> None:
   workdir = work.workdir
-  rows = tables[0] if len(tables) == 1 else report.mean_rows(tables)[0]
+  rows = averaged(tables)[0]
   report.save(
       lambda ax: report.scatter(ax, rows),
       workdir / 'test_against_shifts.png',
@@ -270,8 +284,7 @@ def _write(work, tables, soups, stable) -> None:
       lambda ax: report.trials(ax, searches),
       workdir / 'trials.png',
   )
-  summaries = [report.summary(table) for table in tables]
-  means, deviations = report.mean_rows(summaries)
+  means, deviations = averaged([report.summary(table) for table in tables])
   (workdir / 'table.md').write_text(
       report.markdown(means, deviations if len(tables) > 1 else None) + '\n'
   )

@@ -39,5 +39,6 @@ from jaxsoup.statistics._disjoint import Split as Split
 from jaxsoup.statistics._disjoint import check_disjoint as check_disjoint
 from jaxsoup.statistics._disjoint import shared_rows as shared_rows
 from jaxsoup.statistics._disjoint import split as split
+from jaxsoup.statistics._splits import over_splits as over_splits
 from jaxsoup.statistics._stability import Stability as Stability
 from jaxsoup.statistics._stability import stability as stability
