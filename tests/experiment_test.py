@@ -192,6 +192,28 @@ def test_the_held_out_set_is_drawn_several_times(
   assert '±' in (tmp_path / 'table.md').read_text()
 
 
+def test_copies_of_runs_are_ingredients(tmp_path, uninterrupted, cache):
+  more = ['--config.finetune.ema=(0.9,)', '--config.finetune.keep_epochs=(1,)']
+  more += ['--config.tensorboard=True', '--config.sweep.num_runs=2']
+  finish(tmp_path, cache, *more)
+  names = sorted(path.name for path in (tmp_path / 'runs').iterdir())
+  copies = ['', '_ema_0.9', '_epoch_1']
+  assert names == [f'{k:02d}{copy}' for k in range(2) for copy in copies]
+  results = json.loads((tmp_path / 'results.json').read_text())
+  singles = [r['name'] for r in results['rows'] if r['kind'] == 'single']
+  assert sorted(singles) == names
+  assert len(results['alpha']['uniform']) == 6
+  made = checkpoints.provenance(tmp_path / 'runs/01_ema_0.9')['metadata']
+  assert made['copy'] == 'ema_0.9'
+  # The last parameters do not depend on what is kept beside them.
+  for x, y in zip(
+      leaves(tmp_path / 'runs/01'), leaves(uninterrupted / 'runs/01')
+  ):
+    np.testing.assert_allclose(x, y, atol=1e-4)
+  events = list((tmp_path / 'tensorboard' / '1').glob('events*'))
+  assert any(b'loss' in path.read_bytes() for path in events)
+
+
 def test_metrics_of_the_training(uninterrupted):
   lines = (uninterrupted / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
