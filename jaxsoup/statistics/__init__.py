@@ -10,7 +10,7 @@ Data that choose flatter what they chose: `optimism` says by how much. The fewer
 held-out examples, the more it pays to select on `metrics.log_likelihood` rather
 than on `metrics.correct`. 24 networks on digits, accuracies 89.5 to 95.0: how
 far the selected one lies below the best of them on the rest, in points, mean of
-200 draws (+-0.05), selected by accuracy / likelihood:
+200 draws of held-out examples (+-0.06), selected by accuracy / likelihood:
 
 | examples | single model | greedy ensemble |
 |---|---|---|
