@@ -1,6 +1,7 @@
 """Sources and batches: order, resumption, processes, folders, TFDS."""
 
 import hashlib
+import io
 import json
 import threading
 
@@ -34,6 +35,32 @@ class Numbered(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self):
     for i in range(NUM):
       yield i, {'image': np.full((4, 4, 1), i, np.uint8), 'label': i}
+
+
+class Pictures(Numbered):
+  """The same as encoded images."""
+
+  def _info(self):
+    features = tfds.features.FeaturesDict({
+        'image': tfds.features.Image(shape=(4, 4, 1), encoding_format='png'),
+        'label': tfds.features.ClassLabel(num_classes=NUM),
+    })  # fmt: skip
+    return tfds.core.DatasetInfo(builder=self, features=features)
+
+  def _generate_examples(self):
+    for i in range(NUM):
+      file = io.BytesIO()
+      Image.new('L', (4, 4), 10 * i).save(file, 'png')
+      file.seek(0)
+      yield i, {'image': file, 'label': i}
+
+
+def picture_fn(record, rng):
+  """Files where tf.data leaves them encoded, arrays elsewhere."""
+  pixels = record['image']
+  if isinstance(pixels, bytes):
+    pixels = np.asarray(Image.open(io.BytesIO(pixels)))[..., None]
+  return record_fn({**record, 'image': pixels}, rng)
 
 
 def example_fn(record, rng):
@@ -330,9 +357,106 @@ def test_a_split_that_is_not_there_is_named(prepared):
     sources.tfds('numbered', 'nowhere', record_fn, data_dir=prepared)
 
 
+def test_encoded_images_without_tensorflow(tmp_path):
+  builder = Pictures(data_dir=tmp_path, file_format='array_record')
+  builder.download_and_prepare()
+  source = sources.tfds('pictures', 'train', picture_fn, data_dir=tmp_path)
+  assert isinstance(source, sources.Examples)
+  batch = source[np.arange(NUM)]
+  np.testing.assert_array_equal(batch['image'][:, 1, 2, 0], batch['label'] * 10)
+  record, *_ = sources.tfds_features(
+      'pictures', 'train', ['image', 'label'], data_dir=tmp_path
+  )
+  assert record['image'].startswith(b'\x89PNG')
+
+
 def test_mocked_tfds():
   with tfds.testing.mock_data(num_examples=6):
     source = sources.tfds('cifar10', 'train', record_fn)
     batch = source[np.arange(6)]
   assert batch['image'].shape == (6, 32, 32, 3)
   assert batch['label'].max() < 10
+
+
+@pytest.fixture(scope='module')
+def stream(tmp_path_factory):
+  pytest.importorskip('tensorflow', reason='the extra `tf`')
+  folder = tmp_path_factory.mktemp('tfrecord')
+  builder = Pictures(data_dir=folder, file_format='tfrecord')
+  builder.download_and_prepare()
+  source = sources.tfds('pictures', 'train', picture_fn, data_dir=folder)
+  assert isinstance(source, sources.Stream)
+  return source
+
+
+def test_stream_walks_in_order(stream):
+  assert len(stream) == NUM
+  everything = stream[np.arange(NUM)]
+  np.testing.assert_array_equal(
+      everything['image'][:, 1, 2, 0], everything['label'] * 10
+  )
+  walk = list(sources.batches(stream, 10))
+  labels = np.concatenate([batch['label'] for batch in walk])
+  mask = np.concatenate([batch['mask'] for batch in walk])
+  np.testing.assert_array_equal(labels[mask], everything['label'])
+  assert mask.tolist() == [True] * NUM + [False] * 7
+  np.testing.assert_array_equal(
+      stream[np.array([7, 2])]['label'], everything['label'][[7, 2]]
+  )
+
+
+def test_stream_is_shuffled_by_seed_and_epoch(stream):
+  walk = lambda **kwargs: list(sources.batches(stream, 4, **kwargs))
+  first = walk(seed=1, epoch=2)
+  labels = np.concatenate([batch['label'] for batch in first])
+  assert len(labels) == len(set(labels.tolist())) == 20
+  _assert_equal(first, walk(seed=1, epoch=2))
+  for other in (walk(seed=2, epoch=2), walk(seed=1, epoch=3)):
+    assert not np.array_equal(first[0]['label'], other[0]['label'])
+
+
+@pytest.mark.parametrize('seed', [None, 7])
+def test_stream_resumes_and_divides(stream, seed):
+  whole = list(sources.batches(stream, 4, seed=seed))
+  _assert_equal(whole[3:], list(sources.batches(stream, 4, seed=seed, start=3)))
+  parts = [
+      list(
+          sources.batches(
+              stream, 4, seed=seed, process_index=i, process_count=2
+          )
+      )
+      for i in range(2)
+  ]
+  joined = [
+      {name: np.concatenate([a[name], b[name]]) for name in a}
+      for a, b in zip(*parts, strict=True)
+  ]
+  _assert_equal(whole, joined)
+
+
+def test_rows_of_a_stream(stream):
+  labels = stream[np.arange(NUM)]['label']
+  part = sources.subset(stream, np.array([3, 8, 20]))
+  assert len(part) == 3
+  np.testing.assert_array_equal(
+      sources.in_memory(part).arrays['label'], labels[[3, 8, 20]]
+  )
+  (batch,) = sources.batches(part, 4)
+  assert batch['mask'].tolist() == [True, True, True, False]
+  with pytest.raises(ValueError, match='train.2%:.*convert_format'):
+    list(sources.batches(part, 2, seed=0))
+  with pytest.raises(ValueError, match='ascending'):
+    sources.subset(stream, np.array([3, 1]))
+
+
+def test_tfrecord_files_without_tensorflow_say_what_to_do(
+    prepared, monkeypatch
+):
+  monkeypatch.setattr(sources.importlib.util, 'find_spec', lambda name: None)
+
+  def no_random_access(*args, **kwargs):
+    raise NotImplementedError
+
+  monkeypatch.setattr(Numbered, 'as_data_source', no_random_access)
+  with pytest.raises(ImportError, match=r'jaxsoup\[tf\].*convert_format'):
+    sources.tfds('numbered', 'train', record_fn, data_dir=prepared)
