@@ -32,7 +32,7 @@ ALLOWED = (
     BASIC | {'optax', 'scipy'},
     BASIC
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'tensorstore', 'torch'},
-    BASIC | {'flax', 'scipy', 'sklearn', 'tensorflow_datasets'},
+    BASIC | {'PIL', 'flax', 'scipy', 'sklearn', 'tensorflow_datasets'},
     BASIC
     | {'absl', 'flax', 'ml_collections', 'optax', 'rich', 'typer'}
     | {'tensorboardX'},
