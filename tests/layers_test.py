@@ -25,7 +25,9 @@ ALLOWED = (
     BASIC | {'optax'},
     BASIC
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'tensorstore', 'torch'},
-    BASIC | {'flax', 'scipy', 'sklearn', 'tensorflow_datasets'},
+    BASIC
+    | {'flax', 'scipy', 'sentencepiece', 'sklearn', 'tensorflow_datasets'}
+    | {'tokenizers'},
     BASIC
     | {'absl', 'flax', 'ml_collections', 'optax', 'rich', 'typer'}
     | {'tensorboardX'},
