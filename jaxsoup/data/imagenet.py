@@ -339,11 +339,13 @@ def _train(
     return _consecutive(train_fn, held_out_fn, share, seed, options)
   both: list[Any]
   if folder is not None:
-    both = [
-        _folder(folder, fn, None, options['num_threads'])
-        for fn in (train_fn, held_out_fn)
-    ]
-    labels = both[0].labels
+    num_threads = options['num_threads']
+    files = _folder(folder, train_fn, None, num_threads)
+    # The files are looked for once.
+    again = sources.Examples(
+        files.records, held_out_fn, num_threads=num_threads
+    )
+    both, labels = [files, again], files.labels
   else:
     both = [
         sources.tfds('imagenet2012', 'train', fn, **options)
