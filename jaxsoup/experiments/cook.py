@@ -121,7 +121,8 @@ def batches_of(
     size = len(source) * sum(x.nbytes for x in row.values())
     if size > _memory.free_bytes(jax.local_devices()[0]) / 5:
       return Batches(source, batch_size, sharding)
-  return evaluation.batched(in_memory(source), batch_size, sharding=sharding)
+  data = sources.in_memory(source).arrays
+  return evaluation.batched(data, batch_size, sharding=sharding)
 
 
 def labels_of(source: sources.Source) -> np.ndarray:
@@ -131,13 +132,6 @@ def labels_of(source: sources.Source) -> np.ndarray:
   return np.concatenate(
       [batch['label'][batch['mask']] for batch in sources.batches(source, 256)]
   )
-
-
-def in_memory(source: sources.Source) -> Dataset:
-  """All of a source."""
-  if hasattr(source, 'arrays'):
-    return source.arrays
-  return source[np.arange(len(source))]
 
 
 def score_fn(

@@ -158,27 +158,37 @@ def train(
     data = {name: source.arrays[name] for name in (*model.inputs, 'label')}
     data = jax.device_put(data)
     state = _start(model, settings, params, hyper)
-    epoch_fn = lambda state, epoch: _epoch(
+    num_units = 1  # Of what is saved in an epoch.
+    as_stacked = lambda tree: tree
+    epoch_fn = lambda state, epoch, done, after_fn: _epoch(
         model, settings, state, hyper, data, jax.device_put(np.int32(epoch))
     )
   else:
     streamed = Streamed(model, settings, hyper, source)
     state, epoch_fn = streamed.start(params), streamed.epoch
+    num_units = len(source) // settings.batch_size
+    as_stacked = functools.partial(jax.tree.map, lambda x: x[None])
   num_done = 0
   if saved is not None:
     num_done, state = saved.restore(state)
-  for epoch in range(num_done, settings.num_epochs):
-    state, losses = epoch_fn(state, epoch)
+  for epoch in range(num_done // num_units, settings.num_epochs):
+    before = epoch * num_units
+
+    def after_fn(done, state, before=before):
+      if saved is not None:
+        saved.after(before + done, state)
+
+    done = max(num_done - before, 0)
+    state, losses = epoch_fn(state, epoch, done, after_fn)
     if progress_fn is not None:
       progress_fn(epoch + 1, settings.num_epochs, np.asarray(losses))
     if keep_fn is not None and epoch + 1 in settings.keep_epochs:
-      keep_fn(f'epoch_{epoch + 1}', state.params)
-    if saved is not None:
-      saved.after_epoch(epoch + 1, state)
+      keep_fn(f'epoch_{epoch + 1}', as_stacked(state.params))
+    after_fn(num_units, state)
   if keep_fn is not None:
     for name, copy in state.ema.items():
-      keep_fn(name, copy)
-  return state.params
+      keep_fn(name, as_stacked(copy))
+  return as_stacked(state.params)
 
 
 def train_one(
@@ -544,7 +554,7 @@ class Streamed:
     self._shardings: Any = None
 
   def start(self, params: Params) -> State:
-    """The state before the first step, stacked: leaves [1, ...]."""
+    """The state before the first step."""
     hyper = self._hyper
     if 'init_seed' in hyper:
       params = self._model.init_fn(jax.random.key(hyper['init_seed']))
@@ -553,32 +563,51 @@ class Streamed:
     )
     abstract = sharded_state(jax.eval_shape(init_fn, params), self._mesh)
     self._shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    state = jax.jit(init_fn, out_shardings=self._shardings)(params)
-    return jax.tree.map(lambda x: x[None], state)
+    return jax.jit(init_fn, out_shardings=self._shardings)(params)
 
-  def epoch(self, state: State, epoch: int) -> tuple[State, np.ndarray]:
-    """One walk through the data."""
+  def epoch(
+      self,
+      state: State,
+      epoch: int,
+      start: int = 0,
+      after_fn: Callable[[int, State], None] = lambda step, state: None,
+  ) -> tuple[State, np.ndarray]:
+    """One walk through the data, or what is left of it.
+
+    Args:
+      state: before it.
+      epoch: its number.
+      start: steps of this epoch that are done.
+      after_fn: called after each step but the last with the number of steps
+        done and the state.
+
+    Returns:
+      The state after it, and the mean loss of the steps taken, [1].
+    """
     # A state that was restored lies elsewhere.
     state = jax.device_put(jax.tree.map(lambda x: x[0], state), self._shardings)
     key = jax.random.fold_in(jax.random.key(self._hyper['seed']), epoch)
     losses = []
-    for step, batch in enumerate(self._batches(epoch)):
+    for step, batch in enumerate(self._batches(epoch, start), start):
+      if step > start:
+        after_fn(step, state)
       step_key = jax.random.fold_in(key, step)
       with jax.set_mesh(self._mesh):
         state, loss = self._step(state, self._hyper, batch, step_key)
       losses.append(loss)
       # Few steps ahead of the device: batches in flight take memory.
-      jax.block_until_ready(losses[max(0, step - 2)])
+      jax.block_until_ready(losses[-3:][0])
     mean = np.mean(jax.device_get(losses), keepdims=True)
-    return jax.tree.map(lambda x: x[None], state), mean
+    return state, mean
 
-  def _batches(self, epoch: int) -> Iterator[dict[str, jax.Array]]:
+  def _batches(self, epoch: int, start: int) -> Iterator[dict[str, jax.Array]]:
     split = NamedSharding(self._mesh, PartitionSpec('fsdp'))
     for batch in sources.batches(
         self._source,
         self._settings.batch_size,
         seed=int(self._hyper['seed']),
         epoch=epoch,
+        start=start,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     ):
