@@ -36,8 +36,8 @@ CLASSES = (
     'Bag',
     'Ankle boot',
 )
-# What costs a small convolutional network, 87.7 % on clean images after 6,000
-# of them, between 9 and 29 points, the median shift 18.
+# A small convolutional network that 6,000 clean images take to 86 or 87 % loses
+# between 7 and 28 points to each of these, 17 or 18 to the median one.
 SEVERITIES = dict(
     noise=0.2,
     impulse=0.1,
@@ -46,7 +46,7 @@ SEVERITIES = dict(
     fog=0.5,
     occlusion=0.4,
     rotation=15.0,
-    translation=3.0,
+    translation=2.5,
     shear=0.3,
     shrink=0.2,
 )
