@@ -4,9 +4,11 @@ import builtins
 import pathlib
 import unicodedata
 
+import jax
 import numpy as np
 import pytest
 
+from jaxsoup.data import augment
 from jaxsoup.data import text
 
 WORDS = [
@@ -99,6 +101,21 @@ def test_what_a_tokenizer_knows_of_its_vocabulary(vocabulary):
   assert tokenize.vocab_size == len(WORDS)
   assert (tokenize.pad_id, tokenize.mask_id) == (0, 4)
   assert tokenize.special_ids == (0, 1, 2, 3, 4)
+
+
+def test_hidden_tokens_are_words(vocabulary):
+  tokenize = text.tokenizer(vocabulary, 8)
+  batch = tokenize(['soup is good', 'xyz'])
+  hidden = augment.token_dropout(
+      jax.random.key(0),
+      batch['input_ids'],
+      1.0,
+      mask_id=tokenize.mask_id,
+      special_ids=tokenize.special_ids,
+  )
+  np.testing.assert_array_equal(
+      hidden, [[2, 4, 4, 4, 3, 0, 0, 0], [2, 1, 3, 0, 0, 0, 0, 0]]
+  )
 
 
 def test_capitals_stay_where_the_vocabulary_has_them(vocabulary):
