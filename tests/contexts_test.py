@@ -15,6 +15,7 @@ from jaxsoup import sharding
 METRICS = (
     metrics.accuracy,
     metrics.top_k_accuracy,
+    metrics.log_likelihood,
     metrics.negative_log_likelihood,
     metrics.brier,
     metrics.expected_calibration_error,
