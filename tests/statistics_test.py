@@ -353,6 +353,37 @@ def test_optimism_of_two_sets_holds_the_truth():
   assert 0.01 < np.mean(significant) < 0.09
 
 
+def test_interval_of_a_difference_of_gains(rng):
+  """Of symmetric intervals that of two independent means; else side by side."""
+  a, b = rng.normal(0.03, 0.1, 80), rng.normal(0.01, 0.2, 60)
+  errors = [stats.sem(x) for x in (a, b)]
+  margin = stats.norm.ppf(0.975)
+  both = [
+      statistics.Comparison(
+          x.mean(), x.mean() - margin * e, x.mean() + margin * e, 0.5
+      )
+      for x, e in zip((a, b), errors)
+  ]
+  got = statistics.optimism(*both)
+  error = np.hypot(*errors)
+  z = (a.mean() - b.mean()) / error
+  np.testing.assert_allclose(
+      got[:4],
+      [
+          z * error,
+          (z - margin) * error,
+          (z + margin) * error,
+          2 * stats.norm.sf(abs(z)),
+      ],
+  )
+  # Far down for the first and far up for the second is far down in all.
+  skewed = statistics.optimism(
+      statistics.Comparison(0.5, 0.5 - 0.3, 0.5 + 0.05, 0.1),
+      statistics.Comparison(0.2, 0.2 - 0.12, 0.2 + 0.4, 0.1),
+  )
+  np.testing.assert_allclose(skewed[:3], [0.3, 0.3 - 0.5, 0.3 + 0.13])
+
+
 def test_selection_is_optimistic():
   """The best of 50 equal models gains on the data that chose it only."""
   rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ Data that choose flatter what they chose: `optimism` says by how much. The fewer
 held-out examples, the more it pays to select on `metrics.log_likelihood` rather
 than on `metrics.correct`. 24 networks on digits, accuracies 89.5 to 95.0: how
 far the selected one lies below the best of them on the rest, in points, mean of
-200 draws (+-0.05), selected by accuracy / likelihood:
+200 draws of held-out examples (+-0.06), selected by accuracy / likelihood:
 
 | examples | single model | greedy ensemble |
 |---|---|---|
@@ -20,10 +20,10 @@ far the selected one lies below the best of them on the rest, in points, mean of
 | 400 | 0.46 / 0.54 | 0.36 / 0.16 |
 | 600 | 0.49 / 0.61 | 0.33 / 0.22 |
 
-So accuracy is as good from 400 examples on for a single model, but not for a
-greedy search, whose many candidates tie. Of simulated models (80 to 86 %) it is
-within a quarter of a point of likelihood from 1,000 on, and within 0.1 from
-5,000, also where temperatures are off by a factor of 1.3
+So accuracy is as good from 400 examples on for a single model, but at no size
+for a greedy search. Of simulated models (80 to 86 %) it is within a quarter of
+a point of likelihood from 1,000 examples on, and within an eighth from 5,000,
+also where temperatures are off by a factor of 1.3 or so
 (`tests/benchmarks/selection.py`).
 """
 
