@@ -98,7 +98,7 @@ def conv(
     The layer, its kernel as of He et al. 2015.
   """
   side = (size // 2, size // 2)
-  general = jax.lax.conv_general_dilated
+  general: Any = jax.lax.conv_general_dilated
   if num_in == num_out == num_groups:
     general = _depthwise
   elif is_standardized:
