@@ -80,6 +80,9 @@ class Settings(NamedTuple):
     augmentations: names of those that a run asks for.
     augmentation: JSON of their further arguments, see `augmentation.apply`.
     is_sharp: whether a run asks for sharpness-aware minimization.
+    is_scanned: whether the steps of an epoch are one compiled loop, in which
+      XLA:CPU takes four times as long for convolutions; else they are called
+      one by one.
   """
 
   num_epochs: int
@@ -97,6 +100,7 @@ class Settings(NamedTuple):
   augmentations: tuple[str, ...] = ()
   augmentation: str = '{}'
   is_sharp: bool = False
+  is_scanned: bool = True
 
 
 class State(NamedTuple):
@@ -468,6 +472,48 @@ def train_step(
   return State(params, opt_state, ema), loss
 
 
+def augmented_batches(
+    model: modeling.Model,
+    phase: Mapping[str, Any],
+    runs: Sequence[Run],
+    source: sources.Source,
+    *,
+    seed: int = 0,
+) -> Iterator[dict[str, jax.Array]]:
+  """One walk through the data as training sees them, batch i as run i mod K.
+
+  Args:
+    model: whose inputs they are.
+    phase: such as `config.finetune`: the batch size.
+    runs: K dicts: the strengths of the augmentations.
+    source: the training data.
+    seed: of the order and of what is drawn.
+
+  Yields:
+    The model's inputs and `label`.
+  """
+  settings = settings_of(phase, runs[:1], len(source))
+  key = jax.random.key(seed)
+  walk = sources.batches(source, settings.batch_size, seed=seed)
+  for i, batch in enumerate(walk):
+    hyper = _stack_runs([runs[i % len(runs)]])
+    batch = {name: batch[name] for name in (*model.inputs, 'label')}
+    step_key = jax.random.fold_in(key, i)
+    yield _augmented(model, settings, step_key, jax.device_put(batch), hyper)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _augmented(model, settings, key, batch, hyper):
+  return augmentation.apply(
+      key,
+      batch,
+      jax.tree.map(lambda x: x[0], hyper),
+      settings.augmentations,
+      model.num_classes,
+      json.loads(settings.augmentation),
+  )[0]
+
+
 def is_trained(model: modeling.Model, params: Params) -> Any:
   """A tree of bools: False for the running statistics of BatchNorm."""
   return jax.tree_util.tree_map_with_path(
@@ -508,27 +554,66 @@ def initial_state(settings, params, hyper) -> State:
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
 def _epoch(model, settings, state, hyper, data, epoch):
   """One pass over the data for all runs; K along the leading axes."""
-  num_examples = len(data['label'])
-  num_steps = num_examples // settings.batch_size
+  if settings.is_scanned:
+    return _scanned(model, settings, state, hyper, data, epoch)
+  losses = []
+  for step in range(len(data['label']) // settings.batch_size):
+    step = jax.device_put(np.int32(step))
+    state, loss = _step(model, settings, state, hyper, data, epoch, step)
+    losses.append(loss)
+  return state, np.mean(jax.device_get(losses), axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
+def _scanned(model, settings, state, hyper, data, epoch):
+  num_steps = len(data['label']) // settings.batch_size
 
   def run_fn(state, hyper):
-    key = jax.random.fold_in(jax.random.key(hyper['seed']), epoch)
-    order = jax.random.permutation(key, num_examples)
-    order = order[: num_steps * settings.batch_size].reshape(num_steps, -1)
-
-    def step_fn(state, xs):
-      step, index = xs
-      batch = jax.tree.map(lambda x: x[index], data)
-      step_key = jax.random.fold_in(key, step)
-      return train_step(model, settings, state, hyper, batch, step_key)
-
-    state, losses = jax.lax.scan(step_fn, state, (jnp.arange(num_steps), order))
+    order_fn, step_fn = _steps(model, settings, hyper, data, epoch)
+    steps = (jnp.arange(num_steps), order_fn())
+    state, losses = jax.lax.scan(step_fn, state, steps)
     return state, losses.mean()
 
-  return jax.vmap(run_fn)(state, hyper)
+  return _each(run_fn, state, hyper)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
+def _step(model, settings, state, hyper, data, epoch, step):
+  def run_fn(state, hyper):
+    order_fn, step_fn = _steps(model, settings, hyper, data, epoch)
+    return step_fn(state, (step, order_fn()[step]))
+
+  return _each(run_fn, state, hyper)
+
+
+def _steps(model, settings, hyper, data, epoch):
+  """The rows of each step of one run, and what a step does with them."""
+  num_examples = len(data['label'])
+  num_steps = num_examples // settings.batch_size
+  key = jax.random.fold_in(jax.random.key(hyper['seed']), epoch)
+
+  def order_fn():
+    order = jax.random.permutation(key, num_examples)
+    return order[: num_steps * settings.batch_size].reshape(num_steps, -1)
+
+  def step_fn(state, xs):
+    step, index = xs
+    batch = jax.tree.map(lambda x: x[index], data)
+    step_key = jax.random.fold_in(key, step)
+    return train_step(model, settings, state, hyper, batch, step_key)
+
+  return order_fn, step_fn
+
+
+def _each(run_fn, state, hyper):
+  """`run_fn` of all runs at once."""
+  if len(hyper['seed']) > 1:
+    return jax.vmap(run_fn)(state, hyper)
+  # A convolution that is vmapped takes a third longer on a CPU.
+  one = jax.tree.map(lambda x: x[0], (state, hyper))
+  return jax.tree.map(lambda x: x[None], run_fn(*one))
 
 
 class Streamed:
