@@ -83,8 +83,16 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       final=0.0,
       run=dict(learning_rate=2e-3, weight_decay=0.05, affine=0.5),
   )
+  # Copies of a run are ingredients of their own: moving averages of its
+  # parameters with these decays per step, and what they are after these epochs.
   config.finetune = dict(
-      num_epochs=10 if is_short else 20, batch_size=50, warmup=0.1, final=0.0
+      num_epochs=10 if is_short else 20,
+      batch_size=50,
+      warmup=0.1,
+      final=0.0,
+      optimizer='adamw',
+      ema=(),
+      keep_epochs=(),
   )
   # Ranges, low to high. Up to a rate of 1.5e-2, pairs of runs with a barrier
   # of several points between them are common; up to 1e-2 they are rare.
@@ -92,6 +100,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       draw=0,
       num_runs=8 if is_short else 24,
       group_size=8,
+      shard='0/1',
       learning_rate=(1e-3, 1e-2),
       weight_decay=(1e-3, 0.5),
       label_smoothing=(0.0, 0.25),
@@ -120,8 +129,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       patience=3,
   )
   config.batch_size = 500
+  # How often the held-out set is drawn anew, and how often it is resampled to
+  # see how far the choice of greedy hangs on it.
+  config.num_splits = 1
+  config.stability = dict(num_resamples=0)
   # A state of the training is kept that often, and on SIGTERM.
   config.save_every_minutes = 10.0
+  config.tensorboard = False
   return config
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
   from jaxsoup import metrics as metrics
   from jaxsoup import report as report
   from jaxsoup import sharding as sharding
+  from jaxsoup import statistics as statistics
   from jaxsoup._checked import check_compatible as check_compatible
   from jaxsoup._mixing import mix as mix
   from jaxsoup._mixing import stack as stack
@@ -63,6 +64,7 @@ _MODULES = (
     'metrics',
     'report',
     'sharding',
+    'statistics',
 )
 __all__ = sorted([*sum(_EXPORTS.values(), ()), *_MODULES])
 

@@ -6,7 +6,8 @@ metrics.expected_calibration_error(logits, labels, num_bins=15)
 ```
 
 All take logits `[N, C]` and labels `[N]` (integers in 0..C-1) and return a
-float32 scalar. Higher is better for `accuracy`, `top_k_accuracy`, `f1` and
+float32 scalar; `correct` and `log_likelihood` return one number an example,
+`[N]`. Higher is better for those, `accuracy`, `top_k_accuracy`, `f1` and
 `matthews`; lower for the others: put a minus in front to select on them.
 """
 
@@ -27,12 +28,14 @@ def _metric(fn):
         x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x))
         for x in (logits, labels)
     )
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not labels.size:
+    is_sets = fn.__name__ == 'accuracy' and labels.dtype == bool
+    expected = logits.shape if is_sets else logits.shape[:1]
+    if logits.ndim != 2 or labels.shape != expected or not labels.size:
       raise ValueError(
           f'{fn.__name__}: logits have shape {logits.shape} and labels '
           f'{labels.shape}: expected [N, C] and [N], with N at least 1.'
       )
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
+    if not is_sets and not jnp.issubdtype(labels.dtype, jnp.integer):
       raise TypeError(
           f'{fn.__name__}: labels have dtype {labels.dtype}: expected '
           'integers, not one-hot rows or probabilities.'
@@ -43,13 +46,22 @@ def _metric(fn):
 
 
 def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Whether each prediction is right, `[N]` bool: for `evaluation.mean_of`."""
-  return logits.argmax(-1) == labels
+  """Whether each prediction is right, `[N]` bool: for `evaluation.mean_of`.
+
+  Where several labels are right they are bool, `[N, C]`: the class of the
+  largest logit has to be among them.
+  """
+  predicted = logits.argmax(-1)
+  if labels.ndim == 1:
+    return predicted == labels
+  return jnp.take_along_axis(labels, predicted[:, None], axis=1)[:, 0]
 
 
 @_metric
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """The share of examples whose largest logit is that of the label.
+
+  Of several right labels, bool `[N, C]`, it may be any: see `correct`.
 
   Example:
     >>> accuracy(np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([0, 0]))
@@ -68,10 +80,20 @@ def top_k_accuracy(
 
 
 @_metric
+def log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """`log softmax(logits_j)[label_j]`, `[N]` in nats: for `evaluation.mean_of`.
+
+  Where the held-out set is small it selects better than `correct`: see
+  `jaxsoup.statistics`.
+  """
+  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+  return jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0]
+
+
+@_metric
 def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """`-1/N sum_j log softmax(logits_j)[label_j]`, in nats."""
-  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-  return -jnp.take_along_axis(log_p, labels[:, None], -1).mean()
+  return -log_likelihood(logits, labels).mean()
 
 
 @_metric

@@ -11,10 +11,12 @@ from jaxsoup import checkpoints
 from jaxsoup import evaluation
 from jaxsoup import metrics
 from jaxsoup import sharding
+from jaxsoup import statistics
 
 METRICS = (
     metrics.accuracy,
     metrics.top_k_accuracy,
+    metrics.log_likelihood,
     metrics.negative_log_likelihood,
     metrics.brier,
     metrics.expected_calibration_error,
@@ -50,6 +52,18 @@ def test_metrics(metric, context, rng):
   with context:
     actual = jax.device_get(metric(logits, labels))
   np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('metric', (metrics.correct, metrics.matthews))
+def test_comparisons(metric, context, rng):
+  a, b = rng.normal(size=(2, 30, 3)).astype(np.float32)
+  labels = rng.integers(3, size=30)
+  run = lambda: statistics.compare(
+      a, b, labels, metric=metric, num_resamples=20
+  )
+  expected = run()
+  with context:
+    assert run()[:4] == pytest.approx(expected[:4], abs=1e-6)
 
 
 def test_scores_of_whole_sets(context, rng):

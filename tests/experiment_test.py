@@ -137,6 +137,94 @@ def test_killed_and_resumed_is_the_same(tmp_path, uninterrupted, cache):
   assert_same(tmp_path, uninterrupted)
 
 
+def test_parts_of_the_sweep_make_the_same(tmp_path, uninterrupted, cache):
+  """As two machines would, at the same time; then one makes the soups."""
+  parts = [
+      subprocess.Popen(
+          command(tmp_path, f'--config.sweep.shard={i}/2'),
+          env=environment(cache),
+          stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE,
+          text=True,
+      )
+      for i in range(2)
+  ]
+  for part in parts:
+    out, error = part.communicate()
+    assert part.returncode == 0, error
+    assert 'without sweep.shard' in out
+  assert len(list((tmp_path / 'runs').iterdir())) == 4
+  assert not (tmp_path / 'soups').exists()
+  finish(tmp_path, cache)
+  assert_same(tmp_path, uninterrupted)
+
+
+def test_parts_that_are_none(tmp_path, capsys):
+  for text in ('2/2', 'x', '1'):
+    argv = command(tmp_path, f'--config.sweep.shard={text}')[3:]
+    assert main.main(argv) == 2
+    assert f'sweep.shard is {text!r}' in capsys.readouterr().err
+
+
+def test_the_held_out_set_is_drawn_several_times(
+    tmp_path, uninterrupted, cache
+):
+  more = ('--config.num_splits=3',)
+  finish(tmp_path, cache, *more)
+  results = json.loads((tmp_path / 'results.json').read_text())
+  tables = results['splits']
+  assert len(tables) == 3
+  # The first is the split of the data.
+  assert (
+      tables[0]
+      == json.loads((uninterrupted / 'results.json').read_text())['rows']
+  )
+  for row, *others in zip(results['rows'], *tables):
+    for name in ('held_out', 'test', 'nll'):
+      mean = np.mean([other[name] for other in others])
+      assert row[name] == pytest.approx(mean)
+  # The same examples, parted otherwise: 80 that select, 100 that report.
+  singles = [[r for r in t if r['kind'] == 'single'] for t in tables]
+  for k in range(4):
+    rights = [80 * t[k]['held_out'] + 100 * t[k]['test'] for t in singles]
+    np.testing.assert_allclose(rights, rights[0], atol=1e-3)
+  assert len({t[0]['held_out'] for t in singles}) > 1
+  assert '±' in (tmp_path / 'table.md').read_text()
+
+
+def test_copies_of_runs_are_ingredients(tmp_path, uninterrupted, cache):
+  more = ['--config.finetune.ema=(0.9,)', '--config.finetune.keep_epochs=(1,)']
+  more += ['--config.tensorboard=True', '--config.sweep.num_runs=2']
+  finish(tmp_path, cache, *more)
+  names = sorted(path.name for path in (tmp_path / 'runs').iterdir())
+  copies = ['', '_ema_0.9', '_epoch_1']
+  assert names == [f'{k:02d}{copy}' for k in range(2) for copy in copies]
+  results = json.loads((tmp_path / 'results.json').read_text())
+  singles = [r['name'] for r in results['rows'] if r['kind'] == 'single']
+  assert sorted(singles) == names
+  assert len(results['alpha']['uniform']) == 6
+  made = checkpoints.provenance(tmp_path / 'runs/01_ema_0.9')['metadata']
+  assert made['copy'] == 'ema_0.9'
+  # The last parameters do not depend on what is kept beside them.
+  for x, y in zip(
+      leaves(tmp_path / 'runs/01'), leaves(uninterrupted / 'runs/01')
+  ):
+    np.testing.assert_allclose(x, y, atol=1e-4)
+  events = list((tmp_path / 'tensorboard' / '1').glob('events*'))
+  assert any(b'loss' in path.read_bytes() for path in events)
+
+
+def test_metrics_of_the_training(uninterrupted):
+  lines = (uninterrupted / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  pretraining = [r['loss'] for r in rows if r['run'] == 'pretrain']
+  assert len(pretraining) == 20 and pretraining[-1] < pretraining[0]
+  for run in range(4):
+    of_run = [r for r in rows if r['run'] == run]
+    assert [r.get('epoch') for r in of_run] == [1, 2, None]
+    assert 0 < of_run[-1]['held_out'] <= 1
+
+
 def test_what_a_workdir_holds(uninterrupted):
   results = json.loads((uninterrupted / 'results.json').read_text())
   kinds = [row['kind'] for row in results['rows']]

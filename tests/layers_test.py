@@ -14,7 +14,14 @@ ROOT = pathlib.Path(jaxsoup.__file__).parent
 # From the bottom up. A module may import those of its own layer and below.
 LAYERS = (
     ('_soup', '_memory', '_tree', '_checked', '_mixing'),
-    ('_recipes', 'evaluation', 'metrics', 'ensembles', 'sharding'),
+    (
+        '_recipes',
+        'evaluation',
+        'metrics',
+        'ensembles',
+        'sharding',
+        'statistics',
+    ),
     ('checkpoints', 'report', 'lora'),
     ('models', 'data'),
     ('experiments', 'cli', 'doctor'),
@@ -22,10 +29,10 @@ LAYERS = (
 BASIC = {'jax', 'numpy', 'jaxsoup'}
 ALLOWED = (
     BASIC,
-    BASIC | {'optax'},
+    BASIC | {'optax', 'scipy'},
     BASIC
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'tensorstore', 'torch'},
-    BASIC | {'flax', 'scipy', 'sklearn', 'tensorflow_datasets'},
+    BASIC | {'PIL', 'flax', 'scipy', 'sklearn', 'tensorflow_datasets'},
     BASIC
     | {'absl', 'flax', 'ml_collections', 'optax', 'rich', 'typer'}
     | {'tensorboardX'},

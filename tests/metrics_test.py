@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
+from jaxsoup import evaluation
 from jaxsoup import metrics
 
 ALL = (
@@ -221,3 +222,40 @@ def test_correct_is_one_number_an_example():
   got = metrics.correct(jnp.asarray(logits), jnp.asarray(label))
   assert got.dtype == bool  # What mean_of can bound.
   np.testing.assert_array_equal(got, logits.argmax(-1) == label)
+
+
+def test_one_of_several_right_labels_is_enough():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(50, 7)).astype(np.float32)
+  labels = rng.random((50, 7)) < 0.3
+  expected = [labels[i, logits[i].argmax()] for i in range(50)]
+  np.testing.assert_array_equal(metrics.correct(logits, labels), expected)
+  assert metrics.accuracy(logits, labels) == pytest.approx(np.mean(expected))
+  # One label each: the same as integers.
+  label = rng.integers(0, 7, 50)
+  one_hot = np.eye(7, dtype=bool)[label]
+  assert metrics.accuracy(logits, one_hot) == metrics.accuracy(logits, label)
+  with pytest.raises(ValueError, match='labels \\(50, 7\\)'):
+    metrics.f1(logits, labels)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_log_likelihood_of_each_example(seed):
+  logits, label = problem(seed)
+  got = metrics.log_likelihood(logits, label)
+  expected = np.log(softmax(logits)[np.arange(len(label)), label])
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_log_likelihood_is_a_score_of_models():
+  logits, label = problem(6)
+  batches = evaluation.batched({'logits': logits, 'label': label}, 25)
+  eval_fn = evaluation.mean_of(
+      lambda beta, batch: metrics.log_likelihood(
+          beta * batch['logits'], batch['label']
+      ),
+      batches,
+  )
+  for beta in (0.5, 2.0):
+    expected = -sk.log_loss(label, softmax(beta * logits), labels=range(6))
+    np.testing.assert_allclose(eval_fn(beta), expected, rtol=1e-5)

@@ -309,12 +309,13 @@ def test_a_stack_that_does_not_fit_streams():
 @pytest.mark.parametrize('num', [14, 58])
 def test_the_learned_soup_of_the_paper_fits_on_a_small_pod(num):
   """ViT-G/14, sharded over 64 devices of the least memory there is."""
-  config = load(VIT_G)
+  experiment = load(VIT_G)
+  config = experiment.config
   mesh, device_bytes = tpu_mesh('v5e:8x8')
   assert device_bytes == 16 * GIB
   name = 'learned step, resident'
   found = plan.compile_program(
-      name, plan.programs(config, mesh, num)[name], mesh
+      name, plan.programs(experiment, mesh, num)[name], mesh
   )
   assert not found.problem
   num_parameters = 1.84e9  # Zhai et al. 2022, table 2, with 1000 classes.

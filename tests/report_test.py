@@ -1,14 +1,19 @@
 """Tables and pictures from rows made by hand."""
 
+import functools
 import io
 import json
+import re
 
 from matplotlib import figure
 import numpy as np
 import pytest
 from rich import console
+from scipy import stats
+from sklearn import metrics as sk
 
 import jaxsoup
+from jaxsoup import metrics
 from jaxsoup import report
 
 
@@ -46,29 +51,187 @@ def cells_of(line):
   return [cell.strip() for cell in line.strip('|').split('|')]
 
 
+def table_of(lines):
+  return {cells_of(line)[0]: cells_of(line)[1:] for line in lines}
+
+
 def test_markdown():
   lines = report.markdown(report.summary(ROWS)).split('\n')
   assert cells_of(lines[0])[:4] == ['', 'held-out', 'test', 'mean of shifts']
   assert set(lines[1]) <= set('|-:')
-  assert len(lines) == 2 + 5
-  table = {cells_of(line)[0]: cells_of(line)[1:] for line in lines[2:]}
-  assert table['best single'] == [
-      '92.0', '78.0', '**60.0**', '0.220', '**5.0**', 'x1'
-  ]  # fmt: skip
-  assert table['greedy'][0] == '**94.0**'
-  assert table['ensemble'] == [
-      '91.0', '**84.0**', '45.0', '**0.160**', '**5.0**', 'x3'
-  ]  # fmt: skip
-  bold = [c for cells in table.values() for c in cells if c.startswith('**')]
-  assert len(bold) == 4 + 5  # One a column, and all five equal ECEs.
+  assert len(lines) == 2 + 5  # No gains are known: no legend.
+  table = table_of(lines[2:])
+  assert table['best single'] == ['92.0', '78.0', '60.0', '0.220', '5.0', 'x1']
+  assert table['ensemble'] == ['91.0', '84.0', '45.0', '0.160', '5.0', 'x3']
+  assert not any('*' in line for line in lines)
 
 
-def test_equal_at_the_printed_precision_are_all_bold():
-  rows = [
-      row('a', 'soup', 0.9, 0.80001, 0.3),
-      row('b', 'soup', 0.9, 0.80002, 0.3),
+SIZES = {'held_out': 300, 'test': 500, 'noise': 500, 'blur': 500}
+SKILLS = {'00': 2.0, '01': 1.9, 'worse': 1.2, 'equal': 1.95, 'better': 3.5}
+
+
+@functools.cache
+def outputs():
+  """Logits by model and data set, and labels; three of the sets are related."""
+  rng = np.random.default_rng(0)
+  label = {k: rng.integers(4, size=n) for k, n in SIZES.items()}
+  label['noise'] = label['blur'] = label['test']
+  shared = {k: rng.normal(size=(n, 4)) for k, n in SIZES.items()}
+  logits = {
+      name: {
+          k: shared[k]
+          + 0.6 * rng.normal(size=(n, 4))
+          + (skill - (k in ('noise', 'blur'))) * np.eye(4)[label[k]]
+          for k, n in SIZES.items()
+      }
+      for name, skill in SKILLS.items()
+  }
+  return logits, label
+
+
+def score(logits, label, name):
+  return float(np.mean(logits[name].argmax(-1) == label[name]))
+
+
+@functools.cache
+def compared(**options):
+  logits, label = outputs()
+  rows = []
+  for name, x in logits.items():
+    scores = {k: score(x, label, k) for k in SIZES}
+    kind = 'single' if name.isdigit() else 'soup'
+    shifts = {k: scores[k] for k in ('noise', 'blur')}
+    rows.append(
+        report.Row(
+            name, kind, scores['held_out'], scores['test'], shifts, 0.3, 0.1, 1
+        )
+    )
+  return report.with_gains(rows, list(logits.values()), label, **options)
+
+
+def test_gains_are_comparisons_with_the_best_single():
+  logits, label = outputs()
+  rows = {row.name: row for row in compared()}
+  assert not rows['00'].gains and not rows['01'].gains
+  assert rows['00'].held_out > rows['01'].held_out
+  gains = rows['better'].gains
+  assert list(gains) == ['held_out', 'test', 'shifts', 'optimism']
+  for name in ('held_out', 'test'):
+    right = [
+        logits[k][name].argmax(-1) == label[name] for k in ('better', '00')
+    ]
+    only = (right[0] & ~right[1]).sum(), (right[1] & ~right[0]).sum()
+    expected = stats.binomtest(int(only[0]), int(sum(only))).pvalue
+    assert gains[name].p_value == pytest.approx(expected)
+    assert gains[name].gain == pytest.approx(
+        np.mean(right[0]) - np.mean(right[1])
+    )
+    assert gains[name].num == SIZES[name]
+  assert gains['shifts'].gain == pytest.approx(
+      rows['better'].mean_shift - rows['00'].mean_shift
+  )
+  assert gains['optimism'].gain == pytest.approx(
+      gains['held_out'].gain - gains['test'].gain
+  )
+  # Both shifts are of the same examples: 500 count, not 1,000.
+  differences = sum(
+      (logits['better'][k].argmax(-1) == label[k]) * 0.5
+      - (logits['00'][k].argmax(-1) == label[k]) * 0.5
+      for k in ('noise', 'blur')
+  )
+  width = 2 * 1.96 * differences.std() / np.sqrt(500)
+  assert gains['shifts'].high - gains['shifts'].low == pytest.approx(
+      width, rel=0.06
+  )
+
+
+def test_gains_of_answers_are_those_of_logits():
+  logits, label = outputs()
+  answers = [
+      {k: y.argmax(-1) == label[k] for k, y in x.items()}
+      for x in logits.values()
   ]
-  assert report.markdown(rows).count('**80.0**') == 2
+  plain = [row._replace(gains={}) for row in compared()]
+  assert report.with_gains(plain, answers, label, metric=None) == compared()
+
+
+def test_gains_by_another_metric_and_without_shifts():
+  logits, label = outputs()
+  part = [{k: x[k] for k in ('held_out', 'test')} for x in logits.values()]
+  rows = [
+      row._replace(shifts={}, gains={}, metric='matthews') for row in compared()
+  ]
+  found = report.with_gains(
+      rows, part, label, metric=metrics.matthews, num_resamples=50
+  )
+  gain = found[-1].gains['test']
+  expected = [
+      sk.matthews_corrcoef(label['test'], logits[k]['test'].argmax(-1))
+      for k in ('better', '00')
+  ]
+  assert gain.gain == pytest.approx(expected[0] - expected[1], abs=1e-5)
+  text = report.markdown(report.summary(found))
+  assert 'Scores: matthews' in text and 'test: paired bootstrap)' in text
+  # GLUE has no shifts: no column of nothing.
+  assert 'shifts' not in text and 'nan' not in text
+
+
+def test_bold_means_significant():
+  rows = {row.name: row for row in compared()}
+  # Else there is nothing to tell apart.
+  assert rows['better'].gains['test'].p_value < 0.05
+  assert rows['worse'].gains['test'].p_value < 0.05
+  assert rows['equal'].gains['test'].p_value > 0.05
+  lines = report.markdown(report.summary(compared())).split('\n')
+  headers = cells_of(lines[0])
+  assert headers[:6] == [
+      '', 'held-out', 'test', 'gain', 'mean of shifts', 'gain'
+  ]  # fmt: skip
+  table = table_of(lines[2:7])
+  assert table['best single'][2] == '' and table['mean of singles'][4] == ''
+  for name, is_bold in (('better', True), ('equal', False), ('worse', False)):
+    for cell, key in ((table[name][2], 'test'), (table[name][4], 'shifts')):
+      gain = rows[name].gains[key]
+      assert cell.startswith('**') == cell.endswith('**') == is_bold
+      numbers = [float(x) for x in re.findall(r'[-+]?[\d.]+', cell)]
+      np.testing.assert_allclose(
+          numbers, np.multiply(gain[:3], 100), atol=0.051
+      )
+    others = [c for i, c in enumerate(table[name]) if i not in (2, 4)]
+    assert not any('*' in c for c in others)
+
+
+def test_legend():
+  text = report.markdown(report.summary(compared()))
+  what, on_what, optimism = text.split('\n\n')[1:]
+  assert '**bold**: significantly better, p < 0.05' in what
+  assert 'accuracy' in what and '95% interval' in what
+  assert 'test: exact McNemar; mean of shifts: paired bootstrap' in what
+  assert on_what == (
+      'Examples: selected on held-out (300); reported on test (500), noise, '
+      'blur (1,000).'
+  )
+  gain = compared()[-1].gains['optimism'].gain
+  assert f'better {gain * 100:+.1f} [' in optimism
+  sets = {
+      'selected': {'held-out': 300},
+      'tuned': {'other': 20},
+      'reported': {'test': 500},
+  }
+  text = report.markdown(compared(), sets=sets)
+  assert 'on held-out (300); tuned on other (20); reported on test (' in text
+
+
+def test_with_gains_names_what_is_wrong():
+  logits, label = outputs()
+  rows, all_logits = compared(), list(logits.values())
+  with pytest.raises(ValueError, match='5 rows, and logits of 4'):
+    report.with_gains(rows, all_logits[1:], label)
+  twice = [{**x, 'test': x['held_out']} for x in all_logits]
+  with pytest.raises(ValueError, match='held_out and test are the same data'):
+    report.with_gains(rows, twice, label)
+  soups = rows[2:]
+  assert report.with_gains(soups, all_logits[2:], label) == soups
 
 
 def test_mean_and_deviation_over_repetitions():
@@ -77,7 +240,46 @@ def test_mean_and_deviation_over_repetitions():
   assert mean.name == 'a' and mean.test == pytest.approx(0.8)
   assert deviation.test == pytest.approx(0.1)
   assert deviation.held_out == pytest.approx(0, abs=1e-12)
-  assert '**80.0** ± 10.0' in report.markdown([mean], [deviation])
+  assert '| 80.0 ± 10.0 |' in report.markdown([mean], [deviation])
+
+
+def test_gains_over_repetitions():
+  tests = [(0.70, 0.72), (0.80, 0.83), (0.75, 0.76)]
+  tables = [
+      report.summary(
+          [
+              row('00', 'single', 0.9, single, 0.3),
+              row('soup', 'soup', 0.95, soup, 0.3),
+          ]
+      )
+      for single, soup in tests
+  ]
+  means, deviations = report.mean_rows(tables)
+  best, _, soup = means
+  assert not best.gains
+  expected = stats.ttest_rel(*np.transpose(tests)[::-1])
+  gain = soup.gains['test']
+  assert gain.gain == pytest.approx(0.02)
+  np.testing.assert_allclose(gain[1:3], expected.confidence_interval())
+  assert gain.p_value == pytest.approx(expected.pvalue)
+  assert gain.num_repeats == 3
+  # Held-out gains of 0.05, less those.
+  assert soup.gains['optimism'].gain == pytest.approx(0.03)
+  text = report.markdown(means, deviations)
+  assert '| 77.0 ± 5.6 | +2.0 [-0.5,4.5] |' in text
+  assert 'paired t over 3 repeats' in text
+
+
+def test_gains_over_repetitions_know_the_sizes():
+  means, _ = report.mean_rows([report.summary(compared())] * 2)
+  assert means[-1].gains['test'].num == 500
+  assert 'selected on held-out (300)' in report.markdown(means)
+
+
+def test_one_repetition_keeps_its_gains():
+  table = report.summary(compared())
+  means, _ = report.mean_rows([table])
+  assert [row.gains for row in means] == [row.gains for row in table]
 
 
 def test_deviation_of_the_mean_of_shifts():
@@ -94,13 +296,45 @@ def test_one_repetition_has_no_deviation():
   assert np.isnan(deviation.test)
 
 
+def printed(table, width):
+  out = console.Console(file=io.StringIO(), width=width)
+  out.print(table)
+  return out.file.getvalue()
+
+
 def test_rich_table():
-  out = console.Console(file=io.StringIO(), width=120)
-  out.print(report.rich_table(report.summary(ROWS)))
-  text = out.file.getvalue()
-  for part in ('inference', 'mean of singles', '84.0', 'x3'):
+  text = printed(report.rich_table(report.summary(ROWS)), 120)
+  for part in ('cost', 'mean of singles', '84.0', 'x3'):
     assert part in text
   assert '[bold]' not in text and '**' not in text
+
+
+@pytest.mark.parametrize('width', (80, 90, 100, 120))
+@pytest.mark.parametrize('repeats', (1, 3))
+def test_rich_table_shows_what_markdown_does(width, repeats):
+  means, many = report.mean_rows([report.summary(compared())] * repeats)
+  many = many if repeats > 1 else None
+  text = printed(report.rich_table(means, many, width=width), width)
+  assert '…' not in text and max(map(len, text.split('\n'))) <= width
+  words = report.markdown(means, many).replace('**', '').replace('± ', '±')
+  missing = set(re.findall(r'[^\s|:-]+', words)) - set(
+      re.findall(r'[^\s|:-]+', text)
+  )
+  assert missing == {'at', 'inference'}
+
+
+def test_rich_table_is_bold_where_markdown_is():
+  rows = report.summary(compared())
+  out = console.Console(
+      file=io.StringIO(),
+      width=120,
+      force_terminal=True,
+      color_system='standard',
+  )
+  out.print(report.rich_table(rows, width=120))
+  in_rich = re.findall(r'\x1b\[1m([-+]\d[^\x1b]*)\x1b', out.file.getvalue())
+  in_markdown = re.findall(r'\*\*([-+]\d[^*]*)\*\*', report.markdown(rows))
+  assert in_rich == in_markdown and len(in_rich) == 2
 
 
 def test_rows_come_back(tmp_path):
@@ -110,6 +344,25 @@ def test_rows_come_back(tmp_path):
   ):
     (tmp_path / 'results.json').write_text(json.dumps(content))
     assert report.read_rows(tmp_path / 'results.json') == ROWS
+
+
+def test_gains_come_back(tmp_path):
+  path = tmp_path / 'results.json'
+  path.write_text(json.dumps([row._asdict() for row in compared()]))
+  rows = report.read_rows(path)
+  assert rows == compared()
+  assert rows[-1].gains['test'].is_significant
+  assert report.markdown(rows) == report.markdown(compared())
+
+
+def test_rows_of_older_versions_come_back(tmp_path):
+  path = tmp_path / 'results.json'
+  new = ('gains', 'metric')
+  old = [
+      {k: v for k, v in row._asdict().items() if k not in new} for row in ROWS
+  ]
+  path.write_text(json.dumps(old))
+  assert report.read_rows(path) == ROWS
 
 
 def axes():
@@ -134,6 +387,12 @@ def test_scatter():
   np.testing.assert_allclose(best.get_offsets(), [(78, 60)])
   np.testing.assert_allclose(points(others), [(82, 50), (82, 55), (84, 45)])
   assert legend(ax)[2:] == ['uniform', 'greedy', 'ensemble (x3)']
+
+
+def test_scatter_says_what_the_scores_are():
+  ax = axes()
+  report.scatter(ax, [row._replace(metric='F1') for row in ROWS])
+  assert ax.get_xlabel() == 'test F1 (%)'
 
 
 def test_scatter_without_singles():

@@ -28,14 +28,15 @@ class Experiment(NamedTuple):
   Attributes:
     config: of `get_config(arg)`, with the overrides.
     runs: of `sweep(config)`: hyper-parameters of each run.
-    data_fn: its function `data`: config -> `jaxsoup.data.sources.Splits`.
+    data_fn: its function `data`: config -> `jaxsoup.data.sources.Splits`; None
+      if there is none, and the experiment can only be planned.
     model_fn: its function `model`: config -> `modeling.Model`; None if there is
       none, and `config.model` says it all.
   """
 
   config: ml_collections.ConfigDict
   runs: list[Run]
-  data_fn: Callable[[ml_collections.ConfigDict], Any]
+  data_fn: Callable[[ml_collections.ConfigDict], Any] | None
   model_fn: Callable[[ml_collections.ConfigDict], Any] | None = None
 
 
@@ -108,7 +109,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
         + (f' In {folder} there is: {", ".join(there)}.' if there else '')
     )
   module = _module(file)
-  needed = ('get_config', 'sweep', 'data')
+  needed = ('get_config', 'sweep')
   if missing := [name for name in needed if not hasattr(module, name)]:
     raise UsageError(
         f'{file} has no function {", ".join(missing)}: see configs/digits.py.'
@@ -132,7 +133,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
   return Experiment(
       values.config,
       module.sweep(values.config),
-      module.data,
+      getattr(module, 'data', None),
       getattr(module, 'model', None),
   )
 

@@ -243,7 +243,7 @@ def row(
     logits: Mapping[str, np.ndarray],
     labels: Mapping[str, np.ndarray],
     *,
-    metric: Callable[[Any, Any], Any] = metrics.accuracy,
+    metric: str = 'accuracy',
     beta: float = 1.0,
     cost: float = 1,
 ) -> Row:
@@ -254,14 +254,15 @@ def row(
     kind: of the row.
     logits: `[N, C]` by data set: 'held_out', 'test' and the shifts.
     labels: `[N]` by data set.
-    metric: of logits and labels.
+    metric: a key of `METRICS`.
     beta: the temperature that multiplies the logits.
     cost: forward passes for one prediction.
 
   Returns:
     A `Row`.
   """
-  score = {k: float(metric(x, labels[k])) for k, x in logits.items()}
+  of_metric = METRICS[metric]
+  score = {k: float(of_metric(x, labels[k])) for k, x in logits.items()}
   shifts = {k: v for k, v in score.items() if k not in ('held_out', 'test')}
   scaled = np.float32(beta) * logits['test']
   label = labels['test']
@@ -274,6 +275,7 @@ def row(
       nll=float(metrics.negative_log_likelihood(scaled, label)),
       ece=float(metrics.expected_calibration_error(scaled, label)),
       cost=cost,
+      metric=metric,
   )
 
 

@@ -69,6 +69,11 @@ def run(
     raise ImportError(
         'matplotlib is not installed: pip install "jaxsoup[demo]"'
     )
+  if experiment.data_fn is None:
+    raise configs.UsageError(
+        'The config file has no function data(config), which returns '
+        'jaxsoup.data.sources.Splits: see configs/digits.py.'
+    )
   workdir = pathlib.Path(workdir).absolute()
   try:
     return _run(experiment, workdir, progress_fn, stop or preemption.Stop())
@@ -101,6 +106,7 @@ def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
             tensorboard=workdir / 'tensorboard' if has_board else None,
         ),
     )
+    stages.check_roles(work)
     theta_0 = stages.theta_0(work)
     if not stages.finetune_all(work, theta_0) or num_shards > 1:
       return []

@@ -6,16 +6,20 @@ rows = results.make(work, theta_0)
 """
 
 from collections.abc import Mapping
-from collections.abc import Sequence
 import json
 import pathlib
 from typing import Any
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
+import jaxsoup
 from jaxsoup import checkpoints
+from jaxsoup import evaluation
+from jaxsoup import metrics
 from jaxsoup import report
+from jaxsoup import statistics
 from jaxsoup.data import sources
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import stages
@@ -90,8 +94,23 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
     models = _models(work, ingredients, soups, logits, split, labels)
     tables.append(_rows(work, models, split.of(labels)))
   work.progress_fn('reporting', 0.0)
-  _write(work, tables, first)
-  return tables[0] if len(tables) == 1 else report.mean_rows(tables)[0]
+  stable = stability(work, ingredients, all_splits[0], logits)
+  _write(work, tables, first, stable)
+  return averaged(tables)[0]
+
+
+def averaged(tables: list[list[report.Row]]):
+  """Means and deviations over splits; the gains are those of `over_splits`."""
+  means, deviations = report.mean_rows(tables)
+  for i, rows in enumerate(zip(*tables)):
+    gains = {
+        key: statistics.over_splits([row.gains[key] for row in rows])
+        for key in rows[0].gains
+    }
+    means[i] = means[i]._replace(
+        gains=gains if len(tables) > 1 else rows[0].gains
+    )
+  return means, deviations
 
 
 def splits(work: stages.Work) -> list[Split]:
@@ -123,6 +142,54 @@ def splits(work: stages.Work) -> list[Split]:
       split._replace(folder=work.workdir / 'splits' / str(i))
       for i, split in enumerate(found)
   ]
+
+
+def stability(work, ingredients, split, logits) -> dict[str, Any]:
+  """How far greedy's choice hangs on the held-out examples.
+
+  Args:
+    work: the experiment; `config.stability.num_resamples` says how often the
+      held-out set is resampled: 0, or no such field, leaves it out.
+    ingredients: the fine-tuned runs.
+    split: whose held-out set it is.
+    logits: `[K, N, C]` by data set.
+
+  Returns:
+    Fields of `jaxsoup.statistics.Stability`, as lists; empty if left out.
+  """
+  num_resamples = work.config.get('stability', {}).get('num_resamples', 0)
+  if not num_resamples:
+    return {}
+  label = split.of(work.labels)['held_out']
+  of_logits = metrics.correct
+  if work.config.get('select_by', 'metric') == 'nll':
+    of_logits = metrics.log_likelihood
+  run = evaluation.logits_of(
+      work.model.logits_fn,
+      cook.batches_of(
+          split.held_out, work.config.batch_size, stages.on(work.config)
+      ),
+  )
+
+  def values_fn(members):
+    if len(members) == 1:
+      logits_of_soup = singles[members[0]]
+    else:
+      soup = jaxsoup.uniform([ingredients[k] for k in members])
+      logits_of_soup = run(soup.params)
+    return np.asarray(of_logits(jnp.asarray(logits_of_soup), label))
+
+  singles = split.of(logits, axis=1)['held_out']
+  found = statistics.stability(
+      values_fn,
+      len(ingredients),
+      num_resamples=num_resamples,
+      seed=work.config.seed,
+  )
+  return {
+      name: np.asarray(value).tolist()
+      for name, value in found._asdict().items()
+  }
 
 
 def _soups(work, ingredients, theta_0, split, logits, labels, part):
@@ -176,24 +243,37 @@ def _models(work, ingredients, soups, logits, split, labels) -> Models:
 
 
 def _rows(work, models: Models, labels) -> list[report.Row]:
+  """A row a model, with the gain over the best single model and how sure it is.
+
+  What is resampled for that are the examples of this split.
+  """
   views = work.splits.views
-  return [
+  logits = [
+      {d: views.get(d, lambda x: x)(x) for d, x in of_model.items()}
+      for of_model in models.logits.values()
+  ]
+  name_of_metric = work.config.get('metric', 'accuracy')
+  rows = [
       cook.row(
           name,
           kind,
-          {d: views.get(d, lambda x: x)(x) for d, x in logits.items()},
+          of_model,
           labels,
-          metric=cook.metric_of(work.config),
+          metric=name_of_metric,
           beta=models.beta.get(name, 1.0),
           cost=models.cost.get(name, 1),
       )
-      for (kind, name), logits in models.logits.items()
+      for (kind, name), of_model in zip(models.logits, logits)
   ]
+  metric = cook.METRICS[name_of_metric]
+  if name_of_metric == 'accuracy':
+    metric = metrics.correct  # Answers one by one: the exact test is of those.
+  return report.with_gains(rows, logits, labels, metric=metric)
 
 
-def _write(work, tables: Sequence[Sequence[report.Row]], soups) -> None:
+def _write(work, tables, soups, stable) -> None:
   workdir = work.workdir
-  rows = tables[0] if len(tables) == 1 else report.mean_rows(tables)[0]
+  rows = averaged(tables)[0]
   report.save(
       lambda ax: report.scatter(ax, rows),
       workdir / 'test_against_shifts.png',
@@ -204,8 +284,7 @@ def _write(work, tables: Sequence[Sequence[report.Row]], soups) -> None:
       lambda ax: report.trials(ax, searches),
       workdir / 'trials.png',
   )
-  summaries = [report.summary(table) for table in tables]
-  means, deviations = report.mean_rows(summaries)
+  means, deviations = averaged([report.summary(table) for table in tables])
   (workdir / 'table.md').write_text(
       report.markdown(means, deviations if len(tables) > 1 else None) + '\n'
   )
@@ -219,6 +298,8 @@ def _write(work, tables: Sequence[Sequence[report.Row]], soups) -> None:
           if isinstance(soup.alpha, np.ndarray)
       },
   }
+  if stable:
+    content['stability of greedy'] = stable
   if len(tables) > 1:
     content['splits'] = [[r._asdict() for r in table] for table in tables]
   unfinished = workdir / 'results.tmp'

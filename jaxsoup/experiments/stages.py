@@ -28,6 +28,7 @@ import numpy as np
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
 from jaxsoup import sharding
+from jaxsoup import statistics
 from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
@@ -105,6 +106,32 @@ class Work:
   def _path(self, run: int, name: str) -> pathlib.Path:
     stem = f'{run:02d}_{name}' if name else f'{run:02d}'
     return self.workdir / 'runs' / stem
+
+
+def check_roles(work: Work) -> None:
+  """Refuses data that train, select and report at once.
+
+  Only what is in memory is compared: other sources say themselves by what rule
+  the held-out set is taken out of the training data.
+
+  Raises:
+    ValueError: examples with two roles; names them.
+  """
+  roles = {
+      'train': [work.splits.train],
+      'held_out': [work.splits.held_out],
+      'test': [work.splits.test, *work.splits.shifts.values()],
+  }
+  statistics.check_disjoint(
+      **{
+          role: [
+              {name: x.arrays[name] for name in work.model.inputs}
+              for x in found
+              if hasattr(x, 'arrays')
+          ]
+          for role, found in roles.items()
+      }
+  )
 
 
 def theta_0(work: Work) -> Any:

@@ -2,7 +2,7 @@
 
 ```
 rows = report.read_rows('runs/digits/results.json')
-print(report.markdown(rows))
+print(report.markdown(report.summary(rows)))     # bold means significant
 report.scatter(plt.gca(), rows)
 ```
 """
@@ -16,3 +16,4 @@ from jaxsoup.report._tables import mean_rows as mean_rows
 from jaxsoup.report._tables import read_rows as read_rows
 from jaxsoup.report._tables import rich_table as rich_table
 from jaxsoup.report._tables import summary as summary
+from jaxsoup.report._tables import with_gains as with_gains

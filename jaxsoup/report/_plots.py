@@ -18,18 +18,17 @@ _TRIALS = {'accepted': 'o', 'rejected': 'o', 'rejected early, at most': 'v'}
 _AREAS = (190, 90, 90, 60, 80, 80)
 
 
-def scatter(
-    ax: Any, rows: Sequence[Row], *, label: str = 'accuracy (%)'
-) -> None:
+def scatter(ax: Any, rows: Sequence[Row], *, label: str | None = None) -> None:
   """Test against shifted score of every model and soup.
 
   Args:
     ax: a matplotlib Axes.
     rows: all models, singles included.
-    label: what the scores are.
+    label: what the scores are; by default the metric of the rows.
 
   Source: figure 1 of Wortsman et al. 2022.
   """
+  label = f'{rows[0].metric} (%)' if label is None else label
   singles = [row for row in rows if row.kind == 'single']
   best = max(singles, key=lambda row: row.held_out, default=None)
   ax.scatter(

@@ -1,14 +1,23 @@
 """Rows of scores, and tables of them."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import json
 import pathlib
+import shutil
 from typing import Any
 from typing import NamedTuple
 
 import numpy as np
+
+from jaxsoup import metrics
+from jaxsoup import statistics
+from jaxsoup.statistics import Comparison
+
+# What `summary` calls the model that a user without soups would keep.
+_BEST = 'best single'
 
 
 class Row(NamedTuple):
@@ -23,6 +32,9 @@ class Row(NamedTuple):
     nll: negative log-likelihood on test data, in nats.
     ece: expected calibration error on test data, in 0..1.
     cost: forward passes for one prediction.
+    gains: over the best single model, see `with_gains`: of 'held_out', 'test',
+      the mean of the 'shifts'; and 'optimism'.
+    metric: what the scores are.
   """
 
   name: str
@@ -33,11 +45,13 @@ class Row(NamedTuple):
   nll: float
   ece: float
   cost: float
+  gains: Mapping[str, Comparison] = {}
+  metric: str = 'accuracy'
 
   @property
   def mean_shift(self) -> float:
-    """The mean over the shifted test sets."""
-    return float(np.mean(list(self.shifts.values())))
+    """The mean over the shifted test sets; NaN where there are none."""
+    return float(np.mean(list(self.shifts.values()) or [np.nan]))
 
 
 class _Column(NamedTuple):
@@ -45,24 +59,111 @@ class _Column(NamedTuple):
   value: Callable[[Row], float]
   scale: float
   digits: int
-  best: Callable | None
+  gain: str = ''  # The key in `Row.gains`, where a table shows them.
 
 
 _COLUMNS = (
-    _Column('held-out', lambda row: row.held_out, 100, 1, max),
-    _Column('test', lambda row: row.test, 100, 1, max),
-    _Column('mean of shifts', lambda row: row.mean_shift, 100, 1, max),
-    _Column('NLL', lambda row: row.nll, 1, 3, min),
-    _Column('ECE', lambda row: row.ece, 100, 1, min),
-    _Column('cost at inference', lambda row: row.cost, 1, 0, None),
+    _Column('held-out', lambda row: row.held_out, 100, 1),
+    _Column('test', lambda row: row.test, 100, 1, 'test'),
+    _Column('mean of shifts', lambda row: row.mean_shift, 100, 1, 'shifts'),
+    _Column('NLL', lambda row: row.nll, 1, 3),
+    _Column('ECE', lambda row: row.ece, 100, 1),
+    _Column('cost at inference', lambda row: row.cost, 1, 0),
 )
+_SCORES = {
+    'held_out': _COLUMNS[0].value,
+    'test': _COLUMNS[1].value,
+    'shifts': _COLUMNS[2].value,
+}
 
 
 def read_rows(path: Any) -> list[Row]:
   """Reads the rows of `results.json`, or of any JSON list of such rows."""
   content = json.loads(pathlib.Path(path).read_text())
   rows = content['rows'] if isinstance(content, dict) else content
-  return [Row(**row) for row in rows]
+  return [
+      Row(**row)._replace(
+          gains={k: Comparison(*x) for k, x in row.get('gains', {}).items()}
+      )
+      for row in rows
+  ]
+
+
+def with_gains(
+    rows: Sequence[Row],
+    logits: Sequence[Mapping[str, Any]],
+    label: Mapping[str, Any],
+    *,
+    metric: statistics.Metric | None = metrics.correct,
+    **options: Any,
+) -> list[Row]:
+  """Rows that know how sure their gain over the best single model is.
+
+  Args:
+    rows: a row a model; the best single is that of `summary`.
+    logits: of each row, `[N, C]` by data set: 'held_out', 'test' and the
+      shifts. Those that are missing are not compared.
+    label: `[N]` by data set.
+    metric: that of the rows, as in `statistics.compare`. None: in the place of
+      logits there is a score for each example, `[N]`, such as `metrics.correct`
+      returns, which needs less memory.
+    **options: others of `statistics.paired_bootstrap`.
+
+  Returns:
+    The rows; those of soups and ensembles with `gains`.
+
+  Raises:
+    ValueError: rows and logits of different lengths; held-out data that also
+      report; as `statistics.compare`.
+  """
+  if len(rows) != len(logits):
+    raise ValueError(
+        f'There are {len(rows)} rows, and logits of {len(logits)}: expected a '
+        'mapping of logits for each row, in the same order.'
+    )
+  best = _best(rows)
+  if best is None:
+    return list(rows)
+  _refuse_twice(logits[best])
+
+  def gains_of(first: Mapping[str, Any]) -> dict[str, Comparison]:
+    second = logits[best]
+    compare = lambda a, b, y: statistics.compare(
+        a, b, y, metric=metric, **options
+    )
+    gains = {
+        name: compare(first[name], second[name], label[name])
+        for name in ('held_out', 'test')
+        if name in first
+    }
+    part = lambda x: {n: x[n] for n in first if n not in ('held_out', 'test')}
+    if part(first):
+      gains['shifts'] = compare(part(first), part(second), part(label))
+    if 'held_out' in gains and 'test' in gains:
+      gains['optimism'] = statistics.optimism(gains['held_out'], gains['test'])
+    return gains
+
+  return [
+      row if row.kind == 'single' else row._replace(gains=gains_of(x))
+      for row, x in zip(rows, logits)
+  ]
+
+
+def _refuse_twice(logits: Mapping[str, Any]) -> None:
+  held_out = logits.get('held_out', ())
+  for name, x in logits.items():
+    # Answers that are right or wrong may agree by chance; logits do not.
+    if name != 'held_out' and np.ndim(x) > 1 and np.array_equal(x, held_out):
+      raise ValueError(
+          f'held_out and {name} are the same data set: the model has the same '
+          'logits there. Data that choose cannot report: see statistics.split.'
+      )
+
+
+def _best(rows: Sequence[Row]) -> int | None:
+  """The index of the best single model on held-out data, if there is one."""
+  singles = [i for i, row in enumerate(rows) if row.kind == 'single']
+  return max(singles, key=lambda i: rows[i].held_out, default=None)
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
@@ -77,12 +178,12 @@ def summary(rows: Sequence[Row]) -> list[Row]:
   """
   singles = [row for row in rows if row.kind == 'single']
   others = [row for row in rows if row.kind != 'single']
-  if not singles:
+  best = _best(rows)
+  if best is None:
     return others
-  best = max(singles, key=lambda row: row.held_out)
   mean = mean_rows([[single] for single in singles])[0][0]
   return [
-      best._replace(name='best single'),
+      rows[best]._replace(name=_BEST),
       mean._replace(name='mean of singles'),
       *others,
   ]
@@ -92,12 +193,16 @@ def mean_rows(tables: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
   """Means and standard deviations over tables of equal rows.
 
   Args:
-    tables: one table a repetition; names are those of the first.
+    tables: one table a repetition, such as those of `summary`; names are those
+      of the first.
 
   Returns:
     (means, deviations): tables of the same rows; the deviation is that of a
-    sample (n - 1), and NaN of a single table.
+    sample (n - 1), and NaN of a single table. The gains of the means are those
+    of `statistics.over_repeats`, over the best single model of each repetition.
   """
+  names = [row.name for row in tables[0]] if tables else []
+  bests = [rows[names.index(_BEST)] for rows in tables if _BEST in names]
   means, deviations = [], []
   for rows in zip(*tables):
     columns = {
@@ -110,11 +215,40 @@ def mean_rows(tables: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
     }
     # The deviation of the mean of the shifts is what the column shows.
     per_table = np.array([row.mean_shift for row in rows])
-    means.append(_aggregate(rows[0], columns, shifts, np.mean))
+    mean = _aggregate(rows[0], columns, shifts, np.mean)
+    if len(rows) > 1:
+      mean = mean._replace(gains=_mean_gains(rows, bests))
+    means.append(mean)
     deviations.append(
         _aggregate(rows[0], columns, {'mean': per_table}, _deviation)
     )
   return means, deviations
+
+
+def _mean_gains(
+    rows: Sequence[Row], bests: Sequence[Row]
+) -> dict[str, Comparison]:
+  """Gains over repetitions: each is over the best single of its own."""
+  if not bests or rows[0].kind == 'single':
+    return {}
+  known = {
+      key: score
+      for key, score in _SCORES.items()
+      if key != 'shifts' or rows[0].shifts
+  }
+  by_repeat = {
+      key: [score(row) - score(best) for row, best in zip(rows, bests)]
+      for key, score in known.items()
+  }
+  gains = {key: statistics.over_repeats(x) for key, x in by_repeat.items()}
+  gains['optimism'] = statistics.optimism(
+      by_repeat['held_out'], by_repeat['test']
+  )
+  first = rows[0].gains
+  return {
+      key: gain._replace(num=first[key].num if key in first else 0)
+      for key, gain in gains.items()
+  }
 
 
 def _aggregate(row, columns, shifts, fn):
@@ -129,69 +263,246 @@ def _deviation(x: np.ndarray) -> float:
 
 
 def markdown(
-    rows: Sequence[Row], deviations: Sequence[Row] | None = None
+    rows: Sequence[Row],
+    deviations: Sequence[Row] | None = None,
+    *,
+    sets: Mapping[str, Mapping[str, int]] | None = None,
 ) -> str:
-  """A table in Markdown, the best of each column in bold.
+  """A table in Markdown; significant gains are bold, and a legend says so.
 
   Args:
-    rows: such as those of `summary`.
+    rows: such as those of `summary`. Where they have `gains`, these are shown
+      behind the scores that they are about.
     deviations: rows of standard deviations, printed behind a plus-minus sign.
+    sets: how many examples were used for what, such as `{'selected':
+      {'held-out': 400}, 'tuned': {'held-out': 400}, 'reported': {'test':
+      897}}`; by default what the gains know.
 
   Returns:
     Lines, without a final newline.
   """
+  columns = _shown(rows)
+  headers = [header for column in columns for header in _headers(column)]
   lines = [
-      '| | ' + ' | '.join(column.header for column in _COLUMNS) + ' |',
-      '|---|' + '---:|' * len(_COLUMNS),
+      '| | ' + ' | '.join(headers) + ' |',
+      '|---|' + '---:|' * len(headers),
   ]
-  for name, cells in _cells(rows, deviations, bold='**{}**'):
-    lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines)
+  for row, deviation in _with(rows, deviations):
+    cells = []
+    for column in columns:
+      cells.append(_score(column, row, deviation))
+      if column.gain:
+        cells.append(_gain(row.gains.get(column.gain), '**{}**'))
+    lines.append(f'| {row.name} | ' + ' | '.join(cells) + ' |')
+  legend = _legend(rows, sets, bold='**bold**')
+  return '\n'.join([*lines, *(f'\n{line}' for line in legend)])
 
 
 def rich_table(
-    rows: Sequence[Row], deviations: Sequence[Row] | None = None
+    rows: Sequence[Row],
+    deviations: Sequence[Row] | None = None,
+    *,
+    sets: Mapping[str, Mapping[str, int]] | None = None,
+    width: int | None = None,
 ) -> Any:
-  """A table for the terminal, the best of each column in bold.
+  """A table for the terminal: what `markdown` says, gains below the scores.
 
   Args:
     rows: such as those of `summary`.
     deviations: as in `markdown`.
+    sets: as in `markdown`.
+    width: columns to stay within, by default those of the terminal. 80 are
+      enough: where there are fewer than a line needs, cells have more lines.
 
   Returns:
     A `rich.table.Table`.
   """
   from rich import box
   from rich import table as rich_table_lib
+  from rich import text
 
-  table = rich_table_lib.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+  width = shutil.get_terminal_size().columns if width is None else width
+  table = rich_table_lib.Table(
+      box=box.SIMPLE_HEAD,
+      show_edge=False,
+      pad_edge=False,
+      collapse_padding=True,
+      caption=text.Text.from_markup(
+          '\n'.join(_legend(rows, sets, bold='[bold]bold[/bold]'))
+      ),
+      caption_justify='left',
+  )
   table.add_column('', no_wrap=True)
-  for column in _COLUMNS:
-    header = ' of\n'.join(column.header.split(' of '))
-    header = ' at\n'.join(header.split(' at '))
+  for column in _shown(rows):
+    header = column.header.removesuffix(' at inference')
+    header = ' of\n'.join(header.split(' of '))
     table.add_column(header, justify='right', no_wrap=True)
-  for name, cells in _cells(rows, deviations, bold='[bold]{}[/bold]'):
-    table.add_row(name, *cells)
+  for before_deviation, before_interval in (
+      (' ', ' '),
+      ('\n', ' '),
+      ('\n', '\n'),
+  ):
+    cells = [
+        [text.Text(row.name)]
+        + [
+            _rich_cell(
+                column, row, deviation, before_deviation, before_interval
+            )
+            for column in _shown(rows)
+        ]
+        for row, deviation in _with(rows, deviations)
+    ]
+    if _width_of(table, cells) <= width:
+      break
+  for row_cells in cells:
+    table.add_row(*row_cells)
   return table
 
 
-def _cells(rows, deviations, bold):
-  best = [
-      column.best(map(column.value, rows)) if column.best else None
-      for column in _COLUMNS
+def _rich_cell(column, row, deviation, before_deviation, before_interval):
+  from rich import text
+
+  score = _score(column, row, deviation).replace(' ± ', f'{before_deviation}±')
+  cell = text.Text(score)
+  if column.gain in row.gains:
+    gain = row.gains[column.gain]
+    shown = _gain(gain).replace(' ', before_interval)
+    cell.append('\n').append(shown, 'bold' if _is_bold(gain) else '')
+  return cell
+
+
+def _width_of(table: Any, cells: Sequence[Sequence[Any]]) -> int:
+  """The columns that a table with these cells takes, two between cells."""
+  widths = [
+      max(
+          len(line)
+          for part in (column.header, *(cell.plain for cell in of_rows))
+          for line in part.split('\n')
+      )
+      for column, of_rows in zip(table.columns, zip(*cells))
   ]
+  return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _with(
+    rows: Sequence[Row], deviations: Sequence[Row] | None
+) -> Iterator[tuple[Row, Row | None]]:
   for i, row in enumerate(rows):
-    cells = []
-    for column, top in zip(_COLUMNS, best):
-      value = column.value(row)
-      text = _text(column, value)
-      if top is not None and text == _text(column, top):
-        text = bold.format(text)
-      if deviations is not None and column.best:
-        text += f' ± {_text(column, column.value(deviations[i]))}'
-      cells.append('x' + text if column.best is None else text)
-    yield row.name, cells
+    yield row, None if deviations is None else deviations[i]
+
+
+def _shown(rows: Sequence[Row]) -> list[_Column]:
+  """The columns that there is something to show in, and their gains."""
+  known = {key for row in rows for key in row.gains}
+  return [
+      column if column.gain in known else column._replace(gain='')
+      for column in _COLUMNS
+      if column.gain != 'shifts' or any(row.shifts for row in rows)
+  ]
+
+
+def _headers(column: _Column) -> list[str]:
+  return [column.header, *(['gain'] if column.gain else [])]
+
+
+def _score(column: _Column, row: Row, deviation: Row | None) -> str:
+  text = _text(column, column.value(row))
+  if column.header == 'cost at inference':
+    return f'x{text}'
+  if deviation is None:
+    return text
+  return f'{text} ± {_text(column, column.value(deviation))}'
 
 
 def _text(column: _Column, value: float) -> str:
   return f'{value * column.scale:.{column.digits}f}'
+
+
+def _is_bold(gain: Comparison) -> bool:
+  return gain.is_significant and gain.gain > 0
+
+
+def _gain(gain: Comparison | None, bold: str = '{}') -> str:
+  """A gain and its interval, in per cent; bold where it is significant."""
+  if gain is None:
+    return ''
+  text = f'{_points(gain.gain):+.1f}'
+  if np.isfinite(gain.low):
+    text += f' [{_points(gain.low):.1f},{_points(gain.high):.1f}]'
+  return bold.format(text) if _is_bold(gain) else text
+
+
+def _points(value: float) -> float:
+  return round(value * 100, 1) + 0.0  # No minus before a zero.
+
+
+def _legend(
+    rows: Sequence[Row],
+    sets: Mapping[str, Mapping[str, int]] | None,
+    bold: str,
+) -> list[str]:
+  """What the numbers are, what they were found on, what selection flattered."""
+  compared = [row for row in rows if row.gains]
+  lines = [_what(compared[0], bold)] if compared else []
+  sets = _sets_of(compared[0]) if sets is None and compared else sets or {}
+  if sets:
+    lines.append(_on_what(sets))
+  flattered = [
+      f'{row.name} {_gain(row.gains["optimism"])}'
+      for row in compared
+      if 'optimism' in row.gains
+  ]
+  if flattered:
+    lines.append(
+        'Optimism of the selection (held-out gain minus test gain): '
+        + ', '.join(flattered)
+        + '.'
+    )
+  return lines
+
+
+def _what(row: Row, bold: str) -> str:
+  gains = {
+      name: row.gains[key]
+      for name, key in (('test', 'test'), ('mean of shifts', 'shifts'))
+      if key in row.gains
+  }
+  first = next(iter(row.gains.values()))
+  if first.num_repeats > 1:
+    methods = f'{first.method} over {first.num_repeats} repeats'
+  else:
+    methods = '; '.join(f'{n}: {gain.method}' for n, gain in gains.items())
+  return (
+      f'Scores: {row.metric}, in per cent. Gain: over the best single model,'
+      f' with its {first.level:.0%} interval; {bold}: significantly better,'
+      f' p < {1 - first.level:.2g} ({methods}), each row by itself.'
+  )
+
+
+def _sets_of(row: Row) -> dict[str, dict[str, int]]:
+  """What was used for what, as far as the gains of a row know."""
+  sizes = {key: gain.num for key, gain in row.gains.items() if gain.num}
+  names = list(row.shifts)
+  shifts = ', '.join(names) if len(names) <= 4 else f'{len(names)} shifts'
+  sets = {
+      'selected': {'held-out': sizes.get('held_out', 0)},
+      'reported': {
+          'test': sizes.get('test', 0),
+          shifts: sizes.get('shifts', 0),
+      },
+  }
+  known = {
+      role: {name: num for name, num in used.items() if num}
+      for role, used in sets.items()
+  }
+  return {role: used for role, used in known.items() if used}
+
+
+def _on_what(sets: Mapping[str, Mapping[str, int]]) -> str:
+  roles = [
+      f'{role} on '
+      + ', '.join(f'{name} ({num:,})' for name, num in used.items())
+      for role, used in sets.items()
+  ]
+  text = '; '.join(roles)
+  return f'Examples: {text}.'

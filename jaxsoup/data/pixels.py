@@ -1,0 +1,186 @@
+"""Operations on one image, as the Python Imaging Library has them.
+
+  bright = pixels.blend(pixels.black(image), image, 1.5)
+  flat = pixels.equalize(image)
+
+An image is [H, W, C] with pixels in 0..1, 255 steps of which are the grey
+levels that some of them count. Every argument beside the image may be traced.
+"""
+
+import jax
+import jax.numpy as jnp
+
+NUM_LEVELS = 256
+# Of red, green and blue in luma: ITU-R 601-2.
+LUMA = (0.299, 0.587, 0.114)
+
+
+def warp(image: jax.Array, matrix: jax.Array, offset: jax.Array) -> jax.Array:
+  """Moves pixels by an affine map about the centre, bilinearly.
+
+  out(p) = image(matrix (p - centre) + offset + centre)
+
+  Args:
+    image: [H, W, C].
+    matrix: [2, 2], of rows and columns.
+    offset: [2], rows and columns, in pixels.
+
+  Returns:
+    [H, W, C]; zero where the image did not reach.
+
+  Example:
+    >>> image = jnp.eye(3)[..., None]
+    >>> moved = warp(image, jnp.eye(2), jnp.array([1.0, 0.0]))
+    >>> bool((moved[:2] == image[1:]).all())
+    True
+  """
+  height, width, _ = image.shape
+  rows = jnp.arange(height)[:, None] - (height - 1) / 2
+  columns = jnp.arange(width) - (width - 1) / 2
+  # No matrix product: on accelerators that would round coordinates to bfloat16.
+  source = [
+      m[0] * rows + m[1] * columns + o + (size - 1) / 2
+      for m, o, size in zip(matrix, offset, (height, width))
+  ]
+  corners = [jnp.floor(s) for s in source]
+  shares = [s - c for s, c in zip(source, corners)]
+  starts = [c.astype(jnp.int32) for c in corners]
+  out = jnp.zeros_like(image)
+  for down in (0, 1):
+    for right in (0, 1):
+      share = shares[0] if down else 1 - shares[0]
+      share = share * (shares[1] if right else 1 - shares[1])
+      out += share[..., None] * _take(
+          image, starts[0] + down, starts[1] + right
+      )
+  return out
+
+
+def _take(image, row, column):
+  """The pixels at rows and columns [H, W]; zero outside."""
+  height, width, channels = image.shape
+  is_inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+  index = jnp.where(is_inside, row * width + column, 0)
+  values = image.reshape(height * width, channels)[index]
+  return jnp.where(is_inside[..., None], values, 0)
+
+
+def crop(image: jax.Array, start: jax.Array, size: jax.Array) -> jax.Array:
+  """Enlarges a part of an image to the whole, bilinearly.
+
+  Args:
+    image: [H, W, C].
+    start: [2], the upper and the left edge of the part, in pixels.
+    size: [2], its height and width.
+
+  Returns:
+    [H, W, C].
+  """
+  scale = jnp.array(image.shape[:2]) / size
+  return jax.image.scale_and_translate(
+      image,
+      image.shape,
+      (0, 1),
+      scale,
+      -start * scale,
+      method='linear',
+      precision=jax.lax.Precision.HIGHEST,
+  )
+
+
+def blend(
+    first: jax.Array, second: jax.Array, factor: jax.Array | float
+) -> jax.Array:
+  """The line through two images: 0 is the first, 1 the second, in 0..1.
+
+  Args:
+    first: [H, W, C].
+    second: [H, W, C].
+    factor: scalar; beyond 1 it leads away from the first.
+
+  Returns:
+    [H, W, C].
+  """
+  return jnp.clip(first + factor * (second - first), 0, 1)
+
+
+def grey(image: jax.Array) -> jax.Array:
+  """An image without its colours; one of a single channel as it is."""
+  if image.shape[-1] != len(LUMA):
+    return jnp.broadcast_to(image.mean(-1, keepdims=True), image.shape)
+  luma = (image * jnp.array(LUMA)).sum(-1, keepdims=True)
+  return jnp.broadcast_to(luma, image.shape)
+
+
+def flat(image: jax.Array) -> jax.Array:
+  """An image that is everywhere as bright as this one is on average."""
+  return jnp.broadcast_to(grey(image).mean(), image.shape)
+
+
+def black(image: jax.Array) -> jax.Array:
+  """An image of zeros."""
+  return jnp.zeros_like(image)
+
+
+def smooth(image: jax.Array) -> jax.Array:
+  """Means over 3 x 3 pixels, the middle one five times; not at the edge."""
+  height, width, _ = image.shape
+  if min(height, width) < 3:
+    return image
+  total = sum(
+      image[i : height - 2 + i, j : width - 2 + j]
+      for i in range(3)
+      for j in range(3)
+  )
+  inner = (total + 4 * image[1:-1, 1:-1]) / 13
+  return image.at[1:-1, 1:-1].set(inner)
+
+
+def solarize(image: jax.Array, threshold: jax.Array | float) -> jax.Array:
+  """Inverts the pixels of at least `threshold`."""
+  return jnp.where(image < threshold, image, 1 - image)
+
+
+def posterize(image: jax.Array, num_bits: jax.Array | int) -> jax.Array:
+  """Keeps the first bits of every level; 8 of them are all."""
+  step = 2 ** (8 - jnp.asarray(num_bits, jnp.int32))
+  return (_levels(image) // step * step) / (NUM_LEVELS - 1)
+
+
+def autocontrast(image: jax.Array) -> jax.Array:
+  """Stretches every channel to 0..1; one that is constant stays."""
+  low = image.min((0, 1), keepdims=True)
+  span = image.max((0, 1), keepdims=True) - low
+  is_flat = span < 1 / NUM_LEVELS
+  return jnp.where(is_flat, image, (image - low) / jnp.where(is_flat, 1, span))
+
+
+def equalize(image: jax.Array) -> jax.Array:
+  """Spreads the levels of every channel so that all are as frequent.
+
+  level <- (step // 2 + number of pixels below it) // step
+
+  where step is a 255th of the number of pixels below the highest level.
+
+  Args:
+    image: [H, W, C].
+
+  Returns:
+    [H, W, C]; a channel of one level, or of too few pixels, as it was.
+  """
+
+  def channel_fn(channel):
+    level = _levels(channel)
+    count = jnp.zeros(NUM_LEVELS, jnp.int32).at[level].add(1)
+    below = jnp.cumsum(count) - count
+    step = below[level.max()] // (NUM_LEVELS - 1)
+    table = (step // 2 + below) // jnp.maximum(step, 1)
+    table = jnp.minimum(table, NUM_LEVELS - 1) / (NUM_LEVELS - 1)
+    return jnp.where(step == 0, channel, table.astype(channel.dtype)[level])
+
+  return jax.vmap(channel_fn, in_axes=-1, out_axes=-1)(image)
+
+
+def _levels(image):
+  levels = jnp.round(image * (NUM_LEVELS - 1)).astype(jnp.int32)
+  return jnp.clip(levels, 0, NUM_LEVELS - 1)

@@ -1,0 +1,191 @@
+"""Data that choose and data that report: split, compared, kept apart."""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+import hashlib
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+_NOT_INPUTS = ('label', 'mask')
+_NUM_AT_ONCE = 1024
+
+
+class Split(NamedTuple):
+  """Disjoint rows of one data set.
+
+  Attributes:
+    rows: row numbers by name, each ascending.
+    record: what to store: `num`, `sizes`, `seed` and `hash`, for JSON.
+  """
+
+  rows: dict[str, np.ndarray]
+  record: dict[str, Any]
+
+
+def split(
+    num: int,
+    sizes: Mapping[str, int],
+    seed: int,
+    *,
+    record: Mapping[str, Any] | None = None,
+) -> Split:
+  """Draws disjoint rows for each role.
+
+  Args:
+    num: examples in the data set.
+    sizes: how many each role gets, such as `{'select': 400, 'report': 897}`.
+    seed: of the draw.
+    record: that of an earlier split, which this one must repeat.
+
+  Returns:
+    A `Split`.
+
+  Raises:
+    ValueError: more rows than there are, a size below 1, or other rows than
+      the record says.
+
+  Example:
+    >>> found = split(5, {'select': 2, 'report': 3}, seed=0)
+    >>> {name: rows.tolist() for name, rows in found.rows.items()}
+    {'select': [2, 4], 'report': [0, 1, 3]}
+  """
+  if not sizes or min(sizes.values()) < 1 or sum(sizes.values()) > num:
+    raise ValueError(
+        f'sizes {dict(sizes)} ask for {sum(sizes.values())} rows of {num}: '
+        'expected at least 1 each, and no more than there are.'
+    )
+  order = np.random.default_rng(seed).permutation(num)
+  parts = np.split(order, np.cumsum(list(sizes.values())))
+  rows = {name: np.sort(part) for name, part in zip(sizes, parts)}
+  digest = hashlib.sha256()
+  for name, part in rows.items():
+    digest.update(f'{name}:{",".join(map(str, part.tolist()))};'.encode())
+  made = {
+      'num': num,
+      'sizes': dict(sizes),
+      'seed': seed,
+      'hash': digest.hexdigest(),
+  }
+  if record is not None and dict(record) != made:
+    raise ValueError(
+        f'The split is {made}, the record {dict(record)}. Scores of other rows '
+        'cannot be compared: take the arguments of the record, or start anew.'
+    )
+  return Split(rows, made)
+
+
+def shared_rows(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Which examples two data sets have in common, by content.
+
+  Args:
+    a: an array `[N, ...]`; a mapping of those; a `data.Source`; or a sequence
+      of those, whose rows are counted through. Labels and masks are not
+      compared: an example under two labels is one example.
+    b: another, in the same form and dtype.
+
+  Returns:
+    Row numbers of a that are also in b, and rows of b that are also in a: what
+    to drop from one of them.
+
+  Example:
+    >>> shared_rows(np.array([[1, 2], [3, 4]]), np.array([[3, 4], [5, 6]]))
+    (array([1]), array([0]))
+  """
+  hashes = [list(_row_hashes(x)) for x in (a, b)]
+  return _shared(*hashes)
+
+
+def check_disjoint(**sets: Any) -> None:
+  """Refuses data sets of different roles that share examples.
+
+  What chose must not report: pass what each role sees, before it is augmented.
+
+  Args:
+    **sets: by role, such as `select=held_out, report=[test, shifted]`, each as
+      in `shared_rows`.
+
+  Raises:
+    ValueError: one data set in two roles, or examples in two roles: which, how
+      many, and one of them.
+
+  Example:
+    >>> check_disjoint(select=np.array([1, 2]), report=np.array([3, 4]))
+  """
+  names = list(sets)
+  pairs = [(p, q) for i, p in enumerate(names) for q in names[i + 1 :]]
+  for p, q in pairs:
+    same = {id(x) for x in _parts(sets[p])} & {id(x) for x in _parts(sets[q])}
+    if same:
+      raise ValueError(_twice(p, q))
+  hashes = {name: list(_row_hashes(x)) for name, x in sets.items()}
+  for p, q in pairs:
+    in_p, in_q = _shared(hashes[p], hashes[q])
+    if len(in_p) == len(hashes[p]) > 0 and len(in_q) == len(hashes[q]):
+      raise ValueError(_twice(p, q))
+    if len(in_p):
+      twin = hashes[q].index(hashes[p][in_p[0]])
+      raise ValueError(
+          f'{p} and {q} share examples: {len(in_p)} of the {len(hashes[p])} '
+          f'rows of {p} are also in {q} ({len(hashes[q])} rows); row '
+          f'{in_p[0]} of {p} is row {twin} of {q}. Drop them from one: '
+          f'statistics.shared_rows({p}, {q}) lists them.'
+      )
+
+
+def _twice(p: str, q: str) -> str:
+  return (
+      f'{p} and {q} are the same data set. Data that choose cannot report: '
+      'split it with statistics.split.'
+  )
+
+
+def _shared(a: list[bytes], b: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+  both = set(a) & set(b)
+  in_a, in_b = (
+      np.array([i for i, h in enumerate(x) if h in both], np.int64)
+      for x in (a, b)
+  )
+  return in_a, in_b
+
+
+def _parts(data: Any) -> list[Any]:
+  parts = data if isinstance(data, list | tuple) else [data]
+  return [getattr(part, 'arrays', part) for part in parts]
+
+
+def _row_hashes(data: Any) -> Iterator[bytes]:
+  for part in _parts(data):
+    for inputs in _in_chunks(part):
+      for row in zip(*map(_row_bytes, inputs)):
+        digest = hashlib.blake2b(digest_size=16)
+        for content in row:
+          digest.update(content)
+        yield digest.digest()
+
+
+def _in_chunks(data: Any) -> Iterator[list[np.ndarray]]:
+  """The inputs of a data set, sorted by name, some rows at a time."""
+  if isinstance(data, Mapping):
+    num = len(next(iter(data.values())))
+  else:
+    num = len(data)
+  for start in range(0, num, _NUM_AT_ONCE):
+    rows = np.arange(start, min(start + _NUM_AT_ONCE, num))
+    if isinstance(data, Mapping):
+      part = {name: x[rows[0] : rows[-1] + 1] for name, x in data.items()}
+    elif hasattr(data, 'shape'):
+      part = {'': data[rows[0] : rows[-1] + 1]}
+    else:
+      part = data[rows]
+    names = sorted(part.keys() - set(_NOT_INPUTS))
+    yield [np.asarray(jax.device_get(part[name])) for name in names]
+
+
+def _row_bytes(x: np.ndarray) -> Iterator[Any]:
+  if x.dtype.kind in 'OSU':  # Texts: their width depends on the longest one.
+    return (repr(row.tolist()).encode() for row in x.astype(str)[:, None])
+  flat = np.ascontiguousarray(x).reshape(len(x), -1).view(np.uint8)
+  return iter(flat)

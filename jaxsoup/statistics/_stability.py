@@ -1,0 +1,169 @@
+"""How stable the choice of a search is."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import MutableMapping
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxsoup._recipes import _greedy
+from jaxsoup._soup import Members
+from jaxsoup._soup import Soup
+
+
+class Stability(NamedTuple):
+  """How far the choice of a search hangs on the examples it saw.
+
+  Attributes:
+    chosen: ingredients that it takes on all examples, ascending.
+    frequency: share of resamples that take each ingredient, `[K]`.
+    overlap: mean of `|A & B| / |A | B|` (Jaccard) of the resampled choice and
+      `chosen`; 1 where the choice never changes.
+    sizes: how many ingredients each resample takes, `[num_resamples]`.
+    num_evaluated: candidates whose answers had to be found out.
+  """
+
+  chosen: Members
+  frequency: np.ndarray
+  overlap: float
+  sizes: np.ndarray
+  num_evaluated: int
+
+
+def stability(
+    values_fn: Callable[[Members], Any],
+    num_models: int,
+    *,
+    recipe: Callable[..., Soup] = _greedy.greedy,
+    num_resamples: int = 100,
+    seed: int = 0,
+    answers: MutableMapping[Members, Any] | None = None,
+) -> Stability:
+  """Repeats a search on resampled held-out examples.
+
+  The search itself is that of the recipe. Answers are remembered, so that a
+  candidate is evaluated once, however many resamples meet it: for an ensemble
+  of cached logits it costs nothing; for soups one evaluation for each candidate
+  that the search on all examples did not meet, `num_evaluated` in all.
+
+  Args:
+    values_fn: per-example scores of the mean of some ingredients, `[N]`, higher
+      is better. Of soups: `lambda members: metrics.correct(run(jaxsoup.uniform(
+      [ingredients[k] for k in members]).params), label)`, with `run` an
+      `evaluation.logits_of`. Of an ensemble: see the example.
+    num_models: K.
+    recipe: `jaxsoup.greedy` or `jaxsoup.pruned`, or one of them with options
+      (`functools.partial`).
+    num_resamples: how many.
+    seed: of the resamples.
+    answers: remembered values, read and written, by members.
+
+  Returns:
+    A `Stability`.
+
+  Raises:
+    ValueError: values that are no vector, or of different lengths; what the
+      recipe raises.
+
+  Example:
+    >>> import functools
+    >>> label = np.arange(40) % 2
+    >>> right, wrong = np.eye(2)[label], np.eye(2)[1 - label]
+    >>> logits = np.stack([2 * right, wrong, wrong])
+    >>> found = stability(
+    ...     lambda members: logits[list(members)].mean(0).argmax(-1) == label,
+    ...     num_models=3,
+    ...     recipe=functools.partial(_greedy.greedy, strict=True),
+    ... )
+    >>> found.chosen, found.frequency.tolist(), found.overlap
+    ((0,), [1.0, 0.0, 0.0], 1.0)
+
+  Source: Meinshausen and Buehlmann 2010, "Stability selection".
+  """
+  known = _Answers(values_fn, {} if answers is None else answers)
+  num = len(known[(0,)])
+  rng = np.random.default_rng(seed)
+  # Nothing is read but the numbers that stand for the ingredients.
+  ingredients = list(np.arange(num_models, dtype=np.float32))
+  chosen = _choice(recipe, ingredients, known, np.ones(num, np.int64))
+  choices = [
+      _choice(recipe, ingredients, known, rng.multinomial(num, [1 / num] * num))
+      for _ in range(num_resamples)
+  ]
+  taken = np.array([[k in c for k in range(num_models)] for c in choices])
+  return Stability(
+      chosen=tuple(sorted(chosen)),
+      frequency=taken.mean(0),
+      overlap=float(
+          np.mean([len(c & chosen) / len(c | chosen) for c in choices])
+      ),
+      sizes=taken.sum(1),
+      num_evaluated=known.num_evaluated,
+  )
+
+
+def _choice(recipe, ingredients, known, counts) -> set[int]:
+  scores = _Scores(known, counts)
+  return set(recipe(ingredients, _never, scores=scores).info.accepted)
+
+
+def _never(params: Any) -> float:
+  raise AssertionError('Every score is known.')
+
+
+class _Answers:
+  """Remembered answers of candidates, `[N]` each."""
+
+  def __init__(
+      self,
+      values_fn: Callable[[Members], Any],
+      answers: MutableMapping[Members, Any],
+  ):
+    self.num_evaluated = 0
+    self._values_fn = values_fn
+    self._answers = answers
+
+  def __getitem__(self, members: Members) -> np.ndarray:
+    if members not in self._answers:
+      values = np.asarray(jax.device_get(self._values_fn(members)))
+      if values.ndim != 1 or not values.size:
+        raise ValueError(
+            f'values_fn returned shape {list(values.shape)} for {members}: '
+            'expected [N], one number an example.'
+        )
+      self._answers[members] = values
+      self.num_evaluated += 1
+    return self._answers[members]
+
+
+class _Scores(MutableMapping):
+  """A score log that knows every candidate: the mean of resampled answers."""
+
+  def __init__(self, answers: _Answers, counts: np.ndarray):
+    self._answers = answers
+    self._counts = counts
+
+  def __getitem__(self, members: Members) -> float:
+    values = self._answers[members]
+    if values.shape != self._counts.shape:
+      raise ValueError(
+          f'values_fn returned {len(values)} numbers for {members}, and '
+          f'{len(self._counts)} for ingredient 0: expected one an example.'
+      )
+    # Sums of right answers are exact, so that ties stay ties.
+    return float(self._counts @ values.astype(float) / self._counts.sum())
+
+  def __setitem__(self, members: Members, score: float) -> None:
+    raise TypeError(f'The score of {members} follows from the answers.')
+
+  def __delitem__(self, members: Members) -> None:
+    raise TypeError(f'The score of {members} follows from the answers.')
+
+  def __iter__(self) -> Iterator[Members]:
+    return iter(())
+
+  def __len__(self) -> int:
+    return 0

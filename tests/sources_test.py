@@ -1,0 +1,462 @@
+"""Sources and batches: order, resumption, processes, folders, TFDS."""
+
+import hashlib
+import io
+import json
+import threading
+
+import numpy as np
+from PIL import Image
+import pytest
+import tensorflow_datasets as tfds
+
+from jaxsoup import evaluation
+from jaxsoup.data import sources
+
+NUM = 23
+
+
+class Numbered(tfds.core.GeneratorBasedBuilder):
+  """Images whose pixels are their label, as tensors: no TensorFlow to write."""
+
+  VERSION = tfds.core.Version('1.0.0')
+
+  def _info(self):
+    features = tfds.features.FeaturesDict({
+        'image': tfds.features.Tensor(shape=(4, 4, 1), dtype=np.uint8),
+        'label': tfds.features.ClassLabel(num_classes=NUM),
+    })  # fmt: skip
+    return tfds.core.DatasetInfo(builder=self, features=features)
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {'train': self._generate_examples()}
+
+  def _generate_examples(self):
+    for i in range(NUM):
+      yield i, {'image': np.full((4, 4, 1), i, np.uint8), 'label': i}
+
+
+class Pictures(Numbered):
+  """The same as encoded images."""
+
+  def _info(self):
+    features = tfds.features.FeaturesDict({
+        'image': tfds.features.Image(shape=(4, 4, 1), encoding_format='png'),
+        'label': tfds.features.ClassLabel(num_classes=NUM),
+    })  # fmt: skip
+    return tfds.core.DatasetInfo(builder=self, features=features)
+
+  def _generate_examples(self):
+    for i in range(NUM):
+      file = io.BytesIO()
+      Image.new('L', (4, 4), 10 * i).save(file, 'png')
+      file.seek(0)
+      yield i, {'image': file, 'label': i}
+
+
+def picture_fn(record, rng):
+  """Files where tf.data leaves them encoded, arrays elsewhere."""
+  pixels = record['image']
+  if isinstance(pixels, bytes):
+    pixels = np.asarray(Image.open(io.BytesIO(pixels)))[..., None]
+  return record_fn({**record, 'image': pixels}, rng)
+
+
+def example_fn(record, rng):
+  """The record's number, and a draw that stands for an augmentation."""
+  draw = 0.0 if rng is None else rng.random()
+  return {'label': np.int32(record), 'draw': np.float32(draw)}
+
+
+def image_fn(record, rng):
+  del rng
+  with Image.open(record['image']) as image:
+    pixels = np.asarray(image, np.float32)
+  return {'image': pixels, 'label': np.int32(record['label'])}
+
+
+def record_fn(record, rng):
+  draw = 0.0 if rng is None else rng.random()
+  return {
+      'image': record['image'].astype(np.float32),
+      'label': np.int32(record['label']),
+      'draw': np.float32(draw),
+  }
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  """A folder with the set in array_record files."""
+  folder = tmp_path_factory.mktemp('tfds')
+  builder = Numbered(data_dir=folder, file_format='array_record')
+  builder.download_and_prepare()
+  return folder
+
+
+def _sources():
+  everything = np.arange(2 * NUM)
+  examples = sources.Examples(everything, example_fn)
+  return {
+      'arrays': sources.Arrays({'label': np.arange(NUM, dtype=np.int32)}),
+      'examples': sources.Examples(np.arange(NUM), example_fn, num_threads=3),
+      'subset': sources.subset(examples, everything[::2]),
+  }
+
+
+@pytest.fixture(params=['arrays', 'examples', 'subset'])
+def source(request):
+  return _sources()[request.param]
+
+
+def _assert_equal(left, right):
+  assert len(left) == len(right)
+  for a, b in zip(left, right):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_training_batches_are_a_permutation(source):
+  batches = list(sources.batches(source, 5, seed=3, epoch=1))
+  seen = np.concatenate([batch['label'] for batch in batches])
+  assert [len(b['label']) for b in batches] == [5] * 4
+  everything = source[np.arange(len(source))]['label']
+  assert len(set(seen.tolist())) == 20 and set(seen) <= set(everything)
+  order = np.random.default_rng([3, 1]).permutation(NUM)[:20]
+  np.testing.assert_array_equal(seen, everything[order])
+
+
+def test_batches_depend_on_seed_and_epoch_alone(source):
+  walk = lambda seed, epoch: list(
+      sources.batches(source, 5, seed=seed, epoch=epoch)
+  )
+  first = walk(0, 0)
+  _assert_equal(first, walk(0, 0))
+  for other in (walk(1, 0), walk(0, 1)):
+    assert not np.array_equal(first[0]['label'], other[0]['label'])
+
+
+@pytest.mark.parametrize('seed', [None, 7])
+def test_resumed_is_uninterrupted(source, seed):
+  whole = list(sources.batches(source, 4, seed=seed, epoch=2))
+  for start in (0, 1, 3, len(whole)):
+    rest = list(sources.batches(source, 4, seed=seed, epoch=2, start=start))
+    _assert_equal(whole[start:], rest)
+
+
+@pytest.mark.parametrize('seed', [None, 7])
+@pytest.mark.parametrize('process_count', [2, 4])
+def test_processes_together_have_the_whole_batch(source, seed, process_count):
+  parts = [
+      list(
+          sources.batches(
+              source,
+              8,
+              seed=seed,
+              process_index=i,
+              process_count=process_count,
+          )
+      )
+      for i in range(process_count)
+  ]
+  joined = [
+      {name: np.concatenate([b[name] for b in group]) for name in group[0]}
+      for group in zip(*parts, strict=True)
+  ]
+  _assert_equal(list(sources.batches(source, 8, seed=seed)), joined)
+
+
+def test_evaluation_is_in_order_and_padded_like_evaluation_batched(source):
+  batches = list(sources.batches(source, 10))
+  everything = source[np.arange(len(source))]
+  expected = evaluation.batched({'label': everything['label']}, 10)
+  assert len(batches) == len(expected) == 3
+  for batch, other in zip(batches, expected):
+    for name in ('label', 'mask'):
+      np.testing.assert_array_equal(batch[name], other[name])
+  assert [int(b['mask'].sum()) for b in batches] == [10, 10, 3]
+
+
+def test_only_records_in_use_are_read():
+  read = []
+  source = sources.Examples(
+      np.arange(NUM), lambda r, rng: read.append(int(r)) or {'x': np.array(r)}
+  )
+  list(sources.batches(source, 4, start=4, process_index=1, process_count=2))
+  assert sorted(read) == [18, 19, 22, 22]
+
+
+def test_augmentation_is_drawn_by_seed_epoch_and_row():
+  source = sources.Examples(np.arange(NUM), example_fn)
+  draws = {}
+  for epoch in (0, 1):
+    for batch in sources.batches(source, 1, seed=5, epoch=epoch):
+      row = int(batch['label'][0])
+      draws[epoch, row] = batch['draw'][0]
+      expected = np.random.default_rng([5, epoch, row]).random()
+      assert batch['draw'][0] == np.float32(expected)
+  assert len(set(draws.values())) == 2 * NUM
+  assert not source[np.arange(NUM)]['draw'].any()
+
+
+def test_batches_that_cannot_be_are_refused_at_once(source):
+  with pytest.raises(ValueError, match='batch of 5 does not divide among 2'):
+    sources.batches(source, 5, process_count=2)
+  with pytest.raises(ValueError, match='23 examples do not fill .* of 24'):
+    sources.batches(source, 24, seed=0)
+  assert len(list(sources.batches(source, 24))) == 1
+
+
+def test_arrays_of_different_lengths_are_refused():
+  with pytest.raises(ValueError, match="{'a': 2, 'b': 3}"):
+    sources.Arrays({'a': np.zeros(2), 'b': np.zeros(3)})
+  with pytest.raises(ValueError, match='at least one'):
+    sources.Arrays({})
+
+
+def test_prefetching_is_ahead_and_passes_errors_on():
+  made, is_made = [], threading.Event()
+
+  def items():
+    for i in range(6):
+      made.append(i)
+      if i == 3:
+        is_made.set()
+      if i == 5:
+        raise OSError('disk')
+      yield i
+
+  ahead = sources.prefetched(items(), num=3)
+  assert next(ahead) == 0
+  assert is_made.wait(10) and len(made) <= 5
+  assert [next(ahead) for _ in range(4)] == [1, 2, 3, 4]
+  with pytest.raises(OSError, match='disk'):
+    next(ahead)
+
+
+def test_an_abandoned_walk_ends_its_thread():
+  num_before = threading.active_count()
+  source = sources.Examples(np.arange(NUM), example_fn)
+  walk = sources.batches(source, 2, seed=0)
+  next(walk)
+  walk.close()
+  assert threading.active_count() == num_before
+
+
+def test_in_memory_and_its_subset():
+  source = sources.Examples(np.arange(NUM), example_fn)
+  memory = sources.in_memory(source)
+  _assert_equal([memory.arrays], [source[np.arange(NUM)]])
+  part = sources.subset(memory, np.array([4, 2]))
+  assert part.arrays['label'].tolist() == [4, 2]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Two cats of value 0 and 1, three dogs of value 100, 101, 102."""
+  for name, first, num in (('dog', 100, 3), ('cat', 0, 2)):
+    (tmp_path / name).mkdir()
+    for i in range(num):
+      image = Image.new('L', (3, 2), first + i)
+      image.save(tmp_path / name / f'{i}.png')
+  (tmp_path / 'dog' / 'notes.txt').write_text('no image')
+  return tmp_path
+
+
+def test_folder(folder):
+  source = sources.Folder(folder, image_fn)
+  assert source.classes == ['cat', 'dog']
+  assert source.labels.dtype == np.int32
+  batch = source[np.arange(len(source))]
+  assert batch['image'].shape == (5, 2, 3)
+  assert batch['image'][:, 0, 0].tolist() == [0, 1, 100, 101, 102]
+  np.testing.assert_array_equal(batch['label'], [0, 0, 1, 1, 1])
+  np.testing.assert_array_equal(source.labels, batch['label'])
+
+
+def test_folder_with_given_classes(folder):
+  source = sources.Folder(folder, image_fn, classes=['dog', 'cow', 'cat'])
+  assert source.labels.tolist() == [2, 2, 0, 0, 0]
+  with pytest.raises(ValueError, match=r"\['dog'\], which are none of the 1"):
+    sources.Folder(folder, image_fn, classes=['cat'])
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+  with pytest.raises(FileNotFoundError, match='one folder a class'):
+    sources.Folder(tmp_path, image_fn)
+
+
+def test_held_out_rows_are_a_share_of_every_class():
+  labels = np.random.default_rng(0).permutation(
+      np.repeat([0, 1, 4], [1300, 732, 10])
+  )
+  rows, rest, rule = sources.held_out_rows(labels, share=0.02, seed=3)
+  counts = np.bincount(labels[rows], minlength=5)
+  assert counts.tolist() == [26, 15, 0, 0, 1]
+  np.testing.assert_array_equal(
+      np.sort(np.concatenate([rows, rest])), np.arange(2042)
+  )
+  assert (np.diff(rows) > 0).all() and (np.diff(rest) > 0).all()
+  assert json.loads(json.dumps(rule)) == {
+      'rule': 'per class',
+      'share': 0.02,
+      'seed': 3,
+      'count': 42,
+      'total': 2042,
+      'sha256': hashlib.sha256(rows.astype('<i8').tobytes()).hexdigest(),
+  }
+
+
+def test_held_out_rows_are_decided_by_the_seed():
+  labels = np.repeat(np.arange(10), 100)
+  first, again, other = (
+      sources.held_out_rows(labels, 0.1, seed) for seed in (0, 0, 1)
+  )
+  assert first.rule == again.rule
+  assert first.rule['sha256'] != other.rule['sha256']
+
+
+def test_held_out_shares_that_cannot_be_are_refused():
+  with pytest.raises(ValueError, match='A share of 1.5'):
+    sources.held_out_rows(np.zeros(10, int), 1.5)
+  with pytest.raises(ValueError, match='Class 7 has 1 examples'):
+    sources.held_out_rows(np.array([0, 0, 7]), 0.5)
+
+
+def test_tfds_of_array_record_files(prepared):
+  source = sources.tfds('numbered', 'train', record_fn, data_dir=prepared)
+  batch = source[np.arange(NUM)]
+  assert sorted(batch['label'].tolist()) == list(range(NUM))
+  np.testing.assert_array_equal(batch['image'][:, 1, 2, 0], batch['label'])
+  part = sources.tfds('numbered', 'train[5:9]', record_fn, data_dir=prepared)
+  np.testing.assert_array_equal(
+      part[np.arange(4)]['label'], batch['label'][5:9]
+  )
+  walk = list(sources.batches(source, 4, seed=1, start=2))
+  _assert_equal(walk, list(sources.batches(source, 4, seed=1))[2:])
+
+
+def test_tfds_features_come_in_the_order_of_rows(prepared):
+  source = sources.tfds('numbered', 'train', record_fn, data_dir=prepared)
+  records = list(
+      sources.tfds_features('numbered', 'train', ['label'], data_dir=prepared)
+  )
+  assert all(record.keys() == {'label'} for record in records)
+  labels = [int(record['label']) for record in records]
+  assert labels == source[np.arange(NUM)]['label'].tolist()
+
+
+def test_a_set_that_is_not_prepared_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match='tfds build numbered'):
+    sources.tfds('numbered', 'train', record_fn, data_dir=tmp_path)
+
+
+def test_a_split_that_is_not_there_is_named(prepared):
+  with pytest.raises(ValueError, match='nowhere'):
+    sources.tfds('numbered', 'nowhere', record_fn, data_dir=prepared)
+
+
+def test_encoded_images_without_tensorflow(tmp_path):
+  builder = Pictures(data_dir=tmp_path, file_format='array_record')
+  builder.download_and_prepare()
+  source = sources.tfds('pictures', 'train', picture_fn, data_dir=tmp_path)
+  assert isinstance(source, sources.Examples)
+  batch = source[np.arange(NUM)]
+  np.testing.assert_array_equal(batch['image'][:, 1, 2, 0], batch['label'] * 10)
+  record, *_ = sources.tfds_features(
+      'pictures', 'train', ['image', 'label'], data_dir=tmp_path
+  )
+  assert record['image'].startswith(b'\x89PNG')
+
+
+def test_mocked_tfds():
+  with tfds.testing.mock_data(num_examples=6):
+    source = sources.tfds('cifar10', 'train', record_fn)
+    batch = source[np.arange(6)]
+  assert batch['image'].shape == (6, 32, 32, 3)
+  assert batch['label'].max() < 10
+
+
+@pytest.fixture(scope='module')
+def stream(tmp_path_factory):
+  pytest.importorskip('tensorflow', reason='the extra `tf`')
+  folder = tmp_path_factory.mktemp('tfrecord')
+  builder = Pictures(data_dir=folder, file_format='tfrecord')
+  builder.download_and_prepare()
+  source = sources.tfds('pictures', 'train', picture_fn, data_dir=folder)
+  assert isinstance(source, sources.Stream)
+  return source
+
+
+def test_stream_walks_in_order(stream):
+  assert len(stream) == NUM
+  everything = stream[np.arange(NUM)]
+  np.testing.assert_array_equal(
+      everything['image'][:, 1, 2, 0], everything['label'] * 10
+  )
+  walk = list(sources.batches(stream, 10))
+  labels = np.concatenate([batch['label'] for batch in walk])
+  mask = np.concatenate([batch['mask'] for batch in walk])
+  np.testing.assert_array_equal(labels[mask], everything['label'])
+  assert mask.tolist() == [True] * NUM + [False] * 7
+  np.testing.assert_array_equal(
+      stream[np.array([7, 2])]['label'], everything['label'][[7, 2]]
+  )
+
+
+def test_stream_is_shuffled_by_seed_and_epoch(stream):
+  walk = lambda **kwargs: list(sources.batches(stream, 4, **kwargs))
+  first = walk(seed=1, epoch=2)
+  labels = np.concatenate([batch['label'] for batch in first])
+  assert len(labels) == len(set(labels.tolist())) == 20
+  _assert_equal(first, walk(seed=1, epoch=2))
+  for other in (walk(seed=2, epoch=2), walk(seed=1, epoch=3)):
+    assert not np.array_equal(first[0]['label'], other[0]['label'])
+
+
+@pytest.mark.parametrize('seed', [None, 7])
+def test_stream_resumes_and_divides(stream, seed):
+  whole = list(sources.batches(stream, 4, seed=seed))
+  _assert_equal(whole[3:], list(sources.batches(stream, 4, seed=seed, start=3)))
+  parts = [
+      list(
+          sources.batches(
+              stream, 4, seed=seed, process_index=i, process_count=2
+          )
+      )
+      for i in range(2)
+  ]
+  joined = [
+      {name: np.concatenate([a[name], b[name]]) for name in a}
+      for a, b in zip(*parts, strict=True)
+  ]
+  _assert_equal(whole, joined)
+
+
+def test_rows_of_a_stream(stream):
+  labels = stream[np.arange(NUM)]['label']
+  part = sources.subset(stream, np.array([3, 8, 20]))
+  assert len(part) == 3
+  np.testing.assert_array_equal(
+      sources.in_memory(part).arrays['label'], labels[[3, 8, 20]]
+  )
+  (batch,) = sources.batches(part, 4)
+  assert batch['mask'].tolist() == [True, True, True, False]
+  with pytest.raises(ValueError, match='train.2%:.*convert_format'):
+    list(sources.batches(part, 2, seed=0))
+  with pytest.raises(ValueError, match='ascending'):
+    sources.subset(stream, np.array([3, 1]))
+
+
+def test_tfrecord_files_without_tensorflow_say_what_to_do(
+    prepared, monkeypatch
+):
+  monkeypatch.setattr(sources.importlib.util, 'find_spec', lambda name: None)
+
+  def no_random_access(*args, **kwargs):
+    raise NotImplementedError
+
+  monkeypatch.setattr(Numbered, 'as_data_source', no_random_access)
+  with pytest.raises(ImportError, match=r'jaxsoup\[tf\].*convert_format'):
+    sources.tfds('numbered', 'train', record_fn, data_dir=prepared)
