@@ -1,0 +1,261 @@
+"""Four tasks of GLUE: paraphrase, entailment, acceptability, sentiment.
+
+```
+tokenize = text.tokenizer('bert-base-uncased/vocab.txt', length=128)
+splits = glue.splits('mrpc', tokenize, folder='glue_data')
+config.metric = glue.TASKS['mrpc'].metric
+```
+
+Either GLUE's own TSV files, `glue_data/MRPC/train.tsv` and `dev.tsv`, or TFDS,
+which reads `glue/*` with TensorFlow only. The labels of GLUE's test sets are
+secret: the validation set reports, and a part of the training set chooses.
+
+Source: Wang et al., "GLUE", ICLR 2019.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import csv
+import os
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxsoup.data import sources
+
+# N texts, and N second texts of pairs or None, to arrays [N, ...].
+Tokenize = Callable[
+    [Sequence[str], Sequence[str] | None], Mapping[str, np.ndarray]
+]
+
+
+class Task(NamedTuple):
+  """What there is to know of a task.
+
+  Attributes:
+    folder: its name among GLUE's files.
+    columns: names of one text, or of the two of a pair.
+    labels: their names by number; T5 was trained to write them.
+    metric: what GLUE reports, by its name in a config.
+    fields: which columns of the files have the texts and the label.
+    header: of files that have none.
+  """
+
+  folder: str
+  columns: tuple[str, ...]
+  labels: tuple[str, str]
+  metric: str
+  fields: tuple[str, ...]
+  header: tuple[str, ...] = ()
+
+
+TASKS = {
+    'mrpc': Task(
+        'MRPC',
+        ('sentence1', 'sentence2'),
+        ('not_equivalent', 'equivalent'),
+        'accuracy and f1',
+        ('#1 String', '#2 String', 'Quality'),
+    ),
+    'rte': Task(
+        'RTE',
+        ('sentence1', 'sentence2'),
+        ('entailment', 'not_entailment'),
+        'accuracy',
+        ('sentence1', 'sentence2', 'label'),
+    ),
+    'cola': Task(
+        'CoLA',
+        ('sentence',),
+        ('unacceptable', 'acceptable'),
+        'matthews',
+        ('sentence', 'label'),
+        ('source', 'label', 'mark', 'sentence'),
+    ),
+    'sst2': Task(
+        'SST-2',
+        ('sentence',),
+        ('negative', 'positive'),
+        'accuracy',
+        ('sentence', 'label'),
+    ),
+}
+
+
+class Texts(NamedTuple):
+  """N examples: for each column N texts, and labels int32 [N]."""
+
+  columns: tuple[list[str], ...]
+  label: np.ndarray
+
+
+def read(
+    task: str,
+    split: str,
+    *,
+    folder: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike | None = None,
+) -> Texts:
+  """The texts of a task.
+
+  Args:
+    task: a key of `TASKS`.
+    split: 'train' or 'validation'.
+    folder: with GLUE's files, `MRPC/train.tsv`, `MRPC/dev.tsv` and so on; TFDS
+      is read if None.
+    data_dir: of TFDS; its default if None.
+
+  Returns:
+    Texts and labels, in the order of the files.
+
+  Raises:
+    FileNotFoundError: the files are not there.
+    ValueError: no such task or split, or a line is not as it should be.
+  """
+  if task not in TASKS or split not in ('train', 'validation'):
+    raise ValueError(
+        f'There is no {task!r}, {split!r} here: choose a task of {list(TASKS)} '
+        "and 'train' or 'validation'; GLUE's test labels are secret."
+    )
+  if folder is not None:
+    return _read_files(TASKS[task], split, pathlib.Path(folder))
+  names = TASKS[task].columns
+  records = sources.tfds_features(
+      f'glue/{task}', split, [*names, 'label'], data_dir=data_dir
+  )
+  return _texts(
+      ([_text(r[name]) for name in names], int(r['label'])) for r in records
+  )
+
+
+def splits(
+    task: str,
+    tokenize: Tokenize,
+    *,
+    folder: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike | None = None,
+    share: float = 0.1,
+    seed: int = 0,
+    is_prefixed: bool = False,
+) -> sources.Splits:
+  """A task as token ids in memory.
+
+  Args:
+    task: a key of `TASKS`.
+    tokenize: (texts, second texts or None) -> arrays `[N, ...]` by name, such
+      as `input_ids` and `attention_mask`.
+    folder: see `read`.
+    data_dir: see `read`.
+    share: of each class of the training set that is held out.
+    seed: of the choice.
+    is_prefixed: whether each example becomes one text, as T5 was trained on:
+      see `prefixed`.
+
+  Returns:
+    `train` and `held_out`, both of the training set; `test`, the validation
+    set; and the rule of the held-out set.
+
+  Raises:
+    FileNotFoundError: the files are not there.
+    ValueError: there is no such task, or a line is not as it should be.
+  """
+  parts = {}
+  for split in ('train', 'validation'):
+    texts = read(task, split, folder=folder, data_dir=data_dir)
+    columns = texts.columns
+    if is_prefixed:
+      columns = (prefixed(task, columns),)
+    second = columns[1] if len(columns) > 1 else None
+    tokens = tokenize(columns[0], second)
+    parts[split] = sources.Arrays({**tokens, 'label': texts.label})
+  held_out = sources.held_out_rows(parts['train'].arrays['label'], share, seed)
+  return sources.Splits(
+      train=sources.subset(parts['train'], held_out.rest),
+      held_out=sources.subset(parts['train'], held_out.rows),
+      test=parts['validation'],
+      rules={'held_out': held_out.rule},
+  )
+
+
+def prefixed(task: str, columns: Sequence[Sequence[str]]) -> list[str]:
+  """Examples as single texts that name the task and each part.
+
+  Args:
+    task: a key of `TASKS`.
+    columns: N texts for each column of the task.
+
+  Returns:
+    N texts.
+
+  Example:
+    >>> prefixed('mrpc', [['One.'], ['Two.']])
+    ['mrpc sentence1: One. sentence2: Two.']
+    >>> prefixed('cola', [['One.']])
+    ['cola sentence: One.']
+
+  Source: Raffel et al., "Exploring the limits of transfer learning with a
+  unified text-to-text transformer", JMLR 2020, appendix D.
+  """
+  names = TASKS[task].columns
+  return [
+      ' '.join([task, *(f'{n}: {t}' for n, t in zip(names, parts))])
+      for parts in zip(*columns, strict=True)
+  ]
+
+
+def _read_files(task: Task, split: str, folder: pathlib.Path) -> Texts:
+  stem = 'train' if split == 'train' else 'dev'
+  file = folder / task.folder / f'{stem}.tsv'
+  if not file.is_file():
+    raise FileNotFoundError(
+        f'No {file}: unpack the files of gluebenchmark.com/tasks into '
+        f'{folder}, so that {task.folder}/train.tsv and {task.folder}/dev.tsv '
+        'are there.'
+    )
+  # The files quote nothing, and quotation marks are part of the texts.
+  with file.open(encoding='utf-8-sig', newline='') as stream:
+    rows = list(csv.reader(stream, delimiter='\t', quoting=csv.QUOTE_NONE))
+  header = list(task.header) or rows.pop(0)
+  missing = [field for field in task.fields if field not in header]
+  if missing:
+    raise ValueError(
+        f'{file} has no column {missing[0]!r} among {header}: is it the file '
+        'of GLUE?'
+    )
+  places = [header.index(field) for field in task.fields]
+  return _texts(
+      _parsed(row, places, task, f'{file}:{number}')
+      for number, row in enumerate(rows, 1 if task.header else 2)
+  )
+
+
+def _parsed(
+    row: list[str], places: list[int], task: Task, where: str
+) -> tuple[list[str], int]:
+  if len(row) <= max(places):
+    raise ValueError(
+        f'{where} has {len(row)} columns, and should have at least '
+        f'{max(places) + 1}: fetch the file again.'
+    )
+  *texts, label = (row[place] for place in places)
+  names = {**{name: i for i, name in enumerate(task.labels)}, '0': 0, '1': 1}
+  if label not in names:
+    raise ValueError(
+        f'{where} has the label {label!r}, which is none of {sorted(names)}: '
+        'fetch the file again.'
+    )
+  return texts, names[label]
+
+
+def _texts(examples: Iterable[tuple[list[str], int]]) -> Texts:
+  texts, labels = zip(*examples, strict=True)
+  columns = tuple(list(column) for column in zip(*texts, strict=True))
+  return Texts(columns, np.array(labels, np.int32))
+
+
+def _text(value: Any) -> str:
+  return value.decode() if isinstance(value, bytes) else str(value)
