@@ -32,7 +32,9 @@ ALLOWED = (
     BASIC | {'optax', 'scipy'},
     BASIC
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'tensorstore', 'torch'},
-    BASIC | {'PIL', 'flax', 'scipy', 'sklearn', 'tensorflow_datasets'},
+    BASIC
+    | {'PIL', 'flax', 'scipy', 'sentencepiece', 'sklearn'}
+    | {'tensorflow_datasets', 'tokenizers'},
     BASIC
     | {'absl', 'flax', 'ml_collections', 'optax', 'rich', 'typer'}
     | {'tensorboardX'},

@@ -7,24 +7,31 @@ batch, target = augmentation.apply(key, batch, hyper, names, num_classes)
 A strength of 0 is off. Only what a run of a group names is compiled.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optax
 
 from jaxsoup.data import augment
 
-# In the order in which they are applied: to the image, then to pairs of
-# examples and their targets.
-IMAGE = {
-    'affine': augment.affine,
-    'noise': augment.noise,
+# In the order in which they are applied: to inputs, then to pairs of examples
+# and their targets.
+INPUTS: dict[str, tuple[str, Callable[..., jax.Array]]] = {
+    'crop': ('image', augment.crop),
+    'flip': ('image', augment.flip),
+    'affine': ('image', augment.affine),
+    'rand': ('image', augment.rand),
+    'noise': ('image', augment.noise),
+    'token_dropout': ('input_ids', augment.token_dropout),
 }
 PAIRS = {
     'mixup': augment.mixup,
+    'cutmix': augment.cutmix,
 }
-ALL = (*IMAGE, *PAIRS)
+ALL = (*INPUTS, *PAIRS)
 
 
 def apply(
@@ -33,6 +40,7 @@ def apply(
     hyper: Mapping[str, jax.Array],
     names: Sequence[str],
     num_classes: int,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
   """Augments a batch, and makes what the logits are compared with.
 
@@ -42,20 +50,23 @@ def apply(
     hyper: scalars, perhaps traced: the strengths, and `label_smoothing`.
     names: those of `ALL` that are applied.
     num_classes: C.
+    options: by name, further arguments of a function of `jaxsoup.data.augment`.
 
   Returns:
     The batch, and targets [B, C] that sum to 1.
   """
-  batch = dict(batch)
+  batch, options = dict(batch), options or {}
   target = jax.nn.one_hot(batch['label'], num_classes)
   target = optax.smooth_labels(target, hyper['label_smoothing'])
   for name, name_key in zip(ALL, jax.random.split(key, len(ALL))):
     if name not in names:
       continue
-    if name in IMAGE:
-      batch['image'] = IMAGE[name](name_key, batch['image'], hyper[name])
+    more = options.get(name, {})
+    if name in INPUTS:
+      field, fn = INPUTS[name]
+      batch[field] = fn(name_key, batch[field], hyper[name], **more)
     else:
       batch['image'], target = PAIRS[name](
-          name_key, batch['image'], target, hyper[name]
+          name_key, batch['image'], target, hyper[name], **more
       )
   return batch, target

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+import json
 from typing import Any
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import ml_collections
 import numpy as np
 import optax
 
@@ -76,6 +78,7 @@ class Settings(NamedTuple):
     batch_norm: 'train', by the statistics of the batch, or 'frozen', by those
       that are there.
     augmentations: names of those that a run asks for.
+    augmentation: JSON of their further arguments, see `augmentation.apply`.
     is_sharp: whether a run asks for sharpness-aware minimization.
   """
 
@@ -92,6 +95,7 @@ class Settings(NamedTuple):
   keep_epochs: tuple[int, ...] = ()
   batch_norm: str = 'train'
   augmentations: tuple[str, ...] = ()
+  augmentation: str = '{}'
   is_sharp: bool = False
 
 
@@ -307,6 +311,10 @@ def settings_of(
   given |= {k: runs[0][k] for k in STATIC if k in runs[0]}
   for name in ('ema', 'keep_epochs'):
     given[name] = tuple(given.get(name, ()))
+  options = given.get('augmentation', {})
+  if isinstance(options, ml_collections.ConfigDict):
+    options = options.to_dict()
+  given['augmentation'] = json.dumps(options, sort_keys=True)
   if num_examples < given['batch_size']:
     raise ValueError(
         f'{num_examples} examples do not fill one batch of '
@@ -415,7 +423,12 @@ def train_step(
     The state after it, and the loss.
   """
   batch, target = augmentation.apply(
-      key, batch, hyper, settings.augmentations, model.num_classes
+      key,
+      batch,
+      hyper,
+      settings.augmentations,
+      model.num_classes,
+      json.loads(settings.augmentation),
   )
 
   def loss_fn(params):
