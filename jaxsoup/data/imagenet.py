@@ -1,0 +1,565 @@
+"""ImageNet, and the shifted sets that report on a soup.
+
+```
+splits = imagenet.splits(
+    imagenet.Pixels(size=224, mean=imagenet.CLIP_MEAN, std=imagenet.CLIP_STD),
+    objectnet='objectnet-1.0',
+)
+logits = splits.views['ImageNet-R'](logits)   # [N, 1000] -> [N, 200]
+```
+
+Sets come from TFDS, or from folders with one folder a class. What has to be
+fetched by hand, after registration at image-net.org, goes to the folder
+`downloads/manual` of TFDS's own:
+
+*   `ILSVRC2012_img_train.tar`, `ILSVRC2012_img_val.tar`: ImageNet; the second
+    one is also in ReaL and the multi-label set.
+
+Then `tfds build imagenet2012 --file_format=array_record`, and likewise
+`imagenet_v2`, `imagenet_r`, `imagenet_a`, `imagenet_sketch` (which download
+themselves), `imagenet2012_real` and `imagenet2012_multilabel`. Writing needs
+TensorFlow; reading these files does not.
+
+ObjectNet is `objectnet-1.0.zip` of objectnet.dev, unpacked. Its licence forbids
+training on it in any form, so it is among the sets that report.
+
+The held-out set is taken out of the training set, 2 % by default. Where labels
+are known it is a share of each class. Those of TFDS take one pass over the
+files: `np.save('labels.npy', imagenet.train_labels())`. Without them it is one
+run of consecutive records, which needs no pass: TFDS writes records in an
+order that is a hash of their names, so that any run is a random sample, only
+that the classes are not equally many.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+from importlib import resources
+import io
+import json
+import math
+import os
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxsoup.data import sources
+
+NUM_CLASSES = 1000
+NUM_TRAIN = 1_281_167
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# The classes that ImageNet-R and ImageNet-A hold, among the 1000.
+# fmt: off
+R_CLASSES = (
+    1, 2, 4, 6, 8, 9, 11, 13, 22, 23, 26, 29, 31, 39, 47, 63, 71, 76, 79, 84,
+    90, 94, 96, 97, 99, 100, 105, 107, 113, 122, 125, 130, 132, 144, 145, 147,
+    148, 150, 151, 155, 160, 161, 162, 163, 171, 172, 178, 187, 195, 199, 203,
+    207, 208, 219, 231, 232, 234, 235, 242, 245, 247, 250, 251, 254, 259, 260,
+    263, 265, 267, 269, 276, 277, 281, 288, 289, 291, 292, 293, 296, 299, 301,
+    308, 309, 310, 311, 314, 315, 319, 323, 327, 330, 334, 335, 337, 338, 340,
+    341, 344, 347, 353, 355, 361, 362, 365, 366, 367, 368, 372, 388, 390, 393,
+    397, 401, 407, 413, 414, 425, 428, 430, 435, 437, 441, 447, 448, 457, 462,
+    463, 469, 470, 471, 472, 476, 483, 487, 515, 546, 555, 558, 570, 579, 583,
+    587, 593, 594, 596, 609, 613, 617, 621, 629, 637, 657, 658, 701, 717, 724,
+    763, 768, 774, 776, 779, 780, 787, 805, 812, 815, 820, 824, 833, 847, 852,
+    866, 875, 883, 889, 895, 907, 928, 931, 932, 933, 934, 936, 937, 943, 945,
+    947, 948, 949, 951, 953, 954, 957, 963, 965, 967, 980, 981, 983, 988,
+)
+A_CLASSES = (
+    6, 11, 13, 15, 17, 22, 23, 27, 30, 37, 39, 42, 47, 50, 57, 70, 71, 76, 79,
+    89, 90, 94, 96, 97, 99, 105, 107, 108, 110, 113, 124, 125, 130, 132, 143,
+    144, 150, 151, 207, 234, 235, 254, 277, 283, 287, 291, 295, 298, 301, 306,
+    307, 308, 309, 310, 311, 313, 314, 315, 317, 319, 323, 324, 326, 327, 330,
+    334, 335, 336, 347, 361, 363, 372, 378, 386, 397, 400, 401, 402, 404, 407,
+    411, 416, 417, 420, 425, 428, 430, 437, 438, 445, 456, 457, 461, 462, 470,
+    472, 483, 486, 488, 492, 496, 514, 516, 528, 530, 539, 542, 543, 549, 552,
+    557, 561, 562, 569, 572, 573, 575, 579, 589, 606, 607, 609, 614, 626, 627,
+    640, 641, 642, 643, 658, 668, 677, 682, 684, 687, 701, 704, 719, 736, 746,
+    749, 752, 758, 763, 765, 768, 773, 774, 776, 779, 780, 786, 792, 797, 802,
+    803, 804, 813, 815, 820, 823, 831, 833, 835, 839, 845, 847, 850, 859, 862,
+    870, 879, 880, 888, 890, 897, 900, 907, 913, 924, 932, 933, 934, 937, 943,
+    945, 947, 951, 954, 956, 957, 959, 971, 972, 980, 981, 984, 986, 987, 988,
+)
+# fmt: on
+
+
+class Pixels(NamedTuple):
+  """How an image becomes an array.
+
+  Attributes:
+    size: of the result, [size, size, 3].
+    mean: of each channel, of pixels in 0..1; the result is centred by it,
+    std: and divided by this.
+    crop: share of the shorter side that an evaluation sees.
+    min_area: smallest share of the area that a training example shows.
+  """
+
+  size: int = 224
+  mean: tuple[float, float, float] = IMAGENET_MEAN
+  std: tuple[float, float, float] = IMAGENET_STD
+  crop: float = 0.875
+  min_area: float = 0.08
+
+  def evaluated(self, image: Any) -> np.ndarray:
+    """The middle of an image, the shorter side resized to `size / crop`.
+
+    Args:
+      image: [H, W, C] uint8, the bytes or the path of a file, or a PIL image.
+
+    Returns:
+      [size, size, 3] float32. Resizing is bicubic.
+    """
+    from PIL import Image
+
+    image = decoded(image)
+    short = math.floor(self.size / self.crop)
+    scale = short / min(image.size)
+    shape = [max(short, int(side * scale)) for side in image.size]
+    image = image.resize(tuple(shape), Image.Resampling.BICUBIC)
+    left, top = ((side - self.size) // 2 for side in shape)
+    box = (left, top, left + self.size, top + self.size)
+    return self._normalized(image.crop(box))
+
+  def trained(self, image: Any, rng: np.random.Generator) -> np.ndarray:
+    """A random part of an image at a random aspect ratio, half of them flipped.
+
+    The share of the area is uniform in `min_area`..1, the logarithm of the
+    ratio in 3/4..4/3.
+
+    Args:
+      image: see `evaluated`.
+      rng: numpy generator.
+
+    Returns:
+      [size, size, 3] float32.
+
+    Source: Szegedy et al., "Going deeper with convolutions", CVPR 2015.
+    """
+    from PIL import Image
+
+    image = decoded(image)
+    box = _random_box(image.size, self.min_area, rng)
+    shape = (self.size, self.size)
+    image = image.resize(shape, Image.Resampling.BICUBIC, box=box)
+    if rng.random() < 0.5:
+      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return self._normalized(image)
+
+  def _normalized(self, image: Any) -> np.ndarray:
+    pixels = np.asarray(image, np.float32) / 255
+    mean, std = (np.array(x, np.float32) for x in (self.mean, self.std))
+    return (pixels - mean) / std
+
+
+def decoded(image: Any) -> Any:
+  """A PIL image in RGB of an array, a file, the bytes of one, or an image."""
+  from PIL import Image
+
+  if isinstance(image, np.ndarray):
+    # Grey images of TFDS have a channel of their own.
+    image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+  elif isinstance(image, bytes):
+    image = Image.open(io.BytesIO(image))
+  elif isinstance(image, str | os.PathLike):
+    with open(image, 'rb') as file:
+      image = Image.open(file).convert('RGB')
+  return image.convert('RGB')
+
+
+def _random_box(
+    shape: tuple[int, int], min_area: float, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+  width, height = shape
+  limit = math.log(4 / 3)
+  for _ in range(10):
+    area = width * height * rng.uniform(min_area, 1)
+    ratio = math.exp(rng.uniform(-limit, limit))
+    w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    if 0 < w <= width and 0 < h <= height:
+      left = int(rng.integers(0, width - w + 1))
+      top = int(rng.integers(0, height - h + 1))
+      return left, top, left + w, top + h
+  # A narrow image: the largest middle part within the ratios.
+  w = min(width, round(height * 4 / 3))
+  h = min(height, round(width * 4 / 3))
+  left, top = (width - w) // 2, (height - h) // 2
+  return left, top, left + w, top + h
+
+
+class Shift(NamedTuple):
+  """A set that reports.
+
+  Attributes:
+    name: of TFDS.
+    split: of TFDS.
+    label: its feature; a sequence if `is_several`.
+    classes: those of its own, in the order of their labels here; None for all.
+    is_several: whether an image may have several right labels, or none that is
+      known: those are left out.
+    flag: the feature that marks an image that is left out.
+  """
+
+  name: str
+  split: str = 'test'
+  label: str = 'label'
+  classes: tuple[int, ...] | None = None
+  is_several: bool = False
+  flag: str | None = None
+
+
+SHIFTS = {
+    'ImageNet-V2': Shift('imagenet_v2/matched-frequency'),
+    'ImageNet-R': Shift('imagenet_r', classes=R_CLASSES),
+    'ImageNet-Sketch': Shift('imagenet_sketch'),
+    'ImageNet-A': Shift('imagenet_a', classes=A_CLASSES),
+    'ReaL': Shift(
+        'imagenet2012_real', 'validation', 'real_label', is_several=True
+    ),
+    'multi-label': Shift(
+        'imagenet2012_multilabel',
+        'validation',
+        'correct_multi_labels',
+        is_several=True,
+        flag='is_problematic',
+    ),
+}
+# Those of the paper's main table; ObjectNet is the fifth.
+NATURAL = ('ImageNet-V2', 'ImageNet-R', 'ImageNet-Sketch', 'ImageNet-A')
+
+
+def splits(
+    pixels: Pixels,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    folders: Mapping[str, str | os.PathLike] | None = None,
+    objectnet: str | os.PathLike | None = None,
+    shifts: Sequence[str] = NATURAL,
+    share: float = 0.02,
+    seed: int = 0,
+    labels: np.ndarray | None = None,
+    num_threads: int | None = None,
+) -> sources.Splits:
+  """ImageNet and its shifts.
+
+  Args:
+    pixels: how images become arrays.
+    data_dir: of TFDS; its default if None.
+    folders: for 'train', 'validation' and names of shifts, folders with one
+      folder a class (by its WordNet id such as n01440764, or its number), to
+      be read in place of TFDS.
+    objectnet: the unpacked folder of ObjectNet, with `images` and `mappings`;
+      no ObjectNet if None.
+    shifts: keys of `SHIFTS`.
+    share: of the training set that is held out.
+    seed: of what is held out.
+    labels: int [N] of the training set in the order of TFDS's records, see
+      `train_labels`: a share of each class is held out. Folders know theirs.
+    num_threads: see `sources.Examples`.
+
+  Returns:
+    `train`, with random crops and flips; `held_out`, of the training set;
+    `test`, the official validation set; the shifts, their views, and the rule
+    of the held-out set. Labels are int32, or bool [1000] where several may be
+    right.
+
+  Raises:
+    FileNotFoundError: a set is not there; it says what to do.
+    ValueError: no shift has such a name, or a folder has too many classes.
+  """
+  folders = dict(folders or {})
+  known = {'train', 'validation', *SHIFTS}
+  unknown = sorted({*shifts, *folders} - known)
+  if unknown:
+    raise ValueError(f'No set {unknown[0]!r}: choose among {sorted(known)}.')
+  options = dict(data_dir=data_dir, num_threads=num_threads)
+  train, held_out, rule = _train(
+      pixels, folders.get('train'), share, seed, labels, options
+  )
+  validation = Shift('imagenet2012', 'validation')
+  test = _shift(pixels, validation, folders.get('validation'), options)
+  sets = {
+      name: _shift(pixels, SHIFTS[name], folders.get(name), options)
+      for name in shifts
+  }
+  views: dict[str, Callable] = {
+      name: functools.partial(_sliced, classes=np.array(classes))
+      for name in shifts
+      if (classes := SHIFTS[name].classes) is not None
+  }
+  if objectnet is not None:
+    sets['ObjectNet'], views['ObjectNet'] = read_objectnet(
+        objectnet, pixels, num_threads=num_threads
+    )
+  return sources.Splits(
+      train=train,
+      held_out=held_out,
+      test=test,
+      shifts=sets,
+      views=views,
+      rules={'held_out': rule},
+  )
+
+
+def train_labels(data_dir: str | os.PathLike | None = None) -> np.ndarray:
+  """Labels of TFDS's training set by row, int32; one pass over its files."""
+  records = sources.tfds_features(
+      'imagenet2012', 'train', ['label'], data_dir=data_dir
+  )
+  return np.fromiter((record['label'] for record in records), np.int32)
+
+
+@functools.cache
+def wordnet_ids() -> tuple[str, ...]:
+  """The WordNet ids of the 1000 classes by label; TFDS ships them."""
+  root = resources.files('tensorflow_datasets')
+  file = root / 'datasets' / 'imagenet2012' / 'labels.txt'
+  return tuple(file.read_text().split())
+
+
+def _train(
+    pixels: Pixels,
+    folder: str | os.PathLike | None,
+    share: float,
+    seed: int,
+    labels: np.ndarray | None,
+    options: dict[str, Any],
+) -> tuple[Any, Any, dict[str, Any]]:
+  """Training set, held-out set and its rule."""
+  label_fn = functools.partial(_label, shift=Shift('imagenet2012', 'train'))
+  train_fn = functools.partial(_training_example, pixels, label_fn)
+  held_out_fn = functools.partial(_example, pixels, label_fn)
+  if folder is None and labels is None:
+    return _consecutive(train_fn, held_out_fn, share, seed, options)
+  both: list[Any]
+  if folder is not None:
+    num_threads = options['num_threads']
+    files = _folder(folder, train_fn, None, num_threads)
+    # The files are looked for once.
+    again = sources.Examples(
+        files.records, held_out_fn, num_threads=num_threads
+    )
+    both, labels = [files, again], files.labels
+  else:
+    both = [
+        sources.tfds('imagenet2012', 'train', fn, **options)
+        for fn in (train_fn, held_out_fn)
+    ]
+  num = 0 if labels is None else len(labels)
+  if labels is None or num != len(both[0]):
+    raise ValueError(
+        f'{num} labels for {len(both[0])} training images: make '
+        'them again with `train_labels`.'
+    )
+  held_out = sources.held_out_rows(labels, share, seed)
+  return (
+      sources.subset(both[0], held_out.rest),
+      sources.subset(both[1], held_out.rows),
+      held_out.rule,
+  )
+
+
+def _consecutive(
+    train_fn: sources.ExampleFn,
+    held_out_fn: sources.ExampleFn,
+    share: float,
+    seed: int,
+    options: dict[str, Any],
+) -> tuple[Any, Any, dict[str, Any]]:
+  count = round(share * NUM_TRAIN)
+  # TFDS knows no empty slices: something is left on either side.
+  first = int(np.random.default_rng(seed).integers(1, NUM_TRAIN - count))
+  chosen = f'train[{first}:{first + count}]'
+  rest = f'train[:{first}]+train[{first + count}:]'
+  rule = {
+      'rule': 'consecutive records',
+      'share': share,
+      'seed': seed,
+      'count': count,
+      'total': NUM_TRAIN,
+      'split': chosen,
+  }
+  return (
+      sources.tfds('imagenet2012', rest, train_fn, **options),
+      sources.tfds('imagenet2012', chosen, held_out_fn, **options),
+      rule,
+  )
+
+
+def _shift(
+    pixels: Pixels,
+    shift: Shift,
+    folder: str | os.PathLike | None,
+    options: dict[str, Any],
+) -> Any:
+  example_fn = functools.partial(
+      _example, pixels, functools.partial(_label, shift=shift)
+  )
+  if folder is not None:
+    if shift.is_several:
+      raise ValueError(
+          f'A folder has one label an image, {shift.name} several: read it '
+          'from TFDS.'
+      )
+    own_fn = functools.partial(_example, pixels, _own_label)
+    return _folder(folder, own_fn, shift.classes, options['num_threads'])
+  source = sources.tfds(shift.name, shift.split, example_fn, **options)
+  if not shift.is_several:
+    return source
+  features = [shift.label, *([shift.flag] if shift.flag else [])]
+  records = sources.tfds_features(
+      shift.name, shift.split, features, data_dir=options['data_dir']
+  )
+  is_counted = [
+      len(r[shift.label]) > 0 and not (shift.flag and r[shift.flag])
+      for r in records
+  ]
+  return sources.subset(source, np.flatnonzero(is_counted))
+
+
+def _folder(
+    path: str | os.PathLike,
+    example_fn: sources.ExampleFn,
+    classes: tuple[int, ...] | None,
+    num_threads: int | None,
+) -> sources.Folder:
+  """A folder whose class folders are WordNet ids, or numbers of classes."""
+  root = pathlib.Path(path)
+  numbers = range(NUM_CLASSES) if classes is None else classes
+  is_numbered = (root / str(numbers[0])).is_dir()
+  names = [str(i) if is_numbered else wordnet_ids()[i] for i in numbers]
+  return sources.Folder(
+      root, example_fn, classes=names, num_threads=num_threads
+  )
+
+
+def _example(
+    pixels: Pixels,
+    label_fn: Callable,
+    record: Mapping[str, Any],
+    rng: np.random.Generator | None,
+) -> dict[str, Any]:
+  """An example of an evaluation, also where the batches are shuffled."""
+  del rng
+  return {
+      'image': pixels.evaluated(record['image']),
+      'label': label_fn(record),
+  }
+
+
+def _training_example(
+    pixels: Pixels,
+    label_fn: Callable,
+    record: Mapping[str, Any],
+    rng: np.random.Generator | None,
+) -> dict[str, Any]:
+  if rng is None:
+    return _example(pixels, label_fn, record, rng)
+  image = pixels.trained(record['image'], rng)
+  return {'image': image, 'label': label_fn(record)}
+
+
+def _label(record: Mapping[str, Any], shift: Shift) -> Any:
+  label = record[shift.label]
+  if shift.is_several:
+    is_right = np.zeros(NUM_CLASSES, bool)
+    is_right[np.asarray(label, int)] = True
+    return is_right
+  if shift.classes is not None:
+    return np.int32(shift.classes.index(int(label)))
+  return np.int32(label)
+
+
+def _own_label(record: Mapping[str, Any]) -> np.int32:
+  return np.int32(record['label'])
+
+
+def _sliced(logits: Any, classes: np.ndarray) -> Any:
+  """Logits [..., 1000] of some classes, [..., len(classes)]."""
+  return logits[..., classes]
+
+
+def _largest(logits: Any, groups: np.ndarray) -> Any:
+  """The largest logit of each group; groups are [num_groups, M] classes."""
+  return logits[..., groups].max(-1)
+
+
+def read_objectnet(
+    path: str | os.PathLike, pixels: Pixels, *, num_threads: int | None = None
+) -> tuple[sources.Source, Callable]:
+  """The 113 classes of ObjectNet that ImageNet also has.
+
+  logit of a class = max over the ImageNet classes that its files map to it
+
+  The red border, two pixels wide, which tells that an image must not be trained
+  on, is cut away.
+
+  Args:
+    path: of the unpacked folder, with `images` and `mappings`.
+    pixels: how images become arrays.
+    num_threads: see `sources.Examples`.
+
+  Returns:
+    The examples, with labels by the sorted names of the 113 folders, and the
+    view of logits [N, 1000] -> [N, 113].
+
+  Raises:
+    FileNotFoundError: a mapping file or the images are not there.
+
+  Source: Barbu et al., "ObjectNet: a large-scale bias-controlled dataset for
+  pushing the limits of object recognition models", NeurIPS 2019.
+  """
+  root = pathlib.Path(path)
+  classes = _objectnet_classes(root / 'mappings')
+
+  def example_fn(record, rng):
+    del rng
+    image = decoded(record['image'])
+    width, height = image.size
+    image = image.crop((2, 2, width - 2, height - 2))
+    label = np.int32(record['label'])
+    return {'image': pixels.evaluated(image), 'label': label}
+
+  # Folders that have no class of ImageNet come last, and are left out.
+  others = {f.name for f in (root / 'images').glob('*') if f.is_dir()}
+  names = [*classes, *sorted(others - set(classes))]
+  folder = sources.Folder(
+      root / 'images', example_fn, classes=names, num_threads=num_threads
+  )
+  source = sources.subset(folder, np.flatnonzero(folder.labels < len(classes)))
+  longest = max(map(len, classes.values()))
+  # A group is filled up with its own first class, which changes no maximum.
+  groups = [ids + ids[:1] * (longest - len(ids)) for ids in classes.values()]
+  return source, functools.partial(_largest, groups=np.array(groups))
+
+
+def _objectnet_classes(mappings: pathlib.Path) -> dict[str, list[int]]:
+  """ImageNet's labels by ObjectNet's folder, in the order of folder names."""
+
+  def text_of(name):
+    file = mappings / name
+    if not file.is_file():
+      raise FileNotFoundError(
+          f'No {file}: unpack objectnet-1.0.zip of objectnet.dev, and pass '
+          'the folder that holds `images` and `mappings`.'
+      )
+    return file.read_text()
+
+  names = json.loads(text_of('objectnet_to_imagenet_1k.json'))
+  name_of_folder = json.loads(text_of('folder_to_objectnet_label.json'))
+  # Lines are in the order of the challenge's own ids, ours in that of WordNet.
+  id_of_label = json.loads(text_of('pytorch_to_imagenet_2012_id.json'))
+  label_of_id = {int(i): int(label) for label, i in id_of_label.items()}
+  lines = text_of('imagenet_to_label_2012_v2').splitlines()
+  label_of_name = {line.strip(): label_of_id[i] for i, line in enumerate(lines)}
+  return {
+      folder: [label_of_name[x] for x in names[name].split('; ')]
+      for folder, name in sorted(name_of_folder.items())
+      if name in names
+  }
