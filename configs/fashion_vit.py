@@ -70,11 +70,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data = dict(
       path=fashion.FOLDER,
       sizes=dict(
-          train=128 if is_short else 1024,
+          train=128 if is_short else 1600,
           held_out=100 if is_short else 500,
           test=100 if is_short else 1000,
       ),
-      shift_size=50 if is_short else 300,
+      shift_size=50 if is_short else 200,
   )
   # Severities; what training draws itself is none of them.
   config.shifts = dict(
@@ -103,7 +103,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       num_runs=4 if is_short else 16,
       group_size=1,
       shard='0/1',
-      learning_rate=(5e-5, 2e-4),
+      learning_rate=(2e-5, 1e-4),
       weight_decay=(1e-3, 0.5),
       label_smoothing=(0.0, 0.2),
       mixup=(0.0, 0.9),
