@@ -215,6 +215,7 @@ def probe(
     source: sources.Source,
     *,
     batch_size: int = 256,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Params:
   """Trains the head alone, on features computed once: the LP of LP-FT.
 
@@ -224,6 +225,7 @@ def probe(
     params: the start; its head is not used.
     source: the training data, as they are: nothing is augmented.
     batch_size: of the features' computation.
+    sharding: how a batch of it lies on a mesh.
 
   Returns:
     The parameters with another `head`.
@@ -239,14 +241,7 @@ def probe(
         'The model has no linear head that could be probed: leave out '
         'config.probe.'
     )
-  batches = list(sources.batches(source, batch_size))
-  collect = lambda fn: evaluation.logits_of(fn, batches)(params)
-  features = sources.Arrays(
-      {
-          'feature': collect(model.features_fn),
-          'label': collect(lambda _, batch: batch['label']),
-      }
-  )
+  features = _features(model, params, source, batch_size, sharding)
   head_model = modeling.linear(
       features.arrays['feature'].shape[-1], model.num_classes
   )
@@ -258,6 +253,24 @@ def probe(
       features,
   )
   return {**params, 'head': {**params['head'], **_without_bias(params, head)}}
+
+
+def _features(model, params, source, batch_size, sharding) -> sources.Arrays:
+  """What the head sees of all examples, and their labels, in one walk."""
+
+  def both_fn(params, batch):
+    features = model.features_fn(params, batch).astype(jnp.float32)
+    return jnp.concatenate([features, batch['label'][:, None]], axis=1)
+
+  batches = (
+      jax.device_put(batch, sharding)
+      for batch in sources.batches(source, batch_size)
+  )
+  rows = evaluation.logits_of(both_fn, batches)(params)
+  # Integers up to 2^24 are exact in float32.
+  return sources.Arrays(
+      {'feature': rows[:, :-1], 'label': rows[:, -1].astype(np.int32)}
+  )
 
 
 def _without_bias(params, head):

@@ -191,6 +191,7 @@ def _start(work: Work) -> Any:
         params,
         work.splits.train,
         batch_size=config.batch_size,
+        sharding=on(config),
     )
   return params
 
@@ -342,6 +343,13 @@ def abstract(config: ml_collections.ConfigDict, params: Any) -> Any:
   if not config.get('is_sharded', False):
     return shapes
   return sharding.fsdp(shapes, finetune.mesh())
+
+
+def mesh_of(config: ml_collections.ConfigDict) -> Any:
+  """The context in which a sharded experiment runs: its mesh is set."""
+  if not config.get('is_sharded', False):
+    return contextlib.nullcontext()
+  return jax.set_mesh(finetune.mesh())
 
 
 def on(config: ml_collections.ConfigDict) -> NamedSharding | None:
