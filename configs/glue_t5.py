@@ -166,7 +166,8 @@ def model(config: ml_collections.ConfigDict) -> modeling.Model:
 
   return modeling.of_module(
       make_fn,
-      inputs=config.inputs.to_dict(),
+      # In the order of `call`; a config has no order.
+      inputs={x: config.inputs[x] for x in ('input_ids', 'attention_mask')},
       num_classes=len(label_ids),
       load_fn=load_fn if config.init else None,
       call=call,
