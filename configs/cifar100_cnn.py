@@ -90,7 +90,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         final=0.0,
         run=dict(learning_rate=3e-3),
     )
-  num_epochs = {True: 4, False: 10} if is_fashion else {True: 10, False: 60}
+  num_epochs = {True: 4, False: 8} if is_fashion else {True: 10, False: 60}
   config.finetune = dict(
       num_epochs=1 if is_short else num_epochs[is_pretrained],
       batch_size=32 if is_fashion else 128,
@@ -129,7 +129,7 @@ def _one_of(known, words, default: str) -> str:
 
 
 def _fashion(is_short: bool) -> dict[str, Any]:
-  sizes = dict(train=960, held_out=400, test=600)
+  sizes = dict(train=800, held_out=400, test=600)
   return dict(
       name='fashion',
       path=fashion.FOLDER,
@@ -178,7 +178,7 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
   if config.data.name == 'fashion':
     return fashion.splits(
         config.data.path,
-        config.data.sizes,
+        config.data.sizes.to_dict(),
         config.seed,
         severities=severities,
     )

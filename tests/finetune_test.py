@@ -528,3 +528,43 @@ def test_a_text_model_by_its_config(config):
   # What is masked does not count.
   other = batch | {'input_ids': batch['input_ids'].at[0, 5].set(9)}
   np.testing.assert_allclose(model.logits_fn(params, other), logits, atol=1e-6)
+
+
+# One step at a time, and batches as training sees them.
+
+
+def test_steps_one_by_one_are_those_of_the_loop(config, model, theta_0, data):
+  found, expected = (
+      finetune.train(
+          model,
+          config.finetune.to_dict() | {'is_scanned': is_scanned},
+          theta_0,
+          RUNS[:num],
+          data,
+      )
+      for num, is_scanned in ((2, False), (2, True))
+  )
+  for params in (found, expected):
+    params['block_0']['attention']['key']['bias'] = 0  # Rounding, see above.
+  assert_close(found, expected, atol=1e-4)
+  losses = []
+  finetune.train(
+      model,
+      config.finetune.to_dict() | {'is_scanned': False},
+      theta_0,
+      RUNS[:2],
+      data,
+      progress_fn=lambda n, num, loss: losses.append(loss),
+  )
+  assert np.shape(losses) == (2, 2)
+
+
+def test_batches_are_augmented_as_the_runs_were(config, model, data):
+  runs = [{'flip': 0.0}, {'flip': 1.0}]
+  walk = finetune.augmented_batches(model, config.finetune, runs, data, seed=3)
+  order = list(sources.batches(data, 8, seed=3))
+  assert len(order) == 2
+  for i, (found, batch) in enumerate(zip(walk, order, strict=True)):
+    image = batch['image'][:, :, :: -1 if i else 1]
+    np.testing.assert_array_equal(found['image'], image)
+    np.testing.assert_array_equal(found['label'], batch['label'])
