@@ -444,6 +444,7 @@ def test_stopped_and_resumed_is_the_same(
   with pytest.raises(preemption.Preempted):
     train(saved=saved)
   stop.requested = False
+  # After one epoch; or after one step of two, in the middle of it.
   assert [p.name for p in tmp_path.iterdir()] == ['1']
   assert_equal(train(saved=saved, keep_fn=keeper(kept[1])), whole)
   assert_equal(*kept)

@@ -80,6 +80,9 @@ class Settings(NamedTuple):
     augmentations: names of those that a run asks for.
     augmentation: JSON of their further arguments, see `augmentation.apply`.
     is_sharp: whether a run asks for sharpness-aware minimization.
+    is_scanned: whether the steps of an epoch are one compiled loop, in which
+      XLA:CPU takes four times as long for convolutions; else they are called
+      one by one.
   """
 
   num_epochs: int
@@ -97,6 +100,7 @@ class Settings(NamedTuple):
   augmentations: tuple[str, ...] = ()
   augmentation: str = '{}'
   is_sharp: bool = False
+  is_scanned: bool = True
 
 
 class State(NamedTuple):
@@ -158,27 +162,37 @@ def train(
     data = {name: source.arrays[name] for name in (*model.inputs, 'label')}
     data = jax.device_put(data)
     state = _start(model, settings, params, hyper)
-    epoch_fn = lambda state, epoch: _epoch(
+    num_units = 1  # Of what is saved in an epoch.
+    as_stacked = lambda tree: tree
+    epoch_fn = lambda state, epoch, done, after_fn: _epoch(
         model, settings, state, hyper, data, jax.device_put(np.int32(epoch))
     )
   else:
     streamed = Streamed(model, settings, hyper, source)
     state, epoch_fn = streamed.start(params), streamed.epoch
+    num_units = len(source) // settings.batch_size
+    as_stacked = functools.partial(jax.tree.map, lambda x: x[None])
   num_done = 0
   if saved is not None:
     num_done, state = saved.restore(state)
-  for epoch in range(num_done, settings.num_epochs):
-    state, losses = epoch_fn(state, epoch)
+  for epoch in range(num_done // num_units, settings.num_epochs):
+    before = epoch * num_units
+
+    def after_fn(done, state, before=before):
+      if saved is not None:
+        saved.after(before + done, state)
+
+    done = max(num_done - before, 0)
+    state, losses = epoch_fn(state, epoch, done, after_fn)
     if progress_fn is not None:
       progress_fn(epoch + 1, settings.num_epochs, np.asarray(losses))
     if keep_fn is not None and epoch + 1 in settings.keep_epochs:
-      keep_fn(f'epoch_{epoch + 1}', state.params)
-    if saved is not None:
-      saved.after_epoch(epoch + 1, state)
+      keep_fn(f'epoch_{epoch + 1}', as_stacked(state.params))
+    after_fn(num_units, state)
   if keep_fn is not None:
     for name, copy in state.ema.items():
-      keep_fn(name, copy)
-  return state.params
+      keep_fn(name, as_stacked(copy))
+  return as_stacked(state.params)
 
 
 def train_one(
@@ -471,6 +485,48 @@ def train_step(
   return State(params, opt_state, ema), loss
 
 
+def augmented_batches(
+    model: modeling.Model,
+    phase: Mapping[str, Any],
+    runs: Sequence[Run],
+    source: sources.Source,
+    *,
+    seed: int = 0,
+) -> Iterator[dict[str, jax.Array]]:
+  """One walk through the data as training sees them, batch i as run i mod K.
+
+  Args:
+    model: whose inputs they are.
+    phase: such as `config.finetune`: the batch size.
+    runs: K dicts: the strengths of the augmentations.
+    source: the training data.
+    seed: of the order and of what is drawn.
+
+  Yields:
+    The model's inputs and `label`.
+  """
+  settings = settings_of(phase, runs[:1], len(source))
+  key = jax.random.key(seed)
+  walk = sources.batches(source, settings.batch_size, seed=seed)
+  for i, batch in enumerate(walk):
+    hyper = _stack_runs([runs[i % len(runs)]])
+    batch = {name: batch[name] for name in (*model.inputs, 'label')}
+    step_key = jax.random.fold_in(key, i)
+    yield _augmented(model, settings, step_key, jax.device_put(batch), hyper)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _augmented(model, settings, key, batch, hyper):
+  return augmentation.apply(
+      key,
+      batch,
+      jax.tree.map(lambda x: x[0], hyper),
+      settings.augmentations,
+      model.num_classes,
+      json.loads(settings.augmentation),
+  )[0]
+
+
 def is_trained(model: modeling.Model, params: Params) -> Any:
   """A tree of bools: False for the running statistics of BatchNorm."""
   return jax.tree_util.tree_map_with_path(
@@ -511,27 +567,66 @@ def initial_state(settings, params, hyper) -> State:
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
 def _epoch(model, settings, state, hyper, data, epoch):
   """One pass over the data for all runs; K along the leading axes."""
-  num_examples = len(data['label'])
-  num_steps = num_examples // settings.batch_size
+  if settings.is_scanned:
+    return _scanned(model, settings, state, hyper, data, epoch)
+  losses = []
+  for step in range(len(data['label']) // settings.batch_size):
+    step = jax.device_put(np.int32(step))
+    state, loss = _step(model, settings, state, hyper, data, epoch, step)
+    losses.append(loss)
+  return state, np.mean(jax.device_get(losses), axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
+def _scanned(model, settings, state, hyper, data, epoch):
+  num_steps = len(data['label']) // settings.batch_size
 
   def run_fn(state, hyper):
-    key = jax.random.fold_in(jax.random.key(hyper['seed']), epoch)
-    order = jax.random.permutation(key, num_examples)
-    order = order[: num_steps * settings.batch_size].reshape(num_steps, -1)
-
-    def step_fn(state, xs):
-      step, index = xs
-      batch = jax.tree.map(lambda x: x[index], data)
-      step_key = jax.random.fold_in(key, step)
-      return train_step(model, settings, state, hyper, batch, step_key)
-
-    state, losses = jax.lax.scan(step_fn, state, (jnp.arange(num_steps), order))
+    order_fn, step_fn = _steps(model, settings, hyper, data, epoch)
+    steps = (jnp.arange(num_steps), order_fn())
+    state, losses = jax.lax.scan(step_fn, state, steps)
     return state, losses.mean()
 
-  return jax.vmap(run_fn)(state, hyper)
+  return _each(run_fn, state, hyper)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
+def _step(model, settings, state, hyper, data, epoch, step):
+  def run_fn(state, hyper):
+    order_fn, step_fn = _steps(model, settings, hyper, data, epoch)
+    return step_fn(state, (step, order_fn()[step]))
+
+  return _each(run_fn, state, hyper)
+
+
+def _steps(model, settings, hyper, data, epoch):
+  """The rows of each step of one run, and what a step does with them."""
+  num_examples = len(data['label'])
+  num_steps = num_examples // settings.batch_size
+  key = jax.random.fold_in(jax.random.key(hyper['seed']), epoch)
+
+  def order_fn():
+    order = jax.random.permutation(key, num_examples)
+    return order[: num_steps * settings.batch_size].reshape(num_steps, -1)
+
+  def step_fn(state, xs):
+    step, index = xs
+    batch = jax.tree.map(lambda x: x[index], data)
+    step_key = jax.random.fold_in(key, step)
+    return train_step(model, settings, state, hyper, batch, step_key)
+
+  return order_fn, step_fn
+
+
+def _each(run_fn, state, hyper):
+  """`run_fn` of all runs at once."""
+  if len(hyper['seed']) > 1:
+    return jax.vmap(run_fn)(state, hyper)
+  # A convolution that is vmapped takes a third longer on a CPU.
+  one = jax.tree.map(lambda x: x[0], (state, hyper))
+  return jax.tree.map(lambda x: x[None], run_fn(*one))
 
 
 class Streamed:
@@ -557,7 +652,7 @@ class Streamed:
     self._shardings: Any = None
 
   def start(self, params: Params) -> State:
-    """The state before the first step, stacked: leaves [1, ...]."""
+    """The state before the first step."""
     hyper = self._hyper
     if 'init_seed' in hyper:
       params = self._model.init_fn(jax.random.key(hyper['init_seed']))
@@ -566,32 +661,51 @@ class Streamed:
     )
     abstract = sharded_state(jax.eval_shape(init_fn, params), self._mesh)
     self._shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    state = jax.jit(init_fn, out_shardings=self._shardings)(params)
-    return jax.tree.map(lambda x: x[None], state)
+    return jax.jit(init_fn, out_shardings=self._shardings)(params)
 
-  def epoch(self, state: State, epoch: int) -> tuple[State, np.ndarray]:
-    """One walk through the data."""
+  def epoch(
+      self,
+      state: State,
+      epoch: int,
+      start: int = 0,
+      after_fn: Callable[[int, State], None] = lambda step, state: None,
+  ) -> tuple[State, np.ndarray]:
+    """One walk through the data, or what is left of it.
+
+    Args:
+      state: before it.
+      epoch: its number.
+      start: steps of this epoch that are done.
+      after_fn: called after each step but the last with the number of steps
+        done and the state.
+
+    Returns:
+      The state after it, and the mean loss of the steps taken, [1].
+    """
     # A state that was restored lies elsewhere.
     state = jax.device_put(jax.tree.map(lambda x: x[0], state), self._shardings)
     key = jax.random.fold_in(jax.random.key(self._hyper['seed']), epoch)
     losses = []
-    for step, batch in enumerate(self._batches(epoch)):
+    for step, batch in enumerate(self._batches(epoch, start), start):
+      if step > start:
+        after_fn(step, state)
       step_key = jax.random.fold_in(key, step)
       with jax.set_mesh(self._mesh):
         state, loss = self._step(state, self._hyper, batch, step_key)
       losses.append(loss)
       # Few steps ahead of the device: batches in flight take memory.
-      jax.block_until_ready(losses[max(0, step - 2)])
+      jax.block_until_ready(losses[-3:][0])
     mean = np.mean(jax.device_get(losses), keepdims=True)
-    return jax.tree.map(lambda x: x[None], state), mean
+    return state, mean
 
-  def _batches(self, epoch: int) -> Iterator[dict[str, jax.Array]]:
+  def _batches(self, epoch: int, start: int) -> Iterator[dict[str, jax.Array]]:
     split = NamedSharding(self._mesh, PartitionSpec('fsdp'))
     for batch in sources.batches(
         self._source,
         self._settings.batch_size,
         seed=int(self._hyper['seed']),
         epoch=epoch,
+        start=start,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     ):

@@ -56,7 +56,7 @@ def runs(
   rng = np.random.default_rng([seed + 1000 * ranges['draw'], *b'sweep'])
 
   def run_fn():
-    run = {'seed': int(rng.integers(2**31))}
+    run: dict[str, Any] = {'seed': int(rng.integers(2**31))}
     for name in log_uniform:
       run[name] = float(np.exp(rng.uniform(*np.log(ranges[name]))))
     for name in uniform:
@@ -65,7 +65,8 @@ def runs(
       is_on = rng.random() < share
       run[name] = float(rng.uniform(*ranges[name])) if is_on else 0.0
     for name in integer:
-      run[name] = int(rng.integers(*ranges[name], endpoint=True))
+      low, high = ranges[name]
+      run[name] = int(rng.integers(low, high, endpoint=True))
     return run
 
   return [run_fn() for _ in range(ranges['num_runs'])]

@@ -6,6 +6,8 @@ rows = results.make(work, theta_0)
 """
 
 from collections.abc import Mapping
+import functools
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -81,17 +83,18 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
   first: dict[str, Any] = {}
   all_splits = splits(work)
   for i, split in enumerate(all_splits):
-    soups = _soups(
-        work,
-        ingredients,
-        theta_0,
-        split,
-        split.of(logits, axis=1),
-        split.of(labels),
-        (i, len(all_splits)),
-    )
+    scores = _scores(work, split, logits)
+    best_fn = functools.partial(ingredients.__getitem__, int(np.argmax(scores)))
+    fns = _statistics_fns(work, best_fn)
+    part = (i, len(all_splits))
+    soups = _soups(work, ingredients, theta_0, split, scores, fns, part)
     first = first or soups
     models = _models(work, ingredients, soups, logits, split, labels)
+    if fns:
+      # What the statistics do by themselves, without any averaging.
+      params = fns['re-estimated'](best_fn())
+      name = 'best single, re-estimated'
+      models.logits['soup', name] = split.of(work.logits(params))
     tables.append(_rows(work, models, split.of(labels)))
   work.progress_fn('reporting', 0.0)
   stable = stability(work, ingredients, all_splits[0], logits)
@@ -129,8 +132,8 @@ def splits(work: stages.Work) -> list[Split]:
   if number == 1:
     return found
   pool = {
-      name: np.concatenate([x, cook.in_memory(test)[name]])
-      for name, x in cook.in_memory(held_out).items()
+      name: np.concatenate([x, sources.in_memory(test).arrays[name]])
+      for name, x in sources.in_memory(held_out).arrays.items()
   }
   for i in range(1, number):
     rng = np.random.default_rng([work.config.seed, i, *b'split'])
@@ -192,12 +195,31 @@ def stability(work, ingredients, split, logits) -> dict[str, Any]:
   }
 
 
-def _soups(work, ingredients, theta_0, split, logits, labels, part):
+def _scores(work, split, logits) -> list[float]:
+  """The score of each single model on the examples that select."""
+  label = split.of(work.labels)['held_out']
+  singles = split.of(logits, axis=1)['held_out']
+  return [cook.selection_score(work.config, x, label) for x in singles]
+
+
+def _statistics_fns(work, best_fn) -> dict[str, cook.ParamsFn]:
+  """The ways to give a soup running statistics; batches as all copies saw."""
+  return cook.statistics_fns(
+      work.config,
+      work.model,
+      [work.experiment.runs[i] for i, _, _ in work.copies()],
+      work.splits.train,
+      best_fn,
+  )
+
+
+def _soups(work, ingredients, theta_0, split, singles, fns, part):
+  """Soups by name; of a model with running statistics each in three ways."""
   config = work.config
   scores = checkpoints.ScoreLog(split.folder / 'scores.jsonl', ingredients)
-  for k, single in enumerate(logits['held_out']):
+  for k, score in enumerate(singles):
     if (k,) not in scores:
-      scores[(k,)] = cook.selection_score(config, single, labels['held_out'])
+      scores[(k,)] = score
   recipes = cook.recipes(
       config,
       work.model,
@@ -206,22 +228,29 @@ def _soups(work, ingredients, theta_0, split, logits, labels, part):
       split.held_out,
       scores,
       stages.on(config),
+      prepare_fn=next(iter(fns.values()), None),
   )
   soups = {}
-  for i, (name, recipe) in enumerate(recipes.items()):
+  for i, (recipe_name, recipe) in enumerate(recipes.items()):
     work.progress_fn('souping', (part[0] + i / len(recipes)) / part[1])
     work.stop.check(
         f'{work.workdir} holds all runs, and {i} of {len(recipes)} soups'
     )
-    path = split.folder / 'soups' / name.replace(' ', '_').lower()
-    if not path.exists():
-      checkpoints.save(
-          path,
-          recipe(),
-          ingredients=ingredients,
-          metadata={'recipe': name, 'seed': config.seed},
-      )
-    soups[name] = checkpoints.load(path, stages.abstract(config, theta_0))
+    mixture = functools.cache(recipe)
+    for way, fn in (fns or {'': lambda params: params}).items():
+      name = f'{recipe_name}, {way}' if way else recipe_name
+      stem = name.replace(',', '').replace(' ', '_').lower()
+      path = split.folder / 'soups' / stem
+      if not path.exists():
+        soup = mixture()
+        metadata = {'recipe': recipe_name, 'seed': config.seed}
+        checkpoints.save(
+            path,
+            soup._replace(params=fn(soup.params)),
+            ingredients=ingredients,
+            metadata=metadata | ({'batch_norm': way} if way else {}),
+        )
+      soups[name] = checkpoints.load(path, stages.abstract(config, theta_0))
   return soups
 
 
@@ -271,6 +300,34 @@ def _rows(work, models: Models, labels) -> list[report.Row]:
   return report.with_gains(rows, logits, labels, metric=metric)
 
 
+def roles(work: stages.Work) -> dict[str, dict[str, int]]:
+  """What was used for what, and how many examples it has."""
+  shifts = {name: len(x) for name, x in work.splits.shifts.items()}
+  if len(shifts) > 4:
+    shifts = {f'{len(shifts)} shifts': sum(shifts.values())}
+  held_out = {'held-out': len(work.splits.held_out)}
+  return {
+      'trained': {'train': len(work.splits.train)},
+      'selected and tuned': held_out,
+      'reported': {'test': len(work.splits.test), **shifts},
+  }
+
+
+def record(work: stages.Work) -> dict[str, Any]:
+  """Which examples these were: numbers, contents in memory, and rules."""
+  found: dict[str, Any] = {}
+  for name, source in {'train': work.splits.train, **work.data}.items():
+    found[name] = {'num': len(source)}
+    if hasattr(source, 'arrays'):
+      digest = hashlib.sha256()
+      for field in sorted(source.arrays):
+        digest.update(np.ascontiguousarray(source.arrays[field]).tobytes())
+      found[name]['sha256'] = digest.hexdigest()
+    if name in work.splits.rules:
+      found[name]['rule'] = work.splits.rules[name]
+  return found
+
+
 def _write(work, tables, soups, stable) -> None:
   workdir = work.workdir
   rows = averaged(tables)[0]
@@ -279,18 +336,28 @@ def _write(work, tables, soups, stable) -> None:
       workdir / 'test_against_shifts.png',
       size=(7.2, 4.2),
   )
-  searches = {name: soups[name].info for name in ('greedy', 'pruned')}
-  report.save(
-      lambda ax: report.trials(ax, searches),
-      workdir / 'trials.png',
-  )
+  searches: dict[str, Any] = {}
+  for name, soup in soups.items():
+    if (recipe := name.partition(',')[0]) in ('greedy', 'pruned'):
+      searches.setdefault(recipe, soup.info)
+  if searches:
+    report.save(
+        lambda ax: report.trials(ax, searches),
+        workdir / 'trials.png',
+    )
   means, deviations = averaged([report.summary(table) for table in tables])
   (workdir / 'table.md').write_text(
-      report.markdown(means, deviations if len(tables) > 1 else None) + '\n'
+      report.markdown(
+          means,
+          deviations if len(tables) > 1 else None,
+          sets=roles(work),
+      )
+      + '\n'
   )
   content = {
       'config': json.loads((workdir / 'config.json').read_text()),
       'runs': list(work.experiment.runs),
+      'data': record(work),
       'rows': [row._asdict() for row in rows],
       'alpha': {
           name: soup.alpha.tolist()

@@ -169,6 +169,10 @@ def _start(work: Work) -> Any:
   config, model = work.config, work.model
   params = model.start_fn(jax.random.key(config.seed))
   if 'pretrain' in config:
+    if work.splits.pretrain is None:
+      raise configs.UsageError(
+          'config.pretrain is given, and the data have no part `pretrain`.'
+      )
     params = finetune.train_one(
         model,
         config.pretrain,

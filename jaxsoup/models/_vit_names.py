@@ -79,7 +79,10 @@ def _hf(
   parts = r'embeddings\.|encoder\.|layernorm\.|pooler\.'
   return _names.Table(
       rules,
-      ignored=(rf'({re.escape(family)})?pooler\..*', r'.*embeddings\.mask_token'),
+      ignored=(
+          rf'({re.escape(family)})?pooler\..*',
+          r'.*embeddings\.mask_token',
+      ),
       aliases=((rf'^({re.escape(family)})?(?={parts})', prefix),),
   )
 

