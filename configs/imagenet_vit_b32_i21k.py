@@ -20,8 +20,8 @@ of the paper's CLIP models, the linear probe before it is ours.
 'runlocal' runs every step on random images of eight classes, with a small model
 of random weights: half a minute, and numbers that mean nothing.
 
-Source: Wortsman et al., "Model soups", ICML 2022, section 3.3.2; Steiner et
-al., "How to train your ViT?", TMLR 2022.
+Source: Wortsman et al., "Model soups", ICML 2022; Steiner et al., "How to train
+your ViT?", TMLR 2022.
 """
 
 from typing import Any
@@ -115,8 +115,6 @@ def sweep(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
   """Draws the runs by random search, by `config.seed` and `sweep.draw`.
 
   RandAugment is on in 44 of 71 runs, as in the paper.
-
-  Source: Wortsman et al., ICML 2022, appendix J.2.
   """
   return random_search.runs(
       config.sweep,

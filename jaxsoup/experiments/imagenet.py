@@ -8,8 +8,8 @@ def data(config):
 ```
 """
 
-from collections.abc import Sequence
 import atexit
+from collections.abc import Sequence
 import functools
 import tempfile
 from typing import Any
