@@ -90,7 +90,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         final=0.0,
         run=dict(learning_rate=3e-3),
     )
-  num_epochs = {True: 4, False: 8} if is_fashion else {True: 10, False: 60}
+  num_epochs = {True: 8, False: 12} if is_fashion else {True: 10, False: 60}
   config.finetune = dict(
       num_epochs=1 if is_short else num_epochs[is_pretrained],
       batch_size=32 if is_fashion else 128,
@@ -104,7 +104,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       num_runs=4 if is_short else 8 if is_fashion else 24,
       group_size=1,
       shard='0/1',
-      learning_rate=(2e-4, 1e-3) if is_pretrained else (1e-3, 4e-3),
+      learning_rate=(5e-4, 2e-3) if is_pretrained else (1e-3, 4e-3),
       weight_decay=(1e-4, 1e-1),
       label_smoothing=(0.0, 0.2),
       mixup=(0.0, 0.5),

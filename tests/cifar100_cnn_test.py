@@ -267,7 +267,7 @@ def test_cifar100(tmp_path):
   experiment = configs.load(FILE, [f'--config.data.path={tmp_path}'])
   splits = experiment.data_fn(experiment.config)
   assert (len(splits.train), len(splits.held_out)) == (180, 20)
-  assert list(splits.shifts) == ['noise', 'blur', 'contrast', 'rotation']
+  assert set(splits.shifts) == {'noise', 'blur', 'contrast', 'rotation'}
   test = splits.test.arrays
   for shift in splits.shifts.values():
     np.testing.assert_array_equal(shift.arrays['label'], test['label'])
