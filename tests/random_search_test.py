@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxsoup.experiments import configs
 from jaxsoup.experiments import random_search
 
 RANGES = dict(
@@ -53,15 +52,17 @@ def test_seeds_and_draws_differ(other):
   assert not np.any(column('learning_rate') == column('learning_rate', **other))
 
 
-def test_it_draws_what_digits_draws(request):
-  """The order in which names are drawn is part of what a seed means."""
-  path = request.config.rootpath / 'configs/digits.py'
-  experiment = configs.load(str(path))
-  found = random_search.runs(
-      experiment.config.sweep,
-      experiment.config.seed,
-      log_uniform=['learning_rate', 'weight_decay'],
-      uniform=['label_smoothing'],
-      sometimes={'mixup': 0.5, 'affine': 0.5},
-  )
-  assert found == experiment.runs
+def test_the_order_of_what_is_drawn():
+  """It is part of what a seed means: the runs of a workdir are drawn anew."""
+  rng = np.random.default_rng([3, *b'sweep'])
+  for run in random_search.runs(RANGES | {'num_runs': 3}, 3, **NAMES):
+    assert run['seed'] == rng.integers(2**31)
+    assert run['learning_rate'] == pytest.approx(
+        1e-6 * 100 ** rng.random(), rel=1e-9
+    )
+    assert run['label_smoothing'] == pytest.approx(0.1 + 0.15 * rng.random())
+    is_on = rng.random() < 0.6
+    assert run['mixup'] == (
+        pytest.approx(0.2 + 0.7 * rng.random()) if is_on else 0
+    )
+    assert run['num_epochs'] == rng.integers(4, 17)
