@@ -18,12 +18,13 @@ from jaxsoup.experiments import modeling
 from jaxsoup.models import t5
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
-# On 150 examples, two runs.
+# Two runs on 120 examples.
 TINY = (
     '--config.sweep.num_runs=2',
     '--config.data.sizes.train=120',
     '--config.data.sizes.held_out=40',
     '--config.learned.num_epochs=1',
+    '--config.learned.batch_size=15',
 )
 
 
