@@ -313,12 +313,22 @@ def learned(
 def learning_batches(
     config: ml_collections.ConfigDict, held_out: sources.Source
 ) -> tuple[list[Any], list[Any]]:
-  """Two parts of the held-out set, in batches: to learn on, and to stop by."""
+  """Two parts of the held-out set, in batches: to learn on, and to stop by.
+
+  Raises:
+    ValueError: one of them would be empty.
+  """
   num = len(held_out)
   order = np.random.default_rng(config.seed).permutation(num)
   num_val = int(num * config.learned.val_fraction)
   size = config.learned.batch_size
   full = (num - num_val) // size * size
+  if not full or not num_val:
+    raise ValueError(
+        f'Of {num} held-out examples {num_val} stop the learning and '
+        f'{num - num_val} teach, in batches of {size}: none is left. Make '
+        'learned.batch_size smaller, or change learned.val_fraction.'
+    )
   batches = [
       jax.device_put(held_out[order[num_val + i : num_val + i + size]])
       for i in range(0, full, size)
