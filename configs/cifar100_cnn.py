@@ -1,6 +1,6 @@
 """CIFAR-100 or Fashion-MNIST: soups of networks with BatchNorm, and of ViTs.
 
-TODO
+Todo
 """
 
 from collections.abc import Mapping

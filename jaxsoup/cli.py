@@ -106,7 +106,8 @@ def demo(
     summaries = [report.summary(rows) for rows in tables]
     means, deviations = report.mean_rows(summaries)
     many = deviations if seeds > 1 else None
-    (workdir / 'table.md').write_text(report.markdown(means, many) + '\n')
+    if seeds > 1:
+      (workdir / 'table.md').write_text(report.markdown(means, many) + '\n')
     if as_json:
       rows = [[row._asdict() for row in table] for table in tables]
       typer.echo(json.dumps({'workdir': str(workdir), 'tables': rows}))

@@ -130,8 +130,8 @@ def test_train_state_comes_back(tmp_path):
   stop = preemption.Stop()
   saved = train_state.Saved(tmp_path / 'x', stop, minutes=0)
   assert saved.restore(state) == (0, state)
-  saved.after_epoch(9, state)
-  saved.after_epoch(10, state)
+  saved.after(9, state)
+  saved.after(10, state)
   assert os.listdir(tmp_path / 'x') == ['10']
   (tmp_path / 'x' / '11.orbax-checkpoint-tmp').mkdir()
   saved = train_state.Saved(tmp_path / 'x', stop)
@@ -143,11 +143,11 @@ def test_train_state_comes_back(tmp_path):
   ]
   assert_equal(found, state)
   # Not due, and not asked for: nothing is written.
-  saved.after_epoch(11, state)
+  saved.after(11, state)
   assert os.listdir(tmp_path / 'x') == ['10']
   stop.requested = True
   with pytest.raises(preemption.Preempted, match='x/12 holds the training'):
-    saved.after_epoch(12, state)
+    saved.after(12, state)
   assert os.listdir(tmp_path / 'x') == ['12']
   os.truncate(tmp_path / 'x' / '12' / '_METADATA', 20)
   with pytest.raises(ValueError, match='x/12 .*that training begins anew'):

@@ -17,6 +17,7 @@ from jaxsoup.experiments import configs
 from jaxsoup.experiments import finetune
 from jaxsoup.experiments import modeling
 from jaxsoup.experiments import preemption
+from jaxsoup.experiments import steps
 from jaxsoup.experiments import train_state
 
 NUM_FEATURES, NUM_CLASSES = 5, 3
@@ -66,17 +67,17 @@ LINEAR = modeling.linear(NUM_FEATURES, NUM_CLASSES)
 tree = jax.tree.map
 
 
-def steps(run, num=4, **phase):
+def stepped(run, num=4, **phase):
   """What `train_step` makes of a few batches; and the batches."""
   data = features(8 * num)
   batches = [
       {k: x[8 * i : 8 * i + 8] for k, x in data.items()} for i in range(num)
   ]
-  settings = finetune.settings_of(PHASE | phase, [run], 8 * num)
-  hyper = tree(lambda x: x[0], finetune._stack_runs([run]))
+  settings = steps.settings_of(PHASE | phase, [run], 8 * num)
+  hyper = tree(lambda x: x[0], steps.stack_runs([run]))
   params = tree(np.float32, start())
-  state = finetune.initial_state(settings, params, hyper)
-  step_fn = jax.jit(functools.partial(finetune.train_step, LINEAR, settings))
+  state = steps.initial_state(settings, params, hyper)
+  step_fn = jax.jit(functools.partial(steps.train_step, LINEAR, settings))
   for batch in batches:
     state, _ = step_fn(state, hyper, batch, jax.random.key(0))
   return settings, state, batches
@@ -90,7 +91,7 @@ def assert_close(found, expected, atol=2e-5):
 
 def test_sgd_is_nesterov_momentum_with_decoupled_decay():
   run = {'learning_rate': 0.3, 'weight_decay': 0.02}
-  settings, state, batches = steps(run, optimizer='sgd', momentum=0.8)
+  settings, state, batches = stepped(run, optimizer='sgd', momentum=0.8)
   params, velocity = start(), tree(np.zeros_like, start())
   for count, batch in enumerate(batches):
     grads = gradient(params, batch)
@@ -107,9 +108,9 @@ def test_sgd_is_nesterov_momentum_with_decoupled_decay():
 
 def test_adamw_is_that_of_optax():
   run = {'learning_rate': 0.1, 'weight_decay': 0.3}
-  settings, state, batches = steps(run)
+  settings, state, batches = stepped(run)
   tx = optax.adamw(
-      lambda count: 0.1 * finetune.schedule(settings, count), weight_decay=0.3
+      lambda count: 0.1 * steps.schedule(settings, count), weight_decay=0.3
   )
   params = tree(np.float32, start())
   opt_state = tx.init(params)
@@ -122,7 +123,7 @@ def test_adamw_is_that_of_optax():
 
 def test_sam_takes_the_gradient_at_the_edge_of_a_ball():
   run = {'learning_rate': 0.3, 'sam': 0.5}
-  settings, state, batches = steps(run, optimizer='sgd', momentum=0.0)
+  settings, state, batches = stepped(run, optimizer='sgd', momentum=0.0)
   params = start()
   for count, batch in enumerate(batches):
     grads = gradient(params, batch)
@@ -135,13 +136,13 @@ def test_sam_takes_the_gradient_at_the_edge_of_a_ball():
   flat, plain = ({'learning_rate': 0.3, **x} for x in ({'sam': 0.0}, {}))
   options = dict(optimizer='sgd', momentum=0.0)
   assert_close(
-      steps(flat, **options)[1].params, steps(plain, **options)[1].params
+      stepped(flat, **options)[1].params, stepped(plain, **options)[1].params
   )
 
 
 def test_accumulated_batches_make_one_update_of_their_mean():
   run = {'learning_rate': 0.3}
-  settings, state, batches = steps(
+  settings, state, batches = stepped(
       run, optimizer='sgd', momentum=0.0, num_accumulated=2
   )
   assert settings.num_updates == 4  # Two epochs of four batches.
@@ -156,7 +157,7 @@ def test_accumulated_batches_make_one_update_of_their_mean():
 def test_moving_averages_and_clipping():
   run = {'learning_rate': 0.3}
   options = dict(optimizer='sgd', momentum=0.0, clip=0.01, ema=(0.5, 0.9))
-  settings, state, batches = steps(run, **options)
+  settings, state, batches = stepped(run, **options)
   params, copies = start(), {0.5: start(), 0.9: start()}
   for count, batch in enumerate(batches):
     grads = gradient(params, batch)
@@ -392,10 +393,10 @@ class Read:
 
 def streamed_steps(model, phase, theta_0, run, source):
   """The same on one device, step by step."""
-  settings = finetune.settings_of(phase, [run], len(source))
-  hyper = tree(lambda x: x[0], finetune._stack_runs([run]))
-  state = finetune.initial_state(settings, theta_0, hyper)
-  step_fn = jax.jit(functools.partial(finetune.train_step, model, settings))
+  settings = steps.settings_of(phase, [run], len(source))
+  hyper = tree(lambda x: x[0], steps.stack_runs([run]))
+  state = steps.initial_state(settings, theta_0, hyper)
+  step_fn = jax.jit(functools.partial(steps.train_step, model, settings))
   for epoch in range(settings.num_epochs):
     key = jax.random.fold_in(jax.random.key(run['seed']), epoch)
     batches = sources.batches(
@@ -444,6 +445,7 @@ def test_stopped_and_resumed_is_the_same(
   with pytest.raises(preemption.Preempted):
     train(saved=saved)
   stop.requested = False
+  # After one epoch; or after one step of two, in the middle of it.
   assert [p.name for p in tmp_path.iterdir()] == ['1']
   assert_equal(train(saved=saved, keep_fn=keeper(kept[1])), whole)
   assert_equal(*kept)

@@ -21,6 +21,8 @@ ROWS = {
     'sst2': 'First "{i}.\t{label}',
 }
 NUM = dict(train=40, dev=7)
+# Other examples than those of the training set.
+FIRST = dict(train=0, dev=60)
 
 
 def _label(i):
@@ -39,7 +41,7 @@ def folder(task, tmp_path):
   for stem, num in NUM.items():
     rows = [
         ROWS[task].format(i=i, label=_label(i), name=details.labels[_label(i)])
-        for i in range(num)
+        for i in range(FIRST[stem], FIRST[stem] + num)
     ]
     text = FILES[task].format(rows='\n'.join(rows) + '\n')
     # The file of MRPC begins with a byte-order mark.
@@ -58,7 +60,7 @@ def tokenize(texts, seconds=None):
 def test_files(task, folder):
   for split, stem in (('train', 'train'), ('validation', 'dev')):
     texts = glue.read(task, split, folder=folder)
-    rows = range(NUM[stem])
+    rows = range(FIRST[stem], FIRST[stem] + NUM[stem])
     assert texts.columns[0] == [f'First "{i}.' for i in rows]
     if len(glue.TASKS[task].columns) == 2:
       assert texts.columns[1] == [f'Second {i}.' for i in rows]
@@ -90,7 +92,7 @@ def test_prefixes(task, folder):
   def recorded(texts, seconds=None):
     assert seconds is None
     seen.extend(texts)
-    return {'input_ids': np.zeros((len(texts), 1), np.int32)}
+    return {'input_ids': np.arange(len(seen))[-len(texts) :, None]}
 
   glue.splits(task, recorded, folder=folder, is_prefixed=True)
   expected = {
@@ -101,6 +103,23 @@ def test_prefixes(task, folder):
   }
   assert seen[0] == expected[task]
   assert len(seen) == sum(NUM.values())
+
+
+def test_what_is_there_twice_trains_once_and_never_reports(tmp_path):
+  (tmp_path / 'SST-2').mkdir()
+  train = [*range(20), *range(5), 30, 31]
+  for stem, numbers in dict(train=train, dev=[30, 40, 31, 40]).items():
+    lines = [f'Text {i}.\t{i % 2}' for i in numbers]
+    text = '\n'.join(['sentence\tlabel', *lines])
+    (tmp_path / 'SST-2' / f'{stem}.tsv').write_text(text)
+  splits = glue.splits('sst2', tokenize, folder=tmp_path, share=0.2)
+  both = [
+      part.arrays['input_ids'][:, 0].tolist()
+      for part in (splits.train, splits.held_out)
+  ]
+  assert sorted(sum(both, [])) == list(range(20))
+  assert splits.test.arrays['input_ids'][:, 0].tolist() == [30, 40, 31, 40]
+  assert splits.rules['held_out']['dropped'] == 7
 
 
 def test_a_missing_file_says_where_it_goes(task, tmp_path):

@@ -4,9 +4,11 @@ import builtins
 import pathlib
 import unicodedata
 
+import jax
 import numpy as np
 import pytest
 
+from jaxsoup.data import augment
 from jaxsoup.data import text
 
 WORDS = [
@@ -101,6 +103,21 @@ def test_what_a_tokenizer_knows_of_its_vocabulary(vocabulary):
   assert tokenize.special_ids == (0, 1, 2, 3, 4)
 
 
+def test_hidden_tokens_are_words(vocabulary):
+  tokenize = text.tokenizer(vocabulary, 8)
+  batch = tokenize(['soup is good', 'xyz'])
+  hidden = augment.token_dropout(
+      jax.random.key(0),
+      batch['input_ids'],
+      1.0,
+      mask_id=tokenize.mask_id,
+      special_ids=tokenize.special_ids,
+  )
+  np.testing.assert_array_equal(
+      hidden, [[2, 4, 4, 4, 3, 0, 0, 0], [2, 1, 3, 0, 0, 0, 0, 0]]
+  )
+
+
 def test_capitals_stay_where_the_vocabulary_has_them(vocabulary):
   vocabulary.write_text('\n'.join([*WORDS, 'Soup']) + '\n')
   batch = text.tokenizer(vocabulary, 4)(['Soup is', 'naïve'])
@@ -111,7 +128,7 @@ def test_capitals_stay_where_the_vocabulary_has_them(vocabulary):
 
 def test_a_json_file_s_own_length_and_padding_are_not_used(vocabulary):
   tokenizers = pytest.importorskip('tokenizers')
-  other = tokenizers.BertWordPieceTokenizer(str(vocabulary))
+  other = tokenizers.BertWordPieceTokenizer(ID)
   other.enable_padding(length=5)
   other.enable_truncation(5)
   other.save(str(vocabulary.with_name('tokenizer.json')))

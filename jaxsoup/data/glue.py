@@ -156,8 +156,9 @@ def splits(
       see `prefixed`.
 
   Returns:
-    `train` and `held_out`, both of the training set; `test`, the validation
-    set; and the rule of the held-out set.
+    `train` and `held_out`, both of the training set, without examples that
+    are there twice or in the validation set; that as `test`; and the rule of
+    the held-out set, with the number of those `dropped`.
 
   Raises:
     FileNotFoundError: the files are not there.
@@ -172,13 +173,36 @@ def splits(
     second = columns[1] if len(columns) > 1 else None
     tokens = tokenize(columns[0], second)
     parts[split] = sources.Arrays({**tokens, 'label': texts.label})
-  held_out = sources.held_out_rows(parts['train'].arrays['label'], share, seed)
+  apart = _apart(parts['train'].arrays, parts['validation'].arrays)
+  train = sources.subset(parts['train'], apart)
+  held_out = sources.held_out_rows(train.arrays['label'], share, seed)
+  num_dropped = len(parts['train']) - len(apart)
   return sources.Splits(
-      train=sources.subset(parts['train'], held_out.rest),
-      held_out=sources.subset(parts['train'], held_out.rows),
+      train=sources.subset(train, held_out.rest),
+      held_out=sources.subset(train, held_out.rows),
       test=parts['validation'],
-      rules={'held_out': held_out.rule},
+      rules={'held_out': {**held_out.rule, 'dropped': num_dropped}},
   )
+
+
+def _apart(train: Mapping[str, Any], test: Mapping[str, Any]) -> np.ndarray:
+  """Rows of the training set that a model sees once, and not in the test set.
+
+  Some sentences of SST-2 are there several times: one that trains must not
+  choose or report as well.
+  """
+
+  def keys(arrays):
+    columns = [x for name, x in sorted(arrays.items()) if name != 'label']
+    return [b''.join(x.tobytes() for x in row) for row in zip(*columns)]
+
+  seen = set(keys(test))
+  rows = []
+  for row, key in enumerate(keys(train)):
+    if key not in seen:
+      seen.add(key)
+      rows.append(row)
+  return np.array(rows, int)
 
 
 def prefixed(task: str, columns: Sequence[Sequence[str]]) -> list[str]:

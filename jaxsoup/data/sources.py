@@ -50,6 +50,16 @@ class Source(Protocol):
     ...
 
 
+class Records(Protocol):
+  """What examples are made from: one record for an index."""
+
+  def __len__(self) -> int:
+    ...
+
+  def __getitem__(self, row: int, /) -> Any:
+    ...
+
+
 class Splits(NamedTuple):
   """The data of an experiment.
 
@@ -107,7 +117,7 @@ class Examples:
   """Examples made from records when they are read, in threads.
 
   Args:
-    records: anything with a length that gives one record for an index.
+    records: one for an index, such as a list or a data source of TFDS.
     example_fn: `(record, rng) -> {name: array}`, of the same shapes for all.
       `rng` is None in an evaluation; in a training its draws depend on the
       seed, the epoch and the row alone.
@@ -121,7 +131,7 @@ class Examples:
 
   def __init__(
       self,
-      records: Sequence[Any],
+      records: Records,
       example_fn: ExampleFn,
       *,
       num_threads: int | None = None,
@@ -178,31 +188,46 @@ class Folder(Examples):
       num_threads: int | None = None,
   ):
     root = pathlib.Path(path)
-    files = sorted(
-        file
-        for file in root.glob('*/*')
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    )
+    files = [
+        (folder.name, file.name)
+        for folder in sorted(root.glob('*/'))
+        for file in sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if file.name.lower().endswith(IMAGE_SUFFIXES)
+    ]
     if not files:
       raise FileNotFoundError(
           f'No images in {root}: it should hold one folder a class, with files '
           f'that end in {", ".join(IMAGE_SUFFIXES)}.'
       )
-    found = sorted({file.parent.name for file in files})
+    found = sorted({name for name, _ in files})
     self.classes = list(found if classes is None else classes)
-    unknown = [name for name in found if name not in set(self.classes)]
+    label = {name: i for i, name in enumerate(self.classes)}
+    unknown = [name for name in found if name not in label]
     if unknown:
       raise ValueError(
           f'{root} holds the folders {unknown[:5]}, which are none of the '
           f'{len(self.classes)} classes: take them away, or name them.'
       )
-    label = {name: i for i, name in enumerate(self.classes)}
-    self.labels = np.array([label[f.parent.name] for f in files], np.int32)
-    records = [
-        {'image': file, 'label': int(y)}
-        for file, y in zip(files, self.labels, strict=True)
-    ]
+    self.labels = np.array([label[name] for name, _ in files], np.int32)
+    records = _Files(root, files, self.labels)
     super().__init__(records, example_fn, num_threads=num_threads)
+
+
+class _Files:
+  """Records of a folder; a million of them are made when they are asked for."""
+
+  def __init__(
+      self, root: pathlib.Path, files: list[tuple[str, str]], labels: np.ndarray
+  ):
+    self._root, self._files, self._labels = root, files, labels
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, row: int) -> dict[str, Any]:
+    folder, name = self._files[row]
+    label = int(self._labels[row])
+    return {'image': self._root / folder / name, 'label': label}
 
 
 class Subset:

@@ -136,10 +136,11 @@ def _from_json(file: pathlib.Path, length: int) -> Tokenizer:
 
 def _from_vocabulary(file: pathlib.Path, length: int) -> Tokenizer:
   tokenizers = _library('tokenizers')
-  words = file.read_text(encoding='utf-8').splitlines()
+  # Not `splitlines`: there are words that are other ends of a line.
+  words = file.read_text(encoding='utf-8').rstrip('\n').split('\n')
   has_capitals = any(w != w.lower() for w in words if not w.startswith('['))
   made = tokenizers.BertWordPieceTokenizer(
-      str(file), lowercase=not has_capitals
+      {word: i for i, word in enumerate(words)}, lowercase=not has_capitals
   )
   return _wrapped(tokenizers.Tokenizer.from_str(made.to_str()), file, length)
 

@@ -30,6 +30,7 @@ from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import finetune
 from jaxsoup.experiments import modeling
+from jaxsoup.experiments import steps
 from jaxsoup.report import Row
 
 Dataset = Mapping[str, np.ndarray]
@@ -125,7 +126,7 @@ def _prepared(eval_fn: EvalFn, prepare_fn: ParamsFn) -> Any:
 def statistics_fns(
     config: ml_collections.ConfigDict,
     model: modeling.Model,
-    runs: Sequence[finetune.Run],
+    runs: Sequence[steps.Run],
     train: sources.Source,
     best_fn: Callable[[], Any],
 ) -> dict[str, ParamsFn]:
@@ -156,7 +157,7 @@ def statistics_fns(
     return {}
 
   def first(params):
-    is_kept = finetune.is_trained(model, params)
+    is_kept = steps.is_trained(model, params)
     take = lambda is_kept, x, y: x if is_kept else y
     return jax.tree.map(take, is_kept, params, best_fn())
 
@@ -215,7 +216,8 @@ def batches_of(
     size = len(source) * sum(x.nbytes for x in row.values())
     if size > _memory.free_bytes(jax.local_devices()[0]) / 5:
       return Batches(source, batch_size, sharding)
-  return evaluation.batched(in_memory(source), batch_size, sharding=sharding)
+  data = sources.in_memory(source).arrays
+  return evaluation.batched(data, batch_size, sharding=sharding)
 
 
 def labels_of(source: sources.Source) -> np.ndarray:
@@ -225,13 +227,6 @@ def labels_of(source: sources.Source) -> np.ndarray:
   return np.concatenate(
       [batch['label'][batch['mask']] for batch in sources.batches(source, 256)]
   )
-
-
-def in_memory(source: sources.Source) -> Dataset:
-  """All of a source."""
-  if hasattr(source, 'arrays'):
-    return source.arrays
-  return source[np.arange(len(source))]
 
 
 def score_fn(

@@ -129,9 +129,8 @@ def _made(description: str) -> Model:
     return getattr(module, class_name)(**arguments, rngs=nnx.Rngs(key))
 
   def load_fn(key):
-    seed = int(jax.random.bits(key, dtype=jnp.uint32)) >> 1
     return models.load(
-        path, family=family, without=['head'], seed=seed, **arguments
+        path, family=family, without=['head'], seed=seed_of(key), **arguments
     )
 
   return of_module(
@@ -143,6 +142,11 @@ def _made(description: str) -> Model:
       if prepared
       else None,
   )
+
+
+def seed_of(key: jax.Array) -> int:
+  """A seed for what takes no key, such as `models.load`."""
+  return int(jax.random.bits(key, dtype=jnp.uint32)) >> 1
 
 
 def of_module(

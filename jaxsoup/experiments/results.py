@@ -7,6 +7,7 @@ rows = results.make(work, theta_0)
 
 from collections.abc import Mapping
 import functools
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -131,8 +132,8 @@ def splits(work: stages.Work) -> list[Split]:
   if number == 1:
     return found
   pool = {
-      name: np.concatenate([x, cook.in_memory(test)[name]])
-      for name, x in cook.in_memory(held_out).items()
+      name: np.concatenate([x, sources.in_memory(test).arrays[name]])
+      for name, x in sources.in_memory(held_out).arrays.items()
   }
   for i in range(1, number):
     rng = np.random.default_rng([work.config.seed, i, *b'split'])
@@ -299,6 +300,34 @@ def _rows(work, models: Models, labels) -> list[report.Row]:
   return report.with_gains(rows, logits, labels, metric=metric)
 
 
+def roles(work: stages.Work) -> dict[str, dict[str, int]]:
+  """What was used for what, and how many examples it has."""
+  shifts = {name: len(x) for name, x in work.splits.shifts.items()}
+  if len(shifts) > 4:
+    shifts = {f'{len(shifts)} shifts': sum(shifts.values())}
+  held_out = {'held-out': len(work.splits.held_out)}
+  return {
+      'trained': {'train': len(work.splits.train)},
+      'selected and tuned': held_out,
+      'reported': {'test': len(work.splits.test), **shifts},
+  }
+
+
+def record(work: stages.Work) -> dict[str, Any]:
+  """Which examples these were: numbers, contents in memory, and rules."""
+  found: dict[str, Any] = {}
+  for name, source in {'train': work.splits.train, **work.data}.items():
+    found[name] = {'num': len(source)}
+    if hasattr(source, 'arrays'):
+      digest = hashlib.sha256()
+      for field in sorted(source.arrays):
+        digest.update(np.ascontiguousarray(source.arrays[field]).tobytes())
+      found[name]['sha256'] = digest.hexdigest()
+    if name in work.splits.rules:
+      found[name]['rule'] = work.splits.rules[name]
+  return found
+
+
 def _write(work, tables, soups, stable) -> None:
   workdir = work.workdir
   rows = averaged(tables)[0]
@@ -318,11 +347,17 @@ def _write(work, tables, soups, stable) -> None:
     )
   means, deviations = averaged([report.summary(table) for table in tables])
   (workdir / 'table.md').write_text(
-      report.markdown(means, deviations if len(tables) > 1 else None) + '\n'
+      report.markdown(
+          means,
+          deviations if len(tables) > 1 else None,
+          sets=roles(work),
+      )
+      + '\n'
   )
   content = {
       'config': json.loads((workdir / 'config.json').read_text()),
       'runs': list(work.experiment.runs),
+      'data': record(work),
       'rows': [row._asdict() for row in rows],
       'alpha': {
           name: soup.alpha.tolist()

@@ -2,9 +2,9 @@
 
 ```
 saved = train_state.Saved(folder, stop, minutes=10)
-epoch, state = saved.restore(state)
+num_done, state = saved.restore(state)
 ...
-saved.after_epoch(epoch + 1, state)
+saved.after(num_done + 1, state)
 ```
 """
 
@@ -20,7 +20,10 @@ from jaxsoup.experiments import preemption
 
 
 class Saved:
-  """Keeps the latest state of one training in a folder, by epoch.
+  """Keeps the latest state of one training in a folder.
+
+  Its name is how much of the training is done: epochs, where an epoch is one
+  call of a compiled program, else steps.
 
   A state is written every so many minutes, and when the script is asked to
   stop. The older one is deleted only when the newer one is whole.
@@ -32,7 +35,7 @@ class Saved:
     """Deletes what a killed process left unfinished.
 
     Args:
-      folder: for the states, each in a directory named by the epochs done.
+      folder: for the states, each in a directory named by what is done.
       stop: whether the script is to stop.
       minutes: the least time between two states.
     """
@@ -45,7 +48,7 @@ class Saved:
         shutil.rmtree(path)
 
   def restore(self, state: Any) -> tuple[int, Any]:
-    """The epochs that are done, and the state after them.
+    """How much is done, and the state after it.
 
     Args:
       state: the state at the start, returned where none is saved.
@@ -53,26 +56,26 @@ class Saved:
     Raises:
       ValueError: the saved state is damaged.
     """
-    epochs = self._epochs()
-    if not epochs:
+    found = self._found()
+    if not found:
       return 0, state
-    path = self._path(epochs[-1])
+    path = self._path(found[-1])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state
     )
     try:
-      return epochs[-1], checkpoints.Ingredients([path], abstract)[0]
+      return found[-1], checkpoints.Ingredients([path], abstract)[0]
     except ValueError as e:
       raise ValueError(
           f'{e} It is the state of a training: without {path} that training '
           'begins anew.'
       ) from e
 
-  def after_epoch(self, epoch: int, state: Any) -> None:
+  def after(self, num_done: int, state: Any) -> None:
     """Saves the state where it is due.
 
     Args:
-      epoch: how many are done.
+      num_done: epochs, or steps.
       state: a pytree of arrays.
 
     Raises:
@@ -80,20 +83,20 @@ class Saved:
     """
     is_due = time.monotonic() - self._last >= self._seconds
     if is_due or self._stop.requested:
-      older = self._epochs()
-      checkpoints.save(self._path(epoch), state)
+      older = self._found()
+      checkpoints.save(self._path(num_done), state)
       for done in older:
         shutil.rmtree(self._path(done))
       self._last = time.monotonic()
-    self._stop.check(f'{self._path(epoch)} holds the training')
+    self._stop.check(f'{self._path(num_done)} holds the training')
 
   def delete(self) -> None:
     """Deletes it all: the training has ended, and its result is saved."""
     shutil.rmtree(self._folder, ignore_errors=True)
 
-  def _epochs(self) -> list[int]:
+  def _found(self) -> list[int]:
     names = (path.name for path in self._folder.glob('*'))
     return sorted(int(name) for name in names if name.isdecimal())
 
-  def _path(self, epoch: int) -> pathlib.Path:
-    return self._folder / str(epoch)
+  def _path(self, num_done: int) -> pathlib.Path:
+    return self._folder / str(num_done)
