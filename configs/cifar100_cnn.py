@@ -113,7 +113,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       crop=(0.0, 0.3),
   )
   # What the searches evaluate with; the rows show all three.
-  config.batch_norm = 'averaged'
+  config.batch_norm = 're-estimated'
   config.num_batch_norm_batches = 100
   config.recipes = ('uniform', 'greedy', 'pruned')
   config.batch_size = 50 if is_short else 200
