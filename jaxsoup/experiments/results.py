@@ -217,8 +217,10 @@ def _soups(work, ingredients, theta_0, split, singles, fns, part):
   """Soups by name; of a model with running statistics each in three ways."""
   config = work.config
   scores = checkpoints.ScoreLog(split.folder / 'scores.jsonl', ingredients)
+  way = next(iter(fns), '')
   for k, score in enumerate(singles):
-    if (k,) not in scores:
+    # Soups with new statistics are compared with models that have such, too.
+    if (k,) not in scores and way != 're-estimated':
       scores[(k,)] = score
   recipes = cook.recipes(
       config,
@@ -228,7 +230,7 @@ def _soups(work, ingredients, theta_0, split, singles, fns, part):
       split.held_out,
       scores,
       stages.on(config),
-      prepare_fn=next(iter(fns.values()), None),
+      prepare_fn=fns.get(way),
   )
   soups = {}
   for i, (recipe_name, recipe) in enumerate(recipes.items()):
