@@ -200,9 +200,7 @@ def test_a_probe_is_logistic_regression():
   )  # fmt: skip
   found = finetune.probe(model, phase, params, sources.Arrays(data))
   assert found['scale'] == 2.0
-  best = linear_model.LogisticRegression(
-      C=1e8, max_iter=1000, tol=1e-8, solver='newton-cg'
-  )
+  best = linear_model.LogisticRegression(C=1e6, solver='newton-cholesky')
   best.fit(2.0 * data['feature'], data['label'])
 
   def loss(kernel, bias):
