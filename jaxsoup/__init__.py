@@ -20,6 +20,7 @@ if TYPE_CHECKING:
   from jaxsoup import checkpoints as checkpoints
   from jaxsoup import ensembles as ensembles
   from jaxsoup import evaluation as evaluation
+  from jaxsoup import landscape as landscape
   from jaxsoup import lora as lora
   from jaxsoup import metrics as metrics
   from jaxsoup import report as report
@@ -60,6 +61,7 @@ _MODULES = (
     'checkpoints',
     'ensembles',
     'evaluation',
+    'landscape',
     'lora',
     'metrics',
     'report',

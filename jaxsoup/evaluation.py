@@ -151,6 +151,7 @@ class MeanOf:
     self._metric_fn = metric_fn
     self._batches = batches
     self.step = jax.jit(functools.partial(_sums, metric_fn))
+    self._steps = jax.jit(jax.vmap(self.step, (0, None)))
     # Known when a model was scored: the number of examples, and the rest.
     self._num = 0
     self._is_boolean: bool | None = None
@@ -171,11 +172,7 @@ class MeanOf:
     parts = [self.step(params, _on_device(batch)) for batch in self._batches]
     totals = jax.device_get([part[:2] for part in parts])
     count = sum(int(n) for _, n in totals)
-    if not count:
-      raise ValueError(
-          'There was no example to score: no batch, or all of them masked. An '
-          'iterator is used up after one walk: pass a list.'
-      )
+    _require_examples(count)
     wrong = [part[2] for part in parts]
     if not self._num:
       self._is_boolean = wrong[0] is not None
@@ -185,6 +182,23 @@ class MeanOf:
       self._hard_first.saw_all(jax.device_get(wrong))
     self._num = self.num_seen = count
     return float(sum(float(s) for s, _ in totals) / count)
+
+  def of_many(self, stacked: Params) -> np.ndarray:
+    """The scores of n models that are run side by side.
+
+    Args:
+      stacked: pytree with leaves `[n, ...]`, such as a curve that
+        `jaxsoup.interpolate` returns.
+
+    Returns:
+      `[n]` float64.
+    """
+    stacked = jax.tree.map(_tree.on_device, stacked)
+    parts = [self._steps(stacked, _on_device(b))[:2] for b in self._batches]
+    _require_examples(parts)
+    totals, counts = np.sum(jax.device_get(parts), axis=0, dtype=float)
+    _require_examples(counts.all())
+    return totals / counts
 
   def at_least(
       self, params: Params, bar: float, *, strict: bool = False
@@ -249,6 +263,14 @@ class MeanOf:
     else:
       for batch in self._batches:
         yield None, _on_device(batch)
+
+
+def _require_examples(found: Any) -> None:
+  if not found:
+    raise ValueError(
+        'There was no example to score: no batch, or all of them masked. An '
+        'iterator is used up after one walk: pass a list.'
+    )
 
 
 def _sums(metric_fn, params, batch):

@@ -19,6 +19,7 @@ LAYERS = (
         'evaluation',
         'metrics',
         'ensembles',
+        'landscape',
         'sharding',
         'statistics',
     ),

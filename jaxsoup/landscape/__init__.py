@@ -1,0 +1,16 @@
+"""Where the models lie, and what the loss does between them.
+
+```
+path = landscape.line(loss_fn, theta_1, theta_2, num=21)
+landscape.barrier(path), landscape.angle(theta_0, theta_1, theta_2)
+```
+"""
+
+from jaxsoup.landscape._geometry import angle as angle
+from jaxsoup.landscape._geometry import angles as angles
+from jaxsoup.landscape._geometry import distances as distances
+from jaxsoup.landscape._grids import Path as Path
+from jaxsoup.landscape._grids import Plane as Plane
+from jaxsoup.landscape._grids import barrier as barrier
+from jaxsoup.landscape._grids import line as line
+from jaxsoup.landscape._grids import plane as plane
