@@ -357,3 +357,318 @@ def test_others_of_a_plane_that_do_not_fit_are_named():
   corners = [{'w': np.eye(3)[k]} for k in range(3)]
   with pytest.raises(ValueError, match=r"others\[0\] .* leaf 'w' has shape"):
     landscape.plane(square, *corners, others=[{'w': np.zeros(2)}])
+
+
+# Soups against ensembles.
+
+
+def softmax(z):
+  e = np.exp(z - z.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+def network(params, x, beta=1.0):
+  """`logits_fn` in NumPy, float64."""
+  p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+  hidden = np.tanh(x @ p['body']['kernel'] + p['body']['bias'])
+  return beta * hidden @ p['head']
+
+
+def loss_by_hand(logits, label):
+  return -np.mean(np.log(softmax(logits))[np.arange(len(label)), label])
+
+
+def variance_by_hand(logits, difference):
+  p = softmax(logits)
+  mean = (p * difference).sum(-1)
+  return np.mean((p * difference**2).sum(-1) - mean**2)
+
+
+def between(first, second, t):
+  return jax.tree.map(
+      lambda a, b: (1 - t) * np.float64(a) + t * np.float64(b), first, second
+  )
+
+
+@pytest.mark.parametrize('t, beta', [(0.5, 1.0), (0.3, 2.0)])
+def test_theory_of_a_linear_softmax_model(t, beta):
+  """Soup and ensemble are one, while both terms are known and not zero."""
+  x, label, batches = batched_problem()
+  rng = np.random.default_rng(0)
+  first, second = rng.normal(size=(2, 5, 3)).astype(np.float32)
+  found = landscape.soup_minus_ensemble(
+      lambda params, batch: batch['x'] @ params,
+      first,
+      second,
+      batches,
+      t=t,
+      beta=beta,
+  )
+  logits = beta * x @ between(first, second, t)
+  variance = variance_by_hand(logits, beta * x @ (second - first))
+  assert variance > 0.5
+  assert found.variance == pytest.approx(variance, rel=1e-4)
+  assert found.curvature == pytest.approx(variance, rel=1e-4)
+  assert found.approximation == pytest.approx(0, abs=1e-4 * variance)
+  assert found.soup == pytest.approx(loss_by_hand(logits, label), rel=1e-5)
+  assert found.ensemble == pytest.approx(found.soup, rel=1e-5)
+
+
+@pytest.mark.parametrize('t, beta', [(0.5, 1.0), (0.3, 2.0)])
+def test_theory_is_exact_on_a_quadratic(t, beta):
+  """Outputs quadratic in theta, a loss linear in them: nothing is left out."""
+  x, label, batches = batched_problem()
+  rng = np.random.default_rng(1)
+  first, second = rng.normal(size=(2, 5, 3)).astype(np.float32)
+  found = landscape.soup_minus_ensemble(
+      lambda params, batch: (batch['x'] @ params) ** 2,
+      first,
+      second,
+      batches,
+      t=t,
+      beta=beta,
+      output_loss_fn=lambda z, batch: -jnp.take_along_axis(
+          z, batch['label'][:, None], 1
+      )[:, 0],
+  )
+  rows = np.arange(len(x))
+  output = lambda w: beta * np.mean(((x @ w) ** 2)[rows, label])
+  soup = -output(between(first, second, t))
+  ensemble = -(1 - t) * output(first) - t * output(second)
+  assert abs(soup - ensemble) > 0.5
+  assert found.soup == pytest.approx(soup, rel=1e-4)
+  assert found.ensemble == pytest.approx(ensemble, rel=1e-4)
+  assert found.approximation == pytest.approx(soup - ensemble, rel=1e-4)
+  # The whole of it is curvature: a linear loss does not bend.
+  assert found.variance == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize('t, beta', [(0.5, 1.0), (0.3, 2.0)])
+def test_theory_of_a_network(t, beta):
+  """The terms, each against NumPy, differences of second order among them."""
+  x, label, batches = batched_problem()
+  first, second = model(1), model(2)
+  found = landscape.soup_minus_ensemble(
+      logits_fn, first, second, batches, t=t, beta=beta
+  )
+  loss = lambda s: loss_by_hand(
+      network(between(first, second, s), x, beta), label
+  )
+  step = 1e-4
+  curvature = (loss(t + step) - 2 * loss(t) + loss(t - step)) / step**2
+  ends = network(first, x, beta), network(second, x, beta)
+  ensemble = loss_by_hand((1 - t) * ends[0] + t * ends[1], label)
+  soup = network(between(first, second, t), x, beta)
+  assert found.soup == pytest.approx(loss(t), rel=1e-5)
+  assert found.ensemble == pytest.approx(ensemble, rel=1e-5)
+  assert found.curvature == pytest.approx(curvature, rel=1e-3)
+  expected = variance_by_hand(soup, ends[1] - ends[0])
+  assert found.variance == pytest.approx(expected, rel=1e-4)
+  assert found.approximation == pytest.approx(
+      t * (1 - t) / 2 * (found.variance - found.curvature), rel=1e-6
+  )
+
+
+def test_error_of_the_theory_is_of_fourth_order():
+  """Models half as far apart: a sixteenth of the error, a quarter of all."""
+  _, _, batches = batched_problem()
+  middle, step = model(1), model(2)
+  errors, differences = [], []
+  for scale in (0.8, 0.4):
+    ends = [
+        jax.tree.map(lambda m, s, c=c: m + np.float32(c) * s, middle, step)
+        for c in (-scale / 2, scale / 2)
+    ]
+    found = landscape.soup_minus_ensemble(logits_fn, *ends, batches)
+    differences.append(found.soup - found.ensemble)
+    errors.append(found.approximation - differences[-1])
+  assert abs(errors[0]) > 1e-4
+  assert 10 < errors[0] / errors[1] < 25
+  assert 3 < differences[0] / differences[1] < 5
+
+
+def test_theory_of_squared_loss():
+  """The term of the outputs is `|df|^2` where the loss is `|z - y|^2 / 2`."""
+  x, _, _ = batched_problem()
+  batches = evaluation.batched({'x': x, 'y': x[:, :3]}, 4)
+  first, second = model(1), model(2)
+  found = landscape.soup_minus_ensemble(
+      logits_fn,
+      first,
+      second,
+      batches,
+      output_loss_fn=lambda z, batch: 0.5 * jnp.square(z - batch['y']).sum(-1),
+  )
+  difference = network(second, x) - network(first, x)
+  expected = np.mean((difference**2).sum(-1))
+  assert found.variance == pytest.approx(expected, rel=1e-4)
+
+
+def test_theory_of_narrow_parameters():
+  """bfloat16 would round what a derivative is made of."""
+  _, _, batches = batched_problem()
+  narrow = [model(k, dtype=jnp.bfloat16) for k in (1, 2)]
+  wide = jax.tree.map(lambda x: x.astype(np.float32), narrow)
+  np.testing.assert_allclose(
+      landscape.soup_minus_ensemble(logits_fn, *narrow, batches),
+      landscape.soup_minus_ensemble(logits_fn, *wide, batches),
+      rtol=1e-5,
+  )
+
+
+def test_theory_names_wrong_losses():
+  _, _, batches = batched_problem()
+  models = model(1), model(2)
+  with pytest.raises(ValueError, match=r'shape \(\): expected \[4\]'):
+    landscape.soup_minus_ensemble(
+        logits_fn, *models, batches, output_loss_fn=lambda z, _: z.mean()
+    )
+  with pytest.raises(ValueError, match='no example'):
+    landscape.soup_minus_ensemble(logits_fn, *models, [])
+
+
+def test_pairs():
+  x, label, batches = batched_problem()
+  theta_0, models = model(0), Counting(model(k) for k in range(1, 5))
+  told = []
+  found = landscape.pairs(
+      models, theta_0, logits_fn, batches, on_pair=told.append
+  )
+  assert told == found
+  assert [p.members for p in found] == [
+      (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)
+  ]  # fmt: skip
+  models = list(models)
+  right = lambda logits: np.mean(logits.argmax(-1) == label)
+  for pair in found:
+    first, second = (models[k] for k in pair.members)
+    outputs = network(first, x), network(second, x)
+    singles = [right(z) for z in outputs]
+    np.testing.assert_allclose(pair.singles, singles, atol=1e-6)
+    soup = right(network(between(first, second, 0.5), x))
+    assert pair.soup == pytest.approx(soup)
+    assert pair.ensemble == pytest.approx(right(sum(outputs)))
+    assert pair.gain == pytest.approx(soup - np.mean(singles))
+    expected = landscape.angle(theta_0, first, second)
+    assert pair.angle == pytest.approx(expected, abs=1e-3)
+  only = landscape.pairs(models, theta_0, logits_fn, batches, members=[(1, 3)])
+  assert only == [found[4]]
+
+
+# Sharpness.
+
+
+def loss_of(params, batch):
+  logits = logits_fn(params, batch)
+  rows = jnp.take_along_axis(
+      jax.nn.log_softmax(logits), batch['label'][:, None], 1
+  )
+  return -rows[:, 0]
+
+
+def hessian(params, x, label):
+  """The whole Hessian, in float32, and symmetric."""
+  from jax import flatten_util
+
+  vector, unravel = flatten_util.ravel_pytree(params)
+  loss_fn = lambda v: loss_of(unravel(v), {'x': x, 'label': label}).mean()
+  return np.asarray(jax.hessian(loss_fn)(vector), np.float64)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_sharpness_of_a_network(seed):
+  x, label, batches = batched_problem()
+  params = model(seed)
+  eigenvalues = np.linalg.eigvalsh(hessian(params, x, label))
+  loss_fn = lambda params: loss_of(params, {'x': x, 'label': label}).mean()
+  for fn in (loss_fn, evaluation.mean_of(loss_of, batches)):
+    found = landscape.sharpness(fn, params, tolerance=1e-4)
+    assert found.eigenvalue == pytest.approx(eigenvalues[-1], rel=1e-3)
+    assert found.error <= 1e-4 * found.eigenvalue
+    assert found.num_steps < len(eigenvalues)
+    # What the error promises: some eigenvalue is that near.
+    nearest = np.min(np.abs(eigenvalues - found.eigenvalue))
+    assert nearest <= found.error + 1e-4 * eigenvalues[-1]
+
+
+def test_sharpness_is_the_largest_not_the_steepest_down():
+  """Of -5, 1 and 2 it is 2; power iteration would find -5."""
+  rng = np.random.default_rng(0)
+  q, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+  matrix = (q * [-5.0, 1.0, 2.0] @ q.T).astype(np.float32)
+  loss_fn = lambda w: 0.5 * w @ matrix @ w
+  found = landscape.sharpness(loss_fn, np.ones(3, np.float32))
+  assert found.eigenvalue == pytest.approx(2, rel=1e-3)
+
+
+def test_sharpness_of_a_flat_loss():
+  found = landscape.sharpness(lambda w: 3 * w.sum(), np.ones(4, np.float32))
+  assert found == (0, 0, 1)
+
+
+def test_sharpness_stops_and_tells_the_error():
+  """After one step the error is large, and the bound holds."""
+  values = np.linspace(1, 10, 40).astype(np.float32)
+  loss_fn = lambda w: 0.5 * (values * w) @ w
+  found = landscape.sharpness(loss_fn, np.ones(40, 'f'), max_steps=2)
+  assert found.num_steps == 2 and found.error > 0.1
+  assert np.min(np.abs(values - found.eigenvalue)) <= found.error
+  found = landscape.sharpness(loss_fn, np.ones(40, 'f'), tolerance=1e-5)
+  assert found.eigenvalue == pytest.approx(10, rel=1e-4)
+
+
+def test_sharpness_of_narrow_and_integer_leaves():
+  params = {'w': jnp.ones(3, jnp.bfloat16), 'step': np.int32(2)}
+  weights = np.array([1.0, 2.0, 3.0], np.float32)
+  loss_fn = lambda p: p['step'] * (weights * p['w']) @ p['w']
+  found = landscape.sharpness(loss_fn, params)
+  assert found.eigenvalue == pytest.approx(12, rel=1e-4)
+  with pytest.raises(ValueError, match='no floats'):
+    landscape.sharpness(lambda p: 0.0, {'step': np.int32(2)})
+
+
+def test_sharpness_on_a_mesh(on_mesh):
+  values = np.arange(1, 9, dtype=np.float32)
+  scale = on_mesh.put(values)
+  params = on_mesh.put(np.ones(8, np.float32))
+  found = landscape.sharpness(lambda w: 0.5 * jnp.sum(scale * w * w), params)
+  assert found.eigenvalue == pytest.approx(8, rel=1e-3)
+
+
+def test_sharpness_where_transfers_are_forbidden():
+  params = jax.device_put(model(1))
+  expected = landscape.sharpness(square, params)
+  with jax.transfer_guard('disallow'):
+    assert landscape.sharpness(square, params) == expected
+  assert expected.eigenvalue == pytest.approx(2, rel=1e-5)
+
+
+# Features.
+
+
+@pytest.mark.parametrize('num', [6, 50])
+def test_cka_equals_its_kernel_form(num):
+  """`<K H, H L> / sqrt(...)` with the centering matrix H."""
+  rng = np.random.default_rng(0)
+  features = [rng.normal(size=(num, d)) for d in (7, 7, 12)]
+  features[1] = features[0] + 0.5 * features[1]
+  center = np.eye(num) - 1 / num
+  kernels = [center @ x @ x.T @ center for x in features]
+  inner = np.array([[np.trace(a @ b) for b in kernels] for a in kernels])
+  norms = np.sqrt(np.diagonal(inner))
+  actual = landscape.cka([x.astype(np.float32) for x in features])
+  np.testing.assert_allclose(actual, inner / np.outer(norms, norms), rtol=1e-5)
+
+
+def test_cka_does_not_see_rotations_and_permutations():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(30, 6))
+  rotation, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+  found = landscape.cka([x, 3 * x @ rotation + 1, x[:, ::-1], 0 * x])
+  np.testing.assert_allclose(found[:3, :3], 1, rtol=1e-6)
+  assert np.isnan(found[3]).all()
+
+
+def test_cka_of_different_examples_is_refused():
+  with pytest.raises(ValueError, match=r'\(4, 2\), \(5, 2\)'):
+    landscape.cka([np.ones((4, 2)), np.ones((5, 2))])
