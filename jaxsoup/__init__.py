@@ -26,6 +26,7 @@ if TYPE_CHECKING:
   from jaxsoup import report as report
   from jaxsoup import sharding as sharding
   from jaxsoup import statistics as statistics
+  from jaxsoup import studies as studies
   from jaxsoup._checked import check_compatible as check_compatible
   from jaxsoup._mixing import mix as mix
   from jaxsoup._mixing import stack as stack
@@ -67,6 +68,7 @@ _MODULES = (
     'report',
     'sharding',
     'statistics',
+    'studies',
 )
 __all__ = sorted([*sum(_EXPORTS.values(), ()), *_MODULES])
 

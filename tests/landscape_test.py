@@ -672,3 +672,14 @@ def test_cka_does_not_see_rotations_and_permutations():
 def test_cka_of_different_examples_is_refused():
   with pytest.raises(ValueError, match=r'\(4, 2\), \(5, 2\)'):
     landscape.cka([np.ones((4, 2)), np.ones((5, 2))])
+
+
+def test_lines_read_the_first_of_a_row_once():
+  models = Counting(model(k) for k in range(4))
+  members = [(0, 1), (0, 2), (2, 3)]
+  found = landscape.lines(square, models, members, num=5)
+  assert list(found) == members
+  assert models.reads == [1, 1, 2, 1]
+  for (i, j), path in found.items():
+    expected = landscape.line(square, model(i), model(j), num=5)
+    np.testing.assert_array_equal(path.loss, expected.loss)

@@ -22,6 +22,7 @@ LAYERS = (
         'landscape',
         'sharding',
         'statistics',
+        'studies',
     ),
     ('checkpoints', 'report', 'lora'),
     ('models', 'data'),

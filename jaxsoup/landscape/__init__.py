@@ -16,6 +16,7 @@ from jaxsoup.landscape._grids import Path as Path
 from jaxsoup.landscape._grids import Plane as Plane
 from jaxsoup.landscape._grids import barrier as barrier
 from jaxsoup.landscape._grids import line as line
+from jaxsoup.landscape._grids import lines as lines
 from jaxsoup.landscape._grids import plane as plane
 from jaxsoup.landscape._theory import Pair as Pair
 from jaxsoup.landscape._theory import SoupMinusEnsemble as SoupMinusEnsemble

@@ -1,6 +1,7 @@
 """The loss on lines and planes between models."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -103,6 +104,39 @@ def line(
   t = np.linspace(0, 1, num)
   grid = Grid([theta_1, theta_2], chunk_size, sharding, on_points)
   return Path(t, grid.values(loss_fn, np.stack([1 - t, t], axis=1)))
+
+
+def lines(
+    loss_fn: Callable[[Params], Any],
+    ingredients: Sequence[Params],
+    members: Iterable[tuple[int, int]],
+    num: int = 21,
+    **options: Any,
+) -> dict[tuple[int, int], Path]:
+  """The loss on the lines between pairs of ingredients.
+
+  With pairs that share a learning rate it shows up to which rate runs stay in
+  one basin; with pairs of other starts, that those are in others.
+
+  Args:
+    loss_fn: as in `line`.
+    ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
+    members: the pairs. Of those in a row with the same first one it is read
+      once.
+    num: number of points of each.
+    **options: those of `line`.
+
+  Returns:
+    A `Path` for each pair.
+
+  Raises:
+    ValueError: as in `line`.
+  """
+  first = functools.lru_cache(1)(ingredients.__getitem__)
+  return {
+      (i, j): line(loss_fn, first(i), ingredients[j], num, **options)
+      for i, j in members
+  }
 
 
 def barrier(path: Path) -> float:
