@@ -45,12 +45,14 @@ def plane(
 
   Source: figure 2 of Wortsman et al. 2022.
   """
+  from matplotlib import colors
+
   loss = found.loss * scale
-  # Of equal mass: a cliff in a corner takes no colours from the basin.
-  levels = np.unique(np.quantile(loss, np.linspace(0, 1, num_levels)))
-  if len(levels) < 2:
-    levels = np.array([levels[0], levels[0] + 1])
-  filled = ax.contourf(found.x, found.y, loss, levels, cmap=f'{_MAP}_r')
+  levels = _levels(loss, num_levels)
+  norm = colors.BoundaryNorm(levels, 256)
+  filled = ax.contourf(
+      found.x, found.y, loss, levels, cmap=f'{_MAP}_r', norm=norm
+  )
   ax.contour(
       found.x, found.y, loss, levels, colors='white', linewidths=0.4, alpha=0.6
   )
@@ -59,31 +61,33 @@ def plane(
   from_origin = np.hypot(*found.points.T)
   is_off = found.off > 0.5 * np.hypot(from_origin, found.off)
   for i, (name, point) in enumerate(zip(names, found.points)):
-    face = 'none' if is_off[i] else 'white'
-    marker = _plots.MARKERS[(i - 3) % 6] if i > 2 else 'o'
     ax.scatter(
         *point,
         s=70 if i > 2 else 40,
-        marker=marker,
-        facecolors=face,
+        marker=_plots.MARKERS[(i - 3) % 6] if i > 2 else 'o',
+        facecolors='none' if is_off[i] else 'white',
         edgecolors='black',
         linewidths=1,
-        zorder=3,
-        clip_on=False,
+        zorder=4,
     )
     ax.annotate(
         name,
         point,
-        (6, 5),
+        (7, 6),
         textcoords='offset points',
-        fontsize=9,
-        color='black',
-        zorder=4,
+        fontsize=8,
+        zorder=3,
         bbox=dict(boxstyle='round,pad=0.15', fc='white', ec='none', alpha=0.7),
     )
   ax.set_xlabel(f'from {names[0]} towards {names[1]}')
   ax.set_ylabel('at a right angle to it')
   ax.set_aspect('equal')
+
+
+def _levels(loss: np.ndarray, num: int) -> np.ndarray:
+  """Of equal mass: a cliff in a corner takes no colours from the basin."""
+  levels = np.unique(np.quantile(loss, np.linspace(0, 1, num)))
+  return levels if len(levels) > 1 else levels[0] + np.array([0, 1])
 
 
 def lines(
@@ -129,7 +133,7 @@ def angles_and_gains(
     pairs: Sequence[Pair],
     *,
     values: Sequence[float] | None = None,
-    label: str = 'accuracy',
+    label: str = 'accuracy (points)',
     values_label: str = 'mean learning rate',
     scale: float = 100,
 ) -> None:
@@ -149,7 +153,7 @@ def angles_and_gains(
   _scatter(ax, x, y, values, values_label)
   ax.axhline(0, color='black', linewidth=0.8, linestyle=':')
   ax.set_xlabel('angle at the initialization (degrees)')
-  ax.set_ylabel(f'{label} of the soup, less the mean of the two')
+  ax.set_ylabel(f'soup less mean of the two, {label}')
 
 
 def against_ensembles(
@@ -341,12 +345,15 @@ def matrix(
     label: what the numbers are.
     fmt: how they are written; up to twelve models have room for that.
   """
-  values = np.asarray(values)
-  image = ax.imshow(values, cmap=_MAP)
+  values = np.asarray(values, float)
+  # What a model has with itself takes no colours from the others.
+  others = values[~np.eye(len(names), dtype=bool)]
+  low, high = np.nanmin(others), np.nanmax(others)
+  image = ax.imshow(values, cmap=_MAP, vmin=low, vmax=high)
   ax.figure.colorbar(image, ax=ax, label=label)
   if len(names) <= _MAX_NUMBERS:
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (i, j), value in np.ndenumerate(values):
+      colour = 'black' if value > (low + high) / 2 else 'white'
       ax.text(
           j,
           i,
@@ -354,7 +361,7 @@ def matrix(
           ha='center',
           va='center',
           fontsize=8,
-          color='black' if value > middle else 'white',
+          color=colour,
       )
   ax.set_xticks(range(len(names)), names, fontsize=8)
   ax.set_yticks(range(len(names)), names, fontsize=8)
