@@ -312,7 +312,7 @@ class Grid:
   def _chunk(self, loss_fn, alpha, stacked) -> Any:
     alpha = jax.device_put(alpha, self._sharding)
     if self._size == 1:
-      floats = [x[0] for x in _mixing.mix_many(alpha, stacked)]
+      floats = _first(_mixing.mix_many(alpha, stacked))
       return [_value(loss_fn, self.models.replace(floats), self._is_traced)]
     floats = _mixing.mix_many(alpha, stacked)
     values = _values(loss_fn, self._repeated(floats))
@@ -328,6 +328,12 @@ class Grid:
         next(rows) if _tree.is_float(x) else _mixing.repeat([x], self._size)[0]
         for x in flat.leaves
     )
+
+
+@jax.jit
+def _first(leaves):
+  """Row 0 of each: where transfers are forbidden, old jax indexes only so."""
+  return [x[0] for x in leaves]
 
 
 def _check_chunks(size: int, sharding: NamedSharding | None) -> None:
