@@ -131,7 +131,7 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
     reason='only Linux lets a process forget its high-water mark',
 )
 def test_peaks_are_those_of_the_process():
-  """Within 20 %: pages, threads and what the allocator keeps come on top."""
+  """Within 30 %: pages, threads and what the allocator keeps come on top."""
   overrides = [
       'model.width=384',
       'model.depth=1',
@@ -170,7 +170,7 @@ def test_peaks_are_those_of_the_process():
   for name in large:
     planned, measured = found[name]
     assert planned > 100e6
-    assert measured == pytest.approx(planned, rel=0.2), name
+    assert measured == pytest.approx(planned, rel=0.3), name
 
 
 class Counted(list):
