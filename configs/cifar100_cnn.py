@@ -43,12 +43,13 @@ and re-estimated, 58.3 ± 12.7, 78.6 ± 0.1 and 78.4 ± 0.3 (pretrained), and
 
 Both causes are real. BatchNorm: from one random start the soup is at chance
 with averaged statistics, and re-estimating alone brings back 52 points, though
-it gives single models no more than half a point. The start: ten points below
+it gives the mean of the single models half a point. The start: ten points below
 the mean of singles are left, and where every run has a start of its own no
 statistics help. From a pre-trained start averaging the statistics is enough in
 distribution, and under shift better than re-estimating them by four points;
 only to keep those of one ingredient is harmful. Greedy and pruned soups, which
-searched with averaged statistics, kept one model from either start.
+searched with averaged statistics, kept one model on all splits from scratch,
+and on four of six searches from the pre-trained start.
 
 What it does not show. One seed, one architecture, one data set. Start and
 training go together: pre-trained runs took 4 epochs at rates of 2e-4 to 1e-3,
@@ -57,9 +58,10 @@ they went. Two runs are few for scratch_apart. No uniform soup beats the best
 single model on the test images beyond the error of 1.7 points. Searches with
 re-estimated statistics, which are the default below, were not measured.
 
-These are of another draw than `sweep` makes; pre-trained runs fell behind their
-linear probe (79.2), for which they now have 8 epochs and higher rates. A start
-takes 10 to 15 minutes on two busy cores, `runlocal` one or two.
+These are of another draw than `sweep` makes, and the re-estimated mean was
+computed apart from the command; pre-trained runs fell behind their linear probe
+(79.2), for which they now have 8 epochs and higher rates. A start takes 10 to
+15 minutes on two busy cores, `runlocal` one or two.
 
 Source: Dansereau et al. 2023, "Model soups to increase inference without
 increasing compute time".
