@@ -637,7 +637,7 @@ def _counts(config, num_ingredients) -> dict[str, tuple[int, int, int]]:
       'learned, resident': (k, epochs + 1, steps),
       'learned, streamed': (streamed, epochs + 1, steps),
       'learned, cached': (2 * k, epochs + 1, steps),
-      'Model Stock': (k + 3, 0, 0),
+      'Model Stock': (k + 2, 0, 0),
       'ensembles': (k + 1, k, 0),
   }
 
