@@ -11,6 +11,8 @@ from jaxsoup.report._plots import save as save
 from jaxsoup.report._plots import scatter as scatter
 from jaxsoup.report._plots import trials as trials
 from jaxsoup.report._tables import Row as Row
+from jaxsoup.report._tables import averaged as averaged
+from jaxsoup.report._tables import best_single as best_single
 from jaxsoup.report._tables import markdown as markdown
 from jaxsoup.report._tables import mean_rows as mean_rows
 from jaxsoup.report._tables import read_rows as read_rows

@@ -121,7 +121,7 @@ def with_gains(
         f'There are {len(rows)} rows, and logits of {len(logits)}: expected a '
         'mapping of logits for each row, in the same order.'
     )
-  best = _best(rows)
+  best = best_single(rows)
   if best is None:
     return list(rows)
   _refuse_twice(logits[best])
@@ -160,7 +160,7 @@ def _refuse_twice(logits: Mapping[str, Any]) -> None:
       )
 
 
-def _best(rows: Sequence[Row]) -> int | None:
+def best_single(rows: Sequence[Row]) -> int | None:
   """The index of the best single model on held-out data, if there is one."""
   singles = [i for i, row in enumerate(rows) if row.kind == 'single']
   return max(singles, key=lambda i: rows[i].held_out, default=None)
@@ -178,7 +178,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
   """
   singles = [row for row in rows if row.kind == 'single']
   others = [row for row in rows if row.kind != 'single']
-  best = _best(rows)
+  best = best_single(rows)
   if best is None:
     return others
   mean = mean_rows([[single] for single in singles])[0][0]
@@ -222,6 +222,30 @@ def mean_rows(tables: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
     deviations.append(
         _aggregate(rows[0], columns, {'mean': per_table}, _deviation)
     )
+  return means, deviations
+
+
+def averaged(
+    tables: Sequence[Sequence[Row]],
+) -> tuple[list[Row], list[Row]]:
+  """Means and deviations as of `mean_rows`, over splits of the same examples.
+
+  Args:
+    tables: one table a split.
+
+  Returns:
+    (means, deviations); the gains are those of `statistics.over_splits`, since
+    splits share examples.
+  """
+  means, deviations = mean_rows(tables)
+  for i, rows in enumerate(zip(*tables)):
+    gains = rows[0].gains
+    if len(tables) > 1:
+      gains = {
+          key: statistics.over_splits([row.gains[key] for row in rows])
+          for key in gains
+      }
+    means[i] = means[i]._replace(gains=gains)
   return means, deviations
 
 
