@@ -64,7 +64,9 @@ def read_scores(
     shifts = [name for name in columns if name.startswith('shifts.')]
   used = [held_out, test, *shifts]
   for name in used:
-    _check_column(path, name, columns, is_given=name not in ('held_out', 'test'))
+    _check_column(
+        path, name, columns, is_given=name not in ('held_out', 'test')
+    )
   if twice := sorted({name for name in used if used.count(name) > 1}):
     raise ValueError(
         f'{path}: column {twice[0]!r} is to be more than one of held-out, test '

@@ -2,9 +2,9 @@
 
 ```
 sections = [
-    report.table_section(rows),
-    *report.scatter_sections(rows),
-    *report.setting_sections(rows, settings),
+    table_section(rows),
+    *scatter_sections(rows),
+    *setting_sections(rows, settings),
 ]
 ```
 """
@@ -424,5 +424,3 @@ def _percent(value: float) -> str:
 def _range(values: Any) -> str:
   values = list(values)
   return f'{100 * min(values):.1f} to {100 * max(values):.1f} %'
-
-

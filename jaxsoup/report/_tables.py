@@ -80,7 +80,11 @@ _SCORES = {
 def read_rows(path: Any) -> list[Row]:
   """Reads the rows of `results.json`, or of any JSON list of such rows."""
   content = json.loads(pathlib.Path(path).read_text())
-  rows = content['rows'] if isinstance(content, dict) else content
+  return rows_of(content['rows'] if isinstance(content, dict) else content)
+
+
+def rows_of(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+  """Rows from what JSON keeps of them."""
   return [
       Row(**row)._replace(
           gains={k: Comparison(*x) for k, x in row.get('gains', {}).items()}
