@@ -159,6 +159,8 @@ def trial_sections(
         f'has {num} model{"s" * (num != 1)} and a held-out score of '
         f'{info.score * scale:.4g}.'
     )
+    if info.score > max(t.score for t in info.trials if t.accepted):
+      text += ' It is the best single model, which no trial reached.'
     pictures.append(
         Picture(
             f'trials_{_file(name)}',
