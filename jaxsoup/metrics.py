@@ -115,12 +115,12 @@ class Reliability(NamedTuple):
   Attributes:
     confidence: mean probability of the predicted class, `[B]`.
     accuracy: share of right predictions, `[B]`.
-    count: examples, `[B]` int32.
+    num: examples, `[B]` int32.
   """
 
   confidence: jax.Array
   accuracy: jax.Array
-  count: jax.Array
+  num: jax.Array
 
 
 @_metric
@@ -180,7 +180,7 @@ def expected_calibration_error(
   """
   found = reliability(logits, labels, num_bins=num_bins)
   gap = jnp.abs(found.accuracy - found.confidence)
-  return (gap * found.count).sum() / labels.shape[0]
+  return (gap * found.num).sum() / labels.shape[0]
 
 
 def _confusion(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 from typing import Annotated
+from typing import Any
 
 import typer
 
@@ -52,7 +53,7 @@ def report(
     as_json: _common.Json = False,
 ) -> None:
   """Writes one HTML file: tables, pictures, and how all was made."""
-  columns = {
+  columns: dict[str, Any] = {
       'held_out': held_out,
       'test': test,
       'shifts': shifts and [name.strip() for name in shifts.split(',')],

@@ -20,8 +20,7 @@ from jaxsoup.report._tables import Row
 
 KINDS = ('single', 'soup', 'ensemble')
 _NAMES = ('name', 'model_name', 'model')
-_NUMBERS = {'nll': math.nan, 'ece': math.nan, 'cost': 1.0}
-_NOT_SETTINGS = {*_NAMES, *_NUMBERS, 'kind', 'metric'}
+_NOT_SETTINGS = {*_NAMES, 'kind', 'metric', 'nll', 'ece', 'cost'}
 
 
 def read_scores(
@@ -111,6 +110,9 @@ def _row(where, record, number, held_out, test, shifts) -> Row:
     )
   name = next((record[n] for n in _NAMES if _is_there(record, n)), None)
   scores = {k: _score(where, record, k) for k in (held_out, test, *shifts)}
+  number = lambda k, default: (
+      _number(where, record, k) if _is_there(record, k) else default
+  )
   return Row(
       name=f'row {number}' if name is None else str(name),
       kind=kind,
@@ -118,10 +120,9 @@ def _row(where, record, number, held_out, test, shifts) -> Row:
       test=scores[test],
       shifts={k.removeprefix('shifts.'): scores[k] for k in shifts},
       metric=record.get('metric') or 'accuracy',
-      **{
-          k: _number(where, record, k) if _is_there(record, k) else default
-          for k, default in _NUMBERS.items()
-      },
+      nll=number('nll', math.nan),
+      ece=number('ece', math.nan),
+      cost=number('cost', 1.0),
   )
 
 

@@ -159,7 +159,8 @@ def trial_sections(
         f'has {num} model{"s" * (num != 1)} and a held-out score of '
         f'{info.score * scale:.4g}.'
     )
-    if info.score > max(t.score for t in info.trials if t.accepted):
+    reached = max((t.score for t in info.trials if t.accepted), default=-np.inf)
+    if info.score > reached:
       text += ' It is the best single model, which no trial reached.'
     pictures.append(
         Picture(
@@ -286,25 +287,14 @@ def calibration_sections(
   """
   if not curves:
     return []
-  gaps = {
-      name: {k: np.asarray(x, float) for k, x in curve.items()}
-      for name, curve in curves.items()
-  }
-  share = {name: x['count'] / x['count'].sum() for name, x in gaps.items()}
-  mean = lambda name, x: float(share[name] @ x)
   body = [
-      [
-          name,
-          f'{100 * mean(name, x["confidence"]):.1f}',
-          f'{100 * mean(name, x["accuracy"]):.1f}',
-          f'{100 * mean(name, np.abs(x["accuracy"] - x["confidence"])):.1f}',
-      ]
-      for name, x in gaps.items()
+      [name, *(f'{100 * x:.1f}' for x in _calibration(curve))]
+      for name, curve in curves.items()
   ]
   alt = 'Reliability diagram. Mean confidence and share that is right: ' + (
       '; '.join(f'{line[0]} {line[1]} %, {line[2]} %' for line in body)
   )
-  num_bins = len(next(iter(gaps.values()))['count'])
+  num_bins = len(next(iter(curves.values()))['num'])
   parts = [
       Table(['', 'confidence', 'right', 'ECE'], body),
       'In per cent, on test data.',
@@ -320,9 +310,19 @@ def calibration_sections(
   records = [
       {'model': name, 'bin': b, **{k: v[b] for k, v in curve.items()}}
       for name, curve in curves.items()
-      for b in range(len(curve['count']))
+      for b in range(len(curve['num']))
   ]
   return [Section('Calibration', parts, {'calibration': records})]
+
+
+def _calibration(curve: Mapping[str, Any]) -> tuple[float, float, float]:
+  """Mean confidence, share that is right, expected calibration error."""
+  confidence, accuracy = np.array(curve['confidence']), curve['accuracy']
+  gap = np.abs(confidence - accuracy)
+  return tuple(
+      float(np.average(x, weights=curve['num']))
+      for x in (confidence, accuracy, gap)
+  )  # type: ignore[return-value]
 
 
 def setting_sections(
@@ -381,7 +381,7 @@ def _setting(name, values, rows, chosen) -> Picture:
       lambda ax: _charts.against(ax, name, values, scores, chosen, label=label),
       f'Held-out {rows[0].metric} against {name}, {span}. The best of '
       f'{len(rows)} models has {shown}, and {_percent(scores[best])}.',
-      size=(4.0, 2.8),
+      size=(4.8, 3.2),
   )
 
 
