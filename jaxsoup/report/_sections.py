@@ -11,6 +11,7 @@ sections = [
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 import numpy as np
@@ -165,8 +166,8 @@ def trial_sections(
     pictures.append(
         Picture(
             f'trials_{_file(name)}',
-            lambda ax, one={name: info}: _plots.trials(
-                ax, one, label=label, scale=scale
+            functools.partial(
+                _plots.trials, infos={name: info}, label=label, scale=scale
             ),
             f'Held-out score against trial. {text}',
             text,
