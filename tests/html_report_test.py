@@ -22,6 +22,7 @@ from jaxsoup._soup import LearnedInfo
 from jaxsoup.report import _charts
 from jaxsoup.report import _page
 from jaxsoup.report import _plots
+from jaxsoup.report import _sections
 
 VOID = {'meta', 'link', 'img', 'br', 'hr', 'input'}
 # A name that would be read as HTML where it is not escaped.
@@ -354,6 +355,13 @@ def test_calibration_is_that_of_the_table(written):
     assert table[name]['ECE'] == f'{100 * rows[row].ece:.1f}'
     assert table[name]['right'] == f'{100 * rows[row].test:.1f}'
   assert sum(int(r['num']) for r in read_csv(files, 'calibration.csv')) == 900
+
+
+def test_calibration_weighs_bins():
+  bins = {'confidence': [0.5, 0.9], 'accuracy': [0.0, 1.0], 'num': [1, 3]}
+  (section,) = _sections.calibration_sections({'a': bins})
+  # (0.5 + 3 x 0.9) / 4, (0 + 3 x 1) / 4, (0.5 + 3 x 0.1) / 4.
+  assert section.parts[0].rows == [['a', '80.0', '75.0', '20.0']]
 
 
 def test_reliability_of_two_classes_is_that_of_sklearn():

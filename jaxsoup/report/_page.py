@@ -283,6 +283,7 @@ def svg(picture: Picture) -> str:
   )
 
 
+# A shade at the right edge says that a table goes on there.
 # Okabe and Ito's colours in the pictures have at least a contrast of three to
 # one with both backgrounds, but for yellow and sky blue on white, which carry
 # marks of different shapes, too.
@@ -304,7 +305,10 @@ p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; }
 a { color: var(--link); }
 nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: 0;
   list-style: none; }
-.scroll { overflow-x: auto; margin: .6rem 0; }
+.scroll { overflow-x: auto; margin: .6rem 0; background:
+  linear-gradient(var(--page), var(--page)) right / .8rem 100% local no-repeat,
+  linear-gradient(to left, var(--soft), transparent) right / .6rem 100% scroll
+  no-repeat; }
 table { border-collapse: collapse; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .65rem; text-align: right; white-space: nowrap; }
