@@ -17,6 +17,27 @@ patches. Training may move, turn and scale them and mix two; the shifts are
 corruptions of other kinds, of images that no other set has. The held-out set
 and the test set are drawn three times from the same 1,500 images, none of which
 any run was trained on.
+
+Measured, per cent, mean ± standard deviation over those three splits, 16 runs:
+
+                   held-out    test        mean of shifts  NLL    ECE
+  best single      86.3 ± 0.5  84.8 ± 0.1  69.7 ± 2.5      0.492   8.9
+  mean of singles  84.5 ± 0.4  84.0 ± 0.2  70.1 ± 0.0      0.537  10.5
+  uniform          85.1 ± 0.1  85.2 ± 0.1  73.5 ± 0.0      0.484   9.1
+  greedy           87.1 ± 0.6  85.1 ± 0.7  71.8 ± 2.4      0.447   4.5
+  pruned           86.7 ± 0.6  85.5 ± 0.6  71.4 ± 1.5      0.473   7.6
+  learned          85.2 ± 0.4  85.4 ± 0.2  74.1 ± 0.3      0.427   3.8
+  ... by tensor    85.6 ± 0.3  85.0 ± 0.3  74.1 ± 0.3      0.430   3.5
+  Model Stock      84.7 ± 0.2  84.7 ± 0.1  73.5 ± 0.0      0.497   9.8
+  ensemble         86.3 ± 0.8  86.4 ± 0.4  73.2 ± 0.0      0.459   9.6
+  greedy ensemble  87.7 ± 0.2  85.5 ± 0.2  73.2 ± 1.3      0.465   8.3
+
+The uniform soup is 1.2 points above the mean of its ingredients on test and 3.4
+on the shifts, level there with the ensemble of 16. Over the best single its
+gain is +0.4 [-1.1, 1.9] on test and +3.8 [-1.8, 9.3] on the shifts, where the
+best single of the three splits has 67.2 to 72.1. The gain is in noise, impulses
+and occlusion (+5.7, +8.3, +7.2); blurred and low-contrast images gain nothing
+(-0.7, -1.7). 33 minutes on two busy cores.
 """
 
 from importlib import metadata

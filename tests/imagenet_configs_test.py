@@ -175,7 +175,8 @@ def clip_folder(tmp_path):
       dict(_names.write(params, kind.table())), folder / 'model.safetensors'
   )
   heads = {'num_attention_heads': 2}
-  config = {'model_type': 'clip', 'vision_config': heads, 'text_config': heads}
+  config = {'model_type': 'clip', 'vision_config': heads}
+  config['text_config'] = heads | {'eos_token_id': WORDS.index('end')}
   (folder / 'config.json').write_text(json.dumps(config))
   vocab = {word: i for i, word in enumerate(WORDS)}
   made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, '[UNK]'))

@@ -148,6 +148,7 @@ def _from_vocabulary(file: pathlib.Path, length: int) -> Tokenizer:
 def _wrapped(made, file: pathlib.Path, length: int) -> Tokenizer:
   """A tokenizer of the library `tokenizers` as ours."""
   _check_length(length, made.num_special_tokens_to_add(True), file)
+  padding = made.padding or {}
   made.no_padding()
   made.enable_truncation(length)
 
@@ -159,7 +160,8 @@ def _wrapped(made, file: pathlib.Path, length: int) -> Tokenizer:
     found = [made.token_to_id(name) for name in names]
     return next((i for i in found if i is not None), None)
 
-  pad_id = id_fn('[PAD]', '<pad>')
+  # CLIP pads with the end of a text.
+  pad_id = padding.get('pad_id', id_fn('[PAD]', '<pad>', '<|endoftext|>'))
   if pad_id is None:
     raise ValueError(
         f'{file} has no [PAD] and no <pad>, which fills up short texts: add '

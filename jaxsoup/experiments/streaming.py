@@ -78,7 +78,7 @@ class Streamed:
       The state after it, and the mean loss of the steps taken, [1].
     """
     # A state that was restored lies elsewhere.
-    state = jax.device_put(jax.tree.map(lambda x: x[0], state), self._shardings)
+    state = jax.device_put(state, self._shardings)
     key = jax.random.fold_in(jax.random.key(self._hyper['seed']), epoch)
     losses = []
     for step, batch in enumerate(self._batches(epoch, start), start):
