@@ -314,9 +314,9 @@ table { border-collapse: collapse; font-size: .9rem;
 th, td { padding: .3rem .65rem; text-align: right; white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 600;
   border-bottom: 1px solid var(--soft); vertical-align: bottom; }
-tbody tr:nth-child(even) > * { background: var(--band); }
+tbody tr > * { border-bottom: 1px solid var(--grid); }
 th:first-child { text-align: left; position: sticky; left: 0; font-weight: 600;
-  background: var(--page); max-width: 45vw; overflow: hidden;
+  background: var(--page); max-width: 60vw; overflow: hidden;
   text-overflow: ellipsis; }
 .caption, figcaption, summary { color: var(--soft); font-size: .9rem; }
 summary { cursor: pointer; padding: .3rem 0; }
