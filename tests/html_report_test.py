@@ -443,8 +443,7 @@ def test_several_splits(workdir, tmp_path):
 def test_least_of_an_experiment(tmp_path):
   """No soups on the disk, nothing shifted, nothing of what is left out."""
   rows = [r._replace(shifts={}, gains={})._asdict() for r in rows_of_models()]
-  content = {'config': {}, 'runs': [], 'rows': rows, 'alpha': {}}
-  (tmp_path / 'results.json').write_text(json.dumps(content))
+  (tmp_path / 'results.json').write_text(json.dumps({'rows': rows}))
   page = Page(report.write_report(tmp_path)[0].read_text(encoding='utf-8'))
   assert [a['href'] for a in page.of('a')] == ['#scores', '#provenance']
   assert not page.of('svg') and 'Scores: accuracy, in per cent.' in page.text
@@ -675,7 +674,7 @@ def test_command_with_wrong_input(tmp_path, workdir):
   begun.mkdir()
   cases = [
       (begun, 'is no workdir of an experiment'),
-      (tmp_path / 'no.csv', 'No such file'),
+      (tmp_path / 'no.csv', 'no.csv does not exist'),
   ]
   for source, text in cases:
     result = invoke('report', source)

@@ -24,8 +24,8 @@ def report(
         pathlib.Path | None,
         typer.Option(
             help='The HTML file; pictures and numbers go into the directory of'
-            ' that name without its ending. [WORKDIR/report.html, or as the'
-            ' file of scores]',
+            ' that name without its ending. Else WORKDIR/report.html, or as'
+            ' the file of scores.',
             show_default=False,
         ),
     ] = None,
@@ -33,21 +33,21 @@ def report(
         str | None,
         typer.Option(
             metavar='COLUMN',
-            help='Scores: that of the data that chose. [held_out]',
+            help='Scores: that of the data that chose; else held_out.',
         ),
     ] = None,
     test: Annotated[
         str | None,
         typer.Option(
-            metavar='COLUMN', help='Scores: that of the test data. [test]'
+            metavar='COLUMN', help='Scores: that of the test data; else test.'
         ),
     ] = None,
     shifts: Annotated[
         str | None,
         typer.Option(
             metavar='COLUMN,...',
-            help='Scores: those of shifted test data. [those that begin with'
-            ' shifts.]',
+            help='Scores: those of shifted test data; else those that begin'
+            ' with shifts.',
         ),
     ] = None,
     as_json: _common.Json = False,

@@ -55,6 +55,11 @@ def read_scores(
       that choose and report at once.
   """
   path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(
+        f'{path} does not exist. A report needs the workdir of an experiment, '
+        'or a file of scores: .jsonl, .json or .csv.'
+    )
   records = list(_records(path))
   if not records:
     raise ValueError(f'{path} has no rows: expected one for each model.')

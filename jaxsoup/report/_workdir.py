@@ -120,7 +120,7 @@ def read_workdir(workdir: Any) -> Contents:
         )
     )
   try:
-    results = json.loads(path.read_text())
+    results = {'config': {}, 'runs': [], **json.loads(path.read_text())}
     rows = _tables.read_rows(path)
     tables = [_tables.rows_of(table) for table in results.get('splits', [])]
   except (KeyError, TypeError, ValueError) as e:
@@ -128,7 +128,7 @@ def read_workdir(workdir: Any) -> Contents:
         f'{path} is unreadable: {e}. Give the command of the experiment again: '
         'it is written anew.'
     ) from e
-  settings = _settings(rows, results.get('runs', []))
+  settings = _settings(rows, results['runs'])
   return Contents(rows, settings, tables, _soups(workdir, rows), results)
 
 
