@@ -1,6 +1,5 @@
 """The `jaxsoup` command. Imports jax only when a command needs it."""
 
-from collections.abc import Iterator
 import contextlib
 import json
 import math
@@ -9,11 +8,12 @@ import pathlib
 import re
 from typing import Annotated
 from typing import Any
-from typing import NoReturn
-import warnings
 
 import typer
 
+from jaxsoup.commands import report as report_command
+from jaxsoup.commands._common import Json
+from jaxsoup.commands._common import failures
 from jaxsoup.experiments import user_code
 
 app = typer.Typer(
@@ -25,9 +25,6 @@ app = typer.Typer(
     context_settings={'help_option_names': ['-h', '--help']},
 )
 
-Json = Annotated[
-    bool, typer.Option('--json', help='Print JSON for another program.')
-]
 Item = Annotated[
     str | None,
     typer.Option(help='Which item of a checkpoint that holds several.'),
@@ -47,29 +44,6 @@ def main() -> None:
   app()
 
 
-@contextlib.contextmanager
-def _failures() -> Iterator[None]:
-  """Turns the errors that a user can mend into one line and an exit code."""
-  try:
-    with warnings.catch_warnings():
-      warnings.showwarning = _show_warning
-      yield
-  except (
-      ImportError, MemoryError, OSError, TypeError, ValueError,
-      user_code.UserCodeError,
-  ) as e:  # fmt: skip
-    _fail(str(e), code=getattr(e, 'exit_code', 1))
-
-
-def _show_warning(message, *_, **__) -> None:
-  typer.echo(f'Warning: {message}', err=True)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-  typer.echo(f'Error: {message}', err=True)
-  raise typer.Exit(code)
-
-
 @app.command()
 def demo(
     workdir: Annotated[
@@ -84,7 +58,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
   """Fine-tunes a sweep on real images, cooks every soup, shows the table."""
-  with _failures():
+  with failures():
     from jaxsoup import report
     from jaxsoup.experiments import configs
     from jaxsoup.experiments import distributed
@@ -267,7 +241,7 @@ def soup(
     raise typer.BadParameter(
         'needs --num-processes and --process.', param_hint='--coordinator'
     )
-  with _failures():
+  with failures():
     if distributed or coordinator:
       from jaxsoup.experiments import distributed as distributed_lib
 
@@ -559,7 +533,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
   """Shows what is in checkpoints, and what does not fit together."""
-  with _failures():
+  with failures():
     from jaxsoup.checkpoints import inspection
 
     found = inspection.inspect(runs, item=item, deep=deep)
@@ -614,7 +588,7 @@ def plan(
   os.environ['XLA_FLAGS'] = (
       f'{os.environ.get("XLA_FLAGS", "")} {flag}={devices or 1}'.strip()
   )
-  with _failures():
+  with failures():
     import jax
 
     jax.config.update('jax_platforms', 'cpu')
@@ -694,7 +668,7 @@ def convert(
     raise typer.BadParameter(
         'an Orbax checkpoint is a directory: another name.', param_hint='OUT'
     )
-  with _failures():
+  with failures():
     from jaxsoup import models
 
     made = models.convert(
@@ -709,10 +683,13 @@ def convert(
   typer.echo(json.dumps({'path': made}) if as_json else made)
 
 
+app.command()(report_command.report)
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
   """Shows versions, devices, and pairs of versions that are known to clash."""
-  with _failures():
+  with failures():
     from jaxsoup import doctor as doctor_lib
 
     found = doctor_lib.examine()

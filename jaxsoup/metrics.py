@@ -7,11 +7,13 @@ metrics.expected_calibration_error(logits, labels, num_bins=15)
 
 All take logits `[N, C]` and labels `[N]` (integers in 0..C-1) and return a
 float32 scalar; `correct` and `log_likelihood` return one number an example,
-`[N]`. Higher is better for those, `accuracy`, `top_k_accuracy`, `f1` and
-`matthews`; lower for the others: put a minus in front to select on them.
+`[N]`, and `reliability` one a bin. Higher is better for those, `accuracy`,
+`top_k_accuracy`, `f1` and `matthews`; lower for the others: put a minus in
+front to select on them.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,14 +109,64 @@ def brier(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return jnp.square(p - jax.nn.one_hot(labels, p.shape[-1])).sum(-1).mean()
 
 
+class Reliability(NamedTuple):
+  """Confidence and accuracy in bins of equal mass, of rising confidence.
+
+  Attributes:
+    confidence: mean probability of the predicted class, `[B]`.
+    accuracy: share of right predictions, `[B]`.
+    num: examples, `[B]` int32.
+  """
+
+  confidence: jax.Array
+  accuracy: jax.Array
+  num: jax.Array
+
+
+@_metric
+def reliability(
+    logits: jax.Array, labels: jax.Array, *, num_bins: int = 15
+) -> Reliability:
+  """How often a model is right where it says how sure it is.
+
+  Args:
+    logits: `[N, C]`.
+    labels: `[N]`.
+    num_bins: bins hold the examples in order of their confidence, as equally
+      as N allows; at most N are used.
+
+  Returns:
+    A `Reliability`, `[B]` each.
+
+  Example:
+    >>> logits = np.log(np.array([[0.6, 0.4], [0.4, 0.6], [0.9, 0.1]]))
+    >>> found = reliability(logits, np.array([0, 0, 0]), num_bins=2)
+    >>> [x.tolist() for x in found]
+    [[0.6, 0.9], [0.5, 1.0], [2, 1]]
+
+  Source: Nguyen and O'Connor 2015 (adaptive bins); Guo et al. 2017.
+  """
+  num = labels.shape[0]
+  num_bins = min(num_bins, num)
+  confidence = jax.nn.softmax(logits.astype(jnp.float32)).max(-1)
+  order = jnp.argsort(confidence, stable=True)
+  # The same cut points as np.array_split: the first bins are one longer.
+  count = np.array(
+      [len(b) for b in np.array_split(range(num), num_bins)], np.int32
+  )
+  bins = np.repeat(np.arange(num_bins), count)
+  mean = lambda x: jax.ops.segment_sum(x[order], bins, num_bins) / count
+  right = correct(logits, labels).astype(jnp.float32)
+  return Reliability(mean(confidence), mean(right), jnp.asarray(count))
+
+
 @_metric
 def expected_calibration_error(
     logits: jax.Array, labels: jax.Array, *, num_bins: int = 15
 ) -> jax.Array:
   """The mean gap between confidence and accuracy, in bins of equal mass.
 
-  `sum_b |b|/N |acc(b) - conf(b)|`, where the bins hold the examples in order of
-  their confidence, as equally as N allows.
+  `sum_b |b|/N |acc(b) - conf(b)|`, with the bins of `reliability`.
 
   Args:
     logits: `[N, C]`.
@@ -126,17 +178,9 @@ def expected_calibration_error(
 
   Source: Nguyen and O'Connor 2015 (adaptive bins); Guo et al. 2017.
   """
-  num = labels.shape[0]
-  num_bins = min(num_bins, num)
-  confidence = jax.nn.softmax(logits.astype(jnp.float32)).max(-1)
-  order = jnp.argsort(confidence, stable=True)
-  gap = (correct(logits, labels) - confidence)[order]
-  # The same cut points as np.array_split: the first bins are one longer.
-  bins = np.repeat(
-      np.arange(num_bins),
-      [len(b) for b in np.array_split(range(num), num_bins)],
-  )
-  return jnp.abs(jax.ops.segment_sum(gap, bins, num_bins)).sum() / num
+  found = reliability(logits, labels, num_bins=num_bins)
+  gap = jnp.abs(found.accuracy - found.confidence)
+  return (gap * found.num).sum() / labels.shape[0]
 
 
 def _confusion(logits: jax.Array, labels: jax.Array) -> jax.Array:

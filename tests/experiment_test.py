@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxsoup import checkpoints
+from jaxsoup import report
 from jaxsoup.data import digits
 from jaxsoup.data import sources
 from jaxsoup.experiments import configs
@@ -250,6 +251,24 @@ def test_what_a_workdir_holds(uninterrupted):
   greedy = checkpoints.load(uninterrupted / 'soups/greedy')
   rows = {row['name']: row for row in results['rows']}
   assert rows['greedy']['held_out'] == pytest.approx(greedy.info.score)
+  # Bins of the best single model, soups and ensembles; beta is applied.
+  singles = [row for row in results['rows'] if row['kind'] == 'single']
+  rows['best single'] = max(singles, key=lambda row: row['held_out'])
+  assert len(results['calibration']) == 1 + 6 + 2
+  for name, bins in results['calibration'].items():
+    gap = np.abs(np.subtract(bins['confidence'], bins['accuracy']))
+    ece = np.average(gap, weights=bins['num'])
+    assert ece == pytest.approx(rows[name]['ece'], abs=1e-6)
+
+
+def test_report_of_a_workdir(uninterrupted, tmp_path):
+  files = report.write_report(uninterrupted, tmp_path / 'report.html')
+  text = files[0].read_text(encoding='utf-8')
+  for title in ('Scores', 'Mixing coefficients', 'Calibration', 'Provenance'):
+    assert f'>{title}</h2>' in text
+  greedy = [r for r in report.read_rows(uninterrupted / 'results.json')][5]
+  assert greedy.name == 'greedy'
+  assert f'<td>{100 * greedy.test:.1f}</td>' in text
 
 
 def test_workdir_begun_with_another_config(uninterrupted, cache, capsys):

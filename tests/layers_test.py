@@ -26,7 +26,7 @@ LAYERS = (
     ),
     ('checkpoints', 'report', 'lora'),
     ('models', 'data'),
-    ('experiments', 'cli', 'doctor'),
+    ('experiments', 'cli', 'commands', 'doctor'),
 )
 BASIC = {'jax', 'numpy', 'jaxsoup'}
 ALLOWED = (

@@ -81,6 +81,7 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
   labels = work.labels
   tables: list[list[report.Row]] = []
   first: dict[str, Any] = {}
+  calibration: dict[str, Any] = {}
   all_splits = splits(work)
   for i, split in enumerate(all_splits):
     scores = _scores(work, split, logits)
@@ -96,24 +97,11 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
       name = 'best single, re-estimated'
       models.logits['soup', name] = split.of(work.logits(params))
     tables.append(_rows(work, models, split.of(labels)))
+    calibration = calibration or _calibration(work, models, split, tables[0])
   work.progress_fn('reporting', 0.0)
   stable = stability(work, ingredients, all_splits[0], logits)
-  _write(work, tables, first, stable)
-  return averaged(tables)[0]
-
-
-def averaged(tables: list[list[report.Row]]):
-  """Means and deviations over splits; the gains are those of `over_splits`."""
-  means, deviations = report.mean_rows(tables)
-  for i, rows in enumerate(zip(*tables)):
-    gains = {
-        key: statistics.over_splits([row.gains[key] for row in rows])
-        for key in rows[0].gains
-    }
-    means[i] = means[i]._replace(
-        gains=gains if len(tables) > 1 else rows[0].gains
-    )
-  return means, deviations
+  _write(work, tables, first, calibration, stable)
+  return report.averaged(tables)[0]
 
 
 def splits(work: stages.Work) -> list[Split]:
@@ -273,6 +261,21 @@ def _models(work, ingredients, soups, logits, split, labels) -> Models:
   return models
 
 
+def _calibration(work, models: Models, split, rows) -> dict[str, Any]:
+  """Reliability on test data: of the best single, soups and ensembles."""
+  view = work.splits.views.get('test', lambda x: x)
+  label = split.of(work.labels)['test']
+  best = report.best_single(rows)
+  found = {}
+  for i, ((kind, name), logits) in enumerate(models.logits.items()):
+    if kind != 'single' or i == best:
+      scaled = np.float32(models.beta.get(name, 1.0)) * view(logits['test'])
+      curve = metrics.reliability(scaled, label)
+      key = name if kind != 'single' else 'best single'
+      found[key] = {k: x.tolist() for k, x in curve._asdict().items()}
+  return found
+
+
 def _rows(work, models: Models, labels) -> list[report.Row]:
   """A row a model, with the gain over the best single model and how sure it is.
 
@@ -330,9 +333,9 @@ def record(work: stages.Work) -> dict[str, Any]:
   return found
 
 
-def _write(work, tables, soups, stable) -> None:
+def _write(work, tables, soups, calibration, stable) -> None:
   workdir = work.workdir
-  rows = averaged(tables)[0]
+  rows = report.averaged(tables)[0]
   report.save(
       lambda ax: report.scatter(ax, rows),
       workdir / 'test_against_shifts.png',
@@ -347,7 +350,9 @@ def _write(work, tables, soups, stable) -> None:
         lambda ax: report.trials(ax, searches),
         workdir / 'trials.png',
     )
-  means, deviations = averaged([report.summary(table) for table in tables])
+  means, deviations = report.averaged(
+      [report.summary(table) for table in tables]
+  )
   (workdir / 'table.md').write_text(
       report.markdown(
           means,
@@ -366,6 +371,8 @@ def _write(work, tables, soups, stable) -> None:
           for name, soup in soups.items()
           if isinstance(soup.alpha, np.ndarray)
       },
+      'roles': roles(work),
+      'calibration': calibration,
   }
   if stable:
     content['stability of greedy'] = stable

@@ -4,6 +4,7 @@
 rows = report.read_rows('runs/digits/results.json')
 print(report.markdown(report.summary(rows)))     # bold means significant
 report.scatter(plt.gca(), rows)
+report.write_report('runs/digits')               # one HTML file of all
 ```
 """
 
@@ -16,13 +17,24 @@ from jaxsoup.report._landscapes import matrix as matrix
 from jaxsoup.report._landscapes import plane as plane
 from jaxsoup.report._landscapes import theory as theory
 from jaxsoup.report._landscapes import wise_ft as wise_ft
+from jaxsoup.report._page import Code as Code
+from jaxsoup.report._page import Picture as Picture
+from jaxsoup.report._page import Section as Section
+from jaxsoup.report._page import Strong as Strong
+from jaxsoup.report._page import Table as Table
+from jaxsoup.report._page import page as page
+from jaxsoup.report._page import write_page as write_page
 from jaxsoup.report._plots import save as save
 from jaxsoup.report._plots import scatter as scatter
 from jaxsoup.report._plots import trials as trials
+from jaxsoup.report._scores import read_scores as read_scores
 from jaxsoup.report._tables import Row as Row
+from jaxsoup.report._tables import averaged as averaged
+from jaxsoup.report._tables import best_single as best_single
 from jaxsoup.report._tables import markdown as markdown
 from jaxsoup.report._tables import mean_rows as mean_rows
 from jaxsoup.report._tables import read_rows as read_rows
 from jaxsoup.report._tables import rich_table as rich_table
 from jaxsoup.report._tables import summary as summary
 from jaxsoup.report._tables import with_gains as with_gains
+from jaxsoup.report._workdir import write_report as write_report

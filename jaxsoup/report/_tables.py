@@ -80,7 +80,11 @@ _SCORES = {
 def read_rows(path: Any) -> list[Row]:
   """Reads the rows of `results.json`, or of any JSON list of such rows."""
   content = json.loads(pathlib.Path(path).read_text())
-  rows = content['rows'] if isinstance(content, dict) else content
+  return rows_of(content['rows'] if isinstance(content, dict) else content)
+
+
+def rows_of(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+  """Rows from what JSON keeps of them."""
   return [
       Row(**row)._replace(
           gains={k: Comparison(*x) for k, x in row.get('gains', {}).items()}
@@ -121,7 +125,7 @@ def with_gains(
         f'There are {len(rows)} rows, and logits of {len(logits)}: expected a '
         'mapping of logits for each row, in the same order.'
     )
-  best = _best(rows)
+  best = best_single(rows)
   if best is None:
     return list(rows)
   _refuse_twice(logits[best])
@@ -160,7 +164,7 @@ def _refuse_twice(logits: Mapping[str, Any]) -> None:
       )
 
 
-def _best(rows: Sequence[Row]) -> int | None:
+def best_single(rows: Sequence[Row]) -> int | None:
   """The index of the best single model on held-out data, if there is one."""
   singles = [i for i, row in enumerate(rows) if row.kind == 'single']
   return max(singles, key=lambda i: rows[i].held_out, default=None)
@@ -178,7 +182,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
   """
   singles = [row for row in rows if row.kind == 'single']
   others = [row for row in rows if row.kind != 'single']
-  best = _best(rows)
+  best = best_single(rows)
   if best is None:
     return others
   mean = mean_rows([[single] for single in singles])[0][0]
@@ -222,6 +226,30 @@ def mean_rows(tables: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
     deviations.append(
         _aggregate(rows[0], columns, {'mean': per_table}, _deviation)
     )
+  return means, deviations
+
+
+def averaged(
+    tables: Sequence[Sequence[Row]],
+) -> tuple[list[Row], list[Row]]:
+  """Means and deviations as of `mean_rows`, over splits of the same examples.
+
+  Args:
+    tables: one table a split.
+
+  Returns:
+    (means, deviations); the gains are those of `statistics.over_splits`, since
+    splits share examples.
+  """
+  means, deviations = mean_rows(tables)
+  for i, rows in enumerate(zip(*tables)):
+    gains = rows[0].gains
+    if len(tables) > 1:
+      gains = {
+          key: statistics.over_splits([row.gains[key] for row in rows])
+          for key in gains
+      }
+    means[i] = means[i]._replace(gains=gains)
   return means, deviations
 
 
@@ -281,21 +309,37 @@ def markdown(
   Returns:
     Lines, without a final newline.
   """
-  columns = _shown(rows)
-  headers = [header for column in columns for header in _headers(column)]
+  headers, body = cells(rows, deviations, bold='**{}**'.format)
   lines = [
-      '| | ' + ' | '.join(headers) + ' |',
-      '|---|' + '---:|' * len(headers),
+      '| ' + ' | '.join(headers) + ' |',
+      '|---|' + '---:|' * (len(headers) - 1),
   ]
+  lines += [f'| {" | ".join(line)} |' for line in body]
+  return '\n'.join(
+      [*lines, *(f'\n{x}' for x in legend(rows, sets, bold='**bold**'))]
+  )
+
+
+def cells(
+    rows: Sequence[Row],
+    deviations: Sequence[Row] | None,
+    *,
+    bold: Callable[[str], str],
+) -> tuple[list[str], list[list[str]]]:
+  """Headers and cells of a table; `bold` gets the significant gains."""
+  columns = _shown(rows)
+  headers = ['', *(h for column in columns for h in _headers(column))]
+  body = []
   for row, deviation in _with(rows, deviations):
-    cells = []
+    line = [row.name]
     for column in columns:
-      cells.append(_score(column, row, deviation))
+      line.append(_score(column, row, deviation))
       if column.gain:
-        cells.append(_gain(row.gains.get(column.gain), '**{}**'))
-    lines.append(f'| {row.name} | ' + ' | '.join(cells) + ' |')
-  legend = _legend(rows, sets, bold='**bold**')
-  return '\n'.join([*lines, *(f'\n{line}' for line in legend)])
+        gain = row.gains.get(column.gain)
+        text = _gain(gain)
+        line.append(bold(text) if gain and _is_bold(gain) else text)
+    body.append(line)
+  return headers, body
 
 
 def rich_table(
@@ -328,7 +372,7 @@ def rich_table(
       pad_edge=False,
       collapse_padding=True,
       caption=text.Text.from_markup(
-          '\n'.join(_legend(rows, sets, bold='[bold]bold[/bold]'))
+          '\n'.join(legend(rows, sets, bold='[bold]bold[/bold]'))
       ),
       caption_justify='left',
   )
@@ -397,7 +441,7 @@ def _shown(rows: Sequence[Row]) -> list[_Column]:
   return [
       column if column.gain in known else column._replace(gain='')
       for column in _COLUMNS
-      if column.gain != 'shifts' or any(row.shifts for row in rows)
+      if not np.isnan([column.value(row) for row in rows]).all()
   ]
 
 
@@ -422,23 +466,24 @@ def _is_bold(gain: Comparison) -> bool:
   return gain.is_significant and gain.gain > 0
 
 
-def _gain(gain: Comparison | None, bold: str = '{}') -> str:
-  """A gain and its interval, in per cent; bold where it is significant."""
+def _gain(gain: Comparison | None) -> str:
+  """A gain and its interval, in per cent."""
   if gain is None:
     return ''
   text = f'{_points(gain.gain):+.1f}'
   if np.isfinite(gain.low):
     text += f' [{_points(gain.low):.1f},{_points(gain.high):.1f}]'
-  return bold.format(text) if _is_bold(gain) else text
+  return text
 
 
 def _points(value: float) -> float:
   return round(value * 100, 1) + 0.0  # No minus before a zero.
 
 
-def _legend(
+def legend(
     rows: Sequence[Row],
     sets: Mapping[str, Mapping[str, int]] | None,
+    *,
     bold: str,
 ) -> list[str]:
   """What the numbers are, what they were found on, what selection flattered."""

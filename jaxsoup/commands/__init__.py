@@ -1,0 +1,1 @@
+"""Commands of `jaxsoup` with files of their own."""

@@ -1,0 +1,331 @@
+"""A page that needs nothing but itself: sections as one HTML file.
+
+```
+table = report.Table(['model', 'score'], [['greedy', '0.91']])
+section = report.Section('Scores', [table, 'Higher is better.'])
+report.write_page('out/report.html', 'My soups', [section])
+```
+
+Pictures are inline SVG in the colours of the page, so that they follow a dark
+mode. No scripts, no fonts and nothing else is loaded.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import csv
+import html
+import io
+import itertools
+import pathlib
+import re
+from typing import Any
+from typing import NamedTuple
+
+from jaxsoup.report import _plots
+
+# Matplotlib's black, white and grid: the colours of the page, in either mode.
+_INK = {
+    '#000000': 'currentColor',
+    '#ffffff': 'var(--page)',
+    '#e6e6e6': 'var(--grid)',
+}
+
+
+class Strong(str):
+  """A cell that matters."""
+
+
+class Code(str):
+  """What is typed into a shell; kept as it is."""
+
+
+class Table(NamedTuple):
+  """A table; numbers are aligned by column.
+
+  Attributes:
+    header: a title for each column.
+    rows: cells, all of them texts; a `Strong` one is bold.
+    caption: what it shows, for those who see it, too.
+    is_folded: whether it is shown only when it is asked for.
+  """
+
+  header: Sequence[str]
+  rows: Sequence[Sequence[str]]
+  caption: str = ''
+  is_folded: bool = False
+
+
+class Picture(NamedTuple):
+  """A picture, and what it says in words.
+
+  Attributes:
+    name: of its files, without an ending.
+    draw: is called with a matplotlib Axes. Black and white become the ink and
+      the background of the page; what has to stay, such as numbers on a heat
+      map, is '#010101' or '#fefefe'.
+    alt: what is to be seen, for readers who do not see it.
+    caption: below the picture.
+    size: width and height in inches; narrow, so that its letters can be read
+      on a phone.
+  """
+
+  name: str
+  draw: Callable[[Any], None]
+  alt: str
+  caption: str = ''
+  size: tuple[float, float] = (4.8, 3.6)
+
+
+class Section(NamedTuple):
+  """A part of a page.
+
+  Attributes:
+    title: its heading.
+    parts: paragraphs (`str`), `Table`, `Picture`, `Code`, in their order.
+      Pictures that follow one another stand side by side where there is room.
+    data: the numbers behind it, a list of records by file name: each becomes
+      a CSV file.
+  """
+
+  title: str
+  parts: Sequence[Any]
+  data: Mapping[str, Sequence[Mapping[str, Any]]] = {}
+
+
+def write_page(
+    path: Any, title: str, sections: Sequence[Section], *, intro: str = ''
+) -> list[pathlib.Path]:
+  """Writes a page, and beside it its pictures and the numbers behind them.
+
+  Args:
+    path: of the HTML file. The pictures (SVG and PNG) and the numbers (CSV) go
+      into the directory of that name without its ending.
+    title: of the page.
+    sections: in their order.
+    intro: a paragraph below the title.
+
+  Returns:
+    All files, the page first.
+
+  Raises:
+    ValueError: a path that has no ending; two pictures or tables of one name.
+  """
+  path = pathlib.Path(path)
+  if not path.suffix:
+    raise ValueError(
+        f'{path} has no ending, and its files go into the directory of that '
+        f'name: call it {path}.html.'
+    )
+  folder = path.with_suffix('')
+  pictures = [
+      part for s in sections for part in s.parts if isinstance(part, Picture)
+  ]
+  data = [item for s in sections for item in s.data.items()]
+  for names in ([p.name for p in pictures], [name for name, _ in data]):
+    if twice := {name for name in names if names.count(name) > 1}:
+      raise ValueError(
+          f'{sorted(twice)} would be written twice into {folder}: give each '
+          'picture and each table of numbers a name of its own.'
+      )
+  folder.mkdir(parents=True, exist_ok=True)
+  files = [path]
+  for picture in pictures:
+    for ending in ('svg', 'png'):
+      files.append(folder / f'{picture.name}.{ending}')
+      _plots.save(picture.draw, files[-1], size=picture.size)
+  for name, records in data:
+    files.append(folder / f'{name}.csv')
+    _write_csv(files[-1], records)
+  unfinished = path.with_suffix('.tmp')
+  unfinished.write_text(page(title, sections, intro=intro), encoding='utf-8')
+  unfinished.replace(path)
+  return files
+
+
+def _write_csv(path: pathlib.Path, records) -> None:
+  names = list(dict.fromkeys(name for record in records for name in record))
+  with path.open('w', encoding='utf-8', newline='') as f:
+    writer = csv.DictWriter(f, names)
+    writer.writeheader()
+    writer.writerows(records)
+
+
+def page(title: str, sections: Sequence[Section], *, intro: str = '') -> str:
+  """The HTML of a page.
+
+  Args:
+    title: of the page.
+    sections: in their order.
+    intro: a paragraph below the title.
+
+  Returns:
+    A whole document.
+
+  Example:
+    >>> text = page('Soups', [Section('Scores', ['1 < 2'])])
+    >>> '<p>1 &lt; 2</p>' in text
+    True
+  """
+  links = ''.join(
+      f'<li><a href="#{_slug(s.title)}">{html.escape(s.title)}</a></li>'
+      for s in sections
+  )
+  lines = [
+      '<!DOCTYPE html>',
+      '<html lang="en">',
+      '<head>',
+      '<meta charset="utf-8">',
+      '<meta name="viewport" content="width=device-width, initial-scale=1">',
+      '<meta name="color-scheme" content="light dark">',
+      f'<title>{html.escape(title)}</title>',
+      f'<style>{_STYLE}</style>',
+      '</head>',
+      '<body>',
+      '<main>',
+      f'<h1>{html.escape(title)}</h1>',
+      *([f'<p>{html.escape(intro)}</p>'] if intro else []),
+      *([f'<nav><ul>{links}</ul></nav>'] if len(sections) > 1 else []),
+      *(_section(section) for section in sections),
+      '</main>',
+      '</body>',
+      '</html>',
+  ]
+  return '\n'.join(lines) + '\n'
+
+
+def _slug(title: str) -> str:
+  return re.sub(r'\W+', '-', title.lower()).strip('-')
+
+
+def _section(section: Section) -> str:
+  title = html.escape(section.title)
+  lines = ['<section>', f'<h2 id="{_slug(section.title)}">{title}</h2>']
+  is_picture = lambda part: isinstance(part, Picture)
+  for are_pictures, group in itertools.groupby(section.parts, is_picture):
+    if are_pictures:
+      lines += ['<div class="pictures">', *map(_figure, group), '</div>']
+    else:
+      lines += map(_part, group)
+  return '\n'.join([*lines, '</section>'])
+
+
+def _part(part: Any) -> str:
+  if isinstance(part, Table):
+    return _table(part)
+  if isinstance(part, Code):
+    return f'<pre tabindex="0"><code>{html.escape(part)}</code></pre>'
+  return f'<p>{html.escape(part)}</p>'
+
+
+def _table(table: Table) -> str:
+  caption = html.escape(table.caption)
+  head = ''.join(f'<th scope="col">{html.escape(x)}</th>' for x in table.header)
+  body = '\n'.join(
+      f'<tr><th scope="row">{html.escape(row[0])}</th>'
+      + ''.join(map(_cell, row[1:]))
+      + '</tr>'
+      for row in table.rows
+  )
+  # What is wider than the screen scrolls, also by keyboard.
+  text = (
+      f'<div class="scroll" tabindex="0" role="region" aria-label="'
+      f'{html.escape(table.caption or "table")}"><table>\n'
+      f'<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>'
+      '</table></div>'
+  )
+  if table.is_folded:
+    return f'<details><summary>{caption}</summary>\n{text}\n</details>'
+  return f'<p class="caption">{caption}</p>\n{text}' if caption else text
+
+
+def _cell(text: str) -> str:
+  escaped = html.escape(text)
+  if isinstance(text, Strong):
+    return f'<td><strong>{escaped}</strong></td>'
+  return f'<td>{escaped}</td>'
+
+
+def _figure(picture: Picture) -> str:
+  caption = html.escape(picture.caption)
+  below = f'\n<figcaption>{caption}</figcaption>' if caption else ''
+  width = f'style="max-width: {1.4 * picture.size[0]:.1f}in"'
+  return f'<figure {width}>\n{svg(picture)}{below}\n</figure>'
+
+
+def svg(picture: Picture) -> str:
+  """A picture as an inline SVG element, in the colours of the page."""
+  import matplotlib
+  from matplotlib import figure
+
+  fig = figure.Figure(figsize=picture.size, layout='constrained')
+  picture.draw(fig.add_subplot())
+  file = io.StringIO()
+  # With a salt, equal pictures are equal files.
+  with matplotlib.rc_context({'svg.hashsalt': picture.name}):
+    nothing = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
+    fig.savefig(file, format='svg', transparent=True, metadata=nothing)
+  text = file.getvalue()
+  text = text[text.index('<svg') :].strip()
+  # What lies on one page needs names of its own.
+  name = _slug(picture.name)
+  text = re.sub(r'\bid="', f'id="{name}-', text)
+  text = re.sub(r'(href="|url\()#', rf'\g<1>#{name}-', text)
+  for colour, variable in _INK.items():
+    text = text.replace(colour, variable)
+  _, _, rest = text.partition('>')
+  width, height = (72 * x for x in picture.size)
+  alt = html.escape(picture.alt)
+  return (
+      '<svg xmlns="http://www.w3.org/2000/svg" '
+      'xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
+      f'aria-label="{alt}" viewBox="0 0 {width:g} {height:g}">{rest}'
+  )
+
+
+# A shade at the right edge says that a table goes on there.
+# Okabe and Ito's colours in the pictures have at least a contrast of three to
+# one with both backgrounds, but for yellow and sky blue on white, which carry
+# marks of different shapes, too.
+_STYLE = """
+:root { color-scheme: light dark; --page: #ffffff; --ink: #1c2024;
+  --soft: #59626b; --grid: #e3e6e9; --link: #0b5fa5; --band: #f5f7f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #14181c; --ink: #e4e8eb; --soft: #a3adb6; --grid: #343b42;
+    --link: #7cc0f5; --band: #1b2126; } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 75rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
+h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem;
+  border-bottom: 1px solid var(--grid); padding-bottom: .2rem; }
+p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; }
+a { color: var(--link); }
+nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: 0;
+  list-style: none; }
+.scroll { overflow-x: auto; margin: .6rem 0; background:
+  linear-gradient(var(--page), var(--page)) right / .8rem 100% local no-repeat,
+  linear-gradient(to left, var(--soft), transparent) right / .6rem 100% scroll
+  no-repeat; }
+table { border-collapse: collapse; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .65rem; text-align: right; white-space: nowrap; }
+thead th { color: var(--soft); font-weight: 600;
+  border-bottom: 1px solid var(--soft); vertical-align: bottom; }
+tbody tr > * { border-bottom: 1px solid var(--grid); }
+th:first-child { text-align: left; position: sticky; left: 0; font-weight: 600;
+  background: var(--page); max-width: 60vw; overflow: hidden;
+  text-overflow: ellipsis; }
+.caption, figcaption, summary { color: var(--soft); font-size: .9rem; }
+summary { cursor: pointer; padding: .3rem 0; }
+.pictures { display: flex; flex-wrap: wrap; gap: 1.2rem 2rem;
+  align-items: flex-start; }
+figure { margin: .5rem 0; width: 100%; }
+@media (min-width: 60rem) { figure { width: calc(50% - 1rem); } }
+svg { display: block; width: 100%; height: auto; fill: currentColor; }
+pre { background: var(--band); padding: .7rem; overflow-x: auto;
+  font-size: .85rem; }
+@media print { details::details-content { content-visibility: visible; } }
+"""

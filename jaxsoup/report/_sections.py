@@ -1,0 +1,429 @@
+"""Sections of a page, from numbers that are there already.
+
+```
+sections = [
+    table_section(rows),
+    *scatter_sections(rows),
+    *setting_sections(rows, settings),
+]
+```
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import numpy as np
+
+from jaxsoup._soup import AtMost
+from jaxsoup._soup import SearchInfo
+from jaxsoup.report import _charts
+from jaxsoup.report import _plots
+from jaxsoup.report import _tables
+from jaxsoup.report._page import Picture
+from jaxsoup.report._page import Section
+from jaxsoup.report._page import Strong
+from jaxsoup.report._page import Table
+from jaxsoup.report._tables import Row
+
+Settings = Sequence[Mapping[str, Any]]
+
+
+def table_section(
+    rows: Sequence[Row],
+    *,
+    settings: Settings = (),
+    tables: Sequence[Sequence[Row]] = (),
+    sets: Mapping[str, Mapping[str, int]] | None = None,
+) -> Section:
+  """The table of the paper, and what is significant in it.
+
+  Args:
+    rows: a row a model, singles included.
+    settings: hyper-parameters of each row, for the file of all models.
+    tables: the rows of each split, where the held-out set was drawn several
+      times.
+    sets: as in `markdown`.
+  """
+  shown, deviations = _tables.averaged(
+      [_tables.summary(table) for table in tables or [rows]]
+  )
+  header, body = _tables.cells(
+      shown, deviations if len(tables) > 1 else None, bold=Strong
+  )
+  legend = _tables.legend(shown, sets, bold='bold')
+  if not any(row.gains for row in shown):
+    legend.insert(0, f'Scores: {rows[0].metric}, in per cent.')
+  if len(tables) > 1:
+    legend.insert(0, f'Means ± deviations over {len(tables)} splits.')
+  settings = settings or [{}] * len(rows)
+  return Section(
+      'Scores',
+      [*_findings(shown), Table(header, body), *legend],
+      {
+          'summary': [_record(row) for row in shown],
+          'models': [_record(row, x) for row, x in zip(rows, settings)],
+      },
+  )
+
+
+def _findings(shown: Sequence[Row]) -> list[str]:
+  """Who is significantly better than the best single model, in words."""
+  found = []
+  for key, where in (('test', 'On test data'), ('shifts', 'On the shifts')):
+    compared = [row for row in shown if key in row.gains]
+    better = [
+        row.name
+        for row in compared
+        if row.gains[key].is_significant and row.gains[key].gain > 0
+    ]
+    worse = [
+        row.name
+        for row in compared
+        if row.gains[key].is_significant and row.gains[key].gain < 0
+    ]
+    if compared:
+      text = f'{where}, better than the best single model: '
+      text += f'{_listed(better)}.'
+      found.append(text + (f' Worse: {_listed(worse)}.' if worse else ''))
+  return found
+
+
+def _listed(names: Sequence[str]) -> str:
+  return ', '.join(names) if names else 'none'
+
+
+def _record(row: Row, setting: Mapping[str, Any] | None = None):
+  """A row as `read_scores` reads it."""
+  record = row._asdict()
+  gains, shifts = record.pop('gains'), record.pop('shifts')
+  record |= {f'shifts.{name}': score for name, score in shifts.items()}
+  record |= {f'config.{name}': x for name, x in (setting or {}).items()}
+  for key, gain in gains.items():
+    parts = ('gain', 'low', 'high', 'p_value')
+    record |= {f'gains.{key}.{part}': getattr(gain, part) for part in parts}
+  return record
+
+
+def scatter_sections(rows: Sequence[Row]) -> list[Section]:
+  """Test against shifts; none where nothing was shifted."""
+  if not np.isfinite([row.mean_shift for row in rows]).any():
+    return []
+  fit = _charts.line_fit(rows)
+  singles = [row for row in rows if row.kind == 'single']
+  others = [row for row in rows if row.kind != 'single']
+  alt = f'Scatter of the mean of shifts against test {rows[0].metric}. ' + (
+      f'{len(singles)} single models: test {_range(r.test for r in singles)}, '
+      f'shifts {_range(r.mean_shift for r in singles)}. '
+      if singles
+      else ''
+  )
+  alt += ' '.join(
+      f'{row.name}: {_percent(row.test)}, {_percent(row.mean_shift)}.'
+      for row in others
+  )
+  caption = 'Each point is a model; right and up is better.'
+  if fit is not None:
+    caption += (
+        ' The line is fitted to the single models: '
+        f'R² = {fit.r_squared:.2f}, slope {fit.slope:.2f}.'
+    )
+  picture = Picture(
+      'test_against_shifts',
+      lambda ax: _charts.figure_1(ax, rows),
+      alt,
+      caption,
+      (4.8, 4.6),
+  )
+  return [Section('Test and shifted data', [picture])]
+
+
+def trial_sections(
+    infos: Mapping[str, SearchInfo], *, label: str, scale: float = 100
+) -> list[Section]:
+  """What the searches tried; none where there were none.
+
+  Args:
+    infos: of soups from `greedy` and `pruned`, by name.
+    label: what the scores are.
+    scale: multiplies them.
+  """
+  if not infos:
+    return []
+  pictures, records = [], []
+  for name, info in infos.items():
+    num = len(info.accepted)
+    text = (
+        f'{name}: {len(info.trials)} trials, '
+        f'{sum(trial.accepted for trial in info.trials)} accepted; the soup '
+        f'has {num} model{"s" * (num != 1)} and a held-out score of '
+        f'{info.score * scale:.4g}.'
+    )
+    reached = max((t.score for t in info.trials if t.accepted), default=-np.inf)
+    if info.score > reached:
+      text += ' It is the best single model, which no trial reached.'
+    pictures.append(
+        Picture(
+            f'trials_{_file(name)}',
+            functools.partial(
+                _plots.trials, infos={name: info}, label=label, scale=scale
+            ),
+            f'Held-out score against trial. {text}',
+            text,
+        )
+    )
+    records += [
+        {
+            'soup': name,
+            'trial': i,
+            'ingredient': trial.ingredient,
+            'score': float(trial.score),
+            'is_bound': isinstance(trial.score, AtMost),
+            'accepted': trial.accepted,
+        }
+        for i, trial in enumerate(info.trials, 1)
+    ]
+  return [Section('Trials of the searches', pictures, {'trials': records})]
+
+
+def alpha_sections(alphas: Mapping[str, Any]) -> list[Section]:
+  """How much each soup takes of every model; none without soups.
+
+  Args:
+    alphas: by soup: `[K]`, or nested dicts of those.
+  """
+  if not alphas:
+    return []
+  by_path = {name: _paths(alpha) for name, alpha in alphas.items()}
+  means = {
+      name: np.mean(list(found.values()), axis=0)
+      for name, found in by_path.items()
+  }
+  header = ['soup', 'models', 'effective number', 'sum']
+  body = [
+      [
+          name,
+          str(np.count_nonzero(alpha)),
+          f'{_effective_number(alpha):.1f}',
+          f'{alpha.sum():.3f}',
+      ]
+      for name, alpha in means.items()
+  ]
+  pictures = [
+      Picture(
+          'alpha',
+          lambda ax: _charts.alphas(ax, means),
+          'Bars of the mixing coefficients. '
+          + ' '.join(f'{n}: {_largest(a)}.' for n, a in means.items()),
+          'Mixing coefficients of each model; each row has a scale of its own. '
+          'Where every tensor has its own, their mean.',
+          (4.8, 0.9 + 0.5 * len(means)),
+      )
+  ]
+  for name, found in by_path.items():
+    values = np.array(list(found.values()))
+    # Where all models have the same there is nothing to be told apart.
+    if len(found) > 1 and np.ptp(values, axis=1).max() > 1e-6:
+      pictures.append(_alpha_map(name, list(found), values))
+  records = [
+      {'soup': name, 'tensor': path, 'model': k, 'alpha': float(x)}
+      for name, found in by_path.items()
+      for path, alpha in found.items()
+      for k, x in enumerate(alpha)
+  ]
+  legend = (
+      'Effective number: (Σα)² / Σα², how many models of equal weight would be '
+      'as concentrated. Where the sum is below one, the rest is the '
+      'initialization.'
+  )
+  parts = [Table(header, body), legend, *pictures]
+  return [Section('Mixing coefficients', parts, {'alpha': records})]
+
+
+def _alpha_map(name: str, paths: list[str], values: np.ndarray) -> Picture:
+  spread = np.ptp(values, axis=1)
+  most = int(spread.argmax())
+  text = (
+      f'{name}: {len(paths)} tensors (rows) and {values.shape[1]} models '
+      f'(columns); alpha from {values.min():.2g} to {values.max():.2g}. It '
+      f'differs most between models in {paths[most]}.'
+  )
+  return Picture(
+      f'alpha_{_file(name)}',
+      lambda ax: _charts.alpha_map(ax, paths, values),
+      f'Heat map of mixing coefficients. {text}',
+      text,
+      (4.8, 4.2),
+  )
+
+
+def _paths(tree: Any, prefix: str = '') -> dict[str, np.ndarray]:
+  if not isinstance(tree, Mapping):
+    return {prefix.rstrip('/'): np.asarray(tree, float)}
+  return {
+      path: alpha
+      for key, child in tree.items()
+      for path, alpha in _paths(child, f'{prefix}{key}/').items()
+  }
+
+
+def _effective_number(alpha: np.ndarray) -> float:
+  return float(alpha.sum() ** 2 / np.square(alpha).sum())
+
+
+def _largest(alpha: np.ndarray, num: int = 3) -> str:
+  order = np.argsort(-alpha, kind='stable')[:num]
+  return 'most of ' + ', '.join(f'{k} ({alpha[k]:.2g})' for k in order)
+
+
+def calibration_sections(
+    curves: Mapping[str, Mapping[str, Any]],
+) -> list[Section]:
+  """Whether models are as often right as they say; none without curves.
+
+  Args:
+    curves: by model: fields of `jaxsoup.metrics.Reliability`. The first is
+      what the others are compared with.
+  """
+  if not curves:
+    return []
+  body = [
+      [name, *(f'{100 * x:.1f}' for x in _calibration(curve))]
+      for name, curve in curves.items()
+  ]
+  alt = 'Reliability diagram. Mean confidence and share that is right: ' + (
+      '; '.join(f'{line[0]} {line[1]} %, {line[2]} %' for line in body)
+  )
+  num_bins = len(next(iter(curves.values()))['num'])
+  parts = [
+      Table(['', 'confidence', 'right', 'ECE'], body),
+      'In per cent, on test data.',
+      Picture(
+          'calibration',
+          lambda ax: _charts.reliability(ax, curves),
+          f'{alt}.',
+          f'{num_bins} bins of equally many examples. Below the dashed line a '
+          'model is too sure of itself, above it not sure enough.',
+          (4.8, 4.6),
+      ),
+  ]
+  records = [
+      {'model': name, 'bin': b, **{k: v[b] for k, v in curve.items()}}
+      for name, curve in curves.items()
+      for b in range(len(curve['num']))
+  ]
+  return [Section('Calibration', parts, {'calibration': records})]
+
+
+def _calibration(curve: Mapping[str, Any]) -> tuple[float, float, float]:
+  """Mean confidence, share that is right, expected calibration error."""
+  confidence, accuracy = np.array(curve['confidence']), curve['accuracy']
+  gap = np.abs(confidence - accuracy)
+  return tuple(
+      float(np.average(x, weights=curve['num']))
+      for x in (confidence, accuracy, gap)
+  )  # type: ignore[return-value]
+
+
+def setting_sections(
+    rows: Sequence[Row],
+    settings: Settings,
+    *,
+    chosen: Sequence[int] = (),
+) -> list[Section]:
+  """Hyper-parameters against scores; none where none of them varies.
+
+  Args:
+    rows: a row a model; singles count.
+    settings: hyper-parameters of each row.
+    chosen: which singles the greedy soup took, by their place among singles.
+  """
+  pairs = [
+      (row, setting)
+      for row, setting in zip(rows, settings)
+      if row.kind == 'single'
+  ]
+  names = list(dict.fromkeys(name for _, setting in pairs for name in setting))
+  pictures = []
+  for name in names:
+    known = [k for k, (_, setting) in enumerate(pairs) if name in setting]
+    values = [pairs[k][1][name] for k in known]
+    # Seeds are names, no quantity.
+    if name != 'seed' and len(set(map(str, values))) > 1:
+      pictures.append(
+          _setting(
+              name,
+              values,
+              [pairs[k][0] for k in known],
+              [i for i, k in enumerate(known) if k in chosen],
+          )
+      )
+  if not pictures:
+    return []
+  text = 'Each circle is a model.'
+  if chosen:
+    text += ' The greedy soup took those that are filled.'
+  return [Section('Hyper-parameters', [text, *pictures])]
+
+
+def _setting(name, values, rows, chosen) -> Picture:
+  scores = [row.held_out for row in rows]
+  best = int(np.argmax(scores))
+  if _charts.is_numeric(values):
+    span = f'from {min(values):.3g} to {max(values):.3g}'
+  else:
+    span = _listed(sorted(set(map(str, values))))
+  shown = values[best]
+  shown = f'{shown:.3g}' if _charts.is_numeric([shown]) else str(shown)
+  label = f'held-out {rows[0].metric} (%)'
+  return Picture(
+      f'setting_{_file(name)}',
+      lambda ax: _charts.against(ax, name, values, scores, chosen, label=label),
+      f'Held-out {rows[0].metric} against {name}, {span}. The best of '
+      f'{len(rows)} models has {shown}, and {_percent(scores[best])}.',
+      size=(4.8, 3.2),
+  )
+
+
+def stability_sections(stable: Mapping[str, Any]) -> list[Section]:
+  """How far greedy's choice hangs on chance; none without resamples.
+
+  Args:
+    stable: fields of `jaxsoup.statistics.Stability`.
+  """
+  if not stable:
+    return []
+  frequency, chosen = stable['frequency'], stable['chosen']
+  sizes = np.asarray(stable['sizes'])
+  text = (
+      f'Greedy took the models {", ".join(map(str, chosen))}. On {len(sizes)} '
+      f'resamples of the held-out set it took {sizes.min()} to {sizes.max()} '
+      f'models (mean {sizes.mean():.1f}); the overlap with its choice is '
+      f'{stable["overlap"]:.2f} (mean Jaccard index: 1 where it never changes).'
+  )
+  often = [k for k, x in enumerate(frequency) if x >= 0.5]
+  picture = Picture(
+      'stability',
+      lambda ax: _charts.frequencies(ax, frequency, chosen),
+      'Bars: how many resamples take each model. At least half of them take '
+      f'{_listed(list(map(str, often)))}.',
+  )
+  records = [
+      {'model': k, 'frequency': x, 'chosen': k in chosen}
+      for k, x in enumerate(frequency)
+  ]
+  return [Section('Stability', [text, picture], {'stability': records})]
+
+
+def _file(name: str) -> str:
+  return ''.join(c if c.isalnum() else '_' for c in name.lower())
+
+
+def _percent(value: float) -> str:
+  return f'{100 * value:.1f} %'
+
+
+def _range(values: Any) -> str:
+  values = list(values)
+  return f'{100 * min(values):.1f} to {100 * max(values):.1f} %'

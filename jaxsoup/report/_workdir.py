@@ -1,0 +1,317 @@
+"""The report of an experiment, from what lies in its workdir.
+
+```
+files = report.write_report('runs/digits')
+```
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import json
+import pathlib
+import shlex
+from typing import Any
+from typing import NamedTuple
+
+from jaxsoup import checkpoints
+from jaxsoup._soup import LearnedInfo
+from jaxsoup._soup import SearchInfo
+from jaxsoup.report import _page
+from jaxsoup.report import _scores
+from jaxsoup.report import _sections
+from jaxsoup.report import _tables
+from jaxsoup.report._page import Code
+from jaxsoup.report._page import Section
+from jaxsoup.report._page import Table
+from jaxsoup.report._tables import Row
+
+_MAIN = 'jaxsoup.experiments.main'
+
+
+class Contents(NamedTuple):
+  """What a workdir says of its experiment.
+
+  Attributes:
+    rows: a row a model.
+    settings: hyper-parameters of each row, empty of soups and ensembles.
+    tables: the rows of each split; empty of one.
+    soups: `checkpoints.provenance` by name, of the first split.
+    results: `results.json`.
+  """
+
+  rows: list[Row]
+  settings: list[dict[str, Any]]
+  tables: list[list[Row]]
+  soups: dict[str, dict[str, Any]]
+  results: dict[str, Any]
+
+
+def write_report(
+    source: Any,
+    out: Any = None,
+    *,
+    further: Sequence[Section] = (),
+    **columns: Any,
+) -> list[pathlib.Path]:
+  """Writes one HTML file of an experiment, or of a table of scores.
+
+  Args:
+    source: a workdir, or a file for `read_scores`.
+    out: the HTML file; by default `report.html` in the workdir, or a file
+      beside the table that has its name. What is there is overwritten.
+    further: sections that come before the last, which says how the experiment
+      was made; of a table of scores, at the end.
+    **columns: of a table of scores, as in `read_scores`.
+
+  Returns:
+    All files: the page, then pictures and numbers behind it.
+
+  Raises:
+    FileNotFoundError: no such file, or an experiment that is not finished.
+    TypeError: columns, and a workdir.
+    ValueError: as `read_scores`; a damaged `results.json`.
+  """
+  source = pathlib.Path(source)
+  if not source.is_dir():
+    rows, settings = _scores.read_scores(source, **columns)
+    sections = [
+        _sections.table_section(rows, settings=settings),
+        *_sections.scatter_sections(rows),
+        *_sections.setting_sections(rows, settings),
+        *further,
+    ]
+    out = source.with_suffix('.html') if out is None else out
+    title = f'Scores of {source.name}'
+    return _page.write_page(out, title, sections, intro=_intro(rows))
+  if columns:
+    raise TypeError(
+        f'{source} is a workdir, whose data sets are known: {sorted(columns)} '
+        'name columns of a file of scores.'
+    )
+  contents = read_workdir(source)
+  made = sections_of(contents)
+  return _page.write_page(
+      source / 'report.html' if out is None else out,
+      f'Soups of {source.absolute().name}',
+      [*made[:-1], *further, made[-1]],
+      intro=_intro(contents.rows),
+  )
+
+
+def read_workdir(workdir: Any) -> Contents:
+  """Reads what the report of an experiment is about; no parameters.
+
+  Raises:
+    FileNotFoundError: no `results.json`.
+    ValueError: a damaged one.
+  """
+  workdir = pathlib.Path(workdir)
+  path = workdir / 'results.json'
+  if not path.is_file():
+    begun = (workdir / 'config.json').is_file()
+    raise FileNotFoundError(
+        f'{workdir} has no results.json: '
+        + (
+            'the experiment is not finished. Give its command again, it goes '
+            'on.'
+            if begun
+            else 'it is no workdir of an experiment. A report needs one, or a '
+            'file of scores: .jsonl, .json or .csv.'
+        )
+    )
+  try:
+    results = {'config': {}, 'runs': [], **json.loads(path.read_text())}
+    rows = _tables.read_rows(path)
+    tables = [_tables.rows_of(table) for table in results.get('splits', [])]
+  except (KeyError, TypeError, ValueError) as e:
+    raise ValueError(
+        f'{path} is unreadable: {e}. Give the command of the experiment again: '
+        'it is written anew.'
+    ) from e
+  settings = _settings(rows, results['runs'])
+  return Contents(rows, settings, tables, _soups(workdir, rows), results)
+
+
+def _settings(rows: Sequence[Row], runs) -> list[dict[str, Any]]:
+  """Hyper-parameters of each row, by the number that its name begins with."""
+  found: list[dict[str, Any]] = []
+  for row in rows:
+    number, _, copy = row.name.partition('_')
+    known = row.kind == 'single' and number.isdecimal()
+    if known and int(number) < len(runs):
+      found.append(runs[int(number)] | ({'copy': copy} if copy else {}))
+    else:
+      found.append({})
+  return found
+
+
+def _soups(workdir: pathlib.Path, rows: Sequence[Row]):
+  folder = workdir / 'soups'
+  if not folder.is_dir():
+    folder = workdir / 'splits' / '0' / 'soups'
+  found = {}
+  for path in sorted(folder.glob('*')) if folder.is_dir() else []:
+    own = checkpoints.provenance(path)
+    metadata = own.get('metadata', {})
+    parts = (metadata.get('recipe', path.name), metadata.get('batch_norm'))
+    found[', '.join(part for part in parts if part)] = own
+  order = [row.name for row in rows]
+  place = lambda name: order.index(name) if name in order else len(order)
+  return {name: found[name] for name in sorted(found, key=place)}
+
+
+def sections_of(contents: Contents) -> list[Section]:
+  """The sections of an experiment; the last says how it was made."""
+  rows, settings = contents.rows, contents.settings
+  results = contents.results
+  infos = {
+      name: own['info']
+      for name, own in contents.soups.items()
+      if isinstance(own.get('info'), SearchInfo)
+  }
+  alphas = {
+      name: own['alpha']
+      for name, own in contents.soups.items()
+      if 'alpha' in own
+  }
+  greedy = next(
+      (info for name, info in infos.items() if 'greedy' in name), None
+  )
+  is_nll = results['config'].get('select_by') == 'nll'
+  return [
+      _sections.table_section(
+          rows,
+          settings=settings,
+          tables=contents.tables,
+          sets=results.get('roles'),
+      ),
+      *_sections.scatter_sections(rows),
+      *_sections.trial_sections(
+          _first_of_each(infos),
+          label='held-out log-likelihood'
+          if is_nll
+          else f'held-out {rows[0].metric} (%)',
+          scale=1 if is_nll else 100,
+      ),
+      *_sections.alpha_sections(_first_of_each(alphas)),
+      *_sections.calibration_sections(results.get('calibration', {})),
+      *_sections.setting_sections(
+          rows, settings, chosen=greedy.accepted if greedy else ()
+      ),
+      *_sections.stability_sections(results.get('stability of greedy', {})),
+      _origin(contents),
+  ]
+
+
+def _first_of_each(soups: Mapping[str, Any]) -> dict[str, Any]:
+  """One soup a recipe: those with other running statistics are one mixture."""
+  found: dict[str, Any] = {}
+  for name, value in soups.items():
+    found.setdefault(name.partition(',')[0], value)
+  return found
+
+
+def _origin(contents: Contents) -> Section:
+  """Command, versions, config, runs, data, soups."""
+  results, soups = contents.results, contents.soups
+  parts: list[Any] = []
+  owns = [own for own in soups.values() if own.get('command')]
+  commands = dict.fromkeys(_command(own['command']) for own in owns)
+  if commands:
+    parts += ['To make it again:', Code('\n'.join(commands))]
+  versions = {
+      f'{name} {number}': ''
+      for own in owns
+      for name, number in own.get('versions', {}).items()
+  }
+  if versions:
+    times = sorted(own['time'][:19].replace('T', ' ') for own in owns)
+    parts.append(
+        f'The soups were made from {times[0]} to {times[-1]} UTC, with '
+        f'{", ".join(versions)}.'
+    )
+  if results.get('data'):
+    parts.append(_data(results['data']))
+  config = [[k, json.dumps(v)] for k, v in results['config'].items()]
+  parts.append(Table(['', 'value'], config, 'Config', is_folded=True))
+  parts.append(_models(contents))
+  if soups:
+    parts.append(_provenance(soups))
+  return Section('Provenance', parts)
+
+
+def _command(argv: Sequence[str]) -> str:
+  """What was typed, without where the program lies."""
+  program, *rest = argv
+  name = pathlib.PurePath(program).name
+  words = [name] if name != 'main.py' else ['python', '-m', _MAIN]
+  return shlex.join([*words, *rest])
+
+
+def _data(record: Mapping[str, Mapping[str, Any]]) -> Table:
+  body = [
+      [
+          name,
+          f'{found["num"]:,}',
+          str(found.get('rule', '')),
+          found.get('sha256', '')[:16],
+      ]
+      for name, found in record.items()
+  ]
+  header = ['data set', 'examples', 'rule', 'SHA-256, first 16']
+  return Table(header, body, 'Data', is_folded=True)
+
+
+def _models(contents: Contents) -> Table:
+  pairs = [
+      (row, setting)
+      for row, setting in zip(contents.rows, contents.settings)
+      if row.kind == 'single'
+  ]
+  names = list(dict.fromkeys(name for _, setting in pairs for name in setting))
+  body = [
+      [
+          row.name,
+          f'{100 * row.held_out:.1f}',
+          f'{100 * row.test:.1f}',
+          *(_text(setting.get(name, '')) for name in names),
+      ]
+      for row, setting in pairs
+  ]
+  caption = f'The {len(pairs)} single models'
+  return Table(
+      ['model', 'held-out', 'test', *names], body, caption, is_folded=True
+  )
+
+
+def _text(value: Any) -> str:
+  return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def _provenance(soups: Mapping[str, Mapping[str, Any]]) -> Table:
+  body = []
+  for name, own in soups.items():
+    info = own.get('info')
+    beta = f'{info.beta:.3f}' if isinstance(info, LearnedInfo) else ''
+    body.append([name, beta, own.get('content_hash', '')[:16]])
+  header = ['soup', 'temperature β', 'content hash, first 16']
+  return Table(header, body, 'Soups', is_folded=True)
+
+
+def _intro(rows: Sequence[Row]) -> str:
+  numbers = {
+      kind: sum(row.kind == kind for row in rows) for kind in _scores.KINDS
+  }
+  names = {'single': 'fine-tuned model', 'soup': 'soup', 'ensemble': 'ensemble'}
+  text = ', '.join(
+      f'{num} {names[kind]}{"s" * (num != 1)}'
+      for kind, num in numbers.items()
+      if num
+  )
+  best = _tables.best_single(rows)
+  if best is None:
+    return f'{text}.'
+  return (
+      f'{text}. The best single model on held-out data is {rows[best].name}: '
+      'it is what one would keep without soups.'
+  )
