@@ -11,6 +11,7 @@ import numpy as np
 from jaxsoup import _checked
 from jaxsoup import _tree
 from jaxsoup._soup import Params
+from jaxsoup.diagnosis import _findings
 
 # Numbers of each ingredient that are compared at a time.
 _CHUNK = 1 << 17
@@ -60,8 +61,6 @@ class Pool:
 
   def listed(self, members: Sequence[int]) -> str:
     """Names in a sentence."""
-    from jaxsoup.diagnosis import _findings
-
     return _findings.listed(self.names, members)
 
   def chunks(
@@ -109,7 +108,7 @@ class Pool:
     if not hasattr(self.ingredients, 'metadata'):
       return {}
     custom = self.ingredients.metadata(k).custom or {}
-    return custom.get('metadata') or custom
+    return custom.get('jaxsoup', {}).get('metadata') or custom
 
   def _parts(self, paths, members):
     if self._is_streamed:
