@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _tree
@@ -31,9 +32,8 @@ class Geometry(NamedTuple):
     ranks: number of axes of each leaf, [L].
     gram: `<theta_i, theta_j>` of each leaf, [L, K + 1, K + 1]; NaN in the last
       row where theta_0 has no such leaf.
-    same: for each leaf and ingredient the first row that is equal, [L, K + 1];
-      theta_0 comes last, so that those that did not move follow it in
-      `is_start`.
+    same: labels of equal leaves, [L, K]: two ingredients with one label are
+      equal there.
     is_start: whether the leaf is that of theta_0, [L, K].
     finite: whether all values of a leaf are, [L, K].
     eps: spacing of the numbers near one that each ingredient holds, [K]; that
@@ -50,6 +50,18 @@ class Geometry(NamedTuple):
   finite: np.ndarray
   eps: np.ndarray
   statistics: np.ndarray
+
+  def take(self, rows: Sequence[int]) -> 'Geometry':
+    """The same of some ingredients, and theta_0."""
+    rows = list(rows)
+    both = [*rows, -1]
+    return self._replace(
+        gram=self.gram[:, both][:, :, both],
+        same=self.same[:, rows],
+        is_start=self.is_start[:, rows],
+        finite=self.finite[:, rows],
+        eps=self.eps[rows],
+    )
 
   @property
   def has_start(self) -> np.ndarray:
@@ -109,9 +121,10 @@ def measure(
     wide = np.stack([row.astype(np.float64) for row in rows])
     finite[i, : len(rows)] &= np.isfinite(wide).all(-1)
     wide[~np.isfinite(wide)] = 0
+    wide += 0.0  # -0 is 0.
     gram[i, : len(rows), : len(rows)] += wide @ wide.T
     for k, row in enumerate(rows):
-      hashes[i][k] = hash((hashes[i][k], row.astype(wide.dtype).tobytes()))
+      hashes[i][k] = hash((hashes[i][k], wide[k].tobytes()))
       if k < num and narrow[i, k]:
         narrow[i, k] = _fits_bfloat16(row)
   gram[~has_start, -1] = gram[~has_start, :, -1] = np.nan
@@ -121,7 +134,7 @@ def measure(
       sizes=np.array([int(np.prod(shapes[p].shape)) for p in paths], int),
       ranks=np.array([len(shapes[p].shape) for p in paths], int),
       gram=gram,
-      same=np.array([[h.index(x) for x in h] for h in hashes], int),
+      same=np.array([[h.index(x) for x in h[:-1]] for h in hashes], int),
       is_start=is_start.reshape(-1, num) & has_start[:, None],
       finite=finite[:, :-1],
       eps=_spacings(pool, paths, members, narrow),
@@ -169,16 +182,10 @@ def _spacings(pool, paths, members, narrow) -> np.ndarray:
       leaf: Any = pool.leaves[k][path]
       # Vectors of ones and zeros fit any dtype.
       if len(leaf.shape) > 1:
-        eps = 2.0**-7 if is_narrow else float(_eps(leaf.dtype))
+        eps = 2.0**-7 if is_narrow else float(jnp.finfo(leaf.dtype).eps)
         sizes[eps] = sizes.get(eps, 0) + int(np.prod(leaf.shape))
     found.append(max(sizes, key=lambda eps: sizes[eps]) if sizes else 0.0)
   return np.array(found)
-
-
-def _eps(dtype: Any) -> float:
-  import jax.numpy as jnp
-
-  return jnp.finfo(dtype).eps
 
 
 def groups_of(related: np.ndarray) -> list[list[int]]:
