@@ -39,9 +39,7 @@ def strangers(geometry: _geometry.Geometry) -> np.ndarray:
   return found & is_matrix[:, None, None]
 
 
-def relatives(
-    geometry: _geometry.Geometry, strange: np.ndarray
-) -> np.ndarray:
+def relatives(geometry: _geometry.Geometry, strange: np.ndarray) -> np.ndarray:
   """Pairs that come from one start: most of their numbers say so, [K+1, K+1].
 
   A pair of which nothing can be told counts as related.

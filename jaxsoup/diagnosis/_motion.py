@@ -37,8 +37,6 @@ def examine(
     return []
   squares = geometry.squares()[geometry.trained]
   tasks = np.sqrt(_task_squares(geometry, squares))
-  size = np.sqrt(geometry.norms()[geometry.trained, :-1] ** 2).mean()
-  del size
   rounding = _rounded(pool, geometry, members, tasks)
   findings = _outliers(pool, geometry, members, tasks)
   findings += _copies(pool, members, _cosines(tasks, squares.sum(0)))
@@ -151,9 +149,7 @@ def rates_text(
   )
   if not mine or not theirs or None in mine or None in theirs:
     return ''
-  return (
-      f' Learning rate: {_range(mine)}, of the others {_range(theirs)}.'
-  )
+  return f' Learning rate: {_range(mine)}, of the others {_range(theirs)}.'
 
 
 def _range(values: list[float]) -> str:
@@ -260,7 +256,7 @@ def _rounded(pool, geometry, members, tasks) -> list[Finding]:
 def _frozen(pool, geometry, members) -> list[Finding]:
   """Leaves that no ingredient moved, or only some did."""
   same = geometry.same
-  all_still = (same == same[:, :1]).all(1)
+  all_still = (same == same[:, :1]).all(1) & geometry.trained
   known = geometry.has_start
   all_still &= ~known | geometry.is_start.all(1)
   findings = []
@@ -268,7 +264,7 @@ def _frozen(pool, geometry, members) -> list[Finding]:
     findings.append(
         _still(
             geometry,
-            all_still,
+            np.flatnonzero(all_still),
             (),
             'are equal in all ingredients',
             'They were frozen, or the gradient never reached them. Averages '
@@ -311,13 +307,15 @@ def _parts_still(geometry) -> dict[tuple[int, ...], list[int]]:
 
 
 def _still(geometry, leaves, ks, seen, meaning, remedy) -> Finding:
-  names = [_tree.name_of(p) for p in np.array(geometry.paths, object)[leaves]]
+  names = [_tree.name_of(geometry.paths[i]) for i in leaves]
   share = 100 * geometry.sizes[leaves].sum() / geometry.sizes.sum()
   shown = _findings.listed(names, range(len(names)), 3)
   return Finding(
       severity='note',
       code='partly_frozen' if ks else 'frozen',
-      title='Parts that only some of them trained' if ks else 'Parts that never moved',
+      title='Parts that only some of them trained'
+      if ks
+      else 'Parts that never moved',
       seen=f'{len(names)} of {len(geometry.paths)} leaves ({share:.2g} % of the '
       f'numbers) {seen}: {shown}.',
       meaning=meaning,

@@ -73,9 +73,10 @@ def examine(pool: _pool.Pool) -> Examined:
     findings += _motion.examine(pool, inside, sound)
     _motion.fill(measured, geometry, usable)
   out = {k for f in findings for k in f.leave_out}
+  mixed = {k for f in findings if f.code == 'dtype' for k in f.ingredients}
   return Examined(
       findings=findings + _batch_norm(geometry),
-      usable=usable,
+      usable=[k for k in usable if k not in mixed],
       sound=[k for k in usable if k not in out],
       paths=paths,
       has_batch_norm=bool(geometry.statistics.any()),
@@ -145,8 +146,10 @@ def _dtypes(pool, members) -> list[Finding]:
           meaning='Recipes refuse to mix dtypes: the result would have one of '
           'them by chance.',
           remedy='Cast all to the wider one: '
-          'jax.tree.map(lambda x: x.astype(jnp.float32), params).',
+          'jax.tree.map(lambda x: x.astype(jnp.float32), params). Until then '
+          f'leave out {pool.listed(others)}.',
           ingredients=others,
+          leave_out=others,
       )
   ]
 
@@ -226,9 +229,7 @@ def _readable(pool, geometry, members):
         )
     )
   keep = [
-      i
-      for i, k in enumerate(members)
-      if i not in bad and k not in pool.damaged
+      i for i, k in enumerate(members) if i not in bad and k not in pool.damaged
   ]
   return [members[i] for i in keep], geometry.take(keep), findings
 
@@ -357,11 +358,7 @@ def _initializations(pool, geometry, families, members) -> Finding:
       meaning='Models from different starts lie in different basins: their '
       'units do not correspond, and the average is noise.',
       remedy='Soup only models of one start'
-      + (
-          f': here {pool.listed(families[0])}'
-          if len(families[0]) > 1
-          else ''
-      )
+      + (f': here {pool.listed(families[0])}' if len(families[0]) > 1 else '')
       + '. Fix the seed of the initialization (and of a new head), vary the '
       'other hyper-parameters. Across starts use an ensemble.',
       ingredients=others,
@@ -373,7 +370,11 @@ def _permuted(pool, geometry, permuted, members) -> Finding:
   ks = tuple(sorted(members[i] for i, _ in permuted))
   leaf, share = permuted[0][1][0]
   leaves = sorted(
-      {_tree.name_of(geometry.paths[x]) for _, found in permuted for x, _ in found}
+      {
+          _tree.name_of(geometry.paths[x])
+          for _, found in permuted
+          for x, _ in found
+      }
   )
   return Finding(
       severity='error',
@@ -404,7 +405,9 @@ def _parts(pool, geometry, strange, main, members):
       apart.setdefault(outside, []).append(leaf)
   findings, permuted, strangers = [], [], set()
   for outside, leaves in apart.items():
-    largest = [x for x in _largest(geometry, np.isin(range(len(strange)), leaves))]
+    largest = [
+        x for x in _largest(geometry, np.isin(range(len(strange)), leaves))
+    ]
     inside = [i for i in main if i not in outside]
     found = _kinship.permuted_leaves(
         pool, geometry, largest, members[outside[0]], members[inside[0]]
