@@ -172,7 +172,7 @@ def _rates(pool, rest, out, measured) -> str:
 
 
 def rate_correlation(pool: _pool.Pool, drops: np.ndarray) -> float:
-  """Spearman's correlation of learning rates with mean drops; NaN if unknown."""
+  """Spearman's correlation of learning rates and mean drops, or NaN."""
   rates = [config.get('learning_rate', np.nan) for config in pool.configs]
   known = [
       k

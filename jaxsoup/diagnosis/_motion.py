@@ -1,6 +1,7 @@
 """How far each ingredient went, and where to: task vectors of one family."""
 
 from collections.abc import Sequence
+import itertools
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ Finding = _findings.Finding
 _FAR, _NEAR = 4.0, 0.02
 # Deviations from the median length, on a log scale: sweeps span decades.
 _LARGEST_DEVIATION = 3.5
+# Distance of two copies of one run, as a share of that to any other.
+_TWINS = 0.35
 # Rounding errors, as a share of the task vector.
 _ROUNDING = 0.3
 
@@ -39,7 +42,13 @@ def examine(
   tasks = np.sqrt(_task_squares(geometry, squares))
   rounding = _rounded(pool, geometry, members, tasks)
   findings = _outliers(pool, geometry, members, tasks)
-  findings += _copies(pool, members, _cosines(tasks, squares.sum(0)))
+  total = squares.sum(0)[:-1, :-1]
+  cosines = _cosines(tasks, total)
+  if geometry.has_start.any():
+    twins = _twins(cosines)
+  else:
+    twins = _nearest(np.sqrt(total))
+  findings += _copies(pool, members, twins, cosines)
   return findings + (rounding or _frozen(pool, geometry, members))
 
 
@@ -55,7 +64,7 @@ def fill(
   measured['norms'][list(members)] = tasks
   block = np.ix_(members, members)
   measured['distances'][block] = np.sqrt(total)
-  measured['cosines'][block] = _cosines(tasks, squares.sum(0))
+  measured['cosines'][block] = _cosines(tasks, total)
 
 
 def _task_squares(geometry, squares: np.ndarray) -> np.ndarray:
@@ -68,7 +77,7 @@ def _task_squares(geometry, squares: np.ndarray) -> np.ndarray:
 
 def _cosines(tasks: np.ndarray, squares: np.ndarray) -> np.ndarray:
   """Of two task vectors, by the law of cosines, [K, K]."""
-  inner = (tasks[:, None] ** 2 + tasks**2 - squares[:-1, :-1]) / 2
+  inner = (tasks[:, None] ** 2 + tasks**2 - squares) / 2
   with np.errstate(divide='ignore', invalid='ignore'):
     return np.clip(inner / tasks[:, None] / tasks, -1, 1)
 
@@ -80,10 +89,10 @@ def unmoved(pool: _pool.Pool, ks: tuple[int, ...], seen: str) -> Finding:
       code='unmoved',
       title='Not fine-tuned',
       seen=seen,
-      meaning='They are the initialization, or as good as it, and pull the soup '
-      'back there.',
-      remedy=f'Leave out {pool.listed(ks)}, or fine-tune; perhaps a file of the '
-      'start lies among the runs, or the learning rate was far too small. A '
+      meaning='They are the initialization, or as good as it, and pull the '
+      'soup back there.',
+      remedy=f'Leave out {pool.listed(ks)}, or fine-tune; perhaps a file of '
+      'the start lies among the runs, or the learning rate was far too small. A '
       'mean of theta_0 and a soup is WiSE-FT: jaxsoup.interpolate.',
       ingredients=ks,
       leave_out=ks,
@@ -157,7 +166,7 @@ def _range(values: list[float]) -> str:
   return f'{low:.2g}' if low == high else f'{low:.2g} to {high:.2g}'
 
 
-def _copies(pool, members, cosines) -> list[Finding]:
+def _copies(pool, members, pairs, cosines) -> list[Finding]:
   """Moving averages among runs, or several checkpoints of one run."""
   said = {k: pool.copies[k] for k in members if pool.copies[k] is not None}
   raw = tuple(k for k, name in said.items() if not name)
@@ -172,7 +181,6 @@ def _copies(pool, members, cosines) -> list[Finding]:
             f'{pool.listed(raw)} are the runs themselves.',
         )
     ]
-  pairs = _twins(cosines)
   if not pairs:
     return []
   i, j = pairs[0]
@@ -181,7 +189,7 @@ def _copies(pool, members, cosines) -> list[Finding]:
           pool,
           tuple(sorted({members[x] for pair in pairs for x in pair})),
           f'{pool.names[members[i]]} and {pool.names[members[j]]} went almost '
-          f'the same way (cosine of the task vectors {cosines[i, j]:.3f}, the '
+          f'the same way (cosine of the task vectors {cosines[i, j]:.2f}, the '
           f'median of all pairs is {_median(cosines):.2f})'
           + (f', and {len(pairs) - 1} more pairs.' if len(pairs) > 1 else '.'),
       )
@@ -213,6 +221,23 @@ def _twins(cosines: np.ndarray) -> list[tuple[int, int]]:
   return sorted(
       ((int(i), int(j)) for i, j in rows), key=lambda pair: -upper[pair]
   )
+
+
+def _nearest(distances: np.ndarray) -> list[tuple[int, int]]:
+  """The same without theta_0: pairs far nearer to each other than to the rest.
+
+  Angles at an estimated start would not do: runs that went less far than others
+  seem to have gone one way.
+  """
+  num = len(distances)
+  if num < 3:
+    return []
+  pairs = []
+  for i, j in itertools.combinations(range(num), 2):
+    others = [k for k in range(num) if k not in (i, j)]
+    if distances[i, j] < _TWINS * distances[[i, j]][:, others].min():
+      pairs.append((i, j))
+  return sorted(pairs, key=lambda pair: distances[pair])
 
 
 def _median(cosines: np.ndarray) -> float:
@@ -316,8 +341,8 @@ def _still(geometry, leaves, ks, seen, meaning, remedy) -> Finding:
       title='Parts that only some of them trained'
       if ks
       else 'Parts that never moved',
-      seen=f'{len(names)} of {len(geometry.paths)} leaves ({share:.2g} % of the '
-      f'numbers) {seen}: {shown}.',
+      seen=f'{len(names)} of {len(geometry.paths)} leaves ({share:.2g} % of '
+      f'the numbers) {seen}: {shown}.',
       meaning=meaning,
       remedy=remedy,
       ingredients=ks,

@@ -182,7 +182,7 @@ class Trials:
     return subset
 
   def _against_mean(self, subset: list[int]) -> tuple[list[int], np.ndarray]:
-    """Each against the mean of the others; without those that have a barrier."""
+    """Each against the mean of the others; drops those with a barrier."""
     drops = np.full(len(self._pool), np.nan)
     if len(subset) < 3:
       return subset, drops

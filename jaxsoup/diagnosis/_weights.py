@@ -141,8 +141,8 @@ def _dtypes(pool, members) -> list[Finding]:
           severity='warning',
           code='dtype',
           title='Ingredients are stored in different dtypes',
-          seen=f'{_tree.name_of(path)} is {theirs} in {pool.listed(others)}, and '
-          f'{ours} in the others.',
+          seen=f'{_tree.name_of(path)} is {theirs} in {pool.listed(others)}, '
+          f'and {ours} in the others.',
           meaning='Recipes refuse to mix dtypes: the result would have one of '
           'them by chance.',
           remedy='Cast all to the wider one: '
@@ -436,8 +436,8 @@ def _part(pool, geometry, outside, leaves, main, members) -> Finding:
       'from one start.',
       meaning='A head that was drawn anew for a run (or was never trained) '
       'points elsewhere: averaged, the heads cancel.',
-      remedy='Draw a new head once, or train it first (linear probe), and start '
-      'all runs from it. Now: leave these ingredients out, or soup the '
+      remedy='Draw a new head once, or train it first (linear probe), and '
+      'start all runs from it. Now: leave these ingredients out, or soup the '
       'rest and train one head on it.',
       ingredients=ks,
       leaves=names,
@@ -458,7 +458,7 @@ def _batch_norm(geometry) -> list[Finding]:
           severity='note',
           code='batch_norm',
           title='There is BatchNorm',
-          seen=f'{len(names)} leaves of running statistics, such as {names[0]}.',
+          seen=f'{len(names)} leaves of running statistics, as {names[0]}.',
           meaning='Those of a soup are not the mean of those of its '
           'ingredients: its activations have other means, and smaller '
           'variances.',
