@@ -207,29 +207,28 @@ def groups_of(related: np.ndarray) -> list[list[int]]:
   return sorted(groups, key=lambda g: (-len(g), g))
 
 
-def task_squares(squares: np.ndarray) -> np.ndarray:
-  """`|tau_k|^2` of task vectors, from distances between models alone, [K].
+def lengths(distances: np.ndarray) -> np.ndarray:
+  """`|tau_k|` of task vectors, from distances between models alone, [K].
 
-  If task vectors are at right angles, `|theta_i - theta_j|^2 = |tau_i|^2 +
-  |tau_j|^2`, and summed over j
+  Task vectors are nearly at right angles, so that `|theta_i - theta_j|^2 =
+  |tau_i|^2 + |tau_j|^2`, and among models that went about as far
 
-  |tau_k|^2 = (sum_j d_kj^2 - sum_{i<j} d_ij^2 / (K - 1)) / (K - 2).
+  |tau_k| = median_j |theta_k - theta_j| / sqrt(2).
 
-  Where they share a direction, that part is not seen: lengths are then from
-  where the shared path ends.
+  A median, so that one outlier does not lengthen the others. Where task vectors
+  share a direction, that part is not seen.
 
   Args:
-    squares: squared distances, [K, K].
+    distances: [K, K].
 
   Returns:
-    Estimates, at least zero; of two models half of their distance each.
+    Estimates.
 
   Example:
-    >>> task_squares(np.array([[0, 5, 10], [5, 0, 13], [10, 13, 0]]))
-    array([1., 4., 9.])
+    >>> points = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    >>> lengths(np.linalg.norm(points[:, None] - points, axis=-1))
+    array([1., 1., 1.])
   """
-  num = len(squares)
-  if num < 3:
-    return np.full(num, squares.max(initial=0) / 2)
-  total = squares.sum() / 2
-  return np.maximum((squares.sum(1) - total / (num - 1)) / (num - 2), 0)
+  others = ~np.eye(len(distances), dtype=bool)
+  rows = [row[keep] for row, keep in zip(distances, others)]
+  return np.median(rows, axis=1) / 2**0.5

@@ -38,17 +38,10 @@ def examine(
   """
   if len(members) < 2:
     return []
-  squares = geometry.squares()[geometry.trained]
-  tasks = np.sqrt(_task_squares(geometry, squares))
+  tasks, distances, cosines = _lengths(geometry)
   rounding = _rounded(pool, geometry, members, tasks)
   findings = _outliers(pool, geometry, members, tasks)
-  total = squares.sum(0)[:-1, :-1]
-  cosines = _cosines(tasks, total)
-  if geometry.has_start.any():
-    twins = _twins(cosines)
-  else:
-    twins = _nearest(np.sqrt(total))
-  findings += _copies(pool, members, twins, cosines)
+  findings += _copies(pool, members, distances, cosines)
   return findings + (rounding or _frozen(pool, geometry, members))
 
 
@@ -58,28 +51,30 @@ def fill(
     members: Sequence[int],
 ) -> None:
   """Writes lengths, distances and cosines where they belong."""
-  squares = geometry.squares()[geometry.trained]
-  tasks = np.sqrt(_task_squares(geometry, squares))
-  total = squares[:, :-1, :-1].sum(0)
+  tasks, distances, cosines = _lengths(geometry)
   measured['norms'][list(members)] = tasks
   block = np.ix_(members, members)
-  measured['distances'][block] = np.sqrt(total)
-  measured['cosines'][block] = _cosines(tasks, total)
+  measured['distances'][block] = distances
+  measured['cosines'][block] = cosines
 
 
-def _task_squares(geometry, squares: np.ndarray) -> np.ndarray:
-  """Squared lengths of the task vectors, [K]; estimated without theta_0."""
+def _lengths(geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Of task vectors the lengths and cosines, and distances of their ends.
+
+  Without theta_0 lengths are estimates, and cosines NaN.
+  """
+  squares = geometry.squares()[geometry.trained]
+  distances = np.sqrt(squares[:, :-1, :-1].sum(0))
   known = geometry.has_start[geometry.trained]
-  if known.any():
-    return squares[known, :-1, -1].sum(0)
-  return _geometry.task_squares(squares[:, :-1, :-1].sum(0))
-
-
-def _cosines(tasks: np.ndarray, squares: np.ndarray) -> np.ndarray:
-  """Of two task vectors, by the law of cosines, [K, K]."""
-  inner = (tasks[:, None] ** 2 + tasks**2 - squares) / 2
+  if not known.any():
+    tasks = _geometry.lengths(distances)
+    return tasks, distances, np.full_like(distances, np.nan)
+  squares = squares[known].sum(0)
+  tasks = np.sqrt(squares[:-1, -1])
+  # The law of cosines.
+  inner = (tasks[:, None] ** 2 + tasks**2 - squares[:-1, :-1]) / 2
   with np.errstate(divide='ignore', invalid='ignore'):
-    return np.clip(inner / tasks[:, None] / tasks, -1, 1)
+    return tasks, distances, np.clip(inner / tasks[:, None] / tasks, -1, 1)
 
 
 def unmoved(pool: _pool.Pool, ks: tuple[int, ...], seen: str) -> Finding:
@@ -92,8 +87,8 @@ def unmoved(pool: _pool.Pool, ks: tuple[int, ...], seen: str) -> Finding:
       meaning='They are the initialization, or as good as it, and pull the '
       'soup back there.',
       remedy=f'Leave out {pool.listed(ks)}, or fine-tune; perhaps a file of '
-      'the start lies among the runs, or the learning rate was far too small. A '
-      'mean of theta_0 and a soup is WiSE-FT: jaxsoup.interpolate.',
+      'the start lies among the runs, or the learning rate was far too small. '
+      'A mean of theta_0 and a soup is WiSE-FT: jaxsoup.interpolate.',
       ingredients=ks,
       leave_out=ks,
   )
@@ -106,7 +101,7 @@ def _outliers(pool, geometry, members, tasks) -> list[Finding]:
   findings = []
   share = tasks / np.median(tasks)
   hardly = tuple(members[i] for i in np.flatnonzero(share < _NEAR))
-  if hardly:
+  if hardly and geometry.has_start.any():
     findings.append(
         unmoved(
             pool,
@@ -161,12 +156,12 @@ def rates_text(
   return f' Learning rate: {_range(mine)}, of the others {_range(theirs)}.'
 
 
-def _range(values: list[float]) -> str:
+def _range(values: Sequence[Any]) -> str:
   low, high = min(values), max(values)
   return f'{low:.2g}' if low == high else f'{low:.2g} to {high:.2g}'
 
 
-def _copies(pool, members, pairs, cosines) -> list[Finding]:
+def _copies(pool, members, distances, cosines) -> list[Finding]:
   """Moving averages among runs, or several checkpoints of one run."""
   said = {k: pool.copies[k] for k in members if pool.copies[k] is not None}
   raw = tuple(k for k, name in said.items() if not name)
@@ -181,17 +176,29 @@ def _copies(pool, members, pairs, cosines) -> list[Finding]:
             f'{pool.listed(raw)} are the runs themselves.',
         )
     ]
+  is_known = np.isfinite(cosines).all()
+  pairs = _twins(cosines) if is_known else _nearest(distances)
   if not pairs:
     return []
   i, j = pairs[0]
+  if is_known:
+    how = (
+        f'went almost the same way (cosine of the task vectors '
+        f'{cosines[i, j]:.2f}, the median of all pairs is '
+        f'{_median(cosines):.2f})'
+    )
+  else:
+    others = [k for k in range(len(members)) if k not in (i, j)]
+    how = (
+        f'are {distances[i, j]:.2g} apart, and at least '
+        f'{distances[[i, j]][:, others].min():.2g} from all others'
+    )
+  more = f', and {len(pairs) - 1} more pairs' if len(pairs) > 1 else ''
   return [
       _mixed(
           pool,
           tuple(sorted({members[x] for pair in pairs for x in pair})),
-          f'{pool.names[members[i]]} and {pool.names[members[j]]} went almost '
-          f'the same way (cosine of the task vectors {cosines[i, j]:.2f}, the '
-          f'median of all pairs is {_median(cosines):.2f})'
-          + (f', and {len(pairs) - 1} more pairs.' if len(pairs) > 1 else '.'),
+          f'{pool.names[members[i]]} and {pool.names[members[j]]} {how}{more}.',
       )
   ]
 
@@ -319,7 +326,7 @@ def _frozen(pool, geometry, members) -> list[Finding]:
 def _parts_still(geometry) -> dict[tuple[int, ...], list[int]]:
   """Leaves that several ingredients, but not all, have in common."""
   found: dict[tuple[int, ...], list[int]] = {}
-  for leaf in np.flatnonzero(geometry.trained):
+  for leaf in np.flatnonzero(geometry.trained).tolist():
     labels, counts = np.unique(geometry.same[leaf], return_counts=True)
     common = geometry.same[leaf] == labels[counts.argmax()]
     if geometry.has_start[leaf] and geometry.is_start[leaf].any():

@@ -210,8 +210,8 @@ class Trials:
     """Averages part by part the pair with the largest barrier, if any has."""
     if not np.nanmax(self.drops, initial=0) > self._tolerance:
       return None, {}, None
-    i, j = np.unravel_index(np.nanargmax(self.drops), self.drops.shape)
-    i, j = sorted((int(i), int(j)), key=lambda k: -self.scores[k])
+    ends = np.unravel_index(np.nanargmax(self.drops), self.drops.shape)
+    i, j = sorted(map(int, ends), key=lambda k: -self.scores[k])
     better, other = (self._pool.ingredients[k] for k in (i, j))
     parts = parts_of(self._paths)
     falls = {}

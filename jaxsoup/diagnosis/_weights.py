@@ -397,7 +397,7 @@ def _permuted(pool, geometry, permuted, members) -> Finding:
 def _parts(pool, geometry, strange, main, members):
   """Members of one family with leaves that are strangers to those of others."""
   apart: dict[tuple[int, ...], list[int]] = {}
-  for leaf in np.flatnonzero(strange.any((1, 2))):
+  for leaf in np.flatnonzero(strange.any((1, 2))).tolist():
     rows = [*main, len(members)]
     families = _families(~strange[leaf][np.ix_(rows, rows)])
     outside = tuple(main[i] for family in families[1:] for i in family)
