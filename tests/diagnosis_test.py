@@ -3,7 +3,9 @@
 Small networks, trained on real images; each fault is planted in one pool.
 """
 
+from collections.abc import Sequence
 import itertools
+import json
 from typing import Any
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from jaxsoup import checkpoints
 from jaxsoup import diagnosis
@@ -366,11 +369,12 @@ def test_batch_norm_whose_statistics_break_the_soup():
   runs = [
       {
           'w': start + 0.1 * rng.normal(size=(40, 40)),
-          'norm': {'mean': np.full(40, 9.0 * k), 'var': np.ones(40)},
+          'norm': {'mean': np.full(40, k), 'var': np.ones(40)},
       }
-      for k in range(3)
+      for k in (0.0, 1.0, 3.0)
   ]
-  eval_fn = lambda params: 0.9 if params['norm']['mean'][0] < 1 else 0.2
+  own = [run['norm']['mean'][0] for run in runs]
+  eval_fn = lambda params: 0.9 if params['norm']['mean'][0] in own else 0.2
   reset_fn = lambda params: {
       **params, 'norm': tree(np.zeros_like, params['norm'])
   }  # fmt: skip
@@ -382,6 +386,255 @@ def test_batch_norm_whose_statistics_break_the_soup():
   assert found.measured['batch_norm'] == {
       'first': 0.9, 'averaged': 0.2, 're-estimated': 0.9
   }  # fmt: skip
-  # Without an estimate the verdict sees the broken soup.
+  # Without an estimate the averages are broken.
   found = diagnosis.diagnose(runs, eval_fn=eval_fn)
+  assert codes(found) == ['barrier', 'batch_norm']
+  assert found.verdict[:2] == ('do not soup', (0,))
+
+
+# --- what only data show ------------------------------------------------------
+
+
+def bowls(params):
+  """A score with a bowl around 0 and another around 10, along one weight."""
+  x = float(np.asarray(params['head']['w'])[0, 0])
+  return 0.9 - 0.1 * min(abs(x), abs(x - 10), 5)
+
+
+def in_bowls(places, rng, size=60):
+  """Relatives that differ in one weight, which is all that the score sees."""
+  start = rng.normal(size=(size, size))
+  runs = []
+  for place in places:
+    head = start.copy() + 0.1 * rng.normal(size=(size, size))
+    head[0, 0] = place
+    body = start + 0.1 * rng.normal(size=(size, size))
+    runs.append({'body': {'w': body}, 'head': {'w': head}})
+  return runs
+
+
+def test_a_barrier_that_only_data_show(rng):
+  pool = in_bowls([0, 0.1, 10, 0.2, 9.9], rng)
+  assert codes(diagnosis.diagnose(pool)) == []
+  found = diagnosis.diagnose(pool, eval_fn=bowls)
+  finding = only(found, 'barrier')
+  assert finding.leave_out == (2, 4)
+  assert 'in 6 of 10 pairs' in finding.seen
+  assert 'all but head can be averaged' in finding.seen
+  assert found.verdict[:2] == ('soup a subset', (0, 1, 3))
+  # x = 5 half-way between 0 and 10: 0.9 - 0.5.
+  barriers = found.measured['barriers']
+  assert barriers[0, 2] == barriers[2, 0] == pytest.approx(0.5)
+  assert barriers[0, 1] == pytest.approx(0, abs=1e-6)
+  assert np.isnan(np.diag(barriers)).all()
+  assert found.measured['soup'] == pytest.approx(0.9 - 0.01)
+  assert found.measured['parts'] == pytest.approx(
+      {'body': 0, 'head': 0.5}, abs=1e-6
+  )
+
+
+def test_no_pair_without_a_barrier(rng):
+  found = diagnosis.diagnose(in_bowls([0, 10], rng), eval_fn=bowls)
+  assert only(found, 'barrier').severity == 'error'
+  assert found.verdict[:2] == ('do not soup', (1,))
+  assert 'Use it' in found.verdict.reason
+
+
+def test_a_barrier_of_the_mean_alone(rng):
+  """Pairs are fine, and the average of all is not."""
+  pool = in_bowls([1, 2, 6], rng)
+  good = (1, 2, 6, 1.5, 3.5, 4)
+  at = lambda params: float(np.asarray(params['head']['w'])[0, 0])
+  eval_fn = lambda params: 0.9 if np.isclose(at(params), good).any() else 0.5
+  found = diagnosis.diagnose(pool, eval_fn=eval_fn)
+  finding = only(found, 'barrier')
+  assert 'to the mean of the others' in finding.seen
   assert found.verdict.action == 'do not soup'
+
+
+def test_learning_rates_of_barriers(rng, tmp_path):
+  pool = in_bowls([0, 0.1, 10, 0.2, 9.9], rng)
+  for k, (params, rate) in enumerate(zip(pool, [1, 2, 8, 3, 9])):
+    metadata = {'config': {'learning_rate': rate * 1e-3}}
+    checkpoints.save(tmp_path / f'{k}', params, metadata=metadata)
+  ingredients = checkpoints.Ingredients([tmp_path / f'{k}' for k in range(5)])
+  found = diagnosis.diagnose(ingredients, eval_fn=bowls)
+  finding = only(found, 'barrier')
+  assert 'Learning rate: 0.008 to 0.009, of the others 0.001 to 0.003' in (
+      finding.seen
+  )
+  drops = found.measured['barriers']
+  expected = stats.spearmanr([1, 2, 8, 3, 9], np.nanmean(drops, 1)).statistic
+  actual = found.measured['learning_rate_correlation']
+  assert actual == pytest.approx(expected) and actual > 0.5
+
+
+def test_one_that_is_much_worse(rng):
+  pool = in_bowls([0, 0.1, 0.2, 3], rng)
+  found = diagnosis.diagnose(pool, eval_fn=bowls)
+  finding = only(found, 'weak')
+  assert finding.leave_out == (3,)
+  assert found.verdict[:2] == ('soup a subset', (0, 1, 2))
+
+
+def test_disagreement(world, rng):
+  found = diagnosis.diagnose(
+      world.runs, eval_fn=world.eval_fn, logits_fn=world.logits_fn
+  )
+  classes = [world.logits_fn(run).argmax(-1) for run in world.runs]
+  expected = [[(x != y).mean() for y in classes] for x in classes]
+  np.testing.assert_allclose(found.measured['disagreement'], expected)
+  pool = in_bowls([0, 0.1, 0.2], rng)
+  found = diagnosis.diagnose(
+      pool, eval_fn=bowls, logits_fn=lambda params: np.eye(3)
+  )
+  assert only(found, 'alike').severity == 'note'
+  assert found.verdict.action == 'soup all'
+
+
+def test_many_are_compared_along_a_spanning_subset(rng):
+  pool = in_bowls([*np.linspace(0, 0.1, 14), 10, 10.1], rng, size=40)
+  found = diagnosis.diagnose(pool, eval_fn=bowls)
+  assert only(found, 'barrier').leave_out == (14, 15)
+  assert np.isfinite(found.measured['barriers']).sum() == 2 * (2 * 16 - 3)
+
+
+# --- what does not fit --------------------------------------------------------
+
+
+def test_another_head_size(world):
+  other = tree(np.copy, world.runs[2])
+  other['head'] = {'kernel': np.ones((96, 7)), 'bias': np.ones(7)}
+  pool = [*world.runs[:2], other, world.runs[3]]
+  found = diagnosis.diagnose(pool, eval_fn=world.eval_fn)
+  finding = only(found, 'structure')
+  assert 'head' in finding.seen and 'subtrees' in finding.remedy
+  assert found.verdict[:2] == ('soup a subset', (0, 1, 3))
+
+
+def test_another_dtype(world):
+  pool = [*world.runs[:3], tree(np.float64, world.runs[3])]
+  with jax.enable_x64(True):
+    found = diagnosis.diagnose(pool, eval_fn=world.eval_fn)
+  finding = only(found, 'dtype')
+  assert 'float64' in finding.seen and 'float32' in finding.seen
+  assert found.verdict[:2] == ('soup a subset', (0, 1, 2))
+
+
+def test_counters_and_frozen_leaves(world, rng):
+  fixed = rng.normal(size=(30, 4)).astype(np.float32)
+  pool = [
+      {**run, 'step': np.int32(k), 'fixed': fixed}
+      for k, run in enumerate(world.runs)
+  ]
+  found = diagnosis.diagnose(pool)
+  assert codes(found) == ['counters', 'frozen']
+  assert found.findings[1].leaves == ('fixed',)
+  assert found.verdict.action == 'soup all'
+  # Without the start a common step of all looks frozen; with it, it is none.
+  theta_0 = {**world.theta_0, 'fixed': fixed + 1}
+  assert codes(diagnosis.diagnose(pool, theta_0=theta_0)) == ['counters']
+
+
+def test_some_that_trained_only_the_head(world):
+  pool = [
+      {**world.theta_0, 'head': run['head']} for run in world.runs[:2]
+  ] + world.runs[2:]
+  for given in options(world):
+    found = diagnosis.diagnose(pool, **given)
+    finding = only(found, 'partly_frozen')
+    assert finding.ingredients == (0, 1)
+    assert set(finding.leaves) == {
+        'first/kernel', 'first/bias', 'second/kernel', 'second/bias'
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize('names', [None, ['a', 'b']])
+def test_wrong_arguments(world, names):
+  with pytest.raises(ValueError, match='2 names and 1 ingr|There is 1'):
+    diagnosis.diagnose(world.runs[:1], names=names)
+  with pytest.raises(TypeError, match='must be a sequence'):
+    diagnosis.diagnose({'w': 1})
+
+
+# --- checkpoints, memory ------------------------------------------------------
+
+
+class Lazy(Sequence):
+  """A sequence that counts what is read."""
+
+  def __init__(self, models):
+    self.models = models
+    self.num_reads = 0
+
+  def __len__(self):
+    return len(self.models)
+
+  def __getitem__(self, k):
+    self.num_reads += 1
+    return tree(np.copy, self.models[k])
+
+
+def test_containers_agree(world, stranger, tmp_path):
+  pool = [*world.runs, stranger]
+  expected = diagnosis.diagnose(pool, theta_0=world.theta_0)
+  paths = [tmp_path / f'run{k}' for k in range(6)]
+  for path, params in zip(paths, pool):
+    checkpoints.save(path, params)
+  for container in (Lazy(pool), checkpoints.Ingredients(paths)):
+    found = diagnosis.diagnose(container, theta_0=world.theta_0)
+    for name, value in expected.measured.items():
+      np.testing.assert_allclose(found.measured[name], value, rtol=1e-6)
+    assert codes(found) == codes(expected)
+    assert found.verdict == expected.verdict
+  assert found.names == tuple(f'run{k}' for k in range(6))
+
+
+def test_lengths_distances_and_cosines(world):
+  found = diagnosis.diagnose(world.runs, theta_0=world.theta_0).measured
+  flat = lambda x: np.concatenate(
+      [np.ravel(a).astype(np.float64) for a in jax.tree.leaves(x)]
+  )
+  runs, start = np.stack([flat(x) for x in world.runs]), flat(world.theta_0)
+  tasks = runs - start
+  norms = np.linalg.norm(tasks, axis=1)
+  np.testing.assert_allclose(found['norms'], norms)
+  np.testing.assert_allclose(
+      found['distances'], np.linalg.norm(runs[:, None] - runs, axis=-1),
+      atol=1e-9,
+  )  # fmt: skip
+  np.testing.assert_allclose(
+      found['cosines'], tasks @ tasks.T / norms / norms[:, None]
+  )
+
+
+def test_a_damaged_file(world, tmp_path):
+  paths = [tmp_path / f'run{k}.safetensors' for k in range(4)]
+  for path, params in zip(paths, world.runs):
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    arrays = {
+        jax.tree_util.keystr(p, simple=True, separator='.'): x for p, x in flat
+    }
+    checkpoints.save_arrays(
+        path, {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in arrays.items()},
+        arrays.items(),
+    )  # fmt: skip
+  assert codes(diagnosis.diagnose(checkpoints.Ingredients(paths))) == []
+  content = bytearray(paths[1].read_bytes())
+  content[-1000] ^= 64
+  paths[1].write_bytes(bytes(content))
+  found = diagnosis.diagnose(checkpoints.Ingredients(paths))
+  finding = only(found, 'damaged')
+  assert finding.leave_out == (1,) and 'checksum' in finding.seen
+
+
+def test_json_has_no_nan(world):
+  found = diagnosis.diagnose(
+      [*world.runs, tree(lambda x: x * np.nan, world.runs[0])],
+      eval_fn=world.eval_fn,
+  )
+  text = json.dumps(found.as_json(), allow_nan=False)
+  loaded = json.loads(text)
+  assert loaded['verdict']['action'] == 'soup a subset'
+  assert loaded['findings'][0]['names'] == ['ingredient 5']
+  assert loaded['measured']['scores'][5] is None

@@ -127,22 +127,25 @@ def _by_weights(pool, examined) -> Verdict:
 
 def _by_scores(pool, trials, tolerance) -> Verdict:
   subset = tuple(trials.subset)
-  best = int(np.nanargmax(trials.scores)) if trials.scores.size else 0
-  mean = float(np.mean(trials.scores[list(subset)])) if subset else np.nan
-  singles = (
-      f'the best single one ({pool.names[best]}) {trials.scores[best]:.3g}'
-  )
-  if len(subset) < 2 or mean - trials.soup > tolerance:
-    if len(subset) < 2:
-      reason = 'no two of them can be averaged without a loss'
-    else:
-      reason = (
-          f'their soup scores {trials.soup:.3g}, they {mean:.3g} on average'
-      )
-    return Verdict('do not soup', (best,), f'{reason}; {singles}. Use that.')
+  if not np.isfinite(trials.scores).any():
+    return Verdict('do not soup', (), 'none of them has a score.')
+  best = int(np.nanargmax(trials.scores))
+  top = trials.scores[best]
+  single = f'the best single one ({pool.names[best]}) {top:.3g}'
+  if len(subset) < 2:
+    reason = f'no two of them can be averaged without a loss; {single}. Use it.'
+    return Verdict('do not soup', (best,), reason)
+  mean = float(np.mean(trials.scores[list(subset)]))
+  bar = max(mean - tolerance, top - _trials.WEAK * tolerance)
+  if not trials.soup >= bar:
+    reason = (
+        f'their soup scores {trials.soup:.3g}, they {mean:.3g} on average, '
+        f'{single}. Use that.'
+    )
+    return Verdict('do not soup', (best,), reason)
   reason = (
       f'without barriers. Their uniform soup scores {trials.soup:.3g}, they '
-      f'{mean:.3g} on average, {singles}.'
+      f'{mean:.3g} on average, {single}.'
   )
   if len(subset) == len(pool):
     return Verdict('soup all', subset, reason)

@@ -16,7 +16,7 @@ from jaxsoup.diagnosis import _pool
 
 # Below it two matrices are strangers, if that can be told apart from noise.
 _RELATED = 0.15
-_LARGEST_NOISE = 0.05
+_LARGEST_NOISE = 0.07
 # Units that are looked for, and how alike those must be that are found.
 _NUM_UNITS = 64
 _MATCHED = 0.75
@@ -35,8 +35,15 @@ def strangers(geometry: _geometry.Geometry) -> np.ndarray:
     share = geometry.gram / small**2
     noise = large / small / np.sqrt(geometry.sizes)[:, None, None]
     found = (share < _RELATED) & (noise < _LARGEST_NOISE)
-  is_matrix = (geometry.ranks > 1) & geometry.trained
-  return found & is_matrix[:, None, None]
+  # What began at zero, as new heads may, shares nothing but the task.
+  is_grown = norms[:, -1] == 0
+  return found & (_matrices(geometry) & ~is_grown)[:, None, None]
+
+
+def _matrices(geometry: _geometry.Geometry) -> np.ndarray:
+  """Leaves that are drawn at random, [L]; biases of attention have two axes."""
+  is_bias = ['bias' in path[-1] if path else False for path in geometry.paths]
+  return (geometry.ranks > 1) & geometry.trained & ~np.array(is_bias, bool)
 
 
 def relatives(geometry: _geometry.Geometry, strange: np.ndarray) -> np.ndarray:
@@ -44,7 +51,7 @@ def relatives(geometry: _geometry.Geometry, strange: np.ndarray) -> np.ndarray:
 
   A pair of which nothing can be told counts as related.
   """
-  sizes = geometry.sizes * (geometry.ranks > 1) * geometry.trained
+  sizes = geometry.sizes * _matrices(geometry)
   known = np.isfinite(geometry.gram)
   total = np.einsum('l,lij->ij', sizes, known)
   apart = np.einsum('l,lij->ij', sizes, strange)

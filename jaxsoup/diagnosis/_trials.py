@@ -29,7 +29,7 @@ Progress = Callable[[str, float], None]
 # More ingredients are not compared pair by pair.
 _ALL_PAIRS = 12
 # Tolerances below the median that make an ingredient weak.
-_WEAK = 5
+WEAK = 5
 # Parts that are averaged one by one.
 _MOST_PARTS = 24
 
@@ -110,7 +110,7 @@ class Trials:
     disagreement = self._singles(usable)
     self._pairs(usable)
     bar = np.median(self.scores[list(sound)] if sound else [np.nan])
-    weak = [k for k in sound if self.scores[k] < bar - _WEAK * self._tolerance]
+    weak = [k for k in sound if self.scores[k] < bar - WEAK * self._tolerance]
     subset = self._without_barriers([k for k in sound if k not in weak])
     subset, to_mean = self._against_mean(subset)
     soup, statistics = np.nan, {}
