@@ -436,7 +436,7 @@ def test_a_barrier_that_only_data_show(rng):
 def test_no_pair_without_a_barrier(rng):
   found = diagnosis.diagnose(in_bowls([0, 10], rng), eval_fn=bowls)
   assert only(found, 'barrier').severity == 'error'
-  assert found.verdict[:2] == ('do not soup', (1,))
+  assert found.verdict[:2] == ('do not soup', (0,))
   assert 'Use it' in found.verdict.reason
 
 
@@ -449,7 +449,9 @@ def test_a_barrier_of_the_mean_alone(rng):
   found = diagnosis.diagnose(pool, eval_fn=eval_fn)
   finding = only(found, 'barrier')
   assert 'to the mean of the others' in finding.seen
-  assert found.verdict.action == 'do not soup'
+  assert len(finding.leave_out) == 1
+  assert found.verdict.action == 'soup a subset'
+  assert len(found.verdict.members) == 2
 
 
 def test_learning_rates_of_barriers(rng, tmp_path):
@@ -466,7 +468,7 @@ def test_learning_rates_of_barriers(rng, tmp_path):
   drops = found.measured['barriers']
   expected = stats.spearmanr([1, 2, 8, 3, 9], np.nanmean(drops, 1)).statistic
   actual = found.measured['learning_rate_correlation']
-  assert actual == pytest.approx(expected) and actual > 0.5
+  assert actual == pytest.approx(expected) and actual > 0.4
 
 
 def test_one_that_is_much_worse(rng):
@@ -532,7 +534,7 @@ def test_counters_and_frozen_leaves(world, rng):
   assert found.findings[1].leaves == ('fixed',)
   assert found.verdict.action == 'soup all'
   # Without the start a common step of all looks frozen; with it, it is none.
-  theta_0 = {**world.theta_0, 'fixed': fixed + 1}
+  theta_0 = {**world.theta_0, 'fixed': fixed * 1.001}
   assert codes(diagnosis.diagnose(pool, theta_0=theta_0)) == ['counters']
 
 
@@ -611,14 +613,12 @@ def test_lengths_distances_and_cosines(world):
 def test_a_damaged_file(world, tmp_path):
   paths = [tmp_path / f'run{k}.safetensors' for k in range(4)]
   for path, params in zip(paths, world.runs):
-    flat = jax.tree_util.tree_leaves_with_path(params)
     arrays = {
-        jax.tree_util.keystr(p, simple=True, separator='.'): x for p, x in flat
+        f'{layer}.{name}': x
+        for layer, leaves in params.items()
+        for name, x in leaves.items()
     }
-    checkpoints.save_arrays(
-        path, {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in arrays.items()},
-        arrays.items(),
-    )  # fmt: skip
+    checkpoints.save_arrays(path, arrays, arrays.items())
   assert codes(diagnosis.diagnose(checkpoints.Ingredients(paths))) == []
   content = bytearray(paths[1].read_bytes())
   content[-1000] ^= 64

@@ -117,8 +117,10 @@ def _barriers(pool, sound, measured, tolerance) -> list[Finding]:
   """Barriers between ingredients that nothing else spoke against."""
   rest = [k for k in sound if k not in measured.weak]
   out = tuple(k for k in rest if k not in measured.subset)
-  mean = np.mean(measured.scores[measured.subset])
-  if not out and not mean - measured.soup > tolerance:
+  fall = np.nan
+  if len(measured.subset) > 1:
+    fall = measured.scores[measured.subset].mean() - measured.soup
+  if not out and not fall > tolerance:
     return []
   drops = measured.drops[np.ix_(rest, rest)]
   pairs = np.argwhere(np.triu(drops > tolerance, 1))
@@ -139,8 +141,8 @@ def _barriers(pool, sound, measured, tolerance) -> list[Finding]:
     )
   else:
     seen = (
-        f'The soup scores {measured.soup:.3g}, its ingredients {mean:.3g} on '
-        'average, although no pair has a barrier.'
+        f'The soup scores {measured.soup:.3g}, {fall:.3g} below the mean of '
+        'its ingredients, although no pair has a barrier.'
     )
   return [
       Finding(

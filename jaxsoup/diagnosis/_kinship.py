@@ -14,9 +14,9 @@ import numpy as np
 from jaxsoup.diagnosis import _geometry
 from jaxsoup.diagnosis import _pool
 
-# Below it two matrices are strangers, if that can be told apart from noise.
+# Below it, or below three times the noise, two matrices are strangers.
 _RELATED = 0.15
-_LARGEST_NOISE = 0.07
+_LARGEST_NOISE = 0.1
 # Units that are looked for, and how alike those must be that are found.
 _NUM_UNITS = 64
 _MATCHED = 0.75
@@ -34,7 +34,8 @@ def strangers(geometry: _geometry.Geometry) -> np.ndarray:
   with np.errstate(divide='ignore', invalid='ignore'):
     share = geometry.gram / small**2
     noise = large / small / np.sqrt(geometry.sizes)[:, None, None]
-    found = (share < _RELATED) & (noise < _LARGEST_NOISE)
+    bar = np.fmax(_RELATED, 3 * noise)
+    found = (share < bar) & (noise < _LARGEST_NOISE)
   # What began at zero, as new heads may, shares nothing but the task.
   is_grown = norms[:, -1] == 0
   return found & (_matrices(geometry) & ~is_grown)[:, None, None]

@@ -41,8 +41,17 @@ def examine(
   tasks, distances, cosines = _lengths(geometry)
   rounding = _rounded(pool, geometry, members, tasks)
   findings = _outliers(pool, geometry, members, tasks)
-  findings += _copies(pool, members, distances, cosines)
-  return findings + (rounding or _frozen(pool, geometry, members))
+  frozen = _frozen(pool, geometry, members)
+  # Linear probes are near to each other.
+  probes = [set(f.ingredients) for f in frozen if f.code == 'partly_frozen']
+  rows = [i for i, k in enumerate(members) if not any(k in p for p in probes)]
+  findings += _copies(
+      pool,
+      [members[i] for i in rows],
+      distances[np.ix_(rows, rows)],
+      cosines[np.ix_(rows, rows)],
+  )
+  return findings + (rounding or frozen)
 
 
 def fill(

@@ -182,17 +182,20 @@ class Trials:
     return subset
 
   def _against_mean(self, subset: list[int]) -> tuple[list[int], np.ndarray]:
-    """Each against the mean of the others; drops those with a barrier."""
+    """Each against the mean of the others; takes out the worst one by one."""
     drops = np.full(len(self._pool), np.nan)
-    if len(subset) < 3:
-      return subset, drops
-    for n, k in enumerate(subset):
-      self._progress_fn('each against the mean', n / len(subset))
-      mean = self._mean([j for j in subset if j != k])
-      chord = (self.scores[k] + self._of_soup(mean)) / 2
-      half = between(mean, self._pool.ingredients[k])
-      drops[k] = chord - self._of_soup(half)
-    return [k for k in subset if not drops[k] > self._tolerance], drops
+    while len(subset) > 2:
+      for n, k in enumerate(subset):
+        self._progress_fn('each against the mean', n / len(subset))
+        mean = self._mean([j for j in subset if j != k])
+        chord = (self.scores[k] + self._of_soup(mean)) / 2
+        half = between(mean, self._pool.ingredients[k])
+        drops[k] = chord - self._of_soup(half)
+      worst = max(subset, key=lambda k: drops[k])
+      if not drops[worst] > self._tolerance:
+        break
+      subset = [k for k in subset if k != worst]
+    return subset, drops
 
   def _statistics(self, mean: Params, first: int) -> dict[str, float]:
     paths = self._paths
@@ -257,8 +260,9 @@ def parts_of(paths: Sequence[_tree.Path]) -> dict[str, set[_tree.Path]]:
       groups.setdefault('/'.join(keys[:depth]), set()).add(path)
     if len(groups) > _MOST_PARTS:
       break
-    best = groups
-    if len(groups) > 3:
+    if len(groups) > len(best):
+      best = groups
+    if len(best) > 3:
       break
   return best if len(best) > 1 else {}
 
