@@ -20,11 +20,13 @@ if TYPE_CHECKING:
   from jaxsoup import checkpoints as checkpoints
   from jaxsoup import ensembles as ensembles
   from jaxsoup import evaluation as evaluation
+  from jaxsoup import landscape as landscape
   from jaxsoup import lora as lora
   from jaxsoup import metrics as metrics
   from jaxsoup import report as report
   from jaxsoup import sharding as sharding
   from jaxsoup import statistics as statistics
+  from jaxsoup import studies as studies
   from jaxsoup._checked import check_compatible as check_compatible
   from jaxsoup._mixing import mix as mix
   from jaxsoup._mixing import stack as stack
@@ -60,11 +62,13 @@ _MODULES = (
     'checkpoints',
     'ensembles',
     'evaluation',
+    'landscape',
     'lora',
     'metrics',
     'report',
     'sharding',
     'statistics',
+    'studies',
 )
 __all__ = sorted([*sum(_EXPORTS.values(), ()), *_MODULES])
 

@@ -303,3 +303,27 @@ def in_order(checked: Checked, order: Sequence[int]):
     if i + 1 < len(order):
       checked.prefetch(order[i + 1])
     yield k, leaves
+
+
+def fitting_leaves(
+    checked: Checked, params: Params, name: str = 'theta_0'
+) -> list[jax.Array]:
+  """The float leaves of another model, in the order of the ingredients'.
+
+  Args:
+    checked: ingredients, of which at least one is read.
+    params: the other model.
+    name: what an error calls it.
+
+  Returns:
+    Its leaves.
+
+  Raises:
+    ValueError: it does not fit.
+  """
+  first = checked.replace(checked[0])
+  try:
+    return Checked([first, params], non_float_from=0)[1]
+  except ValueError as e:
+    message = str(e).replace('ingredient 1', name)
+    raise ValueError(message.replace('first one', 'models')) from None

@@ -119,6 +119,13 @@ def mix_leaves(
   ]
 
 
+@jax.jit
+def mix_many(alpha: jax.Array, stacked: list[jax.Array]) -> list[jax.Array]:
+  """Models of a curve or a grid, `[n, ...]`, from alpha `[n, K]`."""
+  mix = lambda a: mix_leaves([a] * len(stacked), stacked)
+  return jax.vmap(mix)(alpha)
+
+
 def mix(stacked: Params, alpha: Any) -> Params:
   """Mixes K stacked models into one.
 

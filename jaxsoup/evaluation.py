@@ -138,6 +138,7 @@ class MeanOf:
 
   Attributes:
     num_seen: how many examples the last evaluation looked at.
+    batches: as given.
     step: `step(params, batch)`, jitted: sum of the metric, number of examples,
       and of a boolean metric who is wrong, `[B]`, else None.
   """
@@ -149,8 +150,9 @@ class MeanOf:
   ):
     self.num_seen = 0
     self._metric_fn = metric_fn
-    self._batches = batches
+    self.batches = batches
     self.step = jax.jit(functools.partial(_sums, metric_fn))
+    self._steps = jax.jit(jax.vmap(self.step, (0, None)))
     # Known when a model was scored: the number of examples, and the rest.
     self._num = 0
     self._is_boolean: bool | None = None
@@ -168,23 +170,36 @@ class MeanOf:
   def __call__(self, params: Params) -> float:
     """The score of a model."""
     params = jax.tree.map(_tree.on_device, params)
-    parts = [self.step(params, _on_device(batch)) for batch in self._batches]
+    parts = [self.step(params, _on_device(batch)) for batch in self.batches]
     totals = jax.device_get([part[:2] for part in parts])
     count = sum(int(n) for _, n in totals)
-    if not count:
-      raise ValueError(
-          'There was no example to score: no batch, or all of them masked. An '
-          'iterator is used up after one walk: pass a list.'
-      )
+    _require_examples(count)
     wrong = [part[2] for part in parts]
     if not self._num:
       self._is_boolean = wrong[0] is not None
-      if self._is_boolean and _can_be_ordered(self._batches, wrong):
-        self._hard_first = _HardFirst(list(self._batches))
+      if self._is_boolean and _can_be_ordered(self.batches, wrong):
+        self._hard_first = _HardFirst(list(self.batches))
     if self._hard_first is not None:
       self._hard_first.saw_all(jax.device_get(wrong))
     self._num = self.num_seen = count
     return float(sum(float(s) for s, _ in totals) / count)
+
+  def of_many(self, stacked: Params) -> np.ndarray:
+    """The scores of n models that are run side by side.
+
+    Args:
+      stacked: pytree with leaves `[n, ...]`, such as a curve that
+        `jaxsoup.interpolate` returns.
+
+    Returns:
+      `[n]` float64.
+    """
+    stacked = jax.tree.map(_tree.on_device, stacked)
+    parts = [self._steps(stacked, _on_device(b))[:2] for b in self.batches]
+    _require_examples(parts)
+    totals, counts = np.sum(jax.device_get(parts), axis=0, dtype=float)
+    _require_examples(counts.all())
+    return totals / counts
 
   def at_least(
       self, params: Params, bar: float, *, strict: bool = False
@@ -247,8 +262,16 @@ class MeanOf:
     if self._hard_first is not None:
       yield from self._hard_first.batches()
     else:
-      for batch in self._batches:
+      for batch in self.batches:
         yield None, _on_device(batch)
+
+
+def _require_examples(found: Any) -> None:
+  if not found:
+    raise ValueError(
+        'There was no example to score: no batch, or all of them masked. An '
+        'iterator is used up after one walk: pass a list.'
+    )
 
 
 def _sums(metric_fn, params, batch):

@@ -62,17 +62,14 @@ def interpolate(
   checked = _checked.Checked([theta_0, theta_1], non_float_from)
   stacked = _mixing.stack_leaves(checked)
   alpha = np.stack([1 - t, t], axis=-1)
-  floats = _curve(_tree.numbers(alpha), stacked)
+  if t.ndim:
+    floats = _mixing.mix_many(_tree.numbers(alpha), stacked)
+  else:
+    floats = _mixing.mix_leaves([_tree.numbers(alpha)] * len(stacked), stacked)
   params = checked.replace(floats)
   if t.ndim:
     params = _with_repeated_non_floats(params, len(t))
   return Soup(params, alpha, AverageInfo(checked.duplicates()))
-
-
-@jax.jit
-def _curve(alpha: jax.Array, stacked: list[jax.Array]) -> list[jax.Array]:
-  mix = lambda a: _mixing.mix_leaves([a] * len(stacked), stacked)
-  return jax.vmap(mix)(alpha) if alpha.ndim == 2 else mix(alpha)
 
 
 def _with_repeated_non_floats(params: Params, num: int) -> Params:

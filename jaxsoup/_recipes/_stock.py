@@ -59,7 +59,7 @@ def model_stock(
   models", equations 3 and 5.
   """
   checked = _checked.Checked(ingredients, non_float_from)
-  start = _fitting_leaves(checked, theta_0)
+  start = _checked.fitting_leaves(checked, theta_0)
   num = len(checked)
   total = units = None
   for _, leaves in _checked.in_order(checked, range(num)):
@@ -71,17 +71,6 @@ def model_stock(
   alpha = by_path([np.full(num, t / num, np.float32) for t in ratio])
   info = StockInfo(by_path(cosine), by_path(ratio), checked.duplicates())
   return Soup(checked.replace(floats), alpha, info)
-
-
-def _fitting_leaves(checked, theta_0) -> list[jax.Array]:
-  checked[0]
-  start = _checked.Checked([checked.replace(checked[0]), theta_0], 0)
-  try:
-    return start[1]
-  except ValueError as e:
-    raise ValueError(
-        str(e).replace('ingredient 1', 'theta_0').replace('first one', 'models')
-    ) from None
 
 
 def _add(total, units, leaves, start):

@@ -7,6 +7,15 @@ report.scatter(plt.gca(), rows)
 ```
 """
 
+from jaxsoup.report._landscapes import against_ensembles as against_ensembles
+from jaxsoup.report._landscapes import angles_and_gains as angles_and_gains
+from jaxsoup.report._landscapes import contributions as contributions
+from jaxsoup.report._landscapes import growth as growth
+from jaxsoup.report._landscapes import lines as lines
+from jaxsoup.report._landscapes import matrix as matrix
+from jaxsoup.report._landscapes import plane as plane
+from jaxsoup.report._landscapes import theory as theory
+from jaxsoup.report._landscapes import wise_ft as wise_ft
 from jaxsoup.report._plots import save as save
 from jaxsoup.report._plots import scatter as scatter
 from jaxsoup.report._plots import trials as trials

@@ -11,11 +11,11 @@ from jaxsoup._soup import Trial
 from jaxsoup.report._tables import Row
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _GREY = '#9a9a9a'
-_MARKERS = ('*', 'P', 'X', 'D', '^', 'v')
+MARKERS = ('*', 'P', 'X', 'D', '^', 'v')
 _TRIALS = {'accepted': 'o', 'rejected': 'o', 'rejected early, at most': 'v'}
-_AREAS = (190, 90, 90, 60, 80, 80)
+AREAS = (190, 90, 90, 60, 80, 80)
 
 
 def scatter(ax: Any, rows: Sequence[Row], *, label: str | None = None) -> None:
@@ -54,12 +54,12 @@ def scatter(ax: Any, rows: Sequence[Row], *, label: str | None = None) -> None:
     )
   for kind, filled in (('soup', True), ('ensemble', False)):
     for i, row in enumerate(row for row in rows if row.kind == kind):
-      colour = _COLOURS[i % len(_COLOURS)]
+      colour = COLOURS[i % len(COLOURS)]
       ax.scatter(
           row.test * 100,
           row.mean_shift * 100,
-          s=_AREAS[i % len(_AREAS)] if filled else 48,
-          marker=_MARKERS[i % len(_MARKERS)] if filled else 's',
+          s=AREAS[i % len(AREAS)] if filled else 48,
+          marker=MARKERS[i % len(MARKERS)] if filled else 's',
           facecolors=colour if filled else 'white',
           edgecolors='white' if filled else colour,
           linewidths=0.7 if filled else 1.6,
@@ -69,7 +69,7 @@ def scatter(ax: Any, rows: Sequence[Row], *, label: str | None = None) -> None:
       )
   ax.set_xlabel(f'test {label}')
   ax.set_ylabel(f'mean of shifts, {label}')
-  _tidy(ax)
+  tidy(ax)
   ax.legend(
       frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1.01, 1)
   )
@@ -94,7 +94,7 @@ def trials(
     scale: multiplies the scores.
   """
   for i, (name, info) in enumerate(infos.items()):
-    colour = _COLOURS[i % len(_COLOURS)]
+    colour = COLOURS[i % len(COLOURS)]
     numbers = range(1, len(info.trials) + 1)
     bars, bar = [], None
     for trial in info.trials:
@@ -109,20 +109,20 @@ def trials(
           if _outcome(trial) == outcome
       ]
       face = colour if outcome == 'accepted' else 'white'
-      _mark(ax, chosen, marker, edgecolors=colour, facecolors=face)
+      mark(ax, chosen, marker, edgecolors=colour, facecolors=face)
   found = {_outcome(t) for info in infos.values() for t in info.trials}
   for outcome, marker in _TRIALS.items():
     if outcome in found or marker == 'o':
       face = 'black' if outcome == 'accepted' else 'white'
-      _mark(ax, [], marker, edgecolors='black', facecolors=face, label=outcome)
+      mark(ax, [], marker, edgecolors='black', facecolors=face, label=outcome)
   ax.set_xlabel('trial')
   ax.set_ylabel(label)
   ax.xaxis.get_major_locator().set_params(integer=True)
-  _tidy(ax)
+  tidy(ax)
   ax.legend(frameon=False, fontsize=8)
 
 
-def _mark(ax: Any, points: Sequence[Any], marker: str, **kwargs) -> None:
+def mark(ax: Any, points: Sequence[Any], marker: str, **kwargs) -> None:
   x, y = zip(*points) if points else ((), ())
   ax.scatter(x, y, s=30, marker=marker, linewidths=1.1, zorder=3, **kwargs)
 
@@ -151,7 +151,7 @@ def save(draw: Any, path: Any, *, size: tuple[float, float] = (6.4, 4)) -> None:
   fig.savefig(path, dpi=160)
 
 
-def _tidy(ax: Any) -> None:
+def tidy(ax: Any) -> None:
   ax.spines[['top', 'right']].set_visible(False)
   ax.grid(color='#e6e6e6', linewidth=0.6, zorder=0)
   ax.set_axisbelow(True)

@@ -1,0 +1,190 @@
+"""Sharpness: how much the loss bends in its sharpest direction."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+import numpy as np
+
+from jaxsoup import _checked
+from jaxsoup import _mixing
+from jaxsoup import _tree
+from jaxsoup import evaluation
+from jaxsoup._soup import Params
+
+_Leaves = list[jax.Array]
+
+
+class Sharpness(NamedTuple):
+  """What `sharpness` returns.
+
+  Attributes:
+    eigenvalue: the largest of the Hessian, as far as it was found.
+    error: some eigenvalue lies so near.
+    num_steps: products of the Hessian with a vector.
+  """
+
+  eigenvalue: float
+  error: float
+  num_steps: int
+
+
+def sharpness(
+    loss_fn: Callable[[Params], Any],
+    params: Params,
+    *,
+    tolerance: float = 1e-3,
+    max_steps: int = 100,
+    seed: int = 0,
+) -> Sharpness:
+  """The largest eigenvalue of the Hessian of the loss, by Lanczos' method.
+
+  `max_v <v, H v> / <v, v>`, over the span of `v, Hv, H^2 v, ...` of a random v.
+  A step is one product `H v = d/ds grad L(theta + s v)`, at the cost of about
+  two gradients; three vectors of the size of the model are kept.
+
+  Args:
+    loss_fn: `loss_fn(params) -> scalar`, twice differentiable; or an
+      `evaluation.mean_of` of a loss, which goes through batches.
+    params: where. Narrow floats are widened to float32.
+    tolerance: stop when the error is below this share of the eigenvalue.
+    max_steps: stop then at the latest.
+    seed: of the first v.
+
+  Returns:
+    A `Sharpness`; look at its `error`.
+
+  Raises:
+    ValueError: params have no floats, or values that are not finite; or the
+      loss bends by a number that is not finite.
+
+  Example:
+    >>> loss_fn = lambda w: w[0] ** 2 + 3 * w[1] ** 2 - w[2] ** 2
+    >>> round(sharpness(loss_fn, np.zeros(3)).eigenvalue, 3)
+    6.0
+
+  Source: Lanczos 1950; Golub and Van Loan, "Matrix computations", section 10.1.
+  """
+  checked = _checked.Checked([params], non_float_from=0)
+  if not checked.float_paths:
+    raise ValueError('params have no floats, hence no Hessian.')
+  leaves = _widened(checked[0])
+  widened = checked.replace(leaves)
+  product_fn = functools.partial(_product, loss_fn, widened)
+  on_mesh = [
+      x.sharding if isinstance(x.sharding, NamedSharding) else None
+      for x in leaves
+  ]
+  draw = jax.jit(_random, static_argnums=1, out_shardings=on_mesh)
+  eigenvalue, error, num = 0.0, np.inf, 0
+  for diagonal, beside in _lanczos(product_fn, draw(leaves, seed)):
+    num += 1
+    eigenvalue, error = _largest(diagonal, beside)
+    if not np.isfinite(eigenvalue):
+      raise ValueError(f'The Hessian has a product that is {eigenvalue}.')
+    if num == max_steps or error <= tolerance * abs(eigenvalue):
+      break
+  return Sharpness(eigenvalue, error, num)
+
+
+def _lanczos(product_fn, v: _Leaves) -> Iterator[tuple[list, list]]:
+  """Yields the tridiagonal matrix of H, one row longer each time.
+
+  `b_j v_{j+1} = H v_j - a_j v_j - b_{j-1} v_{j-1}`. The v_j lose their
+  orthogonality in floats, which repeats extreme eigenvalues and moves none.
+  """
+  diagonal: list[float] = []
+  beside: list[float] = []
+  before, last = v, _tree.numbers(0.0)
+  while True:
+    v, before, a, last = _next(product_fn(v), v, before, last)
+    diagonal.append(float(jax.device_get(a)))
+    beside.append(float(jax.device_get(last)))
+    yield diagonal, beside
+
+
+@jax.jit
+def _next(product: _Leaves, v: _Leaves, before: _Leaves, last: jax.Array):
+  a = _inner(product, v)
+  rest = [
+      p - a.astype(p.dtype) * x - last.astype(p.dtype) * y
+      for p, x, y in zip(product, v, before)
+  ]
+  b = jnp.sqrt(_inner(rest, rest))
+  return [r / jnp.where(b > 0, b, 1).astype(r.dtype) for r in rest], v, a, b
+
+
+def _largest(diagonal: list[float], beside: list[float]) -> tuple[float, float]:
+  """The largest Ritz value, and the norm of its residual."""
+  if not np.isfinite([*diagonal, *beside]).all():
+    return float('nan'), float('nan')
+  off = np.diag(beside[:-1], 1)
+  values, vectors = np.linalg.eigh(np.diag(diagonal) + off + off.T)
+  return float(values[-1]), float(abs(beside[-1] * vectors[-1, -1]))
+
+
+def _product(loss_fn, params: Params, v: _Leaves) -> _Leaves:
+  """`H v`; of a mean over batches the mean of their products."""
+  if not isinstance(loss_fn, evaluation.MeanOf):
+    return _of_function(loss_fn, params, v)
+  total: _Leaves = []
+  count = 0
+  for batch in loss_fn.batches:
+    batch = jax.tree.map(_tree.on_device, dict(batch))
+    product, num = _of_batch(loss_fn.step, params, v, batch)
+    total = _mixing.add(total, product, _ones(v)) if total else product
+    count += int(num)
+  return _mixing.rounded(total, _tree.numbers(count), tuple(x.dtype for x in v))
+
+
+def _ones(v: _Leaves) -> jax.Array:
+  return _tree.numbers(np.ones(len(v)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_function(loss_fn, params, v):
+  return _hessian_product(loss_fn, params, v)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_batch(step, params, v, batch):
+  sum_fn = lambda p: step(p, batch)[0]
+  return _hessian_product(sum_fn, params, v), step(params, batch)[1]
+
+
+def _hessian_product(loss_fn, params: Params, v: _Leaves) -> _Leaves:
+  """`d/ds grad L(theta + s v)` at s = 0."""
+  flat = _tree.flatten_in_place(params)
+  floats = [x for x in flat.leaves if _tree.is_float(x)]
+
+  def loss(floats):
+    rows = iter(floats)
+    return loss_fn(
+        flat.replace(
+            next(rows) if _tree.is_float(x) else x for x in flat.leaves
+        )
+    )
+
+  return jax.jvp(jax.grad(loss), (floats,), (v,))[1]
+
+
+@jax.jit
+def _widened(leaves: _Leaves) -> _Leaves:
+  return [x.astype(_tree.wide_dtype(x.dtype)) for x in leaves]
+
+
+def _random(leaves: _Leaves, seed: int) -> _Leaves:
+  """A random vector of length one."""
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  v = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]
+  norm = jnp.sqrt(_inner(v, v))
+  return [x / norm.astype(x.dtype) for x in v]
+
+
+def _inner(x: _Leaves, y: _Leaves) -> jax.Array:
+  return sum((jnp.sum(a * b) for a, b in zip(x, y)), jnp.zeros(()))

@@ -1,0 +1,408 @@
+"""Pictures of landscapes and studies, each into an Axes."""
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxsoup.landscape import Pair
+from jaxsoup.landscape import Path
+from jaxsoup.landscape import Plane
+from jaxsoup.landscape import SoupMinusEnsemble
+from jaxsoup.report import _plots
+from jaxsoup.studies import Contribution
+from jaxsoup.studies import Curve
+from jaxsoup.studies import Growth
+
+# From dark to light it is read without its hues, too.
+_MAP = 'viridis'
+_MAX_NUMBERS = 12  # A heat map of more models has no room for its numbers.
+
+
+def plane(
+    ax: Any,
+    found: Plane,
+    names: Sequence[str],
+    *,
+    label: str = 'loss',
+    scale: float = 1,
+    num_levels: int = 16,
+) -> None:
+  """The loss on a plane, and where models and soups lie on it.
+
+  A hollow mark is a model off the plane, further from it than half of its
+  distance from theta_0: the colour below it is not its loss.
+
+  Args:
+    ax: a matplotlib Axes.
+    found: from `landscape.plane`.
+    names: of its points, `[M]`; the first three are the corners.
+    label: what the loss is.
+    scale: multiplies the loss.
+    num_levels: how many colours. They are finer where the grid has more points.
+
+  Source: figure 2 of Wortsman et al. 2022.
+  """
+  from matplotlib import colors
+
+  loss = found.loss * scale
+  levels = _levels(loss, num_levels)
+  norm = colors.BoundaryNorm(levels, 256)
+  filled = ax.contourf(
+      found.x, found.y, loss, levels, cmap=f'{_MAP}_r', norm=norm
+  )
+  ax.contour(
+      found.x, found.y, loss, levels, colors='white', linewidths=0.4, alpha=0.6
+  )
+  bar = ax.figure.colorbar(filled, ax=ax, label=label, format='%.3g')
+  bar.ax.tick_params(labelsize=8)
+  from_origin = np.hypot(*found.points.T)
+  is_off = found.off > 0.5 * np.hypot(from_origin, found.off)
+  for i, (name, point) in enumerate(zip(names, found.points)):
+    ax.scatter(
+        *point,
+        s=70 if i > 2 else 40,
+        marker=_plots.MARKERS[(i - 3) % 6] if i > 2 else 'o',
+        facecolors='none' if is_off[i] else 'white',
+        edgecolors='black',
+        linewidths=1,
+        zorder=4,
+    )
+    ax.annotate(
+        name,
+        point,
+        (7, 6),
+        textcoords='offset points',
+        fontsize=8,
+        zorder=3,
+        bbox=dict(boxstyle='round,pad=0.15', fc='white', ec='none', alpha=0.7),
+    )
+  ax.set_xlabel(f'from {names[0]} towards {names[1]}')
+  ax.set_ylabel('at a right angle to it')
+  ax.set_aspect('equal')
+
+
+def _levels(loss: np.ndarray, num: int) -> np.ndarray:
+  """Of equal mass: a cliff in a corner takes no colours from the basin."""
+  levels = np.unique(np.quantile(loss, np.linspace(0, 1, num)))
+  return levels if len(levels) > 1 else levels[0] + np.array([0, 1])
+
+
+def lines(
+    ax: Any,
+    paths: Mapping[Any, Path],
+    *,
+    values: Mapping[Any, float] | None = None,
+    label: str = 'loss',
+    values_label: str = 'learning rate',
+    scale: float = 1,
+) -> None:
+  """The loss along lines between models, less the chord: the barriers.
+
+  Args:
+    ax: a matplotlib Axes.
+    paths: by name, from `landscape.line` or `landscape.lines`.
+    values: a number for each, such as the pair's learning rate, which colours
+      it; without it every line has its name.
+    label: what the loss is.
+    values_label: what the values are.
+    scale: multiplies the loss.
+  """
+  colours = _colours(ax, values, values_label)
+  for i, (name, path) in enumerate(paths.items()):
+    chord = (1 - path.t) * path.loss[0] + path.t * path.loss[-1]
+    ax.plot(
+        path.t,
+        (path.loss - chord) * scale,
+        color=_plots.COLOURS[i % 6] if colours is None else colours[name],
+        linewidth=1.4,
+        label=str(name) if colours is None else None,
+    )
+  ax.axhline(0, color='black', linewidth=0.8, linestyle=':')
+  ax.set_xlabel('from one model (0) to the other (1)')
+  ax.set_ylabel(f'{label} above the chord')
+  _plots.tidy(ax)
+  if colours is None:
+    ax.legend(frameon=False, fontsize=8)
+
+
+def angles_and_gains(
+    ax: Any,
+    pairs: Sequence[Pair],
+    *,
+    values: Sequence[float] | None = None,
+    label: str = 'accuracy (points)',
+    values_label: str = 'mean learning rate',
+    scale: float = 100,
+) -> None:
+  """What each pair gains against its angle at the initialization.
+
+  Args:
+    ax: a matplotlib Axes.
+    pairs: from `landscape.pairs`.
+    values: a number for each pair, which colours it.
+    label: what the scores are.
+    values_label: what the values are.
+    scale: multiplies the scores.
+
+  Source: figure 3 of Wortsman et al. 2022.
+  """
+  x, y = [p.angle for p in pairs], [p.gain * scale for p in pairs]
+  _scatter(ax, x, y, values, values_label)
+  ax.axhline(0, color='black', linewidth=0.8, linestyle=':')
+  ax.set_xlabel('angle at the initialization (degrees)')
+  ax.set_ylabel(f'soup less mean of the two, {label}')
+
+
+def against_ensembles(
+    ax: Any,
+    pairs: Sequence[Pair],
+    *,
+    values: Sequence[float] | None = None,
+    label: str = 'accuracy (%)',
+    values_label: str = 'mean learning rate',
+    scale: float = 100,
+) -> None:
+  """The soup of each pair against its ensemble.
+
+  Args:
+    ax: a matplotlib Axes.
+    pairs: from `landscape.pairs`.
+    values: a number for each pair, which colours it.
+    label: what the scores are.
+    values_label: what the values are.
+    scale: multiplies the scores.
+
+  Source: figure 4 of Wortsman et al. 2022.
+  """
+  x, y = [p.ensemble * scale for p in pairs], [p.soup * scale for p in pairs]
+  _scatter(ax, x, y, values, values_label)
+  _diagonal(ax, x, y)
+  ax.set_xlabel(f'ensemble, {label}')
+  ax.set_ylabel(f'soup, {label}')
+
+
+def theory(
+    ax: Any,
+    found: Sequence[SoupMinusEnsemble],
+    *,
+    values: Sequence[float] | None = None,
+    values_label: str = 'mean learning rate',
+) -> None:
+  """The approximation of soup minus ensemble against what it is.
+
+  Args:
+    ax: a matplotlib Axes.
+    found: from `landscape.soup_minus_ensemble`, one for each pair.
+    values: a number for each pair, which colours it.
+    values_label: what the values are.
+
+  Source: figure in section 4 of Wortsman et al. 2022.
+  """
+  x = [one.soup - one.ensemble for one in found]
+  y = [one.approximation for one in found]
+  _scatter(ax, x, y, values, values_label)
+  _diagonal(ax, x, y)
+  ax.set_xlabel('loss of soup, less that of ensemble')
+  ax.set_ylabel('its approximation')
+
+
+def growth(
+    ax: Any,
+    found: Growth,
+    *,
+    label: str = 'accuracy (%)',
+    scale: float = 100,
+) -> None:
+  """Scores against the number of models: mean and range over the orders.
+
+  Args:
+    ax: a matplotlib Axes.
+    found: from `studies.growth`.
+    label: what the scores are.
+    scale: multiplies the scores.
+
+  Source: Wortsman et al. 2022, appendix B.
+  """
+  for i, (name, rows) in enumerate(found.scores.items()):
+    colour = _plots.COLOURS[i % 6]
+    rows = rows * scale
+    ax.plot(
+        found.nums,
+        rows.mean(0),
+        color=colour,
+        marker=_plots.MARKERS[i % 6],
+        markersize=5,
+        label=name,
+    )
+    ax.fill_between(
+        found.nums, rows.min(0), rows.max(0), color=colour, alpha=0.13, lw=0
+    )
+  ax.set_xlabel('number of models')
+  ax.set_ylabel(label)
+  ax.xaxis.get_major_locator().set_params(integer=True)
+  _plots.tidy(ax)
+  ax.legend(frameon=False, fontsize=8)
+
+
+def contributions(ax: Any, found: Sequence[Contribution]) -> None:
+  """Spearman's correlation of every hyper-parameter with scores and choices.
+
+  Args:
+    ax: a matplotlib Axes.
+    found: from `studies.contributions`, the strongest on top.
+  """
+  rows = np.arange(len(found))[::-1]
+  ax.barh(
+      rows,
+      [c.correlation for c in found],
+      height=0.55,
+      color=[_plots.COLOURS[0 if c.p_value < 0.05 else 5] for c in found],
+  )
+  inclusion = [(c.inclusion, r) for c, r in zip(found, rows)]
+  inclusion = [pair for pair in inclusion if np.isfinite(pair[0])]
+  # Entries of the legend, in the order of their importance.
+  for colour, name in (
+      (_plots.COLOURS[0], 'score, p < 0.05'),
+      (_plots.COLOURS[5], 'score, may be chance'),
+  ):
+    ax.barh([], [], color=colour, label=name)
+  if inclusion:
+    _plots.mark(
+        ax,
+        inclusion,
+        'D',
+        facecolors='white',
+        edgecolors='black',
+        label='taken by greedy',
+    )
+  ax.axvline(0, color='black', linewidth=0.8)
+  ax.set_yticks(rows, [c.name.replace('_', ' ') for c in found])
+  ax.set_xlim(-1, 1)
+  ax.set_xlabel("Spearman's correlation")
+  _plots.tidy(ax)
+  ax.legend(
+      frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1.01, 1)
+  )
+
+
+def wise_ft(
+    ax: Any,
+    curves: Mapping[str, Curve],
+    *,
+    x: str = 'test',
+    label: str = 'accuracy (%)',
+    scale: float = 100,
+) -> None:
+  """The mean of shifted scores against that on one set, along each line.
+
+  Args:
+    ax: a matplotlib Axes.
+    curves: from `studies.wise_ft`.
+    x: the data set of the x axis; the y axis is the mean of all others.
+    label: what the scores are.
+    scale: multiplies the scores.
+
+  Source: figure 1 of Wortsman et al. 2022, "Robust fine-tuning".
+  """
+  for i, (name, curve) in enumerate(curves.items()):
+    across = curve.scores[x] * scale
+    others = [v for k, v in curve.scores.items() if k != x]
+    up = np.mean(others, axis=0) * scale
+    colour = _plots.COLOURS[i % 6]
+    ax.plot(across, up, color=colour, marker='o', markersize=3, linewidth=1.2)
+    ax.scatter(
+        across[-1],
+        up[-1],
+        s=_plots.AREAS[i % 6],
+        marker=_plots.MARKERS[i % 6],
+        color=colour,
+        edgecolors='white',
+        linewidths=0.7,
+        label=name,
+        zorder=3,
+    )
+    if not i:
+      start = (across[0], up[0])
+      ax.scatter(*start, s=40, color='black', label='initialization', zorder=3)
+  ax.set_xlabel(f'{x} {label}')
+  ax.set_ylabel(f'mean of shifts, {label}')
+  _plots.tidy(ax)
+  ax.legend(frameon=False, fontsize=8)
+
+
+def matrix(
+    ax: Any, values: Any, names: Sequence[str], *, label: str, fmt: str = '.0f'
+) -> None:
+  """A number for each pair of models: angles, distances, alignments.
+
+  Args:
+    ax: a matplotlib Axes.
+    values: `[K, K]`.
+    names: of the models, `[K]`.
+    label: what the numbers are.
+    fmt: how they are written; up to twelve models have room for that.
+  """
+  values = np.asarray(values, float)
+  # What a model has with itself takes no colours from the others.
+  others = values[~np.eye(len(names), dtype=bool)]
+  low, high = np.nanmin(others), np.nanmax(others)
+  image = ax.imshow(values, cmap=_MAP, vmin=low, vmax=high)
+  ax.figure.colorbar(image, ax=ax, label=label)
+  if len(names) <= _MAX_NUMBERS:
+    for (i, j), value in np.ndenumerate(values):
+      colour = 'black' if value > (low + high) / 2 else 'white'
+      ax.text(
+          j,
+          i,
+          format(value, fmt),
+          ha='center',
+          va='center',
+          fontsize=8,
+          color=colour,
+      )
+  ax.set_xticks(range(len(names)), names, fontsize=8)
+  ax.set_yticks(range(len(names)), names, fontsize=8)
+
+
+def _colours(
+    ax: Any, values: Mapping[Any, float] | None, label: str
+) -> dict[Any, Any] | None:
+  """A colour for each value, and the bar that tells which."""
+  if values is None:
+    return None
+  from matplotlib import cm
+
+  norm = _norm(values.values())
+  mappable = cm.ScalarMappable(norm, _MAP)
+  ax.figure.colorbar(mappable, ax=ax, label=label)
+  return {name: mappable.cmap(norm(value)) for name, value in values.items()}
+
+
+def _norm(values: Iterable[float]) -> Any:
+  """Logarithmic over a decade or so, as learning rates are."""
+  from matplotlib import colors
+
+  values = np.array(list(values), float)
+  low, high = values.min(), values.max()
+  if low > 0 and high / low > 5:
+    return colors.LogNorm(low, high)
+  return colors.Normalize(low, high)
+
+
+def _scatter(ax: Any, x, y, values, label: str) -> None:
+  if values is None:
+    ax.scatter(x, y, s=26, color=_plots.COLOURS[0], linewidths=0, alpha=0.8)
+  else:
+    dots = ax.scatter(
+        x, y, s=30, c=values, cmap=_MAP, norm=_norm(values), linewidths=0
+    )
+    ax.figure.colorbar(dots, ax=ax, label=label)
+  _plots.tidy(ax)
+
+
+def _diagonal(ax: Any, x: Sequence[float], y: Sequence[float]) -> None:
+  ends = [min(*x, *y), max(*x, *y)]
+  ax.plot(ends, ends, color='black', linewidth=0.8, linestyle=':', zorder=1)

@@ -1,0 +1,446 @@
+"""Studies of a sweep: how many models, and which of their settings, matter.
+
+```
+score_fn = studies.soup_scores(ingredients, test_fn)        # of uniform soups
+curves = studies.recipes(ingredients, held_out_fn, score_fn)
+grown = studies.growth(curves, len(ingredients), num_orders=5)
+studies.contributions(configs, held_out_scores)
+```
+
+Calibration against the number of models is a growth too:
+
+```
+ece = metrics.expected_calibration_error
+curves = {
+    'soup': studies.soup_scores(ingredients, lambda p: ece(run(p), label)),
+    'ensemble': lambda members: ece(logits[list(members)].mean(0), label),
+}
+grown = studies.growth(curves, len(ingredients), num_orders=20)
+```
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import MutableMapping
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+import warnings
+
+import jax
+import numpy as np
+
+from jaxsoup import landscape
+from jaxsoup._recipes import _average
+from jaxsoup._recipes import _greedy
+from jaxsoup._soup import EvalFn
+from jaxsoup._soup import Members
+from jaxsoup._soup import Params
+from jaxsoup._soup import SearchInfo
+
+ScoreFn = Callable[[Members], Any]  # The score of a set of ingredients.
+Scores = MutableMapping[Members, float]
+
+
+class Growth(NamedTuple):
+  """Scores as the number of models grows.
+
+  Attributes:
+    nums: numbers of models, `[M]`.
+    scores: by name of the curve, `[num_orders, M]`.
+  """
+
+  nums: np.ndarray
+  scores: dict[str, np.ndarray]
+
+
+class Varied(NamedTuple):
+  """A soup of runs that differ in one hyper-parameter.
+
+  Attributes:
+    name: the hyper-parameter.
+    members: the runs.
+    values: what they have of it.
+    best: score of the best of them alone.
+    mean: mean of their scores.
+    soup: score of their uniform soup.
+  """
+
+  name: str
+  members: Members
+  values: tuple[Any, ...]
+  best: float
+  mean: float
+  soup: float
+
+
+class Contribution(NamedTuple):
+  """How a hyper-parameter goes with the scores of runs.
+
+  Attributes:
+    name: the hyper-parameter.
+    correlation: Spearman's, of its values with the scores; NaN of a constant.
+    p_value: two-sided, of no correlation. Of many hyper-parameters some are
+      small by chance.
+    inclusion: Spearman's correlation of its values with how often a run is
+      taken into a soup; NaN where that was not given.
+  """
+
+  name: str
+  correlation: float
+  p_value: float
+  inclusion: float
+
+
+class Curve(NamedTuple):
+  """Scores on the line from the initialization to a model.
+
+  Attributes:
+    t: where, `[T]`: 0 is the initialization.
+    scores: by data set, `[T]`.
+  """
+
+  t: np.ndarray
+  scores: dict[str, np.ndarray]
+
+
+def soup_scores(
+    ingredients: Sequence[Params],
+    eval_fn: Callable[[Params], Any],
+    scores: Scores | None = None,
+) -> ScoreFn:
+  """Scores of uniform soups of some ingredients, each found out once.
+
+  Args:
+    ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
+    eval_fn: score of a model.
+    scores: remembered scores by members, read and written.
+
+  Returns:
+    `score_fn(members) -> float`.
+
+  Example:
+    >>> score_fn = soup_scores([1.0, 2.0, 6.0], lambda params: -params)
+    >>> score_fn((0, 2)), score_fn((1,))
+    (-3.5, -2.0)
+  """
+  known: Scores = {} if scores is None else scores
+
+  def score_fn(members: Members) -> float:
+    members = tuple(sorted(members))
+    if members not in known:
+      alpha = np.zeros(len(ingredients), np.float32)
+      alpha[list(members)] = 1 / len(members)
+      params = _average.average(ingredients, alpha, non_float_from=0).params
+      known[members] = float(jax.device_get(eval_fn(params)))
+    return known[members]
+
+  return score_fn
+
+
+def recipes(
+    ingredients: Sequence[Params],
+    eval_fn: EvalFn,
+    report_fn: ScoreFn,
+    *,
+    scores: Scores | None = None,
+) -> dict[str, ScoreFn]:
+  """What can be made of some ingredients, as curves of `growth`.
+
+  Args:
+    ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
+    eval_fn: score on the held-out data, which choose.
+    report_fn: score of a uniform soup of some ingredients on data that chose
+      nothing, from `soup_scores`.
+    scores: remembered held-out scores, such as a `checkpoints.ScoreLog`.
+
+  Returns:
+    By name, functions of the members that are there: the 'best single' on the
+    held-out data; the 'uniform' soup; the 'greedy' soup, of recipe 1.
+  """
+  known: Scores = {} if scores is None else scores
+  single_fn = soup_scores(ingredients, eval_fn, known)
+
+  def ranked(members):
+    return sorted(members, key=lambda k: (-single_fn((k,)), k))
+
+  def greedy(members):
+    order = ranked(members)
+    soup = _greedy.greedy(
+        ingredients, eval_fn, order=order, scores=known, non_float_from=0
+    )
+    return report_fn(soup.info.accepted)
+
+  return {
+      'best single': lambda members: report_fn((ranked(members)[0],)),
+      'uniform': report_fn,
+      'greedy': greedy,
+  }
+
+
+def growth(
+    curves: Mapping[str, ScoreFn],
+    num_models: int,
+    *,
+    nums: Iterable[int] | None = None,
+    num_orders: int = 3,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Growth:
+  """Scores of the first 1, 2, ... models, over random orders of them.
+
+  Args:
+    curves: by name, the score of a set of ingredients, ascending: from
+      `recipes`, or of an ensemble:
+      `lambda members: accuracy(logits[list(members)].mean(0), label)`.
+    num_models: K.
+    nums: numbers of models; by default 1 to K.
+    num_orders: how many orders.
+    seed: of the orders.
+    on_step: is called with the number of sets that are done, and that of all.
+
+  Returns:
+    A `Growth`.
+
+  Raises:
+    ValueError: numbers of models that are not in 1..K.
+
+  Example:
+    >>> found = growth({'sum': lambda members: sum(members)}, 3, num_orders=2)
+    >>> found.nums.tolist(), found.scores['sum'].tolist()
+    ([1, 2, 3], [[2.0, 2.0, 3.0], [2.0, 3.0, 3.0]])
+
+  Source: Wortsman et al. 2022, appendix B; on calibration: appendix on it.
+  """
+  nums = list(range(1, num_models + 1) if nums is None else nums)
+  if not nums or not all(1 <= num <= num_models for num in nums):
+    raise ValueError(
+        f'nums are {nums} of {num_models} models: expected numbers in '
+        f'1..{num_models}, at least one.'
+    )
+  rng = np.random.default_rng(seed)
+  rows: dict[str, list[list[float]]] = {name: [] for name in curves}
+  for i in range(num_orders):
+    order = rng.permutation(num_models).tolist()
+    for name in curves:
+      rows[name].append([])
+    for j, num in enumerate(nums):
+      members = tuple(sorted(order[:num]))
+      for name, score_fn in curves.items():
+        rows[name][-1].append(float(jax.device_get(score_fn(members))))
+      if on_step is not None:
+        on_step(i * len(nums) + j + 1, num_orders * len(nums))
+  return Growth(np.array(nums), {k: np.array(x) for k, x in rows.items()})
+
+
+def random_orders(
+    ingredients: Sequence[Params],
+    eval_fn: EvalFn,
+    *,
+    num_orders: int = 3,
+    seed: int = 0,
+    scores: Scores | None = None,
+) -> list[SearchInfo]:
+  """Greedy soups whose ingredients are tried in random orders.
+
+  Args:
+    ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
+    eval_fn: score on the held-out data.
+    num_orders: how many orders.
+    seed: of the orders.
+    scores: remembered scores, read and written.
+
+  Returns:
+    The `info` of each; `soup_scores` reports on `info.accepted`.
+
+  Source: Wortsman et al. 2022, table 3.
+  """
+  known: Scores = {} if scores is None else scores
+  rng = np.random.default_rng(seed)
+  num = len(ingredients)
+  orders = [rng.permutation(num).tolist() for _ in range(num_orders)]
+  return [
+      _greedy.greedy(
+          ingredients, eval_fn, order=order, scores=known, non_float_from=0
+      ).info
+      for order in orders
+  ]
+
+
+def groups(
+    configs: Sequence[Mapping[str, Any]], *, ignore: Iterable[str] = ('seed',)
+) -> dict[str, list[Members]]:
+  """Runs that differ in one hyper-parameter only.
+
+  Args:
+    configs: hyper-parameters of each run, `[K]`: of a checkpoint of an
+      experiment, `metadata(k).custom['jaxsoup']['metadata']['config']`.
+    ignore: hyper-parameters that may differ as well; none may, in the group
+      that varies one of these.
+
+  Returns:
+    By hyper-parameter, groups of at least two runs with different values of it.
+
+  Example:
+    >>> configs = [dict(lr=1, wd=0), dict(lr=2, wd=0), dict(lr=2, wd=1)]
+    >>> groups(configs)
+    {'lr': [(0, 1)], 'wd': [(1, 2)]}
+  """
+  ignore = set(ignore)
+  names = sorted({name for config in configs for name in config})
+  found = {}
+  for name in names:
+    free = {name} if name in ignore else {name} | ignore
+    alike: dict[tuple, list[int]] = {}
+    for k, config in enumerate(configs):
+      rest = sorted((n, repr(v)) for n, v in config.items() if n not in free)
+      alike.setdefault(tuple(rest), []).append(k)
+    found[name] = [
+        tuple(members)
+        for members in alike.values()
+        if len({repr(configs[k].get(name)) for k in members}) > 1
+    ]
+  return {name: members for name, members in found.items() if members}
+
+
+def one_varied(
+    configs: Sequence[Mapping[str, Any]],
+    score_fn: ScoreFn,
+    *,
+    ignore: Iterable[str] = ('seed',),
+) -> list[Varied]:
+  """Soups of runs that differ in one hyper-parameter only.
+
+  Args:
+    configs: as in `groups`.
+    score_fn: score of a uniform soup of some runs, from `soup_scores`.
+    ignore: as in `groups`.
+
+  Returns:
+    One `Varied` for each group.
+
+  Source: Wortsman et al. 2022, appendix on varying one hyper-parameter.
+  """
+  found = []
+  for name, sets in groups(configs, ignore=ignore).items():
+    for members in sets:
+      singles = [float(score_fn((k,))) for k in members]
+      found.append(
+          Varied(
+              name,
+              members,
+              values=tuple(configs[k].get(name) for k in members),
+              best=max(singles),
+              mean=float(np.mean(singles)),
+              soup=float(score_fn(members)),
+          )
+      )
+  return found
+
+
+def contributions(
+    configs: Sequence[Mapping[str, Any]],
+    scores: Any,
+    frequency: Any = None,
+) -> list[Contribution]:
+  """Which hyper-parameters go with good runs, and with runs that soups take.
+
+  Spearman's correlation: that of the ranks, so that a learning rate and its
+  logarithm are the same.
+
+  Args:
+    configs: hyper-parameters of each run, `[K]`; those that are not numbers in
+      every run are left out.
+    scores: held-out score of each run, `[K]`.
+    frequency: how often each run is taken by a search on resampled held-out
+      data, `[K]`: `statistics.stability(...).frequency`.
+
+  Returns:
+    One `Contribution` for each hyper-parameter, the strongest first.
+
+  Raises:
+    ValueError: numbers of configs, scores and frequencies that differ.
+
+  Example:
+    >>> configs = [dict(lr=x, mixup=y) for x, y in [(1, 0), (2, 1), (4, 0)]]
+    >>> [c.correlation for c in contributions(configs, [0.7, 0.8, 0.9])]
+    [1.0, 0.0]
+
+  Source: Spearman 1904, "The proof and measurement of association between two
+  things".
+  """
+  lengths = {'configs': len(configs), 'scores': len(scores)}
+  if frequency is not None:
+    lengths['frequency'] = len(frequency)
+  if len(set(lengths.values())) > 1:
+    raise ValueError(f'Of runs there are {lengths}: expected one number.')
+  found = []
+  for name, values in _numeric(configs).items():
+    correlation, p_value = _spearman(values, scores)
+    inclusion = float('nan')
+    if frequency is not None:
+      inclusion, _ = _spearman(values, frequency)
+    found.append(Contribution(name, correlation, p_value, inclusion))
+  strength = lambda c: np.nan_to_num(abs(c.correlation), nan=-1)
+  return sorted(found, key=strength, reverse=True)
+
+
+def _numeric(configs) -> dict[str, np.ndarray]:
+  names = sorted({name for config in configs for name in config})
+  columns = {name: [c.get(name) for c in configs] for name in names}
+  number = (bool, int, float, np.number)
+  return {
+      name: np.array(values, float)
+      for name, values in columns.items()
+      if all(isinstance(x, number) for x in values)
+  }
+
+
+def _spearman(x: Any, y: Any) -> tuple[float, float]:
+  from scipy import stats
+
+  with warnings.catch_warnings():
+    # Of a constant, or of two runs: the answer is NaN, which says so.
+    warnings.simplefilter('ignore')
+    found = stats.spearmanr(x, y)
+  return float(found.statistic), float(found.pvalue)
+
+
+def wise_ft(
+    theta_0: Params,
+    models: Mapping[str, Params],
+    score_fns: Mapping[str, Callable[[Params], Any]],
+    *,
+    num: int = 11,
+    **options: Any,
+) -> dict[str, Curve]:
+  """Robust fine-tuning: scores on the way from the initialization.
+
+  `score((1 - t) theta_0 + t theta)` for t from 0 to 1, of singles and soups.
+
+  Args:
+    theta_0: the zero-shot or pre-trained parameters.
+    models: fine-tuned models and soups, by name.
+    score_fns: by data set, as the loss in `landscape.line`.
+    num: number of points, T.
+    **options: those of `landscape.line`.
+
+  Returns:
+    A `Curve` for each model.
+
+  Raises:
+    ValueError: as in `landscape.line`.
+
+  Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models"; of
+  soups: "Model soups", appendix on robust fine-tuning.
+  """
+  curves = {}
+  for name, params in models.items():
+    paths = {
+        data: landscape.line(score_fn, theta_0, params, num, **options)
+        for data, score_fn in score_fns.items()
+    }
+    t = np.linspace(0, 1, num)
+    curves[name] = Curve(t, {data: path.loss for data, path in paths.items()})
+  return curves
