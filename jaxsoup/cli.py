@@ -1,6 +1,5 @@
 """The `jaxsoup` command. Imports jax only when a command needs it."""
 
-from collections.abc import Iterator
 import contextlib
 import json
 import math
@@ -9,11 +8,14 @@ import pathlib
 import re
 from typing import Annotated
 from typing import Any
-from typing import NoReturn
-import warnings
 
 import typer
 
+from jaxsoup.commands import _diagnose
+from jaxsoup.commands._common import Item
+from jaxsoup.commands._common import Json
+from jaxsoup.commands._common import Runs
+from jaxsoup.commands._common import failures as _failures
 from jaxsoup.experiments import user_code
 
 app = typer.Typer(
@@ -25,18 +27,6 @@ app = typer.Typer(
     context_settings={'help_option_names': ['-h', '--help']},
 )
 
-Json = Annotated[
-    bool, typer.Option('--json', help='Print JSON for another program.')
-]
-Item = Annotated[
-    str | None,
-    typer.Option(help='Which item of a checkpoint that holds several.'),
-]
-Runs = Annotated[
-    list[pathlib.Path],
-    typer.Argument(help='Checkpoints or run directories.', show_default=False),
-]
-
 RECIPES = (
     'uniform', 'greedy', 'pruned', 'learned', 'model_stock', 'average'
 )  # fmt: skip
@@ -45,29 +35,6 @@ RECIPES = (
 def main() -> None:
   """The entry point: 0 is success, 1 a failure, 2 wrong usage."""
   app()
-
-
-@contextlib.contextmanager
-def _failures() -> Iterator[None]:
-  """Turns the errors that a user can mend into one line and an exit code."""
-  try:
-    with warnings.catch_warnings():
-      warnings.showwarning = _show_warning
-      yield
-  except (
-      ImportError, MemoryError, OSError, TypeError, ValueError,
-      user_code.UserCodeError,
-  ) as e:  # fmt: skip
-    _fail(str(e), code=getattr(e, 'exit_code', 1))
-
-
-def _show_warning(message, *_, **__) -> None:
-  typer.echo(f'Warning: {message}', err=True)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-  typer.echo(f'Error: {message}', err=True)
-  raise typer.Exit(code)
 
 
 @app.command()
@@ -571,6 +538,9 @@ def inspect(
       console.Console().print(found.as_text(), highlight=False, soft_wrap=True)
   if found.problems:
     raise typer.Exit(1)
+
+
+app.command()(_diagnose.diagnose)
 
 
 @app.command()

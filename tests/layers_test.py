@@ -24,9 +24,9 @@ LAYERS = (
         'statistics',
         'studies',
     ),
-    ('checkpoints', 'report', 'lora'),
+    ('checkpoints', 'diagnosis', 'report', 'lora'),
     ('models', 'data'),
-    ('experiments', 'cli', 'doctor'),
+    ('experiments', 'commands', 'cli', 'doctor'),
 )
 BASIC = {'jax', 'numpy', 'jaxsoup'}
 ALLOWED = (

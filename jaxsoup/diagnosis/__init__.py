@@ -11,3 +11,4 @@ from jaxsoup.diagnosis._diagnose import diagnose as diagnose
 from jaxsoup.diagnosis._findings import Diagnosis as Diagnosis
 from jaxsoup.diagnosis._findings import Finding as Finding
 from jaxsoup.diagnosis._findings import Verdict as Verdict
+from jaxsoup.diagnosis._trials import STAGES as STAGES

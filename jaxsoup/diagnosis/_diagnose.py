@@ -54,7 +54,8 @@ def diagnose(
     tolerance: the largest drop that is no barrier, in the units of the score.
       The default is that of Frankle et al., for accuracies.
     names: of the ingredients, for the text; by default their paths.
-    progress_fn: called with a stage and the share of it that is done.
+    progress_fn: called with a stage, a key of `STAGES`, and the share of it
+      that is done.
 
   Returns:
     A `Diagnosis`. Print its `as_text()`.
@@ -83,7 +84,7 @@ def diagnose(
         f'There is {len(pool)} ingredient: pass two or more, there is nothing '
         'to compare it with.'
     )
-  examined = _weights.examine(pool)
+  examined = _weights.examine(pool, progress_fn)
   findings, measured = examined.findings, examined.measured
   if eval_fn is None:
     verdict = _by_weights(pool, examined)

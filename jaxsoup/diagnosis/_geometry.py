@@ -6,6 +6,7 @@ geometry.squares().sum(0)                  # |theta_i - theta_j|^2, [K, K]
 ```
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -94,7 +95,10 @@ class Geometry(NamedTuple):
 
 
 def measure(
-    pool: _pool.Pool, paths: Sequence[_tree.Path], members: Sequence[int]
+    pool: _pool.Pool,
+    paths: Sequence[_tree.Path],
+    members: Sequence[int],
+    progress_fn: Callable[[str, float], None] | None = None,
 ) -> Geometry:
   """Walks once over all ingredients.
 
@@ -102,6 +106,7 @@ def measure(
     pool: the ingredients.
     paths: leaves that all members have in one shape.
     members: the K ingredients.
+    progress_fn: called with 'weights' and the share of leaves that is done.
 
   Returns:
     A `Geometry`, whose row i is that of `members[i]`.
@@ -117,6 +122,8 @@ def measure(
   numbers = {path: i for i, path in enumerate(paths)}
   for path, rows in pool.chunks(paths, members):
     i = numbers[path]
+    if progress_fn is not None:
+      progress_fn('weights', i / len(paths))
     has_start[i] = len(rows) > num
     wide = np.stack([row.astype(np.float64) for row in rows])
     finite[i, : len(rows)] &= np.isfinite(wide).all(-1)

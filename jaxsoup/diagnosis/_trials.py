@@ -26,6 +26,15 @@ from jaxsoup.diagnosis import _pool
 ParamsFn = Callable[[Params], Params]
 Progress = Callable[[str, float], None]
 
+# What a diagnosis does, one after another, and about how long each takes; all
+# but the first need data.
+STAGES = {
+    'weights': 1.0,
+    'single models': 1.0,
+    'pairs': 3.0,
+    'each against the mean': 3.0,
+    'parts': 1.0,
+}
 # More ingredients are not compared pair by pair.
 _ALL_PAIRS = 12
 # Tolerances below the median that make an ingredient weak.

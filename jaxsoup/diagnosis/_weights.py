@@ -6,6 +6,7 @@ examined.findings, examined.sound
 ```
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -46,13 +47,15 @@ class Examined(NamedTuple):
   measured: dict[str, Any]
 
 
-def examine(pool: _pool.Pool) -> Examined:
+def examine(
+    pool: _pool.Pool, progress_fn: Callable[[str, float], None] | None = None
+) -> Examined:
   """Walks once over all ingredients, and says what is wrong with them."""
   members, findings = _structure(pool)
   leaves = pool.leaves[members[0]]
   paths = [p for p, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.inexact)]
   findings += _dtypes(pool, members) + _counters(pool, members, leaves)
-  geometry = _geometry.measure(pool, paths, members)
+  geometry = _geometry.measure(pool, paths, members, progress_fn)
   members, geometry, found = _readable(pool, geometry, members)
   findings += found
   usable, geometry, found = _distinct(pool, geometry, members)

@@ -1,0 +1,1 @@
+"""Commands that are files of their own, and what all commands share."""

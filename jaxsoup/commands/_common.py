@@ -1,0 +1,47 @@
+"""What commands share: arguments, and errors in one line."""
+
+from collections.abc import Iterator
+import contextlib
+import pathlib
+from typing import Annotated
+from typing import NoReturn
+import warnings
+
+import typer
+
+from jaxsoup.experiments import user_code
+
+Json = Annotated[
+    bool, typer.Option('--json', help='Print JSON for another program.')
+]
+Item = Annotated[
+    str | None,
+    typer.Option(help='Which item of a checkpoint that holds several.'),
+]
+Runs = Annotated[
+    list[pathlib.Path],
+    typer.Argument(help='Checkpoints or run directories.', show_default=False),
+]
+
+
+@contextlib.contextmanager
+def failures() -> Iterator[None]:
+  """Turns the errors that a user can mend into one line and an exit code."""
+  try:
+    with warnings.catch_warnings():
+      warnings.showwarning = _show_warning
+      yield
+  except (
+      ImportError, MemoryError, OSError, TypeError, ValueError,
+      user_code.UserCodeError,
+  ) as e:  # fmt: skip
+    _fail(str(e), code=getattr(e, 'exit_code', 1))
+
+
+def _show_warning(message, *_, **__) -> None:
+  typer.echo(f'Warning: {message}', err=True)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+  typer.echo(f'Error: {message}', err=True)
+  raise typer.Exit(code)
