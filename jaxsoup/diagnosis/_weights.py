@@ -402,7 +402,9 @@ def _parts(pool, geometry, strange, main, members):
   apart: dict[tuple[int, ...], list[int]] = {}
   for leaf in np.flatnonzero(strange.any((1, 2))).tolist():
     rows = [*main, len(members)]
-    families = _families(~strange[leaf][np.ix_(rows, rows)])
+    # A theta_0 that is not there is nobody's relative.
+    related = ~strange[leaf] & np.isfinite(geometry.gram[leaf])
+    families = _families(related[np.ix_(rows, rows)])
     outside = tuple(main[i] for family in families[1:] for i in family)
     if outside:
       apart.setdefault(outside, []).append(leaf)
