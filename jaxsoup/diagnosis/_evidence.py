@@ -57,6 +57,7 @@ def _confirmed(finding, sound, measured, tolerance) -> Finding:
   if not np.isfinite(drops).any():
     return finding
   drop = np.nanmax(drops)
+  bar = np.median(measured.scores[others]) - _trials.WEAK * tolerance
   seen = f'{finding.seen} On the data: {_scores_text(measured, ks)}, '
   if drop > tolerance:
     seen += (
@@ -67,6 +68,9 @@ def _confirmed(finding, sound, measured, tolerance) -> Finding:
         seen=seen,
         severity='error',
     )
+  if np.nanmax(measured.scores[ks]) < bar:
+    # Half-way between a good model and one at chance, the chord is low.
+    return finding._replace(seen=f'{seen}much worse than the others.')
   return finding._replace(seen=f'{seen}and no barrier to the others.')
 
 
