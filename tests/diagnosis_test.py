@@ -433,6 +433,17 @@ def test_a_barrier_that_only_data_show(rng):
   )
 
 
+def test_a_low_barrier_is_a_warning(rng):
+  pool = in_bowls([0, 0.1, 0.2], rng)
+  at = lambda params: float(np.asarray(params['head']['w'])[0, 0])
+  eval_fn = lambda params: 0.87 if abs(at(params) - 0.05) < 0.01 else 0.9
+  found = diagnosis.diagnose(pool, eval_fn=eval_fn)
+  finding = only(found, 'barrier')
+  assert finding.severity == 'warning' and 'may be noise' in finding.seen
+  assert 'in 1 of 3 pairs' in finding.seen
+  assert len(found.verdict.members) == 2
+
+
 def test_no_pair_without_a_barrier(rng):
   found = diagnosis.diagnose(in_bowls([0, 10], rng), eval_fn=bowls)
   assert only(found, 'barrier').severity == 'error'

@@ -52,7 +52,8 @@ def diagnose(
       every average then gets before it is scored; see
       `models.batch_norm.recalibrated`.
     tolerance: the largest drop that is no barrier, in the units of the score.
-      The default is that of Frankle et al., for accuracies.
+      The default is that of Frankle et al., for accuracies; the largest of many
+      drops on few examples is noise: of N, take 3 sqrt(a (1 - a) / N).
     names: of the ingredients, for the text; by default their paths.
     progress_fn: called with a stage, a key of `STAGES`, and the share of it
       that is done.

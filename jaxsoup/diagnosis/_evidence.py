@@ -148,9 +148,13 @@ def _barriers(pool, sound, measured, tolerance) -> list[Finding]:
         f'The soup scores {measured.soup:.3g}, {fall:.3g} below the mean of '
         'its ingredients, although no pair has a barrier.'
     )
+  worst = np.nanmax([*drops.flat, *measured.to_mean, fall])
+  is_high = worst > _trials.WEAK * tolerance
+  if not is_high:
+    seen += ' That is little: with few examples it may be noise.'
   return [
       Finding(
-          severity='error',
+          severity='error' if is_high else 'warning',
           code='barrier',
           title='There are barriers between them',
           seen=seen + _rates(pool, rest, out, measured),
