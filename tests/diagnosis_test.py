@@ -526,11 +526,10 @@ def test_another_head_size(world):
 
 
 def test_another_dtype(world):
-  pool = [*world.runs[:3], tree(np.float64, world.runs[3])]
-  with jax.enable_x64(True):
-    found = diagnosis.diagnose(pool, eval_fn=world.eval_fn)
+  pool = [*world.runs[:3], tree(np.float16, world.runs[3])]
+  found = diagnosis.diagnose(pool, eval_fn=world.eval_fn)
   finding = only(found, 'dtype')
-  assert 'float64' in finding.seen and 'float32' in finding.seen
+  assert 'float16' in finding.seen and 'float32' in finding.seen
   assert found.verdict[:2] == ('soup a subset', (0, 1, 2))
 
 
@@ -568,6 +567,8 @@ def test_wrong_arguments(world, names):
     diagnosis.diagnose(world.runs[:1], names=names)
   with pytest.raises(TypeError, match='must be a sequence'):
     diagnosis.diagnose({'w': 1})
+  with pytest.raises(TypeError, match="Leaf 'w' is a str"):
+    diagnosis.diagnose([{'w': 'x'}, {'w': 'y'}])
 
 
 # --- checkpoints, memory ------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 import os
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxsoup import _checked
@@ -98,11 +99,8 @@ class Pool:
   def _abstract(self, k: int) -> dict[_tree.Path, Any]:
     if self._is_streamed:
       return self.ingredients.stored(k)  # type: ignore[attr-defined]
-    flat = _tree.flatten(self.ingredients[k])
-    return {
-        path: _Shape(tuple(x.shape), x.dtype)
-        for path, x in zip(flat.paths, flat.leaves)
-    }
+    flat = _tree.flatten_in_place(self.ingredients[k])
+    return dict(zip(flat.paths, map(_shape_of, flat.leaves, flat.paths)))
 
   def _custom(self, k: int) -> dict[str, Any]:
     if not hasattr(self.ingredients, 'metadata'):
@@ -165,12 +163,12 @@ class Pool:
     return None if piece is None else np.array(piece).reshape(-1)
 
 
-class _Shape:
-  """Shape and dtype; a `jax.ShapeDtypeStruct` refuses dtypes of torch."""
-
-  def __init__(self, shape: tuple[int, ...], dtype: Any):
-    self.shape = shape
-    self.dtype = dtype
+def _shape_of(leaf: Any, path: _tree.Path) -> jax.ShapeDtypeStruct:
+  if not isinstance(leaf, (np.ndarray, jax.Array)):
+    leaf = _tree.on_device(leaf, path)
+  # As recipes see it: float64 is float32 without x64.
+  dtype = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+  return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
 def _num_bytes(leaf: Any) -> int:
