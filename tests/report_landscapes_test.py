@@ -145,7 +145,7 @@ def test_wise_ft(ax):
   drawn(ax)
   np.testing.assert_allclose(ax.lines[0].get_xdata(), [50, 80, 90])
   np.testing.assert_allclose(ax.lines[0].get_ydata(), [30, 50, 40])
-  np.testing.assert_allclose(dots_of(ax), [[90, 40], [50, 30]])
+  np.testing.assert_allclose(dots_of(ax), [[50, 30], [90, 40]])
 
 
 def test_matrix(ax):

@@ -73,8 +73,10 @@ def plane(
     ax.annotate(
         name,
         point,
-        (7, 6),
+        (7, 6) if i else (-7, -6),
         textcoords='offset points',
+        ha='left' if i else 'right',
+        va='bottom' if i else 'top',
         fontsize=8,
         zorder=3,
         bbox=dict(boxstyle='round,pad=0.15', fc='white', ec='none', alpha=0.7),
@@ -317,9 +319,17 @@ def wise_ft(
   Source: figure 1 of Wortsman et al. 2022, "Robust fine-tuning".
   """
   for i, (name, curve) in enumerate(curves.items()):
-    across = curve.scores[x] * scale
     others = [v for k, v in curve.scores.items() if k != x]
-    up = np.mean(others, axis=0) * scale
+    across, up = curve.scores[x] * scale, np.mean(others, axis=0) * scale
+    if not i:
+      ax.scatter(
+          across[0],
+          up[0],
+          s=40,
+          color='black',
+          label='initialization',
+          zorder=3,
+      )
     colour = _plots.COLOURS[i % 6]
     ax.plot(across, up, color=colour, marker='o', markersize=3, linewidth=1.2)
     ax.scatter(
@@ -333,9 +343,6 @@ def wise_ft(
         label=name,
         zorder=3,
     )
-    if not i:
-      start = (across[0], up[0])
-      ax.scatter(*start, s=40, color='black', label='initialization', zorder=3)
   ax.set_xlabel(f'{x} {label}')
   ax.set_ylabel(f'mean of shifts, {label}')
   _plots.tidy(ax)
@@ -356,7 +363,7 @@ def matrix(
   """
   values = np.asarray(values, float)
   # What a model has with itself takes no colours from the others.
-  others = values[~np.eye(len(names), dtype=bool)]
+  others = values[~np.eye(len(names), dtype=bool)] if len(names) > 1 else values
   low, high = np.nanmin(others), np.nanmax(others)
   image = ax.imshow(values, cmap=_MAP, vmin=low, vmax=high)
   ax.figure.colorbar(image, ax=ax, label=label)
