@@ -36,11 +36,11 @@ seed takes three quarters of a minute, half of it spent in the compiler.
 """
 
 import ml_collections
-import numpy as np
 
 from jaxsoup.data import digits
 from jaxsoup.data import shifts
 from jaxsoup.data import sources
+from jaxsoup.experiments import random_search
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -176,24 +176,10 @@ def sweep(config: ml_collections.ConfigDict) -> list[dict[str, float]]:
 
   Source: Wortsman et al., "Model soups", ICML 2022.
   """
-  # The name keeps this stream apart from that of the split.
-  number = config.seed + 1000 * config.sweep.draw
-  rng = np.random.default_rng([number, *b'sweep'])
-  return [_draw_run(config.sweep, rng) for _ in range(config.sweep.num_runs)]
-
-
-def _draw_run(ranges, rng):
-  def uniform(name):
-    return float(rng.uniform(*ranges[name]))
-
-  def log_uniform(name):
-    return float(np.exp(rng.uniform(*np.log(ranges[name]))))
-
-  return {
-      'seed': int(rng.integers(2**31)),
-      'learning_rate': log_uniform('learning_rate'),
-      'weight_decay': log_uniform('weight_decay'),
-      'label_smoothing': uniform('label_smoothing'),
-      'mixup': uniform('mixup') if rng.random() < 0.5 else 0.0,
-      'affine': uniform('affine') if rng.random() < 0.5 else 0.0,
-  }
+  return random_search.runs(
+      config.sweep,
+      config.seed,
+      log_uniform=['learning_rate', 'weight_decay'],
+      uniform=['label_smoothing'],
+      sometimes={'mixup': 0.5, 'affine': 0.5},
+  )

@@ -1,8 +1,9 @@
 """GLUE: BERT fine-tuned 32 times on one task; four tasks, as in the paper.
 
-  python -m jaxsoup.experiments.main --config=configs/glue_bert.py:rte \
-      --workdir=DIR --config.data.folder=glue_data
-  python -m jaxsoup.experiments.main --config=configs/glue_bert.py:rte,runlocal
+  python -m jaxsoup.experiments.main --workdir=DIR \
+      --config=configs/glue_bert.py:rte --config.data.folder=glue_data
+  python -m jaxsoup.experiments.main --workdir=DIR \
+      --config=configs/glue_bert.py:rte,runlocal
   jaxsoup plan --config configs/glue_bert.py:rte
 
 The task is one of mrpc, rte, cola and sst2. It needs, downloaded by hand,

@@ -16,6 +16,30 @@ is left out, so that the two classes are clear; the task is easier for it.
 A linear probe comes first, then every run fine-tunes all of the 22 M parameters
 (LP-FT). The held-out set and the test set are drawn three times from the same
 2,000 snippets, none of which any run was trained on.
+
+Measured, per cent, mean ± standard deviation over the three splits of held-out
+and test examples; singles range from 78.2 to 81.4 on the first held-out set:
+
+                   held-out    test        amazon  nyt   tweets  mean of shifts
+  best single      82.0 ± 0.7  80.2 ± 0.8  78.4    74.4  60.1    71.0 ± 3.2
+  mean of singles  80.3 ± 1.2  79.4 ± 0.4  78.5    73.8  61.9    71.4 ± 0.0
+  uniform          81.7 ± 1.5  81.2 ± 0.5  80.0    76.1  63.7    73.3 ± 0.0
+  greedy           83.0 ± 1.2  81.0 ± 0.6  79.2    74.8  60.0    71.3 ± 2.6
+  pruned           83.0 ± 1.3  81.0 ± 0.7  78.5    74.8  59.5    70.9 ± 3.1
+  learned          81.8 ± 1.4  81.1 ± 0.4  80.3    76.1  63.7    73.4 ± 0.2
+  ... by tensor    82.0 ± 1.4  81.3 ± 0.6  79.6    75.9  63.5    73.0 ± 0.4
+  Model Stock      81.7 ± 1.8  81.0 ± 0.6  79.9    75.9  62.4    72.7 ± 0.0
+  ensemble         81.3 ± 1.4  81.0 ± 0.5  79.9    75.5  63.5    72.9 ± 0.0
+  greedy ensemble  83.1 ± 1.5  80.8 ± 0.5  78.5    74.4  57.7    70.2 ± 2.5
+
+The uniform soup is 1.8 points above the mean of its ingredients on test and 1.9
+on the shifts, and as good as the ensemble of all 16. Against the best single
+its gain is +1.0 [-0.6, 2.6] on test and +2.3 [-4.0, 8.6] on the shifts: which
+single is best changes with the held-out set, and with it the shifts, from 67.4
+to 73.2. The soup does not depend on that choice. Greedy, which selects on the
+same 500 examples, inherits it.
+
+About 25 minutes on two busy cores: 45 s a run, the rest are soups and logits.
 """
 
 import importlib.util

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxsoup.models import _convolution
 from jaxsoup.models import _names
 from jaxsoup.models import batch_norm
 from jaxsoup.models import efficientnet
@@ -72,6 +73,48 @@ def test_equals_numpy(is_lite, is_same_padded):
       _cnn.apply(graphdef, params, image),
       efficientnet_by_hand(params, image, **kind),
   )
+
+
+@pytest.mark.parametrize('padding', ['SAME', ((1, 1), (1, 1))])
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_shifted_images_sum_to_a_depthwise_convolution(padding, stride, dtype):
+  layer = _convolution.conv(
+      6, 6, 3, num_groups=6, dtype=dtype, rngs=nnx.Rngs(0)
+  )
+  assert layer.conv_general_dilated is _convolution._depthwise
+  x = _cnn.images((9, 12), 3, num_channels=6).astype(dtype)
+  kernel = np.asarray(layer.kernel[...]).astype(dtype)
+  weight = _cnn.images((9, 12), 3, num_channels=6, seed=2)
+
+  def results(fn):
+    def loss_fn(x, kernel):
+      y = fn(
+          x,
+          kernel,
+          (stride, stride),
+          padding,
+          dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+          feature_group_count=6,
+      )
+      rows, columns = y.shape[1:3]
+      return (y * weight[:, :rows, :columns]).sum(dtype='float32'), y
+
+    grads, y = jax.grad(loss_fn, (0, 1), has_aux=True)(x, kernel)
+    return y, *grads
+
+  found = jax.jit(lambda: results(_convolution._depthwise))()
+  expected = results(jax.lax.conv_general_dilated)
+  tolerance = 1e-5 if dtype == 'float32' else 2e-2
+  for a, b in zip(found, expected, strict=True):
+    assert a.dtype == b.dtype == dtype
+    b = np.asarray(b, np.float32)
+    np.testing.assert_allclose(
+        np.asarray(a, np.float32),
+        b,
+        atol=tolerance * np.abs(b).max(),
+        rtol=0,
+    )
 
 
 PUBLISHED = {

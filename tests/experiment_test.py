@@ -14,7 +14,9 @@ import pytest
 
 from jaxsoup import checkpoints
 from jaxsoup.data import digits
+from jaxsoup.data import sources
 from jaxsoup.experiments import configs
+from jaxsoup.experiments import cook
 from jaxsoup.experiments import main
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -212,6 +214,14 @@ def test_copies_of_runs_are_ingredients(tmp_path, uninterrupted, cache):
     np.testing.assert_allclose(x, y, atol=1e-4)
   events = list((tmp_path / 'tensorboard' / '1').glob('events*'))
   assert any(b'loss' in path.read_bytes() for path in events)
+
+
+@pytest.mark.parametrize('override', ['batch_size=61', 'val_fraction=0.0'])
+def test_too_few_held_out_examples_to_learn_on(override):
+  config = configs.load(CONFIG, [*TINY, f'--config.learned.{override}']).config
+  held_out = sources.Arrays({'label': np.zeros(80, np.int32)})
+  with pytest.raises(ValueError, match='Of 80 held-out .* none is left'):
+    cook.learning_batches(config, held_out)
 
 
 def test_metrics_of_the_training(uninterrupted):

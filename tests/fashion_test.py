@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
-from sklearn import linear_model
+from sklearn import neighbors
 
 from jaxsoup.data import fashion
 from jaxsoup.data import preparation
@@ -177,10 +177,10 @@ def test_the_real_files():
   # The mean of all training pixels, as is known.
   np.testing.assert_allclose(train['image'].mean(), 0.2860, atol=0.01)
   flat = lambda arrays: arrays['image'].reshape(len(arrays['image']), -1)
-  model = linear_model.LogisticRegression(C=0.01, max_iter=300)
+  model = neighbors.KNeighborsClassifier(5)
   model.fit(flat(train), train['label'])
   clean = model.score(flat(test), test['label'])
-  assert 0.78 < clean < 0.88
+  assert 0.77 < clean < 0.88
   for name, source in splits.shifts.items():
     score = model.score(flat(source.arrays), source.arrays['label'])
     assert 0.25 < score < clean, name

@@ -155,6 +155,25 @@ def test_a_part_is_left_out_only_when_told(vit):
   )
 
 
+@pytest.mark.parametrize('family', ['vit', 'bert'])
+@pytest.mark.parametrize('has_layer_scale', [False, True])
+def test_a_bare_backbone_gets_a_head(tmp_path, family, has_layer_scale):
+  arguments = TINY[family] | {'num_classes': 0}
+  if family == 'vit':
+    arguments |= {'has_layer_scale': has_layer_scale}
+  kind = _pretrained.Kind(family, 'hf', arguments)
+  params = random_params(kind)
+  arrays = dict(_names.write(params, kind.table()))
+  assert any(name.startswith('encoder.') for name in arrays)
+  safetensors.save_file(arrays, tmp_path / 'model.safetensors')
+  loaded = models.load(
+      tmp_path / 'model.safetensors', num_classes=7, without=['head']
+  )
+  found = models.params_of(loaded)
+  assert found.pop('head')['kernel'].shape[-1] == 7
+  assert_same(found, params)
+
+
 def test_all_misfits_are_listed_with_the_nearest_names(tmp_path):
   kind = _pretrained.Kind('vit', 'timm', TINY['vit'])
   arrays = dict(_names.write(random_params(kind), kind.table()))

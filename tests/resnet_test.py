@@ -276,6 +276,20 @@ def test_one_batch_makes_evaluation_what_training_computes():
   _cnn.assert_close(_cnn.apply(graphdef, estimated, image), expected)
 
 
+def test_batches_may_be_what_the_model_is_called_with():
+  graphdef, params = make()
+  image = _cnn.images(16, 4)
+  expected = batch_norm.recalibrated(graphdef, params, [image])
+  found = batch_norm.recalibrated(
+      graphdef,
+      params,
+      [{'image': (image - 1) / 2}],
+      call=lambda model, batch: model(2 * batch['image'] + 1),
+  )
+  for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_to_estimate():
   graphdef, params = make()
   with pytest.raises(ValueError, match='0 images'):

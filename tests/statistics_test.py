@@ -646,7 +646,17 @@ def test_splits_of_the_same_examples_reject_no_more_than_one():
 def test_a_clear_gain_stays_one_over_splits():
   one = statistics.Comparison(0.1, 0.05, 0.15, p_value=0.001, num=100)
   found = statistics.over_splits([one] * 5)
-  assert found.is_significant and found.p_value == pytest.approx(0.002)
+  # Splits that agree say no more than one of them.
   assert (found.gain, found.low, found.high) == pytest.approx((0.1, 0.05, 0.15))
+  z = 0.1 / (0.05 / stats.norm.ppf(0.975))
+  assert found.p_value == pytest.approx(2 * stats.norm.sf(z))
+  # Where they differ, that adds.
+  other = one._replace(gain=0.0, low=-0.05, high=0.05)
+  mixed = statistics.over_splits([one, other])
+  error = np.sqrt((0.05 / stats.norm.ppf(0.975)) ** 2 + 0.1**2 / 2)
+  assert mixed.high - mixed.gain == pytest.approx(1.96 * error, rel=1e-3)
+  assert not mixed.is_significant
+  same = statistics.Comparison(0.0, 0.0, 0.0, p_value=1.0)
+  assert statistics.over_splits([same, same]).p_value == 1.0
   with pytest.raises(ValueError, match='There is no gain'):
     statistics.over_splits([])

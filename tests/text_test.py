@@ -128,7 +128,7 @@ def test_capitals_stay_where_the_vocabulary_has_them(vocabulary):
 
 def test_a_json_file_s_own_length_and_padding_are_not_used(vocabulary):
   tokenizers = pytest.importorskip('tokenizers')
-  other = tokenizers.BertWordPieceTokenizer(str(vocabulary))
+  other = tokenizers.BertWordPieceTokenizer(ID)
   other.enable_padding(length=5)
   other.enable_truncation(5)
   other.save(str(vocabulary.with_name('tokenizer.json')))

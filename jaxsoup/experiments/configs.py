@@ -132,7 +132,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     ) from e
   return Experiment(
       values.config,
-      module.sweep(values.config),
+      list(module.sweep(values.config)),
       getattr(module, 'data', None),
       getattr(module, 'model', None),
   )

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import functools
+import itertools
 import math
 from typing import Any
 
@@ -25,11 +27,15 @@ from jaxsoup import evaluation
 from jaxsoup import metrics
 from jaxsoup._soup import EvalFn
 from jaxsoup.data import sources
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import finetune
 from jaxsoup.experiments import modeling
+from jaxsoup.experiments import steps
 from jaxsoup.report import Row
 
 Dataset = Mapping[str, np.ndarray]
 LogitsFn = Callable[[Any, Any], jax.Array]
+ParamsFn = Callable[[Any], Any]
 
 # The names that `config.metric` may have, and what they are.
 METRICS: dict[str, Callable[[Any, Any], Any]] = {
@@ -56,25 +62,35 @@ def recipes(
     held_out: sources.Source,
     scores: Any,
     sharding: jax.sharding.Sharding | None = None,
+    *,
+    prepare_fn: ParamsFn | None = None,
 ) -> dict[str, Callable[[], jaxsoup.Soup]]:
   """The recipes by name, each a function that makes its soup.
 
   Args:
-    config: the experiment: `batch_size`, and `learned` with `learning_rate`,
-      `num_epochs`, `batch_size`, `val_fraction`, `patience`.
+    config: the experiment: `batch_size`, `learned` with `learning_rate`,
+      `num_epochs`, `batch_size`, `val_fraction`, `patience`; and `recipes`, the
+      names of those that are wanted, all if there is no such field.
     model: whose parameters these are.
     ingredients: the fine-tuned parameters.
     theta_0: what they were fine-tuned from.
     held_out: the data that choose.
     scores: the score log of the searches.
     sharding: how a batch lies on a mesh.
+    prepare_fn: what the searches do to a soup before they score it: one of
+      `statistics_fns`.
 
   Returns:
-    Functions without arguments, which return a `Soup`.
+    Functions without arguments, which return a `Soup`: the plain mixture.
+
+  Raises:
+    UsageError: `config.recipes` names one that there is not.
   """
   eval_fn = score_fn(config, model.logits_fn, held_out, sharding)
+  if prepare_fn is not None:
+    eval_fn = _prepared(eval_fn, prepare_fn)
 
-  return {
+  made = {
       'uniform': lambda: jaxsoup.uniform(ingredients),
       'greedy': lambda: jaxsoup.greedy(ingredients, eval_fn, scores=scores),
       'pruned': lambda: jaxsoup.pruned(ingredients, eval_fn, scores=scores),
@@ -84,6 +100,85 @@ def recipes(
       ),
       'Model Stock': lambda: jaxsoup.model_stock(ingredients, theta_0),
   }
+  wanted = config.get('recipes', tuple(made))
+  if unknown := [name for name in wanted if name not in made]:
+    raise configs.UsageError(
+        f'config.recipes has {unknown}: choose from {list(made)}.'
+    )
+  return {name: made[name] for name in wanted}
+
+
+def _prepared(eval_fn: EvalFn, prepare_fn: ParamsFn) -> Any:
+  """`eval_fn` of what `prepare_fn` returns; it still rejects early."""
+
+  def prepared_fn(params):
+    return eval_fn(prepare_fn(params))
+
+  def at_least(params, bar, **options):
+    return early_fn(prepare_fn(params), bar, **options)
+
+  early_fn: Any = getattr(eval_fn, 'at_least', None)
+  if early_fn is not None:
+    prepared_fn.at_least = at_least  # type: ignore[attr-defined]
+  return prepared_fn
+
+
+def statistics_fns(
+    config: ml_collections.ConfigDict,
+    model: modeling.Model,
+    runs: Sequence[steps.Run],
+    train: sources.Source,
+    best_fn: Callable[[], Any],
+) -> dict[str, ParamsFn]:
+  """The ways to give a soup the running statistics of BatchNorm.
+
+  averaged: with the coefficients of the soup, as all other parameters
+  first: those of the best single model
+  re-estimated: of training batches, see `jaxsoup.models.batch_norm`
+
+  Args:
+    config: the experiment: `batch_norm`, the way that the searches take,
+      'averaged' if there is no such field; `num_batch_norm_batches`, how many
+      batches re-estimate, at most 100 if there is none.
+    model: whose parameters these are.
+    runs: of the ingredients: batches are augmented as theirs were.
+    train: the training data.
+    best_fn: returns the parameters of the best single model.
+
+  Returns:
+    Functions of parameters, by name, that of the searches first. Empty without
+    running statistics.
+
+  Raises:
+    UsageError: `config.batch_norm` is none of them.
+  """
+  recalibrate_fn, best_fn = model.recalibrate_fn, functools.cache(best_fn)
+  if recalibrate_fn is None:
+    return {}
+
+  def first(params):
+    is_kept = steps.is_trained(model, params)
+    take = lambda is_kept, x, y: x if is_kept else y
+    return jax.tree.map(take, is_kept, params, best_fn())
+
+  def estimated(params):
+    batches = finetune.augmented_batches(
+        model, config.finetune, runs, train, seed=config.seed
+    )
+    num_batches = config.get('num_batch_norm_batches', 100)
+    return recalibrate_fn(params, itertools.islice(batches, num_batches))
+
+  fns = {
+      'averaged': lambda params: params,
+      'first': first,
+      're-estimated': estimated,
+  }
+  chosen = config.get('batch_norm', 'averaged')
+  if chosen not in fns:
+    raise configs.UsageError(
+        f'batch_norm is {chosen!r}: choose from {", ".join(fns)}.'
+    )
+  return {chosen: fns.pop(chosen), **fns}
 
 
 class Batches:
@@ -218,12 +313,22 @@ def learned(
 def learning_batches(
     config: ml_collections.ConfigDict, held_out: sources.Source
 ) -> tuple[list[Any], list[Any]]:
-  """Two parts of the held-out set, in batches: to learn on, and to stop by."""
+  """Two parts of the held-out set, in batches: to learn on, and to stop by.
+
+  Raises:
+    ValueError: one of them would be empty.
+  """
   num = len(held_out)
   order = np.random.default_rng(config.seed).permutation(num)
   num_val = int(num * config.learned.val_fraction)
   size = config.learned.batch_size
   full = (num - num_val) // size * size
+  if not full or not num_val:
+    raise ValueError(
+        f'Of {num} held-out examples {num_val} stop the learning and '
+        f'{num - num_val} teach, in batches of {size}: none is left. Make '
+        'learned.batch_size smaller, or change learned.val_fraction.'
+    )
   batches = [
       jax.device_put(held_out[order[num_val + i : num_val + i + size]])
       for i in range(0, full, size)

@@ -90,7 +90,7 @@ def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
   config = experiment.config
   shard, num_shards = stages.shard_of(config)
   name = '.lock' if num_shards == 1 else f'.lock_{shard}_{num_shards}'
-  with locking.locked(workdir / name, workdir):
+  with locking.locked(workdir / name, workdir), stages.mesh_of(config):
     configs.check_unchanged(config, workdir / 'config.json')
     progress_fn('pre-training', 0.0)
     has_board = config.get('tensorboard', False)

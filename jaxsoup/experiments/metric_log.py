@@ -6,7 +6,9 @@ log.write({'run': 3, 'epoch': 1, 'loss': 0.7})
 ```
 """
 
+import atexit
 from collections.abc import Mapping
+import functools
 import json
 import pathlib
 import time
@@ -37,9 +39,16 @@ class MetricLog:
         raise ImportError(
             'tensorboardX is not installed: pip install "jaxsoup[tensorboard]"'
         ) from e
-      self._writer_fn = lambda name: tensorboardX.SummaryWriter(
-          str(pathlib.Path(tensorboard, name))
-      )
+
+      # One a curve: the files of two in one second would have one name.
+      @functools.cache
+      def writer_fn(name):
+        folder = str(pathlib.Path(tensorboard, name))
+        writer = tensorboardX.SummaryWriter(folder, max_queue=1, flush_secs=10)
+        atexit.register(writer.close)
+        return writer
+
+      self._writer_fn = writer_fn
 
   def write(self, values: Mapping[str, Any]) -> None:
     """Writes one report.
@@ -56,7 +65,7 @@ class MetricLog:
     with self._path.open('a') as file:
       file.write(line + '\n')
     if self._writer_fn is not None:
-      with self._writer_fn(str(values.get('run', 'all'))) as writer:
-        for name, value in values.items():
-          if name not in ('run', 'epoch') and isinstance(value, (int, float)):
-            writer.add_scalar(name, value, values.get('epoch', 0))
+      writer = self._writer_fn(str(values.get('run', 'all')))
+      for name, value in values.items():
+        if name not in ('run', 'epoch') and isinstance(value, (int, float)):
+          writer.add_scalar(name, value, values.get('epoch', 0))

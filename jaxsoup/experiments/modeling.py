@@ -10,6 +10,7 @@ returns `modeling.of_module(make_fn, inputs=..., num_classes=...)`.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 import dataclasses
 import functools
@@ -23,7 +24,9 @@ import jax.numpy as jnp
 import ml_collections
 
 from jaxsoup import models
+from jaxsoup.data import preparation
 from jaxsoup.experiments import configs
+from jaxsoup.models import batch_norm
 
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -54,6 +57,8 @@ class Model:
     num_classes: C.
     statistics: paths of the running statistics: averaged in a soup, not
       trained. Empty without BatchNorm.
+    recalibrate_fn: (params, batches) -> params with running statistics of
+      those batches; None without BatchNorm.
   """
 
   init_fn: Callable[[jax.Array], Params]
@@ -64,6 +69,7 @@ class Model:
   inputs: Mapping[str, jax.ShapeDtypeStruct]
   num_classes: int
   statistics: frozenset[tuple[str, ...]] = frozenset()
+  recalibrate_fn: Callable[[Params, Iterable[Batch]], Params] | None = None
 
 
 def of(experiment: configs.Experiment) -> Model:
@@ -80,8 +86,10 @@ def make(config: ml_collections.ConfigDict) -> Model:
   Args:
     config: `model.family`, a key of `FAMILIES` ('vit' if there is none); the
       arguments of its constructor beside it; `inputs`, the shape of each input
-      of one example, unless that is `model.image_shape`; and `init`, a file or
-      directory of weights for all but the head, empty for none.
+      of one example, unless that is `model.image_shape`; `init`, a file or
+      directory of weights for all but the head, empty for none; and perhaps
+      `preparation`, arguments of `jaxsoup.data.preparation.prepare` for images
+      that are of another size than the model's.
 
   Returns:
     The model's pure functions.
@@ -104,13 +112,14 @@ def make(config: ml_collections.ConfigDict) -> Model:
         'The config says no shape of its inputs: inputs=dict(image=(H, W, C)), '
         'or inputs=dict(input_ids=(T,), attention_mask=(T,)).'
     )
-  description = [family, arguments, inputs, config.get('init', '')]
+  prepared = config.get('preparation', ml_collections.ConfigDict()).to_dict()
+  description = [family, arguments, inputs, config.get('init', ''), prepared]
   return _made(json.dumps(description, sort_keys=True))
 
 
 @functools.cache
 def _made(description: str) -> Model:
-  family, arguments, inputs, path = json.loads(description)
+  family, arguments, inputs, path, prepared = json.loads(description)
   if 'image_shape' in arguments:
     arguments['image_shape'] = tuple(arguments['image_shape'])
   class_name, names = FAMILIES[family]
@@ -120,9 +129,8 @@ def _made(description: str) -> Model:
     return getattr(module, class_name)(**arguments, rngs=nnx.Rngs(key))
 
   def load_fn(key):
-    seed = int(jax.random.bits(key, dtype=jnp.uint32)) >> 1
     return models.load(
-        path, family=family, without=['head'], seed=seed, **arguments
+        path, family=family, without=['head'], seed=seed_of(key), **arguments
     )
 
   return of_module(
@@ -130,7 +138,15 @@ def _made(description: str) -> Model:
       inputs={name: inputs[name] for name in names if name in inputs},
       num_classes=arguments['num_classes'],
       load_fn=load_fn if path else None,
+      prepare_fn=functools.partial(preparation.prepare, **prepared)
+      if prepared
+      else None,
   )
+
+
+def seed_of(key: jax.Array) -> int:
+  """A seed for what takes no key, such as `models.load`."""
+  return int(jax.random.bits(key, dtype=jnp.uint32)) >> 1
 
 
 def of_module(
@@ -140,6 +156,7 @@ def of_module(
     num_classes: int,
     load_fn: Callable[[jax.Array], nnx.Module] | None = None,
     call: Callable[..., jax.Array] | None = None,
+    prepare_fn: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Model:
   """A `Model` of an nnx module.
 
@@ -150,6 +167,8 @@ def of_module(
     num_classes: of its logits.
     load_fn: key -> the module with pre-trained weights, and a new head.
     call: (module, *inputs) -> logits; by default the module is called.
+    prepare_fn: what is done to 'image' before; it need not have been augmented
+      at the size that the module wants.
 
   Returns:
     A `Model`. It has `features_fn` if the module has a method `features` and a
@@ -164,7 +183,10 @@ def of_module(
     return nnx.merge(graphdef, params)
 
   def arguments(batch):
-    return [batch[name] for name in inputs]
+    found = {name: batch[name] for name in inputs}
+    if prepare_fn is not None:
+      found['image'] = prepare_fn(found['image'])
+    return found.values()
 
   def init_fn(key):
     return models.params_of(make_fn(key))
@@ -188,6 +210,12 @@ def of_module(
   def features_fn(params, batch):
     return merged(params).features(*arguments(batch))
 
+  def call_fn(module, batch):
+    return call(module, *arguments(batch))
+
+  def recalibrate_fn(params, batches):
+    return batch_norm.recalibrated(graphdef, params, batches, call=call_fn)
+
   has_head = hasattr(abstract, 'features') and hasattr(abstract, 'head')
   return Model(
       init_fn=init_fn,
@@ -203,6 +231,7 @@ def of_module(
       },
       num_classes=num_classes,
       statistics=frozenset(_paths(stats)),
+      recalibrate_fn=recalibrate_fn if stats else None,
   )
 
 

@@ -42,9 +42,9 @@ from jaxsoup._recipes import _learned
 from jaxsoup._recipes import _streamed
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
-from jaxsoup.experiments import finetune
 from jaxsoup.experiments import hlo
 from jaxsoup.experiments import modeling
+from jaxsoup.experiments import steps
 
 
 class Chip(NamedTuple):
@@ -445,23 +445,21 @@ def _fine_tuning(experiment, model, mesh, params):
   """One step of all runs of a group, as `finetune.train` runs it."""
   config = experiment.config
   runs = experiment.runs[: config.sweep.group_size]
-  settings = finetune.settings_of(
-      config.finetune, runs, config.data.sizes.train
-  )
+  settings = steps.settings_of(config.finetune, runs, config.data.sizes.train)
   replicated = NamedSharding(mesh, PartitionSpec())
   scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=replicated)
   hyper = {
       name: scalar(jnp.uint32 if name.endswith('seed') else jnp.float32)
-      for name in sorted(set().union(finetune.DEFAULTS, *runs))
+      for name in sorted(set().union(steps.DEFAULTS, *runs))
   }
-  init_fn = functools.partial(finetune.initial_state, settings)
+  init_fn = functools.partial(steps.initial_state, settings)
   state = sharding.fsdp(jax.eval_shape(init_fn, params, hyper), mesh)
   stacked = lambda tree: jax.tree.map(lambda x: _stacked(x, len(runs)), tree)
 
   def step_fn(state, hyper, batch):
     def run_fn(state, hyper):
       key = jax.random.key(hyper['seed'])
-      return finetune.train_step(model, settings, state, hyper, batch, key)
+      return steps.train_step(model, settings, state, hyper, batch, key)
 
     return jax.vmap(run_fn)(state, hyper)
 
@@ -546,7 +544,7 @@ def recipes(
   num_logits = config.data.sizes.held_out * model.num_classes
   host = _on_host(num_logits, mesh, leaves, num_ingredients)
   made = []
-  for name, (reads, evaluations, steps) in _counts(
+  for name, (reads, evaluations, num_steps) in _counts(
       config, num_ingredients
   ).items():
     is_fitting = device[name] <= device_bytes and not any(
@@ -560,7 +558,7 @@ def recipes(
             reads=reads * all_read,
             writes=0 if name == 'ensembles' else sum(map(_total_bytes, leaves)),
             evaluations=evaluations,
-            steps=steps,
+            steps=num_steps,
             fits=is_fitting,
         )
     )

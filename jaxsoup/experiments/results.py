@@ -6,6 +6,7 @@ rows = results.make(work, theta_0)
 """
 
 from collections.abc import Mapping
+import functools
 import hashlib
 import json
 import pathlib
@@ -82,17 +83,18 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
   first: dict[str, Any] = {}
   all_splits = splits(work)
   for i, split in enumerate(all_splits):
-    soups = _soups(
-        work,
-        ingredients,
-        theta_0,
-        split,
-        split.of(logits, axis=1),
-        split.of(labels),
-        (i, len(all_splits)),
-    )
+    scores = _scores(work, split, logits)
+    best_fn = functools.partial(ingredients.__getitem__, int(np.argmax(scores)))
+    fns = _statistics_fns(work, best_fn)
+    part = (i, len(all_splits))
+    soups = _soups(work, ingredients, theta_0, split, scores, fns, part)
     first = first or soups
     models = _models(work, ingredients, soups, logits, split, labels)
+    if fns:
+      # What the statistics do by themselves, without any averaging.
+      params = fns['re-estimated'](best_fn())
+      name = 'best single, re-estimated'
+      models.logits['soup', name] = split.of(work.logits(params))
     tables.append(_rows(work, models, split.of(labels)))
   work.progress_fn('reporting', 0.0)
   stable = stability(work, ingredients, all_splits[0], logits)
@@ -193,12 +195,33 @@ def stability(work, ingredients, split, logits) -> dict[str, Any]:
   }
 
 
-def _soups(work, ingredients, theta_0, split, logits, labels, part):
+def _scores(work, split, logits) -> list[float]:
+  """The score of each single model on the examples that select."""
+  label = split.of(work.labels)['held_out']
+  singles = split.of(logits, axis=1)['held_out']
+  return [cook.selection_score(work.config, x, label) for x in singles]
+
+
+def _statistics_fns(work, best_fn) -> dict[str, cook.ParamsFn]:
+  """The ways to give a soup running statistics; batches as all copies saw."""
+  return cook.statistics_fns(
+      work.config,
+      work.model,
+      [work.experiment.runs[i] for i, _, _ in work.copies()],
+      work.splits.train,
+      best_fn,
+  )
+
+
+def _soups(work, ingredients, theta_0, split, singles, fns, part):
+  """Soups by name; of a model with running statistics each in three ways."""
   config = work.config
   scores = checkpoints.ScoreLog(split.folder / 'scores.jsonl', ingredients)
-  for k, single in enumerate(logits['held_out']):
-    if (k,) not in scores:
-      scores[(k,)] = cook.selection_score(config, single, labels['held_out'])
+  way = next(iter(fns), '')
+  for k, score in enumerate(singles):
+    # Soups with new statistics are compared with models that have such, too.
+    if (k,) not in scores and way != 're-estimated':
+      scores[(k,)] = score
   recipes = cook.recipes(
       config,
       work.model,
@@ -207,22 +230,29 @@ def _soups(work, ingredients, theta_0, split, logits, labels, part):
       split.held_out,
       scores,
       stages.on(config),
+      prepare_fn=fns.get(way),
   )
   soups = {}
-  for i, (name, recipe) in enumerate(recipes.items()):
+  for i, (recipe_name, recipe) in enumerate(recipes.items()):
     work.progress_fn('souping', (part[0] + i / len(recipes)) / part[1])
     work.stop.check(
         f'{work.workdir} holds all runs, and {i} of {len(recipes)} soups'
     )
-    path = split.folder / 'soups' / name.replace(' ', '_').lower()
-    if not path.exists():
-      checkpoints.save(
-          path,
-          recipe(),
-          ingredients=ingredients,
-          metadata={'recipe': name, 'seed': config.seed},
-      )
-    soups[name] = checkpoints.load(path, stages.abstract(config, theta_0))
+    mixture = functools.cache(recipe)
+    for way, fn in (fns or {'': lambda params: params}).items():
+      name = f'{recipe_name}, {way}' if way else recipe_name
+      stem = name.replace(',', '').replace(' ', '_').lower()
+      path = split.folder / 'soups' / stem
+      if not path.exists():
+        soup = mixture()
+        metadata = {'recipe': recipe_name, 'seed': config.seed}
+        checkpoints.save(
+            path,
+            soup._replace(params=fn(soup.params)),
+            ingredients=ingredients,
+            metadata=metadata | ({'batch_norm': way} if way else {}),
+        )
+      soups[name] = checkpoints.load(path, stages.abstract(config, theta_0))
   return soups
 
 
@@ -308,11 +338,15 @@ def _write(work, tables, soups, stable) -> None:
       workdir / 'test_against_shifts.png',
       size=(7.2, 4.2),
   )
-  searches = {name: soups[name].info for name in ('greedy', 'pruned')}
-  report.save(
-      lambda ax: report.trials(ax, searches),
-      workdir / 'trials.png',
-  )
+  searches: dict[str, Any] = {}
+  for name, soup in soups.items():
+    if (recipe := name.partition(',')[0]) in ('greedy', 'pruned'):
+      searches.setdefault(recipe, soup.info)
+  if searches:
+    report.save(
+        lambda ax: report.trials(ax, searches),
+        workdir / 'trials.png',
+    )
   means, deviations = averaged([report.summary(table) for table in tables])
   (workdir / 'table.md').write_text(
       report.markdown(

@@ -38,6 +38,8 @@ from jaxsoup.experiments import metric_log
 from jaxsoup.experiments import modeling
 from jaxsoup.experiments import preemption
 from jaxsoup.experiments import progress
+from jaxsoup.experiments import steps
+from jaxsoup.experiments import streaming
 from jaxsoup.experiments import train_state
 
 
@@ -191,6 +193,7 @@ def _start(work: Work) -> Any:
         params,
         work.splits.train,
         batch_size=config.batch_size,
+        sharding=on(config),
     )
   return params
 
@@ -228,7 +231,7 @@ def finetune_all(work: Work, start: Any) -> bool:
     Whether all runs of all shards are there.
   """
   size = work.config.sweep.group_size
-  groups = finetune.grouped(work.experiment.runs, size)
+  groups = steps.grouped(work.experiment.runs, size)
   shard, num_shards = shard_of(work.config)
   mine = groups[shard::num_shards]
   num_runs = sum(map(len, mine))
@@ -341,11 +344,18 @@ def abstract(config: ml_collections.ConfigDict, params: Any) -> Any:
   shapes = jax.eval_shape(lambda: params)
   if not config.get('is_sharded', False):
     return shapes
-  return sharding.fsdp(shapes, finetune.mesh())
+  return sharding.fsdp(shapes, streaming.mesh())
+
+
+def mesh_of(config: ml_collections.ConfigDict) -> Any:
+  """The context in which a sharded experiment runs: its mesh is set."""
+  if not config.get('is_sharded', False):
+    return contextlib.nullcontext()
+  return jax.set_mesh(streaming.mesh())
 
 
 def on(config: ml_collections.ConfigDict) -> NamedSharding | None:
   """How batches lie, if the experiment is sharded."""
   if not config.get('is_sharded', False):
     return None
-  return NamedSharding(finetune.mesh(), PartitionSpec('fsdp'))
+  return NamedSharding(streaming.mesh(), PartitionSpec('fsdp'))

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 import numpy as np
 
 from jaxsoup import _checked
@@ -76,13 +75,8 @@ def sharpness(
   leaves = _widened(checked[0])
   widened = checked.replace(leaves)
   product_fn = functools.partial(_product, loss_fn, widened)
-  on_mesh = [
-      x.sharding if isinstance(x.sharding, NamedSharding) else None
-      for x in leaves
-  ]
-  draw = jax.jit(_random, static_argnums=1, out_shardings=on_mesh)
   eigenvalue, error, num = 0.0, np.inf, 0
-  for diagonal, beside in _lanczos(product_fn, draw(leaves, seed)):
+  for diagonal, beside in _lanczos(product_fn, _random(leaves, seed)):
     num += 1
     eigenvalue, error = _largest(diagonal, beside)
     if not np.isfinite(eigenvalue):
@@ -180,10 +174,14 @@ def _widened(leaves: _Leaves) -> _Leaves:
 
 def _random(leaves: _Leaves, seed: int) -> _Leaves:
   """A random vector of length one."""
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
-  v = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]
-  norm = jnp.sqrt(_inner(v, v))
-  return [x / norm.astype(x.dtype) for x in v]
+  # Of NumPy: XLA takes minutes to compile normal draws for dozens of leaves.
+  rng = np.random.default_rng(seed)
+  v = [rng.standard_normal(x.shape, np.float32) for x in leaves]
+  norm = np.sqrt(sum(np.vdot(x, x) for x in v))
+  return [
+      jax.device_put((x / norm).astype(like.dtype), like.sharding)
+      for x, like in zip(v, leaves)
+  ]
 
 
 def _inner(x: _Leaves, y: _Leaves) -> jax.Array:

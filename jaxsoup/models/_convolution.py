@@ -1,6 +1,7 @@
 """What the convolutional networks share: layers, and rules for their names."""
 
 from collections.abc import Iterator
+import functools
 from typing import Any
 
 from flax import nnx
@@ -30,6 +31,39 @@ def _standardized(x, kernel, *args, **kwargs):
   w = w * jax.lax.rsqrt(jnp.square(w).mean((0, 1, 2)) + 1e-8)
   w = w.astype(kernel.dtype)
   return jax.lax.conv_general_dilated(x, w, *args, **kwargs)
+
+
+def _depthwise(x, kernel, strides, padding, **kwargs):
+  """A convolution of each channel by itself; on a CPU a sum of shifted images.
+
+  XLA:CPU's own takes 10 to 30 times as long, forward and backward.
+  """
+
+  def shifted(x, kernel):
+    rows, columns = kernel.shape[:2]
+    pads = padding
+    if isinstance(padding, str):
+      shape = x.shape[1:3]
+      pads = jax.lax.padtype_to_pads(shape, (rows, columns), strides, padding)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    ends = (x.shape[1] - rows + 1, x.shape[2] - columns + 1)
+    # Sums in float32, as a convolution has them.
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    shifts = [
+        x[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
+        * kernel[i, j].astype(dtype)
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    return sum(shifts[1:], shifts[0]).astype(x.dtype)
+
+  general = functools.partial(
+      jax.lax.conv_general_dilated,
+      window_strides=strides,
+      padding=padding,
+      **kwargs,
+  )
+  return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=general)
 
 
 def conv(
@@ -64,6 +98,11 @@ def conv(
     The layer, its kernel as of He et al. 2015.
   """
   side = (size // 2, size // 2)
+  general: Any = jax.lax.conv_general_dilated
+  if num_in == num_out == num_groups:
+    general = _depthwise
+  elif is_standardized:
+    general = _standardized
   return nnx.Conv(
       num_in,
       num_out,
@@ -72,9 +111,7 @@ def conv(
       padding='SAME' if is_same_padded else (side, side),
       feature_group_count=num_groups,
       use_bias=False,
-      conv_general_dilated=(
-          _standardized if is_standardized else jax.lax.conv_general_dilated
-      ),
+      conv_general_dilated=general,
       kernel_init=nnx.initializers.variance_scaling(
           2.0 * num_groups, 'fan_out', 'normal'
       ),

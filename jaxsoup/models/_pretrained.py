@@ -163,6 +163,8 @@ def load(
       for rule in found.table().rules
       if any(_names.is_below(p, without) for p in rule.paths)
   ]
+  if without:  # What the file has on top of what is left out.
+    left_out += found.table().ignored
   table = table._replace(ignored=[*table.ignored, *left_out])
   params = params_of(wanted._replace(arguments=native).abstract())
   params = _names.read(stored, params, table, initial=without)

@@ -46,7 +46,11 @@ def _hf(
     is_gated: bool = False,
     **_: Any,
 ) -> _names.Table:
-  """Hugging Face's ViT; with LayerScale its DINOv2; bare without a head."""
+  """Hugging Face's ViT; with LayerScale its DINOv2.
+
+  Files are read with the prefix `vit.` or `dinov2.` and without it: a backbone
+  is bare, and gets a head. Written are those of a classifier, or bare ones.
+  """
   family = 'dinov2.' if has_layer_scale else 'vit.'
   prefix = family if num_classes else ''
   embeddings = f'{prefix}embeddings.'
@@ -72,8 +76,14 @@ def _hf(
     )
   if num_classes:
     rules += _torch.dense('head', 'classifier')
+  parts = r'embeddings\.|encoder\.|layernorm\.|pooler\.'
   return _names.Table(
-      rules, [r'(vit\.)?pooler\..*', r'.*embeddings\.mask_token']
+      rules,
+      ignored=(
+          rf'({re.escape(family)})?pooler\..*',
+          r'.*embeddings\.mask_token',
+      ),
+      aliases=((rf'^({re.escape(family)})?(?={parts})', prefix),),
   )
 
 

@@ -4,7 +4,9 @@ params = jaxsoup.uniform(ingredients).params
 params = batch_norm.recalibrated(nnx.graphdef(model), params, images)
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
+import functools
 from typing import Any
 
 from flax import nnx
@@ -15,8 +17,16 @@ import numpy as np
 Params = Any
 
 
+def _call(model: Any, batch: Any) -> Any:
+  return model(batch)
+
+
 def recalibrated(
-    graphdef: nnx.GraphDef, params: Params, images: Iterable[jax.Array]
+    graphdef: nnx.GraphDef,
+    params: Params,
+    images: Iterable[Any],
+    *,
+    call: Callable[[Any, Any], Any] = _call,
 ) -> Params:
   """Replaces running means and variances by those of some images.
 
@@ -30,6 +40,9 @@ def recalibrated(
     graphdef: of a model `[B, ...] -> ...` with layers `nnx.BatchNorm`.
     params: its parameters and running statistics as a nested dict.
     images: batches `[B, ...]`, of one shape but for B.
+    call: (model, batch) -> anything, for models that are called otherwise;
+      a batch may then be any pytree of arrays `[B, ...]`. Compiled once for
+      each function.
 
   Returns:
     A dict like `params`; only the `mean` and `var` of BatchNorm are others.
@@ -48,16 +61,14 @@ def recalibrated(
   Source: Izmailov et al. 2018, "Averaging weights leads to wider optima and
   better generalization", section 3.2.
   """
-  estimate_fn = jax.jit(lambda *args: _of_batch(graphdef, *args))
-  pooled_fn = jax.jit(_pooled)
   num, stats = 0, None
   for batch in images:
-    size = batch.shape[0]
-    of_batch = estimate_fn(params, batch)
+    size = jax.tree.leaves(batch)[0].shape[0]
+    of_batch = _of_batch(graphdef, call, params, batch)
     if stats is None:
       stats = of_batch
     else:
-      stats = pooled_fn(stats, of_batch, np.float32(size / (num + size)))
+      stats = _pooled(stats, of_batch, np.float32(size / (num + size)))
     num += size
   if not stats:
     raise ValueError(
@@ -67,7 +78,8 @@ def recalibrated(
   return _replaced(params, stats)
 
 
-def _of_batch(graphdef, params, batch):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _of_batch(graphdef, call, params, batch):
   """Means and variances of one batch, as a nested dict of BatchNorms alone."""
   model = nnx.merge(graphdef, params)
   # Momentum 0 stores the statistics of this batch as they are.
@@ -78,10 +90,11 @@ def _of_batch(graphdef, params, batch):
       use_fast_variance=False,
       raise_if_not_found=False,
   )
-  model(batch)
+  call(model, batch)
   return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
 
+@jax.jit
 def _pooled(stats, new, share):
   """Statistics of all examples, of which `new` has a share.
 

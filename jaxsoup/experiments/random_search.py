@@ -1,0 +1,72 @@
+"""Random search over hyper-parameters, as the paper draws its sweeps.
+
+```
+def sweep(config):
+  return random_search.runs(
+      config.sweep,
+      config.seed,
+      log_uniform=['learning_rate', 'weight_decay'],
+      uniform=['label_smoothing'],
+      sometimes={'mixup': 0.5},
+  )
+```
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def runs(
+    ranges: Mapping[str, Any],
+    seed: int,
+    *,
+    log_uniform: Sequence[str] = (),
+    uniform: Sequence[str] = (),
+    integer: Sequence[str] = (),
+    sometimes: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+  """Draws the runs of a sweep.
+
+  Args:
+    ranges: such as `config.sweep`: (low, high) by name, `num_runs`, and `draw`,
+      which makes another sweep of the same seed.
+    seed: of the experiment.
+    log_uniform: names whose logarithms are uniform.
+    uniform: names that are uniform.
+    integer: names that are uniform among integers, both ends included.
+    sometimes: by name, how often it is on; it is 0 in the other runs, and
+      uniform in these.
+
+  Returns:
+    `num_runs` dicts, each with a `seed` of its own; fewer are always the first
+    of more.
+
+  Example:
+    >>> ranges = dict(num_runs=2, draw=0, learning_rate=(1e-4, 1e-2))
+    >>> [sorted(run) for run in runs(ranges, 0, log_uniform=['learning_rate'])]
+    [['learning_rate', 'seed'], ['learning_rate', 'seed']]
+
+  Source: Bergstra and Bengio, "Random search for hyper-parameter optimization",
+  JMLR 2012; Wortsman et al., "Model soups", ICML 2022, Section 3.1.
+  """
+  # The name keeps this stream apart from those of the data.
+  rng = np.random.default_rng([seed + 1000 * ranges['draw'], *b'sweep'])
+
+  def run_fn():
+    run: dict[str, Any] = {'seed': int(rng.integers(2**31))}
+    for name in log_uniform:
+      run[name] = float(np.exp(rng.uniform(*np.log(ranges[name]))))
+    for name in uniform:
+      run[name] = float(rng.uniform(*ranges[name]))
+    for name, share in (sometimes or {}).items():
+      is_on = rng.random() < share
+      run[name] = float(rng.uniform(*ranges[name])) if is_on else 0.0
+    for name in integer:
+      low, high = ranges[name]
+      run[name] = int(rng.integers(low, high, endpoint=True))
+    return run
+
+  return [run_fn() for _ in range(ranges['num_runs'])]

@@ -1,0 +1,319 @@
+"""One step of a training: its settings, its optimizer, its state.
+
+```
+settings = steps.settings_of(config.finetune, runs, num_examples)
+state = steps.initial_state(settings, params, hyper)
+state, loss = steps.train_step(model, settings, state, hyper, batch, key)
+```
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import json
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from jaxsoup.experiments import augmentation
+from jaxsoup.experiments import modeling
+
+Params = dict[str, Any]
+Run = Mapping[str, Any]
+# What a run may set, beside what `jaxsoup.experiments.augmentation` applies.
+# `sam` is the radius of sharpness-aware minimization. With `init_seed` a run
+# starts from initial parameters of its own.
+DEFAULTS = {
+    'seed': 0,
+    'learning_rate': 1e-3,
+    'weight_decay': 0.0,
+    'label_smoothing': 0.0,
+}
+OTHERS = ('sam', 'init_seed')
+# What shapes the compiled program: runs that differ in it train apart.
+STATIC = ('num_epochs', 'batch_size', 'optimizer')
+
+
+class Settings(NamedTuple):
+  """What shapes the compiled program: static, hence hashable.
+
+  Attributes:
+    num_epochs: walks through the data.
+    batch_size: examples a step.
+    num_updates: of the parameters, in all epochs.
+    warmup: share of the updates in which the rate rises linearly.
+    final: share of the peak rate at the end of the cosine.
+    optimizer: a key of `OPTIMIZERS`.
+    momentum: of SGD.
+    clip: largest norm of the gradient; 0 does not clip.
+    num_accumulated: batches whose mean gradient makes one update.
+    ema: decays per step; each keeps a moving average of the parameters.
+    keep_epochs: after which the parameters are kept as well.
+    batch_norm: 'train', by the statistics of the batch, or 'frozen', by those
+      that are there.
+    augmentations: names of those that a run asks for.
+    augmentation: JSON of their further arguments, see `augmentation.apply`.
+    is_sharp: whether a run asks for sharpness-aware minimization.
+    is_scanned: whether the steps of an epoch are one compiled loop, in which
+      XLA:CPU takes four times as long for convolutions; else they are called
+      one by one.
+  """
+
+  num_epochs: int
+  batch_size: int
+  num_updates: int
+  warmup: float
+  final: float
+  optimizer: str = 'adamw'
+  momentum: float = 0.9
+  clip: float = 0.0
+  num_accumulated: int = 1
+  ema: tuple[float, ...] = ()
+  keep_epochs: tuple[int, ...] = ()
+  batch_norm: str = 'train'
+  augmentations: tuple[str, ...] = ()
+  augmentation: str = '{}'
+  is_sharp: bool = False
+  is_scanned: bool = True
+
+
+class State(NamedTuple):
+  """Parameters, the optimizer's state, moving averages by name."""
+
+  params: Params
+  opt_state: Any
+  ema: dict[str, Params]
+
+
+OPTIMIZERS = {
+    'adamw': lambda settings: optax.scale_by_adam(),
+    'sgd': lambda settings: optax.trace(settings.momentum, nesterov=True),
+    'adafactor': lambda settings: optax.chain(
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+    ),
+}
+
+
+def grouped(runs: Sequence[Run], size: int) -> list[list[int]]:
+  """Indices of runs that train together: alike in `STATIC`, at most `size`.
+
+  Example:
+    >>> grouped([{}, {'num_epochs': 3}, {}, {}], 2)
+    [[0, 2], [3], [1]]
+  """
+  alike: dict[tuple, list[int]] = {}
+  for i, run in enumerate(runs):
+    alike.setdefault(tuple(run.get(k) for k in STATIC), []).append(i)
+  return [
+      rows[start : start + size]
+      for rows in alike.values()
+      for start in range(0, len(rows), size)
+  ]
+
+
+def settings_of(
+    phase: Mapping[str, Any], runs: Sequence[Run], num_examples: int
+) -> Settings:
+  """The settings of a phase, for runs that train together.
+
+  Args:
+    phase: such as `config.finetune`.
+    runs: what they set of `STATIC` goes before what the phase says.
+    num_examples: of the training data.
+
+  Returns:
+    `Settings`.
+
+  Raises:
+    ValueError: no runs, runs that differ, names that are not known, a value
+      that no optimizer takes, or too few examples.
+  """
+  if not runs:
+    raise ValueError('No runs to train: pass at least one.')
+  known = [*DEFAULTS, *OTHERS, *STATIC, *augmentation.ALL]
+  if unknown := sorted(set().union(*runs) - set(known)):
+    raise ValueError(
+        f'Unknown hyper-parameters {unknown}: choose from {known}.'
+    )
+  if len(grouped(runs, len(runs))) > 1:
+    raise ValueError(f'Runs that differ in {STATIC} cannot train together.')
+  given = {k: phase[k] for k in Settings._fields if k in phase}
+  given |= {k: runs[0][k] for k in STATIC if k in runs[0]}
+  for name in ('ema', 'keep_epochs'):
+    given[name] = tuple(given.get(name, ()))
+  options = given.get('augmentation', {})
+  if isinstance(options, ml_collections.ConfigDict):
+    options = options.to_dict()
+  given['augmentation'] = json.dumps(options, sort_keys=True)
+  if num_examples < given['batch_size']:
+    raise ValueError(
+        f'{num_examples} examples do not fill one batch of '
+        f'{given["batch_size"]}: make the batch smaller.'
+    )
+  num_steps = given['num_epochs'] * (num_examples // given['batch_size'])
+  asked = set().union(*runs)
+  settings = Settings(
+      **given,
+      num_updates=max(1, num_steps // given.get('num_accumulated', 1)),
+      augmentations=tuple(name for name in augmentation.ALL if name in asked),
+      is_sharp='sam' in asked,
+  )
+  return _checked(settings)
+
+
+def _checked(settings: Settings) -> Settings:
+  if settings.optimizer not in OPTIMIZERS:
+    raise ValueError(
+        f'optimizer is {settings.optimizer!r}: choose from '
+        f'{", ".join(OPTIMIZERS)}.'
+    )
+  if settings.batch_norm not in ('train', 'frozen'):
+    raise ValueError(
+        f"batch_norm is {settings.batch_norm!r}: 'train' or 'frozen'."
+    )
+  if settings.is_sharp and settings.num_accumulated > 1:
+    raise ValueError(
+        f'num_accumulated is {settings.num_accumulated} and runs have sam: the '
+        'second gradient of SAM is of one batch. Make num_accumulated 1.'
+    )
+  return settings
+
+
+def stack_runs(runs):
+  """A dict of [K] from K dicts, with what is missing filled in."""
+  names = set().union(DEFAULTS, *runs) - set(STATIC)
+  return jax.device_put(
+      {
+          name: np.asarray(
+              [run.get(name, DEFAULTS.get(name, 0)) for run in runs],
+              np.uint32 if name.endswith('seed') else np.float32,
+          )
+          for name in sorted(names)
+      }
+  )
+
+
+def make_tx(
+    settings: Settings, hyper: Mapping[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+  """The optimizer: `theta <- theta - rate (direction + weight_decay theta)`.
+
+  Args:
+    settings: of the phase.
+    hyper: scalars, perhaps traced: `learning_rate`, `weight_decay`, `sam`.
+
+  Returns:
+    An optax transformation.
+  """
+  rate_fn = lambda count: hyper['learning_rate'] * schedule(settings, count)
+  clip = optax.clip_by_global_norm(settings.clip) if settings.clip else None
+  parts = [
+      clip or optax.identity(),
+      OPTIMIZERS[settings.optimizer](settings),
+      optax.add_decayed_weights(hyper['weight_decay']),
+      optax.scale_by_learning_rate(rate_fn),
+  ]
+  tx = optax.chain(*parts)
+  if settings.is_sharp:
+    up = optax.chain(optax.contrib.normalize(), optax.sgd(hyper['sam']))
+    tx = optax.contrib.sam(tx, up, opaque_mode=True)
+  if settings.num_accumulated > 1:
+    every = settings.num_accumulated
+    tx = optax.MultiSteps(tx, every).gradient_transformation()
+  return optax.with_extra_args_support(tx)
+
+
+def schedule(settings: Settings, count: Any) -> Any:
+  """Share of the peak rate: a linear warm-up times a cosine to `final`."""
+  done = count / settings.num_updates
+  cosine = 0.5 * (1 + jnp.cos(jnp.pi * done))
+  warm = jnp.minimum(1.0, done / settings.warmup) if settings.warmup else 1.0
+  return warm * (settings.final + (1 - settings.final) * cosine)
+
+
+def initial_state(settings, params, hyper) -> State:
+  """The state of one run before its first step."""
+  return State(
+      params,
+      make_tx(settings, hyper).init(params),
+      {f'ema_{decay}': params for decay in settings.ema},
+  )
+
+
+def train_step(
+    model: modeling.Model,
+    settings: Settings,
+    state: State,
+    hyper: Mapping[str, jax.Array],
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+) -> tuple[State, jax.Array]:
+  """One step of one run.
+
+  Args:
+    model: of `modeling.of`.
+    settings: of the phase.
+    state: before.
+    hyper: hyper-parameters of this run, scalars.
+    batch: the model's inputs, and `label` [B].
+    key: of the augmentation.
+
+  Returns:
+    The state after it, and the loss.
+  """
+  batch, target = augmentation.apply(
+      key,
+      batch,
+      hyper,
+      settings.augmentations,
+      model.num_classes,
+      json.loads(settings.augmentation),
+  )
+
+  def loss_fn(params):
+    if settings.batch_norm == 'train':
+      logits, stats = model.train_fn(params, batch)
+    else:
+      logits, stats = model.logits_fn(params, batch), {}
+    return optax.softmax_cross_entropy(logits, target).mean(), stats
+
+  def grad_fn(params, _=None):
+    grads, stats = jax.grad(loss_fn, has_aux=True)(params)
+    del stats
+    return jax.tree.map(_where, mask, grads)
+
+  mask = is_trained(model, state.params)
+  (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  grads = jax.tree.map(_where, mask, grads)
+  tx = make_tx(settings, hyper)
+  more = {'grad_fn': grad_fn} if settings.is_sharp else {}
+  updates, opt_state = tx.update(grads, state.opt_state, state.params, **more)
+  updates = jax.tree.map(_where, mask, updates)  # No decay of statistics.
+  params = _replaced(optax.apply_updates(state.params, updates), stats)
+  ema = {
+      name: optax.incremental_update(params, copy, 1 - decay)
+      for decay, (name, copy) in zip(settings.ema, state.ema.items())
+  }
+  return State(params, opt_state, ema), loss
+
+
+def is_trained(model: modeling.Model, params: Params) -> Any:
+  """A tree of bools: False for the running statistics of BatchNorm."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: tuple(k.key for k in path) not in model.statistics, params
+  )
+
+
+def _where(is_kept: bool, x: jax.Array) -> jax.Array:
+  return x if is_kept else jnp.zeros_like(x)
+
+
+def _replaced(params: Any, new: Any) -> Any:
+  """`params` with those leaves that the nested dict `new` holds."""
+  if not isinstance(new, dict):
+    return new
+  return {k: _replaced(x, new[k]) if k in new else x for k, x in params.items()}

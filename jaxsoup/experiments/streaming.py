@@ -1,0 +1,125 @@
+"""The training of one run on data that are read meanwhile.
+
+```
+streamed = streaming.Streamed(model, settings, hyper, source)
+state = streamed.start(params)
+state, losses = streamed.epoch(state, 0)
+```
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from jaxsoup import sharding
+from jaxsoup.data import sources
+from jaxsoup.experiments import steps
+
+
+class Streamed:
+  """The training of one run on data that are read meanwhile, on all devices.
+
+  Parameters and the optimizer's state are sharded over the mesh (FSDP), and so
+  is each batch; every process reads its own rows.
+  """
+
+  def __init__(self, model, settings, hyper, source):
+    num_runs = len(hyper['seed'])
+    if num_runs > 1:
+      raise ValueError(
+          f'{num_runs} runs cannot train together on data that are not in '
+          'memory: make sweep.group_size 1.'
+      )
+    self._model, self._settings, self._source = model, settings, source
+    self._hyper = jax.tree.map(lambda x: x[0], jax.device_get(hyper))
+    self._mesh = mesh()
+    self._step = jax.jit(
+        functools.partial(steps.train_step, model, settings),
+        donate_argnums=(0,),
+    )
+    self._shardings: Any = None
+
+  def start(self, params: steps.Params) -> steps.State:
+    """The state before the first step."""
+    hyper = self._hyper
+    if 'init_seed' in hyper:
+      params = self._model.init_fn(jax.random.key(hyper['init_seed']))
+    init_fn = functools.partial(
+        steps.initial_state, self._settings, hyper=dict(hyper)
+    )
+    abstract = sharded_state(jax.eval_shape(init_fn, params), self._mesh)
+    self._shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(init_fn, out_shardings=self._shardings)(params)
+
+  def epoch(
+      self,
+      state: steps.State,
+      epoch: int,
+      start: int = 0,
+      after_fn: Callable[[int, steps.State], None] = lambda step, state: None,
+  ) -> tuple[steps.State, np.ndarray]:
+    """One walk through the data, or what is left of it.
+
+    Args:
+      state: before it.
+      epoch: its number.
+      start: steps of this epoch that are done.
+      after_fn: called after each step but the last with the number of steps
+        done and the state.
+
+    Returns:
+      The state after it, and the mean loss of the steps taken, [1].
+    """
+    # A state that was restored lies elsewhere.
+    state = jax.device_put(state, self._shardings)
+    key = jax.random.fold_in(jax.random.key(self._hyper['seed']), epoch)
+    losses = []
+    for step, batch in enumerate(self._batches(epoch, start), start):
+      if step > start:
+        after_fn(step, state)
+      step_key = jax.random.fold_in(key, step)
+      with jax.set_mesh(self._mesh):
+        state, loss = self._step(state, self._hyper, batch, step_key)
+      losses.append(loss)
+      # Few steps ahead of the device: batches in flight take memory.
+      jax.block_until_ready(losses[-3:][0])
+    mean = np.mean(jax.device_get(losses), keepdims=True)
+    return state, mean
+
+  def _batches(self, epoch: int, start: int) -> Iterator[dict[str, jax.Array]]:
+    split = NamedSharding(self._mesh, PartitionSpec('fsdp'))
+    for batch in sources.batches(
+        self._source,
+        self._settings.batch_size,
+        seed=int(self._hyper['seed']),
+        epoch=epoch,
+        start=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    ):
+      names = (*self._model.inputs, 'label')
+      yield {
+          name: jax.make_array_from_process_local_data(split, batch[name])
+          for name in names
+      }
+
+
+def mesh() -> jax.sharding.Mesh:
+  """All devices along one axis, `fsdp`."""
+  return jax.make_mesh(
+      (jax.device_count(),), ('fsdp',), axis_types=(AxisType.Auto,)
+  )
+
+
+def sharded_state(
+    state: steps.State, on_mesh: jax.sharding.Mesh
+) -> steps.State:
+  """Puts the shardings of FSDP on an abstract state; scalars are replicated."""
+  return sharding.fsdp(state, on_mesh)
