@@ -18,6 +18,7 @@ from typing import Any
 
 if TYPE_CHECKING:
   from jaxsoup import checkpoints as checkpoints
+  from jaxsoup import diagnosis as diagnosis
   from jaxsoup import ensembles as ensembles
   from jaxsoup import evaluation as evaluation
   from jaxsoup import landscape as landscape
@@ -60,6 +61,7 @@ _EXPORTS = {
 }
 _MODULES = (
     'checkpoints',
+    'diagnosis',
     'ensembles',
     'evaluation',
     'landscape',

@@ -11,8 +11,11 @@ from typing import Any
 
 import typer
 
+from jaxsoup.commands import diagnose as diagnose_command
 from jaxsoup.commands import report as report_command
+from jaxsoup.commands._common import Item
 from jaxsoup.commands._common import Json
+from jaxsoup.commands._common import Runs
 from jaxsoup.commands._common import failures
 from jaxsoup.experiments import user_code
 
@@ -24,15 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={'help_option_names': ['-h', '--help']},
 )
-
-Item = Annotated[
-    str | None,
-    typer.Option(help='Which item of a checkpoint that holds several.'),
-]
-Runs = Annotated[
-    list[pathlib.Path],
-    typer.Argument(help='Checkpoints or run directories.', show_default=False),
-]
 
 RECIPES = (
     'uniform', 'greedy', 'pruned', 'learned', 'model_stock', 'average'
@@ -545,6 +539,9 @@ def inspect(
       console.Console().print(found.as_text(), highlight=False, soft_wrap=True)
   if found.problems:
     raise typer.Exit(1)
+
+
+app.command()(diagnose_command.diagnose)
 
 
 @app.command()

@@ -343,6 +343,8 @@ def contributions(
     configs: Sequence[Mapping[str, Any]],
     scores: Any,
     frequency: Any = None,
+    *,
+    ignore: Iterable[str] = ('seed',),
 ) -> list[Contribution]:
   """Which hyper-parameters go with good runs, and with runs that soups take.
 
@@ -355,6 +357,7 @@ def contributions(
     scores: held-out score of each run, `[K]`.
     frequency: how often each run is taken by a search on resampled held-out
       data, `[K]`: `statistics.stability(...).frequency`.
+    ignore: hyper-parameters whose numbers have no order.
 
   Returns:
     One `Contribution` for each hyper-parameter, the strongest first.
@@ -376,7 +379,7 @@ def contributions(
   if len(set(lengths.values())) > 1:
     raise ValueError(f'Of runs there are {lengths}: expected one number.')
   found = []
-  for name, values in _numeric(configs).items():
+  for name, values in _numeric(configs, set(ignore)).items():
     correlation, p_value = _spearman(values, scores)
     inclusion = float('nan')
     if frequency is not None:
@@ -386,8 +389,8 @@ def contributions(
   return sorted(found, key=strength, reverse=True)
 
 
-def _numeric(configs) -> dict[str, np.ndarray]:
-  names = sorted({name for config in configs for name in config})
+def _numeric(configs, ignore: set[str]) -> dict[str, np.ndarray]:
+  names = sorted({name for config in configs for name in config} - ignore)
   columns = {name: [c.get(name) for c in configs] for name in names}
   number = (bool, int, float, np.number)
   return {

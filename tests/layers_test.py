@@ -24,7 +24,7 @@ LAYERS = (
         'statistics',
         'studies',
     ),
-    ('checkpoints', 'report', 'lora'),
+    ('checkpoints', 'diagnosis', 'report', 'lora'),
     ('models', 'data'),
     ('experiments', 'cli', 'commands', 'doctor'),
 )

@@ -104,13 +104,14 @@ def test_theory(ax):
 
 
 def test_growth(ax):
-  scores = {'uniform': np.array([[0.5, 0.7], [0.7, 0.9]])}
+  scores = {'uniform': np.array([[0.5, 0.7], [0.7, 0.9], [0.6, 0.8]])}
   report.growth(ax, studies.Growth(np.array([1, 2]), scores))
   drawn(ax)
   np.testing.assert_allclose(ax.lines[0].get_ydata(), [60, 80])
   (band,) = ax.collections
   low, high = band.get_datalim(ax.transData).intervaly
-  np.testing.assert_allclose([low, high], [50, 90])
+  # A standard deviation of ten points, of three orders.
+  np.testing.assert_allclose([low, high], [60 - 10 / 3**0.5, 80 + 10 / 3**0.5])
 
 
 def test_contributions(ax):
@@ -144,7 +145,7 @@ def test_wise_ft(ax):
   drawn(ax)
   np.testing.assert_allclose(ax.lines[0].get_xdata(), [50, 80, 90])
   np.testing.assert_allclose(ax.lines[0].get_ydata(), [30, 50, 40])
-  np.testing.assert_allclose(dots_of(ax), [[90, 40], [50, 30]])
+  np.testing.assert_allclose(dots_of(ax), [[50, 30], [90, 40]])
 
 
 def test_matrix(ax):

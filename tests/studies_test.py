@@ -164,9 +164,12 @@ def ranks(x):
 def test_contributions():
   rng = np.random.default_rng(0)
   configs = [
-      dict(lr=float(x), on=bool(b), decay=float(d), name='x', fixed=1)
-      for x, b, d in zip(
-          10 ** rng.uniform(-5, -3, 30), rng.random(30) < 0.5, rng.random(30)
+      dict(lr=float(x), on=bool(b), decay=float(d), name='x', fixed=1, seed=k)
+      for k, x, b, d in zip(
+          range(30),
+          10 ** rng.uniform(-5, -3, 30),
+          rng.random(30) < 0.5,
+          rng.random(30),
       )
   ]
   noise = rng.normal(size=30)
@@ -186,7 +189,8 @@ def test_contributions():
     t = abs(r) * np.sqrt(28 / (1 - r**2))
     assert c.p_value == pytest.approx(2 * stats.t.sf(t, 28))
   assert np.isnan(found[-1].correlation)
-  again = studies.contributions(configs, scores)
+  again = studies.contributions(configs, scores, ignore=())
+  assert {c.name for c in again} == {'lr', 'on', 'decay', 'fixed', 'seed'}
   assert all(np.isnan(c.inclusion) for c in again)
 
 

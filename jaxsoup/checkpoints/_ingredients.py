@@ -1,10 +1,12 @@
 """Ingredients: a lazy sequence over checkpoints."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxsoup import _tree
 from jaxsoup._soup import Members
@@ -112,6 +114,34 @@ class Ingredients(Sequence):
     """Shapes, dtypes and shardings of what is read; reads no array."""
     flat = self._abstract or self._checkpoint(0).flat
     return flat.replace(flat.leaves)
+
+  def stored(self, k: int) -> dict[_tree.Path, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each leaf that is read, as stored; reads no array."""
+    return self._checkpoint(k).stored
+
+  def pieces(
+      self, k: int, path: _tree.Path, like: int = 0
+  ) -> Iterator[np.ndarray]:
+    """One leaf of ingredient k as it is stored, cut along its first axis.
+
+    Args:
+      k: the ingredient.
+      path: of the leaf.
+      like: the ingredient whose layout says where to cut, so that the pieces
+        of several go together.
+
+    Yields:
+      Each piece, good until this thread reads again.
+
+    Raises:
+      ValueError: the file is damaged; after the last piece, if its checksum
+        differs.
+    """
+    checkpoint, sums = self._checkpoint(k), _checkpoint.Sums()
+    read = checkpoint.reader(path, sums)
+    for index, _ in self._checkpoint(like).plan(path):
+      yield read(index)
+    checkpoint.verify(path, sums)
 
   def content_hash(self, k: int) -> str:
     """A hash of the parameters of ingredient k, which are read if need be."""

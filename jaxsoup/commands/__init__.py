@@ -1,1 +1,1 @@
-"""Commands of `jaxsoup` with files of their own."""
+"""Commands that are files of their own, and what all commands share."""

@@ -1,7 +1,8 @@
-"""What all commands share."""
+"""What commands share: arguments, and errors in one line."""
 
 from collections.abc import Iterator
 import contextlib
+import pathlib
 from typing import Annotated
 from typing import NoReturn
 import warnings
@@ -12,6 +13,14 @@ from jaxsoup.experiments import user_code
 
 Json = Annotated[
     bool, typer.Option('--json', help='Print JSON for another program.')
+]
+Item = Annotated[
+    str | None,
+    typer.Option(help='Which item of a checkpoint that holds several.'),
+]
+Runs = Annotated[
+    list[pathlib.Path],
+    typer.Argument(help='Checkpoints or run directories.', show_default=False),
 ]
 
 

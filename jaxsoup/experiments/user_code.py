@@ -16,11 +16,12 @@ class UserCodeError(Exception):
   """What the user's own function raised, with its place."""
 
 
-def load(name: str) -> Callable[..., Any]:
+def load(name: str, option: str = '--eval') -> Callable[..., Any]:
   """Imports the function that an option names.
 
   Args:
     name: package.module:function; empty for recipes that need no data.
+    option: the option that names it, for messages.
 
   Returns:
     The function, which raises `UserCodeError`.
@@ -33,23 +34,24 @@ def load(name: str) -> Callable[..., Any]:
   if not name:
     return lambda *_: None  # For recipes that need no data.
   if not function_name:
-    raise ValueError(f'--eval {name}: write package.module:function.')
+    raise ValueError(f'{option} {name}: write package.module:function.')
   sys.path.insert(0, '')
   try:
     module = importlib.import_module(module_name)
   except ImportError as e:
     raise ValueError(
-        f'--eval {name}: cannot import {module_name}: {e}. Modules are looked '
-        'for in the present directory and among installed packages.'
+        f'{option} {name}: cannot import {module_name}: {e}. Modules are '
+        'looked for in the present directory and among installed packages.'
     ) from e
   except Exception as e:
     # A module runs when it is imported, and may raise anything.
     raise UserCodeError(
-        f'--eval {name}: importing {module_name} raised {type(e).__name__}: {e}'
+        f'{option} {name}: importing {module_name} raised '
+        f'{type(e).__name__}: {e}'
     ) from e
   function = getattr(module, function_name, None)
   if not callable(function):
-    raise ValueError(f'--eval {name}: {module_name} has no such function.')
+    raise ValueError(f'{option} {name}: {module_name} has no such function.')
 
   called = _guarded(function, module, name)
   if hasattr(function, 'at_least'):

@@ -304,16 +304,17 @@ class Grid:
       rows = alpha[start : start + self._size]
       # One shape for all chunks, or the last one would be compiled anew.
       padded = np.pad(rows, ((0, self._size - len(rows)), (0, 0)), 'edge')
-      values = self._chunk(loss_fn, padded.astype(np.float32), stacked)
+      values = self._chunk(loss_fn, padded, stacked)
       found.append(np.asarray(jax.device_get(values), float)[: len(rows)])
       self._on_points(start + len(rows), len(alpha))
     return np.concatenate(found)
 
   def _chunk(self, loss_fn, alpha, stacked) -> Any:
-    alpha = jax.device_put(alpha, self._sharding)
     if self._size == 1:
-      floats = _first(_mixing.mix_many(alpha, stacked))
-      return [_value(loss_fn, self.models.replace(floats), self._is_traced)]
+      one = [_tree.numbers(alpha[0])] * len(stacked)
+      params = self.models.replace(_mixing.mix_leaves(one, stacked))
+      return [_value(loss_fn, params, self._is_traced)]
+    alpha = jax.device_put(alpha.astype(np.float32), self._sharding)
     floats = _mixing.mix_many(alpha, stacked)
     values = _values(loss_fn, self._repeated(floats))
     if self._sharding is not None:  # Each process wants all of them.
@@ -328,12 +329,6 @@ class Grid:
         next(rows) if _tree.is_float(x) else _mixing.repeat([x], self._size)[0]
         for x in flat.leaves
     )
-
-
-@jax.jit
-def _first(leaves):
-  """Row 0 of each: where transfers are forbidden, old jax indexes only so."""
-  return [x[0] for x in leaves]
 
 
 def _check_chunks(size: int, sharding: NamedSharding | None) -> None:

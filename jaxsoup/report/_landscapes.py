@@ -73,8 +73,10 @@ def plane(
     ax.annotate(
         name,
         point,
-        (7, 6),
+        (7, 6) if i else (-7, -6),
         textcoords='offset points',
+        ha='left' if i else 'right',
+        va='bottom' if i else 'top',
         fontsize=8,
         zorder=3,
         bbox=dict(boxstyle='round,pad=0.15', fc='white', ec='none', alpha=0.7),
@@ -216,7 +218,7 @@ def growth(
     label: str = 'accuracy (%)',
     scale: float = 100,
 ) -> None:
-  """Scores against the number of models: mean and range over the orders.
+  """Scores against the number of models: mean over orders, and its error.
 
   Args:
     ax: a matplotlib Axes.
@@ -228,23 +230,28 @@ def growth(
   """
   for i, (name, rows) in enumerate(found.scores.items()):
     colour = _plots.COLOURS[i % 6]
-    rows = rows * scale
+    mean, error = rows.mean(0) * scale, _standard_error(rows) * scale
     ax.plot(
         found.nums,
-        rows.mean(0),
+        mean,
         color=colour,
         marker=_plots.MARKERS[i % 6],
         markersize=5,
         label=name,
     )
     ax.fill_between(
-        found.nums, rows.min(0), rows.max(0), color=colour, alpha=0.13, lw=0
+        found.nums, mean - error, mean + error, color=colour, alpha=0.15, lw=0
     )
   ax.set_xlabel('number of models')
   ax.set_ylabel(label)
   ax.xaxis.get_major_locator().set_params(integer=True)
   _plots.tidy(ax)
   ax.legend(frameon=False, fontsize=8)
+
+
+def _standard_error(rows: np.ndarray) -> np.ndarray:
+  num = len(rows)
+  return rows.std(0, ddof=int(num > 1)) / np.sqrt(num)
 
 
 def contributions(ax: Any, found: Sequence[Contribution]) -> None:
@@ -255,20 +262,23 @@ def contributions(ax: Any, found: Sequence[Contribution]) -> None:
     found: from `studies.contributions`, the strongest on top.
   """
   rows = np.arange(len(found))[::-1]
-  ax.barh(
-      rows,
-      [c.correlation for c in found],
-      height=0.55,
-      color=[_plots.COLOURS[0 if c.p_value < 0.05 else 5] for c in found],
-  )
-  inclusion = [(c.inclusion, r) for c, r in zip(found, rows)]
-  inclusion = [pair for pair in inclusion if np.isfinite(pair[0])]
-  # Entries of the legend, in the order of their importance.
-  for colour, name in (
-      (_plots.COLOURS[0], 'score, p < 0.05'),
-      (_plots.COLOURS[5], 'score, may be chance'),
+  is_sure = np.array([c.p_value < 0.05 for c in found], bool)
+  correlations = np.array([c.correlation for c in found])
+  for sure, colour, name in (
+      (True, _plots.COLOURS[0], 'score, p < 0.05'),
+      (False, _plots.COLOURS[5], 'score, may be chance'),
   ):
-    ax.barh([], [], color=colour, label=name)
+    chosen = is_sure == sure
+    if chosen.any():
+      ax.barh(
+          rows[chosen],
+          correlations[chosen],
+          height=0.55,
+          color=colour,
+          label=name,
+      )
+  inclusion = [(c.inclusion, row) for c, row in zip(found, rows)]
+  inclusion = [pair for pair in inclusion if np.isfinite(pair[0])]
   if inclusion:
     _plots.mark(
         ax,
@@ -281,6 +291,7 @@ def contributions(ax: Any, found: Sequence[Contribution]) -> None:
   ax.axvline(0, color='black', linewidth=0.8)
   ax.set_yticks(rows, [c.name.replace('_', ' ') for c in found])
   ax.set_xlim(-1, 1)
+  ax.set_xticks([-1, -0.5, 0, 0.5, 1])
   ax.set_xlabel("Spearman's correlation")
   _plots.tidy(ax)
   ax.legend(
@@ -308,9 +319,17 @@ def wise_ft(
   Source: figure 1 of Wortsman et al. 2022, "Robust fine-tuning".
   """
   for i, (name, curve) in enumerate(curves.items()):
-    across = curve.scores[x] * scale
     others = [v for k, v in curve.scores.items() if k != x]
-    up = np.mean(others, axis=0) * scale
+    across, up = curve.scores[x] * scale, np.mean(others, axis=0) * scale
+    if not i:
+      ax.scatter(
+          across[0],
+          up[0],
+          s=40,
+          color='black',
+          label='initialization',
+          zorder=3,
+      )
     colour = _plots.COLOURS[i % 6]
     ax.plot(across, up, color=colour, marker='o', markersize=3, linewidth=1.2)
     ax.scatter(
@@ -324,9 +343,6 @@ def wise_ft(
         label=name,
         zorder=3,
     )
-    if not i:
-      start = (across[0], up[0])
-      ax.scatter(*start, s=40, color='black', label='initialization', zorder=3)
   ax.set_xlabel(f'{x} {label}')
   ax.set_ylabel(f'mean of shifts, {label}')
   _plots.tidy(ax)
@@ -347,7 +363,7 @@ def matrix(
   """
   values = np.asarray(values, float)
   # What a model has with itself takes no colours from the others.
-  others = values[~np.eye(len(names), dtype=bool)]
+  others = values[~np.eye(len(names), dtype=bool)] if len(names) > 1 else values
   low, high = np.nanmin(others), np.nanmax(others)
   image = ax.imshow(values, cmap=_MAP, vmin=low, vmax=high)
   ax.figure.colorbar(image, ax=ax, label=label)

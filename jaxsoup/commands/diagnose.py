@@ -1,0 +1,109 @@
+"""`jaxsoup diagnose`: why a soup of these runs fails, or whether it would."""
+
+import json
+import pathlib
+from typing import Annotated
+
+import typer
+
+from jaxsoup.commands import _common
+from jaxsoup.experiments import user_code
+
+_FUNCTION = 'PACKAGE.MODULE:FUNCTION'
+
+
+def diagnose(
+    runs: _common.Runs,
+    init: Annotated[
+        pathlib.Path | None,
+        typer.Option(help='What all runs were fine-tuned from.'),
+    ] = None,
+    eval_name: Annotated[
+        str | None,
+        typer.Option(
+            '--eval',
+            metavar=_FUNCTION,
+            help='FUNCTION(params) returns the score on held-out data, higher '
+            'is better: barriers are measured. Params are nested dicts.',
+        ),
+    ] = None,
+    logits_name: Annotated[
+        str | None,
+        typer.Option(
+            '--logits',
+            metavar=_FUNCTION,
+            help='With --eval: FUNCTION(params) returns the logits [N, C] of '
+            'the held-out data: how far predictions differ.',
+        ),
+    ] = None,
+    recalibrate_name: Annotated[
+        str | None,
+        typer.Option(
+            '--recalibrate',
+            metavar=_FUNCTION,
+            help='With --eval: FUNCTION(params) returns params with statistics '
+            'of BatchNorm estimated anew.',
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(min=0, help='With --eval: the largest drop of the score.'),
+    ] = 0.02,
+    item: _common.Item = None,
+    json_file: Annotated[
+        str | None,
+        typer.Option(
+            '--json',
+            metavar='FILE|-',
+            help='Write JSON here, too; - prints it instead.',
+        ),
+    ] = None,
+) -> None:
+  """Says in plain words what is wrong with runs, and which of them to soup."""
+  if len(runs) < 2:
+    raise typer.BadParameter('give two or more.', param_hint='RUNS')
+  for name, hint in (
+      (logits_name, '--logits'), (recalibrate_name, '--recalibrate')
+  ):  # fmt: skip
+    if name is not None and eval_name is None:
+      raise typer.BadParameter('needs --eval, too.', param_hint=hint)
+  folder = pathlib.Path(json_file or '-').absolute().parent
+  if not folder.is_dir():
+    raise typer.BadParameter(
+        f'there is no directory {folder}.', param_hint='--json'
+    )
+  with _common.failures():
+    from jaxsoup import checkpoints
+    from jaxsoup import diagnosis
+    from jaxsoup.experiments import progress
+
+    functions = {
+        'eval_fn': _load(eval_name, '--eval'),
+        'logits_fn': _load(logits_name, '--logits'),
+        'recalibrate_fn': _load(recalibrate_name, '--recalibrate'),
+    }
+    stages = dict(diagnosis.STAGES)
+    if eval_name is None:
+      stages = {'weights': stages['weights']}
+    with progress.shown(stages) as progress_fn:
+      found = diagnosis.diagnose(
+          checkpoints.Ingredients(runs, item=item),
+          theta_0=init and checkpoints.Ingredients([init], item=item)[0],
+          tolerance=tolerance,
+          names=list(map(str, runs)),
+          progress_fn=progress_fn,
+          **functions,
+      )
+    text = json.dumps(found.as_json(), allow_nan=False)
+    if json_file == '-':
+      typer.echo(text)
+    else:
+      typer.echo(found.as_text())
+      if json_file is not None:
+        pathlib.Path(json_file).write_text(text + '\n')
+  if any(f.severity == 'error' for f in found.findings):
+    raise typer.Exit(1)
+
+
+def _load(name: str | None, option: str):
+  return None if name is None else user_code.load(name, option)

@@ -1,0 +1,14 @@
+"""Why a soup fails, or that nothing speaks against it, in plain words.
+
+```
+found = diagnosis.diagnose(ingredients, theta_0=theta_0, eval_fn=eval_fn)
+print(found.as_text())
+found.verdict.members                    # what to soup
+```
+"""
+
+from jaxsoup.diagnosis._diagnose import diagnose as diagnose
+from jaxsoup.diagnosis._findings import Diagnosis as Diagnosis
+from jaxsoup.diagnosis._findings import Finding as Finding
+from jaxsoup.diagnosis._findings import Verdict as Verdict
+from jaxsoup.diagnosis._trials import STAGES as STAGES

@@ -1,0 +1,241 @@
+"""Inner products of all ingredients, leaf by leaf, in one walk over them.
+
+```
+geometry = measure(pool, members)
+geometry.squares().sum(0)                  # |theta_i - theta_j|^2, [K, K]
+```
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoup import _tree
+from jaxsoup.diagnosis import _pool
+
+# Keys of running statistics, beside each other in the tree.
+_STATISTICS = ({'mean', 'var'}, {'running_mean', 'running_var'})
+# Of an ulp the rounding error is uniform: ulp / sqrt(12), and the mean over
+# mantissas in [1, 2) that are log-uniform.
+_ROUNDING = (3 / (8 * np.log(2))) ** 0.5 / 12**0.5
+
+
+class Geometry(NamedTuple):
+  """What one walk over K ingredients (and theta_0, the last row) tells.
+
+  Attributes:
+    paths: of the L leaves that are floats.
+    sizes: numbers in each leaf, [L].
+    ranks: number of axes of each leaf, [L].
+    gram: `<theta_i, theta_j>` of each leaf, [L, K + 1, K + 1]; NaN in the last
+      row where theta_0 has no such leaf.
+    same: labels of equal leaves, [L, K]: two ingredients with one label are
+      equal there.
+    is_start: whether the leaf is that of theta_0, [L, K].
+    finite: whether all values of a leaf are, [L, K].
+    eps: spacing of the numbers near one that each ingredient holds, [K]; that
+      of bfloat16 where float32 holds no more than that.
+    statistics: whether a leaf is a running statistic of BatchNorm, [L].
+  """
+
+  paths: list[_tree.Path]
+  sizes: np.ndarray
+  ranks: np.ndarray
+  gram: np.ndarray
+  same: np.ndarray
+  is_start: np.ndarray
+  finite: np.ndarray
+  eps: np.ndarray
+  statistics: np.ndarray
+
+  def take(self, rows: Sequence[int]) -> 'Geometry':
+    """The same of some ingredients, and theta_0."""
+    rows = list(rows)
+    both = [*rows, -1]
+    return self._replace(
+        gram=self.gram[:, both][:, :, both],
+        same=self.same[:, rows],
+        is_start=self.is_start[:, rows],
+        finite=self.finite[:, rows],
+        eps=self.eps[rows],
+    )
+
+  @property
+  def has_start(self) -> np.ndarray:
+    """Whether theta_0 has the leaf, [L]."""
+    return np.isfinite(self.gram[:, -1, -1])
+
+  @property
+  def trained(self) -> np.ndarray:
+    """Leaves in which distances are measured: no running statistics, [L]."""
+    return ~self.statistics
+
+  def norms(self) -> np.ndarray:
+    """`|theta_k|` of each leaf, [L, K + 1]."""
+    return np.sqrt(np.einsum('lkk->lk', self.gram))
+
+  def squares(self) -> np.ndarray:
+    """`|theta_i - theta_j|^2` of each leaf, [L, K + 1, K + 1]."""
+    own = np.einsum('lkk->lk', self.gram)
+    found = own[:, :, None] + own[:, None] - 2 * self.gram
+    # What is left of rounding in a difference of equal models.
+    noise = 1e-14 * (own[:, :, None] + own[:, None])
+    return np.where(found > noise, found, 0)
+
+  def rounding(self) -> np.ndarray:
+    """Root of the summed squares of the rounding errors of each leaf, [L, K].
+
+    An error is uniform in an ulp: `0.21 eps |theta|`.
+    """
+    return _ROUNDING * self.eps * self.norms()[:, :-1]
+
+
+def measure(
+    pool: _pool.Pool,
+    paths: Sequence[_tree.Path],
+    members: Sequence[int],
+    progress_fn: Callable[[str, float], None] | None = None,
+) -> Geometry:
+  """Walks once over all ingredients.
+
+  Args:
+    pool: the ingredients.
+    paths: leaves that all members have in one shape.
+    members: the K ingredients.
+    progress_fn: called with 'weights' and the share of leaves that is done.
+
+  Returns:
+    A `Geometry`, whose row i is that of `members[i]`.
+  """
+  paths = list(paths)
+  num, shapes = len(members), pool.leaves[members[0]]
+  gram = np.zeros((len(paths), num + 1, num + 1))
+  finite = np.ones((len(paths), num + 1), bool)
+  # float32 that holds no more than bfloat16 can.
+  narrow = np.ones((len(paths), num), bool)
+  hashes = [[0] * (num + 1) for _ in paths]
+  has_start = np.zeros(len(paths), bool)
+  numbers = {path: i for i, path in enumerate(paths)}
+  for path, rows in pool.chunks(paths, members):
+    i = numbers[path]
+    if progress_fn is not None:
+      progress_fn('weights', i / len(paths))
+    has_start[i] = len(rows) > num
+    wide = np.stack([row.astype(np.float64) for row in rows])
+    finite[i, : len(rows)] &= np.isfinite(wide).all(-1)
+    wide[~np.isfinite(wide)] = 0
+    wide += 0.0  # -0 is 0.
+    gram[i, : len(rows), : len(rows)] += wide @ wide.T
+    for k, row in enumerate(rows):
+      hashes[i][k] = hash((hashes[i][k], wide[k].tobytes()))
+      if k < num and narrow[i, k]:
+        narrow[i, k] = _fits_bfloat16(row)
+  gram[~has_start, -1] = gram[~has_start, :, -1] = np.nan
+  is_start = np.array([[x == h[-1] for x in h[:-1]] for h in hashes])
+  return Geometry(
+      paths=paths,
+      sizes=np.array([int(np.prod(shapes[p].shape)) for p in paths], int),
+      ranks=np.array([len(shapes[p].shape) for p in paths], int),
+      gram=gram,
+      same=np.array([[h.index(x) for x in h[:-1]] for h in hashes], int),
+      is_start=is_start.reshape(-1, num) & has_start[:, None],
+      finite=finite[:, :-1],
+      eps=_spacings(pool, paths, members, narrow),
+      statistics=statistics_of(paths),
+  )
+
+
+def statistics_of(paths: Sequence[_tree.Path]) -> np.ndarray:
+  """Which leaves are running statistics of BatchNorm, [L] bool."""
+  beside: dict[_tree.Path, set[str]] = {}
+  for path in paths:
+    for parent, key in _places(path):
+      beside.setdefault(parent, set()).add(key)
+
+  def is_statistic(path):
+    return any(
+        key in names and names <= beside[parent]
+        for parent, key in _places(path)
+        for names in _STATISTICS
+    )
+
+  return np.array([is_statistic(path) for path in paths], bool)
+
+
+def _places(path: _tree.Path) -> list[tuple[_tree.Path, str]]:
+  """Parent and key of a leaf; also of one key with dots, as in torch."""
+  if not path:
+    return []
+  stem, _, last = path[-1].rpartition('.')
+  return [((*path[:-1], stem), last)]
+
+
+def _fits_bfloat16(row: np.ndarray) -> bool:
+  if row.dtype != np.float32:
+    return False
+  return not (np.ascontiguousarray(row).view(np.uint32) & 0xFFFF).any()
+
+
+def _spacings(pool, paths, members, narrow) -> np.ndarray:
+  """The spacing of the numbers in which most of each ingredient is held."""
+  found = []
+  for i, k in enumerate(members):
+    sizes: dict[float, int] = {}
+    for path, is_narrow in zip(paths, narrow[:, i]):
+      leaf: Any = pool.leaves[k][path]
+      # Vectors of ones and zeros fit any dtype.
+      if len(leaf.shape) > 1:
+        eps = 2.0**-7 if is_narrow else float(jnp.finfo(leaf.dtype).eps)
+        sizes[eps] = sizes.get(eps, 0) + int(np.prod(leaf.shape))
+    found.append(max(sizes, key=lambda eps: sizes[eps]) if sizes else 0.0)
+  return np.array(found)
+
+
+def groups_of(related: np.ndarray) -> list[list[int]]:
+  """Connected components, the largest first, then by their first member.
+
+  Example:
+    >>> groups_of(np.array([[1, 0, 0], [0, 1, 1], [0, 1, 1]], bool))
+    [[1, 2], [0]]
+  """
+  left, groups = set(range(len(related))), []
+  while left:
+    group, todo = set(), {min(left)}
+    while todo:
+      k = todo.pop()
+      group.add(k)
+      todo |= {j for j in left - group if related[k, j]}
+    left -= group
+    groups.append(sorted(group))
+  return sorted(groups, key=lambda g: (-len(g), g))
+
+
+def lengths(distances: np.ndarray) -> np.ndarray:
+  """`|tau_k|` of task vectors, from distances between models alone, [K].
+
+  Task vectors are nearly at right angles, so that `|theta_i - theta_j|^2 =
+  |tau_i|^2 + |tau_j|^2`, and among models that went about as far
+
+  |tau_k| = median_j |theta_k - theta_j| / sqrt(2).
+
+  A median, so that one outlier does not lengthen the others. Where task vectors
+  share a direction, that part is not seen.
+
+  Args:
+    distances: [K, K].
+
+  Returns:
+    Estimates.
+
+  Example:
+    >>> points = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    >>> lengths(np.linalg.norm(points[:, None] - points, axis=-1))
+    array([1., 1., 1.])
+  """
+  others = ~np.eye(len(distances), dtype=bool)
+  rows = [row[keep] for row, keep in zip(distances, others)]
+  return np.median(rows, axis=1) / 2**0.5

@@ -1,0 +1,311 @@
+"""What held-out data tell: scores, barriers, parts, disagreement.
+
+```
+measured = measure(pool, examined, eval_fn)
+measured.drops                                  # [K, K], fall below the chord
+```
+"""
+
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Sequence
+import itertools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxsoup import _tree
+from jaxsoup._recipes import _average
+from jaxsoup._soup import EvalFn
+from jaxsoup._soup import Params
+from jaxsoup.diagnosis import _geometry
+from jaxsoup.diagnosis import _pool
+
+ParamsFn = Callable[[Params], Params]
+Progress = Callable[[str, float], None]
+
+# What a diagnosis does, one after another, and about how long each takes; all
+# but the first need data.
+STAGES = {
+    'weights': 1.0,
+    'single models': 1.0,
+    'pairs': 3.0,
+    'each against the mean': 3.0,
+    'parts': 1.0,
+}
+# More ingredients are not compared pair by pair.
+_ALL_PAIRS = 12
+# Tolerances below the median that make an ingredient weak.
+WEAK = 5
+# Parts that are averaged one by one.
+_MOST_PARTS = 24
+
+
+class Measured(NamedTuple):
+  """Scores of single models and of averages; NaN where not measured.
+
+  Attributes:
+    scores: of each ingredient, [K].
+    drops: how far the average of two lies below the mean of their scores,
+      [K, K]: the barrier, of scores. Negative where it gains.
+    weak: sound ingredients that score far below the median.
+    subset: the other sound ones, without a barrier between each other.
+    to_mean: the same as `drops`, between each of the subset and the mean of the
+      others, [K].
+    soup: score of the uniform soup of the subset.
+    statistics: scores of that soup with the running statistics of its first
+      ingredient, averaged ones, and estimated ones; {} without BatchNorm.
+    pair: the pair with the largest drop of all.
+    parts: by part, how much the score of the better one of that pair falls if
+      this part alone is averaged with the other's.
+    without: the part with the largest fall, and the drop of the average of all
+      else; None if there are no parts.
+    disagreement: share of examples that two predict differently, [K, K].
+  """
+
+  scores: np.ndarray
+  drops: np.ndarray
+  weak: list[int]
+  subset: list[int]
+  to_mean: np.ndarray
+  soup: float
+  statistics: dict[str, float]
+  pair: tuple[int, int] | None
+  parts: dict[str, float]
+  without: tuple[str, float] | None
+  disagreement: np.ndarray
+
+
+class Trials:
+  """Evaluates ingredients and their averages.
+
+  At most two models and one average of them are in memory.
+  """
+
+  def __init__(
+      self,
+      pool: _pool.Pool,
+      paths: Sequence[_tree.Path],
+      eval_fn: EvalFn,
+      *,
+      tolerance: float,
+      recalibrate_fn: ParamsFn | None = None,
+      logits_fn: Callable[[Params], Any] | None = None,
+      progress_fn: Progress | None = None,
+  ):
+    self._pool = pool
+    self._paths = paths
+    self._eval_fn = eval_fn
+    self._tolerance = tolerance
+    self._recalibrate_fn = recalibrate_fn
+    self._logits_fn = logits_fn
+    self._progress_fn = progress_fn or (lambda stage, share: None)
+    num = len(pool)
+    self.scores = np.full(num, np.nan)
+    self.drops = np.full((num, num), np.nan)
+
+  def run(self, usable: Sequence[int], sound: Sequence[int]) -> Measured:
+    """Measures everything.
+
+    Args:
+      usable: ingredients that can be averaged.
+      sound: those of them of which the soup is to be.
+
+    Returns:
+      The figures.
+    """
+    disagreement = self._singles(usable)
+    self._pairs(usable)
+    bar = np.median(self.scores[list(sound)] if sound else [np.nan])
+    weak = [k for k in sound if self.scores[k] < bar - WEAK * self._tolerance]
+    subset = self._without_barriers([k for k in sound if k not in weak])
+    subset, to_mean = self._against_mean(subset)
+    soup, statistics = np.nan, {}
+    if len(subset) > 1:
+      mean = self._mean(subset)
+      statistics = self._statistics(mean, subset[0])
+      soup = self._of_soup(mean)
+    pair, parts, without = self._parts_of_worst()
+    return Measured(
+        self.scores, self.drops, weak, subset, to_mean, soup, statistics,
+        pair, parts, without, disagreement,
+    )  # fmt: skip
+
+  def _score(self, params: Params) -> float:
+    return float(jax.device_get(self._eval_fn(params)))
+
+  def _of_soup(self, params: Params) -> float:
+    """The score of an average, its running statistics estimated anew."""
+    if self._recalibrate_fn is not None:
+      params = self._recalibrate_fn(params)
+    return self._score(params)
+
+  def _mean(self, members: Sequence[int]) -> Params:
+    alpha = np.zeros(len(self._pool), np.float32)
+    alpha[list(members)] = 1 / len(members)
+    # Those with alpha 0 are not looked at, so they need not fit.
+    return _average.average(
+        self._pool.ingredients, alpha, non_float_from=members[0]
+    ).params
+
+  def _singles(self, usable) -> np.ndarray:
+    num = len(self._pool)
+    classes = {}
+    for i, k in enumerate(usable):
+      self._progress_fn('single models', i / len(usable))
+      params = self._pool.ingredients[k]
+      self.scores[k] = self._score(params)
+      if self._logits_fn is not None:
+        classes[k] = np.asarray(self._logits_fn(params)).argmax(-1)
+    found = np.full((num, num), np.nan)
+    for i, j in itertools.product(classes, repeat=2):
+      found[i, j] = np.mean(classes[i] != classes[j])
+    return found
+
+  def _pairs(self, usable: Sequence[int]) -> None:
+    pairs = sorted(pairs_of(usable, self.scores))
+    held: tuple[int, Any] | None = None
+    for n, (i, j) in enumerate(pairs):
+      self._progress_fn('pairs', n / len(pairs))
+      if held is None or held[0] != i:
+        held = i, self._pool.ingredients[i]
+      other = self._pool.ingredients[j]
+      half = self._of_soup(between(held[1], other))
+      chord = (self.scores[i] + self.scores[j]) / 2
+      self.drops[i, j] = self.drops[j, i] = chord - half
+
+  def _without_barriers(self, sound: Sequence[int]) -> list[int]:
+    """Takes out the one with most barriers until there is none."""
+    subset = list(sound)
+    while len(subset) > 1:
+      block = self.drops[np.ix_(subset, subset)]
+      num = (block > self._tolerance).sum(1)
+      if not num.any():
+        break
+      # Of equals the one with the lowest score.
+      subset.remove(
+          min(subset, key=lambda k: (-num[subset.index(k)], self.scores[k]))
+      )
+    return subset
+
+  def _against_mean(self, subset: list[int]) -> tuple[list[int], np.ndarray]:
+    """Each against the mean of the others; takes out the worst one by one."""
+    drops = np.full(len(self._pool), np.nan)
+    while len(subset) > 2:
+      for n, k in enumerate(subset):
+        self._progress_fn('each against the mean', n / len(subset))
+        mean = self._mean([j for j in subset if j != k])
+        chord = (self.scores[k] + self._of_soup(mean)) / 2
+        half = between(mean, self._pool.ingredients[k])
+        drops[k] = chord - self._of_soup(half)
+      worst = max(subset, key=lambda k: drops[k])
+      if not drops[worst] > self._tolerance:
+        break
+      subset = [k for k in subset if k != worst]
+    return subset, drops
+
+  def _statistics(self, mean: Params, first: int) -> dict[str, float]:
+    paths = self._paths
+    is_statistic = _geometry.statistics_of(paths)
+    if not is_statistic.any():
+      return {}
+    some = {p for p, x in zip(paths, is_statistic) if x}
+    own = between(mean, self._pool.ingredients[first], some, t=1.0)
+    found = {'first': self._score(own), 'averaged': self._score(mean)}
+    if self._recalibrate_fn is not None:
+      found['re-estimated'] = self._of_soup(mean)
+    return found
+
+  def _parts_of_worst(self):
+    """Averages part by part the pair with the largest barrier, if any has."""
+    if not np.nanmax(self.drops, initial=0) > self._tolerance:
+      return None, {}, None
+    ends = np.unravel_index(np.nanargmax(self.drops), self.drops.shape)
+    i, j = sorted(map(int, ends), key=lambda k: -self.scores[k])
+    better, other = (self._pool.ingredients[k] for k in (i, j))
+    parts = parts_of(self._paths)
+    falls = {}
+    for n, (name, paths) in enumerate(parts.items()):
+      self._progress_fn('parts', n / len(parts))
+      mixed = between(better, other, paths)
+      falls[name] = self.scores[i] - self._of_soup(mixed)
+    if not falls:
+      return (i, j), {}, None
+    worst = max(falls, key=lambda name: falls[name])
+    rest = set(self._paths) - parts[worst]
+    left = self._of_soup(between(better, other, rest))
+    chord = (self.scores[i] + self.scores[j]) / 2
+    return (i, j), falls, (worst, chord - left)
+
+
+def pairs_of(
+    members: Sequence[int], scores: np.ndarray
+) -> list[tuple[int, int]]:
+  """All pairs, or of many ingredients a subset that connects them.
+
+  Of K > 12: each with the best one, and with its neighbours in the order of
+  the scores: 2 K - 3 pairs.
+  """
+  if len(members) <= _ALL_PAIRS:
+    return list(itertools.combinations(members, 2))
+  order = sorted(members, key=lambda k: -scores[k])
+  pairs = [(order[0], k) for k in order[1:]]
+  pairs += list(itertools.pairwise(order[1:]))
+  return [(min(pair), max(pair)) for pair in pairs]
+
+
+def parts_of(paths: Sequence[_tree.Path]) -> dict[str, set[_tree.Path]]:
+  """Subtrees that are averaged one by one: blocks, the head; and all norms.
+
+  The tree is cut where it has the most groups, but not too many.
+  """
+  flat = [tuple('/'.join(p).replace('.', '/').split('/')) for p in paths]
+  best: dict[str, set[_tree.Path]] = {}
+  for depth in range(1, max(map(len, flat), default=0) + 1):
+    groups: dict[str, set[_tree.Path]] = {}
+    for path, keys in zip(paths, flat):
+      groups.setdefault('/'.join(keys[:depth]), set()).add(path)
+    if len(groups) > _MOST_PARTS:
+      break
+    if len(groups) > len(best):
+      best = groups
+    if len(best) > 3:
+      break
+  return best if len(best) > 1 else {}
+
+
+def between(
+    theta_1: Params,
+    theta_2: Params,
+    paths: Collection[_tree.Path] | None = None,
+    t: float = 0.5,
+) -> Params:
+  """`(1 - t) theta_1 + t theta_2` in some leaves (None: all), else theta_1."""
+  first, second = _tree.flatten(theta_1), _tree.flatten(theta_2)
+  others = dict(zip(second.paths, second.leaves))
+  rows = [
+      i
+      for i, (path, x) in enumerate(zip(first.paths, first.leaves))
+      if _tree.is_float(x) and (paths is None or path in paths)
+  ]
+  mixed = _between(
+      [first.leaves[i] for i in rows],
+      [others[first.paths[i]] for i in rows],
+      _tree.numbers(t),
+  )
+  leaves = list(first.leaves)
+  for i, x in zip(rows, mixed):
+    leaves[i] = x
+  return first.replace(leaves)
+
+
+@jax.jit
+def _between(first, second, t):
+  def mix(x, y):
+    x_wide, y_wide = (z.astype(_tree.wide_dtype(z.dtype)) for z in (x, y))
+    share = t.astype(x_wide.dtype)
+    return ((1 - share) * x_wide + share * y_wide).astype(x.dtype)
+
+  return [mix(x, y) for x, y in zip(first, second)]

@@ -1,0 +1,120 @@
+"""`jaxsoup diagnose`: output, JSON, exit codes, one-line errors."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from typer import testing
+
+from jaxsoup import checkpoints
+from jaxsoup import cli
+
+# As in the tests of checkpoints: what Orbax leaves behind when a read failed.
+pytestmark = pytest.mark.filterwarnings(
+    'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+
+HERE = """
+import numpy as np
+
+
+def score(params):
+  return 0.9 - 0.1 * float(abs(params['w'][0, 0]))
+
+
+def logits(params):
+  return np.asarray(params['w'])[:, :3]
+
+
+def reset(params):
+  return params
+
+
+def raises(params):
+  raise KeyError('label')
+"""
+
+
+@pytest.fixture(autouse=True)
+def cwd(tmp_path, monkeypatch, rng):
+  """A directory with the user's module, a start, and runs in it."""
+  (tmp_path / 'judge.py').write_text(HERE)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'path', list(sys.path))
+  start, other = rng.normal(size=(2, 50, 50)).astype(np.float32)
+  start[0, 0] = other[0, 0] = 0
+  save = lambda name, x: checkpoints.save(tmp_path / name, {'w': x})
+  save('start', start)
+  for k in range(4):
+    step = rng.normal(size=(50, 50)).astype(np.float32)
+    save(f'run{k}', (other if k == 3 else start) + 0.1 * step)
+  yield
+  sys.modules.pop('judge', None)
+
+
+def invoke(*args):
+  return testing.CliRunner().invoke(cli.app, ['diagnose', *map(str, args)])
+
+
+def test_nothing_is_wrong():
+  result = invoke('run0', 'run1', 'run2', '--init', 'start')
+  assert result.exit_code == 0, (result.output, result.exception)
+  assert result.stdout.startswith('SOUP ALL')
+  assert 'Nothing wrong was found.' in result.stdout
+
+
+def test_findings_in_words_and_json(tmp_path):
+  runs = [f'run{k}' for k in range(4)]
+  result = invoke(*runs, '--json', 'found.json')
+  assert result.exit_code == 1
+  assert result.stdout.startswith('SOUP A SUBSET')
+  assert '1. [BREAKS THE SOUP] They were not fine-tuned from one' in (
+      result.stdout
+  )
+  for word in ('Seen: ', 'Meaning: ', 'Do: '):
+    assert f'  {word}' in result.stdout
+  found = json.loads((tmp_path / 'found.json').read_text())
+  assert found['verdict']['names'] == runs[:3]
+  assert found['findings'][0]['code'] == 'initialization'
+  assert found['findings'][0]['names'] == ['run3']
+  printed = invoke(*runs, '--json', '-')
+  assert json.loads(printed.stdout) == found
+
+
+def test_with_data():
+  result = invoke(
+      'run0', 'run1', 'run2', '--eval', 'judge:score', '--logits',
+      'judge:logits', '--recalibrate', 'judge:reset', '--json', '-',
+  )  # fmt: skip
+  assert result.exit_code == 0, (result.output, result.exception)
+  measured = json.loads(result.stdout)['measured']
+  assert len(measured['scores']) == 3
+  assert measured['barriers'][0][1] is not None
+  assert measured['disagreement'][0][0] == 0
+  assert 'pairs: ' in result.stderr
+
+
+@pytest.mark.parametrize(
+    'options, code, text',
+    [
+        (('run0',), 2, 'give two or more'),
+        (('run0', 'run1', '--logits', 'judge:logits'), 2, 'needs --eval'),
+        (('run0', 'run1', '--json', 'no/where.json'), 2, 'no directory'),
+        (('run0', 'nowhere'), 1, 'nowhere'),
+        (('run0', 'run1', '--eval', 'judge:nothing'), 1, 'no such function'),
+        (
+            ('run0', 'run1', '--eval', 'judge:score', '--logits', 'judge:x'),
+            1,
+            '--logits judge:x',
+        ),
+        (('run0', 'run1', '--eval', 'judge:raises'), 1, "KeyError: 'label'"),
+    ],
+)
+def test_errors(options, code, text):
+  result = invoke(*options)
+  assert result.exit_code == code, (result.output, result.exception)
+  assert isinstance(result.exception, SystemExit)
+  assert 'Traceback' not in result.output
+  # A usage error is drawn in a box, which breaks lines.
+  assert text in ' '.join(result.stderr.replace('│', ' ').split())

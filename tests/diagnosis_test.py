@@ -1,0 +1,652 @@
+"""Diagnosis: planted faults are found, and none is invented.
+
+Small networks, trained on real images; each fault is planted in one pool.
+"""
+
+from collections.abc import Sequence
+import itertools
+import json
+from typing import Any
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxsoup import checkpoints
+from jaxsoup import diagnosis
+from jaxsoup import evaluation
+from jaxsoup import metrics
+from jaxsoup.data import digits
+from jaxsoup.data import sources
+from jaxsoup.experiments import finetune
+from jaxsoup.experiments import modeling
+from jaxsoup.models import batch_norm
+
+# As in the tests of checkpoints: what Orbax leaves behind when a read failed.
+pytestmark = pytest.mark.filterwarnings(
+    'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+
+NUM_PIXELS, NUM_UNITS, NUM_CLASSES = 64, 96, 10
+PRETRAIN = dict(num_epochs=40, batch_size=50, warmup=0.1, final=0.0)
+FINETUNE = dict(num_epochs=6, batch_size=50, warmup=0.1, final=0.0, ema=(0.9,))
+RATES = (1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3)
+tree = jax.tree.map
+
+
+class Net(nnx.Module):
+  """Two hidden layers."""
+
+  def __init__(self, *, has_norm, rngs):
+    self.first = nnx.Linear(NUM_PIXELS, NUM_UNITS, rngs=rngs)
+    self.second = nnx.Linear(NUM_UNITS, NUM_UNITS, rngs=rngs)
+    self.head = nnx.Linear(NUM_UNITS, NUM_CLASSES, rngs=rngs)
+    if has_norm:
+      self.norm = nnx.BatchNorm(NUM_UNITS, use_running_average=True, rngs=rngs)
+
+  def __call__(self, image):
+    x = jax.nn.relu(self.first(image.reshape(len(image), -1)))
+    x = self.second(x)
+    if hasattr(self, 'norm'):
+      x = self.norm(x)
+    return self.head(jax.nn.relu(x))
+
+
+class World(NamedTuple):
+  """A start, runs from it, and what scores them."""
+
+  model: modeling.Model
+  graphdef: Any
+  data: dict[str, Any]
+  theta_0: Any
+  runs: list[Any]
+  averages: list[Any]
+  eval_fn: Any
+  logits_fn: Any
+
+  def train(self, theta, *runs):
+    return trained(self.model, self.data, theta, runs)[0]
+
+
+def trained(model, data, theta, runs):
+  kept = {}
+  stacked = finetune.train(
+      model,
+      FINETUNE,
+      theta,
+      list(runs),
+      sources.Arrays(data['train']),
+      keep_fn=lambda name, x: kept.update({name: jax.device_get(x)}),
+  )
+  rows = lambda x: [tree(lambda a, k=k: a[k], x) for k in range(len(runs))]
+  return rows(jax.device_get(stacked)), rows(kept['ema_0.9'])
+
+
+def pretrained(model, data, seed):
+  run = dict(learning_rate=2e-3, weight_decay=0.05, seed=seed)
+  return jax.device_get(
+      finetune.train_one(
+          model,
+          PRETRAIN,
+          model.start_fn(jax.random.key(seed)),
+          run,
+          sources.Arrays(data['pretrain']),
+      )
+  )
+
+
+def world_of(has_norm):
+  make_fn = lambda key: Net(has_norm=has_norm, rngs=nnx.Rngs(key))
+  model = modeling.of_module(
+      make_fn, inputs={'image': (8, 8, 1)}, num_classes=NUM_CLASSES
+  )
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_fn(jax.random.key(0))))
+  sizes = dict(pretrain=300, train=300, held_out=500)
+  data = digits.load(0, sizes)
+  theta_0 = pretrained(model, data, seed=0)
+  hyper = [dict(learning_rate=r, seed=i) for i, r in enumerate(RATES)]
+  runs, averages = trained(model, data, theta_0, hyper)
+  batches = evaluation.batched(data['held_out'], 500)
+  eval_fn = evaluation.mean_of(
+      lambda params, batch: metrics.correct(
+          model.logits_fn(params, batch), batch['label']
+      ),
+      batches,
+  )
+  logits_fn = evaluation.logits_of(model.logits_fn, batches)
+  return World(
+      model, graphdef, data, theta_0, runs, averages, eval_fn, logits_fn
+  )
+
+
+@pytest.fixture(scope='module')
+def world():
+  return world_of(has_norm=False)
+
+
+@pytest.fixture(scope='module')
+def stranger(world):
+  """A run from another initialization."""
+  theta_0 = pretrained(world.model, world.data, seed=7)
+  return world.train(theta_0, dict(learning_rate=2e-3, seed=9))[0]
+
+
+def codes(found):
+  return sorted(f.code for f in found.findings)
+
+
+def only(found, code):
+  assert codes(found) == [code], found.as_text()
+  return found.findings[0]
+
+
+def options(world):
+  """All that a diagnosis may be given: nothing, the start, data, both."""
+  start = {'theta_0': world.theta_0}
+  data = {'eval_fn': world.eval_fn, 'logits_fn': world.logits_fn}
+  return [{}, start, data, start | data]
+
+
+# --- planted faults -----------------------------------------------------------
+
+
+def test_nothing_is_wrong(world):
+  for given in options(world):
+    found = diagnosis.diagnose(world.runs, **given)
+    assert codes(found) == [], found.as_text()
+    assert found.verdict.action == 'soup all'
+    assert found.verdict.members == (0, 1, 2, 3, 4)
+    assert 'Nothing wrong' in found.as_text()
+
+
+def test_two_initializations(world, stranger):
+  pool = [*world.runs[:2], stranger, *world.runs[2:]]
+  for given in options(world):
+    found = diagnosis.diagnose(pool, **given)
+    finding = only(found, 'initialization')
+    assert finding.ingredients == finding.leave_out == (2,)
+    assert finding.severity == 'error'
+    assert found.verdict[:2] == ('soup a subset', (0, 1, 3, 4, 5))
+    if 'eval_fn' in given:
+      assert 'falls by up to' in finding.seen
+      assert found.measured['barriers'][0, 2] > 0.05
+
+
+def test_every_run_from_its_own_start(world, stranger):
+  theta_0 = pretrained(world.model, world.data, seed=8)
+  other = world.train(theta_0, dict(learning_rate=2e-3, seed=3))[0]
+  for data in ({}, {'eval_fn': world.eval_fn}):
+    found = diagnosis.diagnose([world.runs[0], stranger, other], **data)
+    assert only(found, 'initialization').leave_out == (1, 2)
+    assert found.verdict.action == 'do not soup'
+    assert len(found.verdict.members) == 1
+
+
+def test_a_start_that_is_none(world, stranger):
+  found = diagnosis.diagnose(world.runs, theta_0=stranger)
+  only(found, 'start')
+  assert found.verdict.action == 'soup all'
+
+
+@pytest.mark.parametrize('rate', [0.1, 1.0])
+def test_a_learning_rate_far_too_high(world, rate):
+  wild = world.train(world.theta_0, dict(learning_rate=rate, seed=5))[0]
+  pool = [*world.runs, wild]
+  for given in options(world):
+    found = diagnosis.diagnose(pool, **given)
+    finding = only(found, 'far')
+    assert finding.leave_out == (5,)
+    assert finding.severity == ('error' if 'eval_fn' in given else 'warning')
+    assert found.verdict[:2] == ('soup a subset', (0, 1, 2, 3, 4))
+
+
+def test_a_random_head(world):
+  head = world.model.start_fn(jax.random.key(3))['head']
+  pool = [*world.runs[:4], {**world.runs[4], 'head': head}]
+  for given in options(world):
+    found = diagnosis.diagnose(pool, **given)
+    finding = only(found, 'part')
+    assert finding.leaves == ('head/kernel',)
+    assert finding.leave_out == (4,)
+    assert found.verdict[:2] == ('soup a subset', (0, 1, 2, 3))
+  assert 'much worse than the others' in finding.seen
+
+
+def test_every_run_with_a_head_of_its_own(world):
+  pool = [
+      {**run, 'head': world.model.start_fn(jax.random.key(10 + k))['head']}
+      for k, run in enumerate(world.runs)
+  ]
+  found = diagnosis.diagnose(pool, theta_0=world.theta_0)
+  finding = only(found, 'part')
+  assert finding.leaves == ('head/kernel',)
+  assert 'every ingredient' in finding.seen
+  assert found.verdict.action == 'do not soup'
+
+
+def test_a_duplicate(world):
+  pool = [*world.runs[:3], tree(np.copy, world.runs[1]), world.runs[3]]
+  for given in options(world):
+    found = diagnosis.diagnose(pool, **given)
+    finding = only(found, 'duplicate')
+    assert finding.ingredients == (1, 3) and finding.leave_out == (3,)
+    assert found.verdict[:2] == ('soup a subset', (0, 1, 2, 4))
+
+
+def test_not_fine_tuned(world):
+  pool = [world.runs[0], world.theta_0, *world.runs[1:]]
+  for given in options(world)[1::2]:
+    found = diagnosis.diagnose(pool, **given)
+    finding = only(found, 'unmoved')
+    assert finding.leave_out == (1,)
+    assert found.verdict[:2] == ('soup a subset', (0, 2, 3, 4, 5))
+
+
+def test_hardly_fine_tuned(world):
+  run = dict(learning_rate=1e-6, seed=4)
+  pool = [*world.runs, world.train(world.theta_0, run)[0]]
+  found = diagnosis.diagnose(pool, theta_0=world.theta_0)
+  assert only(found, 'unmoved').leave_out == (5,)
+
+
+def test_not_a_number(world):
+  bad = tree(np.copy, world.runs[2])
+  bad['second']['kernel'][3, 4] = np.nan
+  for given in options(world):
+    found = diagnosis.diagnose([*world.runs[:2], bad, world.runs[3]], **given)
+    finding = only(found, 'not_finite')
+    assert finding.leaves == ('second/kernel',)
+    assert finding.leave_out == (2,)
+    assert found.verdict[:2] == ('soup a subset', (0, 1, 3))
+
+
+def permuted(params, rng, names=('first', 'second', 'head')):
+  """The same function, its hidden units in another order."""
+  params = tree(np.copy, params)
+  for name, after in itertools.pairwise(names):
+    order = rng.permutation(NUM_UNITS)
+    params[name] = tree(lambda x, o=order: x[..., o], params[name])
+    params[after]['kernel'] = params[after]['kernel'][order]
+  return params
+
+
+@pytest.mark.parametrize(
+    'names', [('first', 'second', 'head'), ('first', 'second')]
+)
+def test_permuted_units(world, rng, names):
+  moved = permuted(world.runs[2], rng, names)
+  expected, same = (world.logits_fn(x) for x in (world.runs[2], moved))
+  np.testing.assert_allclose(same, expected, atol=1e-4)
+  pool = [*world.runs[:2], moved, *world.runs[3:]]
+  for given in options(world):
+    found = diagnosis.diagnose(pool, **given)
+    finding = only(found, 'permuted')
+    assert 'first/kernel' in finding.leaves
+    assert finding.leave_out == (2,)
+    assert found.verdict[:2] == ('soup a subset', (0, 1, 3, 4))
+
+
+def test_a_moving_average_among_runs(world):
+  pool = [*world.runs, world.averages[3]]
+  for given in options(world):
+    found = diagnosis.diagnose(pool, **given)
+    finding = only(found, 'copies')
+    assert finding.ingredients == (3, 5)
+    assert found.verdict.action == 'soup all'
+
+
+def test_moving_averages_that_say_so(world, tmp_path):
+  pool = [*world.runs[:3], *world.averages[3:]]
+  paths = [tmp_path / f'{k}' for k in range(len(pool))]
+  for k, params in enumerate(pool):
+    metadata: dict[str, Any] = {'config': {'learning_rate': RATES[k]}}
+    if k > 2:
+      metadata['copy'] = 'ema_0.9'
+    checkpoints.save(paths[k], params, metadata=metadata)
+  found = diagnosis.diagnose(checkpoints.Ingredients(paths))
+  finding = only(found, 'copies')
+  assert finding.ingredients == (3, 4) and 'ema_0.9' in finding.seen
+  # All of one kind are no mixture.
+  found = diagnosis.diagnose(checkpoints.Ingredients(paths[3:]))
+  assert codes(found) == []
+
+
+def test_only_moving_averages(world):
+  for given in options(world):
+    assert codes(diagnosis.diagnose(world.averages, **given)) == []
+
+
+@pytest.mark.parametrize('is_cast_back', [False, True])
+def test_bfloat16(world, is_cast_back):
+  """Runs that moved less than bfloat16 can hold."""
+  hyper = [dict(learning_rate=2e-5, seed=i) for i in range(4)]
+  narrow = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16))
+  pool = [tree(narrow, x) for x in world.train(world.theta_0, *hyper)]
+  if is_cast_back:
+    pool = tree(np.float32, pool)
+  for given in [{}, {'theta_0': world.theta_0}, {'eval_fn': world.eval_fn}]:
+    found = diagnosis.diagnose(pool, **given)
+    finding = only(found, 'rounding')
+    assert 'bfloat16' in finding.title
+    assert found.verdict.action == 'soup all'
+  # In float32 nothing is wrong, and in bfloat16 of runs that moved neither.
+  assert codes(diagnosis.diagnose(world.train(world.theta_0, *hyper))) == []
+  moved = [tree(narrow, x) for x in world.runs]
+  assert codes(diagnosis.diagnose(moved, theta_0=world.theta_0)) == []
+
+
+def test_batch_norm():
+  world = world_of(has_norm=True)
+  images = [world.data['train']['image']]
+  recalibrate_fn = lambda params: batch_norm.recalibrated(
+      world.graphdef, params, images
+  )
+  given = {'eval_fn': world.eval_fn, 'recalibrate_fn': recalibrate_fn}
+  for options in ({}, {'theta_0': world.theta_0}, given):
+    found = diagnosis.diagnose(world.runs, **options)
+    finding = only(found, 'batch_norm')
+    assert finding.leaves == ('norm/mean', 'norm/var')
+    assert found.verdict.action == 'soup all'
+  scores = found.measured['batch_norm']
+  assert list(scores) == ['first', 'averaged', 're-estimated']
+  mean = tree(lambda *x: np.mean(x, axis=0), *world.runs)
+  assert scores['averaged'] == pytest.approx(world.eval_fn(mean), abs=0.003)
+  first = {**mean, 'norm': {**mean['norm']}}
+  for name in ('mean', 'var'):
+    first['norm'][name] = world.runs[0]['norm'][name]
+  assert scores['first'] == pytest.approx(world.eval_fn(first), abs=0.003)
+  assert found.measured['soup'] == scores['re-estimated']
+
+
+def test_batch_norm_whose_statistics_break_the_soup():
+  """Statistics that are far off in the average alone."""
+  rng = np.random.default_rng(0)
+  start = rng.normal(size=(40, 40))
+  runs = [
+      {
+          'w': start + 0.1 * rng.normal(size=(40, 40)),
+          'norm': {'mean': np.full(40, k), 'var': np.ones(40)},
+      }
+      for k in (0.0, 1.0, 3.0)
+  ]
+  own = [run['norm']['mean'][0] for run in runs]
+  eval_fn = lambda params: 0.9 if params['norm']['mean'][0] in own else 0.2
+  reset_fn = lambda params: {
+      **params, 'norm': tree(np.zeros_like, params['norm'])
+  }  # fmt: skip
+  found = diagnosis.diagnose(
+      runs, eval_fn=eval_fn, recalibrate_fn=reset_fn, tolerance=0.5
+  )
+  finding = only(found, 'batch_norm')
+  assert finding.severity == 'warning'
+  assert found.measured['batch_norm'] == {
+      'first': 0.9, 'averaged': 0.2, 're-estimated': 0.9
+  }  # fmt: skip
+  # Without an estimate the averages are broken.
+  found = diagnosis.diagnose(runs, eval_fn=eval_fn)
+  assert codes(found) == ['barrier', 'batch_norm']
+  assert found.verdict[:2] == ('do not soup', (0,))
+
+
+# --- what only data show ------------------------------------------------------
+
+
+def bowls(params):
+  """A score with a bowl around 0 and another around 10, along one weight."""
+  x = float(np.asarray(params['head']['w'])[0, 0])
+  return 0.9 - 0.1 * min(abs(x), abs(x - 10), 5)
+
+
+def in_bowls(places, rng, size=60):
+  """Relatives that differ in one weight, which is all that the score sees."""
+  start = rng.normal(size=(size, size))
+  runs = []
+  for place in places:
+    head = start.copy() + 0.1 * rng.normal(size=(size, size))
+    head[0, 0] = place
+    body = start + 0.1 * rng.normal(size=(size, size))
+    runs.append({'body': {'w': body}, 'head': {'w': head}})
+  return runs
+
+
+def test_a_barrier_that_only_data_show(rng):
+  pool = in_bowls([0, 0.1, 10, 0.2, 9.9], rng)
+  assert codes(diagnosis.diagnose(pool)) == []
+  found = diagnosis.diagnose(pool, eval_fn=bowls)
+  finding = only(found, 'barrier')
+  assert finding.leave_out == (2, 4)
+  assert 'in 6 of 10 pairs' in finding.seen
+  assert 'all but head can be averaged' in finding.seen
+  assert found.verdict[:2] == ('soup a subset', (0, 1, 3))
+  # x = 5 half-way between 0 and 10: 0.9 - 0.5.
+  barriers = found.measured['barriers']
+  assert barriers[0, 2] == barriers[2, 0] == pytest.approx(0.5)
+  assert barriers[0, 1] == pytest.approx(0, abs=1e-6)
+  assert np.isnan(np.diag(barriers)).all()
+  assert found.measured['soup'] == pytest.approx(0.9 - 0.01)
+  assert found.measured['parts'] == pytest.approx(
+      {'body': 0, 'head': 0.5}, abs=1e-6
+  )
+
+
+def test_a_low_barrier_is_a_warning(rng):
+  pool = in_bowls([0, 0.1, 0.2], rng)
+  at = lambda params: float(np.asarray(params['head']['w'])[0, 0])
+  eval_fn = lambda params: 0.87 if abs(at(params) - 0.05) < 0.01 else 0.9
+  found = diagnosis.diagnose(pool, eval_fn=eval_fn)
+  finding = only(found, 'barrier')
+  assert finding.severity == 'warning' and 'may be noise' in finding.seen
+  assert 'in 1 of 3 pairs' in finding.seen
+  assert len(found.verdict.members) == 2
+
+
+def test_no_pair_without_a_barrier(rng):
+  found = diagnosis.diagnose(in_bowls([0, 10], rng), eval_fn=bowls)
+  assert only(found, 'barrier').severity == 'error'
+  assert found.verdict[:2] == ('do not soup', (0,))
+  assert 'Use it' in found.verdict.reason
+
+
+def test_a_barrier_of_the_mean_alone(rng):
+  """Pairs are fine, and the average of all is not."""
+  pool = in_bowls([1, 2, 6], rng)
+  good = (1, 2, 6, 1.5, 3.5, 4)
+  at = lambda params: float(np.asarray(params['head']['w'])[0, 0])
+  eval_fn = lambda params: 0.9 if np.isclose(at(params), good).any() else 0.5
+  found = diagnosis.diagnose(pool, eval_fn=eval_fn)
+  finding = only(found, 'barrier')
+  assert 'to the mean of the others' in finding.seen
+  assert len(finding.leave_out) == 1
+  assert found.verdict.action == 'soup a subset'
+  assert len(found.verdict.members) == 2
+
+
+def test_learning_rates_of_barriers(rng, tmp_path):
+  pool = in_bowls([0, 0.1, 10, 0.2, 9.9], rng)
+  for k, (params, rate) in enumerate(zip(pool, [1, 2, 8, 3, 9])):
+    metadata = {'config': {'learning_rate': rate * 1e-3}}
+    checkpoints.save(tmp_path / f'{k}', params, metadata=metadata)
+  ingredients = checkpoints.Ingredients([tmp_path / f'{k}' for k in range(5)])
+  found = diagnosis.diagnose(ingredients, eval_fn=bowls)
+  finding = only(found, 'barrier')
+  assert 'Learning rate: 0.008 to 0.009, of the others 0.001 to 0.003' in (
+      finding.seen
+  )
+  drops = found.measured['barriers']
+  expected = stats.spearmanr([1, 2, 8, 3, 9], np.nanmean(drops, 1)).statistic
+  actual = found.measured['learning_rate_correlation']
+  assert actual == pytest.approx(expected) and actual > 0.4
+
+
+def test_one_that_is_much_worse(rng):
+  pool = in_bowls([0, 0.1, 0.2, 3], rng)
+  found = diagnosis.diagnose(pool, eval_fn=bowls)
+  finding = only(found, 'weak')
+  assert finding.leave_out == (3,)
+  assert found.verdict[:2] == ('soup a subset', (0, 1, 2))
+
+
+def test_disagreement(world, rng):
+  found = diagnosis.diagnose(
+      world.runs, eval_fn=world.eval_fn, logits_fn=world.logits_fn
+  )
+  classes = [world.logits_fn(run).argmax(-1) for run in world.runs]
+  expected = [[(x != y).mean() for y in classes] for x in classes]
+  np.testing.assert_allclose(found.measured['disagreement'], expected)
+  pool = in_bowls([0, 0.1, 0.2], rng)
+  found = diagnosis.diagnose(
+      pool, eval_fn=bowls, logits_fn=lambda params: np.eye(3)
+  )
+  assert only(found, 'alike').severity == 'note'
+  assert found.verdict.action == 'soup all'
+
+
+def test_many_are_compared_along_a_spanning_subset(rng):
+  pool = in_bowls([*np.linspace(0, 0.1, 14), 10, 10.1], rng, size=40)
+  found = diagnosis.diagnose(pool, eval_fn=bowls)
+  assert only(found, 'barrier').leave_out == (14, 15)
+  assert np.isfinite(found.measured['barriers']).sum() == 2 * (2 * 16 - 3)
+
+
+# --- what does not fit --------------------------------------------------------
+
+
+def test_another_head_size(world):
+  other = tree(np.copy, world.runs[2])
+  other['head'] = {'kernel': np.ones((96, 7)), 'bias': np.ones(7)}
+  pool = [*world.runs[:2], other, world.runs[3]]
+  found = diagnosis.diagnose(pool, eval_fn=world.eval_fn)
+  finding = only(found, 'structure')
+  assert 'head' in finding.seen and 'subtrees' in finding.remedy
+  assert found.verdict[:2] == ('soup a subset', (0, 1, 3))
+
+
+def test_another_dtype(world):
+  pool = [*world.runs[:3], tree(np.float16, world.runs[3])]
+  found = diagnosis.diagnose(pool, eval_fn=world.eval_fn)
+  finding = only(found, 'dtype')
+  assert 'float16' in finding.seen and 'float32' in finding.seen
+  assert found.verdict[:2] == ('soup a subset', (0, 1, 2))
+
+
+def test_counters_and_frozen_leaves(world, rng):
+  fixed = rng.normal(size=(30, 4)).astype(np.float32)
+  pool = [
+      {**run, 'step': np.int32(k), 'fixed': fixed}
+      for k, run in enumerate(world.runs)
+  ]
+  found = diagnosis.diagnose(pool)
+  assert codes(found) == ['counters', 'frozen']
+  assert found.findings[1].leaves == ('fixed',)
+  assert found.verdict.action == 'soup all'
+  # Without the start a common step of all looks frozen; with it, it is none.
+  theta_0 = {**world.theta_0, 'fixed': fixed * 1.001}
+  assert codes(diagnosis.diagnose(pool, theta_0=theta_0)) == ['counters']
+
+
+def test_some_that_trained_only_the_head(world):
+  pool = [
+      {**world.theta_0, 'head': run['head']} for run in world.runs[:2]
+  ] + world.runs[2:]
+  for given in options(world):
+    found = diagnosis.diagnose(pool, **given)
+    finding = only(found, 'partly_frozen')
+    assert finding.ingredients == (0, 1)
+    assert set(finding.leaves) == {
+        'first/kernel', 'first/bias', 'second/kernel', 'second/bias'
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize('names', [None, ['a', 'b']])
+def test_wrong_arguments(world, names):
+  with pytest.raises(ValueError, match='2 names and 1 ingr|There is 1'):
+    diagnosis.diagnose(world.runs[:1], names=names)
+  with pytest.raises(TypeError, match='must be a sequence'):
+    diagnosis.diagnose({'w': 1})
+  with pytest.raises(TypeError, match="Leaf 'w' is a str"):
+    diagnosis.diagnose([{'w': 'x'}, {'w': 'y'}])
+
+
+# --- checkpoints, memory ------------------------------------------------------
+
+
+class Lazy(Sequence):
+  """A sequence that counts what is read."""
+
+  def __init__(self, models):
+    self.models = models
+    self.num_reads = 0
+
+  def __len__(self):
+    return len(self.models)
+
+  def __getitem__(self, k):
+    self.num_reads += 1
+    return tree(np.copy, self.models[k])
+
+
+def test_containers_agree(world, stranger, tmp_path):
+  pool = [*world.runs, stranger]
+  expected = diagnosis.diagnose(pool, theta_0=world.theta_0)
+  paths = [tmp_path / f'run{k}' for k in range(6)]
+  for path, params in zip(paths, pool):
+    checkpoints.save(path, params)
+  for container in (Lazy(pool), checkpoints.Ingredients(paths)):
+    found = diagnosis.diagnose(container, theta_0=world.theta_0)
+    for name, value in expected.measured.items():
+      np.testing.assert_allclose(found.measured[name], value, rtol=1e-6)
+    assert codes(found) == codes(expected)
+    assert found.verdict == expected.verdict
+  assert found.names == tuple(f'run{k}' for k in range(6))
+
+
+def test_lengths_distances_and_cosines(world):
+  found = diagnosis.diagnose(world.runs, theta_0=world.theta_0).measured
+  flat = lambda x: np.concatenate(
+      [np.ravel(a).astype(np.float64) for a in jax.tree.leaves(x)]
+  )
+  runs, start = np.stack([flat(x) for x in world.runs]), flat(world.theta_0)
+  tasks = runs - start
+  norms = np.linalg.norm(tasks, axis=1)
+  np.testing.assert_allclose(found['norms'], norms)
+  np.testing.assert_allclose(
+      found['distances'], np.linalg.norm(runs[:, None] - runs, axis=-1),
+      atol=1e-9,
+  )  # fmt: skip
+  np.testing.assert_allclose(
+      found['cosines'], tasks @ tasks.T / norms / norms[:, None]
+  )
+
+
+def test_a_damaged_file(world, tmp_path):
+  paths = [tmp_path / f'run{k}.safetensors' for k in range(4)]
+  for path, params in zip(paths, world.runs):
+    arrays = {
+        f'{layer}.{name}': x
+        for layer, leaves in params.items()
+        for name, x in leaves.items()
+    }
+    checkpoints.save_arrays(path, arrays, arrays.items())
+  assert codes(diagnosis.diagnose(checkpoints.Ingredients(paths))) == []
+  content = bytearray(paths[1].read_bytes())
+  content[-1000] ^= 64
+  paths[1].write_bytes(bytes(content))
+  found = diagnosis.diagnose(checkpoints.Ingredients(paths))
+  finding = only(found, 'damaged')
+  assert finding.leave_out == (1,) and 'checksum' in finding.seen
+
+
+def test_json_has_no_nan(world):
+  found = diagnosis.diagnose(
+      [*world.runs, tree(lambda x: x * np.nan, world.runs[0])],
+      eval_fn=world.eval_fn,
+  )
+  text = json.dumps(found.as_json(), allow_nan=False)
+  loaded = json.loads(text)
+  assert loaded['verdict']['action'] == 'soup a subset'
+  assert loaded['findings'][0]['names'] == ['ingredient 5']
+  assert loaded['measured']['scores'][5] is None
