@@ -64,9 +64,9 @@ def test_nothing_is_wrong():
   assert 'Nothing wrong was found.' in result.stdout
 
 
-def test_findings_in_words_and_json(tmp_path):
+def test_findings_in_words_and_json():
   runs = [f'run{k}' for k in range(4)]
-  result = invoke(*runs, '--json', 'found.json')
+  result = invoke(*runs)
   assert result.exit_code == 1
   assert result.stdout.startswith('SOUP A SUBSET')
   assert '1. [BREAKS THE SOUP] They were not fine-tuned from one' in (
@@ -74,18 +74,16 @@ def test_findings_in_words_and_json(tmp_path):
   )
   for word in ('Seen: ', 'Meaning: ', 'Do: '):
     assert f'  {word}' in result.stdout
-  found = json.loads((tmp_path / 'found.json').read_text())
+  found = json.loads(invoke(*runs, '--json').stdout)
   assert found['verdict']['names'] == runs[:3]
   assert found['findings'][0]['code'] == 'initialization'
   assert found['findings'][0]['names'] == ['run3']
-  printed = invoke(*runs, '--json', '-')
-  assert json.loads(printed.stdout) == found
 
 
 def test_with_data():
   result = invoke(
       'run0', 'run1', 'run2', '--eval', 'judge:score', '--logits',
-      'judge:logits', '--recalibrate', 'judge:reset', '--json', '-',
+      'judge:logits', '--recalibrate', 'judge:reset', '--json',
   )  # fmt: skip
   assert result.exit_code == 0, (result.output, result.exception)
   measured = json.loads(result.stdout)['measured']
@@ -100,7 +98,6 @@ def test_with_data():
     [
         (('run0',), 2, 'give two or more'),
         (('run0', 'run1', '--logits', 'judge:logits'), 2, 'needs --eval'),
-        (('run0', 'run1', '--json', 'no/where.json'), 2, 'no directory'),
         (('run0', 'nowhere'), 1, 'nowhere'),
         (('run0', 'run1', '--eval', 'judge:nothing'), 1, 'no such function'),
         (

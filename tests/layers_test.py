@@ -33,7 +33,8 @@ ALLOWED = (
     BASIC,
     BASIC | {'optax', 'scipy'},
     BASIC
-    | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'tensorstore', 'torch'},
+    | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'scipy', 'tensorstore'}
+    | {'torch'},
     BASIC
     | {'PIL', 'flax', 'scipy', 'sentencepiece', 'sklearn'}
     | {'tensorflow_datasets', 'tokenizers'},

@@ -50,14 +50,7 @@ def diagnose(
         typer.Option(min=0, help='With --eval: the largest drop of the score.'),
     ] = 0.02,
     item: _common.Item = None,
-    json_file: Annotated[
-        str | None,
-        typer.Option(
-            '--json',
-            metavar='FILE|-',
-            help='Write JSON here, too; - prints it instead.',
-        ),
-    ] = None,
+    as_json: _common.Json = False,
 ) -> None:
   """Says in plain words what is wrong with runs, and which of them to soup."""
   if len(runs) < 2:
@@ -67,11 +60,6 @@ def diagnose(
   ):  # fmt: skip
     if name is not None and eval_name is None:
       raise typer.BadParameter('needs --eval, too.', param_hint=hint)
-  folder = pathlib.Path(json_file or '-').absolute().parent
-  if not folder.is_dir():
-    raise typer.BadParameter(
-        f'there is no directory {folder}.', param_hint='--json'
-    )
   with _common.failures():
     from jaxsoup import checkpoints
     from jaxsoup import diagnosis
@@ -94,13 +82,10 @@ def diagnose(
           progress_fn=progress_fn,
           **functions,
       )
+  text = found.as_text()
+  if as_json:
     text = json.dumps(found.as_json(), allow_nan=False)
-    if json_file == '-':
-      typer.echo(text)
-    else:
-      typer.echo(found.as_text())
-      if json_file is not None:
-        pathlib.Path(json_file).write_text(text + '\n')
+  typer.echo(text)
   if any(f.severity == 'error' for f in found.findings):
     raise typer.Exit(1)
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from jaxsoup.diagnosis import _findings
 from jaxsoup.diagnosis import _motion
@@ -191,15 +192,10 @@ def rate_correlation(pool: _pool.Pool, drops: np.ndarray) -> float:
   ]
   if len(known) < 4:
     return np.nan
-  columns = [[rates[k], np.nanmean(drops[k])] for k in known]
-  # Equal values share the mean of their ranks.
-  ranks = [
-      [(np.sum(x < y) + np.sum(x <= y)) / 2 for y in x]
-      for x in np.transpose(columns)
-  ]
-  if np.ptp(ranks[0]) == 0 or np.ptp(ranks[1]) == 0:
+  columns = [rates[k] for k in known], [np.nanmean(drops[k]) for k in known]
+  if min(map(np.ptp, columns)) == 0:
     return np.nan
-  return float(np.corrcoef(ranks)[0, 1])
+  return float(stats.spearmanr(*columns).statistic)
 
 
 def _alike(sound, measured) -> list[Finding]:

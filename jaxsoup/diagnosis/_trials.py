@@ -1,7 +1,9 @@
 """What held-out data tell: scores, barriers, parts, disagreement.
 
 ```
-measured = measure(pool, examined, eval_fn)
+measured = Trials(pool, examined.paths, eval_fn, tolerance=0.02).run(
+    examined.usable, examined.sound
+)
 measured.drops                                  # [K, K], fall below the chord
 ```
 """

@@ -410,9 +410,7 @@ def _parts(pool, geometry, strange, main, members):
       apart.setdefault(outside, []).append(leaf)
   findings, permuted, strangers = [], [], set()
   for outside, leaves in apart.items():
-    largest = [
-        x for x in _largest(geometry, np.isin(range(len(strange)), leaves))
-    ]
+    largest = _largest(geometry, np.isin(range(len(strange)), leaves))
     inside = [i for i in main if i not in outside]
     found = _kinship.permuted_leaves(
         pool, geometry, largest, members[outside[0]], members[inside[0]]

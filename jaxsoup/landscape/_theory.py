@@ -184,10 +184,7 @@ def soup_minus_ensemble(
 
   Exact where f is quadratic in theta and l linear, and where f is linear in
   theta (then both terms cancel). Else its error at t = 1/2 is of fourth order
-  in the distance between the models, while the difference is of second. Of the
-  28 pairs of `configs/digits.py:runlocal`, which lie far apart, it has the sign
-  of the difference in 25, correlates with it at 0.97, and is half as large
-  again.
+  in the distance between the models, while the difference is of second.
 
   Args:
     logits_fn: `logits_fn(params, batch) -> [B, C]`, twice differentiable in
