@@ -305,8 +305,10 @@ p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; }
 a { color: var(--link); }
 nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: 0;
   list-style: none; }
-.scroll { overflow-x: auto; margin: .6rem 0; background:
-  linear-gradient(var(--page), var(--page)) right / .8rem 100% local no-repeat,
+.scroll { overflow-x: auto; margin: .6rem 0; max-width: fit-content;
+  background:
+  linear-gradient(var(--page), var(--page)) right -1px top / .8rem 100% local
+  no-repeat,
   linear-gradient(to left, var(--soft), transparent) right / .6rem 100% scroll
   no-repeat; }
 table { border-collapse: collapse; font-size: .9rem;
