@@ -22,46 +22,7 @@ Expected on CIFAR-100: that follow-up says in words that soups were better than
 the best single model for a pre-trained ViT, and much worse for ResNet and
 EfficientNet. It has not been run here.
 
-Measured on Fashion-MNIST: EfficientNet-Lite0 at 40 pixels, trained on 800
-images, per cent, on 600 test images / the mean of four shifts of 400 others:
-
-                              pretrained   scratch_shared  scratch_apart
-  runs                        8            8               2
-  mean of singles             77.6 / 41.3  71.9 / 40.3     71.3 / 49.4
-  ... re-estimated            77.9 / 41.9  72.4 / 41.2     72.8 / 49.1
-  best single                 78.5 / 40.6  74.3 / 54.8     70.3 / 53.9
-  ... re-estimated            79.3 / 41.7  75.8 / 55.4     73.8 / 53.5
-  uniform, first              64.7 / 30.4  10.0 / 8.8      10.0 / 8.8
-  uniform, averaged           78.7 / 41.5  10.0 / 8.8      10.0 / 8.8
-  uniform, re-estimated       78.5 / 37.2  62.0 / 42.6     10.7 / 8.8
-
-The best single model is that of the first split. Uniform soups select nothing;
-on three splits of the 1,000 held-out and test images they have, first, averaged
-and re-estimated, 58.3 ± 12.7, 78.6 ± 0.1 and 78.4 ± 0.3 (pretrained), and
-9.9, 9.9 and 61.9 ± 0.1 (scratch_shared); ensembles 82.3 ± 0.3 and 78.6 ±
-0.8.
-
-Both causes are real. BatchNorm: from one random start the soup is at chance
-with averaged statistics, and re-estimating alone brings back 52 points, though
-it gives the mean of the single models half a point. The start: ten points below
-the mean of singles are left, and where every run has a start of its own no
-statistics help. From a pre-trained start averaging the statistics is enough in
-distribution, and under shift better than re-estimating them by four points;
-only to keep those of one ingredient is harmful. Greedy and pruned soups, which
-searched with averaged statistics, kept one model on all splits from scratch,
-and on four of six searches from the pre-trained start.
-
-What it does not show. One seed, one architecture, one data set. Start and
-training go together: pre-trained runs took 4 epochs at rates of 2e-4 to 1e-3,
-those from scratch 12 at 1e-3 to 4e-3, so that "the start" may be the distance
-they went. Two runs are few for scratch_apart. No uniform soup beats the best
-single model on the test images beyond the error of 1.7 points. Searches with
-re-estimated statistics, which are the default below, were not measured.
-
-These are of another draw than `sweep` makes, and the re-estimated mean was
-computed apart from the command; pre-trained runs fell behind their linear probe
-(79.2), for which they now have 8 epochs and higher rates. A start takes 10 to
-15 minutes on two busy cores, `runlocal` one or two.
+A start takes 10 to 15 minutes on two quiet cores, `runlocal` one or two.
 
 Source: Dansereau et al. 2023, "Model soups to increase inference without
 increasing compute time".
