@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import typer
 from typer import testing
 
 import jaxsoup
@@ -432,6 +433,18 @@ def test_help_imports_nothing_heavy():
   assert result.returncode == 0, result.stderr
   for command in ('demo', 'soup', 'inspect', 'doctor'):
     assert command in result.stdout
+
+
+def test_help_is_shown_as_it_is_written():
+  """Brackets would be markup, and their words lost."""
+  for command in typer.main.get_command(cli.app).commands.values():
+    shown = testing.CliRunner().invoke(
+        cli.app, [command.name, '--help'], env={'COLUMNS': '200'}
+    )
+    text = ' '.join(shown.stdout.replace('│', ' ').split())
+    for param in command.params:
+      for word in (getattr(param, 'help', None) or '').split():
+        assert word in text, f'{command.name} {param.name}: {word}'
 
 
 def test_import_is_light():

@@ -32,7 +32,7 @@ def diagnose(
         typer.Option(
             '--logits',
             metavar=_FUNCTION,
-            help='With --eval: FUNCTION(params) returns the logits [N, C] of '
+            help='With --eval: FUNCTION(params) returns the logits of '
             'the held-out data: how far predictions differ.',
         ),
     ] = None,

@@ -1,0 +1,77 @@
+"""`jaxsoup plan`: what an experiment needs on machines that are not there."""
+
+import json
+import os
+import pathlib
+from typing import Annotated
+
+import typer
+
+from jaxsoup.commands import _common
+
+
+def plan(
+    config: Annotated[
+        str, typer.Option(metavar='FILE[:ARG]', help='The experiment.')
+    ],
+    topology: Annotated[
+        str | None,
+        typer.Option(
+            metavar='KIND:SHAPE',
+            help='TPUs, none of which is needed: v5e:8x8, v5p:4x4x4, v6e:8x8.',
+        ),
+    ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help='Or so many virtual CPU devices.'),
+    ] = None,
+    ingredients: Annotated[
+        int | None,
+        typer.Option(min=1, help='How many; else the runs of the sweep.'),
+    ] = None,
+    json_file: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            '--json', dir_okay=False, help='Write the plan here, too.'
+        ),
+    ] = None,
+) -> None:
+  """Compiles an experiment for machines that are not there: what would fit."""
+  if (topology is None) == (devices is None):
+    raise typer.BadParameter(
+        'give one of --topology and --devices.', param_hint='--topology'
+    )
+  if json_file is not None and not json_file.absolute().parent.is_dir():
+    raise typer.BadParameter(
+        f'there is no directory {json_file.parent}.', param_hint='--json'
+    )
+  # Before jax looks for devices. There is no TPU to run on, just a compiler.
+  flag = '--xla_force_host_platform_device_count'
+  os.environ['XLA_FLAGS'] = (
+      f'{os.environ.get("XLA_FLAGS", "")} {flag}={devices or 1}'.strip()
+  )
+  with _common.failures():
+    import jax
+
+    jax.config.update('jax_platforms', 'cpu')
+    from jaxsoup.experiments import configs
+    from jaxsoup.experiments import plan as plan_lib
+
+    experiment = configs.load(config)
+    if topology is not None:
+      mesh, device_bytes = plan_lib.topology_mesh(topology)
+    else:
+      mesh, device_bytes = plan_lib.cpu_mesh(devices or 1)
+    made = plan_lib.make(
+        experiment,
+        mesh,
+        device_bytes,
+        num_ingredients=ingredients or len(experiment.runs),
+        machine=topology or 'CPU',
+        on_program=lambda p: typer.echo(
+            f'{p.name}: compiled in {p.seconds:.1f} s', err=True
+        ),
+    )
+    if json_file is not None:
+      json_file.write_text(json.dumps(plan_lib.as_json(made), indent=1))
+  typer.echo(plan_lib.as_text(made))

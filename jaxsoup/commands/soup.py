@@ -1,0 +1,439 @@
+"""`jaxsoup soup`: cooks one recipe from checkpoints."""
+
+import contextlib
+import json
+import math
+import pathlib
+import re
+from typing import Annotated
+from typing import Any
+
+import typer
+
+from jaxsoup.commands import _common
+from jaxsoup.experiments import user_code
+
+RECIPES = (
+    'uniform', 'greedy', 'pruned', 'learned', 'model_stock', 'average'
+)  # fmt: skip
+
+
+def soup(
+    runs: _common.Runs,
+    recipe: Annotated[str, typer.Option(help=' | '.join(RECIPES))],
+    out: Annotated[
+        pathlib.Path,
+        typer.Option(
+            help='A file NAME.safetensors, or a new directory: like them if'
+            ' all runs are directories of Hugging Face (config.json beside'
+            ' weights), else Orbax.'
+        ),
+    ],
+    eval_name: Annotated[
+        str | None,
+        typer.Option(
+            '--eval',
+            metavar='PACKAGE.MODULE:FUNCTION',
+            help=(
+                'greedy, pruned: FUNCTION(params) returns the score on held-out'
+                ' data, higher is better. learned: FUNCTION() returns loss_fn'
+                ' and batches, perhaps val_batches. Params are nested dicts.'
+            ),
+        ),
+    ] = None,
+    init: Annotated[
+        pathlib.Path | None,
+        typer.Option(help='model_stock: what all runs were fine-tuned from.'),
+    ] = None,
+    alpha: Annotated[
+        str | None,
+        typer.Option(
+            metavar='A,B,...', help='average: the weight of each run.'
+        ),
+    ] = None,
+    non_float_from: Annotated[
+        int | None,
+        typer.Option(
+            metavar='K',
+            min=0,
+            help='Take counters and other integers from run K (0 is the'
+            ' first); else they must be equal. Not for learned.',
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str,
+        typer.Option(
+            metavar='SIZE',
+            help='Hugging Face: larger soups are several files: 5GB, 500MB.',
+        ),
+    ] = '5GB',
+    strict: Annotated[
+        bool, typer.Option('--strict', help='greedy, pruned: reject ties.')
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(help='greedy: try in a random order, not by score.'),
+    ] = None,
+    per_tensor: Annotated[
+        bool, typer.Option('--per-tensor', help='learned: one alpha a tensor.')
+    ] = False,
+    learning_rate: Annotated[
+        float, typer.Option(help='learned: of AdamW.')
+    ] = 0.05,
+    epochs: Annotated[int, typer.Option(min=1, help='learned.')] = 5,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            '--stream/--no-stream',
+            help='learned: read the models in each step, or stack them; '
+            'else what fits.',
+            show_default=False,
+        ),
+    ] = None,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar='DTYPE',
+            help='learned, streamed: keep copies in host memory: bfloat16.',
+        ),
+    ] = None,
+    scores: Annotated[
+        pathlib.Path | None,
+        typer.Option(help='greedy, pruned: a score log, to go on from.'),
+    ] = None,
+    item: _common.Item = None,
+    shard: Annotated[
+        bool, typer.Option('--shard', help='Shard models over all devices.')
+    ] = False,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            '--distributed',
+            help='Join the other processes of a TPU pod or a Slurm job.',
+        ),
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            metavar='HOST:PORT', help='Of process 0, to join others elsewhere.'
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, help='With --coordinator.')
+    ] = None,
+    process: Annotated[
+        int | None, typer.Option(min=0, help='With --coordinator: which one.')
+    ] = None,
+    timeout: Annotated[
+        int, typer.Option(min=1, help='Seconds to wait for other processes.')
+    ] = 300,
+    as_json: _common.Json = False,
+) -> None:
+  """Makes a soup of checkpoints, and stores it with its provenance."""
+  if recipe not in RECIPES:
+    raise typer.BadParameter(
+        f'{recipe!r} is not one of {", ".join(RECIPES)}.', param_hint='--recipe'
+    )
+  if recipe in ('greedy', 'pruned', 'learned') and eval_name is None:
+    raise typer.BadParameter(
+        f'{recipe} needs held-out data: --eval package.module:function.',
+        param_hint='--eval',
+    )
+  if recipe == 'model_stock' and init is None:
+    raise typer.BadParameter(
+        'model_stock needs the initialization.', param_hint='--init'
+    )
+  if (recipe == 'average') != (alpha is not None):
+    raise typer.BadParameter(
+        'average needs the weights of the runs, and nothing else takes them.',
+        param_hint='--alpha',
+    )
+  if non_float_from is not None and non_float_from >= len(runs):
+    raise typer.BadParameter(
+        f'there are {len(runs)} runs, 0 is the first.',
+        param_hint='--non-float-from',
+    )
+  weights, max_shard_bytes = _weights(alpha), _num_bytes(max_shard_size)
+  if out.exists():
+    raise typer.BadParameter(f'{out} exists.', param_hint='--out')
+  if coordinator and (num_processes is None or process is None):
+    raise typer.BadParameter(
+        'needs --num-processes and --process.', param_hint='--coordinator'
+    )
+  with _common.failures():
+    if distributed or coordinator:
+      from jaxsoup.experiments import distributed as distributed_lib
+
+      distributed_lib.start(
+          coordinator, num_processes, process, timeout=timeout
+      )
+      typer.echo(distributed_lib.banner(out), err=True)
+    import jax
+
+    from jaxsoup import checkpoints
+    from jaxsoup.experiments import locking
+    from jaxsoup.experiments import preemption
+
+    is_main = jax.process_index() == 0
+    # Beside it, not inside: it appears only when it is whole.
+    lock = out.absolute().parent / f'.{out.name}.lock'
+    held = locking.locked(lock, out) if is_main else contextlib.nullcontext()
+    with preemption.handled() as stop, held:
+      if out.exists():  # Since the first look.
+        raise FileExistsError(f'{out} exists. Give another path.')
+      _refuse_adapters(runs)
+      saved = _what_is_saved(recipe, scores)
+      ingredients = preemption.Ingredients(
+          runs, item=item, stop=stop, saved=saved
+      )
+      if shard or distributed or coordinator:
+        ingredients = ingredients.onto(_sharded(ingredients.abstract_params))
+      cook_fn = lambda: _cook(
+          recipe,
+          ingredients,
+          user_code.load(eval_name or ''),
+          stop=stop,
+          saved=saved,
+          theta_0=init and checkpoints.Ingredients([init], item=item)[0],
+          alpha=weights,
+          non_float_from=non_float_from,
+          strict=strict,
+          seed=seed,
+          depth=math.inf if per_tensor else None,
+          learning_rate=learning_rate,
+          epochs=epochs,
+          stream=stream,
+          cache_dtype=_float_dtype(cache_dtype),
+          scores=scores,
+      )
+      made = _cook_and_save(
+          out,
+          ingredients,
+          cook_fn,
+          is_average=recipe in ('uniform', 'average'),
+          # As the directories are that come in.
+          is_directory=all(map(checkpoints.is_directory, runs)),
+          alpha=weights,
+          non_float_from=non_float_from,
+          max_shard_bytes=max_shard_bytes,
+          metadata={'recipe': recipe, 'seed': seed},
+      )
+    if is_main:
+      _show_soup(made, ingredients, out, recipe, as_json)
+
+
+def _weights(text: str | None) -> list[float] | None:
+  try:
+    return None if text is None else [float(x) for x in text.split(',')]
+  except ValueError as e:
+    raise typer.BadParameter(
+        f'{text!r}: write numbers with commas, 0.5,0.3,0.2.',
+        param_hint='--alpha',
+    ) from e
+
+
+def _num_bytes(text: str) -> int:
+  found = re.fullmatch(r'(\d+)\s*([KMGT]?)B?', text.strip().upper())
+  if found is None or not int(found[1]):
+    raise typer.BadParameter(
+        f'{text!r}: write 5GB or 500MB.', param_hint='--max-shard-size'
+    )
+  return int(found[1]) * 1000 ** ' KMGT'.index(found[2] or ' ')
+
+
+def _refuse_adapters(runs: list[pathlib.Path]) -> None:
+  """An average of the factors of LoRA is no average of what they add."""
+  for run in runs:
+    if (run / 'adapter_config.json').exists():
+      raise ValueError(
+          f'{run} is an adapter of LoRA. Average adapters with jaxsoup.lora, '
+          'or merge each into its base first.'
+      )
+
+
+def _what_is_saved(recipe: str, scores: pathlib.Path | None) -> str:
+  if scores is None or recipe not in ('greedy', 'pruned'):
+    return (
+        'nothing is saved, the next start begins anew (greedy and pruned keep '
+        'their scores with --scores)'
+    )
+  return f'{scores} holds the scores so far'
+
+
+def _sharded(abstract_params):
+  """The same shapes, sharded over all devices of all processes."""
+  import jax
+  from jax.sharding import AxisType
+
+  from jaxsoup import sharding
+
+  mesh = jax.make_mesh(
+      (jax.device_count(),), ('fsdp',), axis_types=(AxisType.Auto,)
+  )
+  return sharding.fsdp(abstract_params, mesh)
+
+
+def _float_dtype(name: str | None) -> Any:
+  import jax.numpy as jnp
+
+  if name is None:
+    return None
+  dtype = getattr(jnp, name, None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(
+        f'--cache-dtype {name} is no dtype of floats: bfloat16, float16, '
+        'float32.'
+    )
+  return dtype
+
+
+def _cook_and_save(
+    out,
+    ingredients,
+    cook_fn,
+    *,
+    is_average,
+    is_directory,
+    alpha,
+    non_float_from,
+    max_shard_bytes,
+    metadata,
+):
+  """Cooks a soup and stores it, from file to file where that is possible."""
+  import jaxsoup
+  from jaxsoup import checkpoints
+
+  is_file = out.suffix == '.safetensors'
+  is_streamed = is_average and (is_file or is_directory)
+  made = None if is_streamed else cook_fn()
+  if is_directory and not is_file:
+    checkpoints.save_directory(
+        out,
+        ingredients,
+        made,
+        alpha=alpha,
+        non_float_from=non_float_from,
+        max_shard_bytes=max_shard_bytes,
+        metadata=metadata,
+    )
+  elif is_streamed:
+    checkpoints.save_average(
+        out,
+        ingredients,
+        alpha,
+        non_float_from=non_float_from,
+        metadata=metadata,
+    )
+  else:
+    checkpoints.save(out, made, ingredients=ingredients, metadata=metadata)
+  if is_streamed:
+    own = checkpoints.provenance(out)
+    made = jaxsoup.Soup(None, own['alpha'], own['info'])
+  return made
+
+
+def _show_plan(plan) -> None:
+  mode = 'streamed' if plan.is_streamed else 'resident'
+  reads = f'{plan.reads_per_step} reads a step'
+  typer.echo(f'learned: {mode}, {reads}; {plan.reason}.', err=True)
+
+
+def _cook(
+    recipe,
+    ingredients,
+    function,
+    *,
+    stop,
+    saved,
+    theta_0,
+    alpha,
+    non_float_from,
+    strict,
+    seed,
+    depth,
+    learning_rate,
+    epochs,
+    stream,
+    cache_dtype,
+    scores,
+):
+  """The soup of a recipe."""
+  import jax
+  import optax
+
+  import jaxsoup
+  from jaxsoup import checkpoints
+  from jaxsoup.experiments import preemption
+
+  log = None if scores is None else checkpoints.ScoreLog(scores, ingredients)
+  if recipe == 'uniform':
+    return jaxsoup.uniform(ingredients, non_float_from=non_float_from)
+  if recipe == 'average':
+    return jaxsoup.average(ingredients, alpha, non_float_from=non_float_from)
+  if recipe == 'greedy':
+    order = None if seed is None else jax.random.key(seed)
+    return jaxsoup.greedy(
+        ingredients,
+        function,
+        order=order,
+        strict=strict,
+        scores=log,
+        non_float_from=non_float_from,
+    )
+  if recipe == 'pruned':
+    return jaxsoup.pruned(
+        ingredients,
+        function,
+        strict=strict,
+        scores=log,
+        non_float_from=non_float_from,
+    )
+  if recipe == 'learned':
+    loss_fn, batches, *val_batches = function()
+    return jaxsoup.learned(
+        ingredients,
+        loss_fn,
+        preemption.Batches(batches, stop, saved),
+        tx=optax.adamw(learning_rate, weight_decay=0.0),
+        num_epochs=epochs,
+        depth=depth,
+        val_batches=val_batches[0] if val_batches else None,
+        stream=stream,
+        cache_dtype=cache_dtype,
+        on_start=_show_plan if jax.process_index() == 0 else None,
+    )
+  return jaxsoup.model_stock(
+      ingredients, theta_0, non_float_from=non_float_from
+  )
+
+
+def _show_soup(made, ingredients, out, recipe, as_json) -> None:
+  import numpy as np
+
+  import jaxsoup
+
+  alpha = made.alpha
+  if isinstance(alpha, dict):
+    import jax
+
+    alpha = np.mean(jax.tree.leaves(alpha), axis=0)
+  score = getattr(made.info, 'score', None)
+  if as_json:
+    rows = dict(zip(ingredients.paths, map(float, alpha)))
+    content = {'out': str(out), 'recipe': recipe, 'alpha': rows, 'score': score}
+    typer.echo(json.dumps(content))
+    return
+  for path, value in zip(ingredients.paths, alpha):
+    typer.echo(f'{value:8.4f}  {path}')
+  if isinstance(made.alpha, dict):
+    typer.echo('(alpha: the mean over the tensors)')
+  if score is not None:
+    best = max(v for m, v in made.info.scores.items() if len(m) == 1)
+    typer.echo(f'held-out score {score:.4f}, best single {best:.4f}')
+    rejected = [t.score for t in made.info.trials if not t.accepted]
+    num_early = sum(isinstance(s, jaxsoup.AtMost) for s in rejected)
+    typer.echo(
+        f'{len(made.info.trials)} trials, {len(rejected)} rejections, '
+        f'{num_early} of them early'
+    )
+  typer.echo(f'Soup: {out}')
