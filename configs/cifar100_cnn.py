@@ -39,11 +39,12 @@ splits of held-out and test (one training):
 
 Both causes show. BatchNorm: from one random start the uniform soup is at chance
 with averaged statistics, and re-estimating alone brings back 53 points; from a
-pre-trained start it brings back 3. The start: 8 points below the mean of singles
-are left from one random start, and where every run has its own no statistics
-help. Under shift (mean of four) the pre-trained uniform soup gets 51.7 averaged
-and 48.1 re-estimated, the mean of singles 49.1: estimating anew does not help
-there. No soup is significantly better than the best single model on test data.
+pre-trained start it brings back 3. The start: 8 points below the mean of the
+singles are left from one random start, and where every run has its own no
+statistics help. Under shift (mean of four) the pre-trained uniform soup gets
+51.7 averaged and 48.1 re-estimated, the mean of singles 49.1: estimating anew
+does not help there. No soup is significantly better than the best single model
+on test data; on the first split greedy and pruned searches keep one model.
 
 What it does not show: one seed, one architecture, one data set. Runs from
 scratch take more epochs at higher rates than the pre-trained ones, so that "the
