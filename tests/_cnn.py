@@ -4,6 +4,7 @@ import json
 from typing import Any
 from typing import NamedTuple
 
+from _x64 import x64
 from flax import nnx
 import jax
 import numpy as np
@@ -169,9 +170,23 @@ def check_hf(module, cls, reference: Any, size, folder):
 
 def assert_close_in_float64(graphdef, params, image, expected):
   """Float32 rounds; the function is the same."""
-  with jax.enable_x64(True):
-    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, image))
-    assert_close(apply(graphdef, *wide), expected, 1e-9)
+  with x64():
+    assert_close(apply(graphdef, *wide((params, image))), expected, 1e-9)
+
+
+def wide(tree):
+  return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def assert_same_step(actual, expected, params, image):
+  """Two models move alike: in float64, as BatchNorm blows up rounding."""
+  with x64():
+    actual, expected = (
+        value_and_grad(graphdef, *wide((params, image)))
+        for graphdef in (actual, expected)
+    )
+  for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9)
 
 
 def randomize(model):

@@ -5,12 +5,12 @@ from typing import Any
 from typing import NamedTuple
 
 import _reference
+from _x64 import x64
 from flax import nnx
 import hypothesis
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 import jax
-import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -381,12 +381,6 @@ def test_container_metadata_do_not_matter():
   )
   params = jaxsoup.uniform([plain, other]).params
   assert [x.tolist() for x in jax.tree.leaves(params)] == [[2, 2], [0.5, 0.5]]
-
-
-def x64():
-  if hasattr(jax, 'enable_x64'):
-    return jax.enable_x64(True)
-  return jax.experimental.enable_x64()  # Its name until jax 0.8.
 
 
 def test_float64_and_complex_stay_wide():
