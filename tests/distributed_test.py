@@ -1,11 +1,15 @@
 """Two processes on one machine do what one does."""
 
 import json
+import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
@@ -13,6 +17,7 @@ from safetensors import numpy as safetensors
 from jaxsoup import checkpoints
 
 WORKER = pathlib.Path(__file__).parent / '_distributed_worker.py'
+DIGITS = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
 NUM = 4
 NAMES = ('uniform', 'greedy', 'learned', 'streamed')
 
@@ -23,12 +28,13 @@ def _free_port() -> int:
     return s.getsockname()[1]
 
 
-def _start(command) -> subprocess.Popen:
+def _start(command, **options) -> subprocess.Popen:
   return subprocess.Popen(
       [sys.executable, *map(str, command)],
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
+      **options,
   )
 
 
@@ -129,3 +135,129 @@ def test_a_peer_that_never_comes(tmp_path, process):
   assert code == 1
   assert f'Process {process} waited 3 s for the other processes' in err
   assert not (tmp_path / 'soup').exists()
+
+
+# --- Experiments --------------------------------------------------------------
+
+# The digits, read as what does not fit into memory: one run on all devices.
+LAZY = f"""
+import importlib.util
+from jaxsoup.data import sources
+
+spec = importlib.util.spec_from_file_location('digits', {str(DIGITS)!r})
+digits = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(digits)
+sweep = digits.sweep
+
+
+def get_config(arg=None):
+  config = digits.get_config('runlocal')
+  config.is_sharded = True
+  config.sweep.update(num_runs=3, group_size=1)
+  config.pretrain.update(num_epochs=4, batch_size=48)
+  config.finetune.update(num_epochs=3, batch_size=48, ema=(0.5,))
+  config.learned.update(batch_size=48, num_epochs=2)
+  config.save_every_minutes = 0.0
+  return config
+
+
+class Lazy:
+  def __init__(self, source):
+    self._source = source
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, rows):
+    return self._source[rows]
+
+
+def data(config):
+  splits = digits.data(config)
+  return splits._replace(
+      train=Lazy(splits.train), pretrain=Lazy(splits.pretrain)
+  )
+"""
+
+
+def _experiment(folder, workdir, num_processes, *more):
+  """Starts an experiment on four devices."""
+  (folder / 'lazy.py').write_text(LAZY)
+  port = _free_port()
+  num_local = 4 // num_processes
+  flags = f'--xla_force_host_platform_device_count={num_local}'
+  environ = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  command = [
+      '-m', 'jaxsoup.experiments.main', f'--config={folder}/lazy.py',
+      f'--workdir={workdir}', *more,
+  ]  # fmt: skip
+  if num_processes == 1:
+    return [_start(command, env=environ)]
+  join = [f'--coordinator=127.0.0.1:{port}', f'--num-processes={num_processes}']
+  return [
+      _start([*command, *join, f'--process={i}'], env=environ)
+      for i in range(num_processes)
+  ]
+
+
+def _results(workdir):
+  return json.loads((workdir / 'results.json').read_text())
+
+
+def test_an_experiment_in_two_processes(tmp_path):
+  for name, num_processes in (('one', 1), ('two', 2)):
+    results = _finish(_experiment(tmp_path, tmp_path / name, num_processes))
+    for code, _, err in results:
+      assert code == 0, err
+  assert 'best single' in results[0][1] and not results[1][1]
+  one, two = _results(tmp_path / 'one'), _results(tmp_path / 'two')
+  assert one['runs'] == two['runs'] and one['data'] == two['data']
+  for x, y in zip(one['rows'], two['rows'], strict=True):
+    assert x['name'] == y['name']
+    # Sums over devices of two processes are added in another order.
+    np.testing.assert_allclose(
+        [x['test'], x['nll'], x['ece']], [y['test'], y['nll'], y['ece']],
+        atol=0.01,
+    )  # fmt: skip
+  names = sorted(p.name for p in (tmp_path / 'one' / 'runs').iterdir())
+  assert names == ['00', '00_ema_0.5', '01', '01_ema_0.5', '02', '02_ema_0.5']
+  for path in ('theta_0', *(f'runs/{name}' for name in names)):
+    x, y = (checkpoints.load(tmp_path / k / path).params for k in ('one', 'two'))
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+      np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+def test_two_processes_stop_together_and_go_on(tmp_path):
+  """SIGTERM to one of them: all save, exit with 143, and nothing is lost."""
+  processes = _experiment(tmp_path, tmp_path / 'w', 2)
+  deadline = time.monotonic() + 120
+  while not list((tmp_path / 'w').glob('unfinished/runs_*/*')):
+    assert time.monotonic() < deadline and processes[0].poll() is None
+    time.sleep(0.05)
+  processes[1].send_signal(signal.SIGTERM)
+  for code, _, err in _finish(processes):
+    assert code == 143 and 'holds the training' in err, err
+  assert not (tmp_path / 'w' / 'results.json').exists()
+  # Goes on in one process: the mesh is another one, the state is not.
+  ((code, _, err),) = _finish(_experiment(tmp_path, tmp_path / 'w', 1))
+  assert code == 0, err
+  assert not (tmp_path / 'w' / 'unfinished').exists()
+  log = (tmp_path / 'w' / 'metrics.jsonl').read_text().splitlines()
+  seen = [(r['run'], r['epoch']) for r in map(json.loads, log) if 'epoch' in r]
+  assert len(seen) == len(set(seen))  # No epoch was trained twice.
+
+
+@pytest.mark.parametrize(
+    'more, said',
+    [
+        (['--config.is_sharded=False'], 'config.is_sharded is True'),
+        (['--process=0'], 'belong together'),
+        (['--workdir=gs://bucket/x'], 'is no directory: mount the bucket'),
+    ],
+)
+def test_what_processes_cannot_do(tmp_path, more, said):
+  num_processes = 2 if 'is_sharded' in more[0] else 1
+  for code, _, err in _finish(
+      _experiment(tmp_path, tmp_path / 'w', num_processes, *more)
+  ):
+    assert code == 2 and said in err, err

@@ -25,7 +25,7 @@ from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _pieces
-from jaxsoup.checkpoints import _processes
+from jaxsoup import _processes
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _soups
 from jaxsoup.checkpoints import _source

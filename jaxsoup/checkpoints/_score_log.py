@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxsoup._soup import AtMost
 from jaxsoup._soup import Members
-from jaxsoup.checkpoints import _processes
+from jaxsoup import _processes
 
 
 class ScoreLog(MutableMapping):

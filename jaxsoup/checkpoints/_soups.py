@@ -24,7 +24,7 @@ from jaxsoup.checkpoints import _disk
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
-from jaxsoup.checkpoints import _processes
+from jaxsoup import _processes
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _streaming
 
