@@ -1,4 +1,4 @@
-"""Several processes with one task: who writes, who waits, what they agree on."""
+"""Several processes with one task: who writes, who waits, what is agreed on."""
 
 from typing import Any
 

@@ -154,7 +154,8 @@ def theta_0(work: Work) -> Any:
   # Always from the disk, so that a second start sees the same parameters.
   found = checkpoints.Ingredients([path])
   if jax.process_count() > 1:
-    found = found.onto(abstract(work.config, found.abstract_params))
+    shapes = abstract(work.config, found.abstract_params)
+    found = checkpoints.Ingredients([path], shapes)
   return found[0]
 
 
