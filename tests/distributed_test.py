@@ -189,7 +189,8 @@ def _experiment(folder, workdir, num_processes, *more):
   port = _free_port()
   num_local = 4 // num_processes
   flags = f'--xla_force_host_platform_device_count={num_local}'
-  environ = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  fast = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+  environ = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'} | fast
   command = [
       '-m', 'jaxsoup.experiments.main', f'--config={folder}/lazy.py',
       f'--workdir={workdir}', *more,
