@@ -19,6 +19,7 @@ html_copy_source = False
 # Without headings of their own, as the titles of pages in the sidebar suffice.
 toc_object_entries_show_parents = 'hide'
 myst_heading_anchors = 3
+myst_enable_extensions = ['deflist']
 
 autoclass_content = 'both'  # Arguments of classes are those of `__init__`.
 autodoc_member_order = 'bysource'
