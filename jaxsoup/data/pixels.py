@@ -1,7 +1,9 @@
 """Operations on one image, as the Python Imaging Library has them.
 
-  bright = pixels.blend(pixels.black(image), image, 1.5)
-  flat = pixels.equalize(image)
+```
+bright = pixels.blend(pixels.black(image), image, 1.5)
+flat = pixels.equalize(image)
+```
 
 An image is [H, W, C] with pixels in 0..1, 255 steps of which are the grey
 levels that some of them count. Every argument beside the image may be traced.

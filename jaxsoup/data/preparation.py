@@ -1,6 +1,8 @@
 """Images as a pre-trained model wants them: its size, channels and units.
 
-  image = preparation.prepare(image, (56, 56, 3))  # [N, 28, 28, 1] in 0..1
+```
+image = preparation.prepare(image, (56, 56, 3))  # [N, 28, 28, 1] in 0..1
+```
 
 It may be part of a model, after augmentation and on the device, or run once
 over the data.

@@ -1,10 +1,12 @@
 """Four sets of sentences that people rated, as training data and as shifts.
 
-  tokenize = text.tokenizer('minilm/tokenizer.json', length=32)
-  sizes = dict(train=6000, held_out=2000, test=2000)
-  splits = sentiment.splits('vaderSentiment-0.5.zip', tokenize, sizes, seed=0)
-  splits.train[np.arange(8)]['input_ids'].shape  # (8, 32)
-  splits.shifts['amazon']
+```
+tokenize = text.tokenizer('minilm/tokenizer.json', length=32)
+sizes = dict(train=6000, held_out=2000, test=2000)
+splits = sentiment.splits('vaderSentiment-0.5.zip', tokenize, sizes, seed=0)
+splits.train[np.arange(8)]['input_ids'].shape  # (8, 32)
+splits.shifts['amazon']
+```
 
 The file comes with `pip download --no-deps --no-binary :all:
 vaderSentiment==0.5`. The snippets of movie reviews are those from which SST-2

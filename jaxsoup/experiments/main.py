@@ -1,19 +1,25 @@
 """Runs an experiment: pre-train, fine-tune a sweep, cook every soup, report.
 
-  python -m jaxsoup.experiments.main --config=configs/digits.py --workdir=DIR
+```
+python -m jaxsoup.experiments.main --config=configs/digits.py --workdir=DIR
+```
 
 Everything goes into the workdir, and what is there is not made again: a second
 call goes on where the first one stopped, and ends with the same soups. Several
 calls share the fine-tuning where each has its part of the runs:
 
-  ... --config.sweep.shard=0/4      and 1/4, 2/4, 3/4, on one workdir
+```
+... --config.sweep.shard=0/4      and 1/4, 2/4, 3/4, on one workdir
+```
 
+```
 theta_0/    the pre-trained parameters
 runs/NN/    parameters of each run, with its hyper-parameters and score
 logits/     what each run says on every data set
 soups/      each soup, with alpha, provenance and versions; where the held-out
             set is drawn several times, in splits/N/soups/
 *.png, table.md, results.json, metrics.jsonl
+```
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,9 @@
 """BatchNorm after an average: its statistics, estimated anew.
 
+```
 params = jaxsoup.uniform(ingredients).params
 params = batch_norm.recalibrated(nnx.graphdef(model), params, images)
+```
 """
 
 from collections.abc import Callable

@@ -1,9 +1,11 @@
 """BERT in Flax nnx, and sentence embeddings as MiniLM makes them.
 
+```
 model = bert.Bert(num_classes=2, vocab_size=100, rngs=nnx.Rngs(0))
 logits = model(input_ids, attention_mask)  # [B, T], [B, T] -> [B, 2]
 tokens = model.tokens(input_ids, attention_mask)  # [B, T, 768]
 sentences = bert.mean_pooled(tokens, attention_mask)  # [B, 768]
+```
 """
 
 from collections.abc import Mapping

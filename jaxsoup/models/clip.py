@@ -1,7 +1,9 @@
 """CLIP in Flax nnx: two towers, zero-shot heads, and image classifiers.
 
+```
 model = clip.CLIP(rngs=nnx.Rngs(0), **arguments)
 logits = model(image, text)  # [B, H, W, C], [N, T] -> [B, N]
+```
 """
 
 from collections.abc import Callable

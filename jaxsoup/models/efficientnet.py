@@ -1,10 +1,12 @@
 """EfficientNet in Flax nnx: B0 to B7, L2, and the lite ones.
 
+```
 width_factor, depth_factor, resolution, is_lite = efficientnet.size('b0')
 model = efficientnet.EfficientNet(
     1000, width_factor=width_factor, depth_factor=depth_factor, rngs=nnx.Rngs(0)
 )
 logits = model(image)  # [B, 224, 224, 3] -> [B, 1000]
+```
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,10 @@
 """Residual networks in Flax nnx: ResNet-v1.5, and the ResNet-v2 of BiT.
 
+```
 model = resnet.ResNet(1000, **resnet.size(50), rngs=nnx.Rngs(0))
 logits = model(image)  # [B, 224, 224, 3] -> [B, 1000]
 params = nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+```
 """
 
 from collections.abc import Mapping

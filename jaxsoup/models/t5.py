@@ -1,9 +1,11 @@
 """T5 in Flax nnx: text to text, and classification as text.
 
+```
 model = t5.T5(vocab_size=100, rngs=nnx.Rngs(0))
 logits = model(input_ids, t5.shift_right(label_ids), attention_mask)
 scores = t5.score_labels(model, input_ids, attention_mask, label_ids)
 texts = t5.greedy_decode(model, input_ids, attention_mask, num_tokens=8)
+```
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,9 @@
 """A vision transformer in Flax nnx, and the names of its weights elsewhere.
 
+```
 model = vit.ViT((8, 8, 1), num_classes=10, patch_size=2, rngs=nnx.Rngs(0))
 logits = model(image)  # [B, 8, 8, 1] -> [B, 10]
+```
 """
 
 from collections.abc import Mapping
