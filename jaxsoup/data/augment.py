@@ -63,7 +63,7 @@ def warp(
 ) -> jax.Array:
   """Shifts, rotates and scales one image about its centre, bilinearly.
 
-  out(p) = image(R(angle) (p - centre - shift) / scale + centre)
+  `out(p) = image(R(angle) (p - centre - shift) / scale + centre)`
 
   Args:
     image: [H, W, C].

@@ -20,7 +20,7 @@ LUMA = (0.299, 0.587, 0.114)
 def warp(image: jax.Array, matrix: jax.Array, offset: jax.Array) -> jax.Array:
   """Moves pixels by an affine map about the centre, bilinearly.
 
-  out(p) = image(matrix (p - centre) + offset + centre)
+  `out(p) = image(matrix (p - centre) + offset + centre)`
 
   Args:
     image: [H, W, C].

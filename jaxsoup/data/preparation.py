@@ -32,7 +32,7 @@ def prepare(
 ) -> jax.Array:
   """Resizes images, gives them channels, and standardizes them.
 
-  out = (clip(resize(image), 0, 1) - mean) / std
+  `out = (clip(resize(image), 0, 1) - mean) / std`
 
   Smaller images are antialiased, as by PIL; the sides are scaled each by its
   own factor. A grey image is the same in each channel. A model of patches wants

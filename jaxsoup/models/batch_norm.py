@@ -32,7 +32,7 @@ def recalibrated(
 ) -> Params:
   """Replaces running means and variances by those of some images.
 
-  mean = E[x],  var = E[(x - mean)^2],  over all images and pixels
+  `mean = E[x],  var = E[(x - mean)^2],  over all images and pixels`
 
   x is what the layer sees in training mode: the layers before it normalize by
   the statistics of the batch, so that deep statistics depend on its size. Take

@@ -153,7 +153,7 @@ def _places(
 class EfficientNet(nnx.Module):
   """An EfficientNet for classification.
 
-  stem -> blocks -> 1x1 convolution -> mean -> linear head
+  `stem -> blocks -> 1x1 convolution -> mean -> linear head`
 
   Args:
     num_classes: number of logits.
@@ -248,7 +248,7 @@ class EfficientNet(nnx.Module):
 class Block(nnx.Module):
   """An inverted residual block, MBConv.
 
-  expand (1x1) -> depthwise -> squeeze and excite -> project (1x1) [+ input]
+  `expand (1x1) -> depthwise -> squeeze and excite -> project (1x1) [+ input]`
 
   The input is added in all blocks of a stage but the first.
 

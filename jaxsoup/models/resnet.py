@@ -62,7 +62,7 @@ def size(num_layers: int) -> dict[str, Any]:
 class ResNet(nnx.Module):
   """A residual network for classification.
 
-  stem -> 4 stages of blocks, each of half the size -> mean -> linear head
+  `stem -> 4 stages of blocks, each of half the size -> mean -> linear head`
 
   Args:
     num_classes: number of logits.
@@ -226,8 +226,10 @@ class Stage(nnx.Module):
 class Block(nnx.Module):
   """One residual block.
 
+  ```
   out = relu(branch(x) + shortcut(x)),  branch = norm . conv . relu . norm ...
   BiT: y = relu(norm(x)),  out = branch(y) + shortcut(y or x)
+  ```
 
   Args:
     num_in: channels of the input.

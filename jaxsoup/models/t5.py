@@ -520,7 +520,7 @@ def score_labels(
 ) -> jax.Array:
   """How probable each label's text is after each input: classification.
 
-  s_bc = sum_t log p(l_ct | l_c1 ... l_c(t-1), x_b)
+  `s_bc = sum_t log p(l_ct | l_c1 ... l_c(t-1), x_b)`
 
   They serve as logits: their softmax is the probability of each label given
   that the model says one of them.

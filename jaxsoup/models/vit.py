@@ -66,7 +66,7 @@ def size(name: str) -> dict[str, int]:
 class MapHead(nnx.Module):
   """Pools by attention of a learned probe.
 
-  y = Attention(probe, x, x),  out = y + MLP(LN(y))
+  `y = Attention(probe, x, x),  out = y + MLP(LN(y))`
 
   Args:
     width: size of a token.
@@ -116,7 +116,9 @@ class MapHead(nnx.Module):
 class ViT(_transformer.Stack):
   """A vision transformer for classification.
 
+  ```
   patches -> linear embedding + position -> blocks -> LN -> pool -> linear head
+  ```
 
   Args:
     image_shape: (H, W, C) of one image; `patch_size` divides H and W.
