@@ -64,10 +64,11 @@ def names(tmp_path, monkeypatch):
   }
   held_out = draw(20)
   np.savez('held_out.npz', **held_out)
-  for seed in range(4):
-    path = tmp_path / 'runs' / f'{seed:02d}'
-    checkpoints.save(path, nnx.state(build(seed), nnx.Param))
-  checkpoints.save('theta_0', nnx.state(build(9), nnx.Param))
+  theta_0 = init_params()
+  checkpoints.save('theta_0', theta_0)
+  for k in range(4):
+    tune = lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32)
+    checkpoints.save(f'runs/{k:02d}', jax.tree.map(tune, theta_0))
   run_dirs = sorted((tmp_path / 'runs').iterdir())
   return {
       'eval_fn': lambda params: float(jnp.sum(jax.tree.leaves(params)[0])),
@@ -86,7 +87,7 @@ def names(tmp_path, monkeypatch):
       'run_dirs': run_dirs,
       'shifts': {'fog': draw(30), 'noise': draw(30)},
       'soup_dir': tmp_path / 'a_soup',
-      'theta_0': nnx.state(build(9), nnx.Param),
+      'theta_0': theta_0,
       'train': draw(50),
       'workdir': tmp_path,
   }
@@ -103,7 +104,7 @@ def others(names):
 
   arguments = dict(
       image_shape=(8, 8, 3), num_classes=3, patch_size=4, width=8, depth=1,
-      num_heads=2,
+      num_heads=2, has_cls_token=True,
   )  # fmt: skip
   config = {
       'model_type': 'vit', 'image_size': 8, 'num_attention_heads': 2,
@@ -203,8 +204,8 @@ def _check(program: str, args: list[str], page: pathlib.Path) -> None:
     _run_ours(args, is_parsed=page.name in ONLY_PARSED)
   elif program == 'python':
     assert args[:2] == ['-m', 'jaxsoup.experiments.main'], args
-    path, _, overrides = configs.parse(args[2:])
-    configs.load(str(ROOT / path), overrides)
+    parsed = configs.parse(args[2:])
+    configs.load(str(ROOT / parsed[0]), parsed[2])
   elif program == 'pip':
     extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())
     for name in re.findall(r'\[([\w,-]+)\]', ' '.join(args)):

@@ -46,7 +46,7 @@ def prepare(
     method: of `jax.image.resize`.
 
   Returns:
-    float32 [N, *image_shape].
+    float32 `[N, *image_shape]`.
 
   Raises:
     ValueError: the channels are neither one nor as many as are wanted.

@@ -58,7 +58,7 @@ def load(
   Args:
     path: what pip downloaded, the `hutto_ICWSM_2014.tar.gz` that is in it, or a
       folder with either, or with the `*_GroundTruth.txt` files.
-    band: sentences of |rating| <= band are dropped.
+    band: sentences of `|rating| <= band` are dropped.
 
   Returns:
     By name (`movies`, `amazon`, `nyt`, `tweets`, where there) a dict of `text`,

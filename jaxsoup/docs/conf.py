@@ -30,7 +30,7 @@ napoleon_use_ivar = True
 
 _FENCE = re.compile(r'^( *)```\w*\n(.*?)\n *```$', re.DOTALL | re.MULTILINE)
 _TABLE = re.compile(r'^((?: *\|.*\|\n)+)', re.MULTILINE)
-_CODE = re.compile(r'(?<!`)`([^`]+)`(?!`)')
+_CODE = re.compile(r'(?<!`)`([^`]+)`(?!`)(\w?)')
 _OBJECT = re.compile(r'[A-Za-z_][\w.]*')
 
 
@@ -42,7 +42,8 @@ def _block(indent: str, text: str) -> str:
 def _inline(match: re.Match) -> str:
   """`code`, which links where it names something of ours."""
   text = ' '.join(match[1].split())
-  return f':py:obj:`{text}`' if _OBJECT.fullmatch(text) else f'``{text}``'
+  code = f':py:obj:`{text}`' if _OBJECT.fullmatch(text) else f'``{text}``'
+  return rf'{code}\ {match[2]}' if match[2] else code
 
 
 def rst_of(text: str) -> str:
