@@ -21,6 +21,7 @@ toc_object_entries_show_parents = 'hide'
 myst_heading_anchors = 3
 myst_enable_extensions = ['deflist']
 
+default_role = 'code'
 autoclass_content = 'both'  # Arguments of classes are those of `__init__`.
 autodoc_member_order = 'bysource'
 autodoc_default_options = {'members': True}
