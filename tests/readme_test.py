@@ -32,6 +32,7 @@ NOT_RUN = {
     'cd': 'the next command is looked at, wherever it runs',
     'curl': 'fetches from the net',
     'export': 'of what gcloud takes',
+    'mkdir': 'on another machine',
     'gcloud': 'needs a project of Google Cloud; checked with its reference',
     'pip': 'CI installs by other steps; extras are compared',
     'sh': 'what curl fetched',
@@ -151,6 +152,12 @@ def test_there_are_blocks():
   assert 'python' in languages['evaluation.md']
 
 
+@pytest.mark.parametrize('page', PAGES[1:], ids=lambda p: p.stem)
+def test_code_fits_the_width_of_a_page(page):
+  lines = [x for _, block in blocks_of(page) for x in block.splitlines()]
+  assert not [line for line in lines if len(line) > 85]
+
+
 def test_files_named_in_the_readme_exist():
   for page in PAGES:
     for target in re.findall(r'\]\((?!http)([^)#]+)\)', page.read_text()):
@@ -175,9 +182,17 @@ def test_wrong_commands_are_found(line):
 
 
 def _run_shell(block: str, page: pathlib.Path) -> None:
-  for line in block.replace('\\\n', ' ').splitlines():
-    for program, *args in _commands(line):
+  line = ''
+  for part in block.replace('\\\n', ' ').splitlines():
+    line += part + '\n'
+    try:
+      commands = list(_commands(line))
+    except ValueError:  # No closing quotation: the command goes on.
+      continue
+    line = ''
+    for program, *args in commands:
       _check(pathlib.PurePath(program).name, args, page)
+  assert not line, f'no closing quotation: {line}'
 
 
 def _commands(line: str) -> Iterator[list[str]]:

@@ -24,6 +24,7 @@ myst_enable_extensions = ['deflist']
 default_role = 'code'
 autoclass_content = 'both'  # Arguments of classes are those of `__init__`.
 autodoc_member_order = 'bysource'
+autodoc_preserve_defaults = True
 autodoc_default_options = {'members': True}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 78
@@ -38,6 +39,13 @@ _OBJECT = re.compile(r'[A-Za-z_][\w.]*')
 def _block(indent: str, text: str) -> str:
   lines = '\n'.join(f'  {line}'.rstrip() for line in text.splitlines())
   return f'{indent}::\n\n{lines}\n'
+
+
+def _table(text: str) -> str:
+  lines = [line.strip(' |').split(' | ') for line in text.splitlines()]
+  rows = [','.join(f'"{cell}"' for cell in line) for line in lines]
+  body = '\n'.join(f'  {row}' for row in rows[2:])  # Below the rule.
+  return f'.. csv-table::\n  :header: {rows[0]}\n\n{body}\n'
 
 
 def _inline(match: re.Match) -> str:
@@ -61,13 +69,15 @@ def rst_of(text: str) -> str:
     'Adds ``a b``, see :py:obj:`mix`.'
   """
   text = _FENCE.sub(lambda m: _block(m[1], m[2]), text)
-  text = _TABLE.sub(lambda m: _block('', m[1]), text)
+  text = _TABLE.sub(lambda m: _table(m[1]), text)
   paragraphs = re.split(r'(\n\s*\n)', text)
   is_code = lambda p: '>>> ' in p
   return ''.join(p if is_code(p) else _CODE.sub(_inline, p) for p in paragraphs)
 
 
 def _docstring(app, what, name, obj, options, lines) -> None:
+  if what == 'property':
+    lines.insert(0, '')  # Or napoleon takes what is before a colon for a type.
   if lines and lines[0].startswith('Create new instance of '):
     lines.clear()  # What NamedTuples say of `__new__`.
   lines[:] = rst_of('\n'.join(lines)).split('\n')
@@ -79,7 +89,18 @@ def _skip(app, what, name, obj, would_skip, options) -> bool | None:
   return True if is_field else None
 
 
+def _signature(app, what, name, obj, options, signature, returns):
+  """Of nnx modules, whose metaclass takes anything: that of `__init__`."""
+  if what == 'class' and (signature or '').startswith('(*args'):
+    from sphinx.util import inspect  # Doctests run without sphinx.
+
+    found = inspect.signature(obj.__init__, bound_method=True)
+    signature = inspect.stringify_signature(found, unqualified_typehints=True)
+  return signature, returns
+
+
 def setup(app) -> None:
   # Before napoleon, which would take fences for text.
   app.connect('autodoc-process-docstring', _docstring, priority=400)
+  app.connect('autodoc-process-signature', _signature)
   app.connect('autodoc-skip-member', _skip)
