@@ -29,10 +29,13 @@ autodoc_default_options = {'members': True}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 78
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # The signature has them.
 
 _FENCE = re.compile(r'^( *)```\w*\n(.*?)\n *```$', re.DOTALL | re.MULTILINE)
 _TABLE = re.compile(r'^((?: *\|.*\|\n)+)', re.MULTILINE)
 _CODE = re.compile(r'(?<!`)`([^`]+)`(?!`)(\w?)')
+# Here napoleon takes what is before a colon for a type.
+_RETURNS = re.compile(r'^((?:Returns|Yields):\n +)', re.MULTILINE)
 _OBJECT = re.compile(r'[A-Za-z_][\w.]*')
 
 
@@ -70,17 +73,17 @@ def rst_of(text: str) -> str:
   """
   text = _FENCE.sub(lambda m: _block(m[1], m[2]), text)
   text = _TABLE.sub(lambda m: _table(m[1]), text)
+  text = _RETURNS.sub(r'\1: ', text)
   paragraphs = re.split(r'(\n\s*\n)', text)
   is_code = lambda p: '>>> ' in p
   return ''.join(p if is_code(p) else _CODE.sub(_inline, p) for p in paragraphs)
 
 
 def _docstring(app, what, name, obj, options, lines) -> None:
-  if what == 'property':
-    lines.insert(0, '')  # Or napoleon takes what is before a colon for a type.
   if lines and lines[0].startswith('Create new instance of '):
     lines.clear()  # What NamedTuples say of `__new__`.
-  lines[:] = rst_of('\n'.join(lines)).split('\n')
+  text = rst_of('\n'.join(lines))
+  lines[:] = (f': {text}' if what == 'property' else text).split('\n')
 
 
 def _skip(app, what, name, obj, would_skip, options) -> bool | None:
