@@ -92,12 +92,31 @@ def _skip(app, what, name, obj, would_skip, options) -> bool | None:
   return True if is_field else None
 
 
+class _Named:
+
+  def __init__(self, function):
+    self._name = function.__name__
+
+  def __repr__(self) -> str:
+    return self._name
+
+
+def _is_function(x) -> bool:
+  return callable(x) and not isinstance(x, type)
+
+
 def _signature(app, what, name, obj, options, signature, returns):
   """Of nnx modules, whose metaclass takes anything: that of `__init__`."""
   if what == 'class' and (signature or '').startswith('(*args'):
     from sphinx.util import inspect  # Doctests run without sphinx.
 
     found = inspect.signature(obj.__init__, bound_method=True)
+    parameters = [
+        # A function's own text is no Python.
+        p.replace(default=_Named(p.default)) if _is_function(p.default) else p
+        for p in found.parameters.values()
+    ]
+    found = found.replace(parameters=parameters)
     signature = inspect.stringify_signature(found, unqualified_typehints=True)
   return signature, returns
 
