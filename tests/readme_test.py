@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / 'jaxsoup' / 'docs'
 README = ROOT / 'README.md'
 GUIDES = sorted((DOCS / 'guides').glob('*.md'))
-PAGES = [README, DOCS / 'index.md', *GUIDES]
+PAGES = [README, *sorted(DOCS.glob('*.md')), *GUIDES]
 BLOCK = re.compile(r'^```(python|bash)\n(.*?)^```', re.DOTALL | re.MULTILINE)
 
 # Programs that are not started, and why.
