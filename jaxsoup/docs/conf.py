@@ -12,7 +12,6 @@ copyright = 'the jaxsoup authors, Apache-2.0'
 release = version = jaxsoup.__version__
 
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
-suppress_warnings = ['toc.empty_glob']  # Where there is no experiments.md.
 html_theme = 'furo'
 html_title = f'jaxsoup {version}'
 html_show_sphinx = False
