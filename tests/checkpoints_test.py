@@ -21,6 +21,7 @@ from jaxsoup import _memory
 from jaxsoup import checkpoints
 from jaxsoup import sharding
 from jaxsoup.checkpoints import _checkpoint
+from jaxsoup.checkpoints import _orbax
 
 # After a read that failed, threads of Orbax may still call into its event loop,
 # which is closed by then: a warning, at any later moment.
@@ -661,3 +662,9 @@ def test_custom_metadata_is_plain_json(tmp_path, runs):
   path = pathlib.Path(checkpoints.save(tmp_path / 'soup', soup))
   stored = json.loads((path / '_CHECKPOINT_METADATA').read_text())
   assert 'jaxsoup' in stored['custom_metadata']
+
+
+def test_paths_in_buckets_are_not_taken_for_local_ones(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert str(_orbax.absolute('gs://bucket/runs/00')) == 'gs://bucket/runs/00'
+  assert str(_orbax.absolute('runs/00')) == str(tmp_path / 'runs' / '00')

@@ -46,7 +46,7 @@ def resolve(path: Any, item: str | None = None) -> epath.Path:
     FileNotFoundError: there is no finished checkpoint.
     ValueError: there are several, and nothing tells which is meant.
   """
-  path = epath.Path(path).absolute()
+  path = absolute(path)
   if not path.exists():
     raise FileNotFoundError(
         f'{path} does not exist.{_siblings(path)} Give a checkpoint or a run '
@@ -71,6 +71,13 @@ def resolve(path: Any, item: str | None = None) -> epath.Path:
         f' has a file named {_PYTREE_FILE}.'
     )
   return found
+
+
+def absolute(path: Any) -> epath.Path:
+  """The path from the root, or in its bucket."""
+  path = epath.Path(path)
+  # Of `gs://` paths `absolute` makes local ones.
+  return path if '://' in str(path) else path.absolute()
 
 
 def _resolve(path: epath.Path, item: str | None) -> epath.Path | None:
@@ -233,7 +240,7 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
 
   It appears under its name only when it is whole.
   """
-  path = epath.Path(path).absolute()
+  path = absolute(path)
   if path.exists():
     raise FileExistsError(
         f'{path} exists and is not overwritten. Delete it, or give another '

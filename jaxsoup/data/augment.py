@@ -1,11 +1,13 @@
 """Train-time augmentation in JAX, with strengths that may be traced.
 
-  image = augment.crop(key, image, strength=1.0)
-  image = augment.rand(key, image, strength=0.5)
-  image, target = augment.mixup(key, image, target, strength=0.2)
-  input_ids = augment.token_dropout(
-      key, input_ids, 0.1, mask_id=103, special_ids=(0, 101, 102)
-  )
+```
+image = augment.crop(key, image, strength=1.0)
+image = augment.rand(key, image, strength=0.5)
+image, target = augment.mixup(key, image, target, strength=0.2)
+input_ids = augment.token_dropout(
+    key, input_ids, 0.1, mask_id=103, special_ids=(0, 101, 102)
+)
+```
 
 Every strength may be an array, so that a sweep over strengths runs under
 `jax.vmap`; at strength 0 an example comes back as it was. Labels are smoothed
@@ -61,7 +63,7 @@ def warp(
 ) -> jax.Array:
   """Shifts, rotates and scales one image about its centre, bilinearly.
 
-  out(p) = image(R(angle) (p - centre - shift) / scale + centre)
+  `out(p) = image(R(angle) (p - centre - shift) / scale + centre)`
 
   Args:
     image: [H, W, C].

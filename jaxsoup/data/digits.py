@@ -1,7 +1,9 @@
 """Scikit-learn's handwritten digits: 1,797 real images that a package ships.
 
+```
 splits = digits.load(seed=0, sizes=dict(train=600, held_out=400, test=400))
 splits['train']['image'].shape  # (600, 8, 8, 1)
+```
 """
 
 from collections.abc import Mapping

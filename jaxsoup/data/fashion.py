@@ -1,9 +1,11 @@
 """Fashion-MNIST: 70,000 grey images of clothes, and corruptions of them.
 
-  sizes = dict(train=1000, held_out=1000, test=2000)
-  splits = fashion.splits('/usr/share/datasets/fashion-mnist', sizes, seed=0)
-  splits.train[np.arange(8)]['image'].shape  # (8, 28, 28, 1)
-  splits.shifts['blur']
+```
+sizes = dict(train=1000, held_out=1000, test=2000)
+splits = fashion.splits('/usr/share/datasets/fashion-mnist', sizes, seed=0)
+splits.train[np.arange(8)]['image'].shape  # (8, 28, 28, 1)
+splits.shifts['blur']
+```
 
 The files are those of the Debian package `dataset-fashion-mnist`, of which this
 is the folder, or of the authors; TFDS has the set as `fashion_mnist`.

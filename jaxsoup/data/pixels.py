@@ -1,7 +1,9 @@
 """Operations on one image, as the Python Imaging Library has them.
 
-  bright = pixels.blend(pixels.black(image), image, 1.5)
-  flat = pixels.equalize(image)
+```
+bright = pixels.blend(pixels.black(image), image, 1.5)
+flat = pixels.equalize(image)
+```
 
 An image is [H, W, C] with pixels in 0..1, 255 steps of which are the grey
 levels that some of them count. Every argument beside the image may be traced.
@@ -18,7 +20,7 @@ LUMA = (0.299, 0.587, 0.114)
 def warp(image: jax.Array, matrix: jax.Array, offset: jax.Array) -> jax.Array:
   """Moves pixels by an affine map about the centre, bilinearly.
 
-  out(p) = image(matrix (p - centre) + offset + centre)
+  `out(p) = image(matrix (p - centre) + offset + centre)`
 
   Args:
     image: [H, W, C].

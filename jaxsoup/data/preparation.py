@@ -1,6 +1,8 @@
 """Images as a pre-trained model wants them: its size, channels and units.
 
-  image = preparation.prepare(image, (56, 56, 3))  # [N, 28, 28, 1] in 0..1
+```
+image = preparation.prepare(image, (56, 56, 3))  # [N, 28, 28, 1] in 0..1
+```
 
 It may be part of a model, after augmentation and on the device, or run once
 over the data.
@@ -30,7 +32,7 @@ def prepare(
 ) -> jax.Array:
   """Resizes images, gives them channels, and standardizes them.
 
-  out = (clip(resize(image), 0, 1) - mean) / std
+  `out = (clip(resize(image), 0, 1) - mean) / std`
 
   Smaller images are antialiased, as by PIL; the sides are scaled each by its
   own factor. A grey image is the same in each channel. A model of patches wants
@@ -44,7 +46,7 @@ def prepare(
     method: of `jax.image.resize`.
 
   Returns:
-    float32 [N, *image_shape].
+    float32 `[N, *image_shape]`.
 
   Raises:
     ValueError: the channels are neither one nor as many as are wanted.

@@ -1,10 +1,12 @@
 """Four sets of sentences that people rated, as training data and as shifts.
 
-  tokenize = text.tokenizer('minilm/tokenizer.json', length=32)
-  sizes = dict(train=6000, held_out=2000, test=2000)
-  splits = sentiment.splits('vaderSentiment-0.5.zip', tokenize, sizes, seed=0)
-  splits.train[np.arange(8)]['input_ids'].shape  # (8, 32)
-  splits.shifts['amazon']
+```
+tokenize = text.tokenizer('minilm/tokenizer.json', length=32)
+sizes = dict(train=6000, held_out=2000, test=2000)
+splits = sentiment.splits('vaderSentiment-0.5.zip', tokenize, sizes, seed=0)
+splits.train[np.arange(8)]['input_ids'].shape  # (8, 32)
+splits.shifts['amazon']
+```
 
 The file comes with `pip download --no-deps --no-binary :all:
 vaderSentiment==0.5`. The snippets of movie reviews are those from which SST-2
@@ -56,7 +58,7 @@ def load(
   Args:
     path: what pip downloaded, the `hutto_ICWSM_2014.tar.gz` that is in it, or a
       folder with either, or with the `*_GroundTruth.txt` files.
-    band: sentences of |rating| <= band are dropped.
+    band: sentences of `|rating| <= band` are dropped.
 
   Returns:
     By name (`movies`, `amazon`, `nyt`, `tweets`, where there) a dict of `text`,

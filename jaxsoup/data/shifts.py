@@ -1,6 +1,8 @@
 """Test-time shifts of images: what a model meets after it was trained.
 
-  shifted = shifts.apply(test, 'blur', severity=0.8, seed=0)
+```
+shifted = shifts.apply(test, 'blur', severity=0.8, seed=0)
+```
 
 Every shift is a function of images [N, H, W, C] in 0..1, a severity and a
 NumPy generator; the labels stay. They run once, on the host.

@@ -1,10 +1,12 @@
 """Texts as arrays of tokens, of one length.
 
+```
 tokenize = text.tokenizer('minilm/tokenizer.json', length=32)
 batch = tokenize(['Superb', 'A pretentious mess'])
 batch['input_ids'].shape  # (2, 32)
 logits = model(batch['input_ids'], batch['attention_mask'])
 pairs = tokenize(premises, hypotheses)  # one text of two, as in GLUE
+```
 """
 
 from collections.abc import Callable

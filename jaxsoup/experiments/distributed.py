@@ -1,7 +1,9 @@
 """Joins several processes into one, and says so.
 
+```
 distributed.start('host0:1234', num_processes=2, process=0, timeout=300)
 distributed.banner(workdir)
+```
 """
 
 import os

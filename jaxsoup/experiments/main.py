@@ -1,25 +1,35 @@
 """Runs an experiment: pre-train, fine-tune a sweep, cook every soup, report.
 
-  python -m jaxsoup.experiments.main --config=configs/digits.py --workdir=DIR
+```
+python -m jaxsoup.experiments.main --config=configs/digits.py --workdir=DIR
+```
 
 Everything goes into the workdir, and what is there is not made again: a second
 call goes on where the first one stopped, and ends with the same soups. Several
 calls share the fine-tuning where each has its part of the runs:
 
-  ... --config.sweep.shard=0/4      and 1/4, 2/4, 3/4, on one workdir
+```
+... --config.sweep.shard=0/4      and 1/4, 2/4, 3/4, on one workdir
+```
 
 One run on all devices of several processes, such as those of a TPU pod, where
 `config.is_sharded` is true; the workdir is on a disk that all of them see:
 
-  ... --distributed        where jax finds out who takes part, else
-  ... --coordinator=HOST:PORT --num-processes=N --process=I
+```
+... --distributed        where jax finds out who takes part, else
+... --coordinator=HOST:PORT --num-processes=N --process=I
+```
 
+What is there in the end:
+
+```
 theta_0/    the pre-trained parameters
 runs/NN/    parameters of each run, with its hyper-parameters and score
 logits/     what each run says on every data set
 soups/      each soup, with alpha, provenance and versions; where the held-out
             set is drawn several times, in splits/N/soups/
 *.png, table.md, results.json, metrics.jsonl
+```
 """
 
 from collections.abc import Sequence

@@ -166,7 +166,7 @@ def of_module(
       one example. Those of 'image' are float32, all others int32.
     num_classes: of its logits.
     load_fn: key -> the module with pre-trained weights, and a new head.
-    call: (module, *inputs) -> logits; by default the module is called.
+    call: `(module, *inputs) -> logits`; by default the module is called.
     prepare_fn: what is done to 'image' before; it need not have been augmented
       at the size that the module wants.
 

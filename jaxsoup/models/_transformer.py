@@ -86,7 +86,7 @@ class SwiGlu(nnx.Module):
 class Block(nnx.Module):
   """One pre-LN transformer block.
 
-  y = x + s_1 Attention(LN(x)),  out = y + s_2 MLP(LN(y))
+  `y = x + s_1 Attention(LN(x)),  out = y + s_2 MLP(LN(y))`
 
   Args:
     width: size of a token.

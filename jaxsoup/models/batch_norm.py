@@ -1,7 +1,9 @@
 """BatchNorm after an average: its statistics, estimated anew.
 
+```
 params = jaxsoup.uniform(ingredients).params
 params = batch_norm.recalibrated(nnx.graphdef(model), params, images)
+```
 """
 
 from collections.abc import Callable
@@ -30,7 +32,7 @@ def recalibrated(
 ) -> Params:
   """Replaces running means and variances by those of some images.
 
-  mean = E[x],  var = E[(x - mean)^2],  over all images and pixels
+  `mean = E[x],  var = E[(x - mean)^2],  over all images and pixels`
 
   x is what the layer sees in training mode: the layers before it normalize by
   the statistics of the batch, so that deep statistics depend on its size. Take

@@ -1,9 +1,11 @@
 """BERT in Flax nnx, and sentence embeddings as MiniLM makes them.
 
+```
 model = bert.Bert(num_classes=2, vocab_size=100, rngs=nnx.Rngs(0))
 logits = model(input_ids, attention_mask)  # [B, T], [B, T] -> [B, 2]
 tokens = model.tokens(input_ids, attention_mask)  # [B, T, 768]
 sentences = bert.mean_pooled(tokens, attention_mask)  # [B, 768]
+```
 """
 
 from collections.abc import Mapping
@@ -21,7 +23,7 @@ from jaxsoup.models import _transformer
 class Block(nnx.Module):
   """One post-LN transformer block, with exact GELU.
 
-  y = LN(x + Attention(x)),  out = LN(y + MLP(y))
+  `y = LN(x + Attention(x)),  out = LN(y + MLP(y))`
 
   Args:
     width: size of a token.
@@ -65,7 +67,7 @@ class Block(nnx.Module):
 class Bert(_transformer.Stack):
   """BERT, for classification or for the tokens and sentences themselves.
 
-  word + position + token type -> LN -> blocks -> first token -> tanh -> head
+  `word + position + token type -> LN -> blocks -> first token -> tanh -> head`
 
   Args:
     num_classes: number of logits; 0 leaves out the head.
@@ -220,7 +222,7 @@ def mean_pooled(
 ) -> jax.Array:
   """Sentence embeddings: the mean over the tokens that are not padding.
 
-  e = sum_t m_t x_t / sum_t m_t,  or  e / |e|
+  `e = sum_t m_t x_t / sum_t m_t,  or  e / |e|`
 
   Args:
     tokens: [B, T, width], of `Bert.tokens`.

@@ -1,7 +1,9 @@
 """CLIP in Flax nnx: two towers, zero-shot heads, and image classifiers.
 
+```
 model = clip.CLIP(rngs=nnx.Rngs(0), **arguments)
 logits = model(image, text)  # [B, H, W, C], [N, T] -> [B, N]
+```
 """
 
 from collections.abc import Callable
@@ -23,7 +25,9 @@ from jaxsoup.models._clip_names import arguments as arguments
 class ImageTower(_transformer.Stack):
   """The transformer of images, up to the joint space.
 
+  ```
   patches, class token + position -> LN -> blocks -> class token -> LN -> linear
+  ```
 
   Args:
     image_shape: (H, W, C) of one image; `patch_size` divides H and W.
@@ -105,7 +109,7 @@ class ImageTower(_transformer.Stack):
 class TextTower(_transformer.Stack):
   """The transformer of texts, up to the joint space.
 
-  tokens + position -> causal blocks -> LN -> token of the end -> linear
+  `tokens + position -> causal blocks -> LN -> token of the end -> linear`
 
   Args:
     embed_width: size of the joint space.
@@ -199,7 +203,7 @@ class TextTower(_transformer.Stack):
 class CLIP(nnx.Module):
   """Contrastive language-image pre-training: images and texts in one space.
 
-  logits = exp(s) I T^T,  I and T the normalized features
+  `logits = exp(s) I T^T,  I and T the normalized features`
 
   Args:
     embed_width: size of the joint space.
@@ -257,7 +261,7 @@ class CLIP(nnx.Module):
 class ImageClassifier(nnx.Module):
   """The image tower of CLIP under a linear head, as it is fine-tuned.
 
-  logits = I W + b,  I the normalized features
+  `logits = I W + b,  I the normalized features`
 
   The parameters are `image`, those of a CLIP, and `head`, of `zero_shot_head`
   or random ones:
@@ -325,7 +329,7 @@ def zero_shot_head(
 ) -> jax.Array:
   """A linear head that tells classes by their names.
 
-  w_c = scale n(mean_t n(f(template_t(class_c)))),  n(x) = x / |x|
+  `w_c = scale n(mean_t n(f(template_t(class_c)))),  n(x) = x / |x|`
 
   Args:
     text_features_fn: features [N, width] of tokens [N, T]: `model.text` of a

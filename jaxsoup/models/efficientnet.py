@@ -1,10 +1,12 @@
 """EfficientNet in Flax nnx: B0 to B7, L2, and the lite ones.
 
+```
 width_factor, depth_factor, resolution, is_lite = efficientnet.size('b0')
 model = efficientnet.EfficientNet(
     1000, width_factor=width_factor, depth_factor=depth_factor, rngs=nnx.Rngs(0)
 )
 logits = model(image)  # [B, 224, 224, 3] -> [B, 1000]
+```
 """
 
 from collections.abc import Iterator
@@ -151,7 +153,7 @@ def _places(
 class EfficientNet(nnx.Module):
   """An EfficientNet for classification.
 
-  stem -> blocks -> 1x1 convolution -> mean -> linear head
+  `stem -> blocks -> 1x1 convolution -> mean -> linear head`
 
   Args:
     num_classes: number of logits.
@@ -246,7 +248,7 @@ class EfficientNet(nnx.Module):
 class Block(nnx.Module):
   """An inverted residual block, MBConv.
 
-  expand (1x1) -> depthwise -> squeeze and excite -> project (1x1) [+ input]
+  `expand (1x1) -> depthwise -> squeeze and excite -> project (1x1) [+ input]`
 
   The input is added in all blocks of a stage but the first.
 

@@ -1,8 +1,10 @@
 """Residual networks in Flax nnx: ResNet-v1.5, and the ResNet-v2 of BiT.
 
+```
 model = resnet.ResNet(1000, **resnet.size(50), rngs=nnx.Rngs(0))
 logits = model(image)  # [B, 224, 224, 3] -> [B, 1000]
 params = nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+```
 """
 
 from collections.abc import Mapping
@@ -60,7 +62,7 @@ def size(num_layers: int) -> dict[str, Any]:
 class ResNet(nnx.Module):
   """A residual network for classification.
 
-  stem -> 4 stages of blocks, each of half the size -> mean -> linear head
+  `stem -> 4 stages of blocks, each of half the size -> mean -> linear head`
 
   Args:
     num_classes: number of logits.
@@ -224,8 +226,10 @@ class Stage(nnx.Module):
 class Block(nnx.Module):
   """One residual block.
 
+  ```
   out = relu(branch(x) + shortcut(x)),  branch = norm . conv . relu . norm ...
   BiT: y = relu(norm(x)),  out = branch(y) + shortcut(y or x)
+  ```
 
   Args:
     num_in: channels of the input.

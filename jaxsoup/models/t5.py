@@ -1,9 +1,11 @@
 """T5 in Flax nnx: text to text, and classification as text.
 
+```
 model = t5.T5(vocab_size=100, rngs=nnx.Rngs(0))
 logits = model(input_ids, t5.shift_right(label_ids), attention_mask)
 scores = t5.score_labels(model, input_ids, attention_mask, label_ids)
 texts = t5.greedy_decode(model, input_ids, attention_mask, num_tokens=8)
+```
 """
 
 from collections.abc import Mapping
@@ -518,7 +520,7 @@ def score_labels(
 ) -> jax.Array:
   """How probable each label's text is after each input: classification.
 
-  s_bc = sum_t log p(l_ct | l_c1 ... l_c(t-1), x_b)
+  `s_bc = sum_t log p(l_ct | l_c1 ... l_c(t-1), x_b)`
 
   They serve as logits: their softmax is the probability of each label given
   that the model says one of them.

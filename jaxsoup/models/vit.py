@@ -1,7 +1,9 @@
 """A vision transformer in Flax nnx, and the names of its weights elsewhere.
 
+```
 model = vit.ViT((8, 8, 1), num_classes=10, patch_size=2, rngs=nnx.Rngs(0))
 logits = model(image)  # [B, 8, 8, 1] -> [B, 10]
+```
 """
 
 from collections.abc import Mapping
@@ -64,7 +66,7 @@ def size(name: str) -> dict[str, int]:
 class MapHead(nnx.Module):
   """Pools by attention of a learned probe.
 
-  y = Attention(probe, x, x),  out = y + MLP(LN(y))
+  `y = Attention(probe, x, x),  out = y + MLP(LN(y))`
 
   Args:
     width: size of a token.
@@ -114,7 +116,9 @@ class MapHead(nnx.Module):
 class ViT(_transformer.Stack):
   """A vision transformer for classification.
 
+  ```
   patches -> linear embedding + position -> blocks -> LN -> pool -> linear head
+  ```
 
   Args:
     image_shape: (H, W, C) of one image; `patch_size` divides H and W.

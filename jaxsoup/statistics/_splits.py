@@ -12,7 +12,7 @@ from jaxsoup.statistics._comparisons import Comparison
 def over_splits(gains: Sequence[Comparison]) -> Comparison:
   """The mean of a gain over several splits of the same examples.
 
-  error^2 = mean_i error_i^2 + var_i gain_i
+  `error^2 = mean_i error_i^2 + var_i gain_i`
 
   The splits overlap, so they are no independent repeats, and more of them do
   not make the interval narrower: it is that of the gain of one more split, to
