@@ -45,8 +45,17 @@ def test_plane_shows_every_model_and_which_are_off(ax):
       np.concatenate([c.get_offsets() for c in marks]), found.points
   )
   assert [len(c.get_facecolor()) for c in marks] == [1, 1, 1, 0]
-  assert [t.get_text() for t in ax.texts] == ['init', 'a', 'b', 'soup']
+  assert [t.get_text() for t in ax.texts] == ['init', 'a', 'b']
+  legend = [t.get_text() for t in ax.get_legend().get_texts()]
+  assert legend == ['soup']
   assert ax.get_xlabel() == 'from init towards a'
+
+
+def test_models_without_a_name_are_dots_on_the_plane(ax):
+  report.plane(ax, grid(np.arange(12.0).reshape(3, 4)), ['init', 'a', 'b', ''])
+  *_, corner, other = drawn(ax).collections
+  assert other.get_sizes() < corner.get_sizes()
+  assert ax.get_legend() is None
 
 
 def test_plane_of_a_constant_loss(ax):

@@ -20,6 +20,8 @@ import ml_collections
 from ml_collections import config_flags
 
 Run = dict[str, Any]
+# Fields that decide what is looked at when all models are there.
+LATER = ('landscape.',)
 
 
 class Experiment(NamedTuple):
@@ -189,6 +191,8 @@ def check_unchanged(
   """
   now = json.loads(json.dumps(_flat(config)))
   now.pop('sweep.shard', None)  # It decides where a run is trained, not what.
+  # Nor do these: what is looked at has its settings with it.
+  now = {k: v for k, v in now.items() if not k.startswith(LATER)}
   if not file.exists():
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix('.tmp')

@@ -13,10 +13,13 @@ runs/NN/    parameters of each run, with its hyper-parameters and score
 logits/     what each run says on every data set
 soups/      each soup, with alpha, provenance and versions; where the held-out
             set is drawn several times, in splits/N/soups/
+landscape/  barriers, planes, angles and a diagnosis, by `config.landscape`
 *.png, table.md, results.json, metrics.jsonl
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import importlib.util
 import pathlib
 import shutil
@@ -36,7 +39,13 @@ from jaxsoup.experiments import results
 from jaxsoup.experiments import stages
 
 # The stages, and about how long each takes.
-STAGES = {'pre-training': 8, 'fine-tuning': 12, 'souping': 20, 'reporting': 5}
+STAGES = {
+    'pre-training': 8,
+    'fine-tuning': 12,
+    'souping': 20,
+    'reporting': 5,
+    'landscapes': 15,
+}
 
 
 def run(
@@ -87,6 +96,39 @@ def run(
 
 
 def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
+  with opened(experiment, workdir, progress_fn, stop) as work:
+    theta_0 = stages.theta_0(work)
+    is_complete = stages.finetune_all(work, theta_0)
+    if not is_complete or stages.shard_of(work.config)[1] > 1:
+      return []
+    rows = results.make(work, theta_0)
+    progress_fn(list(STAGES)[-1], 1.0)
+    return rows
+
+
+@contextlib.contextmanager
+def opened(
+    experiment: configs.Experiment,
+    workdir: pathlib.Path,
+    progress_fn: progress.ProgressFn = progress.silent,
+    stop: preemption.Stop | None = None,
+) -> Iterator[stages.Work]:
+  """Model, data and workdir of an experiment; the workdir is locked.
+
+  Args:
+    experiment: of `configs.load`.
+    workdir: an absolute path.
+    progress_fn: as in `run`.
+    stop: as in `run`.
+
+  Yields:
+    What the stages share.
+
+  Raises:
+    UsageError: the workdir was begun with another config.
+    InUseError: another process works on the workdir.
+    ValueError: examples with two roles.
+  """
   config = experiment.config
   shard, num_shards = stages.shard_of(config)
   name = '.lock' if num_shards == 1 else f'.lock_{shard}_{num_shards}'
@@ -100,19 +142,14 @@ def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
         splits=experiment.data_fn(config),
         workdir=workdir,
         progress_fn=progress_fn,
-        stop=stop,
+        stop=stop or preemption.Stop(),
         log=metric_log.MetricLog(
             workdir / 'metrics.jsonl',
             tensorboard=workdir / 'tensorboard' if has_board else None,
         ),
     )
     stages.check_roles(work)
-    theta_0 = stages.theta_0(work)
-    if not stages.finetune_all(work, theta_0) or num_shards > 1:
-      return []
-    rows = results.make(work, theta_0)
-    progress_fn('reporting', 1.0)
-    return rows
+    yield work
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from jaxsoup.report import _plots
 from jaxsoup.studies import Contribution
 from jaxsoup.studies import Curve
 from jaxsoup.studies import Growth
+from jaxsoup.studies import Varied
 
 # From dark to light it is read without its hues, too.
 _MAP = 'viridis'
@@ -38,7 +39,8 @@ def plane(
   Args:
     ax: a matplotlib Axes.
     found: from `landscape.plane`.
-    names: of its points, `[M]`; the first three are the corners.
+    names: of its points, `[M]`; the first three are the corners. What has no
+      name is a dot, others are in the legend.
     label: what the loss is.
     scale: multiplies the loss.
     num_levels: how many colours. They are finer where the grid has more points.
@@ -60,30 +62,52 @@ def plane(
   bar.ax.tick_params(labelsize=8)
   from_origin = np.hypot(*found.points.T)
   is_off = found.off > 0.5 * np.hypot(from_origin, found.off)
+  soups = [i for i, name in enumerate(names) if name and i > 2]
   for i, (name, point) in enumerate(zip(names, found.points)):
-    ax.scatter(
-        *point,
-        s=70 if i > 2 else 40,
-        marker=_plots.MARKERS[(i - 3) % 6] if i > 2 else 'o',
-        facecolors='none' if is_off[i] else 'white',
-        edgecolors='black',
-        linewidths=1,
-        zorder=4,
-    )
-    ax.annotate(
-        name,
-        point,
-        (7, 6) if i else (-7, -6),
-        textcoords='offset points',
-        ha='left' if i else 'right',
-        va='bottom' if i else 'top',
+    row = soups.index(i) if i in soups else None
+    _mark_point(ax, point, row, is_off=is_off[i], is_corner=i < 3, label=name)
+    if i < 3:
+      _name_point(ax, point, name, is_below=not i)
+  if soups:
+    ax.legend(
+        frameon=False,
         fontsize=8,
-        zorder=3,
-        bbox=dict(boxstyle='round,pad=0.15', fc='white', ec='none', alpha=0.7),
+        ncols=3,
+        loc='upper center',
+        bbox_to_anchor=(0.5, -0.17),
     )
   ax.set_xlabel(f'from {names[0]} towards {names[1]}')
   ax.set_ylabel('at a right angle to it')
   ax.set_aspect('equal')
+
+
+def _mark_point(ax, point, row, *, is_off, is_corner, label) -> None:
+  """A corner, a soup (`row` is its place among them), or another model."""
+  is_soup = row is not None
+  ax.scatter(
+      *point,
+      s=(0.6 * _plots.AREAS[row % 6] if is_soup else 40 if is_corner else 9),
+      marker=_plots.MARKERS[row % 6] if is_soup else 'o',
+      facecolors='none' if is_off else 'white',
+      edgecolors='black',
+      linewidths=1 if is_soup or is_corner else 0.6,
+      label=label if is_soup else None,
+      zorder=4 if is_soup or is_corner else 3,
+  )
+
+
+def _name_point(ax, point, name: str, *, is_below: bool) -> None:
+  ax.annotate(
+      name,
+      point,
+      (-7, -6) if is_below else (7, 6),
+      textcoords='offset points',
+      ha='right' if is_below else 'left',
+      va='top' if is_below else 'bottom',
+      fontsize=8,
+      zorder=5,
+      bbox=dict(boxstyle='round,pad=0.15', fc='white', ec='none', alpha=0.7),
+  )
 
 
 def _levels(loss: np.ndarray, num: int) -> np.ndarray:
@@ -100,6 +124,7 @@ def lines(
     label: str = 'loss',
     values_label: str = 'learning rate',
     scale: float = 1,
+    is_named: bool = True,
 ) -> None:
   """The loss along lines between models, less the chord: the barriers.
 
@@ -111,6 +136,7 @@ def lines(
     label: what the loss is.
     values_label: what the values are.
     scale: multiplies the loss.
+    is_named: whether lines without values have their names in a legend.
   """
   colours = _colours(ax, values, values_label)
   for i, (name, path) in enumerate(paths.items()):
@@ -126,7 +152,7 @@ def lines(
   ax.set_xlabel('from one model (0) to the other (1)')
   ax.set_ylabel(f'{label} above the chord')
   _plots.tidy(ax)
-  if colours is None:
+  if colours is None and is_named:
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -252,6 +278,95 @@ def growth(
 def _standard_error(rows: np.ndarray) -> np.ndarray:
   num = len(rows)
   return rows.std(0, ddof=int(num > 1)) / np.sqrt(num)
+
+
+def varied(
+    ax: Any,
+    found: Sequence[Varied],
+    *,
+    label: str = 'accuracy (%)',
+    scale: float = 100,
+) -> None:
+  """Soups of runs that differ in one hyper-parameter only.
+
+  Args:
+    ax: a matplotlib Axes.
+    found: from `studies.one_varied`: a row each, the first on top.
+    label: what the scores are.
+    scale: multiplies the scores.
+
+  Source: Wortsman et al. 2022, appendix on varying one hyper-parameter.
+  """
+  rows = np.arange(len(found))[::-1]
+  for i, (field, name) in enumerate(
+      (('soup', 'soup'), ('best', 'best of them'), ('mean', 'mean of them'))
+  ):
+    values = [getattr(one, field) * scale for one in found]
+    _dots(ax, values, rows, i, name)
+  ax.set_yticks(rows, [one.name.replace('_', ' ') for one in found])
+  _finish_rows(ax, label)
+
+
+def compared(
+    ax: Any,
+    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    label: str = '',
+    scale: float = 1,
+) -> None:
+  """Scores side by side: a row each, repeats as small dots around their mean.
+
+  Args:
+    ax: a matplotlib Axes.
+    scores: by row, the first on top, and by data set: one for each repeat.
+    label: what the scores are.
+    scale: multiplies the scores.
+  """
+  names = list(dict.fromkeys(name for row in scores.values() for name in row))
+  rows = dict(zip(scores, range(len(scores) - 1, -1, -1)))
+  for i, name in enumerate(names):
+    there = [(rows[row], x[name]) for row, x in scores.items() if name in x]
+    means = [scale * float(np.mean(values)) for _, values in there]
+    _dots(ax, means, [row for row, _ in there], i, name)
+    for row, values in there:
+      if len(values) > 1:
+        ax.scatter(
+            scale * np.asarray(values),
+            [row] * len(values),
+            s=8,
+            color=_plots.COLOURS[i % 6],
+            alpha=0.6,
+            linewidths=0,
+        )
+  ax.set_yticks(list(rows.values()), list(rows))
+  _finish_rows(ax, label)
+
+
+def _dots(ax, values, rows, i: int, name: str) -> None:
+  ax.scatter(
+      values,
+      rows,
+      s=0.5 * _plots.AREAS[i % 6],
+      marker=_plots.MARKERS[i % 6],
+      color=_plots.COLOURS[i % 6],
+      linewidths=0,
+      label=name,
+      zorder=3,
+  )
+
+
+def _finish_rows(ax, label: str) -> None:
+  ax.margins(y=0.1)
+  ax.tick_params(axis='y', length=0)
+  ax.set_xlabel(label)
+  _plots.tidy(ax)
+  ax.legend(
+      frameon=False,
+      fontsize=8,
+      ncols=3,
+      loc='upper center',
+      bbox_to_anchor=(0.5, -0.14),
+  )
 
 
 def contributions(ax: Any, found: Sequence[Contribution]) -> None:
