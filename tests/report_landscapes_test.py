@@ -143,6 +143,36 @@ def test_contributions(ax):
   np.testing.assert_allclose(dots_of(ax), [[-0.5, 2]])
 
 
+def test_varied(ax):
+  found = [
+      studies.Varied('learning_rate', (0, 1), (1e-4, 1e-3), 0.8, 0.7, 0.9),
+      studies.Varied('seed', (2, 3), (1, 2), 0.6, 0.5, 0.55),
+  ]
+  report.varied(ax, found)
+  drawn(ax)
+  # Soups, then the best, then the mean; the first group is on top.
+  expected = [[90, 1], [55, 0], [80, 1], [60, 0], [70, 1], [50, 0]]
+  np.testing.assert_allclose(dots_of(ax), expected)
+  names = [t.get_text() for t in ax.get_yticklabels()]
+  assert dict(zip(ax.get_yticks(), names)) == {1: 'learning rate', 0: 'seed'}
+
+
+def test_compared(ax):
+  scores = {
+      'soup': {'test': [0.9, 0.7], 'shifts': [0.5, 0.5]},
+      'single': {'test': [0.6, 0.8]},
+  }
+  report.compared(ax, scores, scale=100)
+  drawn(ax)
+  means = [c.get_offsets() for c in ax.collections if c.get_label()[0] != '_']
+  np.testing.assert_allclose(means[0], [[80, 1], [70, 0]])
+  np.testing.assert_allclose(means[1], [[50, 1]])
+  repeats = [c for c in ax.collections if c.get_label()[0] == '_']
+  np.testing.assert_allclose(repeats[0].get_offsets(), [[90, 1], [70, 1]])
+  legend = [t.get_text() for t in ax.get_legend().get_texts()]
+  assert legend == ['test', 'shifts']
+
+
 def test_wise_ft(ax):
   t = np.array([0, 0.5, 1])
   scores = {

@@ -15,7 +15,6 @@ diagnosis  of `jaxsoup.diagnosis`, with the held-out data
 """
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import itertools

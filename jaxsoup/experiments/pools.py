@@ -257,8 +257,8 @@ def middle(config: ml_collections.ConfigDict) -> configs.Run:
   """The run in the middle of all ranges of the sweep.
 
   Example:
-    >>> middle(ml_collections.ConfigDict({'sweep': {
-    ...     'num_runs': 3, 'learning_rate': (1e-3, 1e-1), 'mixup': (0.0, 0.5)}}))
+    >>> sweep = dict(num_runs=3, learning_rate=(1e-3, 1e-1), mixup=(0.0, 0.5))
+    >>> middle(ml_collections.ConfigDict({'sweep': sweep}))
     {'seed': 0, 'learning_rate': 0.01, 'mixup': 0.25}
   """
   run: configs.Run = {'seed': 0}

@@ -71,9 +71,9 @@ def plane_sections(
     )
     lowest = np.unravel_index(plane.loss.argmin(), plane.loss.shape)
     text = (
-        f'{name[0].upper()}{name[1:]}: lowest {_number(plane.loss.min(), scale)} '
-        f'at ({plane.x[lowest[1]]:.2f}, {plane.y[lowest[0]]:.2f}); on the grid '
-        f'points nearest to it {_corner_values(plane, labels, scale)}.'
+        f'{_sentence(name)}: lowest {_number(plane.loss.min(), scale)}, at '
+        f'({plane.x[lowest[1]]:.2f}, {plane.y[lowest[0]]:.2f}). On the grid '
+        f'points next to them: {_corner_values(plane, labels, scale)}.'
     )
     pictures.append(
         Picture(
@@ -93,8 +93,8 @@ def plane_sections(
   legend = (
       f'The plane through the start and the models {first} and {second}, the '
       'best two on held-out data that are apart. Coordinates are distances '
-      'between parameters. Dots are the other models, projected. What is hollow '
-      'lies far off the plane: the colour below it is not its loss.'
+      'between parameters. Dots are the other models, projected. What is '
+      'hollow lies far off the plane: the colour below it is not its loss.'
   )
   records = [
       {'surface': name, 'x': x, 'y': y, 'value': row[j]}
@@ -275,8 +275,8 @@ def _pairs_text(where: str, pairs: Sequence[landscape.Pair]) -> str:
   less = [pair.soup - pair.ensemble for pair in pairs]
   text = (
       f'On {_where(where)} the soup of two is {_points(gains)} points better '
-      f'than the two on average (mean ± deviation over {len(pairs)} pairs), and '
-      f'{_points(less)} than their ensemble.'
+      f'than the two on average (mean ± deviation over {len(pairs)} pairs), '
+      f'and {_points(less)} than their ensemble.'
   )
   angles = [pair.angle for pair in pairs]
   if len(pairs) > 4 and np.ptp(angles) and np.ptp(gains):
