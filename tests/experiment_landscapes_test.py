@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jaxsoup.experiments import main
 from jaxsoup.experiments import modeling
 from jaxsoup.experiments import preemption
 from jaxsoup.experiments import progress
+from jaxsoup.report import _workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = f'{ROOT}/configs/digits.py:runlocal'
@@ -39,9 +41,16 @@ TINY = [
 PARTS = ('angles', 'diagnosis', 'lines', 'pairs', 'plane')
 
 
+def loaded(*overrides):
+  found = configs.load(CONFIG, [*TINY, *overrides])
+  with found.config.unlocked():
+    found.config.recipes = ('uniform', 'greedy')
+  return found
+
+
 @pytest.fixture(scope='module')
 def experiment():
-  return configs.load(CONFIG, TINY)
+  return loaded()
 
 
 @pytest.fixture(scope='module')
@@ -231,13 +240,16 @@ def test_progress_is_a_bar_with_the_time_left_or_lines(made, file, monkeypatch):
   with progress.shown(main.STAGES, file=file) as progress_fn:
     for stage, done in told:
       progress_fn(stage, done)
+      if (stage, done > 0.5) == ('landscapes', True):
+        time.sleep(0.01)  # A bar is drawn ten times a second.
   text = file.getvalue()
   if file.isatty():
     assert '━' in text and '\x1b[' in text and '0:00:00' in text
     assert 'landscapes' in text and '100%' in text
   else:
     (line,) = (x for x in text.split('\n') if x.startswith('landscapes'))
-    assert '75% of all' in line and 's left' in line
+    share = 1 - main.STAGES['landscapes'] / sum(main.STAGES.values())
+    assert f'{share:.0%} of all' in line and 's left' in line
     assert '\x1b' not in text
 
 
@@ -262,7 +274,7 @@ def test_stopped_and_resumed_is_the_same(experiment, workdir, tmp_path):
     if (again / 'landscape/pairs.json').exists():
       stop.requested = True
 
-  with pytest.raises(preemption.Preempted, match='holds all soups'):
+  with pytest.raises(preemption.Preempted, match='copy holds all'):
     main.run(experiment, again, stop_at, stop)
   before = kept(again)
   assert {'angles', 'diagnosis', 'pairs'} <= before.keys() < set(PARTS)
@@ -276,7 +288,7 @@ def test_other_settings_in_a_workdir_that_is_done(workdir, tmp_path):
   again = copied(workdir, tmp_path)
   fewer = ['--config.landscape.num_pairs=1', '--config.landscape.num_points=0']
   fewer += ['--config.landscape.is_diagnosed=False']
-  main.run(configs.load(CONFIG, [*TINY, *fewer]), again)
+  main.run(loaded(*fewer), again)
   assert [len(part(again, 'pairs')[k]) for k in ('test', 'mean of shifts')] == [
       1,
       1,
@@ -291,7 +303,7 @@ def test_a_damaged_part_is_named(experiment, workdir, tmp_path):
   with pytest.raises(ValueError, match='lines.json is unreadable'):
     main.run(experiment, again)
   with pytest.raises(ValueError, match='lines.json is unreadable'):
-    report.write_report(again)
+    _workdir.read_workdir(again)
 
 
 def test_pairs_of_many_models():
@@ -336,8 +348,10 @@ def test_report_has_the_numbers(workdir, tmp_path):
   assert {'plane.csv', 'barriers.csv', 'pairs.csv'} <= {f.name for f in files}
 
 
-def test_report_of_a_workdir_without_landscapes(workdir, tmp_path):
+def test_sections_of_a_workdir_without_landscapes(workdir, tmp_path):
   again = copied(workdir, tmp_path)
   shutil.rmtree(again / 'landscape')
-  text = report.write_report(again)[0].read_text(encoding='utf-8')
-  assert '>Scores</h2>' in text and '>Landscape</h2>' not in text
+  contents = _workdir.read_workdir(again)
+  titles = [section.title for section in _workdir.sections_of(contents)]
+  assert 'Scores' in titles and titles[-1] == 'Provenance'
+  assert not {'Landscape', 'Barriers', 'Diagnosis'} & set(titles)

@@ -227,12 +227,12 @@ def test_heads_and_data_sets(made):
                     jax.tree.leaves(start['head'])):  # fmt: skip
       np.testing.assert_array_equal(x, y)
     assert not np.array_equal(
-        params['patches']['kernel'], start['patches']['kernel']
+        params['embed']['kernel'], start['embed']['kernel']
     )
   for name in ('probed', 'random_head'):
     other = checkpoints.Ingredients([workdir / f'seed0/{name}/theta_0'])[0]
     np.testing.assert_array_equal(
-        other['patches']['kernel'], start['patches']['kernel']
+        other['embed']['kernel'], start['embed']['kernel']
     )
     assert not np.array_equal(other['head']['kernel'], start['head']['kernel'])
 

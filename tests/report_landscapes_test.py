@@ -44,7 +44,8 @@ def test_plane_shows_every_model_and_which_are_off(ax):
   np.testing.assert_allclose(
       np.concatenate([c.get_offsets() for c in marks]), found.points
   )
-  assert [len(c.get_facecolor()) for c in marks] == [1, 1, 1, 0]
+  faces = [c.get_facecolor()[0, :3].round(1).tolist() for c in marks]
+  assert faces == [[1, 1, 1]] * 3 + [[0.6, 0.6, 0.6]]
   assert [t.get_text() for t in ax.texts] == ['init', 'a', 'b']
   legend = [t.get_text() for t in ax.get_legend().get_texts()]
   assert legend == ['soup']
@@ -201,3 +202,6 @@ def test_matrix_of_many_models_has_no_numbers(ax):
       ax, np.random.rand(20, 20), [str(k) for k in range(20)], label=''
   )
   assert not drawn(ax).texts
+  # Every other name.
+  names = [t.get_text() for t in ax.get_xticklabels()]
+  assert names == [str(k) for k in range(0, 20, 2)]

@@ -44,7 +44,7 @@ STAGES = {
     'fine-tuning': 12,
     'souping': 20,
     'reporting': 5,
-    'landscapes': 15,
+    'landscapes': 10,
 }
 
 

@@ -94,7 +94,7 @@ def plane_sections(
       f'The plane through the start and the models {first} and {second}, the '
       'best two on held-out data that are apart. Coordinates are distances '
       'between parameters. Dots are the other models, projected. What is '
-      'hollow lies far off the plane: the colour below it is not its loss.'
+      'grey lies far off the plane: the colour below it is not its loss.'
   )
   records = [
       {'surface': name, 'x': x, 'y': y, 'value': row[j]}
@@ -245,7 +245,7 @@ def angle_sections(
               ax, angles, names, label='angle (degrees)'
           ),
           f'Heat map of the angles between all pairs. {text}',
-          '',
+          'Angles between all pairs.',
           (4.8, 4.2),
       )
   ]
@@ -274,9 +274,9 @@ def _pairs_text(where: str, pairs: Sequence[landscape.Pair]) -> str:
   gains = [pair.gain for pair in pairs]
   less = [pair.soup - pair.ensemble for pair in pairs]
   text = (
-      f'On {_where(where)} the soup of two is {_points(gains)} points better '
-      f'than the two on average (mean ± deviation over {len(pairs)} pairs), '
-      f'and {_points(less)} than their ensemble.'
+      f'On {_where(where)} the soup of two gains {_points(gains)} points over '
+      f'the two on average (mean ± deviation over {len(pairs)} pairs), and '
+      f'{_points(less)} over their ensemble.'
   )
   angles = [pair.angle for pair in pairs]
   if len(pairs) > 4 and np.ptp(angles) and np.ptp(gains):

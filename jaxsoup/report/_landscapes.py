@@ -19,6 +19,8 @@ from jaxsoup.studies import Varied
 
 # From dark to light it is read without its hues, too.
 _MAP = 'viridis'
+# On a map, whose colours stay, these do not follow the colours of a page.
+_BLACK, _WHITE, _GREY = '#010101', '#fefefe', '#9a9a9a'
 _MAX_NUMBERS = 12  # A heat map of more models has no room for its numbers.
 
 
@@ -33,7 +35,7 @@ def plane(
 ) -> None:
   """The loss on a plane, and where models and soups lie on it.
 
-  A hollow mark is a model off the plane, further from it than half of its
+  A grey mark is a model off the plane, further from it than half of its
   distance from theta_0: the colour below it is not its loss.
 
   Args:
@@ -56,7 +58,7 @@ def plane(
       found.x, found.y, loss, levels, cmap=f'{_MAP}_r', norm=norm
   )
   ax.contour(
-      found.x, found.y, loss, levels, colors='white', linewidths=0.4, alpha=0.6
+      found.x, found.y, loss, levels, colors=_WHITE, linewidths=0.4, alpha=0.6
   )
   bar = ax.figure.colorbar(filled, ax=ax, label=label, format='%.3g')
   bar.ax.tick_params(labelsize=8)
@@ -86,11 +88,11 @@ def _mark_point(ax, point, row, *, is_off, is_corner, label) -> None:
   is_soup = row is not None
   ax.scatter(
       *point,
-      s=(0.6 * _plots.AREAS[row % 6] if is_soup else 40 if is_corner else 9),
+      s=0.6 * _plots.AREAS[row % 6] if is_soup else 40 if is_corner else 14,
       marker=_plots.MARKERS[row % 6] if is_soup else 'o',
-      facecolors='none' if is_off else 'white',
-      edgecolors='black',
-      linewidths=1 if is_soup or is_corner else 0.6,
+      facecolors=_GREY if is_off else _WHITE,
+      edgecolors=_BLACK,
+      linewidths=0.8 if is_soup or is_corner else 0.5,
       label=label if is_soup else None,
       zorder=4 if is_soup or is_corner else 3,
   )
@@ -105,8 +107,9 @@ def _name_point(ax, point, name: str, *, is_below: bool) -> None:
       ha='right' if is_below else 'left',
       va='top' if is_below else 'bottom',
       fontsize=8,
+      color=_BLACK,
       zorder=5,
-      bbox=dict(boxstyle='round,pad=0.15', fc='white', ec='none', alpha=0.7),
+      bbox=dict(boxstyle='round,pad=0.15', fc=_WHITE, ec='none', alpha=0.7),
   )
 
 
@@ -484,7 +487,7 @@ def matrix(
   ax.figure.colorbar(image, ax=ax, label=label)
   if len(names) <= _MAX_NUMBERS:
     for (i, j), value in np.ndenumerate(values):
-      colour = 'black' if value > (low + high) / 2 else 'white'
+      colour = _BLACK if value > (low + high) / 2 else _WHITE
       ax.text(
           j,
           i,
@@ -494,8 +497,10 @@ def matrix(
           fontsize=8,
           color=colour,
       )
-  ax.set_xticks(range(len(names)), names, fontsize=8)
-  ax.set_yticks(range(len(names)), names, fontsize=8)
+  # Names that would lie on one another are left out.
+  ticks = range(0, len(names), -(-len(names) // _MAX_NUMBERS))
+  for set_ticks in (ax.set_xticks, ax.set_yticks):
+    set_ticks(ticks, [names[k] for k in ticks], fontsize=8)
 
 
 def _colours(
