@@ -3,9 +3,10 @@
   python -m jaxsoup.experiments.paper --config=configs/digits.py --workdir=DIR
   ... --seeds=3 --only=4,13
 
-`DIR/experiments.md` then has what each of them found, `DIR/experiments/` a
-picture of each; `docs/experiments.md` says what the paper found. Models are
-trained in `DIR/seedN/`, and what is there is not made again.
+`DIR/experiments.md` then has what each of them found, `DIR/experiments/` and
+`DIR/seedN/experiments/` the pictures; `docs/experiments.md` says whether that
+is what the paper found. What is there is not made again. `jaxsoup report
+DIR/seed0/sweep` shows the sweep itself.
 """
 
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class Found(NamedTuple):
 
   Attributes:
     figures: by row and column.
-    draw: the picture; None is the figures as dots.
+    draw: the picture of one seed; None where it is the figures.
   """
 
   figures: Figures
@@ -63,10 +64,12 @@ class Experiment(NamedTuple):
   Attributes:
     title: what it is.
     study: finds it out on a bench.
+    has_dots: whether its picture is its figures, of all seeds.
   """
 
   title: str
   study: Callable[[pools.Bench], Found]
+  has_dots: bool = False
 
 
 def _scores(scores: pools.Scores) -> dict[str, float]:
@@ -584,20 +587,20 @@ EXPERIMENTS = {
     3: Experiment('soup against ensemble', against_ensembles),
     4: Experiment('learning-rate basin', basin),
     5: Experiment('the main table', table),
-    6: Experiment('greedy in random order', random_orders),
+    6: Experiment('greedy in random order', random_orders, has_dots=True),
     7: Experiment('number of models', growth),
     8: Experiment('one hyper-parameter', one_varied),
-    9: Experiment('greedy ensemble', greedy_ensemble),
+    9: Experiment('greedy ensemble', greedy_ensemble, has_dots=True),
     10: Experiment('theory', theory),
     11: Experiment('calibration', calibration),
-    12: Experiment('pre-training breadth', breadth),
+    12: Experiment('pre-training breadth', breadth, has_dots=True),
     13: Experiment('from scratch', scratch),
-    14: Experiment('EMA and SWA', averages),
-    15: Experiment('SAM', sharpness_aware),
-    16: Experiment('distillation', distillation),
+    14: Experiment('EMA and SWA', averages, has_dots=True),
+    15: Experiment('SAM', sharpness_aware, has_dots=True),
+    16: Experiment('distillation', distillation, has_dots=True),
     17: Experiment('robust fine-tuning', wise_ft),
-    18: Experiment('several data sets', data_sets),
-    19: Experiment('LP-FT', heads),
+    18: Experiment('several data sets', data_sets, has_dots=True),
+    19: Experiment('LP-FT', heads, has_dots=True),
     20: Experiment('significance', significance),
 }
 
@@ -662,10 +665,9 @@ def _once(bench: pools.Bench, number: int) -> Figures:
   if path.exists():
     return json.loads(path.read_text())
   found = experiment.study(bench)
-  draw = found.draw or functools.partial(
-      report.compared, scores=_drawn(_stacked([found.figures]))
-  )
-  report.save(draw, path.with_suffix('.png'), size=(6.4, 4.4))
+  if found.draw is not None:
+    report.save(found.draw, path.with_suffix('.png'), size=(6.4, 4.4))
+  path.parent.mkdir(exist_ok=True)
   unfinished = path.with_suffix('.tmp')
   unfinished.write_text(json.dumps(_findings.plain(found.figures), indent=1))
   unfinished.replace(path)
@@ -692,15 +694,15 @@ def _drawn(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _write(workdir: pathlib.Path, found) -> None:
-  """The figures as a Markdown file, and those that are dots over all seeds."""
+  """The figures as a Markdown file, and those that are drawn, of all seeds."""
   lines = ['# What the experiments of the paper find here', '']
   for number, rows in found.items():
-    lines += [
-        f'## {number}. {EXPERIMENTS[number].title}',
-        '',
-        *_table(rows),
-        '',
-    ]
+    experiment = EXPERIMENTS[number]
+    lines += [f'## {number}. {experiment.title}', '', *_table(rows), '']
+    if experiment.has_dots:
+      draw = functools.partial(report.compared, scores=_drawn(rows))
+      path = workdir / 'experiments' / f'{number:02d}.png'
+      report.save(draw, path, size=(6.4, 1.6 + 0.3 * len(rows)))
   (workdir / 'experiments.md').write_text('\n'.join(lines))
 
 
