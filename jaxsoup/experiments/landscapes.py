@@ -38,7 +38,8 @@ from jaxsoup.experiments import cook
 from jaxsoup.experiments import progress
 from jaxsoup.experiments import stages
 
-OnPoints = Callable[[int, int], None]
+# How much is done, and of how much.
+OnPoints = Callable[[float, float], None]
 _STAGE = 'landscapes'
 # Two models of one run are no plane.
 _LEAST_ANGLE = 10.0

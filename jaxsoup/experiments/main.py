@@ -78,11 +78,6 @@ def run(
     raise ImportError(
         'matplotlib is not installed: pip install "jaxsoup[demo]"'
     )
-  if experiment.data_fn is None:
-    raise configs.UsageError(
-        'The config file has no function data(config), which returns '
-        'jaxsoup.data.sources.Splits: see configs/digits.py.'
-    )
   workdir = pathlib.Path(workdir).absolute()
   try:
     return _run(experiment, workdir, progress_fn, stop or preemption.Stop())
@@ -125,10 +120,15 @@ def opened(
     What the stages share.
 
   Raises:
-    UsageError: the workdir was begun with another config.
+    UsageError: no data, or the workdir was begun with another config.
     InUseError: another process works on the workdir.
     ValueError: examples with two roles.
   """
+  if experiment.data_fn is None:
+    raise configs.UsageError(
+        'The config file has no function data(config), which returns '
+        'jaxsoup.data.sources.Splits: see configs/digits.py.'
+    )
   config = experiment.config
   shard, num_shards = stages.shard_of(config)
   name = '.lock' if num_shards == 1 else f'.lock_{shard}_{num_shards}'

@@ -21,6 +21,7 @@ from typing import Any
 from typing import NamedTuple
 
 from absl import flags
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import stats
@@ -31,6 +32,7 @@ from jaxsoup import metrics
 from jaxsoup import report
 from jaxsoup import studies
 from jaxsoup.data import shifts
+from jaxsoup.data import sources
 from jaxsoup.diagnosis import _findings
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import distributed
@@ -268,13 +270,10 @@ def growth(bench: pools.Bench) -> Found:
   figures: Figures = {}
   grown = {}
   for field, column in (('test', _TEST), ('shifts', _SHIFTS)):
-    report_fn = lambda members, field=field: getattr(pool.soup(members), field)
     curves = studies.recipes(
-        pool.models, pool.eval_fn, report_fn, scores=pool.known
+        pool.models, pool.eval_fn, _field(pool.soup, field), scores=pool.known
     )
-    curves['ensemble'] = lambda members, field=field: getattr(
-        pool.ensemble(members), field
-    )
+    curves['ensemble'] = _field(pool.ensemble, field)
     grown[field] = studies.growth(curves, len(pool), nums=nums, num_orders=3)
     for name, rows in grown[field].scores.items():
       for num, value in zip(nums, rows.mean(0)):
@@ -284,6 +283,11 @@ def growth(bench: pools.Bench) -> Found:
       report.growth, found=grown['shifts'], label='shifts, %', scale=1
   )
   return Found(figures, draw)
+
+
+def _field(scores_fn: Callable[..., pools.Scores], field: str) -> Any:
+  """`members -> float`, of one data set."""
+  return lambda members: getattr(scores_fn(members), field)
 
 
 def _nums(num: int) -> list[int]:
@@ -297,8 +301,7 @@ def one_varied(bench: pools.Bench) -> Found:
   figures: Figures = {}
   of_shifts = []
   for field, column in (('test', _TEST), ('shifts', _SHIFTS)):
-    score_fn = lambda members, field=field: getattr(pool.soup(members), field)
-    found = studies.one_varied(pool.runs, score_fn, ignore=())
+    found = studies.one_varied(pool.runs, _field(pool.soup, field), ignore=())
     of_shifts = found
     for one in found:
       for what in ('best', 'mean', 'soup'):
@@ -521,7 +524,9 @@ def data_sets(bench: pools.Bench) -> Found:
   """Models of several data sets under one frozen head, and their soup."""
   own = {name: bench[f'on_{name}'] for name in pools.DATA_SETS}
   pool = bench['sweep']
-  config, test = pool.work.config, pool.work.splits.test.arrays
+  config = pool.work.config
+  test = sources.in_memory(pool.work.splits.test).arrays
+  logits_fn = pool.work.model.logits_fn
   elsewhere = [n for n in pool.work.splits.shifts if n not in pools.DATA_SETS]
   sets = {
       name: shifts.apply(test, name, config.shifts[name], seed=config.seed)
@@ -533,7 +538,7 @@ def data_sets(bench: pools.Bench) -> Found:
         name: 100
         * float(
             metrics.accuracy(
-                pool.work.model.logits_fn(params, x), jnp.asarray(x['label'])
+                logits_fn(params, jax.device_put(x)), jnp.asarray(x['label'])
             )
         )
         for name, x in sets.items()

@@ -198,11 +198,11 @@ class Bench:
     base = self.experiment
     config = copy.deepcopy(base.config)
     variant.change_fn(config)
-    assert base.data_fn is not None
-    make_fn = base.data_fn
-    data_fn = lambda config: variant.data_fn(config, make_fn(config))
+    make_fn: Any = base.data_fn
     experiment = base._replace(
-        config=config, runs=variant.runs, data_fn=data_fn
+        config=config,
+        runs=variant.runs,
+        data_fn=lambda config: variant.data_fn(config, make_fn(config)),
     )
     work = self._stack.enter_context(
         main.opened(experiment, self.workdir / name, **self._options)
@@ -264,7 +264,8 @@ def middle(config: ml_collections.ConfigDict) -> configs.Run:
   run: configs.Run = {'seed': 0}
   for name, value in config.sweep.items():
     if isinstance(value, tuple):
-      run[name] = float(_spread(*value, 3)[1])
+      low, high = value
+      run[name] = float(_spread(low, high, 3)[1])
   return run
 
 
@@ -279,9 +280,10 @@ def _one_factor(bench: Bench) -> Variant:
   centre = middle(bench.config)
   runs = []
   for name in FACTORS:
-    values = range(1, NUM_VALUES + 1)
+    values: Sequence[Any] = range(1, NUM_VALUES + 1)
     if name != 'seed':
-      values = _spread(*bench.config.sweep[name], NUM_VALUES).tolist()
+      low, high = bench.config.sweep[name]
+      values = _spread(low, high, NUM_VALUES).tolist()
     runs += [{**centre, name: value} for value in values]
   return Variant(runs)
 
