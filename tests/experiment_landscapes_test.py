@@ -22,18 +22,10 @@ from jaxsoup.experiments import progress
 from jaxsoup.report import _workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONFIG = f'{ROOT}/configs/digits.py:runlocal'
+CONFIG = f'{ROOT}/tests/_digits_mlp.py'
 NUM_POINTS, NUM_EXAMPLES = 3, 60
 TINY = [
-    '--config.sweep.num_runs=4',
-    '--config.sweep.group_size=4',
-    '--config.pretrain.num_epochs=20',
     '--config.finetune.num_epochs=2',
-    '--config.learned.num_epochs=1',
-    '--config.model.depth=1',
-    '--config.model.width=12',
-    '--config.data.sizes.test=100',
-    '--config.data.sizes.held_out=80',
     f'--config.landscape.num_points={NUM_POINTS}',
     '--config.landscape.num_pairs=3',
     f'--config.landscape.num_examples={NUM_EXAMPLES}',
@@ -42,10 +34,7 @@ PARTS = ('angles', 'diagnosis', 'lines', 'pairs', 'plane')
 
 
 def loaded(*overrides):
-  found = configs.load(CONFIG, [*TINY, *overrides])
-  with found.config.unlocked():
-    found.config.recipes = ('uniform', 'greedy')
-  return found
+  return configs.load(CONFIG, [*TINY, *overrides])
 
 
 @pytest.fixture(scope='module')

@@ -179,6 +179,7 @@ class Bench:
     self._options = {'progress_fn': progress_fn, 'stop': stop}
     self._stack = stack
     self._pools: dict[str, Pool] = {}
+    self._frozen: modeling.Model | None = None
     self.cache: dict[str, Any] = {}
 
   @property
@@ -213,8 +214,11 @@ class Bench:
       checkpoints.save(path, start)
     theta_0 = stages.theta_0(work)
     if variant.frozen:
-      model = modeling.frozen(work.model, variant.frozen, theta_0)
-      work = dataclasses.replace(work, model=model)
+      # One model for all pools, or each would be compiled.
+      self._frozen = self._frozen or modeling.frozen(
+          work.model, variant.frozen, theta_0
+      )
+      work = dataclasses.replace(work, model=self._frozen)
     pool = Pool(work, theta_0)
     if name == 'sweep':
       results.make(work, theta_0)
@@ -335,7 +339,7 @@ def _averaged(bench: Bench) -> Variant:
   def change_fn(config):
     last = config.finetune.num_epochs
     config.finetune.ema = (0.95,)
-    late = np.linspace(last / 2, last, 5)[:-1].round().astype(int)
+    late = np.linspace(last / 2, last, 5)[:-1].astype(int)
     config.finetune.keep_epochs = tuple(late.tolist())
 
   return Variant(bench.runs[:NUM_RUNS], change_fn=change_fn)
