@@ -339,7 +339,7 @@ def _averaged(bench: Bench) -> Variant:
   def change_fn(config):
     last = config.finetune.num_epochs
     config.finetune.ema = (0.95,)
-    late = np.linspace(last / 2, last, 5)[:-1].astype(int)
+    late = np.linspace(last / 2, last, 5)[:-1].round().astype(int)
     config.finetune.keep_epochs = tuple(late.tolist())
 
   return Variant(bench.runs[:NUM_RUNS], change_fn=change_fn)
