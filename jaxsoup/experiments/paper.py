@@ -24,7 +24,6 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 import jaxsoup
 from jaxsoup import landscape
@@ -165,7 +164,7 @@ def angles_and_gains(bench: pools.Bench) -> Found:
       row = figures.setdefault(f'only {name} varies', {})
       row['angle, degrees'] = float(np.mean([angles[i] for i in rows]))
       row[column] = float(np.mean([gains[i] for i in rows]))
-    correlation = stats.spearmanr(angles, gains).statistic
+    correlation, _ = studies.rank_correlation(angles, gains)
     figures.setdefault("Spearman's correlation", {})[column] = correlation
   draw = functools.partial(
       report.angles_and_gains,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxsoup import landscape
+from jaxsoup import studies
 from jaxsoup.diagnosis import _findings
 from jaxsoup.report import _landscapes
 from jaxsoup.report._page import Labelled
@@ -280,12 +281,10 @@ def _pairs_text(where: str, pairs: Sequence[landscape.Pair]) -> str:
   )
   angles = [pair.angle for pair in pairs]
   if len(pairs) > 4 and np.ptp(angles) and np.ptp(gains):
-    from scipy import stats
-
-    found = stats.spearmanr(angles, gains)
+    correlation, p_value = studies.rank_correlation(angles, gains)
     text += (
-        f" Spearman's correlation of the gain with the angle is "
-        f'{found.statistic:.2f} (p = {found.pvalue:.2g}).'
+        " Spearman's correlation of the gain with the angle is "
+        f'{correlation:.2f} (p = {p_value:.2g}).'
     )
   return text
 
