@@ -8,6 +8,9 @@ report.write_report('runs/digits')               # one HTML file of all
 ```
 """
 
+from jaxsoup.report._landscape_sections import (
+    diagnosis_sections as diagnosis_sections,
+)
 from jaxsoup.report._landscapes import against_ensembles as against_ensembles
 from jaxsoup.report._landscapes import angles_and_gains as angles_and_gains
 from jaxsoup.report._landscapes import compared as compared
