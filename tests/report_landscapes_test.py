@@ -197,6 +197,12 @@ def test_matrix(ax):
   assert ax.images[0].get_clim() == (60, 80)
 
 
+def test_matrix_with_gaps_and_zeros(ax):
+  values = np.array([[np.nan, -0.01], [-0.01, np.nan]])
+  report.matrix(ax, values, ['a', 'b'], label='drop', fmt='.1f')
+  assert [t.get_text() for t in drawn(ax).texts] == ['0.0', '0.0']
+
+
 def test_matrix_of_many_models_has_no_numbers(ax):
   report.matrix(
       ax, np.random.rand(20, 20), [str(k) for k in range(20)], label=''

@@ -370,6 +370,7 @@ def _off_diagonal(matrix: np.ndarray) -> np.ndarray:
 
 
 def _barrier_map(barriers: np.ndarray, names: Sequence[str]) -> Picture:
+  names = [pathlib.PurePath(name).name for name in names]
   largest = 100 * barriers[_off_diagonal(barriers)].max()
   text = (
       'How far the held-out score of the average of two lies below the mean of '

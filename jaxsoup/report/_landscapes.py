@@ -487,11 +487,14 @@ def matrix(
   ax.figure.colorbar(image, ax=ax, label=label)
   if len(names) <= _MAX_NUMBERS:
     for (i, j), value in np.ndenumerate(values):
+      if not np.isfinite(value):  # Not measured.
+        continue
+      text = format(value, fmt)
       colour = _BLACK if value > (low + high) / 2 else _WHITE
       ax.text(
           j,
           i,
-          format(value, fmt),
+          text if float(text) else text.lstrip('-'),
           ha='center',
           va='center',
           fontsize=8,
