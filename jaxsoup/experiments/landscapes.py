@@ -1,7 +1,7 @@
 """What lies between the models of an experiment, and whether they fit together.
 
 ```
-landscapes.make(work, theta_0, ingredients, soups, scores)
+landscapes.make(work, theta_0, soups, scores)
 ```
 
 Each part is one file in the workdir, `landscape/NAME.json`, which the report
@@ -24,8 +24,10 @@ import pathlib
 from typing import Any
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from jaxsoup import _memory
 from jaxsoup import checkpoints
 from jaxsoup import diagnosis
 from jaxsoup import evaluation
@@ -35,6 +37,7 @@ from jaxsoup.data import sources
 from jaxsoup.diagnosis import _findings
 from jaxsoup.diagnosis import _trials
 from jaxsoup.experiments import cook
+from jaxsoup.experiments import preemption
 from jaxsoup.experiments import progress
 from jaxsoup.experiments import stages
 
@@ -112,6 +115,42 @@ def _some(source: sources.Source, num: int) -> sources.Arrays:
   return sources.Arrays(source[rows])
 
 
+class Held(preemption.Ingredients):
+  """Ingredients that stay in memory: small ones take longer to read."""
+
+  average = None  # type: ignore[assignment]  # Which reads them anew.
+
+  def __init__(self, *args: Any, **options: Any):
+    super().__init__(*args, **options)
+    self._held: dict[int, Any] = {}
+
+  def __getitem__(self, k):
+    if isinstance(k, slice):
+      return [self[i] for i in range(len(self))[k]]
+    k = range(len(self))[k]
+    if k not in self._held:
+      self._held[k] = super().__getitem__(k)
+    return self._held[k]
+
+  def prefetch(self, k: int) -> None:
+    if k not in self._held:
+      super().prefetch(k)
+
+
+def _ingredients(work: stages.Work, theta_0: Any) -> checkpoints.Ingredients:
+  """The runs; in memory if all together take a fifth of it at most."""
+  found = stages.ingredients(work, theta_0)
+  size = len(found) * sum(x.nbytes for x in jax.tree.leaves(theta_0))
+  if size > _memory.free_bytes(jax.local_devices()[0]) / 5:
+    return found
+  return Held(
+      found.paths,
+      stages.abstract(work.config, theta_0),
+      stop=work.stop,
+      saved=f'{work.workdir} holds all soups',
+  )
+
+
 class Models(Sequence):
   """Ingredients, and soups that lie in memory."""
 
@@ -129,7 +168,6 @@ class Models(Sequence):
 def make(
     work: stages.Work,
     theta_0: Any,
-    ingredients: checkpoints.Ingredients,
     soups: Mapping[str, Any],
     scores: Sequence[float],
     prepare_fn: Callable[[Any], Any] | None = None,
@@ -142,9 +180,8 @@ def make(
       `num_pairs`: how many pairs of models; `num_examples`: of each data set at
       most; `is_diagnosed`. 0 or False leave a part out.
     theta_0: the start of the runs.
-    ingredients: the fine-tuned runs, K.
     soups: by name.
-    scores: of the ingredients on the examples that select, `[K]`.
+    scores: of the K runs on the examples that select, `[K]`.
     prepare_fn: what is done to a mixture before it is evaluated, as in the
       searches: new statistics of BatchNorm.
 
@@ -152,12 +189,13 @@ def make(
     ValueError: a damaged file of an earlier call.
     Preempted: the script is to stop; parts that are whole are saved.
   """
-  if 'landscape' not in work.config or len(ingredients) < 2:
+  if 'landscape' not in work.config or len(scores) < 2:
     return
   settings = work.config.landscape.to_dict()
   # Where the ingredients are: on a mesh, if that is sharded.
   shapes = stages.abstract(work.config, theta_0)
   theta_0 = checkpoints.Ingredients([work.workdir / 'theta_0'], shapes)[0]
+  ingredients = _ingredients(work, theta_0)
   found = Parts(work, theta_0, ingredients, soups, scores, prepare_fn).all()
   total, num_done = sum(part.num for part in found), 0
   for part in found:

@@ -107,7 +107,7 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
   work.progress_fn('reporting', 0.0)
   stable = stability(work, ingredients, all_splits[0], logits)
   _write(work, tables, first, calibration, stable)
-  landscapes.make(work, theta_0, ingredients, first, **around)
+  landscapes.make(work, theta_0, first, **around)
   return report.averaged(tables)[0]
 
 
