@@ -171,6 +171,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.recipes = ('uniform', 'greedy', 'pruned')
   config.batch_size = 50 if is_short else 200
   config.num_splits = 1 if is_short else 3
+  # How much is looked at between the models; 0 leaves a part out. A workdir
+  # that is done takes other numbers.
+  config.landscape = dict(
+      num_points=0, num_pairs=0, num_examples=200, is_diagnosed=False
+  )
   config.save_every_minutes = 10.0
   return config
 

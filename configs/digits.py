@@ -131,6 +131,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # see how far the choice of greedy hangs on it.
   config.num_splits = 1
   config.stability = dict(num_resamples=0)
+  # What is looked at when all soups are there, see `experiments/landscapes.py`;
+  # a workdir may change it.
+  config.landscape = dict(
+      num_points=7 if is_short else 11,
+      num_pairs=12,
+      num_examples=500,
+      is_diagnosed=True,
+  )
   # A state of the training is kept that often, and on SIGTERM.
   config.save_every_minutes = 10.0
   config.tensorboard = False

@@ -117,6 +117,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.batch_size = 16 if is_short else 512
   config.is_sharded = True
+  # How much is looked at between the models; 0 leaves a part out. A workdir
+  # that is done takes other numbers.
+  config.landscape = dict(
+      num_points=0, num_pairs=0, num_examples=1000, is_diagnosed=False
+  )
   config.save_every_minutes = 10.0
   return config
 

@@ -129,6 +129,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.batch_size = 50
   config.num_splits = 1 if is_short else 3
   config.stability = dict(num_resamples=0)
+  # How much is looked at between the models; 0 leaves a part out. A workdir
+  # that is done takes other numbers.
+  config.landscape = dict(
+      num_points=0, num_pairs=0, num_examples=200, is_diagnosed=not is_short
+  )
   config.save_every_minutes = 10.0
   return config
 

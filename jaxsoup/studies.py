@@ -380,10 +380,10 @@ def contributions(
     raise ValueError(f'Of runs there are {lengths}: expected one number.')
   found = []
   for name, values in _numeric(configs, set(ignore)).items():
-    correlation, p_value = _spearman(values, scores)
+    correlation, p_value = rank_correlation(values, scores)
     inclusion = float('nan')
     if frequency is not None:
-      inclusion, _ = _spearman(values, frequency)
+      inclusion, _ = rank_correlation(values, frequency)
     found.append(Contribution(name, correlation, p_value, inclusion))
   strength = lambda c: np.nan_to_num(abs(c.correlation), nan=-1)
   return sorted(found, key=strength, reverse=True)
@@ -400,7 +400,25 @@ def _numeric(configs, ignore: set[str]) -> dict[str, np.ndarray]:
   }
 
 
-def _spearman(x: Any, y: Any) -> tuple[float, float]:
+def rank_correlation(x: Any, y: Any) -> tuple[float, float]:
+  """Spearman's correlation: Pearson's, of the ranks.
+
+  Args:
+    x: `[N]`, such as the angles of pairs.
+    y: `[N]`, such as what each of them gains.
+
+  Returns:
+    The correlation, and the two-sided p-value of none. NaN where one of the two
+    is constant.
+
+  Example:
+    >>> correlation, p_value = rank_correlation([1, 2, 3, 9], [4, 3, 2, 1])
+    >>> correlation
+    -1.0
+
+  Source: Spearman 1904, "The proof and measurement of association between two
+  things".
+  """
   from scipy import stats
 
   with warnings.catch_warnings():

@@ -1,5 +1,6 @@
 """`jaxsoup diagnose`: output, JSON, exit codes, one-line errors."""
 
+import html
 import json
 import sys
 
@@ -115,3 +116,18 @@ def test_errors(options, code, text):
   assert 'Traceback' not in result.output
   # A usage error is drawn in a box, which breaks lines.
   assert text in ' '.join(result.stderr.replace('│', ' ').split())
+
+
+def test_a_page_of_it(tmp_path):
+  runs = [f'run{k}' for k in range(4)]
+  options = ['--eval', 'judge:score', '--report', 'out/page.html']
+  assert invoke(*runs, *options).exit_code == 1
+  text = (tmp_path / 'out/page.html').read_text(encoding='utf-8')
+  found = json.loads(invoke(*runs, '--eval', 'judge:score', '--json').stdout)
+  assert found['verdict']['reason'] in text
+  for finding in found['findings']:
+    for key in ('title', 'meaning', 'remedy'):
+      assert html.escape(finding[key]) in text
+  assert (tmp_path / 'out/page/barrier_map.svg').is_file()
+  result = invoke(*runs, '--report', 'page')
+  assert result.exit_code == 1 and 'call it page.html' in result.stderr

@@ -571,3 +571,40 @@ def test_batches_are_augmented_as_the_runs_were(config, model, data):
     image = batch['image'][:, :, :: -1 if i else 1]
     np.testing.assert_array_equal(found['image'], image)
     np.testing.assert_array_equal(found['label'], batch['label'])
+
+
+# Teachers, and parts that are not trained.
+
+
+def test_targets_of_a_teacher():
+  """The gradient is x (softmax(z) - target), whatever the label says."""
+  data = features(8)
+  rng = np.random.default_rng(5)
+  teacher = 2 * rng.normal(size=(8, NUM_CLASSES))
+  source = finetune.distilled(sources.Arrays(data), teacher)
+  expected = special.softmax(teacher, axis=-1)
+  np.testing.assert_allclose(source.arrays['target'], expected, rtol=1e-5)
+  phase = dict(num_epochs=1, batch_size=8, warmup=0, final=1, optimizer='sgd')
+  phase['momentum'] = 0.0
+  found = finetune.train_one(
+      LINEAR, phase, tree(np.float32, start()), {'learning_rate': 0.5}, source
+  )
+  params = start()
+  z = data['feature'] @ params['kernel'] + params['bias']
+  error = (special.softmax(z, axis=-1) - expected) / 8
+  grads = {'kernel': data['feature'].T @ error, 'bias': error.sum(0)}
+  assert_close(found, tree(lambda p, g: p - 0.5 * g, params, grads))
+
+
+def test_a_frozen_part_stays():
+  phase = dict(PHASE, num_epochs=3)
+  run = {'learning_rate': 0.3, 'weight_decay': 0.5}
+  params = tree(np.float32, start())
+  model = modeling.frozen(LINEAR, 'bias', params)
+  found = finetune.train_one(
+      model, phase, params, run, sources.Arrays(features())
+  )
+  np.testing.assert_array_equal(found['bias'], params['bias'])
+  assert np.abs(found['kernel'] - params['kernel']).max() > 0.1
+  with pytest.raises(ValueError, match="No part 'head' to freeze: .*kernel"):
+    modeling.frozen(LINEAR, 'head', params)

@@ -44,9 +44,19 @@ def test_plane_shows_every_model_and_which_are_off(ax):
   np.testing.assert_allclose(
       np.concatenate([c.get_offsets() for c in marks]), found.points
   )
-  assert [len(c.get_facecolor()) for c in marks] == [1, 1, 1, 0]
-  assert [t.get_text() for t in ax.texts] == ['init', 'a', 'b', 'soup']
+  faces = [c.get_facecolor()[0, :3].round(1).tolist() for c in marks]
+  assert faces == [[1, 1, 1]] * 3 + [[0.6, 0.6, 0.6]]
+  assert [t.get_text() for t in ax.texts] == ['init', 'a', 'b']
+  legend = [t.get_text() for t in ax.get_legend().get_texts()]
+  assert legend == ['soup']
   assert ax.get_xlabel() == 'from init towards a'
+
+
+def test_models_without_a_name_are_dots_on_the_plane(ax):
+  report.plane(ax, grid(np.arange(12.0).reshape(3, 4)), ['init', 'a', 'b', ''])
+  *_, corner, other = drawn(ax).collections
+  assert other.get_sizes() < corner.get_sizes()
+  assert ax.get_legend() is None
 
 
 def test_plane_of_a_constant_loss(ax):
@@ -134,6 +144,36 @@ def test_contributions(ax):
   np.testing.assert_allclose(dots_of(ax), [[-0.5, 2]])
 
 
+def test_varied(ax):
+  found = [
+      studies.Varied('learning_rate', (0, 1), (1e-4, 1e-3), 0.8, 0.7, 0.9),
+      studies.Varied('seed', (2, 3), (1, 2), 0.6, 0.5, 0.55),
+  ]
+  report.varied(ax, found)
+  drawn(ax)
+  # Soups, then the best, then the mean; the first group is on top.
+  expected = [[90, 1], [55, 0], [80, 1], [60, 0], [70, 1], [50, 0]]
+  np.testing.assert_allclose(dots_of(ax), expected)
+  names = [t.get_text() for t in ax.get_yticklabels()]
+  assert dict(zip(ax.get_yticks(), names)) == {1: 'learning rate', 0: 'seed'}
+
+
+def test_compared(ax):
+  scores = {
+      'soup': {'test': [0.9, 0.7], 'shifts': [0.5, 0.5]},
+      'single': {'test': [0.6, 0.8]},
+  }
+  report.compared(ax, scores, scale=100)
+  drawn(ax)
+  means = [c.get_offsets() for c in ax.collections if c.get_label()[0] != '_']
+  np.testing.assert_allclose(means[0], [[80, 1], [70, 0]])
+  np.testing.assert_allclose(means[1], [[50, 1]])
+  repeats = [c for c in ax.collections if c.get_label()[0] == '_']
+  np.testing.assert_allclose(repeats[0].get_offsets(), [[90, 1], [70, 1]])
+  legend = [t.get_text() for t in ax.get_legend().get_texts()]
+  assert legend == ['test', 'shifts']
+
+
 def test_wise_ft(ax):
   t = np.array([0, 0.5, 1])
   scores = {
@@ -157,8 +197,17 @@ def test_matrix(ax):
   assert ax.images[0].get_clim() == (60, 80)
 
 
+def test_matrix_with_gaps_and_zeros(ax):
+  values = np.array([[np.nan, -0.01], [-0.01, np.nan]])
+  report.matrix(ax, values, ['a', 'b'], label='drop', fmt='.1f')
+  assert [t.get_text() for t in drawn(ax).texts] == ['0.0', '0.0']
+
+
 def test_matrix_of_many_models_has_no_numbers(ax):
   report.matrix(
       ax, np.random.rand(20, 20), [str(k) for k in range(20)], label=''
   )
   assert not drawn(ax).texts
+  # Every other name.
+  names = [t.get_text() for t in ax.get_xticklabels()]
+  assert names == [str(k) for k in range(0, 20, 2)]

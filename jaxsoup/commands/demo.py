@@ -23,34 +23,17 @@ def demo(
 ) -> None:
   """Fine-tunes a sweep on real images, cooks every soup, shows the table."""
   with _common.failures():
-    from jaxsoup import report
-    from jaxsoup.experiments import configs
     from jaxsoup.experiments import distributed
     from jaxsoup.experiments import main as experiment
-    from jaxsoup.experiments import preemption
-    from jaxsoup.experiments import progress
 
     file = f'{_config_file("digits.py")}{":runlocal" if short else ""}'
     typer.echo(distributed.banner(workdir), err=True)
-    tables = []
-    for seed in range(seeds):
-      loaded = configs.load(file, [f'--config.seed={seed}'])
-      folder = workdir / f'seed{seed}' if seeds > 1 else workdir
-      with (
-          preemption.handled() as stop,
-          progress.shown(experiment.STAGES) as progress_fn,
-      ):
-        tables.append(experiment.run(loaded, folder, progress_fn, stop))
-    summaries = [report.summary(rows) for rows in tables]
-    means, deviations = report.mean_rows(summaries)
-    many = deviations if seeds > 1 else None
-    if seeds > 1:
-      (workdir / 'table.md').write_text(report.markdown(means, many) + '\n')
+    tables = experiment.run_seeds(file, workdir, num_seeds=seeds)
     if as_json:
       rows = [[row._asdict() for row in table] for table in tables]
       typer.echo(json.dumps({'workdir': str(workdir), 'tables': rows}))
     else:
-      experiment.show(means, workdir, many)
+      experiment.show(tables, workdir)
 
 
 def _config_file(name: str) -> pathlib.Path:

@@ -49,6 +49,15 @@ def diagnose(
         float,
         typer.Option(min=0, help='With --eval: the largest drop of the score.'),
     ] = 0.02,
+    report_file: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            '--report',
+            metavar='FILE.html',
+            help='Writes it as a page, too; with --eval and up to 12 runs with'
+            ' a map of the barriers.',
+        ),
+    ] = None,
     item: _common.Item = None,
     as_json: _common.Json = False,
 ) -> None:
@@ -82,6 +91,12 @@ def diagnose(
           progress_fn=progress_fn,
           **functions,
       )
+    if report_file is not None:
+      from jaxsoup import report
+
+      sections = report.diagnosis_sections(found.as_json())
+      title = f'Diagnosis of {len(runs)} runs'
+      report.write_page(report_file, title, sections)
   text = found.as_text()
   if as_json:
     text = json.dumps(found.as_json(), allow_nan=False)

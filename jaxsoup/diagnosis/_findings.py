@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 SEVERITIES = ('error', 'warning', 'note')
-_MARKS = {'error': 'BREAKS THE SOUP', 'warning': 'WARNING', 'note': 'NOTE'}
+MARKS = {'error': 'BREAKS THE SOUP', 'warning': 'WARNING', 'note': 'NOTE'}
 
 
 class Finding(NamedTuple):
@@ -82,7 +82,7 @@ class Diagnosis(NamedTuple):
             {**f._asdict(), 'names': [self.names[k] for k in f.ingredients]}
             for f in self.findings
         ],
-        'measured': _plain(self.measured),
+        'measured': plain(self.measured),
     }
 
   def as_text(self, width: int = 80) -> str:
@@ -95,7 +95,7 @@ class Diagnosis(NamedTuple):
     if self.verdict.action == 'soup a subset':
       lines.append(fill(listed(self.names, self.verdict.members, most=99)))
     for i, finding in enumerate(self.findings, 1):
-      lines += ['', f'{i}. [{_MARKS[finding.severity]}] {finding.title}']
+      lines += ['', f'{i}. [{MARKS[finding.severity]}] {finding.title}']
       lines.append(fill(f'Seen: {finding.seen}'))
       lines.append(fill(f'Meaning: {finding.meaning}'))
       lines.append(fill(f'Do: {finding.remedy}'))
@@ -127,13 +127,14 @@ def listed(names: Sequence[Any], members: Sequence[int], most: int = 6) -> str:
   return f'{", ".join(words[:-1])} and {words[-1]}'
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+  """What JSON can hold: lists for arrays, None for what is not finite."""
   if isinstance(value, dict):
-    return {str(k): _plain(x) for k, x in value.items()}
+    return {str(k): plain(x) for k, x in value.items()}
   if isinstance(value, (list, tuple)):
-    return [_plain(x) for x in value]
+    return [plain(x) for x in value]
   if isinstance(value, np.ndarray):
-    return _plain(value.tolist())
+    return plain(value.tolist())
   if isinstance(value, (float, np.floating)):
     return float(value) if np.isfinite(value) else None
   return value.item() if isinstance(value, np.generic) else value

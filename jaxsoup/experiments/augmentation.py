@@ -46,7 +46,8 @@ def apply(
 
   Args:
     key: jax key.
-    batch: the inputs of a model, and `label` [B].
+    batch: the inputs of a model, and `label` [B]; or `target` [B, C], what a
+      teacher says, in place of it.
     hyper: scalars, perhaps traced: the strengths, and `label_smoothing`.
     names: those of `ALL` that are applied.
     num_classes: C.
@@ -56,7 +57,9 @@ def apply(
     The batch, and targets [B, C] that sum to 1.
   """
   batch, options = dict(batch), options or {}
-  target = jax.nn.one_hot(batch['label'], num_classes)
+  target = batch.pop('target', None)
+  if target is None:
+    target = jax.nn.one_hot(batch['label'], num_classes)
   target = optax.smooth_labels(target, hyper['label_smoothing'])
   for name, name_key in zip(ALL, jax.random.split(key, len(ALL))):
     if name not in names:

@@ -22,6 +22,8 @@ from ml_collections import config_flags
 from jaxsoup import _processes
 
 Run = dict[str, Any]
+# Fields that decide what is looked at when all models are there.
+LATER = ('landscape.',)
 
 
 class Experiment(NamedTuple):
@@ -55,6 +57,7 @@ class Arguments(NamedTuple):
     config: the config file, perhaps with an argument behind a colon.
     workdir: where everything goes.
     overrides: such as '--config.seed=1'.
+    num_seeds: how many seeds, from `config.seed` on.
     is_distributed: whether other processes take part.
     join: arguments of `distributed.start`.
   """
@@ -62,6 +65,7 @@ class Arguments(NamedTuple):
   config: str
   workdir: str
   overrides: list[str]
+  num_seeds: int
   is_distributed: bool
   join: dict[str, Any]
 
@@ -81,6 +85,7 @@ def parse(argv: Sequence[str]) -> Arguments:
   values = flags.FlagValues()
   flags.DEFINE_string('config', None, '', flag_values=values)
   flags.DEFINE_string('workdir', None, '', flag_values=values)
+  flags.DEFINE_integer('seeds', 1, '', lower_bound=1, flag_values=values)
   flags.DEFINE_bool('distributed', False, '', flag_values=values)
   flags.DEFINE_string('coordinator', None, '', flag_values=values)
   flags.DEFINE_integer('num-processes', None, '', flag_values=values)
@@ -113,6 +118,7 @@ def parse(argv: Sequence[str]) -> Arguments:
       values.config,
       values.workdir,
       [a for a in argv if is_override(a)],
+      num_seeds=values.seeds,
       is_distributed=values.distributed or any(given),
       join={**join, 'timeout': values.timeout},
   )
@@ -120,7 +126,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 USAGE = (
     'python -m jaxsoup.experiments.main --config=FILE[:ARG] --workdir=DIR '
-    '[--config.NAME=VALUE ...] [--distributed | --coordinator=HOST:PORT '
+    '[--config.NAME=VALUE ...] [--seeds=N] [--distributed | --coordinator=HOST:PORT '
     '--num-processes=N --process=I] [--timeout=SECONDS]'
 )
 
@@ -237,6 +243,8 @@ def check_unchanged(
   """
   now = json.loads(json.dumps(_flat(config)))
   now.pop('sweep.shard', None)  # It decides where a run is trained, not what.
+  # Nor do these: what is looked at has its settings with it.
+  now = {k: v for k, v in now.items() if not k.startswith(LATER)}
   if not file.exists():
     if not _processes.is_main():
       return

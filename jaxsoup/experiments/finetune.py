@@ -59,8 +59,8 @@ def train(
     params: theta_0, the common start.
     runs: K dicts with keys of `DEFAULTS`, which fills in what is missing, of
       `OTHERS`, `STATIC` (alike in all) and of `augmentation.ALL`.
-    source: the training data. In memory of one process they go to the device;
-      else one run trains on all devices.
+    source: the training data. In memory of one process they go to the device,
+      and may be `distilled`; else one run trains on all devices.
     progress_fn: called after each epoch with (epochs done, epochs,
       losses [K]).
     saved: where the state is kept in between; the result does not depend on
@@ -79,8 +79,8 @@ def train(
   settings = steps.settings_of(phase, runs, len(source))
   hyper = steps.stack_runs(runs)
   if hasattr(source, 'arrays') and jax.process_count() == 1:
-    data = {name: source.arrays[name] for name in (*model.inputs, 'label')}
-    data = jax.device_put(data)
+    fields = [*model.inputs, 'label', *({'target'} & set(source.arrays))]
+    data = jax.device_put({name: source.arrays[name] for name in fields})
     state = _start(model, settings, params, hyper)
     num_units = 1  # Of what is saved in an epoch.
     as_stacked = lambda tree: tree
@@ -113,6 +113,28 @@ def train(
     for name, copy in state.ema.items():
       keep_fn(name, as_stacked(copy))
   return as_stacked(state.params)
+
+
+def distilled(source: sources.Arrays, logits: Any) -> sources.Arrays:
+  """Training data whose targets are what a teacher says of them.
+
+  Args:
+    source: the training data, in memory.
+    logits: `[N, C]` of the teacher, such as the mean over an ensemble.
+
+  Returns:
+    The same examples, with `target` `[N, C]`: the softmax of the logits.
+
+  Example:
+    >>> source = sources.Arrays({'x': np.zeros(1), 'label': np.zeros(1, int)})
+    >>> distilled(source, np.log([[1.0, 3.0]])).arrays['target']
+    array([[0.25, 0.75]], dtype=float32)
+
+  Source: Hinton et al. 2015, "Distilling the knowledge in a neural network",
+  at temperature 1.
+  """
+  target = jax.nn.softmax(jax.device_put(np.asarray(logits, np.float32)))
+  return sources.Arrays({**source.arrays, 'target': np.asarray(target)})
 
 
 def train_one(

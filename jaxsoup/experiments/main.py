@@ -12,6 +12,8 @@ calls share the fine-tuning where each has its part of the runs:
 ... --config.sweep.shard=0/4      and 1/4, 2/4, 3/4, on one workdir
 ```
 
+  ... --seeds=3            in DIR/seed0, DIR/seed1, ..., and their mean
+
 One run on all devices of several processes, such as those of a TPU pod, where
 `config.is_sharded` is true; the workdir is on a disk that all of them see:
 
@@ -28,10 +30,12 @@ runs/NN/    parameters of each run, with its hyper-parameters and score
 logits/     what each run says on every data set
 soups/      each soup, with alpha, provenance and versions; where the held-out
             set is drawn several times, in splits/N/soups/
+landscape/  barriers, planes, angles and a diagnosis, by `config.landscape`
 *.png, table.md, results.json, metrics.jsonl
 ```
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import importlib.util
@@ -56,7 +60,13 @@ from jaxsoup.experiments import results
 from jaxsoup.experiments import stages
 
 # The stages, and about how long each takes.
-STAGES = {'pre-training': 8, 'fine-tuning': 12, 'souping': 20, 'reporting': 5}
+STAGES = {
+    'pre-training': 8,
+    'fine-tuning': 12,
+    'souping': 20,
+    'reporting': 5,
+    'landscapes': 10,
+}
 
 
 def run(
@@ -89,11 +99,6 @@ def run(
     raise ImportError(
         'matplotlib is not installed: pip install "jaxsoup[demo]"'
     )
-  if experiment.data_fn is None:
-    raise configs.UsageError(
-        'The config file has no function data(config), which returns '
-        'jaxsoup.data.sources.Splits: see configs/digits.py.'
-    )
   workdir = pathlib.Path(workdir).absolute()
   try:
     return _run(experiment, workdir, progress_fn, stop or preemption.Stop())
@@ -107,6 +112,44 @@ def run(
 
 
 def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
+  with opened(experiment, workdir, progress_fn, stop) as work:
+    theta_0 = stages.theta_0(work)
+    is_complete = stages.finetune_all(work, theta_0)
+    if not is_complete or stages.shard_of(work.config)[1] > 1:
+      return []
+    rows = results.make(work, theta_0)
+    progress_fn(list(STAGES)[-1], 1.0)
+    return rows
+
+
+@contextlib.contextmanager
+def opened(
+    experiment: configs.Experiment,
+    workdir: pathlib.Path,
+    progress_fn: progress.ProgressFn = progress.silent,
+    stop: preemption.Stop | None = None,
+) -> Iterator[stages.Work]:
+  """Model, data and workdir of an experiment; the workdir is locked.
+
+  Args:
+    experiment: of `configs.load`.
+    workdir: an absolute path.
+    progress_fn: as in `run`.
+    stop: as in `run`.
+
+  Yields:
+    What the stages share.
+
+  Raises:
+    UsageError: no data, or the workdir was begun with another config.
+    InUseError: another process works on the workdir.
+    ValueError: examples with two roles.
+  """
+  if experiment.data_fn is None:
+    raise configs.UsageError(
+        'The config file has no function data(config), which returns '
+        'jaxsoup.data.sources.Splits: see configs/digits.py.'
+    )
   config = experiment.config
   shard, num_shards = stages.shard_of(config)
   name = '.lock' if num_shards == 1 else f'.lock_{shard}_{num_shards}'
@@ -131,46 +174,51 @@ def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
         splits=experiment.data_fn(config),
         workdir=workdir,
         progress_fn=progress_fn,
-        stop=stop,
+        stop=stop or preemption.Stop(),
         log=metric_log.MetricLog(
             workdir / 'metrics.jsonl',
             tensorboard=workdir / 'tensorboard' if has_board else None,
         ),
     )
     stages.check_roles(work)
-    theta_0 = stages.theta_0(work)
-    if not stages.finetune_all(work, theta_0) or num_shards > 1:
-      return []
-    rows = results.make(work, theta_0)
-    progress_fn('reporting', 1.0)
-    return rows
+    yield work
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """The command line; returns the exit code."""
-  argv = sys.argv[1:] if argv is None else argv
-  try:
-    arguments = configs.parse(argv)
-    experiment = configs.load(arguments.config, arguments.overrides)
-    if arguments.is_distributed:
-      distributed.start(**arguments.join)
-    workdir = arguments.workdir
-    print(distributed.banner(workdir), file=sys.stderr)
+def run_seeds(
+    path: str, workdir: Any, overrides: Sequence[str] = (), num_seeds: int = 1
+) -> list[list[report.Row]]:
+  """Runs an experiment with several seeds, with a bar, and heeds SIGTERM.
+
+  Args:
+    path: of the config file.
+    workdir: where everything goes; with several seeds in `seed0/`, `seed1/`...
+      of it, and the mean over them in `table.md`.
+    overrides: such as '--config.seed=3', the first seed.
+    num_seeds: how many there are.
+
+  Returns:
+    A table a seed, as of `run`.
+  """
+  workdir = pathlib.Path(workdir)
+  first = configs.load(path, overrides).config.seed
+  tables = []
+  for seed in range(first, first + num_seeds):
+    loaded = configs.load(path, [*overrides, f'--config.seed={seed}'])
+    folder = workdir if num_seeds == 1 else workdir / f'seed{seed}'
     with preemption.handled() as stop, _shown() as progress_fn:
-      rows = run(experiment, workdir, progress_fn, stop)
-  except (ImportError, OSError, TypeError, ValueError) as e:
-    print(f'Error: {e}', file=sys.stderr)
-    return getattr(e, 'exit_code', 1)
-  if not _processes.is_main():
-    return 0
-  if not rows:
-    print(
-        f'This part of the runs is in {workdir}. When all parts are there, the '
-        'same command without sweep.shard makes the soups.'
-    )
-  else:
-    show(report.summary(rows), workdir)
-  return 0
+      tables.append(run(loaded, folder, progress_fn, stop))
+  if num_seeds > 1 and all(tables) and _processes.is_main():
+    text = report.markdown(*_averaged(tables))
+    (workdir / 'table.md').write_text(text + '\n')
+  return tables
+
+
+def _averaged(tables):
+  """The table, and its deviations where there are several seeds."""
+  summaries = [report.summary(rows) for rows in tables]
+  if len(tables) == 1:
+    return summaries[0], None
+  return report.mean_rows(summaries)
 
 
 def _shown() -> contextlib.AbstractContextManager[progress.ProgressFn]:
@@ -179,18 +227,39 @@ def _shown() -> contextlib.AbstractContextManager[progress.ProgressFn]:
   return contextlib.nullcontext(progress.silent)
 
 
-def show(
-    rows: Sequence[report.Row],
-    workdir: Any,
-    deviations: Sequence[report.Row] | None = None,
-) -> None:
-  """Prints a table of rows, and where everything lies."""
+def main(argv: Sequence[str] | None = None) -> int:
+  """The command line; returns the exit code."""
+  argv = sys.argv[1:] if argv is None else argv
+  try:
+    asked = configs.parse(argv)
+    workdir = asked.workdir
+    configs.load(asked.config, asked.overrides)  # Errors before others wait.
+    if asked.is_distributed:
+      distributed.start(**asked.join)
+    print(distributed.banner(workdir), file=sys.stderr)
+    tables = run_seeds(asked.config, workdir, asked.overrides, asked.num_seeds)
+  except (ImportError, OSError, TypeError, ValueError) as e:
+    print(f'Error: {e}', file=sys.stderr)
+    return getattr(e, 'exit_code', 1)
+  if not _processes.is_main():
+    return 0
+  if all(tables):
+    show(tables, workdir)
+  else:
+    print(
+        f'This part of the runs is in {workdir}. When all parts are there, the '
+        'same command without sweep.shard makes the soups.'
+    )
+  return 0
+
+
+def show(tables: Sequence[Sequence[report.Row]], workdir: Any) -> None:
+  """Prints a table, the mean over the seeds, and where everything lies."""
   from rich import console
 
   width = shutil.get_terminal_size().columns
-  table = report.rich_table(rows, deviations)
   out = console.Console(width=max(width, 100))
-  out.print(table)
+  out.print(report.rich_table(*_averaged(tables)))
   out.print(f'[dim]Pictures, table and soups: {workdir}[/dim]')
 
 

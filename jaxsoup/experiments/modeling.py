@@ -144,6 +144,27 @@ def _made(description: str) -> Model:
   )
 
 
+def frozen(model: Model, part: str, params: Params) -> Model:
+  """The model with a part that training leaves as it is, such as its head.
+
+  Args:
+    model: any.
+    part: a key of its parameters.
+    params: of the model, for their structure.
+
+  Returns:
+    A model whose parameters below `part` count as `statistics`, which are
+    averaged and not trained.
+
+  Raises:
+    ValueError: there is no such part.
+  """
+  if part not in params:
+    raise ValueError(f'No part {part!r} to freeze: choose from {list(params)}.')
+  paths = frozenset(_paths(params[part], (part,)))
+  return dataclasses.replace(model, statistics=model.statistics | paths)
+
+
 def seed_of(key: jax.Array) -> int:
   """A seed for what takes no key, such as `models.load`."""
   return int(jax.random.bits(key, dtype=jnp.uint32)) >> 1

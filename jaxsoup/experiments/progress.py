@@ -36,7 +36,13 @@ def shown(shares: Mapping[str, float], *, file: Any = None):
     yield _Lines(shares, file)
 
 
-def _total_done(shares: Mapping[str, float], stage: str, done: float) -> float:
+def total_done(shares: Mapping[str, float], stage: str, done: float) -> float:
+  """How much of all stages is done, in 0..1.
+
+  Example:
+    >>> total_done({'first': 1, 'second': 3}, 'second', 0.5)
+    0.625
+  """
   names = list(shares)
   before = sum(shares[name] for name in names[: names.index(stage)])
   return (before + done * shares[stage]) / sum(shares.values())
@@ -57,7 +63,7 @@ def _bar(shares, file):
     task = bar.add_task(next(iter(shares)), total=1.0)
 
     def progress_fn(stage, done):
-      total = _total_done(shares, stage, done)
+      total = total_done(shares, stage, done)
       bar.update(task, description=stage, completed=total)
 
     yield progress_fn
@@ -79,7 +85,7 @@ class _Lines:
     if stage == last_stage and now - last_time < _SECONDS_BETWEEN_LINES:
       return
     self._last = (stage, now)
-    total = _total_done(self._shares, stage, done)
+    total = total_done(self._shares, stage, done)
     elapsed = now - self._start
     left = f', {elapsed / total - elapsed:.0f} s left' if total > 0.05 else ''
     print(

@@ -25,6 +25,7 @@ from jaxsoup import report
 from jaxsoup import statistics
 from jaxsoup.data import sources
 from jaxsoup.experiments import cook
+from jaxsoup.experiments import landscapes
 from jaxsoup.experiments import stages
 
 
@@ -82,6 +83,7 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
   labels = work.labels
   tables: list[list[report.Row]] = []
   first: dict[str, Any] = {}
+  around: dict[str, Any] = {}
   calibration: dict[str, Any] = {}
   all_splits = splits(work)
   for i, split in enumerate(all_splits):
@@ -91,6 +93,10 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
     part = (i, len(all_splits))
     soups = _soups(work, ingredients, theta_0, split, scores, fns, part)
     first = first or soups
+    around = around or {
+        'scores': scores,
+        'prepare_fn': next(iter(fns.values()), None),
+    }
     models = _models(work, ingredients, soups, logits, split, labels)
     if fns:
       # What the statistics do by themselves, without any averaging.
@@ -103,6 +109,7 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
   stable = stability(work, ingredients, all_splits[0], logits)
   if _processes.is_main():
     _write(work, tables, first, calibration, stable)
+  landscapes.make(work, theta_0, first, **around)
   return report.averaged(tables)[0]
 
 

@@ -58,6 +58,7 @@ def pairs(
     metric: Callable[[Any, Any], Any] = metrics.accuracy,
     members: Iterable[tuple[int, int]] | None = None,
     label: str = 'label',
+    prepare_fn: Callable[[Params], Params] | None = None,
     on_pair: Callable[[Pair], None] | None = None,
 ) -> list[Pair]:
   """What each pair of models gains, against its angle and its ensemble.
@@ -73,6 +74,8 @@ def pairs(
     metric: `metric(logits, labels) -> scalar`, higher is better.
     members: the pairs; by default all, of which there are K (K - 1) / 2.
     label: the key of the labels in a batch.
+    prepare_fn: is called with a soup's parameters before it is run: new
+      statistics of BatchNorm.
     on_pair: is called after each.
 
   Returns:
@@ -84,6 +87,7 @@ def pairs(
   Source: Wortsman et al. 2022, figures 3 and 4.
   """
   num = len(ingredients)
+  prepare_fn = prepare_fn or (lambda params: params)
   members = (
       itertools.combinations(range(num), 2) if members is None else members
   )
@@ -102,7 +106,7 @@ def pairs(
         members=(i, j),
         angle=float(angles[i, j]),
         singles=(singles[i], singles[j]),
-        soup=score(run(soup.params)),
+        soup=score(run(prepare_fn(soup.params))),
         ensemble=score((logits[i] + logits[j]) / 2),
     )
     found.append(pair)

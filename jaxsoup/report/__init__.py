@@ -8,16 +8,22 @@ report.write_report('runs/digits')               # one HTML file of all
 ```
 """
 
+from jaxsoup.report._landscape_sections import (
+    diagnosis_sections as diagnosis_sections,
+)
 from jaxsoup.report._landscapes import against_ensembles as against_ensembles
 from jaxsoup.report._landscapes import angles_and_gains as angles_and_gains
+from jaxsoup.report._landscapes import compared as compared
 from jaxsoup.report._landscapes import contributions as contributions
 from jaxsoup.report._landscapes import growth as growth
 from jaxsoup.report._landscapes import lines as lines
 from jaxsoup.report._landscapes import matrix as matrix
 from jaxsoup.report._landscapes import plane as plane
 from jaxsoup.report._landscapes import theory as theory
+from jaxsoup.report._landscapes import varied as varied
 from jaxsoup.report._landscapes import wise_ft as wise_ft
 from jaxsoup.report._page import Code as Code
+from jaxsoup.report._page import Labelled as Labelled
 from jaxsoup.report._page import Picture as Picture
 from jaxsoup.report._page import Section as Section
 from jaxsoup.report._page import Strong as Strong

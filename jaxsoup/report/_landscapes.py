@@ -15,9 +15,12 @@ from jaxsoup.report import _plots
 from jaxsoup.studies import Contribution
 from jaxsoup.studies import Curve
 from jaxsoup.studies import Growth
+from jaxsoup.studies import Varied
 
 # From dark to light it is read without its hues, too.
 _MAP = 'viridis'
+# On a map, whose colours stay, these do not follow the colours of a page.
+_BLACK, _WHITE, _GREY = '#010101', '#fefefe', '#9a9a9a'
 _MAX_NUMBERS = 12  # A heat map of more models has no room for its numbers.
 
 
@@ -32,13 +35,14 @@ def plane(
 ) -> None:
   """The loss on a plane, and where models and soups lie on it.
 
-  A hollow mark is a model off the plane, further from it than half of its
+  A grey mark is a model off the plane, further from it than half of its
   distance from theta_0: the colour below it is not its loss.
 
   Args:
     ax: a matplotlib Axes.
     found: from `landscape.plane`.
-    names: of its points, `[M]`; the first three are the corners.
+    names: of its points, `[M]`; the first three are the corners. What has no
+      name is a dot, others are in the legend.
     label: what the loss is.
     scale: multiplies the loss.
     num_levels: how many colours. They are finer where the grid has more points.
@@ -54,36 +58,59 @@ def plane(
       found.x, found.y, loss, levels, cmap=f'{_MAP}_r', norm=norm
   )
   ax.contour(
-      found.x, found.y, loss, levels, colors='white', linewidths=0.4, alpha=0.6
+      found.x, found.y, loss, levels, colors=_WHITE, linewidths=0.4, alpha=0.6
   )
   bar = ax.figure.colorbar(filled, ax=ax, label=label, format='%.3g')
   bar.ax.tick_params(labelsize=8)
   from_origin = np.hypot(*found.points.T)
   is_off = found.off > 0.5 * np.hypot(from_origin, found.off)
+  soups = [i for i, name in enumerate(names) if name and i > 2]
   for i, (name, point) in enumerate(zip(names, found.points)):
-    ax.scatter(
-        *point,
-        s=70 if i > 2 else 40,
-        marker=_plots.MARKERS[(i - 3) % 6] if i > 2 else 'o',
-        facecolors='none' if is_off[i] else 'white',
-        edgecolors='black',
-        linewidths=1,
-        zorder=4,
-    )
-    ax.annotate(
-        name,
-        point,
-        (7, 6) if i else (-7, -6),
-        textcoords='offset points',
-        ha='left' if i else 'right',
-        va='bottom' if i else 'top',
+    row = soups.index(i) if i in soups else None
+    _mark_point(ax, point, row, is_off=is_off[i], is_corner=i < 3, label=name)
+    if i < 3:
+      _name_point(ax, point, name, is_below=not i)
+  if soups:
+    ax.legend(
+        frameon=False,
         fontsize=8,
-        zorder=3,
-        bbox=dict(boxstyle='round,pad=0.15', fc='white', ec='none', alpha=0.7),
+        ncols=3,
+        loc='upper center',
+        bbox_to_anchor=(0.5, -0.17),
     )
   ax.set_xlabel(f'from {names[0]} towards {names[1]}')
   ax.set_ylabel('at a right angle to it')
   ax.set_aspect('equal')
+
+
+def _mark_point(ax, point, row, *, is_off, is_corner, label) -> None:
+  """A corner, a soup (`row` is its place among them), or another model."""
+  is_soup = row is not None
+  ax.scatter(
+      *point,
+      s=0.6 * _plots.AREAS[row % 6] if is_soup else 40 if is_corner else 14,
+      marker=_plots.MARKERS[row % 6] if is_soup else 'o',
+      facecolors=_GREY if is_off else _WHITE,
+      edgecolors=_BLACK,
+      linewidths=0.8 if is_soup or is_corner else 0.5,
+      label=label if is_soup else None,
+      zorder=4 if is_soup or is_corner else 3,
+  )
+
+
+def _name_point(ax, point, name: str, *, is_below: bool) -> None:
+  ax.annotate(
+      name,
+      point,
+      (-7, -6) if is_below else (7, 6),
+      textcoords='offset points',
+      ha='right' if is_below else 'left',
+      va='top' if is_below else 'bottom',
+      fontsize=8,
+      color=_BLACK,
+      zorder=5,
+      bbox=dict(boxstyle='round,pad=0.15', fc=_WHITE, ec='none', alpha=0.7),
+  )
 
 
 def _levels(loss: np.ndarray, num: int) -> np.ndarray:
@@ -100,6 +127,7 @@ def lines(
     label: str = 'loss',
     values_label: str = 'learning rate',
     scale: float = 1,
+    is_named: bool = True,
 ) -> None:
   """The loss along lines between models, less the chord: the barriers.
 
@@ -111,6 +139,7 @@ def lines(
     label: what the loss is.
     values_label: what the values are.
     scale: multiplies the loss.
+    is_named: whether lines without values have their names in a legend.
   """
   colours = _colours(ax, values, values_label)
   for i, (name, path) in enumerate(paths.items()):
@@ -126,7 +155,7 @@ def lines(
   ax.set_xlabel('from one model (0) to the other (1)')
   ax.set_ylabel(f'{label} above the chord')
   _plots.tidy(ax)
-  if colours is None:
+  if colours is None and is_named:
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -254,6 +283,95 @@ def _standard_error(rows: np.ndarray) -> np.ndarray:
   return rows.std(0, ddof=int(num > 1)) / np.sqrt(num)
 
 
+def varied(
+    ax: Any,
+    found: Sequence[Varied],
+    *,
+    label: str = 'accuracy (%)',
+    scale: float = 100,
+) -> None:
+  """Soups of runs that differ in one hyper-parameter only.
+
+  Args:
+    ax: a matplotlib Axes.
+    found: from `studies.one_varied`: a row each, the first on top.
+    label: what the scores are.
+    scale: multiplies the scores.
+
+  Source: Wortsman et al. 2022, appendix on varying one hyper-parameter.
+  """
+  rows = np.arange(len(found))[::-1]
+  for i, (field, name) in enumerate(
+      (('soup', 'soup'), ('best', 'best of them'), ('mean', 'mean of them'))
+  ):
+    values = [getattr(one, field) * scale for one in found]
+    _dots(ax, values, rows, i, name)
+  ax.set_yticks(rows, [one.name.replace('_', ' ') for one in found])
+  _finish_rows(ax, label)
+
+
+def compared(
+    ax: Any,
+    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    label: str = '',
+    scale: float = 1,
+) -> None:
+  """Scores side by side: a row each, repeats as small dots around their mean.
+
+  Args:
+    ax: a matplotlib Axes.
+    scores: by row, the first on top, and by data set: one for each repeat.
+    label: what the scores are.
+    scale: multiplies the scores.
+  """
+  names = list(dict.fromkeys(name for row in scores.values() for name in row))
+  rows = dict(zip(scores, range(len(scores) - 1, -1, -1)))
+  for i, name in enumerate(names):
+    there = [(rows[row], x[name]) for row, x in scores.items() if name in x]
+    means = [scale * float(np.mean(values)) for _, values in there]
+    _dots(ax, means, [row for row, _ in there], i, name)
+    for row, values in there:
+      if len(values) > 1:
+        ax.scatter(
+            scale * np.asarray(values),
+            [row] * len(values),
+            s=8,
+            color=_plots.COLOURS[i % 6],
+            alpha=0.6,
+            linewidths=0,
+        )
+  ax.set_yticks(list(rows.values()), list(rows))
+  _finish_rows(ax, label)
+
+
+def _dots(ax, values, rows, i: int, name: str) -> None:
+  ax.scatter(
+      values,
+      rows,
+      s=0.5 * _plots.AREAS[i % 6],
+      marker=_plots.MARKERS[i % 6],
+      color=_plots.COLOURS[i % 6],
+      linewidths=0,
+      label=name,
+      zorder=3,
+  )
+
+
+def _finish_rows(ax, label: str) -> None:
+  ax.margins(y=0.1)
+  ax.tick_params(axis='y', length=0)
+  ax.set_xlabel(label)
+  _plots.tidy(ax)
+  ax.legend(
+      frameon=False,
+      fontsize=8,
+      ncols=3,
+      loc='upper center',
+      bbox_to_anchor=(0.5, -0.14),
+  )
+
+
 def contributions(ax: Any, found: Sequence[Contribution]) -> None:
   """Spearman's correlation of every hyper-parameter with scores and choices.
 
@@ -369,18 +487,23 @@ def matrix(
   ax.figure.colorbar(image, ax=ax, label=label)
   if len(names) <= _MAX_NUMBERS:
     for (i, j), value in np.ndenumerate(values):
-      colour = 'black' if value > (low + high) / 2 else 'white'
+      if not np.isfinite(value):  # Not measured.
+        continue
+      text = format(value, fmt)
+      colour = _BLACK if value > (low + high) / 2 else _WHITE
       ax.text(
           j,
           i,
-          format(value, fmt),
+          text if float(text) else text.lstrip('-'),
           ha='center',
           va='center',
           fontsize=8,
           color=colour,
       )
-  ax.set_xticks(range(len(names)), names, fontsize=8)
-  ax.set_yticks(range(len(names)), names, fontsize=8)
+  # Names that would lie on one another are left out.
+  ticks = range(0, len(names), -(-len(names) // _MAX_NUMBERS))
+  for set_ticks in (ax.set_xticks, ax.set_yticks):
+    set_ticks(ticks, [names[k] for k in ticks], fontsize=8)
 
 
 def _colours(

@@ -40,6 +40,20 @@ class Code(str):
   """What is typed into a shell; kept as it is."""
 
 
+class Labelled(NamedTuple):
+  """A paragraph that begins with a bold word.
+
+  Attributes:
+    label: that word, or a few.
+    text: the rest.
+    is_indented: whether it belongs to the one before.
+  """
+
+  label: str
+  text: str
+  is_indented: bool = False
+
+
 class Table(NamedTuple):
   """A table; numbers are aligned by column.
 
@@ -82,7 +96,8 @@ class Section(NamedTuple):
 
   Attributes:
     title: its heading.
-    parts: paragraphs (`str`), `Table`, `Picture`, `Code`, in their order.
+    parts: paragraphs (`str`, `Labelled`), `Table`, `Picture`, `Code`, in their
+      order.
       Pictures that follow one another stand side by side where there is room.
     data: the numbers behind it, a list of records by file name: each becomes
       a CSV file.
@@ -213,6 +228,10 @@ def _section(section: Section) -> str:
 def _part(part: Any) -> str:
   if isinstance(part, Table):
     return _table(part)
+  if isinstance(part, Labelled):
+    label, text = html.escape(part.label), html.escape(part.text)
+    opened = '<p class="indented">' if part.is_indented else '<p>'
+    return f'{opened}<b>{label}</b> {text}</p>'
   if isinstance(part, Code):
     return f'<pre tabindex="0"><code>{html.escape(part)}</code></pre>'
   return f'<p>{html.escape(part)}</p>'
@@ -302,6 +321,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
 h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem;
   border-bottom: 1px solid var(--grid); padding-bottom: .2rem; }
 p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; }
+p.indented { margin: .15rem 0 .15rem 1.2rem; }
 a { color: var(--link); }
 nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: 0;
   list-style: none; }

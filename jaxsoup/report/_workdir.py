@@ -16,6 +16,7 @@ from typing import NamedTuple
 from jaxsoup import checkpoints
 from jaxsoup._soup import LearnedInfo
 from jaxsoup._soup import SearchInfo
+from jaxsoup.report import _landscape_sections
 from jaxsoup.report import _page
 from jaxsoup.report import _scores
 from jaxsoup.report import _sections
@@ -37,6 +38,7 @@ class Contents(NamedTuple):
     tables: the rows of each split; empty of one.
     soups: `checkpoints.provenance` by name, of the first split.
     results: `results.json`.
+    landscape: by part, what the experiment found between its models.
   """
 
   rows: list[Row]
@@ -44,6 +46,7 @@ class Contents(NamedTuple):
   tables: list[list[Row]]
   soups: dict[str, dict[str, Any]]
   results: dict[str, Any]
+  landscape: dict[str, Any] = {}
 
 
 def write_report(
@@ -129,7 +132,14 @@ def read_workdir(workdir: Any) -> Contents:
         'it is written anew.'
     ) from e
   settings = _settings(rows, results['runs'])
-  return Contents(rows, settings, tables, _soups(workdir, rows), results)
+  return Contents(
+      rows,
+      settings,
+      tables,
+      _soups(workdir, rows),
+      results,
+      _landscape_sections.read_landscape(workdir),
+  )
 
 
 def _settings(rows: Sequence[Row], runs) -> list[dict[str, Any]]:
@@ -194,12 +204,41 @@ def sections_of(contents: Contents) -> list[Section]:
           scale=1 if is_nll else 100,
       ),
       *_sections.alpha_sections(_first_of_each(alphas)),
+      *_around(contents),
       *_sections.calibration_sections(results.get('calibration', {})),
       *_sections.setting_sections(
           rows, settings, chosen=greedy.accepted if greedy else ()
       ),
       *_sections.stability_sections(results.get('stability of greedy', {})),
+      *_landscape_sections.diagnosis_sections(
+          contents.landscape.get('diagnosis', {})
+      ),
       _origin(contents),
+  ]
+
+
+def _around(contents: Contents) -> list[Section]:
+  """What lies between the models."""
+  found = contents.landscape
+  singles = [
+      (row.name, setting)
+      for row, setting in zip(contents.rows, contents.settings)
+      if row.kind == 'single'
+  ]
+  names = [name for name, _ in singles]
+  settings = [setting for _, setting in singles]
+  return [
+      *_landscape_sections.plane_sections(found.get('plane', {}), names),
+      *_landscape_sections.barrier_sections(
+          found.get('lines', {}), names, settings
+      ),
+      *_landscape_sections.angle_sections(
+          found.get('angles', {}),
+          found.get('pairs', {}),
+          names,
+          settings,
+          metric=contents.rows[0].metric,
+      ),
   ]
 
 

@@ -1,0 +1,410 @@
+"""What lies between the models of an experiment, and whether they fit together.
+
+```
+landscapes.make(work, theta_0, soups, scores)
+```
+
+Each part is one file in the workdir, `landscape/NAME.json`, which the report
+draws. What is there is made again only when `config.landscape` changed:
+
+angles     at the initialization, between all pairs
+pairs      the soup of two against its models, its ensemble and their angle
+lines      the test error between two models
+plane      loss and error around theta_0 and two models, all others projected
+diagnosis  of `jaxsoup.diagnosis`, with the held-out data
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import itertools
+import json
+import math
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxsoup import _memory
+from jaxsoup import _processes
+from jaxsoup import checkpoints
+from jaxsoup import diagnosis
+from jaxsoup import evaluation
+from jaxsoup import landscape
+from jaxsoup import metrics
+from jaxsoup.data import sources
+from jaxsoup.diagnosis import _findings
+from jaxsoup.diagnosis import _trials
+from jaxsoup.experiments import cook
+from jaxsoup.experiments import preemption
+from jaxsoup.experiments import progress
+from jaxsoup.experiments import stages
+
+# How much is done, and of how much.
+OnPoints = Callable[[float, float], None]
+_STAGE = 'landscapes'
+# Two models of one run are no plane.
+_LEAST_ANGLE = 10.0
+
+
+class Part(NamedTuple):
+  """One file of `landscape/`.
+
+  Attributes:
+    name: of the file.
+    num: how many models are evaluated for it, about.
+    make_fn: is called with a callback for the points done, and of all; returns
+      what goes into the file.
+  """
+
+  name: str
+  num: int
+  make_fn: Callable[[OnPoints], dict[str, Any]]
+
+
+class Sets:
+  """Some examples of data sets, in memory, and the mean of scores on them."""
+
+  def __init__(self, work: stages.Work, names: Sequence[str], num: int):
+    """Reads them.
+
+    Args:
+      work: the experiment.
+      names: of its data sets: 'train', or keys of `work.data`.
+      num: of all their examples together, at most; spread over each set.
+    """
+    all_sets = {'train': work.splits.train, **work.data}
+    parts = [_some(all_sets[name], num // len(names)) for name in names]
+    views = [work.splits.views.get(name, lambda x: x) for name in names]
+    starts = list(itertools.accumulate(map(len, parts), initial=0))
+    fields = [*work.model.inputs, 'label']
+    pooled = {
+        name: np.concatenate([part.arrays[name] for part in parts])
+        for name in fields
+    }
+    self.labels = pooled['label']
+    self.batches = cook.batches_of(
+        sources.Arrays(pooled), work.config.batch_size, stages.on(work.config)
+    )
+    self.logits_of = evaluation.logits_of(work.model.logits_fn, self.batches)
+    self._rows = list(itertools.starmap(slice, itertools.pairwise(starts)))
+    self._views = views
+    self._metric = cook.metric_of(work.config)
+
+  def score(self, logits: Any, labels: Any) -> float:
+    """The experiment's metric, the mean over the sets."""
+    return self._mean(self._metric, logits, labels)
+
+  def loss(self, logits: Any, labels: Any) -> float:
+    """The negative log-likelihood, the mean over the sets."""
+    return self._mean(metrics.negative_log_likelihood, logits, labels)
+
+  def _mean(self, metric, logits, labels) -> float:
+    values = [
+        float(metric(view(logits[rows]), labels[rows]))
+        for rows, view in zip(self._rows, self._views)
+    ]
+    return float(np.mean(values))
+
+
+def _some(source: sources.Source, num: int) -> sources.Arrays:
+  """So many examples, at equal distances: some sets are sorted by class."""
+  num = min(max(num, 1), len(source))
+  rows = np.linspace(0, len(source) - 1, num).astype(int)
+  return sources.Arrays(source[rows])
+
+
+class Held(preemption.Ingredients):
+  """Ingredients that stay in memory: small ones take longer to read."""
+
+  average = None  # type: ignore[assignment]  # Which reads them anew.
+
+  def __init__(self, *args: Any, **options: Any):
+    super().__init__(*args, **options)
+    self._held: dict[int, Any] = {}
+
+  def __getitem__(self, k):
+    if isinstance(k, slice):
+      return [self[i] for i in range(len(self))[k]]
+    k = range(len(self))[k]
+    if k not in self._held:
+      self._held[k] = super().__getitem__(k)
+    return self._held[k]
+
+  def prefetch(self, k: int) -> None:
+    if k not in self._held:
+      super().prefetch(k)
+
+
+def _ingredients(work: stages.Work, theta_0: Any) -> checkpoints.Ingredients:
+  """The runs; in memory if all together take a fifth of it at most."""
+  found = stages.ingredients(work, theta_0)
+  size = len(found) * sum(x.nbytes for x in jax.tree.leaves(theta_0))
+  if size > _memory.free_bytes(jax.local_devices()[0]) / 5:
+    return found
+  return Held(
+      found.paths,
+      stages.abstract(work.config, theta_0),
+      stop=work.stop,
+      saved=f'{work.workdir} holds all soups',
+  )
+
+
+class Models(Sequence):
+  """Ingredients, and soups that lie in memory."""
+
+  def __init__(self, ingredients: Sequence[Any], soups: Sequence[Any]):
+    self._ingredients, self._soups = ingredients, soups
+
+  def __len__(self) -> int:
+    return len(self._ingredients) + len(self._soups)
+
+  def __getitem__(self, k):
+    num = len(self._ingredients)
+    return self._ingredients[k] if k < num else self._soups[k - num]
+
+
+def make(
+    work: stages.Work,
+    theta_0: Any,
+    soups: Mapping[str, Any],
+    scores: Sequence[float],
+    prepare_fn: Callable[[Any], Any] | None = None,
+) -> None:
+  """Makes what is missing of `landscape/`.
+
+  Args:
+    work: the experiment. `config.landscape` says how much is looked at; without
+      it nothing is. `num_points`: of a line, and along each axis of the plane;
+      `num_pairs`: how many pairs of models; `num_examples`: of each data set at
+      most; `is_diagnosed`. 0 or False leave a part out.
+    theta_0: the start of the runs.
+    soups: by name.
+    scores: of the K runs on the examples that select, `[K]`.
+    prepare_fn: what is done to a mixture before it is evaluated, as in the
+      searches: new statistics of BatchNorm.
+
+  Raises:
+    ValueError: a damaged file of an earlier call.
+    Preempted: the script is to stop; parts that are whole are saved.
+  """
+  if 'landscape' not in work.config or len(scores) < 2:
+    return
+  settings = work.config.landscape.to_dict()
+  # Where the ingredients are: on a mesh, if that is sharded.
+  shapes = stages.abstract(work.config, theta_0)
+  theta_0 = checkpoints.Ingredients([work.workdir / 'theta_0'], shapes)[0]
+  ingredients = _ingredients(work, theta_0)
+  found = Parts(work, theta_0, ingredients, soups, scores, prepare_fn).all()
+  total, num_done = sum(part.num for part in found), 0
+  for part in found:
+    path = work.workdir / 'landscape' / f'{part.name}.json'
+
+    def on_points(num, num_of_part, part=part, before=num_done):
+      work.stop.check(f'{work.workdir} holds all soups')
+      done = before + part.num * num / num_of_part
+      work.progress_fn(_STAGE, done / total)
+
+    on_points(0, 1)
+    _make_once(path, settings, part.make_fn, on_points)
+    num_done += part.num
+
+
+def _make_once(path: pathlib.Path, settings, make_fn, on_points) -> None:
+  """Writes what `make_fn` finds, unless it is there for the same settings."""
+  if _processes.agreed(_is_made(path, settings)):
+    return
+  found = _findings.plain({'settings': settings, **make_fn(on_points)})
+  if not _processes.is_main():
+    return
+  path.parent.mkdir(exist_ok=True)
+  unfinished = path.with_suffix('.tmp')
+  unfinished.write_text(json.dumps(found, allow_nan=False))
+  unfinished.replace(path)
+
+
+def _is_made(path: pathlib.Path, settings) -> bool:
+  try:
+    return (
+        path.exists() and json.loads(path.read_text())['settings'] == settings
+    )
+  except (KeyError, TypeError, ValueError) as e:
+    raise ValueError(
+        f'{path} is unreadable: {e!r}. Delete it, and the same command makes '
+        'it again.'
+    ) from e
+
+
+class Parts:
+  """The parts of one experiment; data are read when a part needs them."""
+
+  def __init__(self, work, theta_0, ingredients, soups, scores, prepare_fn):
+    self._work, self._theta_0 = work, theta_0
+    self._ingredients, self._soups = ingredients, soups
+    self._scores, self._prepare_fn = scores, prepare_fn or (lambda x: x)
+    self._settings = work.config.landscape
+    self._pairs = pairs_of(scores, self._settings.num_pairs)
+
+  def all(self) -> list[Part]:
+    """Those that the config asks for."""
+    num, num_pairs = len(self._ingredients), len(self._pairs)
+    num_points = self._settings.num_points
+    parts = [Part('angles', 1, self._angles)]
+    if self._settings.is_diagnosed:
+      num_trials = 2 * num + len(_trials.pairs_of(range(num), self._scores))
+      parts.append(Part('diagnosis', num_trials, self._diagnosis))
+    if num_pairs:
+      num_sets = 1 + bool(self._work.splits.shifts)
+      num_runs = (num + num_pairs) * num_sets
+      parts.append(Part('pairs', num_runs, self._pairs_part))
+    if num_pairs and num_points:
+      parts.append(Part('lines', num_pairs * num_points, self._lines))
+    if num_points:
+      # Each point is evaluated on three sets.
+      parts.append(Part('plane', 3 * num_points**2, self._plane))
+    return parts
+
+  def _sets(self, names: Sequence[str]) -> Sets:
+    return Sets(self._work, names, self._settings.num_examples)
+
+  def _angles(self, on_points: OnPoints) -> dict[str, Any]:
+    del on_points  # One pass over the ingredients.
+    return {'angles': landscape.angles(self._ingredients, self._theta_0)}
+
+  def _diagnosis(self, on_points: OnPoints) -> dict[str, Any]:
+    held_out = self._sets(['held_out'])
+    score = lambda params: held_out.score(
+        held_out.logits_of(params), held_out.labels
+    )
+    mean, num = float(np.mean(self._scores)), len(held_out.labels)
+    noise = 3 * math.sqrt(max(mean * (1 - mean), 0) / num)
+    has_statistics = self._work.model.recalibrate_fn is not None
+    found = diagnosis.diagnose(
+        self._ingredients,
+        theta_0=self._theta_0,
+        eval_fn=score,
+        logits_fn=held_out.logits_of,
+        recalibrate_fn=self._prepare_fn if has_statistics else None,
+        tolerance=max(0.02, noise),
+        names=[pathlib.Path(path).name for path in self._ingredients.paths],
+        progress_fn=lambda stage, share: on_points(
+            progress.total_done(diagnosis.STAGES, stage, share), 1
+        ),
+    )
+    return found.as_json()
+
+  def _pairs_part(self, on_points: OnPoints) -> dict[str, Any]:
+    where = {'test': ['test'], 'mean of shifts': list(self._work.splits.shifts)}
+    where = {name: sets for name, sets in where.items() if sets}
+    done, num = itertools.count(1), len(where) * len(self._pairs)
+    found = {}
+    for name, names in where.items():
+      sets = self._sets(names)
+      pairs = landscape.pairs(
+          self._ingredients,
+          self._theta_0,
+          self._work.model.logits_fn,
+          sets.batches,
+          metric=sets.score,
+          members=self._pairs,
+          prepare_fn=self._prepare_fn,
+          on_pair=lambda _: on_points(next(done), num),
+      )
+      found[name] = [pair._asdict() for pair in pairs]
+    return found
+
+  def _lines(self, on_points: OnPoints) -> dict[str, Any]:
+    test = self._sets(['test'])
+    num = self._settings.num_points
+    done, num_all = itertools.count(1), num * len(self._pairs)
+    paths = landscape.lines(
+        self._error_fn(test),
+        self._ingredients,
+        self._pairs,
+        num,
+        chunk_size=None,
+        on_points=lambda *_: on_points(next(done), num_all),
+    )
+    return {
+        'members': self._pairs,
+        't': next(iter(paths.values())).t,
+        'error': [path.loss for path in paths.values()],
+    }
+
+  def _plane(self, on_points: OnPoints) -> dict[str, Any]:
+    corners = self._corners()
+    if corners is None:
+      return {}
+    surfaces = self._surfaces()
+    values: dict[str, list[float]] = {name: [] for name in surfaces}
+
+    def loss_fn(params):
+      # One walk over the grid for all of them.
+      for name, fn in surfaces.items():
+        values[name].append(fn(params))
+      return values[name][-1]
+
+    num = self._settings.num_points
+    found = landscape.plane(
+        loss_fn,
+        self._theta_0,
+        *(self._ingredients[k] for k in corners),
+        others=Models(
+            self._ingredients, [soup.params for soup in self._soups.values()]
+        ),
+        num=num,
+        chunk_size=None,
+        on_points=on_points,
+    )
+    return {
+        'corners': corners,
+        'soups': list(self._soups),
+        **found._asdict(),
+        'loss': {k: np.reshape(v, (num, num)) for k, v in values.items()},
+    }
+
+  def _surfaces(self) -> dict[str, Callable[[Any], float]]:
+    """What is drawn on the plane: as figure 2 of the paper."""
+    train, test = self._sets(['train']), self._sets(['test'])
+    surfaces = {
+        'training loss': lambda params: train.loss(
+            train.logits_of(self._prepare_fn(params)), train.labels
+        ),
+        'test error': self._error_fn(test),
+    }
+    if self._work.splits.shifts:
+      shifts = self._sets(list(self._work.splits.shifts))
+      surfaces['mean error on shifts'] = self._error_fn(shifts)
+    return surfaces
+
+  def _error_fn(self, sets: Sets) -> Callable[[Any], float]:
+    """`params -> 1 - score`."""
+    return lambda params: 1 - sets.score(
+        sets.logits_of(self._prepare_fn(params)), sets.labels
+    )
+
+  def _corners(self) -> tuple[int, int] | None:
+    """The best two models that are apart: two copies of a run are not."""
+    first, *others = np.argsort(-np.asarray(self._scores), kind='stable')
+    for k in others:
+      pair = [self._ingredients[int(first)], self._ingredients[int(k)]]
+      if landscape.angle(self._theta_0, *pair) > _LEAST_ANGLE:
+        return int(first), int(k)
+    return None
+
+
+def pairs_of(scores: Sequence[float], num: int) -> list[tuple[int, int]]:
+  """At most so many pairs of models.
+
+  All, where there are few; else the best with every other one and neighbours in
+  the order of scores, of which every so-manieth is taken.
+
+  Example:
+    >>> pairs_of([0.9, 0.8, 0.7], 9), len(pairs_of([0.5] * 20, 10))
+    ([(0, 1), (0, 2), (1, 2)], 10)
+  """
+  known = _trials.pairs_of(range(len(scores)), np.asarray(scores))
+  rows = np.linspace(0, len(known) - 1, min(num, len(known))).astype(int)
+  return sorted(known[i] for i in rows)

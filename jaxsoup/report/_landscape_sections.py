@@ -1,0 +1,391 @@
+"""Sections on landscapes, barriers and the diagnosis of an experiment.
+
+```
+found = read_landscape('runs/digits')       # what `experiments.landscapes` made
+sections = plane_sections(found.get('plane', {}), names)
+```
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from jaxsoup import landscape
+from jaxsoup import studies
+from jaxsoup.diagnosis import _findings
+from jaxsoup.report import _landscapes
+from jaxsoup.report._page import Labelled
+from jaxsoup.report._page import Picture
+from jaxsoup.report._page import Section
+from jaxsoup.report._page import Table
+
+# On the plane a loss is a number, an error a share.
+_SCALES = {'training loss': 1}
+_RATE = 'learning_rate'
+
+
+def read_landscape(workdir: Any) -> dict[str, Any]:
+  """The parts of `WORKDIR/landscape` by name; none where there are none.
+
+  Raises:
+    ValueError: a damaged file.
+  """
+  found = {}
+  for path in sorted((pathlib.Path(workdir) / 'landscape').glob('*.json')):
+    try:
+      found[path.stem] = json.loads(path.read_text())
+    except ValueError as e:
+      raise ValueError(
+          f'{path} is unreadable: {e}. Delete it, and give the command of the '
+          'experiment again: it is made anew.'
+      ) from e
+  return found
+
+
+def plane_sections(
+    found: Mapping[str, Any], names: Sequence[str]
+) -> list[Section]:
+  """Loss and error around the start and two models; none without a plane.
+
+  Args:
+    found: corners, names of the soups, and the fields of a
+      `jaxsoup.landscape.Plane`, whose `loss` is one array for each surface.
+    names: of the single models.
+  """
+  if 'loss' not in found:
+    return []
+  first, second = (names[k] for k in found['corners'])
+  soups = found['soups']
+  num_others = len(found['points']) - 3 - len(soups)
+  labels = ['start', first, second, *[''] * num_others, *soups]
+  points, off = np.array(found['points']), np.array(found['off'])
+  pictures = []
+  for name, loss in found['loss'].items():
+    scale = _SCALES.get(name, 100)
+    plane = landscape.Plane(
+        np.array(found['x']), np.array(found['y']), np.array(loss), points, off
+    )
+    lowest = np.unravel_index(plane.loss.argmin(), plane.loss.shape)
+    text = (
+        f'{_sentence(name)}: lowest {_number(plane.loss.min(), scale)}, at '
+        f'({plane.x[lowest[1]]:.2f}, {plane.y[lowest[0]]:.2f}). On the grid '
+        f'points next to them: {_corner_values(plane, labels, scale)}.'
+    )
+    pictures.append(
+        Picture(
+            f'plane_{name.replace(" ", "_")}',
+            functools.partial(
+                _landscapes.plane,
+                found=plane,
+                names=labels,
+                label=name + ('' if scale == 1 else ' (%)'),
+                scale=scale,
+            ),
+            f'Coloured map with the start, the models and the soups. {text}',
+            text,
+            (5.4, 4.6),
+        )
+    )
+  legend = (
+      f'The plane through the start and the models {first} and {second}, the '
+      'best two on held-out data that are apart. Coordinates are distances '
+      'between parameters. Dots are the other models, projected. What is '
+      'grey lies far off the plane: the colour below it is not its loss.'
+  )
+  records = [
+      {'surface': name, 'x': x, 'y': y, 'value': row[j]}
+      for name, loss in found['loss'].items()
+      for y, row in zip(found['y'], loss)
+      for j, x in enumerate(found['x'])
+  ]
+  return [Section('Landscape', [legend, *pictures], {'plane': records})]
+
+
+def _corner_values(plane: landscape.Plane, labels, scale) -> str:
+  """The start and the two models, as the grid has them."""
+  shown = []
+  for name, (x, y) in list(zip(labels, plane.points))[:3]:
+    i, j = np.abs(plane.y - y).argmin(), np.abs(plane.x - x).argmin()
+    shown.append(f'{name} {_number(plane.loss[i, j], scale)}')
+  return ', '.join(shown)
+
+
+def _number(value: float, scale: float) -> str:
+  return f'{value:.3g}' if scale == 1 else f'{scale * value:.1f} %'
+
+
+def barrier_sections(
+    found: Mapping[str, Any],
+    names: Sequence[str],
+    settings: Sequence[Mapping[str, Any]],
+) -> list[Section]:
+  """The error on lines between two models; none without lines.
+
+  Args:
+    found: `members`, `t`, and `error` on each line.
+    names: of the single models.
+    settings: hyper-parameters of each.
+  """
+  if not found.get('members'):
+    return []
+  pairs = [tuple(pair) for pair in found['members']]
+  t = np.array(found['t'])
+  paths = {
+      pair: landscape.Path(t, np.array(error))
+      for pair, error in zip(pairs, found['error'])
+  }
+  barriers = {pair: landscape.barrier(path) for pair, path in paths.items()}
+  middle = {pair: _above_chord(path, 0.5) for pair, path in paths.items()}
+  worst = max(pairs, key=lambda pair: barriers[pair])
+  text = (
+      f'On the lines between {len(pairs)} pairs of models the test error rises '
+      f'by at most {100 * barriers[worst]:.1f} points above the chord (between '
+      f'{_pair(worst, names)}; median {_median(barriers):.1f}). In the middle, '
+      'which is the soup of the two, it lies '
+      f'{-_median(middle):.1f} points below the chord (median).'
+  )
+  values = rates(pairs, settings)
+  picture = Picture(
+      'barriers',
+      functools.partial(
+          _landscapes.lines,
+          paths=paths,
+          values=None if values is None else dict(zip(pairs, values)),
+          label='test error (points)',
+          values_label='mean learning rate',
+          scale=100,
+          is_named=len(pairs) <= 6,
+      ),
+      f'Lines: the error between two models, less the chord. {text}',
+      'Below zero the average of two models is better than the two on average. '
+      'A hump is a barrier: those models lie in different basins.',
+  )
+  order = sorted(pairs, key=lambda pair: -barriers[pair])
+  rows = [
+      [
+          _pair(pair, names),
+          f'{100 * barriers[pair]:.1f}',
+          f'{100 * middle[pair]:+.1f}',
+      ]
+      for pair in order
+  ]
+  table = Table(
+      ['pair', 'barrier', 'middle, above the chord'],
+      rows,
+      'All pairs, in points',
+      is_folded=True,
+  )
+  records = [
+      {'first': names[i], 'second': names[j], 't': x, 'error': error}
+      for (i, j), path in paths.items()
+      for x, error in zip(path.t.tolist(), path.loss.tolist())
+  ]
+  return [Section('Barriers', [text, picture, table], {'barriers': records})]
+
+
+def _above_chord(path: landscape.Path, t: float) -> float:
+  chord = (1 - t) * path.loss[0] + t * path.loss[-1]
+  return float(np.interp(t, path.t, path.loss) - chord)
+
+
+def _median(values: Mapping[Any, float]) -> float:
+  return 100 * float(np.median(list(values.values())))
+
+
+def _pair(pair: Sequence[int], names: Sequence[str]) -> str:
+  return f'{names[pair[0]]} and {names[pair[1]]}'
+
+
+def rates(
+    pairs: Sequence[Sequence[int]], settings: Sequence[Mapping[str, Any]]
+) -> list[float] | None:
+  """The mean learning rate of each pair; None where it is not known."""
+  if not all(_RATE in setting for setting in settings):
+    return None
+  return [
+      float(np.sqrt(settings[i][_RATE] * settings[j][_RATE])) for i, j in pairs
+  ]
+
+
+def angle_sections(
+    found: Mapping[str, Any],
+    pairs: Mapping[str, Any],
+    names: Sequence[str],
+    settings: Sequence[Mapping[str, Any]],
+    *,
+    metric: str = 'accuracy',
+) -> list[Section]:
+  """Angles at the start, and what pairs gain; none where there are none.
+
+  Args:
+    found: `angles` `[K, K]`, in degrees.
+    pairs: by data set, fields of `jaxsoup.landscape.Pair`.
+    names: of the single models.
+    settings: hyper-parameters of each.
+    metric: what the scores of pairs are.
+  """
+  if 'angles' not in found:
+    return []
+  angles = np.array(found['angles'], float)  # None becomes NaN.
+  apart = angles[np.triu_indices(len(angles), 1)]
+  text = (
+      f'At the start the task vectors of two models are {np.nanmin(apart):.0f} '
+      f'to {np.nanmax(apart):.0f} degrees apart (median '
+      f'{np.nanmedian(apart):.0f}); unrelated ones are at 90.'
+  )
+  parts: list[Any] = [text]
+  pictures = [
+      Picture(
+          'angles',
+          lambda ax: _landscapes.matrix(
+              ax, angles, names, label='angle (degrees)'
+          ),
+          f'Heat map of the angles between all pairs. {text}',
+          'Angles between all pairs.',
+          (4.8, 4.2),
+      )
+  ]
+  records = []
+  for where, rows in pairs.items():
+    if where == 'settings' or not rows:
+      continue
+    of_where = [landscape.Pair(**row) for row in rows]
+    parts.append(_pairs_text(where, of_where))
+    pictures += _pair_pictures(where, of_where, settings, metric)
+    records += [
+        {
+            'data': where,
+            'first': names[pair.members[0]],
+            'second': names[pair.members[1]],
+            **{k: v for k, v in pair._asdict().items() if k != 'members'},
+            'gain': pair.gain,
+        }
+        for pair in of_where
+    ]
+  data = {'pairs': records} if records else {}
+  return [Section('Angles and pairs', [*parts, *pictures], data)]
+
+
+def _pairs_text(where: str, pairs: Sequence[landscape.Pair]) -> str:
+  gains = [pair.gain for pair in pairs]
+  less = [pair.soup - pair.ensemble for pair in pairs]
+  text = (
+      f'On {_where(where)} the soup of two gains {_points(gains)} points over '
+      f'the two on average (mean ± deviation over {len(pairs)} pairs), and '
+      f'{_points(less)} over their ensemble.'
+  )
+  angles = [pair.angle for pair in pairs]
+  if len(pairs) > 4 and np.ptp(angles) and np.ptp(gains):
+    correlation, p_value = studies.rank_correlation(angles, gains)
+    text += (
+        " Spearman's correlation of the gain with the angle is "
+        f'{correlation:.2f} (p = {p_value:.2g}).'
+    )
+  return text
+
+
+def _where(name: str) -> str:
+  return 'the shifts' if name == 'mean of shifts' else f'{name} data'
+
+
+def _points(values: Sequence[float]) -> str:
+  deviation = np.std(values, ddof=1) if len(values) > 1 else 0
+  return f'{100 * np.mean(values):+.1f} ± {100 * deviation:.1f}'
+
+
+def _pair_pictures(where, pairs, settings, metric) -> list[Picture]:
+  values = rates([pair.members for pair in pairs], settings)
+  stem = where.replace(' ', '_')
+  text = _pairs_text(where, pairs)
+  return [
+      Picture(
+          f'angles_and_gains_{stem}',
+          functools.partial(
+              _landscapes.angles_and_gains,
+              pairs=pairs,
+              values=values,
+              label=f'{metric} (points)',
+          ),
+          f'Scatter of gain against angle. {text}',
+          f'Gain of the soup of two on {_where(where)}, against their angle.',
+      ),
+      Picture(
+          f'against_ensembles_{stem}',
+          functools.partial(
+              _landscapes.against_ensembles,
+              pairs=pairs,
+              values=values,
+              label=f'{metric} (%)',
+          ),
+          f'Scatter of soups against ensembles. {text}',
+          f'On {_where(where)}: above the dotted line the soup is better than '
+          'the ensemble.',
+      ),
+  ]
+
+
+def diagnosis_sections(found: Mapping[str, Any]) -> list[Section]:
+  """What is wrong, and what to do; none without a diagnosis.
+
+  Args:
+    found: of `jaxsoup.diagnosis.Diagnosis.as_json`.
+  """
+  if 'verdict' not in found:
+    return []
+  verdict = found['verdict']
+  parts: list[Any] = [
+      Labelled(f'{_sentence(verdict["action"])}:', verdict['reason'])
+  ]
+  if verdict['action'] == 'soup a subset':
+    parts.append(Labelled('These:', ', '.join(verdict['names'])))
+  for finding in found['findings']:
+    mark = _findings.MARKS[finding['severity']].capitalize()
+    parts += [
+        Labelled(f'{mark}:', finding['title']),
+        Labelled('Seen:', finding['seen'], is_indented=True),
+        Labelled('Meaning:', finding['meaning'], is_indented=True),
+        Labelled('Do:', finding['remedy'], is_indented=True),
+    ]
+  if not found['findings']:
+    parts.append('Nothing wrong was found.')
+  barriers = np.array(found['measured'].get('barriers', []), float)
+  if barriers.size and np.isfinite(barriers).all(where=_off_diagonal(barriers)):
+    parts.append(_barrier_map(barriers, found['names']))
+  records = [
+      {k: finding[k] for k in ('severity', 'code', 'title', 'seen')}
+      | {'models': ' '.join(finding['names'])}
+      for finding in found['findings']
+  ]
+  data = {'findings': records} if records else {}
+  return [Section('Diagnosis', parts, data)]
+
+
+def _off_diagonal(matrix: np.ndarray) -> np.ndarray:
+  return ~np.eye(len(matrix), dtype=bool)
+
+
+def _barrier_map(barriers: np.ndarray, names: Sequence[str]) -> Picture:
+  names = [pathlib.PurePath(name).name for name in names]
+  largest = 100 * barriers[_off_diagonal(barriers)].max()
+  text = (
+      'How far the held-out score of the average of two lies below the mean of '
+      f'the two, in points; largest {largest:.1f}.'
+  )
+  return Picture(
+      'barrier_map',
+      lambda ax: _landscapes.matrix(
+          ax, 100 * barriers, names, label='drop (points)', fmt='.1f'
+      ),
+      f'Heat map. {text}',
+      text,
+      (4.8, 4.2),
+  )
+
+
+def _sentence(text: str) -> str:
+  return text[:1].upper() + text[1:]

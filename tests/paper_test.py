@@ -1,0 +1,277 @@
+"""The experiments of the paper: the table of them, and the command."""
+
+import functools
+import importlib
+import json
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+from scipy import special
+
+from jaxsoup import checkpoints
+from jaxsoup import landscape
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import modeling
+from jaxsoup.experiments import paper
+from jaxsoup.experiments import pools
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCUMENT = ROOT / 'jaxsoup/docs/experiments.md'
+CONFIG = f'{ROOT}/tests/_digits_mlp.py'
+TINY = [
+    '--config.landscape.num_points=2',
+    '--config.landscape.num_pairs=0',
+    '--config.landscape.is_diagnosed=False',
+]
+
+
+# The table.
+
+
+@functools.cache
+def table():
+  lines = [
+      [cell.strip() for cell in line.strip('|').split('|')]
+      for line in DOCUMENT.read_text().splitlines()
+      if re.match(r'\| *\d+ *\|', line)
+  ]
+  return {int(cells[0]): cells[1:] for cells in lines}
+
+
+def test_there_are_21_lines():
+  assert list(table()) == list(range(1, 22))
+  assert all(len(cells) == 5 for cells in table().values())
+
+
+def resolved(name):
+  """What a dotted name leads to."""
+  parts = name.split('.')
+  for end in range(len(parts), 0, -1):
+    try:
+      found = importlib.import_module('.'.join(parts[:end]))
+    except ModuleNotFoundError:
+      continue
+    return functools.reduce(getattr, parts[end:], found)
+  raise AssertionError(f'{name} leads nowhere')
+
+
+@pytest.mark.parametrize('number', range(1, 22))
+def test_functions_and_figures_exist(number):
+  _, functions, figures, where, held = table()[number]
+  for cell in (functions, figures):
+    names = re.findall(r'`(jaxsoup[\w.]*)`', cell)
+    assert names, cell
+    for name in names:
+      assert callable(resolved(name)), name
+      assert not any(part.startswith('_') for part in name.split('.')), name
+  for file in re.findall(r'configs/\w+\.py', where):
+    assert (ROOT / file).is_file(), file
+  assert re.match(r'(yes|no|partly|open)\b', held), held
+
+
+def test_titles_are_those_of_the_command():
+  for number, experiment in paper.EXPERIMENTS.items():
+    assert table()[number][0] == experiment.title
+
+
+# The command.
+
+
+NUM_RUNS = 4
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few_runs():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(pools, 'NUM_RUNS', NUM_RUNS)
+    yield
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory, few_runs):
+  workdir = tmp_path_factory.mktemp('paper')
+  return workdir, paper.run(CONFIG, workdir, TINY)
+
+
+@pytest.fixture(scope='module')
+def problem():
+  experiment = configs.load(CONFIG, TINY)
+  model = modeling.of(experiment)
+  return model, experiment.data_fn(experiment.config)
+
+
+def pool_of(workdir, name, pattern='*'):
+  paths = sorted((workdir / 'seed0' / name / 'runs').glob(pattern))
+  return [checkpoints.Ingredients([path])[0] for path in paths]
+
+
+def mean(models):
+  return jax.tree.map(
+      lambda *xs: np.mean(xs, axis=0, dtype=np.float32), *models
+  )
+
+
+def accuracy(problem, params, name='test'):
+  model, splits = problem
+  source = splits.test if name == 'test' else splits.shifts[name]
+  logits = np.asarray(model.logits_fn(params, source.arrays))
+  return 100 * np.mean(logits.argmax(-1) == source.arrays['label'])
+
+
+def on_shifts(problem, params):
+  _, splits = problem
+  return np.mean([accuracy(problem, params, name) for name in splits.shifts])
+
+
+def test_every_experiment_found_something(made):
+  workdir, found = made
+  assert list(found) == list(range(1, 21))
+  text = (workdir / 'experiments.md').read_text()
+  for number, rows in found.items():
+    assert rows and f'## {number}. ' in text
+    values = [x for row in rows.values() for one in row.values() for x in one]
+    assert all(isinstance(x, float) for x in values if x is not None), number
+    folder = (
+        workdir if paper.EXPERIMENTS[number].has_dots else workdir / 'seed0'
+    )
+    picture = folder / f'experiments/{number:02d}.png'
+    assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_second_call_makes_nothing_anew(made):
+  workdir, found = made
+  made_once = (workdir / 'seed0').rglob('*')
+  times = {p: p.stat().st_mtime_ns for p in made_once if p.is_file()}
+  assert paper.run(CONFIG, workdir, TINY) == found
+  assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_soups_against_numpy(made, problem):
+  """One figure of each pool, from its checkpoints."""
+  workdir, found = made
+
+  def check(number, row, params):
+    scores = found[number][row]
+    assert scores['test, %'] == pytest.approx([accuracy(problem, params)], 1e-4)
+    assert scores['shifts, %'] == pytest.approx([on_shifts(problem, params)])
+
+  sweep = pool_of(workdir, 'sweep')
+  check(5, 'uniform', mean(sweep))
+  check(12, 'narrow: uniform soup', mean(pool_of(workdir, 'narrow')))
+  check(14, 'EMA: uniform soup', mean(pool_of(workdir, 'averaged', '*_ema*')))
+  last = pool_of(workdir, 'averaged')
+  # A moving average, four epochs and the last parameters of each run.
+  assert len(last) == NUM_RUNS * 6
+  swa = mean(pool_of(workdir, 'averaged', '*_epoch*'))
+  plain = mean(pool_of(workdir, 'averaged', '??'))
+  swa = jax.tree.map(lambda x, y: np.float32(0.8 * x + 0.2 * y), swa, plain)
+  check(14, 'SWA: uniform soup', swa)
+  check(14, 'last: uniform soup', plain)
+  check(15, 'SAM: uniform soup', mean(pool_of(workdir, 'sam')))
+  half = [*sweep[:2], *pool_of(workdir, 'sam')[2:]]
+  check(15, 'half of each: uniform soup', mean(half))
+  check(19, 'linear probe: uniform soup', mean(pool_of(workdir, 'probed')))
+  check(19, 'random head: uniform soup', mean(pool_of(workdir, 'random_head')))
+
+
+def test_barriers_against_numpy(made, problem):
+  workdir, found = made
+  models = pool_of(workdir, 'rates')
+  t = np.linspace(0, 1, 11)
+  for k, (name, row) in enumerate(found[4].items()):
+    first, second = models[2 * k : 2 * k + 2]
+    errors = [100 - accuracy(problem, mean_of(first, second, x)) for x in t]
+    expected = landscape.barrier(landscape.Path(t, np.array(errors)))
+    assert row['barrier, points'] == pytest.approx([expected], abs=1e-3), name
+
+
+def mean_of(first, second, t):
+  return jax.tree.map(
+      lambda x, y: np.float32(1 - t) * x + np.float32(t) * y, first, second
+  )
+
+
+def test_one_hyper_parameter_varies(made):
+  workdir, found = made
+  runs = [
+      checkpoints.provenance(path)['metadata']['config']
+      for path in sorted((workdir / 'seed0/one_factor/runs').iterdir())
+  ]
+  for k, name in enumerate(pools.FACTORS):
+    group = runs[4 * k : 4 * k + 4]
+    varying = {n for n in group[0] if len({run[n] for run in group}) > 1}
+    assert varying == {name}
+  for name in pools.FACTORS:
+    rows = [found[8][f'{name} varies: {what}'] for what in ('best', 'mean')]
+    for column in rows[0]:
+      assert rows[0][column] >= rows[1][column]
+
+
+def test_the_teacher_is_the_ensemble(made, problem):
+  workdir, _ = made
+  model, splits = problem
+  train = splits.train.arrays
+  logits = np.mean(
+      [model.logits_fn(p, train) for p in pool_of(workdir, 'sweep')], axis=0
+  )
+  with pools.opened(configs.load(CONFIG, TINY), workdir / 'seed0') as bench:
+    pool = bench['distilled']
+    target = pool.work.splits.train.arrays['target']
+  np.testing.assert_allclose(target, special.softmax(logits, -1), atol=1e-5)
+
+
+def test_heads_and_data_sets(made):
+  workdir, _ = made
+  start = checkpoints.Ingredients([workdir / 'seed0/sweep/theta_0'])[0]
+  for name in pools.DATA_SETS:
+    (params,) = pool_of(workdir, f'on_{name}')
+    for x, y in zip(jax.tree.leaves(params['head']),
+                    jax.tree.leaves(start['head'])):  # fmt: skip
+      np.testing.assert_array_equal(x, y)
+    assert not np.array_equal(
+        params['embed']['kernel'], start['embed']['kernel']
+    )
+  for name in ('probed', 'random_head'):
+    other = checkpoints.Ingredients([workdir / f'seed0/{name}/theta_0'])[0]
+    np.testing.assert_array_equal(
+        other['embed']['kernel'], start['embed']['kernel']
+    )
+    assert not np.array_equal(other['head']['kernel'], start['head']['kernel'])
+
+
+def test_figures_of_several_seeds_are_means(tmp_path):
+  seeds = [{'soup': {'test, %': x, 'p': y}} for x, y in ((90, 0.5), (94, 0.1))]
+  found = {5: paper._stacked(seeds)}
+  paper._write(tmp_path, found)
+  text = (tmp_path / 'experiments.md').read_text()
+  # Deviations with one degree of freedom.
+  assert '| soup | 92.0 ± 2.8 | 0.30 ± 0.28 |' in text
+
+
+@pytest.mark.parametrize(
+    'argv, text',
+    [
+        (['--only=22'], 'no experiments [22]: choose from 1 to 20'),
+        (['--only=x'], 'Write --seeds=3, --only=4,13'),
+        (['--seeds=0'], 'Write --seeds=3'),
+        (['--sedes=2'], 'sedes'),
+    ],
+)
+def test_usage(argv, text, tmp_path, capsys):
+  argv = [f'--config={CONFIG}', f'--workdir={tmp_path}/w', *argv]
+  assert paper.main(argv) == 2
+  error = capsys.readouterr().err
+  assert text in error and 'Traceback' not in error
+  assert not (tmp_path / 'w').exists()
+
+
+def test_figures_are_json(made):
+  workdir, found = made
+  for path in (workdir / 'seed0/experiments').glob('*.json'):
+    rows = json.loads(path.read_text())
+    assert {r: {k: [x] for k, x in row.items()} for r, row in rows.items()} == (
+        found[int(path.stem)]
+    )
