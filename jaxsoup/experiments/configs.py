@@ -127,7 +127,8 @@ def parse(argv: Sequence[str]) -> Arguments:
 USAGE = (
     'python -m jaxsoup.experiments.main --config=FILE[:ARG] --workdir=DIR '
     '[--config.NAME=VALUE ...] [--seeds=N] [--distributed] '
-    '[--coordinator=HOST:PORT --num-processes=N --process=I] [--timeout=SECONDS]'
+    '[--coordinator=HOST:PORT --num-processes=N --process=I] '
+    '[--timeout=SECONDS]'
 )
 
 
