@@ -134,6 +134,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # A state of the training is kept that often, and on SIGTERM.
   config.save_every_minutes = 10.0
   config.tensorboard = False
+  # Whether one run takes all devices; several processes need it.
+  config.is_sharded = False
   return config
 
 

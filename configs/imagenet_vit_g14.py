@@ -5,14 +5,15 @@
       --ingredients 14
   python -m jaxsoup.experiments.main --workdir=DIR \
       --config=configs/imagenet_vit_g14.py --config.init=FILE.npz \
-      --config.data.objectnet=objectnet-1.0
+      --config.data.objectnet=objectnet-1.0 --distributed
   python -m jaxsoup.experiments.main --workdir=DIR \
       --config=configs/imagenet_vit_g14.py:runlocal
 
-1.84 G parameters, fine-tuned 58 times. Each run keeps two moving averages of
-its parameters, with a low and a high decay, and those with the low one are
-souped: `--config.ingredients="('ema_0.9999',)"` soups the others, whose models
-are better one by one.
+1.84 G parameters, fine-tuned 58 times, each time on all devices of a pod: the
+same command on every host, DIR on a disk that all of them see. Each run keeps
+two moving averages of its parameters, with a low and a high decay, and those
+with the low one are souped: `--config.ingredients="('ema_0.9999',)"` soups the
+others, whose models are better one by one.
 
 Expected, per cent, ImageNet / mean of the shifts, as the paper has it:
 

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup._soup import AtMost
 from jaxsoup._soup import EvalFn
@@ -72,7 +73,7 @@ def batched(
     rows = np.arange(start, start + batch_size)
     batch = {k: np.asarray(x)[rows.clip(max=num - 1)] for k, x in data.items()}
     batch['mask'] = rows < num
-    batches.append({k: _placed(x, sharding) for k, x in batch.items()})
+    batches.append({k: placed(x, sharding) for k, x in batch.items()})
   return batches
 
 
@@ -84,7 +85,8 @@ def _divides(sharding: jax.sharding.Sharding, batch_size: int) -> bool:
   return True
 
 
-def _placed(x: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def placed(x: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+  """An array as it is to lie; every process passes the same one."""
   if sharding is None:
     return jax.device_put(x)
   return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
@@ -405,9 +407,9 @@ def logits_of(
     params = jax.tree.map(_tree.on_device, params)
     rows = []
     for batch in batches:
-      logits = np.asarray(jax.device_get(compiled(params, _on_device(batch))))
+      logits = _processes.gathered(compiled(params, _on_device(batch)))
       mask = batch.get('mask')
-      keep = slice(None) if mask is None else np.asarray(jax.device_get(mask))
+      keep = slice(None) if mask is None else _processes.gathered(mask)
       rows.append(logits[keep])
     if not rows:
       raise ValueError(

@@ -38,6 +38,7 @@ shapes = {
     'w': jax.ShapeDtypeStruct((16, 8), np.float32),
     'columns': jax.ShapeDtypeStruct((3, 8), np.float32),
     'b': jax.ShapeDtypeStruct((3,), np.float32),
+    'bias': jax.ShapeDtypeStruct((8,), np.float32),
 }
 abstract = sharding.fsdp(shapes, mesh)
 runs = sorted((folder / 'runs').iterdir())
@@ -54,7 +55,7 @@ batches = evaluation.batched(
 
 
 def logits_fn(params, batch):
-  return batch['x'] @ params['w'] + params['columns'].sum(0)
+  return batch['x'] @ params['w'] + params['columns'].sum(0) + params['bias']
 
 
 def correct(params, batch):

@@ -1,11 +1,15 @@
 """Two processes on one machine do what one does."""
 
 import json
+import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
@@ -13,6 +17,7 @@ from safetensors import numpy as safetensors
 from jaxsoup import checkpoints
 
 WORKER = pathlib.Path(__file__).parent / '_distributed_worker.py'
+DIGITS = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
 NUM = 4
 NAMES = ('uniform', 'greedy', 'learned', 'streamed')
 
@@ -23,12 +28,13 @@ def _free_port() -> int:
     return s.getsockname()[1]
 
 
-def _start(command) -> subprocess.Popen:
+def _start(command, **options) -> subprocess.Popen:
   return subprocess.Popen(
       [sys.executable, *map(str, command)],
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
+      **options,
   )
 
 
@@ -43,7 +49,7 @@ def _finish(processes):
 def _save_runs(folder):
   for k in range(NUM):
     rng = np.random.default_rng(k)
-    shapes = {'w': (16, 8), 'columns': (3, 8), 'b': (3,)}
+    shapes = {'w': (16, 8), 'columns': (3, 8), 'b': (3,), 'bias': (8,)}
     params = {
         name: rng.normal(size=shape).astype(np.float32)
         for name, shape in shapes.items()
@@ -129,3 +135,135 @@ def test_a_peer_that_never_comes(tmp_path, process):
   assert code == 1
   assert f'Process {process} waited 3 s for the other processes' in err
   assert not (tmp_path / 'soup').exists()
+
+
+# --- Experiments --------------------------------------------------------------
+
+# The digits, read as what does not fit into memory: one run on all devices.
+LAZY = f"""
+import importlib.util
+from jaxsoup.data import sources
+
+spec = importlib.util.spec_from_file_location('digits', {str(DIGITS)!r})
+digits = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(digits)
+sweep = digits.sweep
+
+
+def get_config(arg=None):
+  config = digits.get_config('runlocal')
+  config.is_sharded = True
+  config.model.update(width=16, depth=1, num_heads=2, mlp_width=16)
+  config.data.sizes.update(pretrain=96, train=96, held_out=120, test=100)
+  config.batch_size = 100
+  config.sweep.update(num_runs=2, group_size=1)
+  config.recipes = ('uniform', 'greedy', 'learned')
+  config.pretrain.update(num_epochs=1, batch_size=48)
+  config.finetune.update(num_epochs=3, batch_size=48, ema=(0.5,))
+  config.learned.update(batch_size=48, num_epochs=1)
+  return config
+
+
+class Lazy:
+  def __init__(self, source):
+    self._source = source
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, rows):
+    return self._source[rows]
+
+
+def data(config):
+  splits = digits.data(config)
+  return splits._replace(
+      train=Lazy(splits.train), pretrain=Lazy(splits.pretrain)
+  )
+"""
+
+
+def _experiment(folder, workdir, num_processes, *more):
+  """Starts an experiment on four devices."""
+  (folder / 'lazy.py').write_text(LAZY)
+  port = _free_port()
+  num_local = 4 // num_processes
+  flags = f'--xla_force_host_platform_device_count={num_local}'
+  fast = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+  environ = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'} | fast
+  command = [
+      '-m', 'jaxsoup.experiments.main', f'--config={folder}/lazy.py',
+      f'--workdir={workdir}', *more,
+  ]  # fmt: skip
+  if num_processes == 1:
+    return [_start(command, env=environ)]
+  join = [f'--coordinator=127.0.0.1:{port}', f'--num-processes={num_processes}']
+  return [
+      _start([*command, *join, f'--process={i}'], env=environ)
+      for i in range(num_processes)
+  ]
+
+
+def _vector(path):
+  leaves = jax.tree.leaves(checkpoints.Ingredients([path])[0])
+  return np.concatenate([np.ravel(leaf) for leaf in leaves])
+
+
+def _results(workdir):
+  return json.loads((workdir / 'results.json').read_text())
+
+
+def _stop(workdir, processes):
+  """SIGTERM to one of them, in the middle of the first run."""
+  log = workdir / 'metrics.jsonl'
+  deadline = time.monotonic() + 240
+  while not (log.exists() and '"run": 0' in log.read_text()):
+    assert time.monotonic() < deadline and processes[0].poll() is None
+    time.sleep(0.05)
+  processes[1].send_signal(signal.SIGTERM)
+  for code, _, err in _finish(processes):
+    assert code == 143 and 'holds the training' in err, err
+
+
+def test_an_experiment_in_two_processes(tmp_path):
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  _stop(two, _experiment(tmp_path, two, 2))
+  for workdir, num_processes in ((one, 1), (two, 2)):
+    results = _finish(_experiment(tmp_path, workdir, num_processes))
+    for code, _, err in results:
+      assert code == 0, err
+  assert 'best single' in results[0][1]
+  assert 'best single' not in results[1][1]
+  found, expected = _results(two), _results(one)
+  assert found['runs'] == expected['runs'] and found['data'] == expected['data']
+  # Sums over devices of two processes are added in another order.
+  scores = lambda row: [row['test'], row['nll'], row['ece']]
+  for x, y in zip(found['rows'], expected['rows'], strict=True):
+    assert x['name'] == y['name']
+    np.testing.assert_allclose(scores(x), scores(y), atol=0.01)
+  names = ['00', '00_ema_0.5', '01', '01_ema_0.5']
+  assert sorted(path.name for path in (two / 'runs').iterdir()) == names
+  for name in ('theta_0', *(f'runs/{name}' for name in names)):
+    x, y = _vector(two / name), _vector(one / name)
+    assert np.linalg.norm(x - y) < 0.01 * np.linalg.norm(y), name
+  # No epoch was trained twice.
+  lines = map(json.loads, (two / 'metrics.jsonl').read_text().splitlines())
+  seen = [(x['run'], x['epoch']) for x in lines if 'epoch' in x]
+  assert len(seen) == len(set(seen)) == 1 + 2 * 3
+  assert not (two / 'unfinished').exists()
+
+
+@pytest.mark.parametrize(
+    'more, said',
+    [
+        (['--config.is_sharded=False'], 'config.is_sharded is True'),
+        (['--process=0'], 'belong together'),
+        (['--workdir=gs://bucket/x'], 'is no directory: mount the bucket'),
+    ],
+)
+def test_what_processes_cannot_do(tmp_path, more, said):
+  num_processes = 2 if 'is_sharded' in more[0] else 1
+  for code, _, err in _finish(
+      _experiment(tmp_path, tmp_path / 'w', num_processes, *more)
+  ):
+    assert code == 2 and said in err, err

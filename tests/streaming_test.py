@@ -5,7 +5,6 @@ import pathlib
 import struct
 import tracemalloc
 
-from _x64 import x64
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -91,8 +90,13 @@ WRITERS = {
 def test_reads_what_safetensors_writes(tmp_path, dtype, small_pieces):
   tensor = (np.arange(4 * 30).reshape(4, 30) - 60).astype(dtype)
   path = save_by_others(tmp_path / 'a.safetensors', {'x': {'y': tensor}})
-  with x64():
+  # Of all threads, as a thread of its own reads.
+  before = jax.config.jax_enable_x64
+  jax.config.update('jax_enable_x64', True)
+  try:
     found = checkpoints.Ingredients([path])[0]['x']['y']
+  finally:
+    jax.config.update('jax_enable_x64', before)
   assert found.dtype == tensor.dtype
   np.testing.assert_array_equal(np.asarray(found), tensor)
 

@@ -18,6 +18,7 @@ import warnings
 
 import numpy as np
 
+from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup._soup import Soup
 from jaxsoup.checkpoints import _card
@@ -25,7 +26,6 @@ from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _pieces
-from jaxsoup.checkpoints import _processes
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _soups
 from jaxsoup.checkpoints import _source

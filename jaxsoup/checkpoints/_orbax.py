@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import tensorstore
 
+from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checksum
-from jaxsoup.checkpoints import _processes
 from jaxsoup.checkpoints import _source
 
 # A directory with this file holds one pytree, whoever wrote it: Orbax v0, v1

@@ -7,9 +7,9 @@ import os
 import pathlib
 from typing import Any
 
+from jaxsoup import _processes
 from jaxsoup._soup import AtMost
 from jaxsoup._soup import Members
-from jaxsoup.checkpoints import _processes
 
 
 class ScoreLog(MutableMapping):

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 import jaxsoup
+from jaxsoup import _processes
 from jaxsoup import _soup
 from jaxsoup import _tree
 from jaxsoup._soup import Params
@@ -24,7 +25,6 @@ from jaxsoup.checkpoints import _disk
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
-from jaxsoup.checkpoints import _processes
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _streaming
 

@@ -19,6 +19,8 @@ from absl import flags
 import ml_collections
 from ml_collections import config_flags
 
+from jaxsoup import _processes
+
 Run = dict[str, Any]
 
 
@@ -46,14 +48,32 @@ class UsageError(ValueError):
   exit_code = 2
 
 
-def parse(argv: Sequence[str]) -> tuple[str, str, list[str]]:
+class Arguments(NamedTuple):
+  """What the command line of an experiment says.
+
+  Attributes:
+    config: the config file, perhaps with an argument behind a colon.
+    workdir: where everything goes.
+    overrides: such as '--config.seed=1'.
+    is_distributed: whether other processes take part.
+    join: arguments of `distributed.start`.
+  """
+
+  config: str
+  workdir: str
+  overrides: list[str]
+  is_distributed: bool
+  join: dict[str, Any]
+
+
+def parse(argv: Sequence[str]) -> Arguments:
   """Takes `--config=FILE --workdir=DIR --config.x=y ...` apart.
 
   Args:
     argv: the arguments, without the program's name.
 
   Returns:
-    (config file, workdir, overrides).
+    What they say.
 
   Raises:
     UsageError: an unknown, missing or malformed argument.
@@ -61,6 +81,11 @@ def parse(argv: Sequence[str]) -> tuple[str, str, list[str]]:
   values = flags.FlagValues()
   flags.DEFINE_string('config', None, '', flag_values=values)
   flags.DEFINE_string('workdir', None, '', flag_values=values)
+  flags.DEFINE_bool('distributed', False, '', flag_values=values)
+  flags.DEFINE_string('coordinator', None, '', flag_values=values)
+  flags.DEFINE_integer('num-processes', None, '', flag_values=values)
+  flags.DEFINE_integer('process', None, '', flag_values=values)
+  flags.DEFINE_integer('timeout', 300, '', flag_values=values)
   is_override = lambda a: a.lstrip('-').startswith('config.')
   try:
     rest = values(['main', *(a for a in argv if not is_override(a))])
@@ -68,12 +93,35 @@ def parse(argv: Sequence[str]) -> tuple[str, str, list[str]]:
     raise UsageError(f'{e}. Usage: {USAGE}') from e
   if rest[1:] or not values.config or not values.workdir:
     raise UsageError(f'{_missing(values, rest[1:])}. Usage: {USAGE}')
-  return values.config, values.workdir, [a for a in argv if is_override(a)]
+  join = {
+      'coordinator': values.coordinator,
+      'num_processes': values['num-processes'].value,
+      'process': values.process,
+  }
+  given = [value is not None for value in join.values()]
+  if any(given) and not all(given):
+    raise UsageError(
+        '--coordinator, --num-processes and --process belong together: on a '
+        f'TPU pod or under Slurm write --distributed alone. Usage: {USAGE}'
+    )
+  if '://' in values.workdir:
+    raise UsageError(
+        f'{values.workdir} is no directory: mount the bucket (gcsfuse) or '
+        'another disk that all hosts see, and give the path there.'
+    )
+  return Arguments(
+      values.config,
+      values.workdir,
+      [a for a in argv if is_override(a)],
+      is_distributed=values.distributed or any(given),
+      join={**join, 'timeout': values.timeout},
+  )
 
 
 USAGE = (
     'python -m jaxsoup.experiments.main --config=FILE[:ARG] --workdir=DIR '
-    '[--config.NAME=VALUE ...]'
+    '[--config.NAME=VALUE ...] [--distributed | --coordinator=HOST:PORT '
+    '--num-processes=N --process=I] [--timeout=SECONDS]'
 )
 
 
@@ -190,6 +238,8 @@ def check_unchanged(
   now = json.loads(json.dumps(_flat(config)))
   now.pop('sweep.shard', None)  # It decides where a run is trained, not what.
   if not file.exists():
+    if not _processes.is_main():
+      return
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix('.tmp')
     unfinished.write_text(json.dumps(now, indent=2))

@@ -16,6 +16,8 @@ import math
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import ml_collections
 import numpy as np
 import optax
@@ -61,7 +63,7 @@ def recipes(
     theta_0: Any,
     held_out: sources.Source,
     scores: Any,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: NamedSharding | None = None,
     *,
     prepare_fn: ParamsFn | None = None,
 ) -> dict[str, Callable[[], jaxsoup.Soup]]:
@@ -94,9 +96,11 @@ def recipes(
       'uniform': lambda: jaxsoup.uniform(ingredients),
       'greedy': lambda: jaxsoup.greedy(ingredients, eval_fn, scores=scores),
       'pruned': lambda: jaxsoup.pruned(ingredients, eval_fn, scores=scores),
-      'learned': lambda: learned(config, model, ingredients, held_out),
+      'learned': lambda: learned(
+          config, model, ingredients, held_out, sharding
+      ),
       'learned by tensor': lambda: learned(
-          config, model, ingredients, held_out, depth=math.inf
+          config, model, ingredients, held_out, sharding, depth=math.inf
       ),
       'Model Stock': lambda: jaxsoup.model_stock(ingredients, theta_0),
   }
@@ -191,14 +195,15 @@ class Batches:
   def __iter__(self) -> Iterator[dict[str, jax.Array]]:
     for batch in sources.batches(self._source, self._batch_size):
       yield {
-          name: jax.device_put(x, self._sharding) for name, x in batch.items()
+          name: evaluation.placed(x, self._sharding)
+          for name, x in batch.items()
       }
 
 
 def batches_of(
     source: sources.Source,
     batch_size: int,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: NamedSharding | None = None,
 ) -> Any:
   """The batches of an evaluation: on the device where they fit, else read.
 
@@ -233,7 +238,7 @@ def score_fn(
     config: ml_collections.ConfigDict,
     logits_fn: LogitsFn,
     data: sources.Source,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: NamedSharding | None = None,
 ) -> EvalFn:
   """The `eval_fn` of the searches.
 
@@ -294,10 +299,11 @@ def learned(
     model: modeling.Model,
     ingredients: Sequence[Any],
     held_out: sources.Source,
+    sharding: NamedSharding | None = None,
     **options: Any,
 ) -> jaxsoup.Soup:
   """The learned soup of an experiment; options as in `jaxsoup.learned`."""
-  batches, val_batches = learning_batches(config, held_out)
+  batches, val_batches = learning_batches(config, held_out, sharding)
   return jaxsoup.learned(
       ingredients,
       loss_fn_of(model.logits_fn),
@@ -311,9 +317,13 @@ def learned(
 
 
 def learning_batches(
-    config: ml_collections.ConfigDict, held_out: sources.Source
+    config: ml_collections.ConfigDict,
+    held_out: sources.Source,
+    sharding: NamedSharding | None = None,
 ) -> tuple[list[Any], list[Any]]:
   """Two parts of the held-out set, in batches: to learn on, and to stop by.
+
+  A batch that the mesh does not divide is on every device.
 
   Raises:
     ValueError: one of them would be empty.
@@ -329,11 +339,17 @@ def learning_batches(
         f'{num - num_val} teach, in batches of {size}: none is left. Make '
         'learned.batch_size smaller, or change learned.val_fraction.'
     )
-  batches = [
-      jax.device_put(held_out[order[num_val + i : num_val + i + size]])
-      for i in range(0, full, size)
-  ]
-  return batches, [jax.device_put(held_out[order[:num_val]])]
+
+  def batch_of(rows):
+    lies = sharding
+    if lies is not None and len(rows) % lies.num_devices:
+      lies = NamedSharding(lies.mesh, PartitionSpec())
+    batch = held_out[rows].items()
+    return {name: evaluation.placed(x, lies) for name, x in batch}
+
+  starts = range(num_val, num_val + full, size)
+  batches = [batch_of(order[i : i + size]) for i in starts]
+  return batches, [batch_of(order[:num_val])]
 
 
 def row(

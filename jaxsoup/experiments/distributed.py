@@ -65,11 +65,6 @@ def start(
     done.set()
 
 
-def is_main() -> bool:
-  """Whether this process prints, and writes what is written once."""
-  return jax.process_index() == 0
-
-
 def banner(place: Any) -> str:
   """Which process this is, what it has, and where it writes.
 

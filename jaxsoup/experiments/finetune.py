@@ -59,8 +59,8 @@ def train(
     params: theta_0, the common start.
     runs: K dicts with keys of `DEFAULTS`, which fills in what is missing, of
       `OTHERS`, `STATIC` (alike in all) and of `augmentation.ALL`.
-    source: the training data. In memory they go to the device; else one run
-      trains on all devices.
+    source: the training data. In memory of one process they go to the device;
+      else one run trains on all devices.
     progress_fn: called after each epoch with (epochs done, epochs,
       losses [K]).
     saved: where the state is kept in between; the result does not depend on
@@ -72,13 +72,13 @@ def train(
     Stacked parameters, leaves [K, ...], in the order of `runs`.
 
   Raises:
-    ValueError: there are no runs, or several where the data are not in memory;
+    ValueError: there are no runs, or several where one trains on all devices;
       a run has a hyper-parameter that is not known; or the data do not fill
       one batch.
   """
   settings = steps.settings_of(phase, runs, len(source))
   hyper = steps.stack_runs(runs)
-  if hasattr(source, 'arrays'):
+  if hasattr(source, 'arrays') and jax.process_count() == 1:
     data = {name: source.arrays[name] for name in (*model.inputs, 'label')}
     data = jax.device_put(data)
     state = _start(model, settings, params, hyper)
@@ -183,7 +183,7 @@ def _features(model, params, source, batch_size, sharding) -> sources.Arrays:
     return jnp.concatenate([features, batch['label'][:, None]], axis=1)
 
   batches = (
-      jax.device_put(batch, sharding)
+      {name: evaluation.placed(x, sharding) for name, x in batch.items()}
       for batch in sources.batches(source, batch_size)
   )
   rows = evaluation.logits_of(both_fn, batches)(params)

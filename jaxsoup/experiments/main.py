@@ -8,6 +8,12 @@ calls share the fine-tuning where each has its part of the runs:
 
   ... --config.sweep.shard=0/4      and 1/4, 2/4, 3/4, on one workdir
 
+One run on all devices of several processes, such as those of a TPU pod, where
+`config.is_sharded` is true; the workdir is on a disk that all of them see:
+
+  ... --distributed        where jax finds out who takes part, else
+  ... --coordinator=HOST:PORT --num-processes=N --process=I
+
 theta_0/    the pre-trained parameters
 runs/NN/    parameters of each run, with its hyper-parameters and score
 logits/     what each run says on every data set
@@ -17,12 +23,16 @@ soups/      each soup, with alpha, provenance and versions; where the held-out
 """
 
 from collections.abc import Sequence
+import contextlib
 import importlib.util
 import pathlib
 import shutil
 import sys
 from typing import Any
 
+import jax
+
+from jaxsoup import _processes
 from jaxsoup import report
 from jaxsoup.checkpoints import _disk
 from jaxsoup.experiments import configs
@@ -90,7 +100,18 @@ def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
   config = experiment.config
   shard, num_shards = stages.shard_of(config)
   name = '.lock' if num_shards == 1 else f'.lock_{shard}_{num_shards}'
-  with locking.locked(workdir / name, workdir), stages.mesh_of(config):
+  if jax.process_count() > 1 and not config.get('is_sharded', False):
+    raise configs.UsageError(
+        f'{jax.process_count()} processes train one run together where '
+        'config.is_sharded is True, and this config is not. Set it; or start '
+        'each process by itself, with --config.sweep.shard=i/n.'
+    )
+  held = (
+      locking.locked(workdir / name, workdir)
+      if _processes.is_main()
+      else contextlib.nullcontext()
+  )
+  with held, stages.mesh_of(config):
     configs.check_unchanged(config, workdir / 'config.json')
     progress_fn('pre-training', 0.0)
     has_board = config.get('tensorboard', False)
@@ -119,14 +140,19 @@ def main(argv: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
   argv = sys.argv[1:] if argv is None else argv
   try:
-    path, workdir, overrides = configs.parse(argv)
-    experiment = configs.load(path, overrides)
+    arguments = configs.parse(argv)
+    experiment = configs.load(arguments.config, arguments.overrides)
+    if arguments.is_distributed:
+      distributed.start(**arguments.join)
+    workdir = arguments.workdir
     print(distributed.banner(workdir), file=sys.stderr)
-    with preemption.handled() as stop, progress.shown(STAGES) as progress_fn:
+    with preemption.handled() as stop, _shown() as progress_fn:
       rows = run(experiment, workdir, progress_fn, stop)
   except (ImportError, OSError, TypeError, ValueError) as e:
     print(f'Error: {e}', file=sys.stderr)
     return getattr(e, 'exit_code', 1)
+  if not _processes.is_main():
+    return 0
   if not rows:
     print(
         f'This part of the runs is in {workdir}. When all parts are there, the '
@@ -135,6 +161,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   else:
     show(report.summary(rows), workdir)
   return 0
+
+
+def _shown() -> contextlib.AbstractContextManager[progress.ProgressFn]:
+  if _processes.is_main():
+    return progress.shown(STAGES)
+  return contextlib.nullcontext(progress.silent)
 
 
 def show(

@@ -14,7 +14,7 @@ import pathlib
 import time
 from typing import Any
 
-from jaxsoup.experiments import distributed
+from jaxsoup import _processes
 
 
 class MetricLog:
@@ -57,7 +57,7 @@ class MetricLog:
       values: what JSON can hold; `run` and `epoch` name the curve and the place
         on it.
     """
-    if not distributed.is_main():
+    if not _processes.is_main():
       return
     line = json.dumps({'time': round(time.time(), 1), **values})
     self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsoup
+from jaxsoup import _processes
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
 from jaxsoup import metrics
@@ -100,7 +101,8 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
     calibration = calibration or _calibration(work, models, split, tables[0])
   work.progress_fn('reporting', 0.0)
   stable = stability(work, ingredients, all_splits[0], logits)
-  _write(work, tables, first, calibration, stable)
+  if _processes.is_main():
+    _write(work, tables, first, calibration, stable)
   return report.averaged(tables)[0]
 
 
@@ -231,7 +233,7 @@ def _soups(work, ingredients, theta_0, split, singles, fns, part):
       name = f'{recipe_name}, {way}' if way else recipe_name
       stem = name.replace(',', '').replace(' ', '_').lower()
       path = split.folder / 'soups' / stem
-      if not path.exists():
+      if not _processes.agreed(path.exists()):
         soup = mixture()
         metadata = {'recipe': recipe_name, 'seed': config.seed}
         checkpoints.save(

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 import ml_collections
 import numpy as np
 
+from jaxsoup import _processes
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
 from jaxsoup import sharding
@@ -143,20 +144,27 @@ def theta_0(work: Work) -> Any:
   Of several processes with one workdir one makes it, and the others wait.
   """
   path = work.workdir / 'theta_0'
-  if not path.exists():
+  if not _processes.agreed(path.exists()):
     with _alone(work, path):
-      if not path.exists():
+      if not _processes.agreed(path.exists()):
         work.progress_fn('pre-training', 0.0)
         metadata = {'seed': work.config.seed}
         checkpoints.save(path, _start(work), metadata=metadata)
-        shutil.rmtree(work.workdir / 'unfinished' / 'theta_0', True)
+        work.saved('theta_0').delete()
   # Always from the disk, so that a second start sees the same parameters.
-  return checkpoints.Ingredients([path])[0]
+  found = checkpoints.Ingredients([path])
+  if jax.process_count() > 1:
+    shapes = abstract(work.config, found.abstract_params)
+    found = checkpoints.Ingredients([path], shapes)
+  return found[0]
 
 
 @contextlib.contextmanager
 def _alone(work: Work, path: pathlib.Path) -> Iterator[None]:
-  """Waits until no other process makes what is at the path."""
+  """Waits until no other experiment makes what is at the path."""
+  if not _processes.is_main():
+    yield
+    return
   while True:
     try:
       with locking.locked(path.with_name(f'.{path.name}.lock'), path):
@@ -170,6 +178,12 @@ def _alone(work: Work, path: pathlib.Path) -> Iterator[None]:
 def _start(work: Work) -> Any:
   config, model = work.config, work.model
   params = model.start_fn(jax.random.key(config.seed))
+  if jax.process_count() > 1:
+    params = jax.tree.map(
+        lambda x, like: evaluation.placed(np.asarray(x), like.sharding),
+        params,
+        abstract(config, params),
+    )
   if 'pretrain' in config:
     if work.splits.pretrain is None:
       raise configs.UsageError(
@@ -241,8 +255,10 @@ def finetune_all(work: Work, start: Any) -> bool:
     with _alone(work, work.workdir / 'runs' / f'{group[0]:02d}'):
       _finetune_group(work, start, group, progress_fn)
     num_done += len(group)
-  is_complete = all(path.exists() for _, _, path in work.copies())
-  if is_complete:
+  is_complete = _processes.agreed(
+      all(path.exists() for _, _, path in work.copies())
+  )
+  if is_complete and _processes.is_main():
     shutil.rmtree(work.workdir / 'unfinished', ignore_errors=True)
   return is_complete
 
@@ -261,10 +277,11 @@ def _finetune_group(work: Work, start, group, progress_fn) -> None:
   """
   saved = work.saved(f'runs_{group[0]:02d}')
   paths = {(i, name): path for i, name, path in work.copies() if i in group}
-  if not all(path.exists() for path in paths.values()):
+  if not _processes.agreed(all(path.exists() for path in paths.values())):
 
     def keep_fn(name, stacked):
-      stacked = jax.device_get(stacked)
+      if jax.process_count() == 1:
+        stacked = jax.device_get(stacked)
       for row, i in enumerate(group):
         if (i, name) in paths:
           params = jax.tree.map(operator.itemgetter(row), stacked)
@@ -286,7 +303,7 @@ def _finetune_group(work: Work, start, group, progress_fn) -> None:
 
 def _save(work: Work, path, run: int, name: str, params) -> None:
   """Saves a run with its score; first its logits, which are needed later."""
-  if path.exists():
+  if _processes.agreed(path.exists()):
     return
   logits = work.logits(params)
   _write_logits(work, path, logits)
@@ -310,7 +327,7 @@ def all_logits(work: Work, params_fn: Any) -> dict[str, np.ndarray]:
   rows = []
   for k, (_, _, path) in enumerate(work.copies()):
     file = _logits_file(work, path)
-    if not file.exists():
+    if not _processes.agreed(file.exists()):
       _write_logits(work, path, work.logits(params_fn(k)))
     with np.load(file) as stored:
       rows.append(dict(stored))
@@ -322,11 +339,13 @@ def _logits_file(work: Work, path: pathlib.Path) -> pathlib.Path:
 
 
 def _write_logits(work: Work, path: pathlib.Path, arrays) -> None:
-  file = _logits_file(work, path)
-  file.parent.mkdir(exist_ok=True)
-  unfinished = file.with_name(f'.{file.name}')
-  np.savez(unfinished, **arrays)
-  unfinished.replace(file)
+  if _processes.is_main():
+    file = _logits_file(work, path)
+    file.parent.mkdir(exist_ok=True)
+    unfinished = file.with_name(f'.{file.name}')
+    np.savez(unfinished, **arrays)
+    unfinished.replace(file)
+  _processes.wait_for_all('the logits are written')
 
 
 def ingredients(work: Work, start: Any) -> preemption.Ingredients:

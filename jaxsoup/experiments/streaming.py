@@ -10,7 +10,6 @@ state, losses = streamed.epoch(state, 0)
 from collections.abc import Callable
 from collections.abc import Iterator
 import functools
-from typing import Any
 
 import jax
 from jax.sharding import AxisType
@@ -35,7 +34,7 @@ class Streamed:
     if num_runs > 1:
       raise ValueError(
           f'{num_runs} runs cannot train together on data that are not in '
-          'memory: make sweep.group_size 1.'
+          'memory, or in several processes: make sweep.group_size 1.'
       )
     self._model, self._settings, self._source = model, settings, source
     self._hyper = jax.tree.map(lambda x: x[0], jax.device_get(hyper))
@@ -44,19 +43,19 @@ class Streamed:
         functools.partial(steps.train_step, model, settings),
         donate_argnums=(0,),
     )
-    self._shardings: Any = None
 
   def start(self, params: steps.Params) -> steps.State:
     """The state before the first step."""
-    hyper = self._hyper
-    if 'init_seed' in hyper:
-      params = self._model.init_fn(jax.random.key(hyper['init_seed']))
-    init_fn = functools.partial(
-        steps.initial_state, self._settings, hyper=dict(hyper)
-    )
+    hyper = dict(self._hyper)
+
+    def init_fn(params):
+      if 'init_seed' in hyper:
+        params = self._model.init_fn(jax.random.key(hyper['init_seed']))
+      return steps.initial_state(self._settings, params, hyper)
+
     abstract = sharded_state(jax.eval_shape(init_fn, params), self._mesh)
-    self._shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(init_fn, out_shardings=self._shardings)(params)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(init_fn, out_shardings=shardings)(params)
 
   def epoch(
       self,
@@ -77,8 +76,6 @@ class Streamed:
     Returns:
       The state after it, and the mean loss of the steps taken, [1].
     """
-    # A state that was restored lies elsewhere.
-    state = jax.device_put(state, self._shardings)
     key = jax.random.fold_in(jax.random.key(self._hyper['seed']), epoch)
     losses = []
     for step, batch in enumerate(self._batches(epoch, start), start):

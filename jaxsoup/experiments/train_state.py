@@ -14,7 +14,9 @@ import time
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
+from jaxsoup import _processes
 from jaxsoup import checkpoints
 from jaxsoup.experiments import preemption
 
@@ -44,8 +46,9 @@ class Saved:
     self._seconds = 60 * minutes
     self._last = time.monotonic()
     for path in self._folder.glob('*'):
-      if not path.name.isdecimal():
+      if not path.name.isdecimal() and _processes.is_main():
         shutil.rmtree(path)
+    _processes.wait_for_all('what was left unfinished is deleted')
 
   def restore(self, state: Any) -> tuple[int, Any]:
     """How much is done, and the state after it.
@@ -60,9 +63,7 @@ class Saved:
     if not found:
       return 0, state
     path = self._path(found[-1])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state
-    )
+    abstract = jax.tree.map(_abstract, state)
     try:
       return found[-1], checkpoints.Ingredients([path], abstract)[0]
     except ValueError as e:
@@ -82,17 +83,22 @@ class Saved:
       Preempted: the script is to stop; the state is saved.
     """
     is_due = time.monotonic() - self._last >= self._seconds
-    if is_due or self._stop.requested:
+    # One process is told to stop, and all of them save.
+    is_asked = _processes.is_any(self._stop.requested)
+    if is_asked or _processes.is_any(is_due):
       older = self._found()
       checkpoints.save(self._path(num_done), state)
-      for done in older:
-        shutil.rmtree(self._path(done))
+      if _processes.is_main():
+        for done in older:
+          shutil.rmtree(self._path(done))
       self._last = time.monotonic()
-    self._stop.check(f'{self._path(num_done)} holds the training')
+    if is_asked:
+      raise preemption.Preempted(f'{self._path(num_done)} holds the training')
 
   def delete(self) -> None:
     """Deletes it all: the training has ended, and its result is saved."""
-    shutil.rmtree(self._folder, ignore_errors=True)
+    if _processes.is_main():
+      shutil.rmtree(self._folder, ignore_errors=True)
 
   def _found(self) -> list[int]:
     names = (path.name for path in self._folder.glob('*'))
@@ -100,3 +106,12 @@ class Saved:
 
   def _path(self, num_done: int) -> pathlib.Path:
     return self._folder / str(num_done)
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+  """Shape and dtype, and of what is spread over a mesh how it lies there."""
+  sharding = getattr(x, 'sharding', None)
+  is_spread = isinstance(sharding, NamedSharding)
+  return jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding if is_spread else None
+  )

@@ -1,4 +1,6 @@
-"""Several processes that write one file: who writes, and who waits."""
+"""Several processes with one task: who writes, who waits, what is agreed on."""
+
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -27,6 +29,18 @@ def from_main(content: bytes) -> bytes:
   return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
 
 
+def agreed(answer: bool) -> bool:
+  """The main process's answer, on every process: disks are not seen alike."""
+  return from_main(bytes([answer])) == b'\1'
+
+
+def is_any(answer: bool) -> bool:
+  """Whether one of the processes says so."""
+  if jax.process_count() == 1:
+    return answer
+  return bool(np.any(multihost_utils.process_allgather(np.asarray(answer))))
+
+
 def summed(sums: np.ndarray) -> np.ndarray:
   """`[...]` uint64, summed over the processes modulo 2^64."""
   if jax.process_count() == 1:
@@ -36,8 +50,10 @@ def summed(sums: np.ndarray) -> np.ndarray:
   return np.asarray(parts).view(np.uint64).sum(axis=0, dtype=np.uint64)
 
 
-def gathered(leaf: jax.Array) -> np.ndarray:
+def gathered(leaf: Any) -> np.ndarray:
   """A whole array on the host of every process."""
-  if leaf.is_fully_addressable or leaf.is_fully_replicated:
+  if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
     return np.asarray(jax.device_get(leaf))
+  if leaf.is_fully_replicated:
+    return np.asarray(leaf)
   return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
