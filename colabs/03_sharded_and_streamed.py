@@ -18,9 +18,7 @@
 import os
 
 # Before jax is imported. It concerns CPUs only.
-os.environ.setdefault(
-    'XLA_FLAGS', '--xla_force_host_platform_device_count=4'
-)
+os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=4')
 
 import jax
 
@@ -55,7 +53,7 @@ class Net(nn.Module):
 
 net = Net()
 data = digits.load(0, dict(pretrain=240, train=240, held_out=400, test=897))
-init_fn = lambda key: net.init(key, data['train']['image'][:1])
+init_fn = lambda key: net.init(key, data['train']['image'][:1])['params']
 
 mesh = jax.make_mesh(
     (jax.device_count(),), ('fsdp',), axis_types=(AxisType.Auto,)
@@ -64,7 +62,9 @@ abstract_params = sharding.fsdp(
     jax.eval_shape(init_fn, jax.random.key(0)), mesh
 )
 for path, leaf in jax.tree.leaves_with_path(abstract_params)[2:]:
-  print(f'{jax.tree_util.keystr(path):<36} {leaf.shape!s:<14} {leaf.sharding.spec}')
+  print(
+      f'{jax.tree_util.keystr(path):<36} {leaf.shape!s:<14} {leaf.sharding.spec}'
+  )
 
 # %% [markdown]
 # ## Fine-tune on the mesh
@@ -81,7 +81,7 @@ on_mesh = NamedSharding(mesh, PartitionSpec('fsdp'))
 
 
 def loss_fn(params, batch, beta=1.0):
-  logits = beta * net.apply(params, batch['image'])
+  logits = beta * net.apply({'params': params}, batch['image'])
   labels = batch['label']
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -150,7 +150,9 @@ from jaxsoup import metrics
 
 
 def correct(params, batch):
-  return metrics.correct(net.apply(params, batch['image']), batch['label'])
+  return metrics.correct(
+      net.apply({'params': params}, batch['image']), batch['label']
+  )
 
 
 def accuracy_on(part):
@@ -220,7 +222,9 @@ from jaxsoup.experiments import hlo
 def collectives(fn, *args):
   text = jax.jit(fn).lower(*args).compile().as_text()
   found = hlo.collectives_of(text)
-  shown = (f'{x.times} {name} ({x.num_bytes} bytes)' for name, x in found.items())
+  shown = (
+      f'{x.times} {name} ({x.num_bytes} bytes)' for name, x in found.items()
+  )
   return ', '.join(shown) or 'none'
 
 

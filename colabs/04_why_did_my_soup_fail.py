@@ -44,7 +44,7 @@ net = Net()
 
 
 def loss_fn(params, batch):
-  logits = net.apply(params, batch['image'])
+  logits = net.apply({'params': params}, batch['image'])
   labels = batch['label']
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -68,7 +68,7 @@ def train(params, part, *, learning_rate, seed, num_epochs=6):
 
 
 def pretrained(seed):
-  start = net.init(jax.random.key(seed), data['train']['image'][:1])
+  start = net.init(jax.random.key(seed), data['train']['image'][:1])['params']
   return train(start, 'pretrain', learning_rate=2e-3, seed=seed, num_epochs=40)
 
 
@@ -80,9 +80,12 @@ theta_0 = pretrained(seed=0)
 rates = (1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3)
 good = {f'run {k}': fine_tuned(theta_0, r, k) for k, r in enumerate(rates)}
 
+
 # %%
 def correct(params, batch):
-  return metrics.correct(net.apply(params, batch['image']), batch['label'])
+  return metrics.correct(
+      net.apply({'params': params}, batch['image']), batch['label']
+  )
 
 
 def accuracy_on(part):
@@ -120,17 +123,20 @@ print(diagnosed(good, eval_fn=held_out).as_text())
 # %% [markdown]
 # ## Fault 1: another initialization
 #
-# A colleague's run is added. It is as good as the others, but was pre-trained
-# with another seed: its hidden units mean other things, and an average of
-# different things is neither.
+# Three runs of a colleague are added. They are as good as ours, but began at
+# other weights, pre-trained with another seed: their hidden units mean other
+# things, and an average of different things is neither.
 
 # %%
-stranger = fine_tuned(pretrained(seed=7), 2e-3, 9)
-pool_1 = good | {'stranger': stranger}
+elsewhere = pretrained(seed=7)
+theirs = {
+    f'theirs {k}': fine_tuned(elsewhere, rates[k], 9 + k) for k in range(3)
+}
+pool_1 = good | theirs
 show(pool_1)
 
 # %% [markdown]
-# With the weights alone, before any data are looked at:
+# The diagnosis of the weights alone, without any data:
 
 # %%
 found_1 = diagnosed(pool_1)
@@ -139,29 +145,31 @@ print(found_1.as_text())
 # %% [markdown]
 # ## Fault 2: a learning rate that is far too high
 #
-# The run left the region where the others are. With held-out data (`eval_fn`)
-# *barriers* are measured as well: how far the score falls half-way between two
-# models, below the mean of the two.
+# By itself the run is usable. One in six, it spoils the soup. Given a score on
+# held-out data (`eval_fn`) the diagnosis measures *barriers* too: how far the
+# score falls half-way between two models, below the mean of the two.
 
 # %%
-hot = fine_tuned(theta_0, 0.1, 5)
+hot = fine_tuned(theta_0, 0.05, 5)
 pool_2 = good | {'hot': hot}
 show(pool_2)
+
+# %%
 found_2 = diagnosed(pool_2, eval_fn=held_out)
-print()
 print(found_2.as_text())
 
 # %% [markdown]
 # ## Fault 3: a head for each run
 #
-# The most common one: whoever loads a backbone with a new classifier gets a
-# *random* classifier, another one in every run. They must share it: draw it
-# once, best after training it alone for a while (a linear probe).
+# Whoever loads a backbone with a new classifier gets a *random* one, and another
+# one in every run. All runs must begin with the same: draw it once, better train
+# it alone first (a linear probe), and save it with the backbone.
+
 
 # %%
 def with_new_head(params, seed):
-  new = net.init(jax.random.key(seed), data['train']['image'][:1])
-  return {'params': params['params'] | {'head': new['params']['head']}}
+  start = net.init(jax.random.key(seed), data['train']['image'][:1])
+  return params | {'head': start['params']['head']}
 
 
 pool_3 = {
@@ -169,8 +177,12 @@ pool_3 = {
     for k, rate in enumerate(rates)
 }
 show(pool_3)
-found_3 = diagnosed(pool_3, eval_fn=held_out)
-print()
+
+# %%
+# There is no one theta_0: the heads had starts of their own.
+found_3 = diagnosis.diagnose(
+    list(pool_3.values()), names=list(pool_3), eval_fn=held_out
+)
 print(found_3.as_text())
 
 # %% [markdown]
@@ -183,11 +195,9 @@ print(found_3.as_text())
 for pool, found in ((pool_1, found_1), (pool_2, found_2)):
   models = list(pool.values())
   subset = [models[k] for k in found.verdict.members]
-  print(
-      f'{list(pool)[-1]:<9} test accuracy: all '
-      f'{test(jaxsoup.uniform(models).params):.3f}, '
-      f'{len(subset)} of {len(models)} {test(jaxsoup.uniform(subset).params):.3f}'
-  )
+  for chosen in (models, subset):
+    score = test(jaxsoup.uniform(chosen).params)
+    print(f'with {list(pool)[-1]}: soup of {len(chosen)}, test {score:.3f}')
 
 # %% [markdown]
 # ## See it: the way from one model to another
@@ -207,7 +217,7 @@ loss = lambda params: loss_fn(params, batch)
 heads = list(pool_3.values())
 lines = {
     'two good runs': landscape.line(loss, good['run 0'], good['run 4']),
-    'to the stranger': landscape.line(loss, good['run 0'], stranger),
+    'to one of theirs': landscape.line(loss, good['run 0'], theirs['theirs 0']),
     'to the hot run': landscape.line(loss, good['run 0'], hot),
     'own heads': landscape.line(loss, heads[0], heads[1]),
 }
@@ -226,7 +236,7 @@ report.lines(ax, lines)
 others = {
     'run 2': good['run 2'],
     'soup of good runs': jaxsoup.uniform(list(good.values())).params,
-    'stranger': stranger,
+    'theirs 0': theirs['theirs 0'],
 }
 plane = landscape.plane(
     loss,
@@ -246,7 +256,7 @@ report.plane(ax, plane, ['pre-trained', 'run 3', 'run 4', *others])
 # some of their way; what comes from somewhere else does not.
 
 # %%
-everyone = good | {'hot': hot, 'stranger': stranger}
+everyone = good | {'hot': hot} | theirs
 angles = landscape.angles(list(everyone.values()), theta_0)
 fig, ax = plt.subplots(figsize=(5.4, 4.2))
 report.matrix(ax, angles, list(everyone), label='angle (degrees)')
