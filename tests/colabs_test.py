@@ -84,7 +84,7 @@ def check_soup_in_five_minutes(names):
   best = max(map(held_out, models))
   assert soups['greedy'].info.score == held_out(soups['greedy'].params) >= best
   singles = np.mean([blurred(params) for params in models])
-  assert all(blurred(soup.params) > singles for soup in soups.values())
+  assert blurred(soups['uniform'].params) > singles
 
 
 def check_fine_tune_and_soup(names):
@@ -92,27 +92,27 @@ def check_fine_tune_and_soup(names):
   assert_mean(soups['uniform'].params, names['singles'])
   assert_mean(names['nnx_soups']['uniform'].params, names['nnx_ingredients'])
   assert_equal(names['loaded'].params, soups['greedy'].params)
-  best = max(map(accuracy['held_out'], names['singles']))
-  assert accuracy['held_out'](soups['greedy'].params) >= best
   for scores, found, singles in (
       (accuracy, soups, names['singles']),
       (names['nnx_accuracy'], names['nnx_soups'], names['nnx_ingredients']),
   ):
-    mean = np.mean([scores['blurred'](params) for params in singles])
-    assert scores['blurred'](found['uniform'].params) > mean
+    best = max(map(scores['held_out'], singles))
+    assert scores['held_out'](found['greedy'].params) >= best > 0.9
+  singles = [accuracy['noisy'](params) for params in names['singles']]
+  assert accuracy['noisy'](soups['uniform'].params) > np.mean(singles)
 
 
 def check_sharded_and_streamed(names):
   num = jax.device_count()
-  kernel = names['greedy'].params['params']['Dense_1']['kernel']
+  kernel = names['greedy'].params['Dense_1']['kernel']
   assert kernel.addressable_shards[0].data.size == 1024 * 1024 / num
   assert_mean(names['uniform'].params, list(names['ingredients']))
   soup_of_files = checkpoints.Ingredients([names['path']])[0]
   assert_mean(soup_of_files, list(names['ingredients']))
   learned = names['learned']
-  assert not learned[False].info.plan.is_streamed
+  assert not learned[None].info.plan.is_streamed
   assert learned[True].info.plan.is_streamed
-  np.testing.assert_allclose(learned[True].alpha, learned[False].alpha, 1e-3)
+  np.testing.assert_allclose(learned[True].alpha, learned[None].alpha, 1e-3)
   assert np.ptp(learned[True].alpha) > 0.01
   assert names['communication']['mix'] == 'none'
   assert 'all-reduce' in names['communication']['gradient in alpha']
@@ -126,7 +126,7 @@ def check_why_did_my_soup_fail(names):
     assert [f.code for f in names[found].findings] == [code]
     assert names[found].verdict.members == good
   assert names['found_3'].verdict.action == 'do not soup'
-  assert names['found_3'].findings[0].leaves == ('params/head/kernel',)
+  assert names['found_3'].findings[0].leaves == ('head/kernel',)
   line, *others = map(names['landscape'].barrier, names['lines'].values())
   assert all(10 * line < barrier for barrier in others)
   assert good[-1] + 1 not in names['greedy'].info.accepted
