@@ -229,6 +229,7 @@ for name, params in models.items():
 ax.set_xlabel('test accuracy (%)')
 ax.set_ylabel('blurred, accuracy (%)')
 ax.legend(frameon=False)
+fig.tight_layout()
 
 # %% [markdown]
 # ## Keep the soup

@@ -129,13 +129,24 @@ for k in range(6):
 # process then reads what its devices hold, whatever mesh it was saved from.
 
 # %%
+import math
+
 ingredients = checkpoints.Ingredients(paths, abstract_params)
 
 
 def megabytes(tree):
   """What the first device holds of it."""
-  leaves = jax.tree.leaves(tree)
-  return sum(x.addressable_shards[0].data.nbytes for x in leaves) / 1e6
+  sizes = (
+      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+      for x in jax.tree.leaves(tree)
+  )
+  return sum(sizes) / 1e6
+
+
+def alive():
+  """All arrays on the mesh that live now."""
+  arrays = jax.live_arrays()
+  return megabytes([x for x in arrays if isinstance(x.sharding, NamedSharding)])
 
 
 whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_params))
@@ -174,14 +185,14 @@ most = 0
 
 
 def look(trial):
-  """After each trial: what lives on the first device."""
+  """After each trial: what the first device holds."""
   global most
-  most = max(most, megabytes(jax.live_arrays()) - before)
+  most = max(most, alive() - before)
 
 
 del params, pretrained, start
 uniform = jaxsoup.uniform(ingredients)
-before = megabytes(jax.live_arrays())
+before = alive()
 scores = checkpoints.ScoreLog('scores.jsonl', ingredients)
 greedy = jaxsoup.greedy(ingredients, held_out, scores=scores, on_trial=look)
 print('a leaf lies there as', jax.tree.leaves(greedy.params)[-1].sharding.spec)
@@ -209,10 +220,11 @@ for stream in (None, True):
       num_epochs=2,
       stream=stream,
       on_start=lambda plan: print(
-          f'{"streamed" if plan.is_streamed else "resident"}: {plan.reason}; '
-          f'reads {plan.reads_per_step} a step'
+          f'{"streamed" if plan.is_streamed else "resident"}: '
+          f'reads {plan.reads_per_step} ingredients a step'
       ),
   )
+print('Why?', learned[None].info.plan.reason)
 print(learned[None].alpha.round(4))
 print(learned[True].alpha.round(4))
 print(f'test {test(learned[True].params):.3f}')
@@ -269,9 +281,9 @@ bill = {
 fig, ax = plt.subplots(figsize=(6.5, 2.2))
 bars = ax.barh(list(bill), list(bill.values()))
 ax.bar_label(bars, fmt='%.1f', padding=3)
-ax.invert_yaxis()
 ax.spines[['top', 'right']].set_visible(False)
 ax.set_xlabel('MB on each device')
+ax.invert_yaxis()
 
 # %% [markdown]
 # ## From file to file

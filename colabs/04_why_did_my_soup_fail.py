@@ -234,7 +234,6 @@ report.lines(ax, lines)
 
 # %%
 others = {
-    'run 2': good['run 2'],
     'soup of good runs': jaxsoup.uniform(list(good.values())).params,
     'theirs 0': theirs['theirs 0'],
 }
@@ -246,7 +245,7 @@ plane = landscape.plane(
     others=list(others.values()),
     chunk_size=21,
 )
-fig, ax = plt.subplots(figsize=(6, 4.5))
+fig, ax = plt.subplots(figsize=(5, 3.8), dpi=72)
 report.plane(ax, plane, ['pre-trained', 'run 3', 'run 4', *others])
 
 # %% [markdown]
