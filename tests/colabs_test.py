@@ -1,41 +1,154 @@
-"""The notebooks run, and were saved with their outputs."""
+"""The notebooks are those of their sources, run, and say what they claim."""
 
 import json
 import pathlib
 
+import jax
+import jupytext
 import matplotlib
+from matplotlib import pyplot as plt
+import numpy as np
 import pytest
 
-NOTEBOOKS = sorted(
-    (pathlib.Path(__file__).parent.parent / 'colabs').glob('*.ipynb')
+from jaxsoup import checkpoints
+
+ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / 'colabs').glob('*.ipynb'))
+BADGE = (
+    '[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg'
+    ')](https://colab.research.google.com/github/jaxsoup/jaxsoup/blob/main/'
+    'colabs/{})'
 )
+each = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 
 
-def code_cells(path):
-  cells = json.loads(path.read_text())['cells']
-  return [c for c in cells if c['cell_type'] == 'code']
+def cells_of(path):
+  """Kind, source, outputs and whether it is run, of each cell."""
+  for cell in json.loads(path.read_text())['cells']:
+    yield (
+        cell['cell_type'],
+        ''.join(cell['source']),
+        cell.get('outputs', []),
+        'skip-execution' not in cell['metadata'].get('tags', []),
+    )
 
 
-def test_there_are_notebooks():
-  assert NOTEBOOKS
+def test_each_source_has_a_notebook_and_a_check():
+  sources = sorted((ROOT / 'colabs').glob('[0-9]*.py'))
+  stems = [path.stem for path in NOTEBOOKS]
+  assert stems == [path.stem for path in sources] == list(CHECKS)
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
-def test_cells_run_in_their_order(path):
-  matplotlib.use('agg')
-  names = {}
-  for cell in code_cells(path):
-    source = ''.join(cell['source'])
-    if not source.startswith('%pip'):  # The package is here already.
-      exec(compile(source, str(path), 'exec'), names)
-  assert names['soups'] and all(
-      names['held_out'](soup.params) > 0.5 for soup in names['soups'].values()
+@each
+def test_cells_are_those_of_the_source(path):
+  source = jupytext.read(path.with_suffix('.py'), fmt='py:percent')
+  expected = [(cell.cell_type, cell.source) for cell in source.cells]
+  assert [cell[:2] for cell in cells_of(path)] == expected, (
+      f'{path.name} is not what its source says: python colabs/build.py '
+      f'{path.stem}'
   )
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+@each
 def test_outputs_are_inline_and_free_of_errors(path):
-  outputs = [o for cell in code_cells(path) for o in cell['outputs']]
-  assert any('image/png' in o.get('data', {}) for o in outputs)
+  outputs = [output for cell in cells_of(path) for output in cell[2]]
+  assert any('image/png' in output.get('data', {}) for output in outputs)
   assert not [o for o in outputs if o['output_type'] == 'error']
+  assert not [o for o in outputs if o.get('name') == 'stderr']
   assert path.stat().st_size < 200_000
+
+
+@each
+def test_the_badge_opens_this_notebook(path):
+  badge = BADGE.format(path.name)
+  assert next(cells_of(path))[1].startswith(badge)
+  assert badge in (ROOT / 'README.md').read_text()
+
+
+@each
+def test_cells_run_in_their_order(path, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  matplotlib.use('agg')
+  names = {'__name__': '__main__'}
+  for kind, source, _, is_run in cells_of(path):
+    if kind == 'code' and is_run:
+      exec(compile(source, str(path), 'exec'), names)
+  plt.close('all')
+  CHECKS[path.stem](names)
+
+
+def check_soup_in_five_minutes(names):
+  models, soups = names['models'], names['soups']
+  assert_mean(soups['uniform'].params, models)
+  held_out, blurred = names['held_out'], names['blurred']
+  best = max(map(held_out, models))
+  assert soups['greedy'].info.score == held_out(soups['greedy'].params) >= best
+  singles = np.mean([blurred(params) for params in models])
+  assert blurred(soups['uniform'].params) > singles
+
+
+def check_fine_tune_and_soup(names):
+  accuracy, soups = names['accuracy'], names['soups']
+  assert_mean(soups['uniform'].params, names['singles'])
+  assert_mean(names['nnx_soups']['uniform'].params, names['nnx_ingredients'])
+  assert_equal(names['loaded'].params, soups['greedy'].params)
+  for scores, found, singles in (
+      (accuracy, soups, names['singles']),
+      (names['nnx_accuracy'], names['nnx_soups'], names['nnx_ingredients']),
+  ):
+    best = max(map(scores['held_out'], singles))
+    assert scores['held_out'](found['greedy'].params) >= best > 0.9
+  singles = [accuracy['noisy'](params) for params in names['singles']]
+  assert accuracy['noisy'](soups['uniform'].params) > np.mean(singles)
+
+
+def check_sharded_and_streamed(names):
+  num = jax.device_count()
+  kernel = names['greedy'].params['Dense_1']['kernel']
+  assert kernel.addressable_shards[0].data.size == 1024 * 1024 / num
+  assert_mean(names['uniform'].params, list(names['ingredients']))
+  soup_of_files = checkpoints.Ingredients([names['path']])[0]
+  assert_mean(soup_of_files, list(names['ingredients']))
+  learned = names['learned']
+  assert not learned[None].info.plan.is_streamed
+  assert learned[True].info.plan.is_streamed
+  np.testing.assert_allclose(learned[True].alpha, learned[None].alpha, 1e-3)
+  assert np.ptp(learned[True].alpha) > 0.01
+  assert names['communication']['mix'] == 'none'
+  assert 'all-reduce' in names['communication']['gradient in alpha']
+  assert 'all-gather' in names['communication']['forward pass']
+  assert 1 < names['most'] * num * 1e6 / names['whole'] < 6
+
+
+def check_why_did_my_soup_fail(names):
+  good = tuple(range(len(names['good'])))
+  for found, code in (('found_1', 'initialization'), ('found_2', 'far')):
+    assert [f.code for f in names[found].findings] == [code]
+    assert names[found].verdict.members == good
+  assert names['found_3'].verdict.action == 'do not soup'
+  assert names['found_3'].findings[0].leaves == ('head/kernel',)
+  line, *others = map(names['landscape'].barrier, names['lines'].values())
+  assert all(10 * line < barrier for barrier in others)
+  assert good[-1] + 1 not in names['greedy'].info.accepted
+
+
+CHECKS = {
+    '01_soup_in_five_minutes': check_soup_in_five_minutes,
+    '02_fine_tune_and_soup': check_fine_tune_and_soup,
+    '03_sharded_and_streamed': check_sharded_and_streamed,
+    '04_why_did_my_soup_fail': check_why_did_my_soup_fail,
+}
+
+
+def assert_mean(params, models):
+  leaves = zip(*map(jax.tree.leaves, models))
+  for x, xs in zip(jax.tree.leaves(params), leaves, strict=True):
+    mean = np.mean([np.asarray(v) for v in xs], axis=0, dtype=np.float64)
+    np.testing.assert_allclose(np.asarray(x), mean, atol=1e-6)
+
+
+def assert_equal(params, expected):
+  for x, y in zip(
+      jax.tree.leaves(params), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
