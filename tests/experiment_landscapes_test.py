@@ -323,6 +323,8 @@ def test_report_has_the_numbers(workdir, tmp_path):
   apart = np.array(part(workdir, 'angles')['angles'])[np.triu_indices(4, 1)]
   assert f'{apart.min():.0f} to {apart.max():.0f} degrees apart' in text
   assert part(workdir, 'diagnosis')['verdict']['reason'] in text
+  row = f'landscape.num_examples</th><td>{NUM_EXAMPLES}</td>'
+  assert row in text
   names = [path.stem for path in files if path.suffix == '.svg']
   assert {
       'plane_training_loss',
