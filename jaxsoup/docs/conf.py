@@ -16,6 +16,8 @@ html_theme = 'furo'
 html_title = f'jaxsoup {version}'
 html_show_sphinx = False
 html_copy_source = False
+html_static_path = ['_static']
+html_css_files = ['tables.css']
 # Without headings of their own, as the titles of pages in the sidebar suffice.
 toc_object_entries_show_parents = 'hide'
 myst_heading_anchors = 3
