@@ -48,6 +48,7 @@ def executed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
   with tempfile.TemporaryDirectory() as folder:
     nbclient.NotebookClient(
         notebook,
+        coalesce_streams=True,
         record_timing=False,
         resources={'metadata': {'path': folder}},
         skip_cells_with_tag='skip-execution',

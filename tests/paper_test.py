@@ -255,8 +255,8 @@ def test_figures_of_several_seeds_are_means(tmp_path):
     'argv, text',
     [
         (['--only=22'], 'no experiments [22]: choose from 1 to 20'),
-        (['--only=x'], 'Write --seeds=3, --only=4,13'),
-        (['--seeds=0'], 'Write --seeds=3'),
+        (['--only=x'], 'Write --only=4,13'),
+        (['--seeds=0'], '0 is not a positive integer'),
         (['--sedes=2'], 'sedes'),
     ],
 )

@@ -28,7 +28,6 @@ import jax
 import numpy as np
 
 from jaxsoup import _memory
-from jaxsoup import _processes
 from jaxsoup import checkpoints
 from jaxsoup import diagnosis
 from jaxsoup import evaluation
@@ -175,6 +174,8 @@ def make(
 ) -> None:
   """Makes what is missing of `landscape/`.
 
+  Several processes leave it out: the same command in one process makes it.
+
   Args:
     work: the experiment. `config.landscape` says how much is looked at; without
       it nothing is. `num_points`: of a line, and along each axis of the plane;
@@ -191,6 +192,8 @@ def make(
     Preempted: the script is to stop; parts that are whole are saved.
   """
   if 'landscape' not in work.config or len(scores) < 2:
+    return
+  if jax.process_count() > 1:  # The diagnosis takes parameters to the host.
     return
   settings = work.config.landscape.to_dict()
   # Where the ingredients are: on a mesh, if that is sharded.
@@ -214,11 +217,9 @@ def make(
 
 def _make_once(path: pathlib.Path, settings, make_fn, on_points) -> None:
   """Writes what `make_fn` finds, unless it is there for the same settings."""
-  if _processes.agreed(_is_made(path, settings)):
+  if _is_made(path, settings):
     return
   found = _findings.plain({'settings': settings, **make_fn(on_points)})
-  if not _processes.is_main():
-    return
   path.parent.mkdir(exist_ok=True)
   unfinished = path.with_suffix('.tmp')
   unfinished.write_text(json.dumps(found, allow_nan=False))
