@@ -13,16 +13,14 @@ own.
 Measured on two CPU cores, jax 0.10.2, medians of five that took turns:
 
          search s   all s   rest of all   peak MB   soup of
-early        4.76   17.18          4.3%       526         4
-full        11.92   24.52          3.0%       512         4
-loop        22.68   45.40                     503         4
-full / early: search x2.51, with singles x1.43
-loop / early: search x4.77, with singles x2.64
-32 trials, 28 rejected; a rejection took 19 per cent of the held-out examples
-(median; largest 93). On two cores that multiply matrices 2.6 times as fast it
-was x4.00 and x2.46, and the rest 4.8%: what is not the model weighs more there.
-While other programs used the cores as well the ratio loop / early with singles
-was 1.9 to 3.7.
+early        3.21   11.97          4.3%       519         3
+full         8.38   17.11          3.1%       511         3
+loop        15.77   31.75                     493         3
+full / early: search x2.61, with singles x1.43
+loop / early: search x4.91, with singles x2.65
+32 trials, 29 rejected; a rejection took 23 per cent of the held-out examples
+(median; largest 54). While other programs used the cores as well the ratio
+loop / early with singles was 1.9 to 3.7.
 
 Limits:
 

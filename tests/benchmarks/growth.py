@@ -6,33 +6,33 @@ Seconds of one mix or step, and the peak of the resident set beyond the start,
 in float32, on two CPU cores. Ingredients are read from the page cache.
 
 mode      K  parameters, M   seconds  peak, GB  peak, models
-mix       2              5     0.003      0.36          18.1
-resident  2              5     0.012      0.38          18.8
-streamed  2              5     0.027      0.43          21.4
-mix       4              5     0.005      0.40          20.2
-resident  4              5     0.014      0.42          21.2
-streamed  4              5     0.068      0.44          22.2
-mix       8              5     0.007      0.49          24.4
-resident  8              5     0.058      0.52          26.0
-streamed  8              5     0.151      0.46          22.8
-mix      16              5     0.010      0.65          32.5
-resident 16              5     0.019      0.67          33.6
-streamed 16              5     0.140      0.43          21.6
-mix      32              5     0.011      0.95          47.4
-resident 32              5     0.029      1.00          50.0
-streamed 32              5     0.275      0.45          22.5
-mix      64              5     0.020      1.62          80.8
-resident 64              5     0.082      1.63          81.3
-streamed 64              5     0.570      0.43          21.5
-mix       2             20     0.026      0.85          10.7
-resident  2             20     0.046      0.65           8.1
-streamed  2             20     0.118      0.96          12.0
-mix       2             80     0.211      1.94           6.0
-resident  2             80     0.182      1.86           5.8
-streamed  2             80     0.598      1.63           5.1
-mix       2            300     0.868      6.75           5.6
-resident  2            300     0.703      6.90           5.7
-streamed  2            300     5.234      5.96           5.0
+mix       2              5     0.004      0.22          10.9
+resident  2              5     0.014      0.27          13.5
+streamed  2              5     0.036      0.33          16.3
+mix       4              5     0.004      0.28          13.8
+resident  4              5     0.019      0.34          17.0
+streamed  4              5     0.073      0.32          15.8
+mix       8              5     0.008      0.38          19.1
+resident  8              5     0.025      0.39          19.7
+streamed  8              5     0.126      0.32          16.1
+mix      16              5     0.013      0.51          25.7
+resident 16              5     0.033      0.56          28.0
+streamed 16              5     0.253      0.31          15.6
+mix      32              5     0.028      0.84          41.9
+resident 32              5     0.067      0.91          45.7
+streamed 32              5     0.529      0.32          16.1
+mix      64              5     0.048      1.49          74.7
+resident 64              5     0.101      1.53          76.5
+streamed 64              5     0.987      0.31          15.5
+mix       2             20     0.032      0.76           9.5
+resident  2             20     0.062      0.57           7.1
+streamed  2             20     0.170      0.87          10.9
+mix       2             80     0.156      1.75           5.5
+resident  2             80     0.268      1.79           5.6
+streamed  2             80     1.209      1.65           5.1
+mix       2            300     0.664      6.30           5.3
+resident  2            300     1.098      6.30           5.3
+streamed  2            300     5.776      5.63           4.7
 
 Memory of a streamed step is the same for K = 2 and 64; resident memory grows
 linearly in K and in parameters, as times do as far as the noise shows. At 5 M

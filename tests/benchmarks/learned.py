@@ -9,22 +9,23 @@ set beyond the start, in models of 12.8 MB. Ingredients are read from the page
 cache; "cached" keeps bfloat16 copies of them.
 
 mode       K   step / gradient  gradient s  compile s  peak, models
-gradient    1              1.00        0.44        0.0          66.9
-resident    8              1.01        0.44        1.9          84.7
-resident   32              1.03        0.44        1.9         107.1
-resident   72              1.31        0.45        1.9         147.3
-streamed    8              1.16        0.45        2.3          74.8
-streamed   32              1.70        0.45        2.5          74.1
-streamed   72              2.62        0.44        2.6          75.4
-cached      8              1.02        0.45        2.4          82.8
-cached     32              1.46        0.45        2.8          95.8
-cached     72              2.20        0.46        3.8         116.5
+gradient    1              1.00        0.66        0.0          64.6
+resident    8              1.04        0.66        3.1          82.6
+resident   32              1.12        0.67        3.4         106.3
+resident   72              1.06        0.65        3.1         144.7
+streamed    8              1.27        0.66        3.7          73.2
+streamed   32              2.14        0.65        3.7          77.7
+streamed   72              3.20        0.65        4.0          74.9
+cached      8              1.16        0.66        3.8          82.1
+cached     32              1.76        0.64        4.3          93.7
+cached     72              2.74        0.65        5.6         119.9
 
-Resident memory is that of one gradient, K + 4 models; streamed it is the same
-for any K. Compile time is that of one model. "Compile" is what the first step
-takes beyond the median: of a streamed one also that each ingredient is checked
-when it is first read. What limits: resident, two readings of the stack;
-streamed, reading 2 K - 2 ingredients.
+On another day resident at K = 72 took 1.31. Resident memory is that of one
+gradient, K + 4 models; streamed it is the same for any K. Compile time is that
+of one model. "Compile" is what the first step takes beyond the median: of a
+streamed one also that each ingredient is checked when it is first read. What
+limits: resident, two readings of the stack; streamed, reading 2 K - 2
+ingredients.
 
 Tried, on K leaves of 2048 x 2048 bfloat16 on a CPU: `mix` by tensordot and by a
 scan over rows makes a float32 copy of the stack (570 MB and 0.17 s at K = 33),

@@ -3,17 +3,17 @@
 python tests/benchmarks/startup.py [--repeats 9]
 
 Medians of nine processes each, in turns; files in the page cache. Measured on
-two CPU cores, one of them busy:
+two CPU cores:
 
                                   seconds  x import jax
-python                               0.02          0.03
+python                               0.01          0.02
 import jax                           0.60          1.00
 import jaxsoup                       0.03          0.04
-import jaxsoup, and use a recipe     0.53          0.90
-import jax, flax, optax              1.02          1.71
-jaxsoup --help                       0.12          0.20
-jaxsoup soup --help                  0.20          0.33
-jaxsoup doctor                       0.74          1.24
+import jaxsoup, and use a recipe     0.62          1.04
+import jax, flax, optax              0.97          1.62
+jaxsoup --help                       0.18          0.29
+jaxsoup soup --help                  0.29          0.48
+jaxsoup doctor                       0.75          1.26
 """
 
 import argparse

@@ -17,22 +17,23 @@ memory        peak of private memory (anonymous pages) above that after the
 Measured on two CPU cores, jax 0.10.2, torch 2.13.0, mergekit 0.1.5:
 
                                       work  x limit  process  K = 4     8    32
-limit: read once, write once          0.39     1.00     0.41   0.05  0.05  0.05
-jaxsoup, file to file                 0.34     0.85     0.91   0.05  0.05  0.08
-jaxsoup, uniform and save             1.00     2.53     1.53   1.04  1.05  1.08
-jaxsoup, from Orbax (no compression)  1.13     2.86     1.65   1.37  1.39  1.50
-Orbax, whole trees (no compression)   2.39     6.06     3.30   5.41  5.81  8.54
-jaxsoup, from Orbax (zstd)            2.29     5.80     2.88   1.37  1.48  1.48
-Orbax, whole trees (zstd)             3.35     8.49     4.24   7.02  8.36 12.13
-torch, tensor by tensor               0.62     1.56     1.74   1.10  1.32  1.30
-torch, whole state dicts              0.96     2.44     2.15   3.12  3.12  3.14
-mergekit-pytorch linear               3.81     9.65     4.86   1.91  1.92  1.98
+limit: read once, write once          1.18     1.00     1.20   0.05  0.05  0.05
+jaxsoup, file to file                 0.69     0.58     1.37   0.04  0.05  0.09
+jaxsoup, uniform and save             1.60     1.36     2.30   1.04  1.05  1.09
+jaxsoup, from Orbax (no compression)  2.01     1.70     2.69   1.35  1.40  1.47
+Orbax, whole trees (no compression)   3.81     3.24     4.76   6.31  7.27 10.53
+jaxsoup, from Orbax (zstd)            3.80     3.23     4.49   1.36  1.40  1.56
+Orbax, whole trees (zstd)             4.95     4.20     5.91   5.36  8.24 10.61
+torch, tensor by tensor               0.76     0.64     2.09   1.32  1.09  1.30
+torch, whole state dicts              1.22     1.03     2.51   3.25  3.27  3.64
+mergekit-pytorch linear               5.21     4.42     6.13   1.91  1.92  1.98
 
-Other programs were running. Two runs on a quiet machine gave 0.32 and 0.34 file
-to file against 0.29 and 0.53 of torch, and Orbax 1.02 and 1.18 against 2.37 and
-3.06 (zstd: 2.23 and 2.29 against 3.12 and 3.29).
+Nothing else was running. The machine is a shared one, and on other days up to
+twice as fast: file to file 0.32 to 0.34 against 0.29 to 0.62 of torch, and
+Orbax 1.02 to 1.18 against 2.37 to 3.06 (zstd: 2.23 to 2.29 against 3.12 to
+3.35), the limit 0.39.
 
-How good is that? The limit of a fresh process, 0.4 s, is mostly pages that the
+How good is that? The limit of a fresh process, then 0.4 s, is mostly pages that the
 virtual machine has not touched yet. Where all are there already (one process,
 again and again) reading takes 0.06 s and writing 0.05, and file to file 0.25:
 2.2 times as much. What it does beyond, in seconds of one core, of which there
