@@ -33,12 +33,12 @@ twice as fast: file to file 0.32 to 0.34 against 0.29 to 0.62 of torch, and
 Orbax 1.02 to 1.18 against 2.37 to 3.06 (zstd: 2.23 to 2.29 against 3.12 to
 3.35), the limit 0.39.
 
-How good is that? The limit of a fresh process, then 0.4 s, is mostly pages that the
-virtual machine has not touched yet. Where all are there already (one process,
-again and again) reading takes 0.06 s and writing 0.05, and file to file 0.25:
-2.2 times as much. What it does beyond, in seconds of one core, of which there
-are two: adding 0.06, checksums 0.06, Python 0.1. A bare loop with the same
-checksums takes 0.18, one without 0.13.
+How good is that? The limit of a fresh process, then 0.4 s, is mostly pages that
+the virtual machine has not touched yet. Where all are there already (one
+process, again and again) reading takes 0.06 s and writing 0.05, and file to
+file 0.25: 2.2 times as much. What it does beyond, in seconds of one core, of
+which there are two: adding 0.06, checksums 0.06, Python 0.1. A bare loop with
+the same checksums takes 0.18, one without 0.13.
 
 Tried: checksums of 4,093 sums (32 kB, which push the piece out of the innermost
 cache) took 0.1 s more than those of 509; pieces of 1 MB fit the second cache
