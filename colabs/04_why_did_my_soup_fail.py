@@ -229,7 +229,7 @@ report.lines(ax, lines)
 # ## See it from above
 #
 # The plane through the pre-trained model and two of its runs. Every other model
-# is projected onto it. A hollow mark is far off the plane: the colour below it
+# is projected onto it. A grey mark is far off the plane: the colour below it
 # is not its loss.
 
 # %%
