@@ -228,6 +228,38 @@ def test_every_run_with_a_head_of_its_own(world):
   assert found.verdict.action == 'do not soup'
 
 
+def test_heads_of_their_own_that_learned_the_task_of_theta_0(world):
+  """Trained, each is a little like that of theta_0, and not like another."""
+  start = world.theta_0['head']['kernel']
+  rng = np.random.default_rng(0)
+
+  def learned(run):
+    noise = rng.normal(size=start.shape)
+    kernel = 0.15 * start + 0.6 * np.std(start) * noise
+    head = {**run['head'], 'kernel': kernel.astype(np.float32)}
+    return {**run, 'head': head}
+
+  pool = [learned(run) for run in world.runs]
+  found = diagnosis.diagnose(pool, theta_0=world.theta_0)
+  assert only(found, 'part').leaves == ('head/kernel',)
+  assert found.verdict.action == 'do not soup'
+  # A head that began there, and went far, still contains where it began.
+  far = [
+      {**run, 'head': {**run['head'], 'kernel': run['head']['kernel'] + 4 * d}}
+      for run, d in zip(world.runs, _orthogonal(start, len(world.runs)))
+  ]
+  found = diagnosis.diagnose(far, theta_0=world.theta_0)
+  assert not [x for x in found.findings if x.code == 'part']
+
+
+def _orthogonal(start, num):
+  """Directions at right angles to an array and to each other, as long as it."""
+  rng = np.random.default_rng(1)
+  columns = np.stack([start.ravel(), *rng.normal(size=(num, start.size))], 1)
+  basis = np.linalg.qr(columns)[0].T[1:] * np.linalg.norm(start)
+  return basis.reshape(num, *start.shape).astype(np.float32)
+
+
 def test_a_duplicate(world):
   pool = [*world.runs[:3], tree(np.copy, world.runs[1]), world.runs[3]]
   for given in options(world):

@@ -17,6 +17,7 @@ from jaxsoup.diagnosis import _pool
 # Below it, or below three times the noise, two matrices are strangers.
 _RELATED = 0.15
 _LARGEST_NOISE = 0.1
+_CONTAINED = 0.5
 # Units that are looked for, and how alike those must be that are found.
 _NUM_UNITS = 64
 _MATCHED = 0.75
@@ -58,6 +59,17 @@ def relatives(geometry: _geometry.Geometry, strange: np.ndarray) -> np.ndarray:
   apart = np.einsum('l,lij->ij', sizes, strange)
   # Without a theta_0 its row is related to nothing.
   return (apart <= total / 2) & known.any(0)
+
+
+def contain_start(geometry: _geometry.Geometry, leaf: int) -> np.ndarray:
+  """Who has theta_0 as a whole in a leaf, [K+1].
+
+  `<theta_i, theta_0> / |theta_0|^2` is near 1 of a model that began there; of
+  one that only learned the same task it was 0.1 to 0.2.
+  """
+  gram = geometry.gram[leaf]
+  with np.errstate(divide='ignore', invalid='ignore'):
+    return gram[:, -1] / gram[-1, -1] > _CONTAINED
 
 
 def permuted_leaves(

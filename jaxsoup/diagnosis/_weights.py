@@ -404,6 +404,8 @@ def _parts(pool, geometry, strange, main, members):
     rows = [*main, len(members)]
     # A theta_0 that is not there is nobody's relative.
     related = ~strange[leaf] & np.isfinite(geometry.gram[leaf])
+    related[:, -1] &= _kinship.contain_start(geometry, leaf)
+    related[-1] &= related[:, -1]
     families = _families(related[np.ix_(rows, rows)])
     outside = tuple(main[i] for family in families[1:] for i in family)
     if outside:
