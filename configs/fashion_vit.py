@@ -138,7 +138,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       patience=2,
   )
   config.batch_size = 100
-  config.num_splits = 1
+  config.num_splits = 1 if is_short else 3
   # How much is looked at between the models; 0 leaves a part out. A workdir
   # that is done takes other numbers.
   config.landscape = dict(
