@@ -67,7 +67,7 @@ def figure_1(ax: Any, rows: Sequence[Row]) -> None:
         label=f'line of the models, R² = {fit.r_squared:.2f}',
         zorder=1,
     )
-  _legend_below(ax)
+  _plots.legend_below(ax, 2)
 
 
 def alphas(ax: Any, alpha: Mapping[str, np.ndarray]) -> None:
@@ -153,7 +153,7 @@ def reliability(ax: Any, curves: Mapping[str, Mapping[str, Any]]) -> None:
   ax.set_xlabel('confidence (%)')
   ax.set_ylabel('right (%)')
   _plots.tidy(ax)
-  _legend_below(ax)
+  _plots.legend_below(ax, 2)
 
 
 def frequencies(
@@ -181,7 +181,7 @@ def frequencies(
   ax.set_ylim(0, 100)
   ax.xaxis.get_major_locator().set_params(integer=True)
   _plots.tidy(ax)
-  _legend_below(ax)
+  _plots.legend_below(ax, 2)
 
 
 def against(
@@ -230,14 +230,4 @@ def is_numeric(values: Sequence[Any]) -> bool:
   return all(
       isinstance(value, (int, float)) and not isinstance(value, bool)
       for value in values
-  )
-
-
-def _legend_below(ax: Any) -> None:
-  ax.legend(
-      frameon=False,
-      fontsize=8,
-      ncols=2,
-      loc='upper center',
-      bbox_to_anchor=(0.5, -0.17),
   )

@@ -71,13 +71,7 @@ def plane(
     if i < 3:
       _name_point(ax, point, name, is_below=not i)
   if soups:
-    ax.legend(
-        frameon=False,
-        fontsize=8,
-        ncols=3,
-        loc='upper center',
-        bbox_to_anchor=(0.5, -0.17),
-    )
+    _plots.legend_below(ax, 3)
   ax.set_xlabel(f'from {names[0]} towards {names[1]}')
   ax.set_ylabel('at a right angle to it')
   ax.set_aspect('equal')
@@ -363,13 +357,7 @@ def _finish_rows(ax, label: str) -> None:
   ax.tick_params(axis='y', length=0)
   ax.set_xlabel(label)
   _plots.tidy(ax)
-  ax.legend(
-      frameon=False,
-      fontsize=8,
-      ncols=3,
-      loc='upper center',
-      bbox_to_anchor=(0.5, -0.14),
-  )
+  _plots.legend_below(ax, 3)
 
 
 def contributions(ax: Any, found: Sequence[Contribution]) -> None:

@@ -155,3 +155,14 @@ def tidy(ax: Any) -> None:
   ax.spines[['top', 'right']].set_visible(False)
   ax.grid(color='#e6e6e6', linewidth=0.6, zorder=0)
   ax.set_axisbelow(True)
+
+
+def legend_below(ax: Any, ncols: int) -> None:
+  """A legend outside of the axes, so that it hides nothing."""
+  ax.legend(
+      frameon=False,
+      fontsize=8,
+      ncols=ncols,
+      loc='upper center',
+      bbox_to_anchor=(0.5, -0.17),
+  )
