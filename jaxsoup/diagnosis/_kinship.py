@@ -64,8 +64,8 @@ def relatives(geometry: _geometry.Geometry, strange: np.ndarray) -> np.ndarray:
 def contain_start(geometry: _geometry.Geometry, leaf: int) -> np.ndarray:
   """Who has theta_0 as a whole in a leaf, [K+1].
 
-  `<theta_i, theta_0> / |theta_0|^2` is near 1 of a model that began there; of
-  one that only learned the same task it was 0.1 to 0.2.
+  `<theta_i, theta_0> / |theta_0|^2` is near 1 of a model that began there, and
+  small of one that only learned the same task.
   """
   gram = geometry.gram[leaf]
   with np.errstate(divide='ignore', invalid='ignore'):
