@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import MutableMapping
 from collections.abc import Sequence
+import itertools
 from typing import Any
 from typing import NamedTuple
 import warnings
@@ -41,6 +42,8 @@ from jaxsoup._soup import SearchInfo
 
 ScoreFn = Callable[[Members], Any]  # The score of a set of ingredients.
 Scores = MutableMapping[Members, float]
+# So many models have few pairs.
+_ALL_PAIRS = 12
 
 
 class Growth(NamedTuple):
@@ -302,6 +305,35 @@ def groups(
         if len({repr(configs[k].get(name)) for k in members}) > 1
     ]
   return {name: members for name, members in found.items() if members}
+
+
+def connected_pairs(
+    scores: Sequence[float] | np.ndarray, members: Iterable[int] | None = None
+) -> list[tuple[int, int]]:
+  """All pairs of models, or of many models some that connect them.
+
+  Of n > 12: each with the best one, and with its neighbours in the order of
+  the scores: 2 n - 3 pairs.
+
+  Args:
+    scores: higher is better, `[K]`.
+    members: n of the K models; all by default.
+
+  Returns:
+    Pairs (i, j) with i < j.
+
+  Example:
+    >>> connected_pairs([0.9, 0.7, 0.8])
+    [(0, 1), (0, 2), (1, 2)]
+    >>> len(connected_pairs([0.1] * 20))
+    37
+  """
+  members = range(len(scores)) if members is None else sorted(members)
+  if len(members) <= _ALL_PAIRS:
+    return list(itertools.combinations(members, 2))
+  best, *others = sorted(members, key=lambda k: -scores[k])
+  pairs = [(best, k) for k in others] + list(itertools.pairwise(others))
+  return [(min(pair), max(pair)) for pair in pairs]
 
 
 def one_varied(

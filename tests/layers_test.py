@@ -13,7 +13,7 @@ ROOT = pathlib.Path(jaxsoup.__file__).parent
 
 # From the bottom up. A module may import those of its own layer and below.
 LAYERS = (
-    ('_soup', '_memory', '_processes', '_tree', '_checked', '_mixing'),
+    ('_soup', '_json', '_memory', '_processes', '_tree', '_checked', '_mixing'),
     (
         '_recipes',
         'evaluation',

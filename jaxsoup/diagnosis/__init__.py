@@ -8,6 +8,7 @@ found.verdict.members                    # what to soup
 """
 
 from jaxsoup.diagnosis._diagnose import diagnose as diagnose
+from jaxsoup.diagnosis._findings import MARKS as MARKS
 from jaxsoup.diagnosis._findings import Diagnosis as Diagnosis
 from jaxsoup.diagnosis._findings import Finding as Finding
 from jaxsoup.diagnosis._findings import Verdict as Verdict

@@ -5,7 +5,7 @@ import textwrap
 from typing import Any
 from typing import NamedTuple
 
-import numpy as np
+from jaxsoup import _json
 
 SEVERITIES = ('error', 'warning', 'note')
 MARKS = {'error': 'BREAKS THE SOUP', 'warning': 'WARNING', 'note': 'NOTE'}
@@ -82,7 +82,7 @@ class Diagnosis(NamedTuple):
             {**f._asdict(), 'names': [self.names[k] for k in f.ingredients]}
             for f in self.findings
         ],
-        'measured': plain(self.measured),
+        'measured': _json.plain(self.measured),
     }
 
   def as_text(self, width: int = 80) -> str:
@@ -125,16 +125,3 @@ def listed(names: Sequence[Any], members: Sequence[int], most: int = 6) -> str:
   if len(words) < 2:
     return ''.join(words)
   return f'{", ".join(words[:-1])} and {words[-1]}'
-
-
-def plain(value: Any) -> Any:
-  """What JSON can hold: lists for arrays, None for what is not finite."""
-  if isinstance(value, dict):
-    return {str(k): plain(x) for k, x in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [plain(x) for x in value]
-  if isinstance(value, np.ndarray):
-    return plain(value.tolist())
-  if isinstance(value, (float, np.floating)):
-    return float(value) if np.isfinite(value) else None
-  return value.item() if isinstance(value, np.generic) else value

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from jaxsoup import _tree
+from jaxsoup import studies
 from jaxsoup._recipes import _average
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Params
@@ -37,8 +38,6 @@ STAGES = {
     'each against the mean': 3.0,
     'parts': 1.0,
 }
-# More ingredients are not compared pair by pair.
-_ALL_PAIRS = 12
 # Tolerances below the median that make an ingredient weak.
 WEAK = 5
 # Parts that are averaged one by one.
@@ -167,7 +166,7 @@ class Trials:
     return found
 
   def _pairs(self, usable: Sequence[int]) -> None:
-    pairs = sorted(pairs_of(usable, self.scores))
+    pairs = sorted(studies.connected_pairs(self.scores, usable))
     held: tuple[int, Any] | None = None
     for n, (i, j) in enumerate(pairs):
       self._progress_fn('pairs', n / len(pairs))
@@ -240,22 +239,6 @@ class Trials:
     left = self._of_soup(between(better, other, rest))
     chord = (self.scores[i] + self.scores[j]) / 2
     return (i, j), falls, (worst, chord - left)
-
-
-def pairs_of(
-    members: Sequence[int], scores: np.ndarray
-) -> list[tuple[int, int]]:
-  """All pairs, or of many ingredients a subset that connects them.
-
-  Of K > 12: each with the best one, and with its neighbours in the order of
-  the scores: 2 K - 3 pairs.
-  """
-  if len(members) <= _ALL_PAIRS:
-    return list(itertools.combinations(members, 2))
-  order = sorted(members, key=lambda k: -scores[k])
-  pairs = [(order[0], k) for k in order[1:]]
-  pairs += list(itertools.pairwise(order[1:]))
-  return [(min(pair), max(pair)) for pair in pairs]
 
 
 def parts_of(paths: Sequence[_tree.Path]) -> dict[str, set[_tree.Path]]:

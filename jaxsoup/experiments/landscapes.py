@@ -27,15 +27,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxsoup import _json
 from jaxsoup import _memory
 from jaxsoup import checkpoints
 from jaxsoup import diagnosis
 from jaxsoup import evaluation
 from jaxsoup import landscape
 from jaxsoup import metrics
+from jaxsoup import studies
 from jaxsoup.data import sources
-from jaxsoup.diagnosis import _findings
-from jaxsoup.diagnosis import _trials
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import preemption
 from jaxsoup.experiments import progress
@@ -219,7 +219,7 @@ def _make_once(path: pathlib.Path, settings, make_fn, on_points) -> None:
   """Writes what `make_fn` finds, unless it is there for the same settings."""
   if _is_made(path, settings):
     return
-  found = _findings.plain({'settings': settings, **make_fn(on_points)})
+  found = _json.plain({'settings': settings, **make_fn(on_points)})
   path.parent.mkdir(exist_ok=True)
   unfinished = path.with_suffix('.tmp')
   unfinished.write_text(json.dumps(found, allow_nan=False))
@@ -254,7 +254,7 @@ class Parts:
     num_points = self._settings.num_points
     parts = [Part('angles', 1, self._angles)]
     if self._settings.is_diagnosed:
-      num_trials = 2 * num + len(_trials.pairs_of(range(num), self._scores))
+      num_trials = 2 * num + len(studies.connected_pairs(self._scores))
       parts.append(Part('diagnosis', num_trials, self._diagnosis))
     if num_pairs:
       num_sets = 1 + bool(self._work.splits.shifts)
@@ -406,6 +406,6 @@ def pairs_of(scores: Sequence[float], num: int) -> list[tuple[int, int]]:
     >>> pairs_of([0.9, 0.8, 0.7], 9), len(pairs_of([0.5] * 20, 10))
     ([(0, 1), (0, 2), (1, 2)], 10)
   """
-  known = _trials.pairs_of(range(len(scores)), np.asarray(scores))
+  known = studies.connected_pairs(scores)
   rows = np.linspace(0, len(known) - 1, min(num, len(known))).astype(int)
   return sorted(known[i] for i in rows)

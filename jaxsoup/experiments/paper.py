@@ -26,20 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsoup
+from jaxsoup import _json
 from jaxsoup import landscape
 from jaxsoup import metrics
 from jaxsoup import report
 from jaxsoup import studies
 from jaxsoup.data import shifts
 from jaxsoup.data import sources
-from jaxsoup.diagnosis import _findings
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import distributed
 from jaxsoup.experiments import landscapes
 from jaxsoup.experiments import pools
 from jaxsoup.experiments import preemption
 from jaxsoup.experiments import progress
-from jaxsoup.report import _landscape_sections
 
 Draw = Callable[[Any], None]
 # Figures by row and column; those of a column with '%' are drawn.
@@ -106,7 +105,7 @@ def plane(bench: pools.Bench) -> Found:
       'second model': _scores(pool.singles[second]),
       'middle of the two': _scores(pool.soup((first, second))),
   }
-  (section,) = _landscape_sections.plane_sections(found, pool.names)
+  (section,) = report.plane_sections(found, pool.names)
   pictures = [p for p in section.parts if isinstance(p, report.Picture)]
   return Found(figures, pictures[-1].draw)
 
@@ -149,7 +148,7 @@ def _varied_of(bench: pools.Bench, pair: landscape.Pair) -> str:
 
 def _rates_of(bench: pools.Bench, pairs: Sequence[landscape.Pair]):
   members = [pair.members for pair in pairs]
-  return _landscape_sections.rates(members, bench['one_factor'].runs)
+  return report.pair_rates(members, bench['one_factor'].runs)
 
 
 def angles_and_gains(bench: pools.Bench) -> Found:
@@ -343,7 +342,7 @@ def theory(bench: pools.Bench) -> Found:
               sets.batches,
           )
       )
-    values += _landscape_sections.rates(members, pool.runs) or []
+    values += report.pair_rates(members, pool.runs) or []
   true = np.array([one.soup - one.ensemble for one in found])
   guess = np.array([one.approximation for one in found])
   within = np.array(values) <= bench.config.sweep.learning_rate[1] * (1 + 1e-6)
@@ -673,7 +672,7 @@ def _once(bench: pools.Bench, number: int) -> Figures:
     report.save(found.draw, path.with_suffix('.png'), size=(6.4, 4.4))
   path.parent.mkdir(exist_ok=True)
   unfinished = path.with_suffix('.tmp')
-  unfinished.write_text(json.dumps(_findings.plain(found.figures), indent=1))
+  unfinished.write_text(json.dumps(_json.plain(found.figures), indent=1))
   unfinished.replace(path)
   return json.loads(path.read_text())
 

@@ -11,6 +11,8 @@ report.write_report('runs/digits')               # one HTML file of all
 from jaxsoup.report._landscape_sections import (
     diagnosis_sections as diagnosis_sections,
 )
+from jaxsoup.report._landscape_sections import pair_rates as pair_rates
+from jaxsoup.report._landscape_sections import plane_sections as plane_sections
 from jaxsoup.report._landscapes import against_ensembles as against_ensembles
 from jaxsoup.report._landscapes import angles_and_gains as angles_and_gains
 from jaxsoup.report._landscapes import compared as compared

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxsoup import diagnosis
 from jaxsoup import landscape
 from jaxsoup import studies
-from jaxsoup.diagnosis import _findings
 from jaxsoup.report import _landscapes
 from jaxsoup.report._page import Labelled
 from jaxsoup.report._page import Picture
@@ -149,7 +149,7 @@ def barrier_sections(
       'which is the soup of the two, it lies '
       f'{-_median(middle):.1f} points below the chord (median).'
   )
-  values = rates(pairs, settings)
+  values = pair_rates(pairs, settings)
   picture = Picture(
       'barriers',
       functools.partial(
@@ -201,7 +201,7 @@ def _pair(pair: Sequence[int], names: Sequence[str]) -> str:
   return f'{names[pair[0]]} and {names[pair[1]]}'
 
 
-def rates(
+def pair_rates(
     pairs: Sequence[Sequence[int]], settings: Sequence[Mapping[str, Any]]
 ) -> list[float] | None:
   """The mean learning rate of each pair; None where it is not known."""
@@ -299,7 +299,7 @@ def _points(values: Sequence[float]) -> str:
 
 
 def _pair_pictures(where, pairs, settings, metric) -> list[Picture]:
-  values = rates([pair.members for pair in pairs], settings)
+  values = pair_rates([pair.members for pair in pairs], settings)
   stem = where.replace(' ', '_')
   text = _pairs_text(where, pairs)
   return [
@@ -344,7 +344,7 @@ def diagnosis_sections(found: Mapping[str, Any]) -> list[Section]:
   if verdict['action'] == 'soup a subset':
     parts.append(Labelled('These:', ', '.join(verdict['names'])))
   for finding in found['findings']:
-    mark = _findings.MARKS[finding['severity']].capitalize()
+    mark = diagnosis.MARKS[finding['severity']].capitalize()
     parts += [
         Labelled(f'{mark}:', finding['title']),
         Labelled('Seen:', finding['seen'], is_indented=True),
