@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoup.experiments import configs
+from jaxsoup.experiments import machines
 from jaxsoup.experiments import plan
 
 
@@ -46,7 +47,7 @@ def measured(trace_fn, mesh) -> int:
 
 def main(file: str, num_ingredients: int, *overrides: str):
   experiment = configs.load(file, overrides)
-  mesh, _ = plan.cpu_mesh(4)
+  mesh, _ = machines.cpu_mesh(4)
   found = {}
   for name, trace_fn in plan.programs(
       experiment, mesh, num_ingredients

@@ -16,6 +16,7 @@ from jaxsoup import landscape
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import modeling
 from jaxsoup.experiments import paper
+from jaxsoup.experiments import paper_studies
 from jaxsoup.experiments import pools
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -73,7 +74,7 @@ def test_functions_and_figures_exist(number):
 
 
 def test_titles_are_those_of_the_command():
-  for number, experiment in paper.EXPERIMENTS.items():
+  for number, experiment in paper_studies.EXPERIMENTS.items():
     assert table()[number][0] == experiment.title
 
 
@@ -135,7 +136,9 @@ def test_every_experiment_found_something(made):
     values = [x for row in rows.values() for one in row.values() for x in one]
     assert all(isinstance(x, float) for x in values if x is not None), number
     folder = (
-        workdir if paper.EXPERIMENTS[number].has_dots else workdir / 'seed0'
+        workdir
+        if paper_studies.EXPERIMENTS[number].has_dots
+        else workdir / 'seed0'
     )
     picture = folder / f'experiments/{number:02d}.png'
     assert picture.read_bytes().startswith(b'\x89PNG')

@@ -23,6 +23,7 @@ from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import hlo
+from jaxsoup.experiments import machines
 from jaxsoup.experiments import modeling
 from jaxsoup.experiments import plan
 
@@ -47,12 +48,12 @@ def load(file, *overrides):
 
 @functools.cache
 def tpu_mesh(topology):
-  return plan.topology_mesh(topology)
+  return machines.topology_mesh(topology)
 
 
 @functools.cache
 def cpu_plan(num_ingredients=24):
-  mesh, device_bytes = plan.cpu_mesh(4)
+  mesh, device_bytes = machines.cpu_mesh(4)
   experiment = load(DIGITS, '--config.model.depth=1')
   made = plan.make(
       experiment,
@@ -88,7 +89,7 @@ def forward_flops(model):
 def test_work_is_the_closed_form_of_a_transformer(file):
   experiment = load(file)
   config = experiment.config
-  mesh, _ = plan.cpu_mesh(4)
+  mesh, _ = machines.cpu_mesh(4)
   lowerings = plan.programs(experiment, mesh, 3)
   with jax.set_mesh(mesh):
     flops = {
@@ -106,7 +107,7 @@ def test_work_is_the_closed_form_of_a_transformer(file):
 
 
 def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
-  mesh, _ = plan.cpu_mesh(4)
+  mesh, _ = machines.cpu_mesh(4)
 
   def body(x, _):
     return jax.lax.psum(x, 'fsdp') / 4, None

@@ -1,6 +1,7 @@
 """Sources and batches: order, resumption, processes, folders, TFDS."""
 
 import hashlib
+import importlib.util
 import io
 import json
 import threading
@@ -8,25 +9,30 @@ import threading
 import numpy as np
 from PIL import Image
 import pytest
-import tensorflow_datasets as tfds
+import tensorflow_datasets
 
 from jaxsoup import evaluation
 from jaxsoup.data import sources
+from jaxsoup.data import tfds
 
 NUM = 23
 
 
-class Numbered(tfds.core.GeneratorBasedBuilder):
+class Numbered(tensorflow_datasets.core.GeneratorBasedBuilder):
   """Images whose pixels are their label, as tensors: no TensorFlow to write."""
 
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tensorflow_datasets.core.Version('1.0.0')
 
   def _info(self):
-    features = tfds.features.FeaturesDict({
-        'image': tfds.features.Tensor(shape=(4, 4, 1), dtype=np.uint8),
-        'label': tfds.features.ClassLabel(num_classes=NUM),
-    })  # fmt: skip
-    return tfds.core.DatasetInfo(builder=self, features=features)
+    features = tensorflow_datasets.features.FeaturesDict(
+        {
+            'image': tensorflow_datasets.features.Tensor(
+                shape=(4, 4, 1), dtype=np.uint8
+            ),
+            'label': tensorflow_datasets.features.ClassLabel(num_classes=NUM),
+        }
+    )
+    return tensorflow_datasets.core.DatasetInfo(builder=self, features=features)
 
   def _split_generators(self, dl_manager):
     del dl_manager
@@ -41,11 +47,15 @@ class Pictures(Numbered):
   """The same as encoded images."""
 
   def _info(self):
-    features = tfds.features.FeaturesDict({
-        'image': tfds.features.Image(shape=(4, 4, 1), encoding_format='png'),
-        'label': tfds.features.ClassLabel(num_classes=NUM),
-    })  # fmt: skip
-    return tfds.core.DatasetInfo(builder=self, features=features)
+    features = tensorflow_datasets.features.FeaturesDict(
+        {
+            'image': tensorflow_datasets.features.Image(
+                shape=(4, 4, 1), encoding_format='png'
+            ),
+            'label': tensorflow_datasets.features.ClassLabel(num_classes=NUM),
+        }
+    )
+    return tensorflow_datasets.core.DatasetInfo(builder=self, features=features)
 
   def _generate_examples(self):
     for i in range(NUM):
@@ -325,11 +335,11 @@ def test_held_out_shares_that_cannot_be_are_refused():
 
 
 def test_tfds_of_array_record_files(prepared):
-  source = sources.tfds('numbered', 'train', record_fn, data_dir=prepared)
+  source = tfds.source('numbered', 'train', record_fn, data_dir=prepared)
   batch = source[np.arange(NUM)]
   assert sorted(batch['label'].tolist()) == list(range(NUM))
   np.testing.assert_array_equal(batch['image'][:, 1, 2, 0], batch['label'])
-  part = sources.tfds('numbered', 'train[5:9]', record_fn, data_dir=prepared)
+  part = tfds.source('numbered', 'train[5:9]', record_fn, data_dir=prepared)
   np.testing.assert_array_equal(
       part[np.arange(4)]['label'], batch['label'][5:9]
   )
@@ -338,9 +348,9 @@ def test_tfds_of_array_record_files(prepared):
 
 
 def test_tfds_features_come_in_the_order_of_rows(prepared):
-  source = sources.tfds('numbered', 'train', record_fn, data_dir=prepared)
+  source = tfds.source('numbered', 'train', record_fn, data_dir=prepared)
   records = list(
-      sources.tfds_features('numbered', 'train', ['label'], data_dir=prepared)
+      tfds.features('numbered', 'train', ['label'], data_dir=prepared)
   )
   assert all(record.keys() == {'label'} for record in records)
   labels = [int(record['label']) for record in records]
@@ -349,30 +359,30 @@ def test_tfds_features_come_in_the_order_of_rows(prepared):
 
 def test_a_set_that_is_not_prepared_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match='tfds build numbered'):
-    sources.tfds('numbered', 'train', record_fn, data_dir=tmp_path)
+    tfds.source('numbered', 'train', record_fn, data_dir=tmp_path)
 
 
 def test_a_split_that_is_not_there_is_named(prepared):
   with pytest.raises(ValueError, match='nowhere'):
-    sources.tfds('numbered', 'nowhere', record_fn, data_dir=prepared)
+    tfds.source('numbered', 'nowhere', record_fn, data_dir=prepared)
 
 
 def test_encoded_images_without_tensorflow(tmp_path):
   builder = Pictures(data_dir=tmp_path, file_format='array_record')
   builder.download_and_prepare()
-  source = sources.tfds('pictures', 'train', picture_fn, data_dir=tmp_path)
+  source = tfds.source('pictures', 'train', picture_fn, data_dir=tmp_path)
   assert isinstance(source, sources.Examples)
   batch = source[np.arange(NUM)]
   np.testing.assert_array_equal(batch['image'][:, 1, 2, 0], batch['label'] * 10)
-  record, *_ = sources.tfds_features(
+  record, *_ = tfds.features(
       'pictures', 'train', ['image', 'label'], data_dir=tmp_path
   )
   assert record['image'].startswith(b'\x89PNG')
 
 
 def test_mocked_tfds():
-  with tfds.testing.mock_data(num_examples=6):
-    source = sources.tfds('cifar10', 'train', record_fn)
+  with tensorflow_datasets.testing.mock_data(num_examples=6):
+    source = tfds.source('cifar10', 'train', record_fn)
     batch = source[np.arange(6)]
   assert batch['image'].shape == (6, 32, 32, 3)
   assert batch['label'].max() < 10
@@ -384,8 +394,8 @@ def stream(tmp_path_factory):
   folder = tmp_path_factory.mktemp('tfrecord')
   builder = Pictures(data_dir=folder, file_format='tfrecord')
   builder.download_and_prepare()
-  source = sources.tfds('pictures', 'train', picture_fn, data_dir=folder)
-  assert isinstance(source, sources.Stream)
+  source = tfds.source('pictures', 'train', picture_fn, data_dir=folder)
+  assert isinstance(source, tfds.Stream)
   return source
 
 
@@ -452,11 +462,11 @@ def test_rows_of_a_stream(stream):
 def test_tfrecord_files_without_tensorflow_say_what_to_do(
     prepared, monkeypatch
 ):
-  monkeypatch.setattr(sources.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
 
   def no_random_access(*args, **kwargs):
     raise NotImplementedError
 
   monkeypatch.setattr(Numbered, 'as_data_source', no_random_access)
   with pytest.raises(ImportError, match=r'jaxsoup\[tf\].*convert_format'):
-    sources.tfds('numbered', 'train', record_fn, data_dir=prepared)
+    tfds.source('numbered', 'train', record_fn, data_dir=prepared)

@@ -55,13 +55,15 @@ def plan(
 
     jax.config.update('jax_platforms', 'cpu')
     from jaxsoup.experiments import configs
+    from jaxsoup.experiments import machines
     from jaxsoup.experiments import plan as plan_lib
+    from jaxsoup.experiments import plan_text
 
     experiment = configs.load(config)
     if topology is not None:
-      mesh, device_bytes = plan_lib.topology_mesh(topology)
+      mesh, device_bytes = machines.topology_mesh(topology)
     else:
-      mesh, device_bytes = plan_lib.cpu_mesh(devices or 1)
+      mesh, device_bytes = machines.cpu_mesh(devices or 1)
     made = plan_lib.make(
         experiment,
         mesh,
@@ -74,4 +76,4 @@ def plan(
     )
     if json_file is not None:
       json_file.write_text(json.dumps(plan_lib.as_json(made), indent=1))
-  typer.echo(plan_lib.as_text(made))
+  typer.echo(plan_text.as_text(made))

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxsoup.data import imagenet
 from jaxsoup.data import sources
+from jaxsoup.data import tfds
 
 # Labels before the pixels of an image (the last one counts), and the files.
 FILES: dict[int, dict[str, tuple[str, ...]]] = {
@@ -154,7 +155,7 @@ def _tfds_name(shift: str, num_classes: int) -> str:
 def _read_tfds(
     name: str, split: str, data_dir: str | os.PathLike | None
 ) -> sources.Arrays:
-  source = sources.tfds(name, split, _example, data_dir=data_dir)
+  source = tfds.source(name, split, _example, data_dir=data_dir)
   return sources.in_memory(source)
 
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxsoup.data import sources
+from jaxsoup.data import tfds
 
 # N texts, and N second texts of pairs or None, to arrays [N, ...].
 Tokenize = Callable[
@@ -124,7 +125,7 @@ def read(
   if folder is not None:
     return _read_files(TASKS[task], split, pathlib.Path(folder))
   names = TASKS[task].columns
-  records = sources.tfds_features(
+  records = tfds.features(
       f'glue/{task}', split, [*names, 'label'], data_dir=data_dir
   )
   return _texts(

@@ -47,6 +47,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxsoup.data import sources
+from jaxsoup.data import tfds
 
 NUM_CLASSES = 1000
 NUM_TRAIN = 1_281_167
@@ -314,9 +315,7 @@ def splits(
 
 def train_labels(data_dir: str | os.PathLike | None = None) -> np.ndarray:
   """Labels of TFDS's training set by row, int32; one pass over its files."""
-  records = sources.tfds_features(
-      'imagenet2012', 'train', ['label'], data_dir=data_dir
-  )
+  records = tfds.features('imagenet2012', 'train', ['label'], data_dir=data_dir)
   return np.fromiter((record['label'] for record in records), np.int32)
 
 
@@ -353,7 +352,7 @@ def _train(
     both, labels = [files, again], files.labels
   else:
     both = [
-        sources.tfds('imagenet2012', 'train', fn, **options)
+        tfds.source('imagenet2012', 'train', fn, **options)
         for fn in (train_fn, held_out_fn)
     ]
   num = 0 if labels is None else len(labels)
@@ -391,8 +390,8 @@ def _consecutive(
       'split': chosen,
   }
   return (
-      sources.tfds('imagenet2012', rest, train_fn, **options),
-      sources.tfds('imagenet2012', chosen, held_out_fn, **options),
+      tfds.source('imagenet2012', rest, train_fn, **options),
+      tfds.source('imagenet2012', chosen, held_out_fn, **options),
       rule,
   )
 
@@ -414,11 +413,11 @@ def _shift(
       )
     own_fn = functools.partial(_example, pixels, _own_label)
     return _folder(folder, own_fn, shift.classes, options['num_threads'])
-  source = sources.tfds(shift.name, shift.split, example_fn, **options)
+  source = tfds.source(shift.name, shift.split, example_fn, **options)
   if not shift.is_several:
     return source
   features = [shift.label, *([shift.flag] if shift.flag else [])]
-  records = sources.tfds_features(
+  records = tfds.features(
       shift.name, shift.split, features, data_dir=options['data_dir']
   )
   is_counted = [

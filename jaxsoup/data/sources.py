@@ -3,7 +3,6 @@
 ```
 train = sources.Arrays({'image': image, 'label': label})     # in memory
 train = sources.Folder('train', example_fn)                  # train/CLASS/*.jpg
-train = sources.tfds('imagenet2012', 'train', example_fn)    # TFDS
 
 for batch in sources.batches(train, 256, seed=0, epoch=3, start=17):
   ...
@@ -22,7 +21,6 @@ from collections.abc import Sequence
 from concurrent import futures
 import copy
 import hashlib
-import importlib.util
 import os
 import pathlib
 from typing import Any
@@ -40,7 +38,11 @@ _END: Any = object()
 
 
 class Source(Protocol):
-  """Examples by row. With an attribute `arrays` they are all in memory."""
+  """Examples by row.
+
+  With an attribute `arrays` they are all in memory. With the methods `batches`
+  and `only` they come in the order of files, as a `tfds.Stream` does.
+  """
 
   def __len__(self) -> int:
     ...
@@ -146,7 +148,7 @@ class Examples:
 
   def __getitem__(self, rows: np.ndarray) -> Batch:
     with futures.ThreadPoolExecutor(self._num_threads) as pool:
-      return _stacked(list(pool.map(self._example, np.asarray(rows).tolist())))
+      return stacked(list(pool.map(self._example, np.asarray(rows).tolist())))
 
   def drawn(self, seed: int, epoch: int) -> 'Examples':
     """The same examples with the random augmentation of one epoch."""
@@ -155,7 +157,7 @@ class Examples:
     return source
 
   def _example(self, row: int) -> Mapping[str, Any]:
-    return self._example_fn(self.records[row], _rng(self._draw, row))
+    return self._example_fn(self.records[row], generator(self._draw, row))
 
 
 class Folder(Examples):
@@ -264,7 +266,7 @@ def subset(source: Any, rows: np.ndarray) -> Any:
   """
   if hasattr(source, 'arrays'):
     return Arrays(source[rows])
-  if isinstance(source, Stream):
+  if hasattr(source, 'only'):
     return source.only(rows)
   return Subset(source, rows)
 
@@ -321,7 +323,7 @@ def batches(
     )
   num_own = batch_size // process_count
   own = slice(process_index * num_own, (process_index + 1) * num_own)
-  if isinstance(source, Stream):
+  if hasattr(source, 'batches'):
     reader = source.batches(batch_size, own, seed, epoch, start)
   else:
     reader = _random_access(source, batch_size, own, seed, epoch, start)
@@ -418,253 +420,19 @@ def held_out_rows(
   return HeldOut(rows, rest, rule)
 
 
-def tfds(
-    name: str,
-    split: str,
-    example_fn: ExampleFn,
-    *,
-    data_dir: str | os.PathLike | None = None,
-    num_threads: int | None = None,
-) -> 'Examples | Stream':
-  """A set of TensorFlow Datasets, prepared before.
-
-  Files in array_record format have random access and need no TensorFlow. Those
-  in tfrecord format are a `Stream`, which needs it: `pip install "jaxsoup[tf]"`
-  or, once, `tfds convert_format --out_file_format=array_record`.
-
-  Args:
-    name: such as 'imagenet2012' or 'cifar10_1/v6'.
-    split: such as 'train' or 'train[2%:]'.
-    example_fn: see `Examples`; a record is the set's dict of features, an
-      image [H, W, C] uint8 or the bytes of its file.
-    data_dir: where TFDS keeps its sets; its default if None.
-    num_threads: see `Examples`.
-
-  Returns:
-    A source.
-
-  Raises:
-    FileNotFoundError: the set was not prepared.
-    ImportError: the files are tfrecords, and there is no TensorFlow.
-  """
-  builder = _builder(name, data_dir)
-  try:
-    records = builder.as_data_source(split)
-  except (NotImplementedError, ValueError) as error:
-    if not builder.info.splits:
-      raise FileNotFoundError(
-          f'{name} is not prepared in {builder.data_dir}: run `tfds build '
-          f'{name} --file_format=array_record`, with --data_dir for another '
-          'place, and files that need a manual download where it says.'
-      ) from error
-    if not isinstance(error, NotImplementedError):
-      raise
-    return Stream(builder, split, example_fn, num_threads=num_threads)
-  return Examples(records, example_fn, num_threads=num_threads)
-
-
-def tfds_features(
-    name: str,
-    split: str,
-    features: Sequence[str],
-    *,
-    data_dir: str | os.PathLike | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
-  """Some features of every record in order; no image is decoded.
-
-  One pass over the files. `np.fromiter` of the labels makes what
-  `held_out_rows` takes.
-
-  Args:
-    name: see `tfds`.
-    split: see `tfds`.
-    features: names, such as `['label']`.
-    data_dir: see `tfds`.
-
-  Returns:
-    One dict a record, in the order of rows.
-  """
-  import tensorflow_datasets
-
-  builder = _builder(name, data_dir)
-  decoders = _encoded_images(builder)
-  records: Any
-  try:
-    source = builder.as_data_source(split, decoders=decoders)
-    records = (source[row] for row in range(len(source)))
-  except NotImplementedError:
-    _require_tensorflow(name)
-    dataset = builder.as_dataset(split=split, decoders=decoders)
-    records = tensorflow_datasets.as_numpy(dataset)
-  for record in records:
-    yield {feature: record[feature] for feature in features}
-
-
-def _encoded_images(builder: Any) -> dict[str, Any]:
-  """Decoders that leave images as the bytes of their files."""
-  import tensorflow_datasets
-
-  return {
-      name: tensorflow_datasets.decode.SkipDecoding()
-      for name, feature in builder.info.features.items()
-      if isinstance(feature, tensorflow_datasets.features.Image)
-  }
-
-
-def _builder(name: str, data_dir: str | os.PathLike | None) -> Any:
-  import tensorflow_datasets
-
-  where = None if data_dir is None else os.fspath(data_dir)
-  return tensorflow_datasets.builder(name, data_dir=where)
-
-
-class Stream:
-  """A set of TFDS in files without random access, read through tf.data.
-
-  Batches are those of a source in every respect but two. The shuffle is that of
-  the files and of a buffer, by seed and epoch. And a start in the middle, or
-  another process's rows, are read, though not decoded.
-
-  Args:
-    builder: of TFDS.
-    split: such as 'train[2%:]'.
-    example_fn: see `Examples`.
-    buffer_size: records among which the shuffle draws, kept encoded.
-    num_threads: see `Examples`.
-
-  Raises:
-    ImportError: there is no TensorFlow.
-  """
-
-  def __init__(
-      self,
-      builder: Any,
-      split: str,
-      example_fn: ExampleFn,
-      *,
-      buffer_size: int = 10_000,
-      num_threads: int | None = None,
-  ):
-    _require_tensorflow(builder.info.name)
-    self._builder, self._split = builder, split
-    self._example_fn, self._buffer_size = example_fn, buffer_size
-    self._num_threads = num_threads or os.cpu_count()
-    self._rows: np.ndarray | None = None
-
-  def __len__(self) -> int:
-    if self._rows is not None:
-      return len(self._rows)
-    return self._builder.info.splits[self._split].num_examples
-
-  def __getitem__(self, rows: np.ndarray) -> Batch:
-    """Reads up to the last of the rows; meant for all of a small set."""
-    rows = np.asarray(rows)
-    wanted = set(rows.tolist())
-    found: dict[int, Any] = {}
-    for row, record in enumerate(self._records(None, 0)):
-      if row in wanted:
-        found[row] = record
-      if len(found) == len(wanted):
-        break
-    return self._decoded([(int(row), found[int(row)]) for row in rows], None)
-
-  def only(self, rows: np.ndarray) -> 'Stream':
-    """Some rows, ascending; they can be walked in order, not shuffled."""
-    rows = np.asarray(rows)
-    if self._rows is not None:
-      rows = self._rows[rows]
-    if (np.diff(rows) <= 0).any():
-      raise ValueError(
-          f'Rows of {self._split!r} come in the order of the files: pass them '
-          'ascending, each once.'
-      )
-    source = copy.copy(self)
-    source._rows = rows
-    return source
-
-  def batches(
-      self,
-      batch_size: int,
-      own: slice,
-      seed: int | None,
-      epoch: int,
-      start: int,
-  ) -> Iterator[Batch]:
-    """What `batches` returns, for the rows `own` of every batch."""
-    if seed is not None and self._rows is not None:
-      raise ValueError(
-          f'Chosen rows of {self._split!r} cannot be shuffled in tfrecord '
-          "files: take a split such as 'train[2%:]', or convert the set with "
-          '`tfds convert_format --out_file_format=array_record`.'
-      )
-    draw = None if seed is None else (seed, epoch)
-    chunk: list[tuple[int, Any]] = []
-    for row, record in enumerate(self._records(seed, epoch)):
-      if row < start * batch_size:
-        continue
-      chunk.append((row, record))
-      if len(chunk) == batch_size:
-        batch = self._decoded(chunk[own], draw)
-        if seed is None:
-          batch['mask'] = np.ones(len(chunk[own]), bool)
-        chunk = []
-        yield batch
-    if chunk and seed is None:
-      is_real = np.arange(batch_size) < len(chunk)
-      chunk += chunk[-1:] * (batch_size - len(chunk))
-      yield {**self._decoded(chunk[own], None), 'mask': is_real[own]}
-
-  def _records(self, seed: int | None, epoch: int) -> Iterator[Any]:
-    """Records with encoded images, shuffled if there is a seed."""
-    import tensorflow_datasets
-
-    number = None
-    if seed is not None:
-      state = np.random.SeedSequence([seed, epoch]).generate_state(1)
-      number = int(state[0] >> 1)
-    dataset = self._builder.as_dataset(
-        split=self._split,
-        shuffle_files=seed is not None,
-        decoders=_encoded_images(self._builder),
-        read_config=tensorflow_datasets.ReadConfig(shuffle_seed=number),
-    )
-    if seed is not None:
-      dataset = dataset.shuffle(self._buffer_size, seed=number)
-    records = iter(tensorflow_datasets.as_numpy(dataset))
-    if self._rows is None:
-      return records
-    chosen = set(self._rows.tolist())
-    return (record for row, record in enumerate(records) if row in chosen)
-
-  def _decoded(
-      self, chunk: list[tuple[int, Any]], draw: tuple[int, int] | None
-  ) -> Batch:
-    def example(item):
-      row, record = item
-      return self._example_fn(record, _rng(draw, row))
-
-    with futures.ThreadPoolExecutor(self._num_threads) as pool:
-      return _stacked(list(pool.map(example, chunk)))
-
-
-def _require_tensorflow(name: str) -> None:
-  if importlib.util.find_spec('tensorflow') is None:
-    raise ImportError(
-        f'{name} lies in tfrecord files, which TensorFlow reads: pip install '
-        '"jaxsoup[tf]", or convert it once with `tfds convert_format '
-        '--out_file_format=array_record`.'
-    )
-
-
 def _drawn(source: Any, seed: int, epoch: int) -> Any:
   return source.drawn(seed, epoch) if hasattr(source, 'drawn') else source
 
 
-def _rng(draw: tuple[int, int] | None, row: int) -> np.random.Generator | None:
+def generator(
+    draw: tuple[int, int] | None, row: int
+) -> np.random.Generator | None:
+  """What augments a row: by (seed, epoch) and row; None in evaluation."""
   return None if draw is None else np.random.default_rng([*draw, row])
 
 
-def _stacked(examples: list[Mapping[str, Any]]) -> Batch:
+def stacked(examples: list[Mapping[str, Any]]) -> Batch:
+  """Examples as one batch."""
   return {
       name: np.stack([example[name] for example in examples])
       for name in examples[0]

@@ -1,11 +1,11 @@
 """Plans an experiment before it runs: memory, work, communication.
 
 ```
-mesh, device_bytes = plan.topology_mesh('v5e:8x8')     # no TPU is needed
+mesh, device_bytes = machines.topology_mesh('v5e:8x8')   # no TPU is needed
 made = plan.make(
     experiment, mesh, device_bytes, num_ingredients=58, machine='v5e:8x8'
 )
-print(plan.as_text(made))
+print(plan_text.as_text(made))
 ```
 
 Lowers what the library runs, at full size, from shapes alone, and compiles it
@@ -16,23 +16,18 @@ works on any machine.
 from collections.abc import Callable
 from collections.abc import Mapping
 import functools
-import importlib.util
 import math
-import os
 import re
 import time
 from typing import Any
 from typing import NamedTuple
 
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import ml_collections
 
-from jaxsoup import _memory
 from jaxsoup import _mixing
 from jaxsoup import _tree
 from jaxsoup import evaluation
@@ -43,24 +38,9 @@ from jaxsoup._recipes import _streamed
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import hlo
+from jaxsoup.experiments import machines
 from jaxsoup.experiments import modeling
 from jaxsoup.experiments import steps
-
-
-class Chip(NamedTuple):
-  """A generation of TPUs: memory of a chip in GiB, and its largest pod."""
-
-  hbm_gib: int
-  largest: tuple[int, ...]
-
-
-# cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, section "System architecture".
-CHIPS = {
-    'v4': Chip(32, (16, 16, 16)),
-    'v5e': Chip(16, (16, 16)),
-    'v5p': Chip(95, (16, 20, 28)),
-    'v6e': Chip(32, (16, 16)),
-}
 
 
 class Program(NamedTuple):
@@ -146,97 +126,6 @@ class Plan(NamedTuple):
   held_out_bytes: int
   programs: tuple[Program, ...]
   recipes: tuple[Recipe, ...]
-
-
-def topology_mesh(name: str) -> tuple[jax.sharding.Mesh, int]:
-  """A mesh of TPUs that are not there, and the bytes of memory of each.
-
-  Args:
-    name: generation and shape: 'v5e:8x8', 'v5p:4x4x4'.
-
-  Returns:
-    (mesh with the axis `fsdp`, bytes a device).
-
-  Raises:
-    ImportError: libtpu is missing.
-    UsageError: there is no such generation or shape.
-  """
-  if importlib.util.find_spec('libtpu') is None:
-    raise ImportError(
-        'The compiler of TPUs, libtpu, is not installed: pip install '
-        '"jaxsoup[tpu-plan]". Without it: --devices N, on virtual CPU devices.'
-    )
-  kind, _, shape = name.partition(':')
-  sides = [int(n) for n in shape.split('x') if n.isascii() and n.isdigit()]
-  if kind not in CHIPS or not sides or 'x'.join(map(str, sides)) != shape:
-    raise configs.UsageError(
-        f'There is no topology {name!r}: write one of {", ".join(CHIPS)}, and '
-        'its shape: v5e:8x8, v6e:16x16, v5p:4x4x4, v4:2x2x2.'
-    )
-  chip = CHIPS[kind]
-  # The compiler would go on, and end the process later.
-  if len(sides) != len(chip.largest) or any(
-      n > most for n, most in zip(sorted(sides), sorted(chip.largest))
-  ):
-    raise configs.UsageError(
-        f'{name!r} is no valid topology: the largest of {kind} is '
-        f'{"x".join(map(str, chip.largest))}.'
-    )
-  _prepare_compiler()
-  # Or v4 has two devices a chip, and no mesh.
-  options = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
-  try:
-    devices = topologies.get_topology_desc(
-        platform='tpu', topology_name=name, **options
-    ).devices
-  except Exception as e:  # libtpu raises several types.
-    raise configs.UsageError(
-        f'{name!r} is no valid topology: its first two sides must be multiples '
-        f'of 2. {str(e).splitlines()[0]}'
-    ) from e
-  return _mesh_of(devices), chip.hbm_gib * 2**30
-
-
-def _prepare_compiler() -> None:
-  """Must come before libtpu is loaded."""
-  defaults = {
-      'TPU_SKIP_MDS_QUERY': '1',  # Or it looks for the machine it is not on.
-      'TPU_WORKER_HOSTNAMES': 'localhost',
-      'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # Of any other machine, too.
-      'TPU_MIN_LOG_LEVEL': '3',
-      'TPU_STDERR_LOG_LEVEL': '3',
-      # It takes a lock, which a second process would fail to get.
-      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  }
-  for name, value in defaults.items():
-    os.environ.setdefault(name, value)
-  # The compiler overflows its stack on scanned blocks of this size, and dies.
-  flag = '--fibers_default_thread_stack_size'
-  given = os.environ.get('LIBTPU_INIT_ARGS', '')
-  if flag not in given:
-    os.environ['LIBTPU_INIT_ARGS'] = f'{given} {flag}=4194304'.strip()
-
-
-def cpu_mesh(num_devices: int) -> tuple[jax.sharding.Mesh, int]:
-  """A mesh of virtual CPU devices, and the bytes that each can have.
-
-  Raises:
-    UsageError: jax has begun with fewer.
-  """
-  devices = jax.devices('cpu')
-  if len(devices) < num_devices:
-    raise configs.UsageError(
-        f'jax has {len(devices)} CPU devices, not {num_devices}: set XLA_FLAGS='
-        f'--xla_force_host_platform_device_count={num_devices}.'
-    )
-  free = _memory.host_free_bytes()
-  return _mesh_of(devices[:num_devices]), free // num_devices
-
-
-def _mesh_of(devices) -> jax.sharding.Mesh:
-  return jax.make_mesh(
-      (len(devices),), ('fsdp',), axis_types=(AxisType.Auto,), devices=devices
-  )
 
 
 def make(
@@ -680,7 +569,9 @@ def _with_notes(made, mesh, device_bytes, num_ingredients, by_name):
 def _what_would_fit(num_bytes: int, mesh: jax.sharding.Mesh) -> str:
   if mesh.devices.flat[0].platform == 'cpu':
     return 'try more memory, or smaller batches'
-  kinds = [k for k, c in CHIPS.items() if c.hbm_gib * 2**30 >= num_bytes]
+  kinds = [
+      k for k, c in machines.CHIPS.items() if c.hbm_gib * 2**30 >= num_bytes
+  ]
   others = f'{mesh.size} of {" or ".join(kinds)}, ' if kinds else ''
   return f'try {others}more devices, or smaller batches'
 
@@ -717,87 +608,6 @@ def _shard_bytes(x) -> int:
   return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
-def as_text(plan: Plan) -> str:
-  """The plan as two tables."""
-  return '\n'.join(
-      [
-          *_heading(plan),
-          '',
-          'Each program, on one device:',
-          _table(_program_rows(plan)),
-          '',
-          'Each recipe: peaks on one device and on one host, the rest in all, '
-          'at most:',
-          _table(_recipe_rows(plan)),
-      ]
-  )
-
-
-def _heading(plan: Plan) -> list[str]:
-  hosts = '1 host' if plan.num_hosts == 1 else f'{plan.num_hosts} hosts'
-  sizes = ', '.join(f'{n} ({name})' for name, n in plan.batch_sizes.items())
-  lines = [
-      f'{plan.machine}: {plan.num_devices} devices of '
-      f'{amount(plan.device_bytes)} each, {hosts}.',
-      f'{plan.num_ingredients} ingredients of '
-      f'{amount(plan.num_parameters, "")} parameters, '
-      f'{amount(plan.model_bytes)} each.',
-      f'Batches of {sizes}, multiples of {plan.num_devices}, count one at a '
-      'time: all held-out examples would take '
-      f'{amount(plan.held_out_bytes)} more on a device.',
-  ]
-  if plan.read_bytes > plan.model_bytes:
-    lines.append(
-        f'Hosts read {plan.read_bytes / plan.model_bytes:.2g} times what there '
-        'is: the devices of a host are no neighbours in the mesh.'
-    )
-  return lines
-
-
-def _program_rows(plan: Plan) -> list[list[str]]:
-  rows = [
-      ['program', 'arguments', 'temporaries', 'output', 'peak', 'of memory',
-       'work', 'compiled', 'collectives'],
-  ]  # fmt: skip
-  for p in plan.programs:
-    parts = [p.arguments, p.temporaries, p.output]
-    found = ', '.join(
-        f'{t.times} {name} {amount(t.num_bytes)}'
-        for name, t in p.collectives.items()
-    )
-    is_fitting = not p.problem and p.peak <= plan.device_bytes
-    rows.append(
-        [
-            p.name,
-            *('-' if p.problem else amount(n) for n in parts),
-            amount(p.peak) if p.peak else '?',
-            f'{p.peak / plan.device_bytes:.0%}' if p.peak else '?',
-            amount(p.flops, 'FLOP'),
-            f'{p.seconds:.1f} s',
-            (found or 'none') if is_fitting else 'does not fit',
-        ]
-    )
-  return rows
-
-
-def _recipe_rows(plan: Plan) -> list[list[str]]:
-  rows = [
-      ['recipe', 'device', 'host', 'reads', 'writes', 'evaluations', 'steps',
-       ''],
-  ]  # fmt: skip
-  for r in plan.recipes:
-    rows.append(
-        [
-            r.name,
-            *map(amount, (r.device, r.host, r.reads, r.writes)),
-            str(r.evaluations),
-            str(r.steps),
-            r.note or 'fits',
-        ]
-    )
-  return rows
-
-
 def as_json(plan: Plan) -> dict[str, Any]:
   """The plan as nested dicts, bytes and FLOPs as numbers."""
   return {
@@ -824,13 +634,3 @@ def amount(number: float, unit: str = 'B') -> str:
     if number >= 0.9995 * size:
       return f'{number / size:.3g} {prefix}{unit}'
   return f'{number:.0f} {unit}'.rstrip()
-
-
-def _table(rows: list[list[str]]) -> str:
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  lines = []
-  for first, *numbers, last in rows:
-    cells = [first.ljust(widths[0])]
-    cells += [x.rjust(n) for x, n in zip(numbers, widths[1:-1])]
-    lines.append('  '.join([*cells, last]).rstrip())
-  return '\n'.join(lines)

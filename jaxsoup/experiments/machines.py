@@ -1,0 +1,126 @@
+"""Meshes of machines that are not there, for the compiler.
+
+```
+mesh, device_bytes = machines.topology_mesh('v5e:8x8')
+```
+
+The compiler of TPUs is in the package libtpu, and works on any machine.
+"""
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AxisType
+
+from jaxsoup import _memory
+from jaxsoup.experiments import configs
+
+
+class Chip(NamedTuple):
+  """A generation of TPUs: memory of a chip in GiB, and its largest pod."""
+
+  hbm_gib: int
+  largest: tuple[int, ...]
+
+
+# cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, section "System architecture".
+CHIPS = {
+    'v4': Chip(32, (16, 16, 16)),
+    'v5e': Chip(16, (16, 16)),
+    'v5p': Chip(95, (16, 20, 28)),
+    'v6e': Chip(32, (16, 16)),
+}
+
+
+def topology_mesh(name: str) -> tuple[jax.sharding.Mesh, int]:
+  """A mesh of TPUs that are not there, and the bytes of memory of each.
+
+  Args:
+    name: generation and shape: 'v5e:8x8', 'v5p:4x4x4'.
+
+  Returns:
+    (mesh with the axis `fsdp`, bytes a device).
+
+  Raises:
+    ImportError: libtpu is missing.
+    UsageError: there is no such generation or shape.
+  """
+  if importlib.util.find_spec('libtpu') is None:
+    raise ImportError(
+        'The compiler of TPUs, libtpu, is not installed: pip install '
+        '"jaxsoup[tpu-plan]". Without it: --devices N, on virtual CPU devices.'
+    )
+  kind, _, shape = name.partition(':')
+  sides = [int(n) for n in shape.split('x') if n.isascii() and n.isdigit()]
+  if kind not in CHIPS or not sides or 'x'.join(map(str, sides)) != shape:
+    raise configs.UsageError(
+        f'There is no topology {name!r}: write one of {", ".join(CHIPS)}, and '
+        'its shape: v5e:8x8, v6e:16x16, v5p:4x4x4, v4:2x2x2.'
+    )
+  chip = CHIPS[kind]
+  # The compiler would go on, and end the process later.
+  if len(sides) != len(chip.largest) or any(
+      n > most for n, most in zip(sorted(sides), sorted(chip.largest))
+  ):
+    raise configs.UsageError(
+        f'{name!r} is no valid topology: the largest of {kind} is '
+        f'{"x".join(map(str, chip.largest))}.'
+    )
+  _prepare_compiler()
+  # Or v4 has two devices a chip, and no mesh.
+  options = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
+  try:
+    devices = topologies.get_topology_desc(
+        platform='tpu', topology_name=name, **options
+    ).devices
+  except Exception as e:  # libtpu raises several types.
+    raise configs.UsageError(
+        f'{name!r} is no valid topology: its first two sides must be multiples '
+        f'of 2. {str(e).splitlines()[0]}'
+    ) from e
+  return _mesh_of(devices), chip.hbm_gib * 2**30
+
+
+def _prepare_compiler() -> None:
+  """Must come before libtpu is loaded."""
+  defaults = {
+      'TPU_SKIP_MDS_QUERY': '1',  # Or it looks for the machine it is not on.
+      'TPU_WORKER_HOSTNAMES': 'localhost',
+      'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # Of any other machine, too.
+      'TPU_MIN_LOG_LEVEL': '3',
+      'TPU_STDERR_LOG_LEVEL': '3',
+      # It takes a lock, which a second process would fail to get.
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  }
+  for name, value in defaults.items():
+    os.environ.setdefault(name, value)
+  # The compiler overflows its stack on scanned blocks of this size, and dies.
+  flag = '--fibers_default_thread_stack_size'
+  given = os.environ.get('LIBTPU_INIT_ARGS', '')
+  if flag not in given:
+    os.environ['LIBTPU_INIT_ARGS'] = f'{given} {flag}=4194304'.strip()
+
+
+def cpu_mesh(num_devices: int) -> tuple[jax.sharding.Mesh, int]:
+  """A mesh of virtual CPU devices, and the bytes that each can have.
+
+  Raises:
+    UsageError: jax has begun with fewer.
+  """
+  devices = jax.devices('cpu')
+  if len(devices) < num_devices:
+    raise configs.UsageError(
+        f'jax has {len(devices)} CPU devices, not {num_devices}: set XLA_FLAGS='
+        f'--xla_force_host_platform_device_count={num_devices}.'
+    )
+  free = _memory.host_free_bytes()
+  return _mesh_of(devices[:num_devices]), free // num_devices
+
+
+def _mesh_of(devices) -> jax.sharding.Mesh:
+  return jax.make_mesh(
+      (len(devices),), ('fsdp',), axis_types=(AxisType.Auto,), devices=devices
+  )

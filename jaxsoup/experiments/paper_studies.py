@@ -1,0 +1,599 @@
+"""The experiments of the paper, each of them one function of a bench.
+
+```
+found = paper_studies.EXPERIMENTS[4].study(bench)      # of `pools.opened`
+found.figures                      # by row and column
+```
+
+`experiments.paper` is the command that runs them.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+import itertools
+import json
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxsoup
+from jaxsoup import landscape
+from jaxsoup import metrics
+from jaxsoup import report
+from jaxsoup import studies
+from jaxsoup.data import shifts
+from jaxsoup.data import sources
+from jaxsoup.experiments import landscapes
+from jaxsoup.experiments import pools
+
+Draw = Callable[[Any], None]
+# Figures by row and column; those of a column with '%' are drawn.
+Figures = dict[str, dict[str, float]]
+_TEST, _SHIFTS = 'test, %', 'shifts, %'
+
+
+class Found(NamedTuple):
+  """What an experiment found.
+
+  Attributes:
+    figures: by row and column.
+    draw: the picture of one seed; None where it is the figures.
+  """
+
+  figures: Figures
+  draw: Draw | None = None
+
+
+class Experiment(NamedTuple):
+  """One experiment of the paper.
+
+  Attributes:
+    title: what it is.
+    study: finds it out on a bench.
+    has_dots: whether its picture is its figures, of all seeds.
+  """
+
+  title: str
+  study: Callable[[pools.Bench], Found]
+  has_dots: bool = False
+
+
+def _scores(scores: pools.Scores) -> dict[str, float]:
+  return {_TEST: scores.test, _SHIFTS: scores.shifts}
+
+
+def _compared(pool: pools.Pool, members: Sequence[int]) -> Figures:
+  """The singles and the soup of some models."""
+  return {
+      'best single': _scores(pool.singles[pool.best(members)]),
+      'mean of singles': _scores(pool.mean(members)),
+      'uniform soup': _scores(pool.soup(members)),
+  }
+
+
+def _prefixed(prefix: str, figures: Figures) -> Figures:
+  return {f'{prefix}: {name}': row for name, row in figures.items()}
+
+
+def _file(bench: pools.Bench, pool: str, name: str) -> Any:
+  path = bench[pool].work.workdir / name
+  return json.loads(path.read_text())
+
+
+def plane(bench: pools.Bench) -> Found:
+  """Error at the start, at two models and in the middle of them."""
+  pool = bench['sweep']
+  found = _file(bench, 'sweep', 'landscape/plane.json')
+  first, second = found['corners']
+  figures = {
+      'start': _scores(pool.of(pool.theta_0)),
+      'first model': _scores(pool.singles[first]),
+      'second model': _scores(pool.singles[second]),
+      'middle of the two': _scores(pool.soup((first, second))),
+  }
+  (section,) = report.plane_sections(found, pool.names)
+  pictures = [p for p in section.parts if isinstance(p, report.Picture)]
+  return Found(figures, pictures[-1].draw)
+
+
+def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
+  """Pairs that differ in one hyper-parameter, on test data and on shifts."""
+  if 'pairs' not in bench.cache:
+    pool = bench['one_factor']
+    members = [
+        pair
+        for sets in studies.groups(pool.runs, ignore=()).values()
+        for group in sets
+        for pair in itertools.combinations(group, 2)
+    ]
+    found = {}
+    for name, names in (
+        ('test', ['test']),
+        ('shifts', list(pool.work.splits.shifts)),
+    ):
+      num = len(names) * len(pool.work.splits.test)
+      sets = landscapes.Sets(pool.work, names, num)
+      found[name] = landscape.pairs(
+          pool.models,
+          pool.theta_0,
+          pool.work.model.logits_fn,
+          sets.batches,
+          metric=sets.score,
+          members=sorted(members),
+      )
+    bench.cache['pairs'] = found
+  return bench.cache['pairs']
+
+
+def _varied_of(bench: pools.Bench, pair: landscape.Pair) -> str:
+  """The hyper-parameter in which the two differ."""
+  first, second = (bench['one_factor'].runs[k] for k in pair.members)
+  (name,) = (name for name in first if first[name] != second[name])
+  return name
+
+
+def _rates_of(bench: pools.Bench, pairs: Sequence[landscape.Pair]):
+  members = [pair.members for pair in pairs]
+  return report.pair_rates(members, bench['one_factor'].runs)
+
+
+def angles_and_gains(bench: pools.Bench) -> Found:
+  """Angle and gain by what varies, and their correlation over all pairs."""
+  figures: Figures = {}
+  by_name = _pairs(bench)
+  for where, pairs in by_name.items():
+    angles, gains = [p.angle for p in pairs], [100 * p.gain for p in pairs]
+    column = f'gain on {where}, points'
+    for name in pools.FACTORS:
+      rows = [i for i, p in enumerate(pairs) if _varied_of(bench, p) == name]
+      row = figures.setdefault(f'only {name} varies', {})
+      row['angle, degrees'] = float(np.mean([angles[i] for i in rows]))
+      row[column] = float(np.mean([gains[i] for i in rows]))
+    correlation, _ = studies.rank_correlation(angles, gains)
+    figures.setdefault("Spearman's correlation", {})[column] = correlation
+  draw = functools.partial(
+      report.angles_and_gains,
+      pairs=by_name['shifts'],
+      values=_rates_of(bench, by_name['shifts']),
+      label='accuracy on shifts (points)',
+  )
+  return Found(figures, draw)
+
+
+def against_ensembles(bench: pools.Bench) -> Found:
+  """The soup of two less their ensemble."""
+  by_name = _pairs(bench)
+  row = {
+      f'on {where}, points': 100
+      * float(np.mean([p.soup - p.ensemble for p in pairs]))
+      for where, pairs in by_name.items()
+  }
+  draw = functools.partial(
+      report.against_ensembles,
+      pairs=by_name['shifts'],
+      values=_rates_of(bench, by_name['shifts']),
+      label='accuracy on shifts (%)',
+  )
+  return Found({'soup less ensemble': row}, draw)
+
+
+def _lines(pool: pools.Pool, members) -> dict[Any, landscape.Path]:
+  """The test error between pairs."""
+  sets = landscapes.Sets(pool.work, ['test'], len(pool.work.splits.test))
+  error_fn = lambda params: 1 - sets.score(sets.logits_of(params), sets.labels)
+  return landscape.lines(error_fn, pool.models, members, 11, chunk_size=None)
+
+
+def basin(bench: pools.Bench) -> Found:
+  """The barrier between two runs at each learning rate."""
+  pool = bench['rates']
+  members = [(k, k + 1) for k in range(0, len(pool), 2)]
+  paths = _lines(pool, members)
+  values = {pair: pool.runs[pair[0]]['learning_rate'] for pair in members}
+  figures = {
+      f'rate {values[pair]:.2g}': {
+          'barrier, points': 100 * landscape.barrier(path),
+          'error of the two, points': 100 * float(path.loss[[0, -1]].mean()),
+      }
+      for pair, path in paths.items()
+  }
+  draw = functools.partial(
+      report.lines,
+      paths=paths,
+      values=values,
+      label='test error (points)',
+      scale=100,
+  )
+  return Found(figures, draw)
+
+
+def _rows(bench: pools.Bench) -> dict[str, report.Row]:
+  path = bench['sweep'].work.workdir / 'results.json'
+  rows = report.summary(report.read_rows(path))
+  return {row.name: row for row in rows}
+
+
+def table(bench: pools.Bench) -> Found:
+  """Every recipe."""
+  figures = {
+      name: {_TEST: 100 * row.test, _SHIFTS: 100 * row.mean_shift}
+      for name, row in _rows(bench).items()
+  }
+  path = bench['sweep'].work.workdir / 'results.json'
+  rows = report.read_rows(path)
+  return Found(figures, lambda ax: report.scatter(ax, rows))
+
+
+def random_orders(bench: pools.Bench) -> Found:
+  """Greedy by score, and in three random orders."""
+  pool = bench['sweep']
+  infos = studies.random_orders(
+      pool.models, pool.eval_fn, num_orders=3, scores=pool.known
+  )
+  shuffled = [_scores(pool.soup(sorted(info.accepted))) for info in infos]
+  figures = {
+      'greedy, by score': _scores(pool.soup(pool.greedy().info.accepted)),
+      'greedy, random order': _mean_row(shuffled),
+  }
+  spread = {k: float(np.std([r[k] for r in shuffled], ddof=1)) for k in
+            shuffled[0]}  # fmt: skip
+  figures['spread of three orders'] = {
+      k.replace('%', 'points'): x for k, x in spread.items()
+  }
+  return Found(figures)
+
+
+def _mean_row(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  return {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
+
+
+def growth(bench: pools.Bench) -> Found:
+  """Scores as the number of models grows."""
+  pool = bench['sweep']
+  nums = _nums(len(pool))
+  figures: Figures = {}
+  grown = {}
+  for field, column in (('test', _TEST), ('shifts', _SHIFTS)):
+    curves = studies.recipes(
+        pool.models, pool.eval_fn, _field(pool.soup, field), scores=pool.known
+    )
+    curves['ensemble'] = _field(pool.ensemble, field)
+    grown[field] = studies.growth(curves, len(pool), nums=nums, num_orders=3)
+    for name, rows in grown[field].scores.items():
+      for num, value in zip(nums, rows.mean(0)):
+        if num in (1, nums[len(nums) // 2], nums[-1]):
+          figures.setdefault(f'{name} of {num}', {})[column] = float(value)
+  draw = functools.partial(
+      report.growth, found=grown['shifts'], label='shifts, %', scale=1
+  )
+  return Found(figures, draw)
+
+
+def _field(scores_fn: Callable[..., pools.Scores], field: str) -> Any:
+  """`members -> float`, of one data set."""
+  return lambda members: getattr(scores_fn(members), field)
+
+
+def _nums(num: int) -> list[int]:
+  """1, 2, 4, ... and all."""
+  return [2**i for i in range(num.bit_length()) if 2**i < num] + [num]
+
+
+def one_varied(bench: pools.Bench) -> Found:
+  """Soups of runs that differ in one hyper-parameter."""
+  pool = bench['one_factor']
+  figures: Figures = {}
+  of_shifts = []
+  for field, column in (('test', _TEST), ('shifts', _SHIFTS)):
+    found = studies.one_varied(pool.runs, _field(pool.soup, field), ignore=())
+    of_shifts = found
+    for one in found:
+      for what in ('best', 'mean', 'soup'):
+        row = figures.setdefault(f'{one.name} varies: {what}', {})
+        row[column] = getattr(one, what)
+  draw = functools.partial(
+      report.varied, found=of_shifts, label='shifts, %', scale=1
+  )
+  return Found(figures, draw)
+
+
+def greedy_ensemble(bench: pools.Bench) -> Found:
+  """The greedy rule over logits, against that over parameters."""
+  rows = _rows(bench)
+  names = ('greedy', 'ensemble', 'greedy ensemble')
+  figures = {
+      name: {
+          _TEST: 100 * rows[name].test,
+          _SHIFTS: 100 * rows[name].mean_shift,
+          'passes': float(rows[name].cost),
+      }
+      for name in names
+  }
+  return Found(figures)
+
+
+def theory(bench: pools.Bench) -> Found:
+  """The approximation of soup less ensemble against what it is."""
+  found, values = [], []
+  for name in ('one_factor', 'rates'):
+    pool = bench[name]
+    members = [(k, k + 1) for k in range(0, len(pool), 2)]
+    sets = landscapes.Sets(pool.work, ['test'], len(pool.work.splits.test))
+    for i, j in members:
+      found.append(
+          landscape.soup_minus_ensemble(
+              pool.work.model.logits_fn,
+              pool.models[i],
+              pool.models[j],
+              sets.batches,
+          )
+      )
+    values += report.pair_rates(members, pool.runs) or []
+  true = np.array([one.soup - one.ensemble for one in found])
+  guess = np.array([one.approximation for one in found])
+  within = np.array(values) <= bench.config.sweep.learning_rate[1] * (1 + 1e-6)
+  figures = {
+      name: {
+          'correlation': float(np.corrcoef(true[rows], guess[rows])[0, 1]),
+          'error, share of the difference': float(
+              np.abs(guess - true)[rows].mean() / np.abs(true)[rows].mean()
+          ),
+          'pairs': float(rows.sum()),
+      }
+      for name, rows in (
+          ('rates of the sweep', within),
+          ('all rates', within | True),
+      )
+  }
+  return Found(
+      figures, functools.partial(report.theory, found=found, values=values)
+  )
+
+
+def calibration(bench: pools.Bench) -> Found:
+  """Equal-mass calibration error against the number of models."""
+  pool = bench['sweep']
+  labels = jnp.asarray(pool.work.labels['test'])
+  logits_fn = pool.work.logits
+  ece = lambda x: float(metrics.expected_calibration_error(x, labels))
+  logits = pool.logits['test']
+  curves = {
+      'soup': studies.soup_scores(
+          pool.models, lambda params: ece(logits_fn(params)['test'])
+      ),
+      'ensemble': lambda members: ece(logits[list(members)].mean(0)),
+  }
+  nums = _nums(len(pool))
+  found = studies.growth(curves, len(pool), nums=nums, num_orders=20)
+  figures = {
+      f'{name} of {num}': {'ECE, points': 100 * float(value)}
+      for name, rows in found.scores.items()
+      for num, value in zip(nums, rows.mean(0))
+      if num in (1, nums[-1])
+  }
+  draw = functools.partial(report.growth, found=found, label='test ECE, points')
+  return Found(figures, draw)
+
+
+def breadth(bench: pools.Bench) -> Found:
+  """The same sweep from a start that saw few examples."""
+  figures: Figures = {}
+  for name, prefix in (('sweep', 'broad'), ('narrow', 'narrow')):
+    pool = bench[name]
+    compared = _compared(pool, range(len(pool)))
+    greedy = pool.greedy().info.accepted
+    compared['greedy soup'] = _scores(pool.soup(greedy))
+    figures |= _prefixed(prefix, compared)
+  return Found(figures)
+
+
+def scratch(bench: pools.Bench) -> Found:
+  """Runs from random parameters: one start for all, and a start for each."""
+  figures: Figures = {}
+  paths = {}
+  for name, words in (
+      ('sweep', 'pre-trained'),
+      ('scratch_shared', 'one random start'),
+      ('scratch_apart', 'a start for each'),
+  ):
+    pool = bench[name]
+    members = [(k, k + 1) for k in range(0, pools.NUM_RUNS, 2)]
+    found = _lines(pool, members)
+    paths[words] = found[members[0]]
+    barriers = [100 * landscape.barrier(path) for path in found.values()]
+    figures[words] = {
+        'barrier, points': float(np.mean(barriers)),
+        'mean of singles, %': pool.mean(range(pools.NUM_RUNS)).test,
+        'uniform soup, %': pool.soup(range(pools.NUM_RUNS)).test,
+    }
+  draw = functools.partial(
+      report.lines, paths=paths, label='test error (points)', scale=100
+  )
+  return Found(figures, draw)
+
+
+def averages(bench: pools.Bench) -> Found:
+  """Soups of moving averages and of means over late epochs."""
+  pool = bench['averaged']
+  names = pool.names
+  of = lambda text: [k for k, name in enumerate(names) if text in name]
+  last = [k for k, name in enumerate(names) if '_' not in name]
+  swa = [
+      jaxsoup.uniform(
+          [pool.models[k] for k in [*of(f'{names[i]}_epoch'), i]]
+      ).params
+      for i in last
+  ]
+  averaged = [pool.of(params) for params in swa]
+  figures = _prefixed('last', _compared(pool, last))
+  figures |= _prefixed('EMA', _compared(pool, of('_ema')))
+  best = max(averaged, key=lambda scores: scores.held_out)
+  figures |= _prefixed(
+      'SWA',
+      {
+          'best single': _scores(best),
+          'mean of singles': _scores(pools.mean_scores(averaged)),
+          'uniform soup': _scores(pool.of(jaxsoup.uniform(swa).params)),
+      },
+  )
+  return Found(figures)
+
+
+def sharpness_aware(bench: pools.Bench) -> Found:
+  """Runs with and without SAM, and soups of both."""
+  plain, sharp = bench['sweep'], bench['sam']
+  half = range(pools.NUM_RUNS // 2)
+  both = [plain.models[k] for k in half]
+  both += [sharp.models[k + len(half)] for k in half]
+  figures = _prefixed('plain', _compared(plain, range(pools.NUM_RUNS)))
+  figures |= _prefixed('SAM', _compared(sharp, range(pools.NUM_RUNS)))
+  figures['half of each: uniform soup'] = _scores(
+      plain.of(jaxsoup.uniform(both).params)
+  )
+  return Found(figures)
+
+
+def distillation(bench: pools.Bench) -> Found:
+  """The ensemble in one model, against the soup."""
+  pool, taught = bench['sweep'], bench['distilled']
+  factor = bench['one_factor']
+  alone = [
+      k
+      for k, run in enumerate(factor.runs)
+      if {**run, 'seed': 0} == pools.middle(bench.config) and run['seed']
+  ]
+  return Found(
+      {
+          'taught by labels': _scores(factor.mean(alone)),
+          'taught by the ensemble': _scores(taught.mean()),
+          'uniform soup': _scores(pool.soup()),
+          'ensemble': _scores(pool.ensemble()),
+      }
+  )
+
+
+def wise_ft(bench: pools.Bench) -> Found:
+  """On the way from the start to singles and soups."""
+  pool = bench['sweep']
+  models = {
+      'best single': pool.models[pool.best()],
+      'greedy soup': pool.greedy().params,
+      'uniform soup': jaxsoup.uniform(pool.models).params,
+  }
+  names = list(pool.work.splits.shifts)
+  score_fns = {}
+  for where, sets in (('test', ['test']), ('shifts', names)):
+    of = landscapes.Sets(
+        pool.work, sets, len(sets) * len(pool.work.splits.test)
+    )
+    score_fns[where] = lambda params, of=of: of.score(
+        of.logits_of(params), of.labels
+    )
+  curves = studies.wise_ft(
+      pool.theta_0, models, score_fns, num=11, chunk_size=None
+  )
+  figures: Figures = {}
+  for name, curve in curves.items():
+    best = int(curve.scores['shifts'].argmax())
+    for words, i in ((f'{name}, t = 1', -1), (f'{name}, best t', best)):
+      figures[words] = {
+          _TEST: 100 * float(curve.scores['test'][i]),
+          _SHIFTS: 100 * float(curve.scores['shifts'][i]),
+          't': float(curve.t[i]),
+      }
+  return Found(figures, functools.partial(report.wise_ft, curves=curves))
+
+
+def data_sets(bench: pools.Bench) -> Found:
+  """Models of several data sets under one frozen head, and their soup."""
+  own = {name: bench[f'on_{name}'] for name in pools.DATA_SETS}
+  pool = bench['sweep']
+  config = pool.work.config
+  test = sources.in_memory(pool.work.splits.test).arrays
+  logits_fn = pool.work.model.logits_fn
+  elsewhere = [n for n in pool.work.splits.shifts if n not in pools.DATA_SETS]
+  sets = {
+      name: shifts.apply(test, name, config.shifts[name], seed=config.seed)
+      for name in (*pools.DATA_SETS, *elsewhere)
+  }
+
+  def row(params):
+    right = {
+        name: 100
+        * float(
+            metrics.accuracy(
+                logits_fn(params, jax.device_put(x)), jnp.asarray(x['label'])
+            )
+        )
+        for name, x in sets.items()
+    }
+    return {
+        'their data sets, %': float(
+            np.mean([right[name] for name in pools.DATA_SETS])
+        ),
+        'elsewhere, %': float(np.mean([right[name] for name in elsewhere])),
+    }
+
+  models = {name: one.models[0] for name, one in own.items()}
+  figures = {'start': row(pool.theta_0)}
+  figures |= {f'on {name}': row(params) for name, params in models.items()}
+  figures['soup'] = row(jaxsoup.uniform(list(models.values())).params)
+  return Found(figures)
+
+
+def heads(bench: pools.Bench) -> Found:
+  """The head of the start, a probed one, a random one."""
+  figures: Figures = {}
+  for name, prefix in (
+      ('sweep', 'head of the start'),
+      ('probed', 'linear probe'),
+      ('random_head', 'random head'),
+  ):
+    compared = _compared(bench[name], range(pools.NUM_RUNS))
+    figures |= _prefixed(prefix, compared)
+  return Found(figures)
+
+
+def significance(bench: pools.Bench) -> Found:
+  """Gains over the best single model, and whether chance would do."""
+  figures: Figures = {}
+  for name, row in _rows(bench).items():
+    if row.gains:
+      figures[name] = {
+          'gain on test, points': 100 * row.gains['test'].gain,
+          'p, exact McNemar': row.gains['test'].p_value,
+          'gain on shifts, points': 100 * row.gains['shifts'].gain,
+          'p, paired bootstrap': row.gains['shifts'].p_value,
+      }
+  rows = report.read_rows(bench['sweep'].work.workdir / 'results.json')
+  return Found(figures, lambda ax: report.scatter(ax, rows))
+
+
+# By the number that they have in docs/experiments.md; 21 is text.
+EXPERIMENTS = {
+    1: Experiment('loss and error slice', plane),
+    2: Experiment('angle against gain', angles_and_gains),
+    3: Experiment('soup against ensemble', against_ensembles),
+    4: Experiment('learning-rate basin', basin),
+    5: Experiment('the main table', table),
+    6: Experiment('greedy in random order', random_orders, has_dots=True),
+    7: Experiment('number of models', growth),
+    8: Experiment('one hyper-parameter', one_varied),
+    9: Experiment('greedy ensemble', greedy_ensemble, has_dots=True),
+    10: Experiment('theory', theory),
+    11: Experiment('calibration', calibration),
+    12: Experiment('pre-training breadth', breadth, has_dots=True),
+    13: Experiment('from scratch', scratch),
+    14: Experiment('EMA and SWA', averages, has_dots=True),
+    15: Experiment('SAM', sharpness_aware, has_dots=True),
+    16: Experiment('distillation', distillation, has_dots=True),
+    17: Experiment('robust fine-tuning', wise_ft),
+    18: Experiment('several data sets', data_sets, has_dots=True),
+    19: Experiment('LP-FT', heads, has_dots=True),
+    20: Experiment('significance', significance),
+}

@@ -1,0 +1,94 @@
+"""A plan as text: its programs and its recipes, as two tables."""
+
+from jaxsoup.experiments import plan as plan_lib
+
+
+def as_text(made: plan_lib.Plan) -> str:
+  """The plan as two tables."""
+  return '\n'.join(
+      [
+          *_heading(made),
+          '',
+          'Each program, on one device:',
+          _table(_program_rows(made)),
+          '',
+          'Each recipe: peaks on one device and on one host, the rest in all, '
+          'at most:',
+          _table(_recipe_rows(made)),
+      ]
+  )
+
+
+def _heading(made: plan_lib.Plan) -> list[str]:
+  hosts = '1 host' if made.num_hosts == 1 else f'{made.num_hosts} hosts'
+  sizes = ', '.join(f'{n} ({name})' for name, n in made.batch_sizes.items())
+  lines = [
+      f'{made.machine}: {made.num_devices} devices of '
+      f'{plan_lib.amount(made.device_bytes)} each, {hosts}.',
+      f'{made.num_ingredients} ingredients of '
+      f'{plan_lib.amount(made.num_parameters, "")} parameters, '
+      f'{plan_lib.amount(made.model_bytes)} each.',
+      f'Batches of {sizes}, multiples of {made.num_devices}, count one at a '
+      'time: all held-out examples would take '
+      f'{plan_lib.amount(made.held_out_bytes)} more on a device.',
+  ]
+  if made.read_bytes > made.model_bytes:
+    lines.append(
+        f'Hosts read {made.read_bytes / made.model_bytes:.2g} times what there '
+        'is: the devices of a host are no neighbours in the mesh.'
+    )
+  return lines
+
+
+def _program_rows(made: plan_lib.Plan) -> list[list[str]]:
+  rows = [
+      ['program', 'arguments', 'temporaries', 'output', 'peak', 'of memory',
+       'work', 'compiled', 'collectives'],
+  ]  # fmt: skip
+  for p in made.programs:
+    parts = [p.arguments, p.temporaries, p.output]
+    found = ', '.join(
+        f'{t.times} {name} {plan_lib.amount(t.num_bytes)}'
+        for name, t in p.collectives.items()
+    )
+    is_fitting = not p.problem and p.peak <= made.device_bytes
+    rows.append(
+        [
+            p.name,
+            *('-' if p.problem else plan_lib.amount(n) for n in parts),
+            plan_lib.amount(p.peak) if p.peak else '?',
+            f'{p.peak / made.device_bytes:.0%}' if p.peak else '?',
+            plan_lib.amount(p.flops, 'FLOP'),
+            f'{p.seconds:.1f} s',
+            (found or 'none') if is_fitting else 'does not fit',
+        ]
+    )
+  return rows
+
+
+def _recipe_rows(made: plan_lib.Plan) -> list[list[str]]:
+  rows = [
+      ['recipe', 'device', 'host', 'reads', 'writes', 'evaluations', 'steps',
+       ''],
+  ]  # fmt: skip
+  for r in made.recipes:
+    rows.append(
+        [
+            r.name,
+            *map(plan_lib.amount, (r.device, r.host, r.reads, r.writes)),
+            str(r.evaluations),
+            str(r.steps),
+            r.note or 'fits',
+        ]
+    )
+  return rows
+
+
+def _table(rows: list[list[str]]) -> str:
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  lines = []
+  for first, *numbers, last in rows:
+    cells = [first.ljust(widths[0])]
+    cells += [x.rjust(n) for x, n in zip(numbers, widths[1:-1])]
+    lines.append('  '.join([*cells, last]).rstrip())
+  return '\n'.join(lines)
