@@ -91,11 +91,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data = dict(
       path=fashion.FOLDER,
       sizes=dict(
-          train=128 if is_short else 1600,
-          held_out=100 if is_short else 500,
-          test=100 if is_short else 1000,
+          train=128 if is_short else 1000,
+          held_out=100 if is_short else 400,
+          test=100 if is_short else 800,
       ),
-      shift_size=50 if is_short else 200,
+      shift_size=50 if is_short else 150,
   )
   # Severities; what training draws itself is none of them.
   config.shifts = dict(
@@ -138,7 +138,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       patience=2,
   )
   config.batch_size = 100
-  config.num_splits = 1 if is_short else 3
+  config.num_splits = 1
   # How much is looked at between the models; 0 leaves a part out. A workdir
   # that is done takes other numbers.
   config.landscape = dict(

@@ -127,7 +127,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       patience=2,
   )
   config.batch_size = 50
-  config.num_splits = 1 if is_short else 3
+  config.num_splits = 1
   config.stability = dict(num_resamples=0)
   # How much is looked at between the models; 0 leaves a part out. A workdir
   # that is done takes other numbers.
