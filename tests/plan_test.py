@@ -307,10 +307,9 @@ def test_a_stack_that_does_not_fit_streams():
 
 
 @needs_libtpu
-@pytest.mark.parametrize('num', [14, 58])
-def test_the_learned_soup_of_the_paper_fits_on_a_small_pod(num):
+def test_the_learned_soup_of_the_paper_fits_on_a_small_pod():
   """ViT-G/14, sharded over 64 devices of the least memory there is."""
-  experiment = load(VIT_G)
+  experiment, num = load(VIT_G), 58
   config = experiment.config
   mesh, device_bytes = tpu_mesh('v5e:8x8')
   assert device_bytes == 16 * GIB
