@@ -128,9 +128,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.batch_size = 500
   # How often the held-out set is drawn anew, and how often it is resampled to
-  # see how far the choice of greedy hangs on it.
+  # see how far the choice of a search hangs on it.
   config.num_splits = 1
-  config.stability = dict(num_resamples=0)
+  config.stability = dict(greedy=0, greedy_ensemble=100)
   # What is looked at when all soups are there, see `experiments/landscapes.py`;
   # a workdir may change it.
   config.landscape = dict(

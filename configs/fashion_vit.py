@@ -139,6 +139,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.batch_size = 100
   config.num_splits = 1
+  # Resamples of the held-out set: how far a choice hangs on it.
+  config.stability = dict(greedy=0, greedy_ensemble=100)
   # How much is looked at between the models; 0 leaves a part out. A workdir
   # that is done takes other numbers.
   config.landscape = dict(

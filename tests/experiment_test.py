@@ -261,6 +261,36 @@ def test_what_a_workdir_holds(uninterrupted):
     assert ece == pytest.approx(rows[name]['ece'], abs=1e-6)
 
 
+def test_stability_of_the_searches(uninterrupted, tmp_path, cache):
+  """Of a workdir that is done; the choice on all examples is the search's."""
+  workdir = tmp_path / 'done'
+  shutil.copytree(uninterrupted, workdir)
+  finish(workdir, cache, '--config.stability.greedy=3')
+  results = json.loads((workdir / 'results.json').read_text())
+  assert (
+      results['rows']
+      == json.loads((uninterrupted / 'results.json').read_text())['rows']
+  )
+  greedy = checkpoints.load(workdir / 'soups/greedy').info
+  found = results['stability']
+  assert found['greedy']['chosen'] == sorted(greedy.accepted)
+  assert len(found['greedy']['sizes']) == 3
+  stable = found['greedy ensemble']
+  assert len(stable['sizes']) == 100
+  assert sum(stable['frequency']) == pytest.approx(np.mean(stable['sizes']))
+  # Of a single model that is chosen, and of an ensemble, from their logits.
+  logits = np.stack(
+      [np.load(p)['held_out'] for p in sorted((workdir / 'logits').iterdir())]
+  )
+  experiment = configs.load(CONFIG, TINY)
+  label = experiment.data_fn(experiment.config).held_out.arrays['label']
+  right = lambda members: np.mean(
+      logits[list(members)].mean(0).argmax(-1) == label
+  )
+  best = max(right([k]) for k in range(4))
+  assert right(stable['chosen']) >= best
+
+
 def test_report_of_a_workdir(uninterrupted, tmp_path):
   files = report.write_report(uninterrupted, tmp_path / 'report.html')
   text = files[0].read_text(encoding='utf-8')

@@ -178,12 +178,14 @@ def workdir(tmp_path_factory):
           'best single': curve('04'),
           **{name: curve(name) for name in ('uniform', 'greedy')},
       },
-      'stability of greedy': {
-          'chosen': [0, 2],
-          'frequency': [0.9, 0.1, 0.6, 0.0, 0.0],
-          'overlap': 0.75,
-          'sizes': [1, 2, 3],
-          'num_evaluated': 4,
+      'stability': {
+          'greedy ensemble': {
+              'chosen': [0, 2],
+              'frequency': [0.9, 0.1, 0.6, 0.0, 0.0],
+              'overlap': 0.75,
+              'sizes': [1, 2, 3],
+              'num_evaluated': 4,
+          }
       },
   }
   (folder / 'config.json').write_text('{}')
@@ -341,7 +343,7 @@ def test_numbers_behind_the_page(written, workdir):
   assert table['greedy']['models'] == str(len(greedy.info.accepted))
   # The soups in the order of the rows, not of the alphabet.
   assert list(table) == ['uniform', 'greedy', 'tensor']
-  often = read_csv(files, 'stability.csv')
+  often = read_csv(files, 'stability_greedy_ensemble.csv')
   assert [float(x['frequency']) for x in often] == [0.9, 0.1, 0.6, 0.0, 0.0]
   assert 'it took 1 to 3 models (mean 2.0); the overlap' in page.text
 

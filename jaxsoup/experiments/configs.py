@@ -23,7 +23,7 @@ from jaxsoup import _processes
 
 Run = dict[str, Any]
 # Fields that decide what is looked at when all models are there.
-LATER = ('landscape.',)
+LATER = ('landscape.', 'stability.')
 
 
 class Experiment(NamedTuple):
@@ -242,10 +242,8 @@ def check_unchanged(
     UsageError: the workdir belongs to another config; names what differs.
     ValueError: the stored config is unreadable.
   """
-  now = json.loads(json.dumps(_flat(config)))
+  now = _lasting(json.loads(json.dumps(_flat(config))))
   now.pop('sweep.shard', None)  # It decides where a run is trained, not what.
-  # Nor do these: what is looked at has its settings with it.
-  now = {k: v for k, v in now.items() if not k.startswith(LATER)}
   if not file.exists():
     if not _processes.is_main():
       return
@@ -255,7 +253,7 @@ def check_unchanged(
     unfinished.replace(file)
     return
   try:
-    then = dict(json.loads(file.read_text()))
+    then = _lasting(dict(json.loads(file.read_text())))
   except (TypeError, ValueError) as e:
     raise ValueError(
         f'{file} is unreadable: {e}. Delete that file if the workdir was begun '
@@ -271,3 +269,8 @@ def check_unchanged(
         f'{file.parent} was begun with another config: {"; ".join(differing)}. '
         'Give another workdir, or delete this one.'
     )
+
+
+def _lasting(fields: dict[str, Any]) -> dict[str, Any]:
+  """Without what a workdir may change."""
+  return {k: v for k, v in fields.items() if not k.startswith(LATER)}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsoup
+from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
@@ -106,7 +107,10 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
     tables.append(_rows(work, models, split.of(labels)))
     calibration = calibration or _calibration(work, models, split, tables[0])
   work.progress_fn('reporting', 0.0)
-  stable = stability(work, ingredients, all_splits[0], logits)
+  stable = {
+      'greedy': stability(work, ingredients, all_splits[0], logits),
+      'greedy ensemble': stability_of_ensemble(work, all_splits[0], logits),
+  }
   if _processes.is_main():
     _write(work, tables, first, calibration, stable)
   landscapes.make(work, theta_0, first, **around)
@@ -148,8 +152,9 @@ def stability(work, ingredients, split, logits) -> dict[str, Any]:
   """How far greedy's choice hangs on the held-out examples.
 
   Args:
-    work: the experiment; `config.stability.num_resamples` says how often the
-      held-out set is resampled: 0, or no such field, leaves it out.
+    work: the experiment; `config.stability.greedy` says how often the held-out
+      set is resampled: 0, or no such field, leaves it out. Each soup that no
+      search met before is evaluated.
     ingredients: the fine-tuned runs.
     split: whose held-out set it is.
     logits: `[K, N, C]` by data set.
@@ -157,13 +162,9 @@ def stability(work, ingredients, split, logits) -> dict[str, Any]:
   Returns:
     Fields of `jaxsoup.statistics.Stability`, as lists; empty if left out.
   """
-  num_resamples = work.config.get('stability', {}).get('num_resamples', 0)
+  num_resamples = work.config.get('stability', {}).get('greedy', 0)
   if not num_resamples:
     return {}
-  label = split.of(work.labels)['held_out']
-  of_logits = metrics.correct
-  if work.config.get('select_by', 'metric') == 'nll':
-    of_logits = metrics.log_likelihood
   run = evaluation.logits_of(
       work.model.logits_fn,
       cook.batches_of(
@@ -173,23 +174,47 @@ def stability(work, ingredients, split, logits) -> dict[str, Any]:
 
   def values_fn(members):
     if len(members) == 1:
-      logits_of_soup = singles[members[0]]
-    else:
-      soup = jaxsoup.uniform([ingredients[k] for k in members])
-      logits_of_soup = run(soup.params)
-    return np.asarray(of_logits(jnp.asarray(logits_of_soup), label))
+      return singles[members[0]]
+    return run(jaxsoup.uniform([ingredients[k] for k in members]).params)
 
   singles = split.of(logits, axis=1)['held_out']
+  return _stability(work, split, values_fn, len(singles), num_resamples)
+
+
+def stability_of_ensemble(work, split, logits) -> dict[str, Any]:
+  """The same of the greedy ensemble, which takes no model: from the logits.
+
+  Args:
+    work: the experiment; `config.stability.greedy_ensemble` says how often.
+    split: whose held-out set it is.
+    logits: `[K, N, C]` by data set.
+
+  Returns:
+    As `stability`.
+  """
+  num_resamples = work.config.get('stability', {}).get('greedy_ensemble', 0)
+  if not num_resamples:
+    return {}
+  singles = np.asarray(split.of(logits, axis=1)['held_out'], np.float32)
+  mean_fn = lambda members: singles[list(members)].mean(0)
+  return _stability(work, split, mean_fn, len(singles), num_resamples)
+
+
+def _stability(work, split, logits_fn, num, num_resamples) -> dict[str, Any]:
+  """Of a search by what `logits_fn` says of members; {} if no mean scores."""
+  label = split.of(work.labels)['held_out']
+  of_logits = metrics.correct
+  if work.config.get('select_by', 'metric') == 'nll':
+    of_logits = metrics.log_likelihood
+  elif work.config.get('metric', 'accuracy') != 'accuracy':
+    return {}
   found = statistics.stability(
-      values_fn,
-      len(ingredients),
+      lambda members: of_logits(jnp.asarray(logits_fn(members)), label),
+      num,
       num_resamples=num_resamples,
       seed=work.config.seed,
   )
-  return {
-      name: np.asarray(value).tolist()
-      for name, value in found._asdict().items()
-  }
+  return _json.plain(found._asdict())
 
 
 def _scores(work, split, logits) -> list[float]:
@@ -383,8 +408,7 @@ def _write(work, tables, soups, calibration, stable) -> None:
       'roles': roles(work),
       'calibration': calibration,
   }
-  if stable:
-    content['stability of greedy'] = stable
+  content['stability'] = {name: x for name, x in stable.items() if x}
   if len(tables) > 1:
     content['splits'] = [[r._asdict() for r in table] for table in tables]
   unfinished = workdir / 'results.tmp'

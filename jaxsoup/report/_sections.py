@@ -386,25 +386,30 @@ def _setting(name, values, rows, chosen) -> Picture:
   )
 
 
-def stability_sections(stable: Mapping[str, Any]) -> list[Section]:
-  """How far greedy's choice hangs on chance; none without resamples.
+def stability_sections(
+    found: Mapping[str, Mapping[str, Any]],
+) -> list[Section]:
+  """How far a search's choice hangs on chance; none without resamples.
 
   Args:
-    stable: fields of `jaxsoup.statistics.Stability`.
+    found: fields of `jaxsoup.statistics.Stability` by name of the search.
   """
-  if not stable:
-    return []
+  return [_stability_section(name, stable) for name, stable in found.items()]
+
+
+def _stability_section(name: str, stable: Mapping[str, Any]) -> Section:
   frequency, chosen = stable['frequency'], stable['chosen']
   sizes = np.asarray(stable['sizes'])
   text = (
-      f'Greedy took the models {", ".join(map(str, chosen))}. On {len(sizes)} '
-      f'resamples of the held-out set it took {sizes.min()} to {sizes.max()} '
-      f'models (mean {sizes.mean():.1f}); the overlap with its choice is '
-      f'{stable["overlap"]:.2f} (mean Jaccard index: 1 where it never changes).'
+      f'The {name} took the models {", ".join(map(str, chosen))}. On '
+      f'{len(sizes)} resamples of the held-out set it took {sizes.min()} to '
+      f'{sizes.max()} models (mean {sizes.mean():.1f}); the overlap with its '
+      f'choice is {stable["overlap"]:.2f} (mean Jaccard index: 1 where it '
+      'never changes).'
   )
   often = [k for k, x in enumerate(frequency) if x >= 0.5]
   picture = Picture(
-      'stability',
+      f'stability_{_file(name)}',
       lambda ax: _charts.frequencies(ax, frequency, chosen),
       'Bars: how many resamples take each model. At least half of them take '
       f'{_listed(list(map(str, often)))}.',
@@ -413,7 +418,11 @@ def stability_sections(stable: Mapping[str, Any]) -> list[Section]:
       {'model': k, 'frequency': x, 'chosen': k in chosen}
       for k, x in enumerate(frequency)
   ]
-  return [Section('Stability', [text, picture], {'stability': records})]
+  return Section(
+      f'Stability: {name}',
+      [text, picture],
+      {f'stability_{_file(name)}': records},
+  )
 
 
 def _file(name: str) -> str:

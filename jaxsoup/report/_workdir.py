@@ -209,7 +209,7 @@ def sections_of(contents: Contents) -> list[Section]:
       *_sections.setting_sections(
           rows, settings, chosen=greedy.accepted if greedy else ()
       ),
-      *_sections.stability_sections(results.get('stability of greedy', {})),
+      *_sections.stability_sections(results.get('stability', {})),
       *_landscape_sections.diagnosis_sections(
           contents.landscape.get('diagnosis', {})
       ),
