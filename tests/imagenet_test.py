@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
-import tensorflow_datasets as tfds
+import tensorflow_datasets
 
 from jaxsoup.data import imagenet
 from jaxsoup.data import sources
+from jaxsoup.data import tfds
 
 PIXELS = imagenet.Pixels(size=16)
 PLAIN = imagenet.Pixels(size=16, mean=(0, 0, 0), std=(1, 1, 1))
@@ -175,8 +176,8 @@ def test_wordnet_ids():
 @pytest.fixture
 def mocked(monkeypatch):
   # What TFDS makes up for images that stay encoded needs TensorFlow.
-  monkeypatch.setattr(sources, '_encoded_images', lambda builder: None)
-  with tfds.testing.mock_data(num_examples=9):
+  monkeypatch.setattr(tfds, '_encoded_images', lambda builder: None)
+  with tensorflow_datasets.testing.mock_data(num_examples=9):
     yield
 
 
@@ -196,7 +197,7 @@ def test_splits_of_mocked_tfds(mocked, no_class_lists):
     assert batch['image'].shape == (9, 16, 16, 3)
     assert batch['image'].dtype == np.float32
     assert batch['label'].dtype == np.int32
-  records = tfds.data_source('imagenet_r', split='test')
+  records = tensorflow_datasets.data_source('imagenet_r', split='test')
   labels = np.array([int(records[i]['label']) for i in range(9)])
   shift = splits.shifts['ImageNet-R'][np.arange(9)]
   np.testing.assert_array_equal(shift['label'], 999 - labels)
@@ -213,7 +214,7 @@ def test_splits_of_mocked_tfds(mocked, no_class_lists):
 def test_several_right_labels(mocked, name, field):
   """Of the multi-label set also those on which the experts disagreed."""
   shift = imagenet.SHIFTS[name]
-  records = tfds.data_source(shift.name, split='validation')
+  records = tensorflow_datasets.data_source(shift.name, split='validation')
   records = [records[i] for i in range(9)]
   kept = [
       r for r in records if len(r[field]) and not r.get('is_problematic', False)
@@ -229,7 +230,7 @@ def test_several_right_labels(mocked, name, field):
 
 def test_images_without_a_right_label_are_left_out(mocked, monkeypatch):
   features = [{'real_label': [3]}, {'real_label': []}, {'real_label': [1, 2]}]
-  monkeypatch.setattr(sources, 'tfds_features', lambda *a, **k: iter(features))
+  monkeypatch.setattr(tfds, 'features', lambda *a, **k: iter(features))
   source = imagenet.splits(PIXELS, shifts=['ReaL']).shifts['ReaL']
   assert source.rows.tolist() == [0, 2]
   features = [
@@ -243,7 +244,7 @@ def test_images_without_a_right_label_are_left_out(mocked, monkeypatch):
 def test_consecutive_records_are_held_out(monkeypatch):
   asked = []
   monkeypatch.setattr(
-      sources, 'tfds', lambda name, split, *args, **kwargs: asked.append(split)
+      tfds, 'source', lambda name, split, *args, **kwargs: asked.append(split)
   )
   rules = [
       imagenet.splits(PIXELS, shifts=(), seed=seed).rules['held_out']
@@ -255,15 +256,15 @@ def test_consecutive_records_are_held_out(monkeypatch):
   rest, chosen, _ = asked[:3]
   assert chosen == rule['split']
   # TFDS itself says that the two are disjoint and all.
-  info = tfds.core.SplitInfo(
+  info = tensorflow_datasets.core.SplitInfo(
       name='train',
       shard_lengths=[640_000, 641_167],
       num_bytes=0,
-      filename_template=tfds.core.ShardedFileTemplate(
+      filename_template=tensorflow_datasets.core.ShardedFileTemplate(
           data_dir='.', dataset_name='x', filetype_suffix='array_record'
       ),
   )
-  split_dict = tfds.core.splits.SplitDict([info])
+  split_dict = tensorflow_datasets.core.splits.SplitDict([info])
   covered = np.zeros(1_281_167, int)
   for split in (rest, chosen):
     for part in split_dict[split].file_instructions:
@@ -284,7 +285,7 @@ def test_a_share_of_each_class_is_held_out_where_labels_are_known(mocked):
 
 def test_train_labels(mocked):
   labels = imagenet.train_labels()
-  records = tfds.data_source('imagenet2012', split='train')
+  records = tensorflow_datasets.data_source('imagenet2012', split='train')
   assert labels.dtype == np.int32
   assert labels.tolist() == [int(records[i]['label']) for i in range(9)]
 

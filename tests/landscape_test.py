@@ -95,6 +95,11 @@ def test_angle_of_a_model_that_never_moved_is_not_a_number():
   assert found[1, 1] == 0
 
 
+def test_a_model_is_at_no_angle_to_itself():
+  found = landscape.angles([model(k) for k in range(1, 12)], model(0))
+  assert (np.diagonal(found) == 0).all()
+
+
 def test_small_distances_survive_large_parameters():
   """No difference of large squares: 1e4 from zero, 1e-2 apart."""
   first = {'w': np.full(1000, 1e4, np.float32)}

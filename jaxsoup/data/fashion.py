@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxsoup.data import shifts
 from jaxsoup.data import sources
+from jaxsoup.data import tfds
 from jaxsoup.data.digits import Dataset
 
 Folder = str | os.PathLike[str] | None
@@ -169,11 +170,8 @@ def _scaled(data: Dataset) -> Dataset:
 def _read(folder: Folder, part: str) -> Dataset:
   """`image`, uint8 [N, 28, 28, 1], and `label`, integers [N]."""
   if folder is None:
-    import tensorflow_datasets as tfds
-
-    records = tfds.data_source('fashion_mnist', split=part)
-    rows = [records[i] for i in range(len(records))]
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    found = tfds.source('fashion_mnist', part, lambda record, rng: record)
+    return sources.in_memory(found).arrays
   prefix, num_examples = _PARTS[part]
   folder = pathlib.Path(folder)
   image = _read_idx(folder / f'{prefix}-images-idx3-ubyte', (28, 28))

@@ -159,7 +159,8 @@ def _grouped(products: np.ndarray, checked: _checked.Checked, depth) -> Any:
 
 
 def _degrees(products: np.ndarray) -> np.ndarray:
-  norms = np.sqrt(np.diagonal(products))
-  norms = np.where(norms > 0, norms, np.nan)
-  cosines = products / np.outer(norms, norms)
+  squares = np.diagonal(products)
+  squares = np.where(squares > 0, squares, np.nan)
+  # The root of an exact square: a model is at exactly 0 degrees to itself.
+  cosines = products / np.sqrt(np.outer(squares, squares))
   return np.degrees(np.arccos(np.clip(cosines, -1, 1)))
