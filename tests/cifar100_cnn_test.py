@@ -174,6 +174,7 @@ def small(folder, arg, **changes):
   return experiment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('start', ['scratch_shared', 'scratch_apart'])
 def test_every_soup_in_three_ways(folder, tmp_path, start):
   experiment = small(folder, f'resnet,{start}', batch_norm='re-estimated')

@@ -225,6 +225,7 @@ def _stop(workdir, processes):
     assert code == 143 and 'holds the training' in err, err
 
 
+@pytest.mark.slow
 def test_an_experiment_in_two_processes(tmp_path):
   one, two = tmp_path / 'one', tmp_path / 'two'
   _stop(two, _experiment(tmp_path, two, 2))

@@ -175,6 +175,7 @@ def test_there_is_no_b9():
     efficientnet.size('b9')
 
 
+@pytest.mark.slow
 def test_rematerialized_blocks_compute_the_same():
   graphdef, params = make()
   params = _cnn.settled(graphdef, params)

@@ -127,6 +127,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_same(tmp_path, uninterrupted, cache):
   # One workdir, killed again and again, each time further on.
   for reached in MOMENTS.values():
@@ -195,6 +196,7 @@ def test_the_held_out_set_is_drawn_several_times(
   assert '±' in (tmp_path / 'table.md').read_text()
 
 
+@pytest.mark.slow
 def test_copies_of_runs_are_ingredients(tmp_path, uninterrupted, cache):
   more = ['--config.finetune.ema=(0.9,)', '--config.finetune.keep_epochs=(1,)']
   more += ['--config.tensorboard=True', '--config.sweep.num_runs=2']

@@ -68,6 +68,7 @@ def load(files, *overrides):
   return configs.load(f'{CONFIG}:runlocal', [*given, *more])
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path, files):
   experiment = load(
       files,

@@ -163,6 +163,7 @@ def uninterrupted(tmp_path_factory, cache):
   return workdir
 
 
+@pytest.mark.slow
 def test_stopped_at_any_point_is_the_same(tmp_path, uninterrupted, cache):
   # SIGTERM in the middle of either training, SIGKILL twice further on, and on
   # to the end: an optimizer that starts anew, or an epoch that is done twice,

@@ -157,6 +157,7 @@ def _score(task, logits, label):
   return (accuracy + reference.f1_score(label, found)) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, task', [('glue_bert', 'mrpc'), ('glue_t5', 'cola')]
 )

@@ -31,6 +31,7 @@ def load(name, *overrides):
   return configs.load(path, [f'--config.{x}' for x in overrides])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FILES)
 def test_end_to_end(tmp_path, name):
   experiment = load(f'{name}:runlocal', 'sweep.num_runs=2')
@@ -56,6 +57,7 @@ def test_end_to_end(tmp_path, name):
       assert found.mean() == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_second_call_makes_nothing_again(tmp_path):
   experiment = load('imagenet_vit_g14:runlocal', 'sweep.num_runs=2')
   rows = main.run(experiment, tmp_path)
@@ -255,6 +257,7 @@ def test_weights_of_augreg_with_another_head(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_souped(tmp_path):
   experiment = load(
       'imagenet_vit_g14:runlocal',

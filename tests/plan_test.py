@@ -306,6 +306,7 @@ def test_a_stack_that_does_not_fit_streams():
   assert 'smaller batches' in none['learned, streamed'].note
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_learned_soup_of_the_paper_fits_on_a_small_pod():
   """ViT-G/14, sharded over 64 devices of the least memory there is."""
@@ -358,6 +359,7 @@ def test_ingredients_that_are_sharded_alike_mix_alone(topology, hbm):
   assert found.collectives == {}
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_machine_that_is_too_small_says_so_and_names_others(tmp_path):
   file = tmp_path / 'plan.json'
