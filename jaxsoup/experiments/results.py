@@ -108,7 +108,9 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
     calibration = calibration or _calibration(work, models, split, tables[0])
   work.progress_fn('reporting', 0.0)
   stable = {
-      'greedy': stability(work, ingredients, all_splits[0], logits),
+      'greedy': stability(
+          work, ingredients, all_splits[0], logits, around['prepare_fn']
+      ),
       'greedy ensemble': stability_of_ensemble(work, all_splits[0], logits),
   }
   if _processes.is_main():
@@ -148,7 +150,7 @@ def splits(work: stages.Work) -> list[Split]:
   ]
 
 
-def stability(work, ingredients, split, logits) -> dict[str, Any]:
+def stability(work, ingredients, split, logits, prepare_fn) -> dict[str, Any]:
   """How far greedy's choice hangs on the held-out examples.
 
   Args:
@@ -158,6 +160,7 @@ def stability(work, ingredients, split, logits) -> dict[str, Any]:
     ingredients: the fine-tuned runs.
     split: whose held-out set it is.
     logits: `[K, N, C]` by data set.
+    prepare_fn: gives a soup its running statistics; None without any.
 
   Returns:
     Fields of `jaxsoup.statistics.Stability`, as lists; empty if left out.
@@ -175,7 +178,8 @@ def stability(work, ingredients, split, logits) -> dict[str, Any]:
   def values_fn(members):
     if len(members) == 1:
       return singles[members[0]]
-    return run(jaxsoup.uniform([ingredients[k] for k in members]).params)
+    params = jaxsoup.uniform([ingredients[k] for k in members]).params
+    return run(prepare_fn(params) if prepare_fn else params)
 
   singles = split.of(logits, axis=1)['held_out']
   return _stability(work, split, values_fn, len(singles), num_resamples)
