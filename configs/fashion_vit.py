@@ -91,11 +91,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data = dict(
       path=fashion.FOLDER,
       sizes=dict(
-          train=128 if is_short else 1000,
+          train=128 if is_short else 800,
           held_out=100 if is_short else 400,
-          test=100 if is_short else 800,
+          test=100 if is_short else 600,
       ),
-      shift_size=50 if is_short else 150,
+      shift_size=50 if is_short else 100,
   )
   # Severities; what training draws itself is none of them.
   config.shifts = dict(
