@@ -689,3 +689,16 @@ def test_command_with_wrong_input(tmp_path, workdir):
   assert 'results.json is unreadable' in invoke('report', begun).stderr
   result = invoke('report', workdir, '--held-out', 'x')
   assert result.exit_code == 2 and '--held-out' in result.stderr
+
+
+@pytest.mark.parametrize('scale', [1e-7, 1e-5, 1.0, 1e6])
+def test_numbers_of_a_setting_do_not_overlap(scale):
+  from matplotlib import figure
+
+  drawn = figure.Figure(figsize=(4.8, 3.2), layout='constrained')
+  ax = drawn.subplots()
+  _charts.against(ax, 'rate', [2.13 * scale, 9.87 * scale], [0.8, 0.9])
+  drawn.draw_without_rendering()
+  boxes = [t.get_window_extent() for t in ax.get_xticklabels() if t.get_text()]
+  assert len(boxes) > 2
+  assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:]))

@@ -167,7 +167,7 @@ def frequencies(
     chosen: the models that all examples choose.
   """
   values = 100 * np.asarray(frequency)
-  for is_chosen, label in ((True, 'in the soup'), (False, 'not')):
+  for is_chosen, label in ((True, 'chosen'), (False, 'not chosen')):
     models = [k for k in range(len(values)) if (k in chosen) == is_chosen]
     ax.bar(
         models,
@@ -208,6 +208,9 @@ def against(
     x = np.array(values, float)
     if x.min() > 0 and x.max() / x.min() > 20:
       ax.set_xscale('log')
+    else:  # 2, 4, 6 and 1e-5 at the end of the axis: long numbers overlap.
+      ax.ticklabel_format(axis='x', scilimits=(-3, 4))
+      ax.locator_params(axis='x', nbins=6)
   else:
     kinds = sorted(set(map(str, values)))
     x = np.array([kinds.index(str(value)) for value in values], float)
