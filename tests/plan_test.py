@@ -106,6 +106,33 @@ def test_work_is_the_closed_form_of_a_transformer(file):
   assert flops['gradient in alpha'] == 2 * 2 * 3 * num_parameters
 
 
+def test_work_of_a_sweep_is_three_forward_passes_an_example():
+  """And two of the first layer, whose images need no gradient."""
+  experiment, _, made = cpu_plan()
+  config = experiment.config
+  steps = config.data.sizes.train // config.finetune.batch_size
+  seen = config.finetune.num_epochs * steps * config.finetune.batch_size
+  expected = len(experiment.runs) * seen * 3 * forward_flops(config.model)
+  assert made.num_runs == len(experiment.runs)
+  assert made.sweep_flops == pytest.approx(expected, rel=0.02)
+
+
+def test_runs_of_other_lengths_and_batches_count_as_such():
+  # 250 examples are 7 batches of 32 and 3 of 64: 224 and 192 examples.
+  experiment = load(DIGITS, '--config.finetune.num_epochs=1')
+  mesh, _ = machines.cpu_mesh(4)
+  step = plan.Program('fine-tuning step', 0, flops=32.0)
+  runs = [{}, {'num_epochs': 5}, {'batch_size': 64, 'num_epochs': 2}]
+  config = experiment.config.copy_and_resolve_references()
+  config.sweep.group_size = 1
+  config.finetune.batch_size = 32
+  config.data.sizes.train = 250
+  made = experiment._replace(config=config, runs=runs)
+  # An example takes 4 (devices) * 32 / 32.
+  expected = 4 * (224 + 5 * 224 + 2 * 192)
+  assert plan.sweep_flops(made, mesh, [step]) == expected
+
+
 def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
   mesh, _ = machines.cpu_mesh(4)
 
@@ -132,7 +159,7 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
     reason='only Linux lets a process forget its high-water mark',
 )
 def test_peaks_are_those_of_the_process():
-  """Within 30 %: pages, threads and what the allocator keeps come on top."""
+  """Within 15 %: pages, threads and what the allocator keeps come on top."""
   overrides = [
       'model.width=384',
       'model.depth=1',
@@ -171,7 +198,7 @@ def test_peaks_are_those_of_the_process():
   for name in large:
     planned, measured = found[name]
     assert planned > 100e6
-    assert measured == pytest.approx(planned, rel=0.3), name
+    assert measured == pytest.approx(planned, rel=0.15), name
 
 
 class Counted(list):
@@ -414,6 +441,9 @@ def test_on_virtual_devices(tmp_path):
   assert all(r['fits'] for r in made['recipes'])
   lines = result.stdout.splitlines()
   assert lines[0].startswith('CPU: 2 devices of')
+  assert any(
+      re.fullmatch(r'Fine-tuning \d+ runs is .* GFLOP\.', x) for x in lines
+  )
   for row in [*made['programs'], *made['recipes']]:
     assert sum(x.startswith(f'{row["name"]}  ') for x in lines) == 1
   for program in made['programs']:

@@ -20,18 +20,25 @@ from jaxsoup.experiments import configs
 
 
 class Chip(NamedTuple):
-  """A generation of TPUs: memory of a chip in GiB, and its largest pod."""
+  """A generation of TPUs.
+
+  Attributes:
+    hbm_gib: memory of a chip, in GiB.
+    tflops: peak of a chip in bfloat16, in TFLOP/s.
+    largest: shape of its largest pod.
+  """
 
   hbm_gib: int
+  tflops: int
   largest: tuple[int, ...]
 
 
 # cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, section "System architecture".
 CHIPS = {
-    'v4': Chip(32, (16, 16, 16)),
-    'v5e': Chip(16, (16, 16)),
-    'v5p': Chip(95, (16, 20, 28)),
-    'v6e': Chip(32, (16, 16)),
+    'v4': Chip(32, 275, (16, 16, 16)),
+    'v5e': Chip(16, 197, (16, 16)),
+    'v5p': Chip(95, 459, (16, 20, 28)),
+    'v6e': Chip(32, 918, (16, 16)),
 }
 
 

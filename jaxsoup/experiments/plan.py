@@ -15,6 +15,7 @@ works on any machine.
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import functools
 import math
 import re
@@ -110,6 +111,8 @@ class Plan(NamedTuple):
     read_bytes: what all hosts together read of one ingredient.
     batch_sizes: by program, rounded up to what the devices divide.
     held_out_bytes: of all held-out examples on one device.
+    num_runs: of the sweep.
+    sweep_flops: of all steps of all runs, on all devices together.
     programs: what the compiler says of each.
     recipes: what each needs.
   """
@@ -124,6 +127,8 @@ class Plan(NamedTuple):
   read_bytes: int
   batch_sizes: Mapping[str, int]
   held_out_bytes: int
+  num_runs: int
+  sweep_flops: float
   programs: tuple[Program, ...]
   recipes: tuple[Recipe, ...]
 
@@ -179,6 +184,8 @@ def make(
           'fine-tuning': _divided(config.finetune.batch_size, mesh),
       },
       held_out_bytes=sum(map(_shard_bytes, held_out.values())),
+      num_runs=len(experiment.runs),
+      sweep_flops=sweep_flops(experiment, mesh, compiled),
       programs=tuple(compiled),
       recipes=recipes(
           experiment, mesh, device_bytes, num_ingredients, tuple(compiled)
@@ -358,6 +365,32 @@ def _fine_tuning(experiment, model, mesh, params):
       stacked(hyper),
       _batch(model, mesh, config.finetune.batch_size),
   )
+
+
+def sweep_flops(
+    experiment: configs.Experiment,
+    mesh: jax.sharding.Mesh,
+    compiled: Sequence[Program],
+) -> float:
+  """FLOPs of all examples that the runs see, each as in the fine-tuning step.
+
+  Args:
+    experiment: as in `make`.
+    mesh: as in `make`.
+    compiled: the programs.
+
+  Returns:
+    Those of all devices together.
+  """
+  step = next(p for p in compiled if p.name == 'fine-tuning step')
+  config, num = experiment.config, experiment.config.data.sizes.train
+  num_alike = len(experiment.runs[: config.sweep.group_size])
+  in_step = num_alike * _divided(config.finetune.batch_size, mesh)
+  settings = [
+      steps.settings_of(config.finetune, [run], num) for run in experiment.runs
+  ]
+  seen = sum(s.num_epochs * (num - num % s.batch_size) for s in settings)
+  return step.flops * mesh.size * seen / in_step
 
 
 def compile_program(
@@ -630,7 +663,7 @@ def amount(number: float, unit: str = 'B') -> str:
     >>> amount(17_179_869_184), amount(58_520, ''), amount(4.51e13, 'FLOP')
     ('17.2 GB', '58.5 k', '45.1 TFLOP')
   """
-  for prefix, size in zip('PTGMk', (1e15, 1e12, 1e9, 1e6, 1e3)):
+  for prefix, size in zip('EPTGMk', (1e18, 1e15, 1e12, 1e9, 1e6, 1e3)):
     if number >= 0.9995 * size:
       return f'{number / size:.3g} {prefix}{unit}'
   return f'{number:.0f} {unit}'.rstrip()

@@ -1,5 +1,6 @@
 """A plan as text: its programs and its recipes, as two tables."""
 
+from jaxsoup.experiments import machines
 from jaxsoup.experiments import plan as plan_lib
 
 
@@ -31,6 +32,7 @@ def _heading(made: plan_lib.Plan) -> list[str]:
       f'Batches of {sizes}, multiples of {made.num_devices}, count one at a '
       'time: all held-out examples would take '
       f'{plan_lib.amount(made.held_out_bytes)} more on a device.',
+      _sweep(made),
   ]
   if made.read_bytes > made.model_bytes:
     lines.append(
@@ -38,6 +40,22 @@ def _heading(made: plan_lib.Plan) -> list[str]:
         'is: the devices of a host are no neighbours in the mesh.'
     )
   return lines
+
+
+def _sweep(made: plan_lib.Plan) -> str:
+  """What the fine-tuning takes; hours where the peak of a device is known."""
+  text = (
+      f'Fine-tuning {made.num_runs} runs is '
+      f'{plan_lib.amount(made.sweep_flops, "FLOP")}'
+  )
+  chip = machines.CHIPS.get(made.machine.partition(':')[0])
+  if chip is None:
+    return f'{text}.'
+  seconds = made.sweep_flops / (0.4 * chip.tflops * 1e12 * made.num_devices)
+  return (
+      f'{text}: {seconds / 3600:.3g} hours, if steps reach 40 % of the '
+      f'{chip.tflops} TFLOP/s of a device.'
+  )
 
 
 def _program_rows(made: plan_lib.Plan) -> list[list[str]]:
