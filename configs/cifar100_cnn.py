@@ -204,8 +204,13 @@ def _fashion(is_short: bool) -> dict[str, Any]:
 
 
 def _cifar() -> dict[str, Any]:
-  # Without a path the set is that of TFDS.
-  return dict(name='cifar100', path='', shift_size=2000)
+  # Without a path the set is that of TFDS. A plan counts with the sizes.
+  return dict(
+      name='cifar100',
+      path='',
+      sizes=dict(train=49000, held_out=1000, test=8000),
+      shift_size=2000,
+  )
 
 
 def _weights(family: str) -> str:

@@ -299,6 +299,22 @@ def test_recipes_read_evaluate_and_step_as_planned():
 # What fits, and what would.
 
 
+def test_without_learned_soups_there_is_no_word_of_them():
+  experiment = load(DIGITS, '--config.model.depth=1')
+  config = experiment.config.copy_and_resolve_references()
+  with config.unlocked():
+    del config.learned
+  experiment = experiment._replace(config=config)
+  mesh, _ = machines.cpu_mesh(4)
+  names = plan.programs(experiment, mesh, 3)
+  assert {'mix', 'evaluation step', 'fine-tuning step'} <= set(names)
+  found = plan.recipes(
+      experiment, mesh, GIB, 3, tuple(plan.Program(x, 8) for x in names)
+  )
+  assert {'uniform', 'greedy', 'Model Stock'} <= {r.name for r in found}
+  assert not any('learned' in x for x in [*names, *(r.name for r in found)])
+
+
 def test_a_stack_that_does_not_fit_streams():
   config, mesh, made = cpu_plan()
   before = {r.name: r for r in made.recipes}

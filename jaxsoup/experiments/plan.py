@@ -179,9 +179,8 @@ def make(
       model_bytes=sum(map(_total_bytes, leaves)),
       read_bytes=_boxes(leaves)[1],
       batch_sizes={
-          'evaluation': _divided(config.batch_size, mesh),
-          'learned': _divided(config.learned.batch_size, mesh),
-          'fine-tuning': _divided(config.finetune.batch_size, mesh),
+          name: _divided(size, mesh)
+          for name, size in _batch_sizes(config).items()
       },
       held_out_bytes=sum(map(_shard_bytes, held_out.values())),
       num_runs=len(experiment.runs),
@@ -193,7 +192,8 @@ def make(
   )
 
 
-# What is read of a config, beside what its model and its sweep take.
+# What is read of a config, beside what its model and its sweep take, and of one
+# with learned soups.
 FIELDS = (
     'batch_size',
     'data.sizes.held_out',
@@ -202,10 +202,12 @@ FIELDS = (
     'finetune.final',
     'finetune.num_epochs',
     'finetune.warmup',
+    'sweep.group_size',
+)
+LEARNED_FIELDS = (
     'learned.batch_size',
     'learned.num_epochs',
     'learned.val_fraction',
-    'sweep.group_size',
 )
 
 
@@ -218,11 +220,19 @@ def _check_complete(config: ml_collections.ConfigDict) -> None:
       node = node[part]
     return False
 
-  missing = [name for name in FIELDS if is_missing(name)]
+  fields = FIELDS + (LEARNED_FIELDS if 'learned' in config else ())
+  missing = [name for name in fields if is_missing(name)]
   if missing:
     raise configs.UsageError(
         f'The config lacks {", ".join(missing)}: see configs/digits.py.'
     )
+
+
+def _batch_sizes(config: ml_collections.ConfigDict) -> dict[str, int]:
+  sizes = {'evaluation': config.batch_size}
+  if 'learned' in config:
+    sizes['learned'] = config.learned.batch_size
+  return {**sizes, 'fine-tuning': config.finetune.batch_size}
 
 
 def _num_hosts(mesh: jax.sharding.Mesh) -> int:
@@ -279,7 +289,6 @@ def programs(
       [x.sharding for x in flat.leaves],
   )
   batch = lambda size, **more: _batch(model, mesh, size, **more)
-  learning = batch(config.learned.batch_size)
   gradient = jax.jit(
       lambda alpha, stacked, cotangent: jax.vjp(
           lambda a: _mixing.mix_leaves([a] * len(stacked), stacked), alpha
@@ -300,12 +309,25 @@ def programs(
           params,
           batch(config.batch_size, mask=bool),
       ),
-      'learned step, resident': (resident.step, (w, scalar), stacked, learning),
-      'learned step, streamed': (streamed.step, flat.leaves, scalar, learning),
       'inner products, streamed': (streamed.inner, flat.leaves, flat.leaves),
       'fine-tuning step': _fine_tuning(experiment, model, mesh, params),
   }
-
+  if 'learned' in config:
+    learning = batch(config.learned.batch_size)
+    calls |= {
+        'learned step, resident': (
+            resident.step,
+            (w, scalar),
+            stacked,
+            learning,
+        ),
+        'learned step, streamed': (
+            streamed.step,
+            flat.leaves,
+            scalar,
+            learning,
+        ),
+    }
   return {
       name: functools.partial(fn.trace, *arguments)
       for name, (fn, *arguments) in calls.items()
@@ -510,13 +532,21 @@ def _on_device(
   one = ahead = inner.arguments // 2
   total = by_name['add to a sum'].arguments - one
   evaluated = by_name['evaluation step'].peak
+  device = {
+      'uniform': one,
+      'greedy': evaluated + total + one + ahead,
+      'pruned, one pass': evaluated + total + one + ahead,
+      # The sums of theta_k and of unit vectors, theta_0, and the soup.
+      'Model Stock': 2 * total + 3 * one + ahead,
+      'ensembles': evaluated + ahead,
+  }
+  if 'learned step, resident' not in by_name:
+    return device
   # The ingredient that was read last is kept.
   forward = by_name['learned step, streamed'].peak + one
   mixing = total + one
   return {
-      'uniform': one,
-      'greedy': evaluated + total + one + ahead,
-      'pruned, one pass': evaluated + total + one + ahead,
+      **device,
       # Or when the last one is put on the stack.
       'learned, resident': max(
           by_name['learned step, resident'].peak,
@@ -525,9 +555,6 @@ def _on_device(
       'learned, streamed': max(forward, mixing, inner.peak) + ahead,
       # Nothing is read ahead; a copy is widened on the device.
       'learned, cached': max(forward, mixing + one, inner.peak + one),
-      # The sums of theta_k and of unit vectors, theta_0, and the soup.
-      'Model Stock': 2 * total + 3 * one + ahead,
-      'ensembles': evaluated + ahead,
   }
 
 
@@ -545,6 +572,15 @@ def _on_host(num_logits, mesh, leaves, num_ingredients) -> dict[str, int]:
 def _counts(config, num_ingredients) -> dict[str, tuple[int, int, int]]:
   """By recipe, at most: models read, walks through the data, steps."""
   k = num_ingredients
+  counts = {
+      'uniform': (k, 0, 0),
+      'greedy': (2 * k, 2 * k - 1, 0),
+      'pruned, one pass': (3 * k + 1, 2 * k + 1, 0),
+      'Model Stock': (k + 2, 0, 0),
+      'ensembles': (k + 1, k, 0),
+  }
+  if 'learned' not in config:
+    return counts
   held_out, epochs = config.data.sizes.held_out, config.learned.num_epochs
   num_learning = held_out - int(held_out * config.learned.val_fraction)
   steps = epochs * (num_learning // config.learned.batch_size)
@@ -553,14 +589,10 @@ def _counts(config, num_ingredients) -> dict[str, tuple[int, int, int]]:
   # ingredient that is there.
   streamed = (2 * steps + epochs + 2) * (k - 1) + 1
   return {
-      'uniform': (k, 0, 0),
-      'greedy': (2 * k, 2 * k - 1, 0),
-      'pruned, one pass': (3 * k + 1, 2 * k + 1, 0),
+      **counts,
       'learned, resident': (k, epochs + 1, steps),
       'learned, streamed': (streamed, epochs + 1, steps),
       'learned, cached': (2 * k, epochs + 1, steps),
-      'Model Stock': (k + 2, 0, 0),
-      'ensembles': (k + 1, k, 0),
   }
 
 
