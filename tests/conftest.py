@@ -1,6 +1,7 @@
 """Four virtual devices, and the placements that every recipe must work on."""
 
 import os
+import tempfile
 
 # Before jax is imported, or it has no effect. Most of a test is compilation,
 # which takes half as long if nothing is optimized. What is given comes last.
@@ -13,6 +14,12 @@ os.environ['XLA_FLAGS'] = ' '.join(
     ]
 )
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# What one test compiled, other workers and the processes that tests start need
+# not compile again.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _cache = tempfile.TemporaryDirectory(prefix='jaxsoup-tests-')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.05'
 
 import functools
 
@@ -32,6 +39,27 @@ hypothesis.settings.register_profile(
     'jaxsoup', derandomize=True, deadline=None, max_examples=40, database=None
 )
 hypothesis.settings.load_profile('jaxsoup')
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+      '--first',
+      action='store_true',
+      help='of each test just its first parameters: all of the code, on other '
+      'versions of what it uses, in half the time',
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  if not config.getoption('--first'):
+    return
+  first, others = {}, []
+  for item in items:
+    name = item.nodeid.partition('[')[0]
+    if first.setdefault(name, item) is not item:
+      others.append(item)
+  config.hook.pytest_deselected(items=others)
+  items[:] = first.values()
 
 
 class Placement:

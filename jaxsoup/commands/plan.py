@@ -54,6 +54,9 @@ def plan(
     import jax
 
     jax.config.update('jax_platforms', 'cpu')
+    # The seconds are those of the compiler, and jax 0.7 cannot keep programs of
+    # machines that are not there.
+    jax.config.update('jax_enable_compilation_cache', False)
     from jaxsoup.experiments import configs
     from jaxsoup.experiments import machines
     from jaxsoup.experiments import plan as plan_lib

@@ -572,27 +572,27 @@ def _on_host(num_logits, mesh, leaves, num_ingredients) -> dict[str, int]:
 def _counts(config, num_ingredients) -> dict[str, tuple[int, int, int]]:
   """By recipe, at most: models read, walks through the data, steps."""
   k = num_ingredients
-  counts = {
+  learned = {}
+  if 'learned' in config:
+    held_out, epochs = config.data.sizes.held_out, config.learned.num_epochs
+    num_learning = held_out - int(held_out * config.learned.val_fraction)
+    steps = epochs * (num_learning // config.learned.batch_size)
+    # Two walks through the ingredients a step (the mix, and its gradient), one
+    # a walk through the second split, one for the soup. Each begins with the
+    # ingredient that is there.
+    streamed = (2 * steps + epochs + 2) * (k - 1) + 1
+    learned = {
+        'learned, resident': (k, epochs + 1, steps),
+        'learned, streamed': (streamed, epochs + 1, steps),
+        'learned, cached': (2 * k, epochs + 1, steps),
+    }
+  return {
       'uniform': (k, 0, 0),
       'greedy': (2 * k, 2 * k - 1, 0),
       'pruned, one pass': (3 * k + 1, 2 * k + 1, 0),
+      **learned,
       'Model Stock': (k + 2, 0, 0),
       'ensembles': (k + 1, k, 0),
-  }
-  if 'learned' not in config:
-    return counts
-  held_out, epochs = config.data.sizes.held_out, config.learned.num_epochs
-  num_learning = held_out - int(held_out * config.learned.val_fraction)
-  steps = epochs * (num_learning // config.learned.batch_size)
-  # Two walks through the ingredients a step (the mix, and its gradient), one a
-  # walk through the second split, one for the soup. Each begins with the
-  # ingredient that is there.
-  streamed = (2 * steps + epochs + 2) * (k - 1) + 1
-  return {
-      **counts,
-      'learned, resident': (k, epochs + 1, steps),
-      'learned, streamed': (streamed, epochs + 1, steps),
-      'learned, cached': (2 * k, epochs + 1, steps),
   }
 
 
