@@ -106,6 +106,38 @@ def test_work_is_the_closed_form_of_a_transformer(file):
   assert flops['gradient in alpha'] == 2 * 2 * 3 * num_parameters
 
 
+@pytest.mark.parametrize(
+    'stride, padding, groups, dilation',
+    [(1, 'SAME', 1, 1), (2, 'SAME', 1, 1), (2, ((3, 1), (0, 2)), 1, 1),
+     (1, 'VALID', 6, 1), (2, 'SAME', 6, 1), (1, 'SAME', 2, 2)],
+)  # fmt: skip
+def test_work_of_convolutions_is_what_xla_says(
+    stride, padding, groups, dilation
+):
+  image = jax.ShapeDtypeStruct((5, 11, 8, 6), 'float32')
+  kernel = jax.ShapeDtypeStruct((3, 2, 6 // groups, 12), 'float32')
+
+  def conv(image, kernel):
+    return jax.lax.conv_general_dilated(
+        image,
+        kernel,
+        (stride, stride),
+        padding,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=groups,
+    )
+
+  work = lambda fn, *x: hlo.flops_of(jax.make_jaxpr(fn)(*x).jaxpr)
+  forward = work(conv, image, kernel)
+  said = jax.jit(conv).lower(image, kernel).cost_analysis()
+  assert forward == said['flops'] > 0
+  # Either gradient multiplies the same pairs.
+  out = jax.eval_shape(conv, image, kernel)
+  pull = lambda x, y, dy: jax.vjp(conv, x, y)[1](dy)
+  assert work(pull, image, kernel, out) == 3 * forward
+
+
 def test_work_of_a_sweep_is_three_forward_passes_an_example():
   """And two of the first layer, whose images need no gradient."""
   experiment, _, made = cpu_plan()

@@ -13,6 +13,7 @@ from typing import Any
 from typing import NamedTuple
 
 from jax.extend import core
+import numpy as np
 
 _COLLECTIVE = re.compile(
     r' = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|'
@@ -119,7 +120,7 @@ def _num_bytes(dtype: str, bits: str, dimensions: str) -> int:
 
 
 def flops_of(jaxpr: Any) -> float:
-  """Multiplications and additions in all products of matrices.
+  """Multiplications and additions in all products and convolutions.
 
   Args:
     jaxpr: of a traced function; scans count as often as they run, and of
@@ -143,6 +144,8 @@ def _equation_flops(eqn: Any) -> float:
     shape = eqn.invars[0].aval.shape
     out = math.prod(eqn.outvars[0].aval.shape)
     return 2 * out * math.prod(shape[i] for i in contracted)
+  if eqn.primitive.name == 'conv_general_dilated':
+    return _convolution_flops(eqn)
   if eqn.primitive.name == 'cond':
     return max(flops_of(b.jaxpr) for b in eqn.params['branches'])
   times = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
@@ -154,3 +157,30 @@ def _equation_flops(eqn: Any) -> float:
       elif isinstance(one, core.Jaxpr):
         inside += flops_of(one)
   return times * inside
+
+
+def _convolution_flops(eqn: Any) -> float:
+  """Two for each pair of an output and a tap of its kernel in the image.
+
+  Taps on padding, or on the zeros that a dilation of the image puts between
+  its pixels, are no work that a model needs.
+  """
+  params, (image, kernel) = eqn.params, (x.aval.shape for x in eqn.invars)
+  out = eqn.outvars[0].aval.shape
+  lhs, rhs, result = params['dimension_numbers']
+  pairs = 1
+  for i, j, o, stride, (before, _), spread, dilation in zip(
+      lhs[2:],
+      rhs[2:],
+      result[2:],
+      params['window_strides'],
+      params['padding'],
+      params['lhs_dilation'],
+      params['rhs_dilation'],
+  ):
+    first = stride * np.arange(out[o])[:, None] - before
+    tap = first + dilation * np.arange(kernel[j])
+    is_inside = (tap >= 0) & (tap <= (image[i] - 1) * spread)
+    pairs *= np.sum(is_inside & (tap % spread == 0))
+  # `kernel[rhs[1]]` are the input features of one group.
+  return 2.0 * int(pairs) * out[result[0]] * out[result[1]] * kernel[rhs[1]]

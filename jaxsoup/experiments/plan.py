@@ -53,7 +53,7 @@ class Program(NamedTuple):
     arguments: bytes of its arguments.
     temporaries: bytes it needs meanwhile.
     output: bytes of its results, without those that reuse an argument.
-    flops: of products of matrices, loops counted as often as they run.
+    flops: of products and convolutions, loops counted as often as they run.
     collectives: by name, how many and the bytes of their results.
     seconds: time to compile.
     problem: empty, or what the compiler says of a program that does not fit, of
@@ -695,7 +695,7 @@ def amount(number: float, unit: str = 'B') -> str:
     >>> amount(17_179_869_184), amount(58_520, ''), amount(4.51e13, 'FLOP')
     ('17.2 GB', '58.5 k', '45.1 TFLOP')
   """
-  for prefix, size in zip('EPTGMk', (1e18, 1e15, 1e12, 1e9, 1e6, 1e3)):
+  for prefix, size in zip('ZEPTGMk', (1e21, 1e18, 1e15, 1e12, 1e9, 1e6, 1e3)):
     if number >= 0.9995 * size:
       return f'{number / size:.3g} {prefix}{unit}'
   return f'{number:.0f} {unit}'.rstrip()
