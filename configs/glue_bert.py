@@ -30,8 +30,8 @@ others accuracy. Not run at full size here. The paper's 32 settings differ in
 learning rate, batch size, epochs and seed; their ranges here are those that
 BERT's authors recommend, and somewhat wider in the rate.
 
-Time: the four sweeps are 21, 14, 48 and 382 PFLOP, says `jaxsoup plan`, of which a chip
-of v5e does 284 an hour at 40 % of its peak. That is an estimate, and small
+Time: the four sweeps are 21, 14, 48 and 382 PFLOP, says `jaxsoup plan`; a
+chip of v5e does 284 an hour at 40 % of its peak. That is an estimate, and small
 batches do not get there.
 
 `runlocal` trains four tiny models from scratch, on made-up sentences: under a

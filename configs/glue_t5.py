@@ -38,8 +38,8 @@ of MRPC the mean of accuracy and F1, of CoLA Matthews' correlation, of the
 others accuracy. Not run at full size here. The paper's 32 settings differ in
 learning rate, batch size, epochs and seed; their ranges here are ours.
 
-Time: the four sweeps are 29, 20, 67 and 528 PFLOP, says `jaxsoup plan`, of which a chip
-of v5e does 284 an hour at 40 % of its peak. That is an estimate, and small
+Time: the four sweeps are 29, 20, 67 and 528 PFLOP, says `jaxsoup plan`; a
+chip of v5e does 284 an hour at 40 % of its peak. That is an estimate, and small
 batches do not get there.
 
 `runlocal` trains four tiny models from scratch, on made-up sentences: about a
