@@ -43,7 +43,7 @@ def _heading(made: plan_lib.Plan) -> list[str]:
 
 
 def _sweep(made: plan_lib.Plan) -> str:
-  """What the fine-tuning takes; hours where the peak of a device is known."""
+  """What the fine-tuning takes; its time, if the peak of a device is known."""
   text = (
       f'Fine-tuning {made.num_runs} runs is '
       f'{plan_lib.amount(made.sweep_flops, "FLOP")}'
@@ -53,9 +53,22 @@ def _sweep(made: plan_lib.Plan) -> str:
     return f'{text}.'
   seconds = made.sweep_flops / (0.4 * chip.tflops * 1e12 * made.num_devices)
   return (
-      f'{text}: {seconds / 3600:.3g} hours, if steps reach 40 % of the '
+      f'{text}: {_duration(seconds)}, if steps reach 40 % of the '
       f'{chip.tflops} TFLOP/s of a device.'
   )
+
+
+def _duration(seconds: float) -> str:
+  """Three digits, in the largest unit of which there are two.
+
+  Example:
+    >>> _duration(90.0), _duration(19_100.0)
+    ('90 seconds', '5.31 hours')
+  """
+  units = {'days': 86_400, 'hours': 3600, 'minutes': 60, 'seconds': 1}
+  fitting = (x for x in units if seconds >= 2 * units[x])
+  unit = next(fitting, 'seconds')
+  return f'{seconds / units[unit]:.3g} {unit}'
 
 
 def _program_rows(made: plan_lib.Plan) -> list[list[str]]:
