@@ -32,8 +32,8 @@ def ones(info, sharding):
 def measured(trace_fn, mesh) -> int:
   """Bytes that the process grows by: arguments, and a run on them.
 
-  The least of three runs: the first also makes what stays, as arenas of the
-  allocator, which was a third of a small program's peak on jax 0.7.
+  The least of three runs: the first also makes what stays, which was up to a
+  third of the peak on jax 0.7.
   """
   with jax.set_mesh(mesh):
     lowered = trace_fn().lower()

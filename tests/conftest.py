@@ -45,8 +45,8 @@ def pytest_addoption(parser):
   parser.addoption(
       '--first',
       action='store_true',
-      help='of each test just its first parameters: all of the code, on other '
-      'versions of what it uses, in half the time',
+      help='of each test just its first parameters, for other versions of the '
+      'dependencies',
   )
 
 

@@ -192,8 +192,7 @@ def make(
   )
 
 
-# What is read of a config, beside what its model and its sweep take, and of one
-# with learned soups.
+# What is read of a config, beside what its model and its sweep take.
 FIELDS = (
     'batch_size',
     'data.sizes.held_out',
@@ -204,6 +203,7 @@ FIELDS = (
     'finetune.warmup',
     'sweep.group_size',
 )
+# And of one with learned soups.
 LEARNED_FIELDS = (
     'learned.batch_size',
     'learned.num_epochs',
