@@ -389,6 +389,18 @@ def test_scatter():
   assert legend(ax)[2:] == ['uniform', 'greedy', 'ensemble (x3)']
 
 
+def test_scatter_draws_no_two_soups_alike():
+  ax = axes()
+  soup = next(row for row in ROWS if row.kind == 'soup')
+  report.scatter(ax, [soup._replace(name=str(i)) for i in range(20)])
+  looks = {
+      (x.get_paths()[0].vertices.tobytes(), x.get_facecolor().tobytes())
+      for x in ax.collections
+      if x.get_label().isdigit()
+  }
+  assert len(looks) == 20
+
+
 def test_scatter_says_what_the_scores_are():
   ax = axes()
   report.scatter(ax, [row._replace(metric='F1') for row in ROWS])

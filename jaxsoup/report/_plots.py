@@ -54,7 +54,8 @@ def scatter(ax: Any, rows: Sequence[Row], *, label: str | None = None) -> None:
     )
   for kind, filled in (('soup', True), ('ensemble', False)):
     for i, row in enumerate(row for row in rows if row.kind == kind):
-      colour = COLOURS[i % len(COLOURS)]
+      # Other colours in each round of the markers: no two look alike.
+      colour = COLOURS[(i + i // len(MARKERS)) % len(COLOURS)]
       ax.scatter(
           row.test * 100,
           row.mean_shift * 100,
