@@ -49,8 +49,8 @@ the mean of four shifts, where the ensemble gains 2.1 [0.1, 4.2] and 6.0 [-0.1,
 12.0]. Between any two of its ingredients there is no barrier above 2.5 points,
 which is nothing on 200 images (seed 0, with
 `--config.landscape.is_diagnosed=True`): their average is hardly better than
-they are, 80.9 against 80.4. Greedy searches keep one or two models; pruned soups
-stay below the best single model, which that search then returns.
+they are, 80.9 against 80.4. Greedy searches keep one or two models; pruned
+soups stay below the best single model, which that search then returns.
 
 What it does not show: one architecture, one data set. Runs from scratch take
 more epochs at higher rates than the pre-trained ones, so that "the start" may
