@@ -100,6 +100,35 @@ def group_of(path: Path, depth: float | None) -> Path:
   return path if depth >= len(path) else path[: int(depth)]
 
 
+# Keys of running statistics, beside each other in the tree.
+_STATISTICS = ({'mean', 'var'}, {'running_mean', 'running_var'})
+
+
+def statistics_of(paths: Sequence[Path]) -> np.ndarray:
+  """Which leaves are running statistics of BatchNorm, [L] bool."""
+  beside: dict[Path, set[str]] = {}
+  for path in paths:
+    for parent, key in _places(path):
+      beside.setdefault(parent, set()).add(key)
+
+  def is_statistic(path):
+    return any(
+        key in names and names <= beside[parent]
+        for parent, key in _places(path)
+        for names in _STATISTICS
+    )
+
+  return np.array([is_statistic(path) for path in paths], bool)
+
+
+def _places(path: Path) -> list[tuple[Path, str]]:
+  """Parent and key of a leaf; also of one key with dots, as in torch."""
+  if not path:
+    return []
+  stem, _, last = path[-1].rpartition('.')
+  return [((*path[:-1], stem), last)]
+
+
 def nest(groups: Mapping[Path, Any]) -> Any:
   """Nested dicts from paths; the value itself where the only path is empty."""
   if () in groups:

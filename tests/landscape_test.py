@@ -60,6 +60,25 @@ def angles_by_hand(vectors):
   return np.degrees(np.arccos(np.clip(unit @ unit.T, -1, 1)))
 
 
+def test_running_statistics_are_no_parameters(rng):
+  """They follow the data, all runs alike, by more than parameters move."""
+  models = [
+      {
+          'norm': {'mean': 99 + x[:3], 'var': 55 * x[:3] ** 2, 'scale': x[3:6]},
+          'w': x[6:],
+      }
+      for x in rng.normal(size=(4, 12)).astype(np.float32)
+  ]
+  trained = [{'scale': x['norm']['scale'], 'w': x['w']} for x in models]
+  np.testing.assert_array_equal(
+      landscape.angles(models[1:], models[0]),
+      landscape.angles(trained[1:], trained[0]),
+  )
+  np.testing.assert_array_equal(
+      landscape.distances(models), landscape.distances(trained)
+  )
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_angles(dtype):
   dtype = jnp.dtype(dtype)

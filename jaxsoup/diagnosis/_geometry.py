@@ -18,8 +18,6 @@ from scipy.sparse import csgraph
 from jaxsoup import _tree
 from jaxsoup.diagnosis import _pool
 
-# Keys of running statistics, beside each other in the tree.
-_STATISTICS = ({'mean', 'var'}, {'running_mean', 'running_var'})
 # Of an ulp the rounding error is uniform: ulp / sqrt(12), and the mean over
 # mantissas in [1, 2) that are log-uniform.
 _ROUNDING = (3 / (8 * np.log(2))) ** 0.5 / 12**0.5
@@ -146,33 +144,8 @@ def measure(
       is_start=is_start.reshape(-1, num) & has_start[:, None],
       finite=finite[:, :-1],
       eps=_spacings(pool, paths, members, narrow),
-      statistics=statistics_of(paths),
+      statistics=_tree.statistics_of(paths),
   )
-
-
-def statistics_of(paths: Sequence[_tree.Path]) -> np.ndarray:
-  """Which leaves are running statistics of BatchNorm, [L] bool."""
-  beside: dict[_tree.Path, set[str]] = {}
-  for path in paths:
-    for parent, key in _places(path):
-      beside.setdefault(parent, set()).add(key)
-
-  def is_statistic(path):
-    return any(
-        key in names and names <= beside[parent]
-        for parent, key in _places(path)
-        for names in _STATISTICS
-    )
-
-  return np.array([is_statistic(path) for path in paths], bool)
-
-
-def _places(path: _tree.Path) -> list[tuple[_tree.Path, str]]:
-  """Parent and key of a leaf; also of one key with dots, as in torch."""
-  if not path:
-    return []
-  stem, _, last = path[-1].rpartition('.')
-  return [((*path[:-1], stem), last)]
 
 
 def _fits_bfloat16(row: np.ndarray) -> bool:

@@ -23,7 +23,6 @@ from jaxsoup import studies
 from jaxsoup._recipes import _average
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Params
-from jaxsoup.diagnosis import _geometry
 from jaxsoup.diagnosis import _pool
 
 ParamsFn = Callable[[Params], Params]
@@ -209,7 +208,7 @@ class Trials:
 
   def _statistics(self, mean: Params, first: int) -> dict[str, float]:
     paths = self._paths
-    is_statistic = _geometry.statistics_of(paths)
+    is_statistic = _tree.statistics_of(paths)
     if not is_statistic.any():
       return {}
     some = {p for p, x in zip(paths, is_statistic) if x}

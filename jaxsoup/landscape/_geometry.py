@@ -63,7 +63,7 @@ def angles(
 
   Returns:
     Degrees `[K, K]`, 0 on the diagonal and NaN for what never moved; or nested
-    dicts of those, one for each group.
+    dicts of those, one for each group. Running statistics do not count.
 
   Raises:
     ValueError: no ingredients, or they or theta_0 do not fit.
@@ -92,7 +92,8 @@ def distances(
     depth: as in `angles`.
 
   Returns:
-    `[K, K]`, or nested dicts of those, one for each group.
+    `[K, K]`, or nested dicts of those, one for each group. Running statistics
+    do not count.
 
   Raises:
     ValueError: no ingredients, or they do not fit.
@@ -124,6 +125,8 @@ def _of_pairs(
 ) -> np.ndarray:
   """`product(theta_i, theta_j)`, `[K, K, L]`, for as few reads as fit.
 
+  Zero of running statistics, which follow the data and are not trained.
+
   A block of ingredients stays in memory while those from its start on come by:
   one read of each if all fit, and (K / block + 1) / 2 if they do not.
   """
@@ -137,6 +140,7 @@ def _of_pairs(
         held[j] = leaves
       row = jax.device_get([product_fn(x, leaves) for x in held.values()])
       found[list(held), j] = found[j, list(held)] = row
+  found[..., _tree.statistics_of(checked.float_paths)] = 0
   return found
 
 
