@@ -1,13 +1,26 @@
 """How many bytes can still be used, on a device and on the host.
 
 ```
-free_bytes(jax.devices()[0])
+amount(free_bytes(jax.devices()[0]))
 ```
 """
 
 import os
 import pathlib
 from typing import Any
+
+
+def amount(number: float, unit: str = 'B') -> str:
+  """A number in three digits, and a prefix of its unit.
+
+  Example:
+    >>> amount(17_179_869_184), amount(58_520, ''), amount(4.51e13, 'FLOP')
+    ('17.2 GB', '58.5 k', '45.1 TFLOP')
+  """
+  for prefix, size in zip('ZEPTGMk', (1e21, 1e18, 1e15, 1e12, 1e9, 1e6, 1e3)):
+    if number >= 0.9995 * size:
+      return f'{number / size:.3g} {prefix}{unit}'
+  return f'{number:.0f} {unit}'.rstrip()
 
 
 def free_bytes(device: Any) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import machines
-from jaxsoup.experiments import plan
+from jaxsoup.experiments import plan_programs
 
 
 def status(name: str) -> int:
@@ -57,10 +57,10 @@ def main(file: str, num_ingredients: int, *overrides: str):
   experiment = configs.load(file, overrides)
   mesh, _ = machines.cpu_mesh(4)
   found = {}
-  for name, trace_fn in plan.programs(
+  for name, trace_fn in plan_programs.of(
       experiment, mesh, num_ingredients
   ).items():
-    planned = plan.compile_program(name, trace_fn, mesh)
+    planned = plan_programs.compile_program(name, trace_fn, mesh)
     found[name] = mesh.size * planned.peak, measured(trace_fn, mesh)
   print(json.dumps(found))
 

@@ -173,9 +173,10 @@ def plan(
   needed, is_fitting = fits(num_ingredients, model_bytes, free)
   reason = (
       f'the stack of {num_ingredients} with three models more (one that is '
-      f'read, the mixed one, its gradient) takes {_gigabytes(needed)}, and '
-      f'{_gigabytes(free)} are free on {device.platform}, of which a third is '
-      f'left for activations: it {"fits" if is_fitting else "does not fit"}'
+      'read, the mixed one, its gradient) takes '
+      f'{_memory.amount(needed)}, and {_memory.amount(free)} are free on '
+      f'{device.platform}, of which a third is left for activations: it '
+      f'{"fits" if is_fitting else "does not fit"}'
   )
   if is_streamed is not None:
     reason = f'stream={is_streamed} was passed; {reason}'
@@ -188,7 +189,3 @@ def fits(num_ingredients: int, model_bytes: int, free: int) -> tuple[int, bool]:
   """Bytes of a stack and three models more, and if two thirds of free do."""
   needed = (num_ingredients + 3) * model_bytes
   return needed, needed <= 2 / 3 * free
-
-
-def _gigabytes(num_bytes: int) -> str:
-  return f'{num_bytes / 1e9:.3g} GB'

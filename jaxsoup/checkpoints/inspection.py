@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _checked
+from jaxsoup import _memory
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _source
@@ -48,7 +49,7 @@ class Inspection(NamedTuple):
     """Lines for a terminal; repeated blocks of one shape are not folded."""
     width = max((len(name) for name, *_ in self.leaves), default=0)
     lines = [
-        f'{name:<{width}}  {_human(size):>8}  {dtype:<9} {list(shape)}'
+        f'{name:<{width}}  {_memory.amount(size):>8}  {dtype:<9} {list(shape)}'
         for name, shape, dtype, size in self.leaves
     ]
     lines.append('')
@@ -56,7 +57,7 @@ class Inspection(NamedTuple):
       norm = f'  norm {self.norms[k]:.4g}' if self.norms else ''
       lines.append(
           f'{k:>3}  {self.num_params[k]:,} numbers  '
-          f'{_human(self.num_bytes[k])}{norm}  {path}'
+          f'{_memory.amount(self.num_bytes[k])}{norm}  {path}'
       )
     lines.append('')
     lines += [f'Problem: {problem}' for problem in self.problems]
@@ -159,11 +160,3 @@ def _read_all(ingredients) -> tuple[list[float], list[str]]:
 
 def _bytes(leaf) -> int:
   return int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-
-
-def _human(num_bytes: float) -> str:
-  for unit in ('B', 'kB', 'MB'):
-    if num_bytes < 1000:
-      return f'{num_bytes:.3g} {unit}'
-    num_bytes /= 1000
-  return f'{num_bytes:.3g} GB'

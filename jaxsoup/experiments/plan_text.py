@@ -1,5 +1,6 @@
 """A plan as text: its programs and its recipes, as two tables."""
 
+from jaxsoup import _memory
 from jaxsoup.experiments import machines
 from jaxsoup.experiments import plan as plan_lib
 
@@ -25,13 +26,13 @@ def _heading(made: plan_lib.Plan) -> list[str]:
   sizes = ', '.join(f'{n} ({name})' for name, n in made.batch_sizes.items())
   lines = [
       f'{made.machine}: {made.num_devices} devices of '
-      f'{plan_lib.amount(made.device_bytes)} each, {hosts}.',
+      f'{_memory.amount(made.device_bytes)} each, {hosts}.',
       f'{made.num_ingredients} ingredients of '
-      f'{plan_lib.amount(made.num_parameters, "")} parameters, '
-      f'{plan_lib.amount(made.model_bytes)} each.',
+      f'{_memory.amount(made.num_parameters, "")} parameters, '
+      f'{_memory.amount(made.model_bytes)} each.',
       f'Batches of {sizes}, multiples of {made.num_devices}, count one at a '
       'time: all held-out examples would take '
-      f'{plan_lib.amount(made.held_out_bytes)} more on a device.',
+      f'{_memory.amount(made.held_out_bytes)} more on a device.',
       _sweep(made),
   ]
   if made.read_bytes > made.model_bytes:
@@ -46,7 +47,7 @@ def _sweep(made: plan_lib.Plan) -> str:
   """What the fine-tuning takes; its time, if the peak of a device is known."""
   text = (
       f'Fine-tuning {made.num_runs} runs is '
-      f'{plan_lib.amount(made.sweep_flops, "FLOP")}'
+      f'{_memory.amount(made.sweep_flops, "FLOP")}'
   )
   chip = machines.CHIPS.get(made.machine.partition(':')[0])
   if chip is None:
@@ -79,17 +80,17 @@ def _program_rows(made: plan_lib.Plan) -> list[list[str]]:
   for p in made.programs:
     parts = [p.arguments, p.temporaries, p.output]
     found = ', '.join(
-        f'{t.times} {name} {plan_lib.amount(t.num_bytes)}'
+        f'{t.times} {name} {_memory.amount(t.num_bytes)}'
         for name, t in p.collectives.items()
     )
     is_fitting = not p.problem and p.peak <= made.device_bytes
     rows.append(
         [
             p.name,
-            *('-' if p.problem else plan_lib.amount(n) for n in parts),
-            plan_lib.amount(p.peak) if p.peak else '?',
+            *('-' if p.problem else _memory.amount(n) for n in parts),
+            _memory.amount(p.peak) if p.peak else '?',
             f'{p.peak / made.device_bytes:.0%}' if p.peak else '?',
-            plan_lib.amount(p.flops, 'FLOP'),
+            _memory.amount(p.flops, 'FLOP'),
             f'{p.seconds:.1f} s',
             (found or 'none') if is_fitting else 'does not fit',
         ]
@@ -106,7 +107,7 @@ def _recipe_rows(made: plan_lib.Plan) -> list[list[str]]:
     rows.append(
         [
             r.name,
-            *map(plan_lib.amount, (r.device, r.host, r.reads, r.writes)),
+            *map(_memory.amount, (r.device, r.host, r.reads, r.writes)),
             str(r.evaluations),
             str(r.steps),
             r.note or 'fits',
