@@ -1,6 +1,7 @@
 """The learned soup, against closed forms."""
 
 import math
+import re
 
 import _reference
 import jax
@@ -258,3 +259,31 @@ def test_hyperplane_is_the_projection(rng):
   alpha = np.asarray(jaxsoup.hyperplane(jnp.asarray(w)))
   assert alpha.sum() == pytest.approx(1, abs=1e-6)
   assert np.ptp(alpha - w) < 1e-6  # It moved along (1, ..., 1) only.
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_every_step_runs_one_program(placement, caplog, stream):
+  models = [{'w': placement.put(np.arange(8.0) + k)} for k in range(NUM)]
+  traces = []
+
+  def loss_fn(params, batch, beta):
+    traces.append(1)
+    return jnp.sum((beta * params['w'] - batch) ** 2)
+
+  batches = [placement.put(np.ones(8))] * 3
+  with jax.log_compiles():
+    jaxsoup.learned(
+        models,
+        loss_fn,
+        batches,
+        tx=optax.adam(0.1),
+        num_epochs=2,
+        val_batches=batches[:1],
+        stream=stream,
+    )
+  compiled = re.findall(r'XLA compilation of jit\((\w+)\)', caplog.text)
+  found = {x: compiled.count(x) for x in ('loss_of', 'loss_at', '_updated')}
+  # The loss with its gradient, the loss alone, and the optimizer.
+  expected = {'loss_of': 0, 'loss_at': 2} if stream else {}
+  assert found == {'loss_of': 1, 'loss_at': 1, '_updated': 1} | expected
+  assert len(traces) == 2

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 
@@ -165,6 +167,7 @@ def learned(
   )
   shardings = [x.sharding for x in first]
   del first
+  start = _beside((variables, jax.jit(tx.init)(variables)), shardings)
   if plan.is_streamed:
     model: Any = _streamed.Streamed(
         source, groups, alphas, loss_at, checked.float_dtypes, shardings
@@ -175,7 +178,7 @@ def learned(
       model = Resident(stacked, groups, alphas, loss_at)
       del stacked
   del source
-  fit = _Fit(model, loss_at, tx, variables, num_epochs, patience)
+  fit = _Fit(model, loss_at, tx, start, num_epochs, patience)
   with contextlib.nullcontext() if plan.is_streamed else _out_of_memory():
     w, scale = fit.run(batches, val_batches)
   alpha = _tree.nest(
@@ -195,6 +198,17 @@ def learned(
       plan=plan,
   )
   return Soup(checked.replace(floats), alpha, info)
+
+
+def _beside(state, shardings):
+  """On the mesh of the ingredients, where each step leaves it.
+
+  Else the second step would be compiled anew.
+  """
+  meshes = [x.mesh for x in shardings if isinstance(x, NamedSharding)]
+  if not meshes:
+    return state
+  return jax.device_put(state, NamedSharding(meshes[0], PartitionSpec()))
 
 
 @contextlib.contextmanager
@@ -237,12 +251,12 @@ class Resident:
 class _Fit:
   """Gradient descent with early stopping on a second split."""
 
-  def __init__(self, model, loss_at, tx, variables, num_epochs, patience):
+  def __init__(self, model, loss_at, tx, start, num_epochs, patience):
     self.losses: list[float] = []
     self.val_losses: list[float] = []
     self.best_epoch = 0
     self._model = model
-    self._start = variables
+    self._start = start  # Variables, and the state of the optimizer.
     self._num_epochs = num_epochs
     self._patience = patience
     self._tx = tx
@@ -250,8 +264,8 @@ class _Fit:
     self._update = jax.jit(self._updated)
 
   def run(self, batches, val_batches):
-    variables = best = self._start
-    opt_state = jax.jit(self._tx.init)(variables)
+    variables, opt_state = self._start
+    best = variables
     if val_batches is not None:
       self.val_losses.append(self._mean_loss(variables, val_batches))
     for epoch in range(1, self._num_epochs + 1):
