@@ -425,6 +425,14 @@ def test_on_a_mesh_as_on_one_device(config, model, theta_0, data):
   assert [x[:2] for x in progress] == [(1, 2), (2, 2)]
 
 
+def test_runs_that_are_alike_compile_once(config, model, theta_0, data, caplog):
+  runs = [{'seed': k, 'learning_rate': 0.1 * k} for k in (1, 2)]
+  with jax.log_compiles():
+    for run in runs:
+      finetune.train(model, config.finetune, theta_0, [run], Read(data.arrays))
+  assert caplog.text.count('XLA compilation of jit(train_step)') == 1
+
+
 def test_runs_on_data_that_are_read_train_alone(model, config, theta_0, data):
   with pytest.raises(ValueError, match='make sweep.group_size 1'):
     finetune.train(model, config.finetune, theta_0, RUNS, Read(data.arrays))

@@ -9,7 +9,6 @@ state, losses = streamed.epoch(state, 0)
 
 from collections.abc import Callable
 from collections.abc import Iterator
-import functools
 
 import jax
 from jax.sharding import AxisType
@@ -39,10 +38,6 @@ class Streamed:
     self._model, self._settings, self._source = model, settings, source
     self._hyper = jax.tree.map(lambda x: x[0], jax.device_get(hyper))
     self._mesh = mesh()
-    self._step = jax.jit(
-        functools.partial(steps.train_step, model, settings),
-        donate_argnums=(0,),
-    )
 
   def start(self, params: steps.Params) -> steps.State:
     """The state before the first step."""
@@ -83,7 +78,9 @@ class Streamed:
         after_fn(step, state)
       step_key = jax.random.fold_in(key, step)
       with jax.set_mesh(self._mesh):
-        state, loss = self._step(state, self._hyper, batch, step_key)
+        state, loss = _step(
+            self._model, self._settings, state, self._hyper, batch, step_key
+        )
       losses.append(loss)
       # Few steps ahead of the device: batches in flight take memory.
       jax.block_until_ready(losses[-3:][0])
@@ -106,6 +103,12 @@ class Streamed:
           name: jax.make_array_from_process_local_data(split, batch[name])
           for name in names
       }
+
+
+# One for all runs that are alike, or each would compile its own.
+_step = jax.jit(
+    steps.train_step, static_argnums=(0, 1), donate_argnames=('state',)
+)
 
 
 def mesh() -> jax.sharding.Mesh:
