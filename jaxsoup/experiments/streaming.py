@@ -9,6 +9,7 @@ state, losses = streamed.epoch(state, 0)
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import functools
 
 import jax
 from jax.sharding import AxisType
@@ -41,16 +42,7 @@ class Streamed:
 
   def start(self, params: steps.Params) -> steps.State:
     """The state before the first step."""
-    hyper = dict(self._hyper)
-
-    def init_fn(params):
-      if 'init_seed' in hyper:
-        params = self._model.init_fn(jax.random.key(hyper['init_seed']))
-      return steps.initial_state(self._settings, params, hyper)
-
-    abstract = sharded_state(jax.eval_shape(init_fn, params), self._mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(init_fn, out_shardings=shardings)(params)
+    return _start(self._model, self._settings, self._mesh, params, self._hyper)
 
   def epoch(
       self,
@@ -105,7 +97,17 @@ class Streamed:
       }
 
 
-# One for all runs that are alike, or each would compile its own.
+# One program for all runs that are alike, not one for each.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _start(model, settings, on_mesh, params, hyper):
+  if 'init_seed' in hyper:
+    params = model.init_fn(jax.random.key(hyper['init_seed']))
+  init_fn = functools.partial(steps.initial_state, settings)
+  abstract = sharded_state(jax.eval_shape(init_fn, params, hyper), on_mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  return jax.lax.with_sharding_constraint(init_fn(params, hyper), shardings)
+
+
 _step = jax.jit(
     steps.train_step, static_argnums=(0, 1), donate_argnames=('state',)
 )
