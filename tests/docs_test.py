@@ -175,6 +175,7 @@ def _learned(loss_fn, batches):
 
 def _begun(path):
   (path / 'config.json').write_text('{"seed": 7}')
+  (path / 'runs').mkdir()
   config = configs.load(str(ROOT.parent / 'configs/digits.py')).config
   configs.check_unchanged(config, path / 'config.json')
 

@@ -238,6 +238,9 @@ def check_unchanged(
 ) -> None:
   """Stores the config with a workdir, or compares it with the stored one.
 
+  A workdir in which nothing was made yet, as the config had a wrong path, takes
+  another one.
+
   Raises:
     UsageError: the workdir belongs to another config; names what differs.
     ValueError: the stored config is unreadable.
@@ -245,12 +248,7 @@ def check_unchanged(
   now = _lasting(json.loads(json.dumps(_flat(config))))
   now.pop('sweep.shard', None)  # It decides where a run is trained, not what.
   if not file.exists():
-    if not _processes.is_main():
-      return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix('.tmp')
-    unfinished.write_text(json.dumps(now, indent=2))
-    unfinished.replace(file)
+    _store(now, file)
     return
   try:
     then = _lasting(dict(json.loads(file.read_text())))
@@ -264,11 +262,24 @@ def check_unchanged(
       for key in sorted(then.keys() | now.keys())
       if then.get(key) != now.get(key)
   ]
-  if differing:
+  if not differing:
+    return
+  if {p.name for p in file.parent.iterdir()} <= {file.name, '.lock'}:
+    _store(now, file)
+  else:
     raise UsageError(
         f'{file.parent} was begun with another config: {"; ".join(differing)}. '
         'Give another workdir, or delete this one.'
     )
+
+
+def _store(fields: dict[str, Any], file: pathlib.Path) -> None:
+  if not _processes.is_main():
+    return
+  file.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = file.with_suffix('.tmp')
+  unfinished.write_text(json.dumps(fields, indent=2))
+  unfinished.replace(file)
 
 
 def _lasting(fields: dict[str, Any]) -> dict[str, Any]:
