@@ -20,13 +20,13 @@ the sweep anew.
 Measured, per cent, mean ± standard deviation over three seeds of 16 runs:
 
                    held-out    test        amazon  nyt   tweets  mean of shifts
-  best single      80.9 ± 0.6  80.6 ± 0.4  74.1    75.0  62.4    70.5 ± 1.8
-  mean of singles  79.0 ± 1.1  79.3 ± 0.2  74.5    73.9  61.9    70.1 ± 1.2
+  best single      80.9 ± 0.6  80.6 ± 0.4  74.1    75.0  62.4    70.5 ± 1.7
+  mean of singles  79.0 ± 1.0  79.3 ± 0.2  74.5    73.9  61.9    70.1 ± 1.2
   uniform          80.5 ± 0.4  81.3 ± 0.4  75.5    76.1  63.8    71.8 ± 1.3
   greedy           82.0 ± 0.5  81.3 ± 0.5  75.8    76.4  62.3    71.5 ± 1.5
   pruned           81.9 ± 0.9  81.5 ± 0.9  76.5    76.3  64.5    72.4 ± 0.7
   learned          80.7 ± 0.4  81.4 ± 0.4  75.7    76.4  63.7    71.9 ± 1.2
-  ... by tensor    81.2 ± 0.8  81.6 ± 0.4  74.8    76.0  62.2    71.0 ± 1.4
+  ... by tensor    81.3 ± 0.8  81.6 ± 0.4  74.8    76.0  62.2    71.0 ± 1.4
   Model Stock      80.3 ± 0.5  81.0 ± 0.3  75.2    76.0  62.6    71.3 ± 1.3
   ensemble         79.7 ± 1.0  80.8 ± 0.4  75.4    75.4  63.4    71.4 ± 1.4
   greedy ensemble  82.2 ± 0.9  80.9 ± 0.5  75.6    75.5  62.7    71.2 ± 0.4
@@ -35,8 +35,8 @@ The uniform soup is 2.0 points above the mean of its ingredients on test and 1.7
 on the shifts, and ahead of the ensemble of all 16 on both. Against the best
 single every recipe gains on average, on test and on the shifts, and nearly all
 of it within what three seeds can tell (95 % t intervals): uniform +0.7 [-0.2,
-1.6] on test and +1.3 [-1.7, 4.3] on the shifts, greedy +0.8 [-0.6, 2.1] and
-+1.0 [-1.1, 3.1]. Significant by itself is Model Stock on test, +0.5 [0.1, 0.9],
+1.6] on test and +1.3 [-1.6, 4.3] on the shifts, greedy +0.8 [-0.6, 2.1] and
++1.0 [-1.0, 3.1]. Significant by itself is Model Stock on test, +0.5 [0.1, 0.9],
 one row of nine.
 
 A seed takes about 20 minutes on two cores that have nothing else to do: a
