@@ -405,11 +405,11 @@ def test_usage_exits_with_2(args):
 
 def test_demo_in_the_workdir_of_another_config(tmp_path):
   workdir = tmp_path / 'demo'
-  workdir.mkdir()
+  (workdir / 'runs').mkdir(parents=True)
   (workdir / 'config.json').write_text('{"seed": 7}')
   args = 'demo', '--short', '--workdir', str(workdir)
   assert_fails(invoke(*args), 2, 'seed was 7, is 0')
-  assert [p.name for p in workdir.iterdir()] == ['config.json']
+  assert {p.name for p in workdir.iterdir()} == {'config.json', 'runs'}
 
 
 # --- Real processes -----------------------------------------------------------
