@@ -313,25 +313,25 @@ def test_workdir_begun_with_another_config(uninterrupted, cache, capsys):
 
 
 def test_a_config_that_failed_at_once_is_put_right(tmp_path, capsys):
-  file = str(ROOT / 'configs/reviews_minilm.py')
+  file = str(ROOT / 'configs/fashion_vit.py')
   experiment = lambda path: configs.load(
       file, [f'--config.data.path={path}', '--config.sweep.num_runs=1']
   )
   argv = [f'--config={file}', f'--workdir={tmp_path}']
-  assert main.main([*argv, '--config.data.path=nowhere.zip']) == 1
-  assert 'There is no nowhere.zip' in capsys.readouterr().err
+  assert main.main([*argv, '--config.data.path=nowhere']) == 1
+  assert 'nowhere has no train-images' in capsys.readouterr().err
   assert [p.name for p in tmp_path.iterdir()] == ['config.json']
-  right = experiment(tmp_path / 'elsewhere.zip').config
+  right = experiment('elsewhere').config
   stored = tmp_path / 'config.json'
   configs.check_unchanged(right, stored)
-  assert 'elsewhere.zip' in stored.read_text()
+  assert 'elsewhere' in stored.read_text()
   # But not what belongs to another part of the sweep, or to what was made.
   for name in ('.lock_1_4', 'runs'):
     (tmp_path / name).mkdir()
     with pytest.raises(configs.UsageError, match='begun with another config'):
-      configs.check_unchanged(experiment('nowhere.zip').config, stored)
+      configs.check_unchanged(experiment('nowhere').config, stored)
     (tmp_path / name).rmdir()
-  assert 'elsewhere.zip' in stored.read_text()
+  assert 'elsewhere' in stored.read_text()
 
 
 @pytest.mark.parametrize(
