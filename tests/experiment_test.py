@@ -332,6 +332,11 @@ def test_a_config_that_failed_at_once_is_put_right(tmp_path, capsys):
       configs.check_unchanged(experiment('nowhere').config, stored)
     (tmp_path / name).rmdir()
   assert 'elsewhere' in stored.read_text()
+  # Nor a file of others, of this name.
+  stored.write_text('{"hidden_size": 4}')
+  with pytest.raises(configs.UsageError, match='begun with another config'):
+    configs.check_unchanged(right, stored)
+  assert stored.read_text() == '{"hidden_size": 4}'
 
 
 @pytest.mark.parametrize(

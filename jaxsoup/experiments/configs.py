@@ -239,7 +239,7 @@ def check_unchanged(
   """Stores the config with a workdir, or compares it with the stored one.
 
   A workdir in which nothing was made yet, as the config had a wrong path, takes
-  another one.
+  other values of the same fields.
 
   Raises:
     UsageError: the workdir belongs to another config; names what differs.
@@ -264,7 +264,8 @@ def check_unchanged(
   ]
   if not differing:
     return
-  if {p.name for p in file.parent.iterdir()} <= {file.name, '.lock'}:
+  is_empty = {p.name for p in file.parent.iterdir()} <= {file.name, '.lock'}
+  if is_empty and then.keys() == now.keys():
     _store(now, file)
   else:
     raise UsageError(
