@@ -137,7 +137,7 @@ class Trials:
     return float(jax.device_get(self._eval_fn(params)))
 
   def _of_soup(self, params: Params) -> float:
-    """The score of an average, its running statistics estimated anew."""
+    """The score of an average, with re-estimated running statistics."""
     if self._recalibrate_fn is not None:
       params = self._recalibrate_fn(params)
     return self._score(params)
@@ -159,10 +159,10 @@ class Trials:
       self.scores[k] = self._score(params)
       if self._logits_fn is not None:
         classes[k] = np.asarray(self._logits_fn(params)).argmax(-1)
-    found = np.full((num, num), np.nan)
+    disagreement = np.full((num, num), np.nan)
     for i, j in itertools.product(classes, repeat=2):
-      found[i, j] = np.mean(classes[i] != classes[j])
-    return found
+      disagreement[i, j] = np.mean(classes[i] != classes[j])
+    return disagreement
 
   def _pairs(self, usable: Sequence[int]) -> None:
     pairs = sorted(studies.connected_pairs(self.scores, usable))
@@ -213,10 +213,10 @@ class Trials:
       return {}
     some = {p for p, x in zip(paths, is_statistic) if x}
     own = between(mean, self._pool.ingredients[first], some, t=1.0)
-    found = {'first': self._score(own), 'averaged': self._score(mean)}
+    scores = {'first': self._score(own), 'averaged': self._score(mean)}
     if self._recalibrate_fn is not None:
-      found['re-estimated'] = self._of_soup(mean)
-    return found
+      scores['re-estimated'] = self._of_soup(mean)
+    return scores
 
   def _parts_of_worst(self):
     """Averages part by part the pair with the largest barrier, if any has."""
