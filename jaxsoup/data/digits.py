@@ -39,8 +39,8 @@ def load(seed: int, sizes: Mapping[str, int]) -> dict[str, Dataset]:
   num_examples, num_wanted = len(full['label']), sum(sizes.values())
   if num_wanted > num_examples:
     raise ValueError(
-        f'sizes {dict(sizes)} ask for {num_wanted} examples, the digits are '
-        f'{num_examples}: make a set smaller.'
+        f'sizes {dict(sizes)} ask for {num_wanted} examples, but there are '
+        f'{num_examples} digits: make a set smaller.'
     )
   order = np.random.default_rng(seed).permutation(num_examples)
   ends = np.cumsum(list(sizes.values()))
