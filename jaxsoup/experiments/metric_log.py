@@ -1,4 +1,4 @@
-"""What a training reports: JSON lines in a file, TensorBoard on request.
+"""Metrics of a training: JSON lines in a file, TensorBoard on request.
 
 ```
 log = metric_log.MetricLog(workdir / 'metrics.jsonl')

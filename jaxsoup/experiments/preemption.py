@@ -24,11 +24,11 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Preempted(Exception):
-  """The script stops here; says what is saved."""
+  """The script stops here; the message says what is saved."""
 
 
 class Stop:
-  """Whether somebody asked the script to stop.
+  """Whether the script was asked to stop.
 
   Attributes:
     requested: becomes true when a SIGTERM comes.
@@ -78,7 +78,7 @@ def handled() -> Iterator[Stop]:
     yield stop
   except Preempted as e:
     print(
-        f'Stopped by SIGTERM: {e}. The same command goes on from there.',
+        f'Stopped by SIGTERM: {e}. Run the same command again to continue.',
         file=sys.stderr,
     )
     raise SystemExit(EXIT_CODE) from None
