@@ -247,7 +247,7 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
   """
   splits = _read(config)
   # With several splits the held-out set is drawn from held-out and test, and
-  # its images choose: so the shifts have images of their own.
+  # its images choose: so the shifts have other images.
   num_test = len(splits.test) - config.data.shift_size
   first, last = np.split(np.arange(len(splits.test)), [num_test])
   source = sources.subset(splits.test, last).arrays
@@ -281,8 +281,8 @@ def _read(config: ml_collections.ConfigDict) -> sources.Splits:
 def sweep(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
   """Draws the runs by random search, by `config.seed` and `sweep.draw`.
 
-  With `start` 'scratch_apart' each run gets an `init_seed`, and so initial
-  parameters of its own.
+  With `start` 'scratch_apart' each run gets an `init_seed`, and so its own
+  random initial parameters.
   """
   runs = random_search.runs(
       config.sweep,

@@ -26,7 +26,7 @@ def load(seed: int, sizes: Mapping[str, int]) -> dict[str, Dataset]:
 
   Raises:
     ImportError: scikit-learn is not installed.
-    ValueError: more examples are asked for than there are.
+    ValueError: sizes ask for more examples than there are.
 
   Example:
     >>> load(0, dict(train=100, test=50))['test']['image'].shape

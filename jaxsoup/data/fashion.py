@@ -108,7 +108,7 @@ def splits(
 
   Raises:
     FileNotFoundError: see `load`.
-    ValueError: more examples are asked for than there are; an unknown shift or
+    ValueError: sizes ask for more examples than there are; an unknown shift or
       set.
   """
   drawn = _drawn(folder, sizes, seed)

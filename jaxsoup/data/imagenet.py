@@ -164,7 +164,7 @@ def decoded(image: Any) -> Any:
   from PIL import Image
 
   if isinstance(image, np.ndarray):
-    # Grey images of TFDS have a channel of their own.
+    # Grey images of TFDS have one channel.
     image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
   elif isinstance(image, bytes):
     image = Image.open(io.BytesIO(image))
@@ -201,7 +201,7 @@ class Shift(NamedTuple):
     name: of TFDS.
     split: of TFDS.
     label: its feature; a sequence if `is_several`.
-    classes: those of its own, in the order of their labels here; None for all.
+    classes: its subset of the classes, in the order of its labels; None: all.
     is_several: whether an image may have several right labels, or none that is
       known: those are left out.
     flag: the feature that marks an image that is left out.
@@ -266,7 +266,7 @@ def splits(
     share: of the training set that is held out.
     seed: of what is held out.
     labels: int [N] of the training set in the order of TFDS's records, see
-      `train_labels`: a share of each class is held out. Folders know theirs.
+      `train_labels`: a share of each class is held out. Folders need none.
     num_threads: see `sources.Examples`.
 
   Returns:

@@ -110,7 +110,7 @@ def splits(
 
   Raises:
     FileNotFoundError: see `load`.
-    ValueError: more examples are asked for than there are.
+    ValueError: sizes ask for more examples than there are.
   """
   data = {name: unique(x) for name, x in load(path).items()}
   movies = data.pop('movies')
@@ -155,7 +155,7 @@ def unique(data: Dataset) -> Dataset:
 def split(
     group: np.ndarray, sizes: Mapping[str, int], seed: int
 ) -> dict[str, np.ndarray]:
-  """Draws disjoint sets of rows; those of one group lie in one set at most.
+  """Draws disjoint sets of rows; no group is in two sets.
 
   Args:
     group: int [N].

@@ -9,7 +9,7 @@ for batch in sources.batches(train, 256, seed=0, epoch=3, start=17):
 ```
 
 A source is read by rows, so that a shuffle is a permutation: batches depend on
-`seed` and `epoch` alone, a training goes on at any step, and each process reads
+`seed` and `epoch` alone, training resumes at any step, and each process reads
 its own rows of a batch.
 """
 
@@ -71,7 +71,7 @@ class Splits(NamedTuple):
     test: what reports.
     shifts: further sets that report, by name.
     pretrain: what the common start is trained on, if it is trained here.
-    views: for the names of sets with classes of their own, logits [N, C] ->
+    views: by name of a set with its own classes, logits [N, C] ->
       logits over those classes.
     rules: how sets were chosen, JSON values by the set's name.
   """
@@ -123,7 +123,7 @@ class Examples:
     example_fn: `(record, rng) -> {name: array}`, of the same shapes for all.
       `rng` is None in an evaluation; in a training its draws depend on the
       seed, the epoch and the row alone.
-    num_threads: that read and decode at once; those of the machine if None.
+    num_threads: threads that read and decode; all of the machine if None.
 
   Example:
     >>> source = Examples([3, 5], lambda record, rng: {'x': np.array(record)})

@@ -145,7 +145,7 @@ class Trials:
   def _mean(self, members: Sequence[int]) -> Params:
     alpha = np.zeros(len(self._pool), np.float32)
     alpha[list(members)] = 1 / len(members)
-    # Those with alpha 0 are not looked at, so they need not fit.
+    # Ingredients with alpha 0 are not read, so they need not be compatible.
     return _average.average(
         self._pool.ingredients, alpha, non_float_from=members[0]
     ).params
@@ -177,7 +177,7 @@ class Trials:
       self.drops[i, j] = self.drops[j, i] = chord - half
 
   def _without_barriers(self, sound: Sequence[int]) -> list[int]:
-    """Takes out the one with most barriers until there is none."""
+    """Removes the one with the most barriers until there are none."""
     subset = list(sound)
     while len(subset) > 1:
       block = self.drops[np.ix_(subset, subset)]

@@ -52,7 +52,7 @@ METRICS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def metric_of(config: ml_collections.ConfigDict) -> Callable[[Any, Any], Any]:
-  """What scores a model: `config.metric`, accuracy if there is none."""
+  """The metric that scores a model: `config.metric`, accuracy by default."""
   return METRICS[config.get('metric', 'accuracy')]
 
 

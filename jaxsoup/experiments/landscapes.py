@@ -152,7 +152,7 @@ def _ingredients(work: stages.Work, theta_0: Any) -> checkpoints.Ingredients:
 
 
 class Models(Sequence):
-  """Ingredients, and soups that lie in memory."""
+  """Ingredients, and soups in memory."""
 
   def __init__(self, ingredients: Sequence[Any], soups: Sequence[Any]):
     self._ingredients, self._soups = ingredients, soups

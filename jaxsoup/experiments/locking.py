@@ -26,7 +26,7 @@ class InUseError(OSError):
 
 @contextlib.contextmanager
 def locked(path: Any, what: Any) -> Iterator[None]:
-  """Holds a lock, or fails at once.
+  """Holds a lock, or fails immediately.
 
   Args:
     path: the lock's file: made with its directory, and deleted at the end. One

@@ -84,7 +84,7 @@ def make(config: ml_collections.ConfigDict) -> Model:
   them is reused.
 
   Args:
-    config: `model.family`, a key of `FAMILIES` ('vit' if there is none); the
+    config: `model.family`, a key of `FAMILIES` ('vit' by default); the
       arguments of its constructor next to it; `inputs`, the shape of each input
       of one example, unless that is `model.image_shape`; `init`, a file or
       directory of weights for all but the head, empty for none; and perhaps

@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     held_out_bytes: of all held-out examples on one device.
     num_runs: of the sweep.
     sweep_flops: of all steps of all runs, on all devices together.
-    programs: what the compiler says of each.
+    programs: what the compiler says about each.
     recipes: what each needs.
   """
 

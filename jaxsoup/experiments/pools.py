@@ -6,7 +6,7 @@ with pools.opened(experiment, workdir) as bench:
   pool.soup((0, 1)).shifts, pool.ensemble((0, 1)).shifts
 ```
 
-Each pool is a workdir of its own in `workdir`, in which everything resumes.
+Each pool is a separate workdir in `workdir`, in which everything resumes.
 """
 
 from collections.abc import Callable

@@ -52,7 +52,7 @@ class Stop:
 
 @contextlib.contextmanager
 def handled() -> Iterator[Stop]:
-  """Turns the first SIGTERM into a request; a second one kills at once.
+  """Turns the first SIGTERM into a request to stop; a second one kills.
 
   For scripts. Handlers belong to the main thread: in another one nothing is
   changed, and a SIGTERM does what it did before.

@@ -205,7 +205,7 @@ def stability_of_ensemble(work, split, logits) -> dict[str, Any]:
 
 
 def _stability(work, split, logits_fn, num, num_resamples) -> dict[str, Any]:
-  """Of a search by what `logits_fn` says of members; {} if no mean scores."""
+  """Stability by `logits_fn` of members; {} if the score is not a mean."""
   label = split.of(work.labels)['held_out']
   of_logits = metrics.correct
   if work.config.get('select_by', 'metric') == 'nll':

@@ -112,7 +112,7 @@ class Work:
 
 
 def check_roles(work: Work) -> None:
-  """Refuses data that train, select and report at once.
+  """Rejects examples that have two roles: training, selecting, reporting.
 
   Only data in memory are compared: other sources document by what rule the
   held-out set is taken out of the training data.

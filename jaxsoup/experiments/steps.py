@@ -26,7 +26,7 @@ Params = dict[str, Any]
 Run = Mapping[str, Any]
 # What a run may set, besides the names of `augmentation.ALL`.
 # `sam` is the radius of sharpness-aware minimization. With `init_seed` a run
-# starts from initial parameters of its own.
+# starts from its own random parameters.
 DEFAULTS = {
     'seed': 0,
     'learning_rate': 1e-3,

@@ -11,7 +11,7 @@ from jaxsoup.report import _plots
 from jaxsoup.report._tables import Row
 
 _GREY = '#8c8c8c'
-_MAX_LABELS = 24  # More would lie on top of one another.
+_MAX_LABELS = 24  # More would overlap.
 
 
 class LineFit(NamedTuple):

@@ -286,7 +286,7 @@ def svg(picture: Picture) -> str:
     fig.savefig(file, format='svg', transparent=True, metadata=nothing)
   text = file.getvalue()
   text = text[text.index('<svg') :].strip()
-  # What lies on one page needs names of its own.
+  # Ids on one page must be unique.
   name = _slug(picture.name)
   text = re.sub(r'\bid="', f'id="{name}-', text)
   text = re.sub(r'(href="|url\()#', rf'\g<1>#{name}-', text)
@@ -302,7 +302,7 @@ def svg(picture: Picture) -> str:
   )
 
 
-# A shade at the right edge says that a table goes on there.
+# A shade at the right edge shows that a table can be scrolled.
 # Okabe and Ito's colours in the pictures have at least a contrast of three to
 # one with both backgrounds, but for yellow and sky blue on white, which carry
 # marks of different shapes, too.

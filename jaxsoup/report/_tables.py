@@ -257,7 +257,7 @@ def averaged(
 def _mean_gains(
     rows: Sequence[Row], bests: Sequence[Row]
 ) -> dict[str, Comparison]:
-  """Gains over repetitions: each is over the best single of its own."""
+  """Gains over repetitions, each over its own best single model."""
   if not bests or rows[0].kind == 'single':
     return {}
   known = {
