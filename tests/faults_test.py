@@ -283,7 +283,7 @@ def test_lock_names_its_holder(tmp_path):
       raise AssertionError('Two hold it.')
     text = str(e.value)
     assert text.startswith(f'DIR is in use by process {os.getpid()} on ')
-    assert text.endswith('or give another path.')
+    assert text.endswith('or use another path.')
   assert not lock.exists()
   # One that a killed process left behind, whatever is in it.
   lock.write_bytes(b'\xff{')
