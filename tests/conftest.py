@@ -59,11 +59,14 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
   """The whole suite runs in one process per core; a part of it in one."""
-  is_whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
-  if is_whole and config.pluginmanager.hasplugin('xdist'):
-    if config.option.numprocesses is None:
-      config.option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
-      config.option.dist = 'worksteal'
+  if (
+      config.args_source == pytest.Config.ArgsSource.TESTPATHS
+      and config.pluginmanager.hasplugin('xdist')
+      and config.option.numprocesses is None
+      and not hasattr(config, 'workerinput')  # Or each would start others.
+  ):
+    config.option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
+    config.option.dist = 'worksteal'
 
 
 def pytest_collection_modifyitems(config, items):
