@@ -127,11 +127,11 @@ print(diagnosed(good, eval_fn=held_out).as_text())
 # different features, so averaging them with ours destroys both.
 
 # %%
-elsewhere = pretrained(seed=7)
-theirs = {
-    f'theirs {k}': fine_tuned(elsewhere, rates[k], 9 + k) for k in range(3)
+other_start = pretrained(seed=7)
+added = {
+    f'other {k}': fine_tuned(other_start, rates[k], 9 + k) for k in range(3)
 }
-pool_1 = good | theirs
+pool_1 = good | added
 show(pool_1)
 
 # %% [markdown]
@@ -217,9 +217,9 @@ loss = lambda params: loss_fn(params, batch)
 heads = list(pool_3.values())
 lines = {
     'two good runs': landscape.line(loss, good['run 0'], good['run 4']),
-    'to one of theirs': landscape.line(loss, good['run 0'], theirs['theirs 0']),
+    'to another start': landscape.line(loss, good['run 0'], added['other 0']),
     'to the hot run': landscape.line(loss, good['run 0'], hot),
-    'own heads': landscape.line(loss, heads[0], heads[1]),
+    'different heads': landscape.line(loss, heads[0], heads[1]),
 }
 fig, ax = plt.subplots(figsize=(6, 3.4))
 report.lines(ax, lines)
@@ -235,7 +235,7 @@ report.lines(ax, lines)
 # %%
 others = {
     'soup of good runs': jaxsoup.uniform(list(good.values())).params,
-    'theirs 0': theirs['theirs 0'],
+    'other 0': added['other 0'],
 }
 plane = landscape.plane(
     loss,
@@ -255,7 +255,7 @@ report.plane(ax, plane, ['pre-trained', 'run 3', 'run 4', *others])
 # from one start share a part of their direction. Runs from elsewhere do not.
 
 # %%
-everyone = good | {'hot': hot} | theirs
+everyone = good | {'hot': hot} | added
 angles = landscape.angles(list(everyone.values()), theta_0)
 fig, ax = plt.subplots(figsize=(5.4, 4.2))
 report.matrix(ax, angles, list(everyone), label='angle (degrees)')
