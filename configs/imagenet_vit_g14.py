@@ -9,30 +9,30 @@
   python -m jaxsoup.experiments.main --workdir=DIR \
       --config=configs/imagenet_vit_g14.py:runlocal
 
-1.84 G parameters, fine-tuned 58 times, each time on all devices of a pod: the
-same command on every host, DIR on a disk that all of them see. Each run keeps
-two moving averages of its parameters, with a low and a high decay, and those
-with the low one are souped: `--config.ingredients="('ema_0.9999',)"` soups the
-others, whose models are better one by one.
+1.84 G parameters, fine-tuned 58 times, each time on all devices of a pod: run
+the same command on every host, with DIR on a shared disk. Each run keeps two
+moving averages of its parameters, with a low and a high decay, and those with
+the low one are souped: `--config.ingredients="('ema_0.9999',)"` soups the
+others, which are better as single models.
 
-Expected, per cent, ImageNet / mean of the shifts, as the paper has it:
+Expected, per cent, ImageNet / mean of the shifts, from the paper:
 
   best on held-out   90.72 / 84.38
   greedy (14 of 58)  90.94 / 85.02
   greedy ensemble    90.93 / 84.33
 
-Its models were pre-trained on JFT-3B, and are not public: with others, as an
-npz file of big_vision (the depth and the pool of `config.model` have to be
-those of the file), the numbers are others. What has to be fetched of the data,
-and where it goes: see `jaxsoup.data.imagenet`. The sweep is drawn from ranges,
-where the paper lists its 58 runs; the decays, and Adafactor, with which such
-models were pre-trained, are ours.
+Its models were pre-trained on JFT-3B, and are not public: other weights, as an
+npz file of big_vision (with the depth and the pool of `config.model`), give
+other numbers. Which data to download, and where to put them: see
+`jaxsoup.data.imagenet`. The sweep is drawn from ranges, where the paper lists
+its 58 runs; the decays, and Adafactor, with which such models were pre-trained,
+are ours.
 
 Time: the sweep is 12.1 ZFLOP, says `jaxsoup plan`: 28 days on 64 chips of v5e
 that reach 40 % of their peak, 11 hours a run. That is an estimate.
 
 'runlocal' runs every step on random images of eight classes, with a small model
-of random weights: half a minute, and numbers that mean nothing.
+of random weights: half a minute, to show that the code runs.
 
 Source: Wortsman et al., "Model soups", ICML 2022, section 3.3.2 and appendix J;
 Zhai et al., "Scaling Vision Transformers", CVPR 2022, table 2.
@@ -62,7 +62,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     ValueError: `arg` is something else.
   """
   if arg not in (None, '', 'runlocal'):
-    raise ValueError(f"Unknown argument {arg!r}: 'runlocal', or none.")
+    raise ValueError(f"Unknown argument {arg!r}: use 'runlocal' or none.")
   is_short = arg == 'runlocal'
   config = ml_collections.ConfigDict()
   config.seed = 0
@@ -97,7 +97,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       ema=(0.999, 0.9999),
       augmentation=dict(rand=pixels),
   )
-  # Of '', the last parameters of a run, and the names of its averages.
+  # Copies to soup: '' is the last parameters of a run, 'ema_...' an average.
   config.ingredients = ('ema_0.999',)
   # One run at a time: each fills the mesh.
   config.sweep = dict(
@@ -120,8 +120,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.batch_size = 16 if is_short else 512
   config.is_sharded = True
-  # How much is looked at between the models; 0 leaves a part out. A workdir
-  # that is done takes other numbers.
+  # What the analysis of the landscape covers; 0 leaves a part out. It can be
+  # changed in a workdir that is finished.
   config.landscape = dict(
       num_points=0, num_pairs=0, num_examples=1000, is_diagnosed=False
   )

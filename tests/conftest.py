@@ -1,6 +1,7 @@
-"""Four virtual devices, and the placements that every recipe must work on."""
+"""Four virtual devices, two processes, and placements for every recipe."""
 
 import os
+import pathlib
 import tempfile
 
 # Before jax is imported, or it has no effect. Most of a test is compilation,
@@ -41,13 +42,28 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('jaxsoup')
 
 
+# The kernel's default limit on memory maps is 65,530 for each process, and XLA
+# aborts when it reaches it.
+MAX_MAPS = 30_000
+_USAGES = pytest.StashKey[list[dict[str, int]]]()
+
+
 def pytest_addoption(parser):
   parser.addoption(
       '--first',
       action='store_true',
-      help='of each test just its first parameters, for other versions of the '
-      'dependencies',
+      help='run each test with its first parameters only',
   )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+  """The whole suite runs in one process per core; a part of it in one."""
+  is_whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+  if is_whole and config.pluginmanager.hasplugin('xdist'):
+    if config.option.numprocesses is None:
+      config.option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
+      config.option.dist = 'worksteal'
 
 
 def pytest_collection_modifyitems(config, items):
@@ -60,6 +76,53 @@ def pytest_collection_modifyitems(config, items):
       others.append(item)
   config.hook.pytest_deselected(items=others)
   items[:] = first.values()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _forget_programs():
+  """A compiled program holds memory maps until it is dropped."""
+  yield
+  jax.clear_caches()
+
+
+def _usage() -> dict[str, int]:
+  """Memory maps now, and the largest resident memory in bytes until now."""
+  process = pathlib.Path('/proc/self')
+  if not process.is_dir():
+    return {}
+  status = (process / 'status').read_text()
+  return {
+      'maps': len((process / 'maps').read_text().splitlines()),
+      'bytes': 1024 * int(status.partition('VmHWM:')[2].split()[0]),
+  }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+  """xdist: what a worker measured, for the summary."""
+  usage = getattr(node, 'workeroutput', {}).get('usage')
+  if usage:
+    node.config.stash.setdefault(_USAGES, []).append(usage)
+
+
+def pytest_sessionfinish(session):
+  usage = _usage()
+  if hasattr(session.config, 'workeroutput'):
+    session.config.workeroutput['usage'] = usage
+    return
+  usages = session.config.stash.setdefault(_USAGES, [usage])
+  if max((u.get('maps', 0) for u in usages), default=0) > MAX_MAPS:
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+  for usage in terminalreporter.config.stash.get(_USAGES, []):
+    if usage:
+      terminalreporter.write_line(
+          f'process: {usage["maps"]:,} memory maps at the end (at most '
+          f'{MAX_MAPS:,}), {usage["bytes"] / 1e9:.1f} GB at its peak',
+          red=usage['maps'] > MAX_MAPS,
+      )
 
 
 class Placement:

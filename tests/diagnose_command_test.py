@@ -62,7 +62,7 @@ def test_nothing_is_wrong():
   result = invoke('run0', 'run1', 'run2', '--init', 'start')
   assert result.exit_code == 0, (result.output, result.exception)
   assert result.stdout.startswith('SOUP ALL')
-  assert 'Nothing wrong was found.' in result.stdout
+  assert 'No problems found.' in result.stdout
 
 
 def test_findings_in_words_and_json():
@@ -70,9 +70,7 @@ def test_findings_in_words_and_json():
   result = invoke(*runs)
   assert result.exit_code == 1
   assert result.stdout.startswith('SOUP A SUBSET')
-  assert '1. [BREAKS THE SOUP] They were not fine-tuned from one' in (
-      result.stdout
-  )
+  assert '1. [BREAKS THE SOUP] Not fine-tuned from the same' in (result.stdout)
   for word in ('Seen: ', 'Meaning: ', 'Do: '):
     assert f'  {word}' in result.stdout
   found = json.loads(invoke(*runs, '--json').stdout)

@@ -258,8 +258,11 @@ def test_an_experiment_in_two_processes(tmp_path):
     'more, said',
     [
         (['--config.is_sharded=False'], 'config.is_sharded is True'),
-        (['--process=0'], 'belong together'),
-        (['--workdir=gs://bucket/x'], 'is no directory: mount the bucket'),
+        (['--process=0'], 'Pass all of --coordinator'),
+        (
+            ['--workdir=gs://bucket/x'],
+            'is not a local directory: mount the bucket',
+        ),
     ],
 )
 def test_what_processes_cannot_do(tmp_path, more, said):

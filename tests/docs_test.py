@@ -277,7 +277,7 @@ RAISE = {
     '… is an adapter': _adapter,
     '… cannot import': lambda p: user_code.load('no_such_module:score'),
     '… raised …': _raises,
-    '… was begun with another': _begun,
+    '… was started with another': _begun,
     'The config has no': lambda p: configs.load(
         str(ROOT.parent / 'configs/digits.py'), ['--config.sed=1']
     ),

@@ -124,52 +124,52 @@ def test_angles(workdir, runs):
   tasks = [flat(params) - start for params in runs]
   units = [task / np.linalg.norm(task) for task in tasks]
   expected = np.degrees(np.arccos(np.clip(np.inner(units, units), -1, 1)))
-  found = np.array(part(workdir, 'angles')['angles'])
+  angles = np.array(part(workdir, 'angles')['angles'])
   apart = ~np.eye(4, dtype=bool)
-  np.testing.assert_allclose(found[apart], expected[apart], atol=0.01)
+  np.testing.assert_allclose(angles[apart], expected[apart], atol=0.01)
 
 
 def test_lines_are_the_test_error_of_mixtures(workdir, runs, data):
-  found = part(workdir, 'lines')
-  assert len(found['members']) == 3 and found['t'] == [0, 0.5, 1]
-  for (i, j), errors in zip(found['members'], found['error']):
+  lines = part(workdir, 'lines')
+  assert len(lines['members']) == 3 and lines['t'] == [0, 0.5, 1]
+  for (i, j), errors in zip(lines['members'], lines['error']):
     expected = [
         data.error(mixed([runs[i], runs[j]], [1 - t, t]), 'test')
-        for t in found['t']
+        for t in lines['t']
     ]
     np.testing.assert_allclose(errors, expected, atol=1e-6)
 
 
 def test_pairs(workdir, runs, data):
-  found = part(workdir, 'pairs')
-  for pair in found['test']:
+  pairs = part(workdir, 'pairs')
+  for pair in pairs['test']:
     i, j = pair['members']
     singles = [1 - data.error(runs[k], 'test') for k in (i, j)]
     np.testing.assert_allclose(pair['singles'], singles, atol=1e-6)
     half = mixed([runs[i], runs[j]], [0.5, 0.5])
     assert pair['soup'] == pytest.approx(1 - data.error(half, 'test'))
-  for pair in found['mean of shifts']:
+  for pair in pairs['mean of shifts']:
     half = mixed([runs[k] for k in pair['members']], [0.5, 0.5])
     assert pair['soup'] == pytest.approx(1 - data.error_on_shifts(half))
 
 
 def test_plane(workdir, runs, data):
   """Every point of the grid, by Gram-Schmidt in NumPy."""
-  found = part(workdir, 'plane')
+  plane = part(workdir, 'plane')
   theta_0 = params_of(workdir, 'theta_0')
-  first, second = (runs[k] for k in found['corners'])
+  first, second = (runs[k] for k in plane['corners'])
   origin = flat(theta_0)
   d_1, d_2 = flat(first) - origin, flat(second) - origin
   u = d_1 / np.linalg.norm(d_1)
   rest = d_2 - d_2 @ u * u
   height = np.linalg.norm(rest)
-  for i, y in enumerate(found['y']):
-    for j, x in enumerate(found['x']):
+  for i, y in enumerate(plane['y']):
+    for j, x in enumerate(plane['x']):
       # x u + y v = a d_1 + b d_2.
       b = y / height
       a = (x - b * (d_2 @ u)) / np.linalg.norm(d_1)
       params = mixed([theta_0, first, second], [1 - a - b, a, b])
-      values = {name: rows[i][j] for name, rows in found['loss'].items()}
+      values = {name: rows[i][j] for name, rows in plane['loss'].items()}
       assert values['training loss'] == pytest.approx(
           data.loss(params), rel=1e-3
       )
@@ -181,8 +181,8 @@ def test_plane(workdir, runs, data):
           data.error_on_shifts(params), abs=1.1 / NUM_EXAMPLES
       )
   # The start, two corners, four models, all soups.
-  assert len(found['points']) == 3 + 4 + len(found['soups'])
-  assert found['off'][:3] == [0, 0, 0]
+  assert len(plane['points']) == 3 + 4 + len(plane['soups'])
+  assert plane['off'][:3] == [0, 0, 0]
 
 
 def test_corners_are_the_best_two(workdir):
@@ -194,11 +194,11 @@ def test_corners_are_the_best_two(workdir):
 
 
 def test_diagnosis_has_the_held_out_scores(workdir, runs, data):
-  found = part(workdir, 'diagnosis')
-  assert found['names'] == [f'{k:02d}' for k in range(4)]
+  report = part(workdir, 'diagnosis')
+  assert report['names'] == [f'{k:02d}' for k in range(4)]
   expected = [1 - data.error(params, 'held_out') for params in runs]
-  np.testing.assert_allclose(found['measured']['scores'], expected, atol=1e-6)
-  assert found['verdict']['action'] in (
+  np.testing.assert_allclose(report['measured']['scores'], expected, atol=1e-6)
+  assert report['verdict']['action'] in (
       'soup all',
       'soup a subset',
       'do not soup',
@@ -297,14 +297,14 @@ def test_a_damaged_part_is_named(experiment, workdir, tmp_path):
 
 def test_pairs_of_many_models():
   scores = np.random.default_rng(0).random(30)
-  found = landscapes.pairs_of(scores, 20)
-  assert len(set(found)) == len(found) == 20
-  assert all(0 <= i < j < 30 for i, j in found)
+  pairs = landscapes.pairs_of(scores, 20)
+  assert len(set(pairs)) == len(pairs) == 20
+  assert all(0 <= i < j < 30 for i, j in pairs)
   # More than there are: all of few models, a spanning subset of many.
   assert len(landscapes.pairs_of(scores[:5], 99)) == 10
-  found = landscapes.pairs_of(scores, 999)
+  pairs = landscapes.pairs_of(scores, 999)
   best = int(scores.argmax())
-  assert sum(best in pair for pair in found) == 29
+  assert sum(best in pair for pair in pairs) == 29
 
 
 def test_report_has_the_numbers(workdir, tmp_path):

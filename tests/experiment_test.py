@@ -223,7 +223,7 @@ def test_copies_of_runs_are_ingredients(tmp_path, uninterrupted, cache):
 def test_too_few_held_out_examples_to_learn_on(override):
   config = configs.load(CONFIG, [*TINY, f'--config.learned.{override}']).config
   held_out = sources.Arrays({'label': np.zeros(80, np.int32)})
-  with pytest.raises(ValueError, match='Of 80 held-out .* none is left'):
+  with pytest.raises(ValueError, match='Of 80 held-out .* has no batch'):
     cook.learning_batches(config, held_out)
 
 
@@ -308,7 +308,7 @@ def test_workdir_begun_with_another_config(uninterrupted, cache, capsys):
   argv = command(uninterrupted, '--config.seed=3')[3:]
   assert main.main(argv) == 2
   error = capsys.readouterr().err
-  assert 'begun with another config: seed was 0, is 3' in error
+  assert 'started with another config: seed was 0, is now 3' in error
   assert (uninterrupted / 'results.json').read_bytes() == before
 
 
@@ -328,13 +328,13 @@ def test_a_config_that_failed_at_once_is_put_right(tmp_path, capsys):
   # But not what belongs to another part of the sweep, or to what was made.
   for name in ('.lock_1_4', 'runs'):
     (tmp_path / name).mkdir()
-    with pytest.raises(configs.UsageError, match='begun with another config'):
+    with pytest.raises(configs.UsageError, match='started with another config'):
       configs.check_unchanged(experiment('nowhere').config, stored)
     (tmp_path / name).rmdir()
   assert 'elsewhere' in stored.read_text()
   # Nor a file of others, of this name.
   stored.write_text('{"hidden_size": 4}')
-  with pytest.raises(configs.UsageError, match='begun with another config'):
+  with pytest.raises(configs.UsageError, match='started with another config'):
     configs.check_unchanged(right, stored)
   assert stored.read_text() == '{"hidden_size": 4}'
 

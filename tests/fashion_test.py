@@ -120,13 +120,15 @@ def test_every_set_is_prepared(folder):
 
 def test_errors(folder):
   with pytest.raises(
-      ValueError, match='ask for 301 examples, the train .* 300'
+      ValueError, match='ask for 301 examples, but the train .* 300'
   ):
     fashion.splits(folder, {**SIZES, 'train': 221}, 0)
-  with pytest.raises(ValueError, match='ask for 201 examples, the test .* 200'):
+  with pytest.raises(
+      ValueError, match='ask for 201 examples, but the test .* 200'
+  ):
     fashion.splits(folder, {**SIZES, 'test': 201}, 0)
   with pytest.raises(
-      ValueError, match="has .'test', 'train'.: give train, hel"
+      ValueError, match="keys .'test', 'train'.: expected train"
   ):
     fashion.splits(folder, dict(train=1, test=1), 0)
   with pytest.raises(ValueError, match="No shift 'snow'"):
@@ -142,11 +144,13 @@ def test_broken_files_are_named(folder):
   label = folder / 't10k-labels-idx1-ubyte'
   content = label.read_bytes()
   label.write_bytes(content[:-1])
-  with pytest.raises(ValueError, match='t10k-labels.* has 207 bytes: it is no'):
+  with pytest.raises(
+      ValueError, match='t10k-labels.* has 207 bytes: it is not'
+  ):
     fashion.load(folder)
   label.write_bytes((folder / 't10k-images-idx3-ubyte').read_bytes())
   with pytest.raises(
-      ValueError, match=r'labels.* begins with .2051, 200. and .* .N.;'
+      ValueError, match=r'labels.* starts with .2051, 200. and .* .N.'
   ):
     fashion.load(folder)
   label.write_bytes(struct.pack('>2I', 0x801, 199) + content[8:-1])
@@ -221,5 +225,7 @@ def test_colours_stay_and_cannot_become_grey(rng):
   half = preparation.HALF
   got = preparation.prepare(image, (8, 8, 3), mean=half, std=half)
   np.testing.assert_allclose(got, 2 * image - 1, atol=1e-6)
-  with pytest.raises(ValueError, match='3 channels cannot have 1: give grey'):
+  with pytest.raises(
+      ValueError, match='3 channels, but image_shape asks for 1'
+  ):
     preparation.prepare(image, (8, 8, 1))

@@ -150,7 +150,7 @@ def test_train_state_comes_back(tmp_path):
     saved.after(12, state)
   assert os.listdir(tmp_path / 'x') == ['12']
   os.truncate(tmp_path / 'x' / '12' / '_METADATA', 20)
-  with pytest.raises(ValueError, match='x/12 .*that training begins anew'):
+  with pytest.raises(ValueError, match='x/12 .*restart that training'):
     saved.restore(state)
 
 
@@ -283,7 +283,7 @@ def test_lock_names_its_holder(tmp_path):
       raise AssertionError('Two hold it.')
     text = str(e.value)
     assert text.startswith(f'DIR is in use by process {os.getpid()} on ')
-    assert text.endswith('or give another path.')
+    assert text.endswith('or use another path.')
   assert not lock.exists()
   # One that a killed process left behind, whatever is in it.
   lock.write_bytes(b'\xff{')
@@ -298,7 +298,7 @@ def test_no_locks_on_this_file_system(tmp_path, monkeypatch):
 
   monkeypatch.setattr(locking.fcntl, 'flock', flock)
   with (
-      pytest.warns(UserWarning, match='knows no locks'),
+      pytest.warns(UserWarning, match='does not support locks'),
       locking.locked(tmp_path / '.lock', 'DIR'),
   ):
     pass

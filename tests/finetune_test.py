@@ -373,7 +373,7 @@ def test_what_cannot_be_trained(config, model, theta_0, data):
   ):
     train([{'optimizer': 'adam'}], data)
   phase = config.finetune.to_dict() | dict(num_accumulated=2)
-  with pytest.raises(ValueError, match='Make num_accumulated 1'):
+  with pytest.raises(ValueError, match='set num_accumulated to 1'):
     finetune.train(model, phase, theta_0, [{'sam': 0.1}], data)
 
 
@@ -435,7 +435,7 @@ def test_runs_that_are_alike_compile_once(config, model, theta_0, data, caplog):
 
 
 def test_runs_on_data_that_are_read_train_alone(model, config, theta_0, data):
-  with pytest.raises(ValueError, match='make sweep.group_size 1'):
+  with pytest.raises(ValueError, match='set sweep.group_size to 1'):
     finetune.train(model, config.finetune, theta_0, RUNS, Read(data.arrays))
 
 
@@ -513,7 +513,7 @@ def test_a_model_without_inputs_is_refused(config):
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.model = dict(family='bert', num_classes=2)
-  with pytest.raises(configs.UsageError, match='no shape of its inputs'):
+  with pytest.raises(configs.UsageError, match='no shapes of its inputs'):
     modeling.make(config)
   config.model.family = 'gpt'
   with pytest.raises(configs.UsageError, match="model.family is 'gpt'"):

@@ -67,7 +67,7 @@ def test_models_have_the_sizes_of_the_originals(name, num):
 
 
 def test_unknown_arguments(name):
-  with pytest.raises(configs.UsageError, match="'qqp': give one of mrpc, rte"):
+  with pytest.raises(configs.UsageError, match="'qqp': choose from mrpc, rte"):
     load(name, 'qqp')
   with pytest.raises(configs.UsageError, match="'short'"):
     load(name, 'rte,short')

@@ -140,7 +140,7 @@ def test_test_labels_are_secret():
     [
         ('sentence\tlabel\nGood.\t1\nBad.\n', 'train.tsv:3 has 1 columns'),
         ('sentence\tlabel\nGood.\t-1\n', "train.tsv:2 has the label '-1'"),
-        ('text\tlabel\nGood.\t1\n', "no column 'sentence' among"),
+        ('text\tlabel\nGood.\t1\n', "no column 'sentence', only"),
     ],
 )
 def test_broken_files(tmp_path, text, message):

@@ -68,8 +68,8 @@ class Page(parser.HTMLParser):
 
   def table(self, *header):
     """Cells by row name of the table whose header begins so."""
-    (found,) = (t for t in self.tables if t[0][: len(header)] == list(header))
-    return {row[0]: dict(zip(found[0][1:], row[1:])) for row in found[1:]}
+    (cells,) = (t for t in self.tables if t[0][: len(header)] == list(header))
+    return {row[0]: dict(zip(cells[0][1:], row[1:])) for row in cells[1:]}
 
   @property
   def text(self):
@@ -128,8 +128,8 @@ def rows_of_models():
 
 def curve(name):
   logits, label = logits_and_labels()
-  found = metrics.reliability(logits[name]['test'], label['test'])
-  return {k: np.asarray(x).tolist() for k, x in found._asdict().items()}
+  reliability = metrics.reliability(logits[name]['test'], label['test'])
+  return {k: np.asarray(x).tolist() for k, x in reliability._asdict().items()}
 
 
 RUNS = [
@@ -277,16 +277,18 @@ def test_scores_are_those_of_the_results(written):
   # Every cell of the other table, the gains with their intervals included.
   for line in markdown.split('\n')[2 : 2 + len(shown)]:
     name, *cells = (x.strip(' *') for x in line.strip('|').split('|'))
-    (found,) = (r for t in page.tables for r in t if r[0] == name and r[4:])
-    assert found[1:] == cells
+    (line_cells,) = (
+        r for t in page.tables for r in t if r[0] == name and r[4:]
+    )
+    assert line_cells[1:] == cells
   assert 'Examples: selected on held-out (200); reported on test (300)' in (
       page.text
   )
   better = [r.name for r in shown if r.gains and r.gains['test'].is_significant]
   assert better
   assert (
-      f'On test data, better than the best single model: {", ".join(better)}'
-      in page.text
+      'On test data, significantly better than the best single model: '
+      f'{", ".join(better)}' in page.text
   )
   bold = [a for tag, a in page.tags if tag == 'strong']
   assert len(bold) == sum(
@@ -345,17 +347,17 @@ def test_numbers_behind_the_page(written, workdir):
   assert list(table) == ['uniform', 'greedy', 'tensor']
   often = read_csv(files, 'stability_greedy_ensemble.csv')
   assert [float(x['frequency']) for x in often] == [0.9, 0.1, 0.6, 0.0, 0.0]
-  assert 'it took 1 to 3 models (mean 2.0); the overlap' in page.text
+  assert 'it chooses 1 to 3 models (mean 2.0); the overlap' in page.text
 
 
 def test_calibration_is_that_of_the_table(written):
   files, _, page = written
   rows = {row.name: row for row in rows_of_models()}
-  table = page.table('', 'confidence', 'right', 'ECE')
+  table = page.table('', 'confidence', 'accuracy', 'ECE')
   assert list(table) == ['best single', 'uniform', 'greedy']
   for name, row in (('best single', '04'), ('greedy', 'greedy')):
     assert table[name]['ECE'] == f'{100 * rows[row].ece:.1f}'
-    assert table[name]['right'] == f'{100 * rows[row].test:.1f}'
+    assert table[name]['accuracy'] == f'{100 * rows[row].test:.1f}'
   assert sum(int(r['num']) for r in read_csv(files, 'calibration.csv')) == 900
 
 
@@ -608,11 +610,11 @@ def test_numbers_of_an_experiment_are_a_table_of_scores(written):
         ('a.txt', '', {}, 'ends with .jsonl'),
         ('a.csv', '', {}, 'has no rows'),
         ('a.csv', 'name,test\n0,0.5\n', {},
-         "has no column 'held_out', it has: name, test. Say which one"),
+         "has no column 'held_out', it has: name, test. Name it with"),
         ('a.csv', 'heldout,test\n0.5,0.5\n', {}, 'Did you mean heldout'),
         ('a.csv', SCORES, {'shifts': ['shifts.v']}, "no column 'shifts.v'"),
         ('a.csv', SCORES, {'test': 'held_out'},
-         "column 'held_out' is to be more than one"),
+         "column 'held_out' is used for more than one"),
         ('a.csv', SCORES.replace('0.69', '69'), {},
          'row 3: test is 69, and scores are in 0..1: divide'),
         ('a.csv', SCORES.replace('0.69', ''), {},
@@ -620,9 +622,9 @@ def test_numbers_of_an_experiment_are_a_table_of_scores(written):
         ('a.csv', SCORES.replace('0.69', 'nan'), {}, 'row 3: test is nan'),
         ('a.csv', SCORES.replace('soup', 'stew'), {},
          "row 4: kind is 'stew': choose from single, soup, ensemble"),
-        ('a.csv', SCORES + '03,single\n', {}, 'not as many cells'),
-        ('a.csv', SCORES.replace(',adam', ',adam,1'), {}, 'not as many cells'),
-        ('a.jsonl', '{"test": 1}\n{"test"', {}, 'a.jsonl:2 is no JSON'),
+        ('a.csv', SCORES + '03,single\n', {}, 'more or fewer cells'),
+        ('a.csv', SCORES.replace(',adam', ',adam,1'), {}, 'fewer cells'),
+        ('a.jsonl', '{"test": 1}\n{"test"', {}, 'a.jsonl:2 is not valid JSON'),
         ('a.jsonl', '[1, 2]\n', {}, 'a.jsonl:1: expected an object'),
         ('a.json', '{"a": 1}', {}, 'expected a list of rows'),
         ('a.json', '[{"held_out": true, "test": 0.5}]', {},
@@ -643,7 +645,7 @@ def test_pages_that_do_not_fit(tmp_path, workdir):
     report.write_page(
         tmp_path / 'x.html', 'x', [report.Section('x', [picture, picture])]
     )
-  with pytest.raises(ValueError, match='report has no ending.*report.html'):
+  with pytest.raises(ValueError, match='report has no suffix.*report.html'):
     report.write_page(tmp_path / 'report', 'x', [])
   assert not list(tmp_path.iterdir())
   with pytest.raises(TypeError, match=r"is a workdir.*\['test'\]"):
@@ -675,7 +677,7 @@ def test_command_with_wrong_input(tmp_path, workdir):
   begun = tmp_path / 'begun'
   begun.mkdir()
   cases = [
-      (begun, 'is no workdir of an experiment'),
+      (begun, 'is not the workdir of an experiment'),
       (tmp_path / 'no.csv', 'no.csv does not exist'),
   ]
   for source, text in cases:

@@ -375,7 +375,7 @@ def test_sets_that_are_not_there(tmp_path):
     imagenet.splits(PIXELS, shifts=['ImageNet-C'])
   with pytest.raises(FileNotFoundError, match='tfds build imagenet2012'):
     imagenet.splits(PIXELS, data_dir=tmp_path)
-  with pytest.raises(ValueError, match='one label an image'):
+  with pytest.raises(ValueError, match='one label per image'):
     _folders(tmp_path / 'x', {0: imagenet.wordnet_ids()[0]}, num=2)
     imagenet.splits(
         PIXELS,

@@ -109,23 +109,23 @@ def test_angles_of_groups():
 
 def test_angle_of_a_model_that_never_moved_is_not_a_number():
   theta_0 = model(0)
-  found = landscape.angles([theta_0, model(1)], theta_0)
-  assert np.isnan(found[0]).all() and np.isnan(found[:, 0]).all()
-  assert found[1, 1] == 0
+  angles = landscape.angles([theta_0, model(1)], theta_0)
+  assert np.isnan(angles[0]).all() and np.isnan(angles[:, 0]).all()
+  assert angles[1, 1] == 0
 
 
 def test_a_model_is_at_no_angle_to_itself():
-  found = landscape.angles([model(k) for k in range(1, 12)], model(0))
-  assert (np.diagonal(found) == 0).all()
+  angles = landscape.angles([model(k) for k in range(1, 12)], model(0))
+  assert (np.diagonal(angles) == 0).all()
 
 
 def test_small_distances_survive_large_parameters():
   """No difference of large squares: 1e4 from zero, 1e-2 apart."""
   first = {'w': np.full(1000, 1e4, np.float32)}
   second = {'w': first['w'] + np.float32(0.015625)}
-  found = landscape.distances([first, second])
-  assert found[0, 1] == pytest.approx(0.015625 * np.sqrt(1000), rel=1e-6)
-  assert found[0, 0] == 0
+  distances = landscape.distances([first, second])
+  assert distances[0, 1] == pytest.approx(0.015625 * np.sqrt(1000), rel=1e-6)
+  assert distances[0, 0] == 0
 
 
 @pytest.mark.parametrize('num_held', [1, 2, 3, 5, 7])
@@ -134,10 +134,10 @@ def test_distances_in_blocks(num_held, monkeypatch):
 
   monkeypatch.setattr(_geometry, '_block_size', lambda leaves: num_held)
   models = Counting(model(k) for k in range(5))
-  found = landscape.distances(models)
+  distances = landscape.distances(models)
   vectors = np.stack([flat(list.__getitem__(models, k)) for k in range(5)])
   expected = np.linalg.norm(vectors[:, None] - vectors, axis=-1)
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(distances, expected, rtol=1e-5, atol=1e-5)
   # Ingredient 0 tells how large a model is, and is the template.
   assert sum(models.reads) <= 2 + sum(range(5, 0, -num_held))
 
@@ -148,19 +148,19 @@ def test_angles_of_checkpoints(tmp_path):
       checkpoints.save(tmp_path / str(k), m) or tmp_path / str(k)
       for k, m in enumerate(models)
   ]
-  found = landscape.angles(checkpoints.Ingredients(paths), theta_0)
-  np.testing.assert_array_equal(found, landscape.angles(models, theta_0))
+  angles = landscape.angles(checkpoints.Ingredients(paths), theta_0)
+  np.testing.assert_array_equal(angles, landscape.angles(models, theta_0))
 
 
 def test_angles_on_a_mesh(placement):
   shape = functools.partial(jax.tree.map, placement.put)
   wide = [{'w': np.random.default_rng(k).normal(size=(8, 3))} for k in range(3)]
   wide = jax.tree.map(lambda x: x.astype('f'), wide)
-  found = landscape.angles([shape(m) for m in wide[1:]], shape(wide[0]))
+  angles = landscape.angles([shape(m) for m in wide[1:]], shape(wide[0]))
   expected = angles_by_hand(
       np.stack([flat(m) - flat(wide[0]) for m in wide[1:]])
   )
-  np.testing.assert_allclose(found, expected, atol=0.05)
+  np.testing.assert_allclose(angles, expected, atol=0.05)
 
 
 def test_models_that_do_not_fit_are_named():
@@ -293,7 +293,7 @@ def test_points_on_a_mesh(on_mesh):
   def loss_fn(params):
     return square(params)
 
-  found = landscape.line(
+  path = landscape.line(
       loss_fn,
       first,
       second,
@@ -303,7 +303,7 @@ def test_points_on_a_mesh(on_mesh):
       on_points=lambda *numbers: told.append(numbers),
   )
   expected = landscape.line(loss_fn, first, second, num=10)
-  np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-5)
+  np.testing.assert_allclose(path.loss, expected.loss, rtol=1e-5)
   assert told == [(8, 10), (10, 10)]
   with pytest.raises(ValueError, match='chunk_size is 6 and sharding'):
     landscape.line(square, first, second, chunk_size=6, sharding=sharding)
@@ -326,8 +326,8 @@ def test_line_where_transfers_are_forbidden():
   expected = landscape.line(square, first, second, 5)
   with jax.transfer_guard('disallow'):
     for chunk_size in (1, 2):
-      found = landscape.line(square, first, second, 5, chunk_size=chunk_size)
-      np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-6)
+      path = landscape.line(square, first, second, 5, chunk_size=chunk_size)
+      np.testing.assert_allclose(path.loss, expected.loss, rtol=1e-6)
 
 
 # Planes.
@@ -346,24 +346,24 @@ def test_plane_of_a_quadratic():
       jax.tree.map(lambda x: 0.3 * x, corners[2]),
   )
   outside = model(4)
-  found = landscape.plane(
+  plane = landscape.plane(
       square, *corners, others=[inside, outside], num=4, chunk_size=5
   )
   for params, point, off in zip(
-      [*corners, inside, outside], found.points, found.off
+      [*corners, inside, outside], plane.points, plane.off
   ):
     task = flat(params) - origin
     np.testing.assert_allclose(point, [task @ u, task @ v], atol=1e-4)
     expected = np.linalg.norm(task - task @ u * u - task @ v * v)
     np.testing.assert_allclose(off, expected, rtol=1e-4, atol=1e-4)
-  assert found.off[:4].tolist() == [0, 0, 0, 0] and found.off[4] > 1
+  assert plane.off[:4].tolist() == [0, 0, 0, 0] and plane.off[4] > 1
   expected = [
-      [np.sum((origin + x * u + y * v) ** 2) for x in found.x] for y in found.y
+      [np.sum((origin + x * u + y * v) ** 2) for x in plane.x] for y in plane.y
   ]
-  np.testing.assert_allclose(found.loss, expected, rtol=1e-4)
-  low, high = found.points.min(0), found.points.max(0)
+  np.testing.assert_allclose(plane.loss, expected, rtol=1e-4)
+  low, high = plane.points.min(0), plane.points.max(0)
   np.testing.assert_allclose(
-      [found.x[0], found.y[-1]],
+      [plane.x[0], plane.y[-1]],
       [low[0] - 0.25 * (high - low)[0], high[1] + 0.25 * (high - low)[1]],
   )
 
@@ -420,7 +420,7 @@ def test_theory_of_a_linear_softmax_model(t, beta):
   x, label, batches = batched_problem()
   rng = np.random.default_rng(0)
   first, second = rng.normal(size=(2, 5, 3)).astype(np.float32)
-  found = landscape.soup_minus_ensemble(
+  terms = landscape.soup_minus_ensemble(
       lambda params, batch: batch['x'] @ params,
       first,
       second,
@@ -431,11 +431,11 @@ def test_theory_of_a_linear_softmax_model(t, beta):
   logits = beta * x @ between(first, second, t)
   variance = variance_by_hand(logits, beta * x @ (second - first))
   assert variance > 0.5
-  assert found.variance == pytest.approx(variance, rel=1e-4)
-  assert found.curvature == pytest.approx(variance, rel=1e-4)
-  assert found.approximation == pytest.approx(0, abs=1e-4 * variance)
-  assert found.soup == pytest.approx(loss_by_hand(logits, label), rel=1e-5)
-  assert found.ensemble == pytest.approx(found.soup, rel=1e-5)
+  assert terms.variance == pytest.approx(variance, rel=1e-4)
+  assert terms.curvature == pytest.approx(variance, rel=1e-4)
+  assert terms.approximation == pytest.approx(0, abs=1e-4 * variance)
+  assert terms.soup == pytest.approx(loss_by_hand(logits, label), rel=1e-5)
+  assert terms.ensemble == pytest.approx(terms.soup, rel=1e-5)
 
 
 @pytest.mark.parametrize('t, beta', [(0.5, 1.0), (0.3, 2.0)])
@@ -444,7 +444,7 @@ def test_theory_is_exact_on_a_quadratic(t, beta):
   x, label, batches = batched_problem()
   rng = np.random.default_rng(1)
   first, second = rng.normal(size=(2, 5, 3)).astype(np.float32)
-  found = landscape.soup_minus_ensemble(
+  terms = landscape.soup_minus_ensemble(
       lambda params, batch: (batch['x'] @ params) ** 2,
       first,
       second,
@@ -460,11 +460,11 @@ def test_theory_is_exact_on_a_quadratic(t, beta):
   soup = -output(between(first, second, t))
   ensemble = -(1 - t) * output(first) - t * output(second)
   assert abs(soup - ensemble) > 0.5
-  assert found.soup == pytest.approx(soup, rel=1e-4)
-  assert found.ensemble == pytest.approx(ensemble, rel=1e-4)
-  assert found.approximation == pytest.approx(soup - ensemble, rel=1e-4)
+  assert terms.soup == pytest.approx(soup, rel=1e-4)
+  assert terms.ensemble == pytest.approx(ensemble, rel=1e-4)
+  assert terms.approximation == pytest.approx(soup - ensemble, rel=1e-4)
   # The whole of it is curvature: a linear loss does not bend.
-  assert found.variance == pytest.approx(0, abs=1e-6)
+  assert terms.variance == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize('t, beta', [(0.5, 1.0), (0.3, 2.0)])
@@ -472,7 +472,7 @@ def test_theory_of_a_network(t, beta):
   """The terms, each against NumPy, differences of second order among them."""
   x, label, batches = batched_problem()
   first, second = model(1), model(2)
-  found = landscape.soup_minus_ensemble(
+  terms = landscape.soup_minus_ensemble(
       logits_fn, first, second, batches, t=t, beta=beta
   )
   loss = lambda s: loss_by_hand(
@@ -483,13 +483,13 @@ def test_theory_of_a_network(t, beta):
   ends = network(first, x, beta), network(second, x, beta)
   ensemble = loss_by_hand((1 - t) * ends[0] + t * ends[1], label)
   soup = network(between(first, second, t), x, beta)
-  assert found.soup == pytest.approx(loss(t), rel=1e-5)
-  assert found.ensemble == pytest.approx(ensemble, rel=1e-5)
-  assert found.curvature == pytest.approx(curvature, rel=1e-3)
+  assert terms.soup == pytest.approx(loss(t), rel=1e-5)
+  assert terms.ensemble == pytest.approx(ensemble, rel=1e-5)
+  assert terms.curvature == pytest.approx(curvature, rel=1e-3)
   expected = variance_by_hand(soup, ends[1] - ends[0])
-  assert found.variance == pytest.approx(expected, rel=1e-4)
-  assert found.approximation == pytest.approx(
-      t * (1 - t) / 2 * (found.variance - found.curvature), rel=1e-6
+  assert terms.variance == pytest.approx(expected, rel=1e-4)
+  assert terms.approximation == pytest.approx(
+      t * (1 - t) / 2 * (terms.variance - terms.curvature), rel=1e-6
   )
 
 
@@ -503,9 +503,9 @@ def test_error_of_the_theory_is_of_fourth_order():
         jax.tree.map(lambda m, s, c=c: m + np.float32(c) * s, middle, step)
         for c in (-scale / 2, scale / 2)
     ]
-    found = landscape.soup_minus_ensemble(logits_fn, *ends, batches)
-    differences.append(found.soup - found.ensemble)
-    errors.append(found.approximation - differences[-1])
+    terms = landscape.soup_minus_ensemble(logits_fn, *ends, batches)
+    differences.append(terms.soup - terms.ensemble)
+    errors.append(terms.approximation - differences[-1])
   assert abs(errors[0]) > 1e-4
   assert 10 < errors[0] / errors[1] < 25
   assert 3 < differences[0] / differences[1] < 5
@@ -516,7 +516,7 @@ def test_theory_of_squared_loss():
   x, _, _ = batched_problem()
   batches = evaluation.batched({'x': x, 'y': x[:, :3]}, 4)
   first, second = model(1), model(2)
-  found = landscape.soup_minus_ensemble(
+  terms = landscape.soup_minus_ensemble(
       logits_fn,
       first,
       second,
@@ -525,7 +525,7 @@ def test_theory_of_squared_loss():
   )
   difference = network(second, x) - network(first, x)
   expected = np.mean((difference**2).sum(-1))
-  assert found.variance == pytest.approx(expected, rel=1e-4)
+  assert terms.variance == pytest.approx(expected, rel=1e-4)
 
 
 def test_theory_of_narrow_parameters():
@@ -555,16 +555,16 @@ def test_pairs():
   x, label, batches = batched_problem()
   theta_0, models = model(0), Counting(model(k) for k in range(1, 5))
   told = []
-  found = landscape.pairs(
+  pairs = landscape.pairs(
       models, theta_0, logits_fn, batches, on_pair=told.append
   )
-  assert told == found
-  assert [p.members for p in found] == [
+  assert told == pairs
+  assert [p.members for p in pairs] == [
       (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)
   ]  # fmt: skip
   models = list(models)
   right = lambda logits: np.mean(logits.argmax(-1) == label)
-  for pair in found:
+  for pair in pairs:
     first, second = (models[k] for k in pair.members)
     outputs = network(first, x), network(second, x)
     singles = [right(z) for z in outputs]
@@ -576,7 +576,7 @@ def test_pairs():
     expected = landscape.angle(theta_0, first, second)
     assert pair.angle == pytest.approx(expected, abs=1e-3)
   only = landscape.pairs(models, theta_0, logits_fn, batches, members=[(1, 3)])
-  assert only == [found[4]]
+  assert only == [pairs[4]]
 
 
 # Sharpness.
@@ -605,13 +605,13 @@ def test_sharpness_of_a_network():
   eigenvalues = np.linalg.eigvalsh(hessian(params, x, label))
   loss_fn = lambda params: loss_of(params, {'x': x, 'label': label}).mean()
   for fn in (loss_fn, evaluation.mean_of(loss_of, batches)):
-    found = landscape.sharpness(fn, params, tolerance=1e-4)
-    assert found.eigenvalue == pytest.approx(eigenvalues[-1], rel=1e-3)
-    assert found.error <= 1e-4 * found.eigenvalue
-    assert found.num_steps < len(eigenvalues)
+    sharpness = landscape.sharpness(fn, params, tolerance=1e-4)
+    assert sharpness.eigenvalue == pytest.approx(eigenvalues[-1], rel=1e-3)
+    assert sharpness.error <= 1e-4 * sharpness.eigenvalue
+    assert sharpness.num_steps < len(eigenvalues)
     # What the error promises: some eigenvalue is that near.
-    nearest = np.min(np.abs(eigenvalues - found.eigenvalue))
-    assert nearest <= found.error + 1e-4 * eigenvalues[-1]
+    nearest = np.min(np.abs(eigenvalues - sharpness.eigenvalue))
+    assert nearest <= sharpness.error + 1e-4 * eigenvalues[-1]
 
 
 def test_sharpness_is_the_largest_not_the_steepest_down():
@@ -620,32 +620,32 @@ def test_sharpness_is_the_largest_not_the_steepest_down():
   q, _ = np.linalg.qr(rng.normal(size=(3, 3)))
   matrix = (q * [-5.0, 1.0, 2.0] @ q.T).astype(np.float32)
   loss_fn = lambda w: 0.5 * w @ matrix @ w
-  found = landscape.sharpness(loss_fn, np.ones(3, np.float32))
-  assert found.eigenvalue == pytest.approx(2, rel=1e-3)
+  sharpness = landscape.sharpness(loss_fn, np.ones(3, np.float32))
+  assert sharpness.eigenvalue == pytest.approx(2, rel=1e-3)
 
 
 def test_sharpness_of_a_flat_loss():
-  found = landscape.sharpness(lambda w: 3 * w.sum(), np.ones(4, np.float32))
-  assert found == (0, 0, 1)
+  sharpness = landscape.sharpness(lambda w: 3 * w.sum(), np.ones(4, np.float32))
+  assert sharpness == (0, 0, 1)
 
 
 def test_sharpness_stops_and_tells_the_error():
   """After one step the error is large, and the bound holds."""
   values = np.linspace(1, 10, 40).astype(np.float32)
   loss_fn = lambda w: 0.5 * (values * w) @ w
-  found = landscape.sharpness(loss_fn, np.ones(40, 'f'), max_steps=2)
-  assert found.num_steps == 2 and found.error > 0.1
-  assert np.min(np.abs(values - found.eigenvalue)) <= found.error
-  found = landscape.sharpness(loss_fn, np.ones(40, 'f'), tolerance=1e-5)
-  assert found.eigenvalue == pytest.approx(10, rel=1e-4)
+  sharpness = landscape.sharpness(loss_fn, np.ones(40, 'f'), max_steps=2)
+  assert sharpness.num_steps == 2 and sharpness.error > 0.1
+  assert np.min(np.abs(values - sharpness.eigenvalue)) <= sharpness.error
+  sharpness = landscape.sharpness(loss_fn, np.ones(40, 'f'), tolerance=1e-5)
+  assert sharpness.eigenvalue == pytest.approx(10, rel=1e-4)
 
 
 def test_sharpness_of_narrow_and_integer_leaves():
   params = {'w': jnp.ones(3, jnp.bfloat16), 'step': np.int32(2)}
   weights = np.array([1.0, 2.0, 3.0], np.float32)
   loss_fn = lambda p: p['step'] * (weights * p['w']) @ p['w']
-  found = landscape.sharpness(loss_fn, params)
-  assert found.eigenvalue == pytest.approx(12, rel=1e-4)
+  sharpness = landscape.sharpness(loss_fn, params)
+  assert sharpness.eigenvalue == pytest.approx(12, rel=1e-4)
   with pytest.raises(ValueError, match='no floats'):
     landscape.sharpness(lambda p: 0.0, {'step': np.int32(2)})
 
@@ -654,8 +654,10 @@ def test_sharpness_on_a_mesh(on_mesh):
   values = np.arange(1, 9, dtype=np.float32)
   scale = on_mesh.put(values)
   params = on_mesh.put(np.ones(8, np.float32))
-  found = landscape.sharpness(lambda w: 0.5 * jnp.sum(scale * w * w), params)
-  assert found.eigenvalue == pytest.approx(8, rel=1e-3)
+  sharpness = landscape.sharpness(
+      lambda w: 0.5 * jnp.sum(scale * w * w), params
+  )
+  assert sharpness.eigenvalue == pytest.approx(8, rel=1e-3)
 
 
 def test_sharpness_where_transfers_are_forbidden():
@@ -687,9 +689,9 @@ def test_cka_does_not_see_rotations_and_permutations():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(30, 6))
   rotation, _ = np.linalg.qr(rng.normal(size=(6, 6)))
-  found = landscape.cka([x, 3 * x @ rotation + 1, x[:, ::-1], 0 * x])
-  np.testing.assert_allclose(found[:3, :3], 1, rtol=1e-6)
-  assert np.isnan(found[3]).all()
+  similarity = landscape.cka([x, 3 * x @ rotation + 1, x[:, ::-1], 0 * x])
+  np.testing.assert_allclose(similarity[:3, :3], 1, rtol=1e-6)
+  assert np.isnan(similarity[3]).all()
 
 
 def test_cka_of_different_examples_is_refused():
@@ -700,9 +702,9 @@ def test_cka_of_different_examples_is_refused():
 def test_lines_read_the_first_of_a_row_once():
   models = Counting(model(k) for k in range(4))
   members = [(0, 1), (0, 2), (2, 3)]
-  found = landscape.lines(square, models, members, num=5)
-  assert list(found) == members
+  paths = landscape.lines(square, models, members, num=5)
+  assert list(paths) == members
   assert models.reads == [1, 1, 2, 1]
-  for (i, j), path in found.items():
+  for (i, j), path in paths.items():
     expected = landscape.line(square, model(i), model(j), num=5)
     np.testing.assert_array_equal(path.loss, expected.loss)

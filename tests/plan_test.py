@@ -373,7 +373,7 @@ def test_a_stack_that_does_not_fit_streams():
   share = made.model_bytes / 4
   assert 5 * share < 2 / 3 * (streamed + resident) / 2 < 27 * share
   assert between['learned, resident'].note.endswith(
-      'streamed fits: stream=None takes that'
+      'streamed fits: stream=None does that'
   )
   between = rows_at((streamed + resident) // 2, 2)
   assert between['learned, resident'].note.endswith(

@@ -37,12 +37,12 @@ def grid(loss):
 
 
 def test_plane_shows_every_model_and_which_are_off(ax):
-  found = grid(np.arange(12.0).reshape(3, 4))
-  report.plane(ax, found, ['init', 'a', 'b', 'soup'], scale=100)
+  surface = grid(np.arange(12.0).reshape(3, 4))
+  report.plane(ax, surface, ['init', 'a', 'b', 'soup'], scale=100)
   drawn(ax)
   marks = [c for c in ax.collections if len(c.get_offsets()) == 1][-4:]
   np.testing.assert_allclose(
-      np.concatenate([c.get_offsets() for c in marks]), found.points
+      np.concatenate([c.get_offsets() for c in marks]), surface.points
   )
   faces = [c.get_facecolor()[0, :3].round(1).tolist() for c in marks]
   assert faces == [[1, 1, 1]] * 3 + [[0.6, 0.6, 0.6]]
@@ -108,8 +108,8 @@ def test_soups_against_ensembles(ax):
 
 
 def test_theory(ax):
-  found = landscape.SoupMinusEnsemble(0.2, 1.0, 0.7, 1.0, 2.6)
-  report.theory(ax, [found])
+  terms = landscape.SoupMinusEnsemble(0.2, 1.0, 0.7, 1.0, 2.6)
+  report.theory(ax, [terms])
   np.testing.assert_allclose(dots_of(drawn(ax)), [[0.3, 0.2]])
 
 
@@ -125,12 +125,12 @@ def test_growth(ax):
 
 
 def test_contributions(ax):
-  found = [
+  effects = [
       studies.Contribution('learning_rate', -0.8, 0.001, -0.5),
       studies.Contribution('mixup', 0.2, 0.4, float('nan')),
       studies.Contribution('fixed', float('nan'), float('nan'), float('nan')),
   ]
-  report.contributions(ax, found)
+  report.contributions(ax, effects)
   drawn(ax)
   names = [t.get_text() for t in ax.get_yticklabels()]
   # matplotlib counts from below: the strongest is on top.
@@ -145,11 +145,11 @@ def test_contributions(ax):
 
 
 def test_varied(ax):
-  found = [
+  groups = [
       studies.Varied('learning_rate', (0, 1), (1e-4, 1e-3), 0.8, 0.7, 0.9),
       studies.Varied('seed', (2, 3), (1, 2), 0.6, 0.5, 0.55),
   ]
-  report.varied(ax, found)
+  report.varied(ax, groups)
   drawn(ax)
   # Soups, then the best, then the mean; the first group is on top.
   expected = [[90, 1], [55, 0], [80, 1], [60, 0], [70, 1], [50, 0]]

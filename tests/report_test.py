@@ -161,16 +161,16 @@ def test_gains_by_another_metric_and_without_shifts():
   rows = [
       row._replace(shifts={}, gains={}, metric='matthews') for row in compared()
   ]
-  found = report.with_gains(
+  gained = report.with_gains(
       rows, part, label, metric=metrics.matthews, num_resamples=50
   )
-  gain = found[-1].gains['test']
+  gain = gained[-1].gains['test']
   expected = [
       sk.matthews_corrcoef(label['test'], logits[k]['test'].argmax(-1))
       for k in ('better', '00')
   ]
   assert gain.gain == pytest.approx(expected[0] - expected[1], abs=1e-5)
-  text = report.markdown(report.summary(found))
+  text = report.markdown(report.summary(gained))
   assert 'Scores: matthews' in text and 'test: paired bootstrap)' in text
   # GLUE has no shifts: no column of nothing.
   assert 'shifts' not in text and 'nan' not in text

@@ -65,12 +65,12 @@ def test_mcnemar_of_a_whole_validation_set():
     ],
 )
 def test_mcnemar_names_what_is_wrong(a, b):
-  with pytest.raises(ValueError, match=r'expected bool \[N\] of both'):
+  with pytest.raises(ValueError, match=r'expected bool \[N\] for both'):
     statistics.mcnemar(a, b)
 
 
 def scipy_interval(fn, *samples, num=4000):
-  found = stats.bootstrap(
+  result = stats.bootstrap(
       samples,
       fn,
       paired=True,
@@ -79,7 +79,7 @@ def scipy_interval(fn, *samples, num=4000):
       method='percentile',
       rng=np.random.default_rng(1),
   )
-  return found.confidence_interval
+  return result.confidence_interval
 
 
 @pytest.mark.parametrize('num', (30, 200))
@@ -100,12 +100,12 @@ def test_bootstrap_of_numbers_equals_scipy(rng):
   # As many different numbers as examples: rows are drawn, not values.
   a, b = rng.normal(size=80), rng.normal(0.2, size=80)
   got = statistics.paired_bootstrap(None, a, b, level=0.9)
-  found = stats.bootstrap(
+  interval = stats.bootstrap(
       (a - b,), np.mean, confidence_level=0.9, method='percentile', rng=rng
   ).confidence_interval
-  width = found.high - found.low
-  assert got.low == pytest.approx(found.low, abs=0.05 * width)
-  assert got.high == pytest.approx(found.high, abs=0.05 * width)
+  width = interval.high - interval.low
+  assert got.low == pytest.approx(interval.low, abs=0.05 * width)
+  assert got.high == pytest.approx(interval.high, abs=0.05 * width)
   assert got.level == 0.9
 
 
@@ -185,11 +185,11 @@ def coverage(draw, truth, num_draws=300, **options):
   held, significant = [], []
   for seed in range(num_draws):
     a, b, label = draw(np.random.default_rng(seed))
-    found = statistics.paired_bootstrap(
+    comparison = statistics.paired_bootstrap(
         None, a, b, label=label, num_resamples=500, seed=seed, **options
     )
-    held.append(found.low <= truth <= found.high)
-    significant.append(found.is_significant)
+    held.append(comparison.low <= truth <= comparison.high)
+    significant.append(comparison.is_significant)
   return np.mean(held), np.mean(significant)
 
 
@@ -398,9 +398,9 @@ def test_selection_is_optimistic():
 
 def test_optimism_names_what_is_wrong():
   one = statistics.Comparison(0.1, 0.0, 0.2, 0.05)
-  with pytest.raises(ValueError, match='two Comparisons of one level'):
+  with pytest.raises(ValueError, match='two Comparisons of the same level'):
     statistics.optimism(one, 0.1)
-  with pytest.raises(ValueError, match='two Comparisons of one level'):
+  with pytest.raises(ValueError, match='two Comparisons of the same level'):
     statistics.optimism(one, one._replace(level=0.9))
   with pytest.raises(ValueError, match=r'shapes \[2\] and \[3\]'):
     statistics.optimism([0.1, 0.2], [0.1, 0.2, 0.3])
@@ -499,7 +499,7 @@ def test_split_is_disjoint_and_recorded():
   again = statistics.split(110, sizes, seed=3, record=stored)
   for name in sizes:
     np.testing.assert_array_equal(rows[name], again.rows[name])
-  with pytest.raises(ValueError, match='the record .* take the arguments'):
+  with pytest.raises(ValueError, match='the record .* pass the arguments'):
     statistics.split(110, sizes, seed=4, record=stored)
   # The hash is of the rows, not of the arguments.
   with pytest.raises(ValueError, match='the record'):
@@ -645,11 +645,11 @@ def test_splits_of_the_same_examples_reject_no_more_than_one():
 
 def test_a_clear_gain_stays_one_over_splits():
   one = statistics.Comparison(0.1, 0.05, 0.15, p_value=0.001, num=100)
-  found = statistics.over_splits([one] * 5)
+  mean = statistics.over_splits([one] * 5)
   # Splits that agree say no more than one of them.
-  assert (found.gain, found.low, found.high) == pytest.approx((0.1, 0.05, 0.15))
+  assert (mean.gain, mean.low, mean.high) == pytest.approx((0.1, 0.05, 0.15))
   z = 0.1 / (0.05 / stats.norm.ppf(0.975))
-  assert found.p_value == pytest.approx(2 * stats.norm.sf(z))
+  assert mean.p_value == pytest.approx(2 * stats.norm.sf(z))
   # Where they differ, that adds.
   other = one._replace(gain=0.0, low=-0.05, high=0.05)
   mixed = statistics.over_splits([one, other])
@@ -658,5 +658,5 @@ def test_a_clear_gain_stays_one_over_splits():
   assert not mixed.is_significant
   same = statistics.Comparison(0.0, 0.0, 0.0, p_value=1.0)
   assert statistics.over_splits([same, same]).p_value == 1.0
-  with pytest.raises(ValueError, match='There is no gain'):
+  with pytest.raises(ValueError, match='gains is empty'):
     statistics.over_splits([])

@@ -56,17 +56,17 @@ def test_growth_of_recipes():
       MODELS, held_out, studies.soup_scores(MODELS, report), scores=log
   )
   steps = []
-  found = studies.growth(
+  grown = studies.growth(
       curves, 5, num_orders=4, seed=3, on_step=lambda *x: steps.append(x)
   )
   assert steps == [(n, 20) for n in range(1, 21)]
-  assert found.nums.tolist() == [1, 2, 3, 4, 5]
+  assert grown.nums.tolist() == [1, 2, 3, 4, 5]
   by_held_out = lambda members: -abs(mean(members) - 1.0)
   reported = lambda members: -abs(mean(members) - 1.2)
   rng = np.random.default_rng(3)
   for row in range(4):
     order = rng.permutation(5).tolist()
-    for column, num in enumerate(found.nums):
+    for column, num in enumerate(grown.nums):
       members = order[:num]
       best = max(members, key=lambda k: by_held_out((k,)))
       expected = {
@@ -74,12 +74,12 @@ def test_growth_of_recipes():
           'uniform': reported(members),
           'greedy': reported(greedy_by_hand(members, by_held_out)),
       }
-      actual = {k: x[row, column] for k, x in found.scores.items()}
+      actual = {k: x[row, column] for k, x in grown.scores.items()}
       assert actual == pytest.approx(expected, abs=1e-6)
   # No candidate is scored twice, in whatever order it comes up.
   assert len(held_out.asked) == len(log)
   # All orders end with all models.
-  assert np.ptp(found.scores['greedy'][:, -1]) == 0
+  assert np.ptp(grown.scores['greedy'][:, -1]) == 0
 
 
 def test_growth_of_calibration():
@@ -90,10 +90,10 @@ def test_growth_of_calibration():
   logits = logits.astype(np.float32)
   ece = functools.partial(metrics.expected_calibration_error, labels=label)
   curves = {'ensemble': lambda m: ece(logits[list(m)].mean(0))}
-  found = studies.growth(curves, 6, nums=[1, 6], num_orders=3)
-  assert found.scores['ensemble'].shape == (3, 2)
+  grown = studies.growth(curves, 6, nums=[1, 6], num_orders=3)
+  assert grown.scores['ensemble'].shape == (3, 2)
   expected = float(ece(logits.mean(0)))
-  np.testing.assert_allclose(found.scores['ensemble'][:, 1], expected)
+  np.testing.assert_allclose(grown.scores['ensemble'][:, 1], expected)
 
 
 def test_growth_refuses_numbers_of_models_that_are_not_there():
@@ -141,9 +141,9 @@ def test_groups_that_vary_one_hyper_parameter():
 
 def test_one_varied():
   score_fn = studies.soup_scores(MODELS, Counted(1.0))
-  found = {x.name: x for x in studies.one_varied(CONFIGS, score_fn)}
+  varied = {x.name: x for x in studies.one_varied(CONFIGS, score_fn)}
   singles = [-abs(x - 1) for x in VALUES]
-  assert found['mixup'] == (
+  assert varied['mixup'] == (
       'mixup',
       (2, 3),
       (0.0, 0.5),
@@ -151,7 +151,7 @@ def test_one_varied():
       np.mean(singles[2:4]),
       -0.75,
   )
-  assert found['aug'].values == ('none', 'strong')
+  assert varied['aug'].values == ('none', 'strong')
 
 
 def ranks(x):
@@ -175,10 +175,10 @@ def test_contributions():
   noise = rng.normal(size=30)
   scores = [0.3 * np.log10(c['lr']) + 0.05 * n for c, n in zip(configs, noise)]
   frequency = [c['decay'] for c in configs]
-  found = studies.contributions(configs, scores, frequency)
-  assert [c.name for c in found][0] == 'lr' and found[-1].name == 'fixed'
-  assert {c.name for c in found} == {'lr', 'on', 'decay', 'fixed'}
-  for c in found[:-1]:
+  rows = studies.contributions(configs, scores, frequency)
+  assert [c.name for c in rows][0] == 'lr' and rows[-1].name == 'fixed'
+  assert {c.name for c in rows} == {'lr', 'on', 'decay', 'fixed'}
+  for c in rows[:-1]:
     values = [config[c.name] for config in configs]
     expected = np.corrcoef(ranks(values), ranks(scores))[0, 1]
     assert c.correlation == pytest.approx(expected)
@@ -188,7 +188,7 @@ def test_contributions():
     r = c.correlation
     t = abs(r) * np.sqrt(28 / (1 - r**2))
     assert c.p_value == pytest.approx(2 * stats.t.sf(t, 28))
-  assert np.isnan(found[-1].correlation)
+  assert np.isnan(rows[-1].correlation)
   again = studies.contributions(configs, scores, ignore=())
   assert {c.name for c in again} == {'lr', 'on', 'decay', 'fixed', 'seed'}
   assert all(np.isnan(c.inclusion) for c in again)
@@ -205,13 +205,13 @@ def test_wise_ft():
       'shift': lambda params: -((params['w'] + 1) ** 2),
   }
   models = {'single': MODELS[0], 'soup': jaxsoup.uniform(MODELS).params}
-  found = studies.wise_ft({'w': np.float32(-1)}, models, score_fns, num=5)
+  curves = studies.wise_ft({'w': np.float32(-1)}, models, score_fns, num=5)
   for name, params in models.items():
-    t = found[name].t
+    t = curves[name].t
     w = (1 - t) * -1 + t * float(params['w'])
     np.testing.assert_allclose(
-        found[name].scores['test'], -((w - 1) ** 2), 1e-5
+        curves[name].scores['test'], -((w - 1) ** 2), 1e-5
     )
     np.testing.assert_allclose(
-        found[name].scores['shift'], -((w + 1) ** 2), 1e-5, atol=1e-6
+        curves[name].scores['shift'], -((w + 1) ** 2), 1e-5, atol=1e-6
     )

@@ -52,17 +52,17 @@ def wordpiece(string):
     string = string.replace(mark, f' {mark} ')
   ids = []
   for word in string.split():
-    found, start = [], 0
+    word_ids, start = [], 0
     while start < len(word):
       ends = range(len(word), start, -1)
       pieces = [('##' if start else '') + word[start:end] for end in ends]
       piece = next((p for p in pieces if p in ID), None)
       if piece is None:
-        found = [ID['[UNK]']]
+        word_ids = [ID['[UNK]']]
         break
-      found.append(ID[piece])
+      word_ids.append(ID[piece])
       start += len(piece.removeprefix('##'))
-    ids += found
+    ids += word_ids
   return ids
 
 
@@ -141,11 +141,13 @@ def test_a_json_file_s_own_length_and_padding_are_not_used(vocabulary):
 
 
 def test_errors(vocabulary, tmp_path):
-  with pytest.raises(ValueError, match='length 3 leaves no token'):
+  with pytest.raises(ValueError, match='length is 3, and .* special tokens'):
     text.tokenizer(vocabulary, 3)
   with pytest.raises(ValueError, match='2 texts, but 1 second'):
     text.tokenizer(vocabulary, 8)(['a', 'a'], ['a'])
-  with pytest.raises(FileNotFoundError, match='nowhere is not there, nor tok'):
+  with pytest.raises(
+      FileNotFoundError, match='nowhere does not exist: expected tok'
+  ):
     text.tokenizer(tmp_path / 'nowhere', 8)
   (tmp_path / 'empty').mkdir()
   with pytest.raises(FileNotFoundError, match='empty has none of tokenizer.js'):
@@ -154,7 +156,7 @@ def test_errors(vocabulary, tmp_path):
   with pytest.raises(ValueError, match='bpe is not a tokenizer.json'):
     text.tokenizer(tmp_path / 'merges.bpe', 8)
   vocabulary.write_text('[UNK]\n[CLS]\n[SEP]\n')
-  with pytest.raises(ValueError, match=r'has no \[PAD\] and no <pad>'):
+  with pytest.raises(ValueError, match=r'no padding token, \[PAD\] or <pad>'):
     text.tokenizer(vocabulary, 8)
 
 

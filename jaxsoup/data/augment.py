@@ -184,7 +184,7 @@ def rand(
   Every image draws its own. Rotations reach 30 degrees either way, slants 0.3,
   shifts 0.45 of a side, the four blends a factor of 1 +- 0.9, solarizing
   inverts what lies above 1 - strength, posterizing drops up to 4 bits; the last
-  two operations have no strength of their own. Uncovered pixels become grey.
+  two operations have no strength. Uncovered pixels become grey.
 
   Args:
     key: jax key.

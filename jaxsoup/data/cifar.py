@@ -67,7 +67,7 @@ def splits(
     `image` float32 [N, 32, 32, 3] in 0..1 and `label` int32 [N], in memory.
 
   Raises:
-    FileNotFoundError: a set is not there; it says what to do.
+    FileNotFoundError: a set is missing; the message says what to do.
     ValueError: there is no such number of classes or shift.
   """
   if num_classes not in FILES:
@@ -99,7 +99,7 @@ def read(
   """Images and labels of the binary version.
 
   A record is the label (of CIFAR-100 the coarse label, then the fine one, which
-  is taken), then 1024 bytes of red, of green, of blue, row by row.
+  is used), then 1024 bytes of red, of green, of blue, row by row.
 
   Args:
     num_classes: 10 or 100.
@@ -111,7 +111,7 @@ def read(
 
   Raises:
     FileNotFoundError: a file is missing.
-    ValueError: a file holds no whole number of records, or a wrong label.
+    ValueError: a file is not a whole number of records, or has a wrong label.
   """
   num_labels = NUM_LABELS[num_classes]
   size = num_labels + NUM_BYTES
@@ -120,22 +120,22 @@ def read(
     file = pathlib.Path(folder) / name
     if not file.is_file():
       raise FileNotFoundError(
-          f'No {file}: unpack cifar-{num_classes}-binary.tar.gz, and pass the '
-          f'folder that holds {name}.'
+          f'{file} does not exist: unpack cifar-{num_classes}-binary.tar.gz, '
+          f'and pass the folder that holds {name}.'
       )
     data = np.fromfile(file, np.uint8)
     if not len(data) or len(data) % size:
       raise ValueError(
-          f'{file} has {len(data)} bytes, no multiple of {size}: it is not of '
-          f'the binary version of CIFAR-{num_classes}, or cut short.'
+          f'{file} has {len(data)} bytes, which is not a multiple of {size}: '
+          f'it is not the binary version of CIFAR-{num_classes}, or truncated.'
       )
     parts.append(data.reshape(-1, size))
   records = np.concatenate(parts)
   label = records[:, num_labels - 1].astype(np.int32)
   if label.max() >= num_classes:
     raise ValueError(
-        f'{folder} has the label {label.max()}, CIFAR-{num_classes} only 0 to '
-        f'{num_classes - 1}: it is another set.'
+        f'{folder} has the label {label.max()}, but CIFAR-{num_classes} only '
+        f'0 to {num_classes - 1}: pass the folder of CIFAR-{num_classes}.'
     )
   image = records[:, num_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
   return sources.Arrays({'image': _scaled(image), 'label': label})

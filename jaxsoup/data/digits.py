@@ -26,7 +26,7 @@ def load(seed: int, sizes: Mapping[str, int]) -> dict[str, Dataset]:
 
   Raises:
     ImportError: scikit-learn is not installed.
-    ValueError: more examples are asked for than there are.
+    ValueError: sizes ask for more examples than there are.
 
   Example:
     >>> load(0, dict(train=100, test=50))['test']['image'].shape
@@ -39,8 +39,8 @@ def load(seed: int, sizes: Mapping[str, int]) -> dict[str, Dataset]:
   num_examples, num_wanted = len(full['label']), sum(sizes.values())
   if num_wanted > num_examples:
     raise ValueError(
-        f'sizes {dict(sizes)} ask for {num_wanted} examples, the digits are '
-        f'{num_examples}: make a set smaller.'
+        f'sizes {dict(sizes)} ask for {num_wanted} examples, but there are '
+        f'{num_examples} digits: make a set smaller.'
     )
   order = np.random.default_rng(seed).permutation(num_examples)
   ends = np.cumsum(list(sizes.values()))

@@ -72,8 +72,8 @@ def load(folder: Folder = FOLDER) -> dict[str, Dataset]:
     0..1, and `label`, int32 [N], an index of `CLASSES`.
 
   Raises:
-    FileNotFoundError: a file is missing; says how to get it.
-    ValueError: a file is not what its name says.
+    FileNotFoundError: a file is missing; the message says how to get it.
+    ValueError: the content of a file does not fit its name.
 
   Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST: a Novel Image Dataset for
   Benchmarking Machine Learning Algorithms", 2017.
@@ -108,7 +108,7 @@ def splits(
 
   Raises:
     FileNotFoundError: see `load`.
-    ValueError: more examples are asked for than there are; an unknown shift or
+    ValueError: sizes ask for more examples than there are; an unknown shift or
       set.
   """
   drawn = _drawn(folder, sizes, seed)
@@ -136,8 +136,8 @@ def _drawn(
   known = {'train', 'held_out', 'pretrain', 'test'}
   if not {'train', 'held_out', 'test'} <= sizes.keys() <= known:
     raise ValueError(
-        f'sizes has {sorted(sizes)}: give train, held_out and test, and '
-        'perhaps pretrain.'
+        f'sizes has the keys {sorted(sizes)}: expected train, held_out, test, '
+        'and optionally pretrain.'
     )
   drawn = {}
   for part, (_, num_examples) in _PARTS.items():
@@ -146,7 +146,7 @@ def _drawn(
     }
     if sum(of_part.values()) > num_examples:
       raise ValueError(
-          f'sizes {of_part} ask for {sum(of_part.values())} examples, the '
+          f'sizes {of_part} ask for {sum(of_part.values())} examples, but the '
           f'{part} split has {num_examples}: make a set smaller.'
       )
     data = _read(folder, part)
@@ -170,8 +170,8 @@ def _scaled(data: Dataset) -> Dataset:
 def _read(folder: Folder, part: str) -> Dataset:
   """`image`, uint8 [N, 28, 28, 1], and `label`, integers [N]."""
   if folder is None:
-    found = tfds.source('fashion_mnist', part, lambda record, rng: record)
-    return sources.in_memory(found).arrays
+    source = tfds.source('fashion_mnist', part, lambda record, rng: record)
+    return sources.in_memory(source).arrays
   prefix, num_examples = _PARTS[part]
   folder = pathlib.Path(folder)
   image = _read_idx(folder / f'{prefix}-images-idx3-ubyte', (28, 28))
@@ -179,7 +179,7 @@ def _read(folder: Folder, part: str) -> Dataset:
   if not len(image) == len(label) == num_examples:
     raise ValueError(
         f'{folder} has {len(image)} images and {len(label)} labels of the '
-        f'{part} split, which has {num_examples}: get the files again.'
+        f'{part} split, which has {num_examples}: download the files again.'
     )
   return {'image': image[..., None], 'label': label}
 
@@ -193,9 +193,9 @@ def _read_idx(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
     content = path.read_bytes()
   else:
     raise FileNotFoundError(
-        f'{path.parent} has no {path.name} and no {zipped.name}: get the files '
-        'with `apt-get install dataset-fashion-mnist` and give '
-        f'{FOLDER}, or give None to have TFDS download them.'
+        f'{path.parent} has no {path.name} and no {zipped.name}: install them '
+        'with `apt-get install dataset-fashion-mnist` and pass '
+        f'{FOLDER}, or pass None to let TFDS download them.'
     )
   num_dims = 1 + len(shape)
   start = 4 * (1 + num_dims)
@@ -203,7 +203,8 @@ def _read_idx(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
   expected = [_MAGIC[num_dims], *header[1:2], *shape]
   if header != expected or len(content) != start + np.prod(header[1:]):
     raise ValueError(
-        f'{path} begins with {header} and has {len(content)} bytes: it is no '
-        f'file of bytes [{", ".join(map(str, ("N", *shape)))}]; get it again.'
+        f'{path} starts with {header} and has {len(content)} bytes: it is not '
+        f'an idx file of bytes [{", ".join(map(str, ("N", *shape)))}]. '
+        'Download it again.'
     )
   return np.frombuffer(content, np.uint8, offset=start).reshape(header[1:])

@@ -35,7 +35,7 @@ Tokenize = Callable[
 
 
 class Task(NamedTuple):
-  """What there is to know of a task.
+  """A task of GLUE.
 
   Attributes:
     folder: its name among GLUE's files.
@@ -43,7 +43,7 @@ class Task(NamedTuple):
     labels: their names by number; T5 was trained to write them.
     metric: what GLUE reports, by its name in a config.
     fields: which columns of the files have the texts and the label.
-    header: of files that have none.
+    header: for files without one.
   """
 
   folder: str
@@ -115,12 +115,13 @@ def read(
 
   Raises:
     FileNotFoundError: the files are not there.
-    ValueError: no such task or split, or a line is not as it should be.
+    ValueError: no such task or split, or a malformed line.
   """
   if task not in TASKS or split not in ('train', 'validation'):
     raise ValueError(
-        f'There is no {task!r}, {split!r} here: choose a task of {list(TASKS)} '
-        "and 'train' or 'validation'; GLUE's test labels are secret."
+        f'There is no task {task!r} with split {split!r}: choose a task of '
+        f"{list(TASKS)}, and 'train' or 'validation' (GLUE's test labels are "
+        'secret).'
     )
   if folder is not None:
     return _read_files(TASKS[task], split, pathlib.Path(folder))
@@ -157,13 +158,13 @@ def splits(
       see `prefixed`.
 
   Returns:
-    `train` and `held_out`, both of the training set, without examples that
-    are there twice or in the validation set; that as `test`; and the rule of
-    the held-out set, with the number of those `dropped`.
+    `train` and `held_out`, both of the training set, without duplicates and
+    examples of the validation set; the validation set as `test`; and the rule
+    of the held-out set, with the number of examples `dropped`.
 
   Raises:
     FileNotFoundError: the files are not there.
-    ValueError: there is no such task, or a line is not as it should be.
+    ValueError: no such task, or a malformed line.
   """
   parts = {}
   for split in ('train', 'validation'):
@@ -189,8 +190,8 @@ def splits(
 def _apart(train: Mapping[str, Any], test: Mapping[str, Any]) -> np.ndarray:
   """Rows of the training set that a model sees once, and not in the test set.
 
-  Some sentences of SST-2 are there several times: one that trains must not
-  choose or report as well.
+  Some sentences of SST-2 appear several times: one that trains must not choose
+  or report as well.
   """
 
   def keys(arrays):
@@ -237,9 +238,9 @@ def _read_files(task: Task, split: str, folder: pathlib.Path) -> Texts:
   file = folder / task.folder / f'{stem}.tsv'
   if not file.is_file():
     raise FileNotFoundError(
-        f'No {file}: unpack the files of gluebenchmark.com/tasks into '
-        f'{folder}, so that {task.folder}/train.tsv and {task.folder}/dev.tsv '
-        'are there.'
+        f'{file} does not exist: unpack the files of gluebenchmark.com/tasks '
+        f'into {folder}, so that it holds {task.folder}/train.tsv and '
+        f'{task.folder}/dev.tsv.'
     )
   # The files quote nothing, and quotation marks are part of the texts.
   with file.open(encoding='utf-8-sig', newline='') as stream:
@@ -248,8 +249,8 @@ def _read_files(task: Task, split: str, folder: pathlib.Path) -> Texts:
   missing = [field for field in task.fields if field not in header]
   if missing:
     raise ValueError(
-        f'{file} has no column {missing[0]!r} among {header}: is it the file '
-        'of GLUE?'
+        f'{file} has no column {missing[0]!r}, only {header}: check that it is '
+        'the file of GLUE.'
     )
   places = [header.index(field) for field in task.fields]
   return _texts(
@@ -263,15 +264,15 @@ def _parsed(
 ) -> tuple[list[str], int]:
   if len(row) <= max(places):
     raise ValueError(
-        f'{where} has {len(row)} columns, and should have at least '
-        f'{max(places) + 1}: fetch the file again.'
+        f'{where} has {len(row)} columns, expected at least '
+        f'{max(places) + 1}: download the file again.'
     )
   *texts, label = (row[place] for place in places)
   names = {**{name: i for i, name in enumerate(task.labels)}, '0': 0, '1': 1}
   if label not in names:
     raise ValueError(
-        f'{where} has the label {label!r}, which is none of {sorted(names)}: '
-        'fetch the file again.'
+        f'{where} has the label {label!r}, expected one of {sorted(names)}: '
+        'download the file again.'
     )
   return texts, names[label]
 

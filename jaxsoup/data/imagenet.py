@@ -9,7 +9,7 @@ logits = splits.views['ImageNet-R'](logits)   # [N, 1000] -> [N, 200]
 ```
 
 Sets come from TFDS, or from folders with one folder a class. What has to be
-fetched by hand, after registration at image-net.org, goes to the folder
+downloaded by hand, after registration at image-net.org, goes to the folder
 `downloads/manual` of TFDS's own:
 
 *   `ILSVRC2012_img_train.tar`, `ILSVRC2012_img_val.tar`: ImageNet; the second
@@ -164,7 +164,7 @@ def decoded(image: Any) -> Any:
   from PIL import Image
 
   if isinstance(image, np.ndarray):
-    # Grey images of TFDS have a channel of their own.
+    # Grey images of TFDS have one channel.
     image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
   elif isinstance(image, bytes):
     image = Image.open(io.BytesIO(image))
@@ -201,7 +201,7 @@ class Shift(NamedTuple):
     name: of TFDS.
     split: of TFDS.
     label: its feature; a sequence if `is_several`.
-    classes: those of its own, in the order of their labels here; None for all.
+    classes: its subset of the classes, in the order of its labels; None: all.
     is_several: whether an image may have several right labels, or none that is
       known: those are left out.
     flag: the feature that marks an image that is left out.
@@ -266,7 +266,7 @@ def splits(
     share: of the training set that is held out.
     seed: of what is held out.
     labels: int [N] of the training set in the order of TFDS's records, see
-      `train_labels`: a share of each class is held out. Folders know theirs.
+      `train_labels`: a share of each class is held out. Folders need none.
     num_threads: see `sources.Examples`.
 
   Returns:
@@ -276,14 +276,14 @@ def splits(
     right.
 
   Raises:
-    FileNotFoundError: a set is not there; it says what to do.
+    FileNotFoundError: a set is missing; the message says what to do.
     ValueError: no shift has such a name, or a folder has too many classes.
   """
   folders = dict(folders or {})
   known = {'train', 'validation', *SHIFTS}
   unknown = sorted({*shifts, *folders} - known)
   if unknown:
-    raise ValueError(f'No set {unknown[0]!r}: choose among {sorted(known)}.')
+    raise ValueError(f'No set {unknown[0]!r}: choose from {sorted(known)}.')
   options = dict(data_dir=data_dir, num_threads=num_threads)
   train, held_out, rule = _train(
       pixels, folders.get('train'), share, seed, labels, options
@@ -345,7 +345,7 @@ def _train(
   if folder is not None:
     num_threads = options['num_threads']
     files = _folder(folder, train_fn, None, num_threads)
-    # The files are looked for once.
+    # The folder is listed once.
     again = sources.Examples(
         files.records, held_out_fn, num_threads=num_threads
     )
@@ -358,7 +358,7 @@ def _train(
   num = 0 if labels is None else len(labels)
   if labels is None or num != len(both[0]):
     raise ValueError(
-        f'{num} labels for {len(both[0])} training images: make '
+        f'There are {num} labels for {len(both[0])} training images: compute '
         'them again with `train_labels`.'
     )
   held_out = sources.held_out_rows(labels, share, seed)
@@ -377,7 +377,7 @@ def _consecutive(
     options: dict[str, Any],
 ) -> tuple[Any, Any, dict[str, Any]]:
   count = round(share * NUM_TRAIN)
-  # TFDS knows no empty slices: something is left on either side.
+  # TFDS rejects empty slices: something is left on either side.
   first = int(np.random.default_rng(seed).integers(1, NUM_TRAIN - count))
   chosen = f'train[{first}:{first + count}]'
   rest = f'train[:{first}]+train[{first + count}:]'
@@ -408,8 +408,8 @@ def _shift(
   if folder is not None:
     if shift.is_several:
       raise ValueError(
-          f'A folder has one label an image, {shift.name} several: read it '
-          'from TFDS.'
+          f'A folder has one label per image, but {shift.name} has several: '
+          'read it from TFDS.'
       )
     own_fn = functools.partial(_example, pixels, _own_label)
     return _folder(folder, own_fn, shift.classes, options['num_threads'])
@@ -552,8 +552,8 @@ def _objectnet_classes(mappings: pathlib.Path) -> dict[str, list[int]]:
     file = mappings / name
     if not file.is_file():
       raise FileNotFoundError(
-          f'No {file}: unpack objectnet-1.0.zip of objectnet.dev, and pass '
-          'the folder that holds `images` and `mappings`.'
+          f'{file} does not exist: unpack objectnet-1.0.zip of objectnet.dev, '
+          'and pass the folder that holds `images` and `mappings`.'
       )
     return file.read_text()
 

@@ -1,4 +1,4 @@
-"""Made-up texts in the form of GLUE: to try an experiment without its data.
+"""Synthetic texts in the format of GLUE, to try an experiment without data.
 
 ```
 made_up.glue(folder, 'mrpc', sizes=dict(train=200, dev=80), seed=0)
@@ -7,8 +7,8 @@ splits = glue.splits('mrpc', tokenize, folder=folder)
 ```
 
 Half of the words speak for one label and half for the other, and seven in ten
-words of a text are those of its label. What a model reaches on them says that
-the code runs, and nothing else.
+words of a text are those of its label. Scores on them show that the code runs,
+and nothing else.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def glue(
   """Writes the files of a task as `jaxsoup.data.glue` reads them.
 
   Args:
-    folder: in which `MRPC/train.tsv` and so on come to lie.
+    folder: where `MRPC/train.tsv` and so on are written.
     task: a key of `jaxsoup.data.glue.TASKS`.
     sizes: number of examples of 'train' and of 'dev'.
     seed: decides the texts.

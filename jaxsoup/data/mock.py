@@ -1,4 +1,4 @@
-"""Small folders of random images: experiments whose data are elsewhere.
+"""Small folders of random images, to try an experiment without its data.
 
 ```
 path = mock.folders(
@@ -25,8 +25,8 @@ def folders(
 ) -> dict[str, str]:
   """Writes sets of images, each with one folder a class.
 
-  An image is the pattern of its class, alike in all sets, and noise, so that
-  there is something to learn.
+  An image is the pattern of its class, the same in all sets, plus noise, so
+  that there is something to learn.
 
   Args:
     root: a folder, made where it is not there.

@@ -6,7 +6,7 @@ flat = pixels.equalize(image)
 ```
 
 An image is [H, W, C] with pixels in 0..1, 255 steps of which are the grey
-levels that some of them count. Every argument beside the image may be traced.
+levels that some of them count. Every argument but the image may be traced.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Images as a pre-trained model wants them: its size, channels and units.
+"""Images as a pre-trained model expects them: size, channels and units.
 
 ```
 image = preparation.prepare(image, (56, 56, 3))  # [N, 28, 28, 1] in 0..1
@@ -49,7 +49,7 @@ def prepare(
     float32 `[N, *image_shape]`.
 
   Raises:
-    ValueError: the channels are neither one nor as many as are wanted.
+    ValueError: the images have neither one channel nor those of image_shape.
 
   Example:
     >>> prepare(jnp.ones((2, 28, 28, 1)), (42, 42, 3)).shape
@@ -58,8 +58,8 @@ def prepare(
   height, width, num_channels = image_shape
   if image.shape[-1] not in (1, num_channels):
     raise ValueError(
-        f'Images of {image.shape[-1]} channels cannot have {num_channels}: '
-        'give grey ones, or make the model for their channels.'
+        f'Images have {image.shape[-1]} channels, but image_shape asks for '
+        f'{num_channels}: expected {num_channels} or 1.'
     )
   shape = (len(image), height, width, image.shape[-1])
   image = jnp.asarray(image, jnp.float32)

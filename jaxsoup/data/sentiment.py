@@ -47,7 +47,7 @@ SETS = {
 def load(
     path: str | os.PathLike[str], *, band: float = 0.5
 ) -> dict[str, Dataset]:
-  """Reads the four sets; what people found neutral is left out.
+  """Reads the four sets, without the sentences that people rated neutral.
 
   The ratings are means over ten people or more, from -4 to 4, and a sentence
   whose rating is near 0 is as often neutral as undecided. Without the band of
@@ -66,24 +66,25 @@ def load(
     and `review`, int32 [N]: sentences of one review have the same number.
 
   Raises:
-    FileNotFoundError: there are no such files; says how to get them.
+    FileNotFoundError: there are no such files; the message says how to get
+      them.
     ValueError: a line is not an id, a rating and a text.
 
   Source: Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for
   Sentiment Analysis of Social Media Text", ICWSM 2014.
   """
   files = dict(_files(pathlib.Path(path)))
-  found = {}
+  sets = {}
   for name, prefix in SETS.items():
     file = f'{prefix}_GroundTruth.txt'
     if file in files:
-      found[name] = _parse(files[file], file, band)
-  if 'movies' not in found:
+      sets[name] = _parse(files[file], file, band)
+  if 'movies' not in sets:
     raise FileNotFoundError(
-        f'{path} has no {SETS["movies"]}_GroundTruth.txt: get the file with '
-        f'`{PIP}`, and give the path of what pip saved.'
+        f'{path} has no {SETS["movies"]}_GroundTruth.txt: download it with '
+        f'`{PIP}`, and pass the path of the file that pip saved.'
     )
-  return found
+  return sets
 
 
 def splits(
@@ -94,9 +95,9 @@ def splits(
 ) -> sources.Splits:
   """Movie reviews to train, select and test on; the other sets as shifts.
 
-  A text that is there twice counts once, and sentences of one review never lie
-  in two sets. The ids of the movie snippets do not say of which review they
-  are: two of one film may be on both sides.
+  Duplicate texts count once, and sentences of one review are never in two sets.
+  The ids of the movie snippets do not name their review: two of one film may be
+  in different sets.
 
   Args:
     path: see `load`.
@@ -109,7 +110,7 @@ def splits(
 
   Raises:
     FileNotFoundError: see `load`.
-    ValueError: more examples are asked for than there are.
+    ValueError: sizes ask for more examples than there are.
   """
   data = {name: unique(x) for name, x in load(path).items()}
   movies = data.pop('movies')
@@ -154,7 +155,7 @@ def unique(data: Dataset) -> Dataset:
 def split(
     group: np.ndarray, sizes: Mapping[str, int], seed: int
 ) -> dict[str, np.ndarray]:
-  """Draws disjoint sets of rows; those of one group lie in one set at most.
+  """Draws disjoint sets of rows; no group is in two sets.
 
   Args:
     group: int [N].
@@ -165,7 +166,7 @@ def split(
     For each name its rows. What a set leaves of its last group is not used.
 
   Raises:
-    ValueError: more rows are asked for than there are, or than are left.
+    ValueError: more rows are requested than there are, or than are left.
 
   Example:
     >>> parts = split(np.array([0, 0, 0, 1, 1, 2]), dict(a=2, b=1), seed=0)
@@ -181,9 +182,9 @@ def split(
     rows = order[start : start + size]
     if len(rows) < size:
       raise ValueError(
-          f'sizes {dict(sizes)} ask for {sum(sizes.values())} examples of '
-          f'{len(group)}, and {name} finds {len(rows)} of its {size}: make a '
-          'set smaller.'
+          f'sizes {dict(sizes)} ask for {sum(sizes.values())} of {len(group)} '
+          f'examples, but only {len(rows)} of {size} are left for {name}: make '
+          'a set smaller.'
       )
     start += size
     while start < len(order) and size and rank[order[start]] == rank[rows[-1]]:
@@ -201,8 +202,8 @@ def _parse(content: bytes, file: str, band: float) -> Dataset:
       rows.append((int(name.split('_')[0]), float(mean), html.unescape(text)))
     except ValueError as error:
       raise ValueError(
-          f'{file}, line {i}: {line[:60]!r} is not id, rating and text with '
-          f'tabs between them: get the file again with `{PIP}`.'
+          f'{file}, line {i}: {line[:60]!r} is not an id, a rating and a text '
+          f'separated by tabs: download the file again with `{PIP}`.'
       ) from error
   rows = [row for row in rows if abs(row[1]) > band]
   rating = np.array([row[1] for row in rows], np.float32)
@@ -218,8 +219,8 @@ def _files(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
   """Names and contents of the rated files, out of folders and archives."""
   if not path.exists():
     raise FileNotFoundError(
-        f'There is no {path}: get the file with `{PIP}`, and give the path of '
-        'what pip saved.'
+        f'{path} does not exist: download it with `{PIP}`, and pass the path '
+        'of the file that pip saved.'
     )
   is_folder = path.is_dir()
   for file in sorted(path.rglob('*')) if is_folder else [path]:

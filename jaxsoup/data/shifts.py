@@ -149,7 +149,7 @@ def apply(data: Dataset, name: str, severity: float, *, seed: int) -> Dataset:
     (2, 8, 8, 1)
   """
   if name not in SHIFTS:
-    raise ValueError(f'No shift {name!r}: choose one of {sorted(SHIFTS)}.')
+    raise ValueError(f'No shift {name!r}: choose from {sorted(SHIFTS)}.')
   rng = np.random.default_rng([seed, *name.encode()])
   image = SHIFTS[name](data['image'], severity, rng)
   return {'image': image.astype(np.float32), 'label': data['label']}

@@ -9,7 +9,7 @@ for batch in sources.batches(train, 256, seed=0, epoch=3, start=17):
 ```
 
 A source is read by rows, so that a shuffle is a permutation: batches depend on
-`seed` and `epoch` alone, a training goes on at any step, and each process reads
+`seed` and `epoch` alone, training resumes at any step, and each process reads
 its own rows of a batch.
 """
 
@@ -71,7 +71,7 @@ class Splits(NamedTuple):
     test: what reports.
     shifts: further sets that report, by name.
     pretrain: what the common start is trained on, if it is trained here.
-    views: for the names of sets with classes of their own, logits [N, C] ->
+    views: by name of a set with its own classes, logits [N, C] ->
       logits over those classes.
     rules: how sets were chosen, JSON values by the set's name.
   """
@@ -104,8 +104,8 @@ class Arrays:
     lengths = {name: len(x) for name, x in self.arrays.items()}
     if len(set(lengths.values())) != 1:
       raise ValueError(
-          f'Arrays of lengths {lengths} are no examples: give at least one '
-          'array, and all with the same number of rows.'
+          f'The arrays have lengths {lengths}: expected at least one array, '
+          'and the same length for all.'
       )
 
   def __len__(self) -> int:
@@ -123,7 +123,7 @@ class Examples:
     example_fn: `(record, rng) -> {name: array}`, of the same shapes for all.
       `rng` is None in an evaluation; in a training its draws depend on the
       seed, the epoch and the row alone.
-    num_threads: that read and decode at once; those of the machine if None.
+    num_threads: threads that read and decode; all of the machine if None.
 
   Example:
     >>> source = Examples([3, 5], lambda record, rng: {'x': np.array(record)})
@@ -169,7 +169,7 @@ class Folder(Examples):
     path: of the folder.
     example_fn: see `Examples`.
     classes: names of the class folders in the order of their labels; sorted
-      names of what is there if None.
+      names of all folders if None.
     num_threads: see `Examples`.
 
   Attributes:
@@ -198,17 +198,17 @@ class Folder(Examples):
     ]
     if not files:
       raise FileNotFoundError(
-          f'No images in {root}: it should hold one folder a class, with files '
+          f'No images in {root}: expected one folder per class, with files '
           f'that end in {", ".join(IMAGE_SUFFIXES)}.'
       )
-    found = sorted({name for name, _ in files})
-    self.classes = list(found if classes is None else classes)
+    folders = sorted({name for name, _ in files})
+    self.classes = list(folders if classes is None else classes)
     label = {name: i for i, name in enumerate(self.classes)}
-    unknown = [name for name in found if name not in label]
+    unknown = [name for name in folders if name not in label]
     if unknown:
       raise ValueError(
-          f'{root} holds the folders {unknown[:5]}, which are none of the '
-          f'{len(self.classes)} classes: take them away, or name them.'
+          f'{root} has the folders {unknown[:5]}, which are not among the '
+          f'{len(self.classes)} classes: remove them, or add them to classes.'
       )
     self.labels = np.array([label[name] for name, _ in files], np.int32)
     records = _Files(root, files, self.labels)
@@ -216,7 +216,7 @@ class Folder(Examples):
 
 
 class _Files:
-  """Records of a folder; a million of them are made when they are asked for."""
+  """Records of a folder, each made on access: there may be a million."""
 
   def __init__(
       self, root: pathlib.Path, files: list[tuple[str, str]], labels: np.ndarray
@@ -295,7 +295,7 @@ def batches(
     epoch: which walk through the data it is.
     start: the first step; what is before it is not read.
     process_index: of this process.
-    process_count: which each get B / process_count rows of every batch.
+    process_count: each gets B / process_count rows of every batch.
 
   Returns:
     With a seed N // B batches: the rest is dropped. Without one all examples,
@@ -313,12 +313,12 @@ def batches(
   """
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(
-        f'A batch of {batch_size} does not divide among {process_count} '
-        f'processes: take a multiple of {process_count}.'
+        f'batch_size is {batch_size}, which cannot be divided among '
+        f'{process_count} processes: use a multiple of {process_count}.'
     )
   if seed is not None and len(source) < batch_size:
     raise ValueError(
-        f'{len(source)} examples do not fill a batch of {batch_size}: take '
+        f'{len(source)} examples do not fill a batch of {batch_size}: use '
         'smaller batches or more examples.'
     )
   num_own = batch_size // process_count
@@ -395,7 +395,7 @@ def held_out_rows(
     2
   """
   if not 0 < share < 1:
-    raise ValueError(f'A share of {share} cannot be held out: take 0 to 1.')
+    raise ValueError(f'share is {share}: expected a number between 0 and 1.')
   rng = np.random.default_rng(seed)
   chosen = []
   for label in np.unique(labels):
@@ -403,8 +403,8 @@ def held_out_rows(
     num = max(1, round(share * len(members)))
     if num == len(members):
       raise ValueError(
-          f'Class {label} has {len(members)} examples, and {num} would be held '
-          f'out at a share of {share}: take a smaller share or more examples.'
+          f'Class {label} has {len(members)} examples, and a share of {share} '
+          f'holds out {num}: use a smaller share or more examples.'
       )
     chosen.append(rng.choice(members, num, replace=False))
   rows = np.sort(np.concatenate(chosen))

@@ -17,7 +17,7 @@ import pathlib
 
 import numpy as np
 
-# In a folder the first of these that is there is read.
+# The first of these that exists in a folder is read.
 FILES = ('tokenizer.json', 'spiece.model', 'sentencepiece.model', 'vocab.txt')
 
 # The tokens of a text by number, and the type of each: first text 0, second 1.
@@ -68,8 +68,8 @@ class Tokenizer:
     """
     if seconds is not None and len(seconds) != len(texts):
       raise ValueError(
-          f'{len(texts)} texts, but {len(seconds)} second ones: give one for '
-          'each.'
+          f'There are {len(texts)} texts, but {len(seconds)} second texts: '
+          'pass one for each.'
       )
     shape = (len(texts), self.length)
     input_ids = np.full(shape, self.pad_id, np.int32)
@@ -99,9 +99,9 @@ def tokenizer(path: str | os.PathLike[str], length: int) -> Tokenizer:
     A function of N texts, or of N pairs, to a dict of arrays [N, T].
 
   Raises:
-    FileNotFoundError: there is no such file, or none of them in the folder.
+    FileNotFoundError: no such file, or a folder without one of them.
     ImportError: the library that reads it is not installed.
-    ValueError: the file is of another kind; a text would not have a token.
+    ValueError: the file is of another kind, or length is too short.
   """
   file = _file(pathlib.Path(path))
   if file.suffix == '.json':
@@ -112,7 +112,7 @@ def tokenizer(path: str | os.PathLike[str], length: int) -> Tokenizer:
     made = _from_sentencepiece(file, length)
   else:
     raise ValueError(
-        f'{file} is not a tokenizer.json, vocab.txt or spiece.model: give the '
+        f'{file} is not a tokenizer.json, vocab.txt or spiece.model: pass the '
         'path of one.'
     )
   return made
@@ -121,14 +121,14 @@ def tokenizer(path: str | os.PathLike[str], length: int) -> Tokenizer:
 def _file(path: pathlib.Path) -> pathlib.Path:
   if path.is_file():
     return path
-  found = [path / name for name in FILES if (path / name).is_file()]
-  if not found:
-    where = 'has none of' if path.is_dir() else 'is not there, nor'
+  files = [path / name for name in FILES if (path / name).is_file()]
+  if not files:
+    where = 'has none of' if path.is_dir() else 'does not exist: expected'
     raise FileNotFoundError(
-        f'{path} {where} {", ".join(FILES)}: give the folder of a pre-trained '
-        'model, or the path of its file.'
+        f'{path} {where} {", ".join(FILES)}. Pass the folder of a pre-trained '
+        'model, or the path of such a file.'
     )
-  return found[0]
+  return files[0]
 
 
 def _from_json(file: pathlib.Path, length: int) -> Tokenizer:
@@ -159,15 +159,15 @@ def _wrapped(made, file: pathlib.Path, length: int) -> Tokenizer:
     return [(x.ids, x.type_ids) for x in made.encode_batch(list(pairs))]
 
   def id_fn(*names):
-    found = [made.token_to_id(name) for name in names]
-    return next((i for i in found if i is not None), None)
+    ids = [made.token_to_id(name) for name in names]
+    return next((i for i in ids if i is not None), None)
 
   # CLIP pads with the end of a text.
   pad_id = padding.get('pad_id', id_fn('[PAD]', '<pad>', '<|endoftext|>'))
   if pad_id is None:
     raise ValueError(
-        f'{file} has no [PAD] and no <pad>, which fills up short texts: add '
-        'one of them to its vocabulary.'
+        f'{file} has no padding token, [PAD] or <pad>: add one of them to its '
+        'vocabulary.'
     )
   added = made.get_added_tokens_decoder()
   return Tokenizer(
@@ -229,13 +229,13 @@ def _cut(parts: Sequence[list[int]], room: int) -> list[list[int]]:
 def _check_length(length: int, num_ends: int, file: pathlib.Path):
   if length <= num_ends:
     raise ValueError(
-        f'length {length} leaves no token to a text, as {num_ends} mark its '
-        f'ends ({file}): make it longer.'
+        f'length is {length}, and {file} adds {num_ends} special tokens to '
+        'each text: use a larger length.'
     )
 
 
 def _library(name: str):
-  """Imported late: who reads no texts needs neither."""
+  """Imported late: only texts need one of them."""
   try:
     if name == 'tokenizers':
       import tokenizers
@@ -246,6 +246,6 @@ def _library(name: str):
     return sentencepiece
   except ImportError as error:
     raise ImportError(
-        f'The tokens are read with {name}, which is not installed: '
+        f'The tokenizer needs {name}, which is not installed: '
         'pip install "jaxsoup[text]"'
     ) from error

@@ -27,7 +27,7 @@ def source(
     data_dir: str | os.PathLike | None = None,
     num_threads: int | None = None,
 ) -> 'sources.Examples | Stream':
-  """A set of TensorFlow Datasets, prepared before.
+  """A prepared set of TensorFlow Datasets.
 
   Files in array_record format have random access and need no TensorFlow. Those
   in tfrecord format are a `Stream`, which needs it: `pip install "jaxsoup[tf]"`
@@ -45,7 +45,7 @@ def source(
     A source.
 
   Raises:
-    FileNotFoundError: the set was not prepared.
+    FileNotFoundError: the set is not prepared.
     ImportError: the files are tfrecords, and there is no TensorFlow.
   """
   builder = _builder(name, data_dir)
@@ -55,8 +55,8 @@ def source(
     if not builder.info.splits:
       raise FileNotFoundError(
           f'{name} is not prepared in {builder.data_dir}: run `tfds build '
-          f'{name} --file_format=array_record`, with --data_dir for another '
-          'place, and files that need a manual download where it says.'
+          f'{name} --file_format=array_record` (--data_dir=DIR for another '
+          'folder). It says where to put files that need a manual download.'
       ) from error
     if not isinstance(error, NotImplementedError):
       raise
@@ -91,8 +91,8 @@ def features(
   decoders = _encoded_images(builder)
   records: Any
   try:
-    found = builder.as_data_source(split, decoders=decoders)
-    records = (found[row] for row in range(len(found)))
+    by_row = builder.as_data_source(split, decoders=decoders)
+    records = (by_row[row] for row in range(len(by_row)))
   except NotImplementedError:
     _require_tensorflow(name)
     dataset = builder.as_dataset(split=split, decoders=decoders)
@@ -161,13 +161,13 @@ class Stream:
     """Reads up to the last of the rows; meant for all of a small set."""
     rows = np.asarray(rows)
     wanted = set(rows.tolist())
-    found: dict[int, Any] = {}
+    records: dict[int, Any] = {}
     for row, record in enumerate(self._records(None, 0)):
       if row in wanted:
-        found[row] = record
-      if len(found) == len(wanted):
+        records[row] = record
+      if len(records) == len(wanted):
         break
-    return self._decoded([(int(row), found[int(row)]) for row in rows], None)
+    return self._decoded([(int(row), records[int(row)]) for row in rows], None)
 
   def only(self, rows: np.ndarray) -> 'Stream':
     """Some rows, ascending; they can be walked in order, not shuffled."""
@@ -176,8 +176,8 @@ class Stream:
       rows = self._rows[rows]
     if (np.diff(rows) <= 0).any():
       raise ValueError(
-          f'Rows of {self._split!r} come in the order of the files: pass them '
-          'ascending, each once.'
+          f'{self._split!r} is in tfrecord files, which are read in order: '
+          'pass ascending rows, each once.'
       )
     chosen = copy.copy(self)
     chosen._rows = rows
@@ -194,8 +194,8 @@ class Stream:
     """What `sources.batches` returns, for the rows `own` of every batch."""
     if seed is not None and self._rows is not None:
       raise ValueError(
-          f'Chosen rows of {self._split!r} cannot be shuffled in tfrecord '
-          "files: take a split such as 'train[2%:]', or convert the set with "
+          f'A subset of {self._split!r} cannot be shuffled in tfrecord files: '
+          "use a split such as 'train[2%:]', or convert the set with "
           '`tfds convert_format --out_file_format=array_record`.'
       )
     draw = None if seed is None else (seed, epoch)
@@ -251,7 +251,7 @@ class Stream:
 def _require_tensorflow(name: str) -> None:
   if importlib.util.find_spec('tensorflow') is None:
     raise ImportError(
-        f'{name} lies in tfrecord files, which TensorFlow reads: pip install '
+        f'{name} is in tfrecord files, which need TensorFlow: pip install '
         '"jaxsoup[tf]", or convert it once with `tfds convert_format '
         '--out_file_format=array_record`.'
     )

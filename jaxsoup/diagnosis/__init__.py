@@ -1,9 +1,9 @@
-"""Why a soup fails, or that nothing speaks against it, in plain words.
+"""Why a soup fails, and what to soup instead, in plain words.
 
 ```
-found = diagnosis.diagnose(ingredients, theta_0=theta_0, eval_fn=eval_fn)
-print(found.as_text())
-found.verdict.members                    # what to soup
+report = diagnosis.diagnose(ingredients, theta_0=theta_0, eval_fn=eval_fn)
+print(report.as_text())
+report.verdict.members                   # what to soup
 ```
 """
 

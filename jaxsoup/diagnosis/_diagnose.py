@@ -62,8 +62,8 @@ def diagnose(
     A `Diagnosis`. Print its `as_text()`.
 
   Raises:
-    TypeError: no sequence.
-    ValueError: fewer than two ingredients, or names that are more or fewer.
+    TypeError: `ingredients` is not a sequence.
+    ValueError: fewer than two ingredients, or not one name for each.
 
   Example:
     >>> rng = np.random.default_rng(0)
@@ -71,8 +71,8 @@ def diagnose(
     >>> runs = [{'w': start + 0.1 * step} for step in steps]
     >>> diagnose(runs).verdict.action
     'soup all'
-    >>> found = diagnose([*runs, {'w': rng.normal(size=(50, 50))}])
-    >>> found.findings[0].code, found.verdict.members
+    >>> report = diagnose([*runs, {'w': rng.normal(size=(50, 50))}])
+    >>> report.findings[0].code, report.verdict.members
     ('initialization', (0, 1, 2))
 
   Source: Wortsman et al. 2022, "Model soups", sections 3 and 4; Frankle et al.
@@ -82,8 +82,7 @@ def diagnose(
   pool = _pool.Pool(ingredients, theta_0, names)
   if len(pool) < 2:
     raise ValueError(
-        f'There is {len(pool)} ingredient: pass two or more, there is nothing '
-        'to compare it with.'
+        f'There is {len(pool)} ingredient: pass two or more to compare them.'
     )
   examined = _weights.examine(pool, progress_fn)
   findings, measured = examined.findings, examined.measured
@@ -113,45 +112,48 @@ def _by_weights(pool, examined) -> Verdict:
   sound = tuple(examined.sound)
   unknown = 'Barriers were not measured: that needs an eval_fn (--eval).'
   if len(sound) == len(pool):
-    return Verdict(
-        'soup all', sound, f'the weights speak against none of them. {unknown}'
-    )
+    return Verdict('soup all', sound, f'the weights show no problem. {unknown}')
   if len(sound) > 1:
     reason = (
-        f'the weights speak against {len(pool) - len(sound)} of {len(pool)}. '
-        f'{unknown}'
+        f'the weights show a problem with {len(pool) - len(sound)} of '
+        f'{len(pool)}. {unknown}'
     )
     return Verdict('soup a subset', sound, reason)
   return Verdict(
-      'do not soup', sound, 'no two of them belong together. See below why.'
+      'do not soup',
+      sound,
+      'no two ingredients can be averaged. The findings say why.',
   )
 
 
 def _by_scores(pool, trials, tolerance) -> Verdict:
   subset = tuple(trials.subset)
   if not np.isfinite(trials.scores).any():
-    return Verdict('do not soup', (), 'none of them has a score.')
+    return Verdict('do not soup', (), 'no ingredient has a finite score.')
   best = int(np.nanargmax(trials.scores))
   top = trials.scores[best]
-  single = f'the best single one ({pool.names[best]}) {top:.3g}'
+  single = f'the best one ({pool.names[best]}) {top:.3g}'
   if len(subset) < 2:
-    reason = f'no two of them can be averaged without a loss; {single}. Use it.'
+    reason = (
+        'no two ingredients can be averaged without a loss. Use the best one '
+        f'({pool.names[best]}, score {top:.3g}).'
+    )
     return Verdict('do not soup', (best,), reason)
   mean = float(np.mean(trials.scores[list(subset)]))
   bar = max(mean - tolerance, top - _trials.WEAK * tolerance)
   if not trials.soup >= bar:
     reason = (
-        f'their soup scores {trials.soup:.3g}, they {mean:.3g} on average, '
-        f'{single}. Use that.'
+        f'their soup scores {trials.soup:.3g}, the ingredients {mean:.3g} on '
+        f'average, {single}. Use that one.'
     )
     return Verdict('do not soup', (best,), reason)
   reason = (
-      f'without barriers. Their uniform soup scores {trials.soup:.3g}, they '
+      f'Their uniform soup scores {trials.soup:.3g}, the ingredients '
       f'{mean:.3g} on average, {single}.'
   )
   if len(subset) == len(pool):
-    return Verdict('soup all', subset, reason)
-  reason = f'{len(subset)} of {len(pool)} lie together {reason}'
+    return Verdict('soup all', subset, f'there are no barriers. {reason}')
+  reason = f'{len(subset)} of {len(pool)} have no barriers. {reason}'
   return Verdict('soup a subset', subset, reason)
 
 

@@ -12,7 +12,8 @@ from jaxsoup.diagnosis import _trials
 
 Finding = _findings.Finding
 
-# Predictions that two models do not share; below it there is nothing to gain.
+# Share of examples that two models predict differently; below it there is
+# little to gain.
 _ALIKE = 0.005
 # Findings that barriers may confirm.
 _CONFIRMED = ('initialization', 'permuted', 'part', 'far', 'unmoved')
@@ -30,22 +31,22 @@ def with_data(
   Args:
     pool: all ingredients.
     findings: from the weights.
-    sound: ingredients that nothing spoke against.
+    sound: ingredients without a problem.
     measured: the scores.
-    tolerance: the largest fall that is no barrier.
+    tolerance: the largest drop that is no barrier.
 
   Returns:
     Findings, not ranked.
   """
-  found = [_confirmed(f, sound, measured, tolerance) for f in findings]
-  found = [
+  findings = [_confirmed(f, sound, measured, tolerance) for f in findings]
+  findings = [
       _with_statistics(f, measured, tolerance) if f.code == 'batch_norm' else f
-      for f in found
+      for f in findings
   ]
-  found += _weak(pool, sound, measured)
-  found += _barriers(pool, sound, measured, tolerance)
-  found += _alike(sound, measured)
-  return _with_part(pool, found, measured, tolerance)
+  findings += _weak(pool, sound, measured)
+  findings += _barriers(pool, sound, measured, tolerance)
+  findings += _alike(sound, measured)
+  return _with_part(pool, findings, measured, tolerance)
 
 
 def _confirmed(finding, sound, measured, tolerance) -> Finding:
@@ -62,8 +63,8 @@ def _confirmed(finding, sound, measured, tolerance) -> Finding:
   seen = f'{finding.seen} On the data: {_scores_text(measured, ks)}, '
   if drop > tolerance:
     seen += (
-        f'and half-way to another ingredient the score falls by up to '
-        f'{drop:.3g} below the mean of the two.'
+        f'and half-way to another ingredient the score is up to {drop:.3g} '
+        'below the mean of the two.'
     )
     return finding._replace(
         seen=seen,
@@ -88,13 +89,13 @@ def _with_statistics(finding, measured, tolerance) -> Finding:
   if not scores:
     return finding
   shown = ', '.join(f'{name} {x:.3g}' for name, x in scores.items())
-  seen = f'{finding.seen} The soup scores, by its statistics: {shown}.'
+  seen = f'{finding.seen} Score of the soup by its statistics: {shown}.'
   best = max(scores, key=lambda name: scores[name])
   if scores[best] - scores['averaged'] > tolerance:
     return finding._replace(
         severity='warning',
         seen=seen,
-        remedy=f'Take the {best} statistics. {finding.remedy}',
+        remedy=f'Use the {best} statistics. {finding.remedy}',
     )
   return finding._replace(seen=seen)
 
@@ -110,7 +111,7 @@ def _weak(pool, sound, measured) -> list[Finding]:
           code='weak',
           title='Much worse than the others',
           seen=f'{pool.listed(ks)}: {_scores_text(measured, ks)}.{rates}',
-          meaning='A uniform soup takes everything, and these pull it down.',
+          meaning='A uniform soup averages all, and these lower its score.',
           remedy=f'Leave out {pool.listed(ks)}, or let a greedy soup choose.',
           ingredients=ks,
           leave_out=ks,
@@ -119,7 +120,7 @@ def _weak(pool, sound, measured) -> list[Finding]:
 
 
 def _barriers(pool, sound, measured, tolerance) -> list[Finding]:
-  """Barriers between ingredients that nothing else spoke against."""
+  """Barriers between ingredients without another problem."""
   rest = [k for k in sound if k not in measured.weak]
   out = tuple(k for k in rest if k not in measured.subset)
   fall = np.nan
@@ -135,14 +136,15 @@ def _barriers(pool, sound, measured, tolerance) -> list[Finding]:
   if len(pairs):
     i, j = np.unravel_index(np.nanargmax(drops), drops.shape)
     seen = (
-        f'Half-way between two, the score falls by more than {tolerance:.3g} '
-        f'below their mean in {len(pairs)} of {known} pairs, the most between '
-        f'{pool.names[rest[i]]} and {pool.names[rest[j]]}: {drops[i, j]:.3g}.'
+        f'Half-way between two, the score is more than {tolerance:.3g} below '
+        f'their mean in {len(pairs)} of {known} pairs. The largest drop, '
+        f'{drops[i, j]:.3g}, is between {pool.names[rest[i]]} and '
+        f'{pool.names[rest[j]]}.'
     )
   elif out:
     seen = (
-        f'Half-way from {pool.listed(out)} to the mean of the others the score '
-        f'falls by up to {measured.to_mean[list(out)].max():.3g}.'
+        f'Half-way from {pool.listed(out)} to the mean of the others, the '
+        f'score drops by up to {measured.to_mean[list(out)].max():.3g}.'
     )
   else:
     seen = (
@@ -152,18 +154,21 @@ def _barriers(pool, sound, measured, tolerance) -> list[Finding]:
   worst = np.nanmax([*drops.flat, *measured.to_mean, fall])
   is_high = worst > _trials.WEAK * tolerance
   if not is_high:
-    seen += ' That is little: with few examples it may be noise.'
+    seen += ' This is small: with few examples it may be noise.'
   return [
       Finding(
           severity='error' if is_high else 'warning',
           code='barrier',
-          title='There are barriers between them',
+          title='There are barriers between ingredients',
           seen=seen + _rates(pool, rest, out, measured),
-          meaning='They lie in different basins, with bad models between: the '
-          'average is one of those.',
-          remedy='Leave out those on the other side'
-          + (f' ({pool.listed(out)})' if out else '')
-          + '. For the next sweep: smaller learning rates, fewer epochs, or a '
+          meaning='They lie in different basins: models between them, such as '
+          'their average, are bad.',
+          remedy=(
+              f'Leave out {pool.listed(out)}. '
+              if out
+              else 'Let a greedy soup choose some of them. '
+          )
+          + 'For the next sweep: smaller learning rates, fewer epochs, or a '
           'better initialization.',
           ingredients=out,
           leave_out=out,
@@ -176,7 +181,7 @@ def _rates(pool, rest, out, measured) -> str:
   correlation = rate_correlation(pool, measured.drops)
   if text and np.isfinite(correlation):
     text += (
-        ' Rank correlation of the rate with the mean barrier: '
+        ' Rank correlation of the learning rate with the mean barrier: '
         f'{correlation:.2f}.'
     )
   return text
@@ -209,11 +214,11 @@ def _alike(sound, measured) -> list[Finding]:
       Finding(
           severity='note',
           code='alike',
-          title='They all predict the same',
+          title='All ingredients predict almost the same',
           seen=f'No two differ on more than {100 * np.nanmax(apart):.2g} % of '
           'the examples.',
-          meaning='Nothing is wrong, but there is little to gain: soups live '
-          'from models that err differently.',
+          meaning='Nothing is wrong, but there is little to gain: soups need '
+          'models that make different errors.',
           remedy='Vary more between runs: learning rate, augmentation, seed.',
       )
   ]
@@ -228,18 +233,19 @@ def _with_part(pool, findings, measured, tolerance) -> list[Finding]:
     return findings
   i, j = measured.pair
   text = (
-      f' Of {pool.names[i]} and {pool.names[j]} all but {part} can be averaged '
-      f'(a fall of {max(left, 0):.2g} is left of {measured.drops[i, j]:.2g}); '
-      f'{part} alone costs {measured.parts[part]:.2g}.'
+      f' Of {pool.names[i]} and {pool.names[j]}, all but {part} can be '
+      f'averaged (the drop is then {max(left, 0):.2g} instead of '
+      f'{measured.drops[i, j]:.2g}); averaging {part} alone costs '
+      f'{measured.parts[part]:.2g}.'
   )
-  found = list(findings)
+  findings = list(findings)
   order = {f: n for n, f in enumerate((*_CONFIRMED, 'barrier'))}
   known = [
       n
-      for n, f in enumerate(found)
+      for n, f in enumerate(findings)
       if f.code in order and (not f.ingredients or {i, j} & set(f.ingredients))
   ]
   if known:
     n = known[0]
-    found[n] = found[n]._replace(seen=found[n].seen + text)
-  return found
+    findings[n] = findings[n]._replace(seen=findings[n].seen + text)
+  return findings

@@ -15,15 +15,16 @@ class Finding(NamedTuple):
   """One thing that is wrong, or worth knowing.
 
   Attributes:
-    severity: 'error' breaks the soup, 'warning' costs, 'note' is to be known.
-    code: what it is, in one word, for programs.
+    severity: 'error' breaks the soup, 'warning' may lower its score, 'note' is
+      good to know.
+    code: a short name, for programs.
     title: what it is, for readers.
     seen: what was seen, with the figures.
     meaning: what that means for a soup.
     remedy: what to do.
     ingredients: which ingredients it is about; empty is all.
     leaves: which leaves it is about; empty is all.
-    leave_out: those of the ingredients that no soup should have.
+    leave_out: ingredients that should not go into a soup.
   """
 
   severity: str
@@ -42,7 +43,7 @@ class Verdict(NamedTuple):
 
   Attributes:
     action: 'soup all', 'soup a subset' or 'do not soup'.
-    members: the ingredients to average, ascending; of 'do not soup' the single
+    members: the ingredients to average, ascending; for 'do not soup' the single
       model to use instead, if one can be named.
     reason: why, in one sentence.
   """
@@ -53,7 +54,7 @@ class Verdict(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-  """What was found, the worst first.
+  """Findings, the worst first, and a verdict.
 
   Attributes:
     names: of the ingredients.
@@ -61,8 +62,8 @@ class Diagnosis(NamedTuple):
     verdict: what to do.
     measured: the figures behind it by name: 'norms' of the task vectors [K],
       'distances' [K, K], 'cosines' [K, K] of the task vectors; with data
-      'scores' [K], 'barriers' [K, K], 'barriers_to_mean' [K] and more. NaN is
-      what was not measured.
+      'scores' [K], 'barriers' [K, K], 'barriers_to_mean' [K] and more. What was
+      not measured is NaN.
   """
 
   names: tuple[str, ...]
@@ -100,7 +101,7 @@ class Diagnosis(NamedTuple):
       lines.append(fill(f'Meaning: {finding.meaning}'))
       lines.append(fill(f'Do: {finding.remedy}'))
     if not self.findings:
-      lines += ['', 'Nothing wrong was found.']
+      lines += ['', 'No problems found.']
     return '\n'.join(lines)
 
 

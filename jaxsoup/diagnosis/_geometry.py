@@ -80,10 +80,10 @@ class Geometry(NamedTuple):
   def squares(self) -> np.ndarray:
     """`|theta_i - theta_j|^2` of each leaf, [L, K + 1, K + 1]."""
     own = np.einsum('lkk->lk', self.gram)
-    found = own[:, :, None] + own[:, None] - 2 * self.gram
+    squares = own[:, :, None] + own[:, None] - 2 * self.gram
     # What is left of rounding in a difference of equal models.
     noise = 1e-14 * (own[:, :, None] + own[:, None])
-    return np.where(found > noise, found, 0)
+    return np.where(squares > noise, squares, 0)
 
   def rounding(self) -> np.ndarray:
     """Root of the summed squares of the rounding errors of each leaf, [L, K].
@@ -156,7 +156,7 @@ def _fits_bfloat16(row: np.ndarray) -> bool:
 
 def _spacings(pool, paths, members, narrow) -> np.ndarray:
   """The spacing of the numbers in which most of each ingredient is held."""
-  found = []
+  spacings = []
   for i, k in enumerate(members):
     sizes: dict[float, int] = {}
     for path, is_narrow in zip(paths, narrow[:, i]):
@@ -165,8 +165,8 @@ def _spacings(pool, paths, members, narrow) -> np.ndarray:
       if len(leaf.shape) > 1:
         eps = 2.0**-7 if is_narrow else float(jnp.finfo(leaf.dtype).eps)
         sizes[eps] = sizes.get(eps, 0) + int(np.prod(leaf.shape))
-    found.append(max(sizes, key=lambda eps: sizes[eps]) if sizes else 0.0)
-  return np.array(found)
+    spacings.append(max(sizes, key=lambda eps: sizes[eps]) if sizes else 0.0)
+  return np.array(spacings)
 
 
 def groups_of(related: np.ndarray) -> list[list[int]]:

@@ -14,16 +14,16 @@ import numpy as np
 from jaxsoup.diagnosis import _geometry
 from jaxsoup.diagnosis import _pool
 
-# Below it, or below three times the noise, two matrices are strangers.
+# Below it, or below three times the noise, two matrices are unrelated.
 _RELATED = 0.15
 _LARGEST_NOISE = 0.1
 _CONTAINED = 0.5
-# Units that are looked for, and how alike those must be that are found.
+# Units that are compared, and the cosine from which two are the same.
 _NUM_UNITS = 64
 _MATCHED = 0.75
 
 
-def strangers(geometry: _geometry.Geometry) -> np.ndarray:
+def unrelated(geometry: _geometry.Geometry) -> np.ndarray:
   """Pairs whose matrices have nothing to do with each other, [L, K+1, K+1].
 
   False where it cannot be told: vectors, matrices that are small or zero, and
@@ -36,10 +36,10 @@ def strangers(geometry: _geometry.Geometry) -> np.ndarray:
     share = geometry.gram / small**2
     noise = large / small / np.sqrt(geometry.sizes)[:, None, None]
     bar = np.fmax(_RELATED, 3 * noise)
-    found = (share < bar) & (noise < _LARGEST_NOISE)
+    is_apart = (share < bar) & (noise < _LARGEST_NOISE)
   # What began at zero, as new heads may, shares nothing but the task.
   is_grown = norms[:, -1] == 0
-  return found & (_matrices(geometry) & ~is_grown)[:, None, None]
+  return is_apart & (_matrices(geometry) & ~is_grown)[:, None, None]
 
 
 def _matrices(geometry: _geometry.Geometry) -> np.ndarray:
@@ -48,7 +48,7 @@ def _matrices(geometry: _geometry.Geometry) -> np.ndarray:
   return (geometry.ranks > 1) & geometry.trained & ~np.array(is_bias, bool)
 
 
-def relatives(geometry: _geometry.Geometry, strange: np.ndarray) -> np.ndarray:
+def relatives(geometry: _geometry.Geometry, apart: np.ndarray) -> np.ndarray:
   """Pairs that come from one start: most of their numbers say so, [K+1, K+1].
 
   A pair of which nothing can be told counts as related.
@@ -56,9 +56,9 @@ def relatives(geometry: _geometry.Geometry, strange: np.ndarray) -> np.ndarray:
   sizes = geometry.sizes * _matrices(geometry)
   known = np.isfinite(geometry.gram)
   total = np.einsum('l,lij->ij', sizes, known)
-  apart = np.einsum('l,lij->ij', sizes, strange)
+  total_apart = np.einsum('l,lij->ij', sizes, apart)
   # Without a theta_0 its row is related to nothing.
-  return (apart <= total / 2) & known.any(0)
+  return (total_apart <= total / 2) & known.any(0)
 
 
 def contain_start(geometry: _geometry.Geometry, leaf: int) -> np.ndarray:
@@ -82,21 +82,21 @@ def permuted_leaves(
   """Leaves whose units are those of another ingredient in another order.
 
   Some units of one (rows along one axis) are compared with all of the other:
-  of strangers the largest of m cosines in d dimensions is about
+  if unrelated, the largest of m cosines in d dimensions is about
   `sqrt(2 log(m) / d)`; of a permuted relative it is near one, elsewhere than in
   its own place, and in another place for each unit.
 
   Args:
     pool: the ingredients.
     geometry: of all of its ingredients.
-    leaves: numbers of leaves, for which the two are strangers.
+    leaves: numbers of leaves in which the two are unrelated.
     k: an ingredient.
     other: another one.
 
   Returns:
-    Numbers of leaves, with the share of units that were found elsewhere.
+    Numbers of leaves, with the share of units at another position.
   """
-  found = []
+  moved = []
   for i in leaves:
     pair = [pool.leaf(j, geometry.paths[i]) for j in (k, other)]
     shares = [
@@ -104,23 +104,23 @@ def permuted_leaves(
         for axis in range(pair[0].ndim)
     ]
     if max(shares) > 0.5:
-      found.append((i, max(shares)))
-  return found
+      moved.append((i, max(shares)))
+  return moved
 
 
 def _share_moved(ours: np.ndarray, theirs: np.ndarray) -> float:
-  """The share of our units that are found at another place among theirs."""
+  """The share of our units that are at another position among theirs."""
   num = len(ours)
   ours, theirs = (_unit_rows(x) for x in (ours, theirs))
   chance = np.sqrt(2 * np.log(max(num, 2)) / theirs.shape[1])
   if num < 4 or 1.5 * chance > _MATCHED:
-    return 0.0  # So few dimensions that strangers look alike.
+    return 0.0  # With so few dimensions unrelated units look alike.
   some = np.linspace(0, num - 1, min(num, _NUM_UNITS)).astype(int)
   cosines = ours[some] @ theirs.T
   place = cosines.argmax(1)
   alike = cosines.max(1) > _MATCHED
   moved = alike & (place != some)
-  # Units that are all alike would be found in one place.
+  # Units that are all alike would all match one position.
   return len(set(place[moved])) / len(some)
 
 

@@ -18,7 +18,7 @@ _FAR, _NEAR = 4.0, 0.02
 # Deviations from the median length, on a log scale: sweeps span decades.
 _LARGEST_DEVIATION = 3.5
 # Distance of two copies of one run, as a share of that to any other.
-_TWINS = 0.35
+_COPIES = 0.35
 # Rounding errors, as a share of the task vector.
 _ROUNDING = 0.3
 
@@ -93,11 +93,11 @@ def unmoved(pool: _pool.Pool, ks: tuple[int, ...], seen: str) -> Finding:
       code='unmoved',
       title='Not fine-tuned',
       seen=seen,
-      meaning='They are the initialization, or as good as it, and pull the '
-      'soup back there.',
-      remedy=f'Leave out {pool.listed(ks)}, or fine-tune; perhaps a file of '
-      'the start lies among the runs, or the learning rate was far too small. '
-      'A mean of theta_0 and a soup is WiSE-FT: jaxsoup.interpolate.',
+      meaning='They are (almost) the initialization, and pull the soup back '
+      'to it.',
+      remedy=f'Leave out {pool.listed(ks)}. Perhaps the initial checkpoint is '
+      'among the runs, or the learning rate was far too small. To average '
+      'theta_0 and a soup, use WiSE-FT: jaxsoup.interpolate.',
       ingredients=ks,
       leave_out=ks,
   )
@@ -115,7 +115,7 @@ def _outliers(pool, geometry, members, tasks) -> list[Finding]:
         unmoved(
             pool,
             hardly,
-            f'{pool.listed(hardly)} moved at most '
+            f'The task vector of {pool.listed(hardly)} has at most '
             f'{100 * share[share < _NEAR].max():.1g} % of the median length.',
         )
     )
@@ -143,10 +143,10 @@ def _far(pool, geometry, members, share, far) -> Finding:
       title='Moved much further than the others',
       seen=f'The task vector of {pool.listed(ks)} is '
       f'{share[far].min():.0f} times as long as the median one.{rates}',
-      meaning='Far from the start the loss is no bowl any more: such a run has '
-      'left the basin of the others, and its large numbers outweigh theirs.',
-      remedy=f'Leave out {pool.listed(ks)}; lower the learning rate. Greedy '
-      'soups find out by themselves.',
+      meaning='Such a run has left the basin of the others, and its large '
+      'weights dominate the average.',
+      remedy=f'Leave out {pool.listed(ks)}, or let a greedy soup choose. Lower '
+      'the learning rate.',
       ingredients=ks,
       leave_out=ks,
   )
@@ -162,7 +162,7 @@ def rates_text(
   )
   if not mine or not theirs or None in mine or None in theirs:
     return ''
-  return f' Learning rate: {_range(mine)}, of the others {_range(theirs)}.'
+  return f' Learning rate: {_range(mine)}; of the others: {_range(theirs)}.'
 
 
 def _range(values: Sequence[Any]) -> str:
@@ -180,21 +180,22 @@ def _copies(pool, members, distances, cosines) -> list[Finding]:
         _mixed(
             pool,
             kept,
-            f'{pool.listed(kept)} say in their metadata that they are copies '
-            f'({", ".join(sorted({str(said[k]) for k in kept}))}) of a run; '
-            f'{pool.listed(raw)} are the runs themselves.',
+            f'By their metadata, copies of a run are {pool.listed(kept)} '
+            f'({", ".join(sorted({str(said[k]) for k in kept}))}); runs '
+            f'themselves are {pool.listed(raw)}.',
         )
     ]
   is_known = np.isfinite(cosines).all()
-  pairs = _twins(cosines) if is_known else _nearest(distances)
+  pairs = (
+      _close_by_angle(cosines) if is_known else _close_by_distance(distances)
+  )
   if not pairs:
     return []
   i, j = pairs[0]
   if is_known:
     how = (
-        f'went almost the same way (cosine of the task vectors '
-        f'{cosines[i, j]:.2f}, the median of all pairs is '
-        f'{_median(cosines):.2f})'
+        'moved in almost the same direction (cosine of the task vectors '
+        f'{cosines[i, j]:.2f}, median of all pairs {_median(cosines):.2f})'
     )
   else:
     others = [k for k in range(len(members)) if k not in (i, j)]
@@ -216,18 +217,18 @@ def _mixed(pool, ks, seen) -> Finding:
   return Finding(
       severity='warning',
       code='copies',
-      title='Several copies of one run, or averaged weights among raw ones',
+      title='Several copies of one run, or averaged and raw weights mixed',
       seen=seen,
-      meaning='A moving average and its run are nearly one model, which then '
-      'counts twice; and averaged weights lie nearer to the start than raw '
-      'ones.',
-      remedy='Take one copy of each run, of the same kind for all: only the '
+      meaning='A moving average and its run are nearly the same model, which '
+      'then counts twice; and averaged weights are closer to the start than '
+      'raw ones.',
+      remedy='Use one copy of each run, of the same kind for all: only the '
       'moving averages, or only the last checkpoints.',
       ingredients=ks,
   )
 
 
-def _twins(cosines: np.ndarray) -> list[tuple[int, int]]:
+def _close_by_angle(cosines: np.ndarray) -> list[tuple[int, int]]:
   """Pairs that are much nearer to each other than pairs are."""
   if len(cosines) < 3:
     return []
@@ -239,7 +240,7 @@ def _twins(cosines: np.ndarray) -> list[tuple[int, int]]:
   )
 
 
-def _nearest(distances: np.ndarray) -> list[tuple[int, int]]:
+def _close_by_distance(distances: np.ndarray) -> list[tuple[int, int]]:
   """The same without theta_0: pairs far nearer to each other than to the rest.
 
   Angles at an estimated start would not do: runs that went less far than others
@@ -251,7 +252,7 @@ def _nearest(distances: np.ndarray) -> list[tuple[int, int]]:
   pairs = []
   for i, j in itertools.combinations(range(num), 2):
     others = [k for k in range(num) if k not in (i, j)]
-    if distances[i, j] < _TWINS * distances[[i, j]][:, others].min():
+    if distances[i, j] < _COPIES * distances[[i, j]][:, others].min():
       pairs.append((i, j))
   return sorted(pairs, key=lambda pair: distances[pair])
 
@@ -276,19 +277,19 @@ def _rounded(pool, geometry, members, tasks) -> list[Finding]:
       Finding(
           severity='warning',
           code='rounding',
-          title=f'Rounding to {held} is as large as what fine-tuning moved',
-          seen=f'The rounding errors are {100 * np.median(share):.0f} % of the '
-          'task vectors (median)'
+          title=f'Rounding to {held} is as large as the task vectors',
+          seen=f'The rounding error is {100 * np.median(share):.0f} % of the '
+          'task vector (median)'
           + (
-              f'; {num_still} of {len(still)} leaves are still equal in all.'
+              f'; {num_still} of {len(still)} leaves are equal in all.'
               if num_still
               else '.'
           ),
           meaning='The difference between ingredients is mostly rounding, and '
-          f'a soup that is stored in {held} is rounded once more.',
-          remedy='Save the runs in float32 (the master weights of the '
-          'optimizer). Now: cast the ingredients to float32 before souping, '
-          'keep the soup in float32, and round it last.',
+          f'a soup that is stored in {held} is rounded again.',
+          remedy='Save runs in float32 (the master weights of the optimizer). '
+          'For these runs: cast the ingredients to float32 before souping, and '
+          'keep the soup in float32 as long as possible.',
           ingredients=ks,
       )
   ]
@@ -308,10 +309,10 @@ def _frozen(pool, geometry, members) -> list[Finding]:
             np.flatnonzero(all_still),
             (),
             'are equal in all ingredients',
-            'They were frozen, or the gradient never reached them. Averages '
-            'leave them as they are.',
-            'Nothing, if that was meant. Otherwise look at the mask of the '
-            'optimizer, and at parts that the loss does not use.',
+            'They were frozen, or got no gradient. Averages leave them as '
+            'they are.',
+            'Nothing, if this is intended. Otherwise check the mask of the '
+            'optimizer, and look for parts that the loss does not use.',
         )
     )
   groups = _parts_still(geometry)
@@ -323,10 +324,10 @@ def _frozen(pool, geometry, members) -> list[Finding]:
             geometry,
             leaves,
             ks,
-            f'did not move in {pool.listed(ks)}, but in the others',
-            'Runs that train only a part (a linear probe) and runs that train '
-            'all are mixed.',
-            'That can work. Compare with a soup of each kind alone.',
+            f'did not change in {pool.listed(ks)}, but in the others',
+            'Runs that train only a part (such as a linear probe) are mixed '
+            'with runs that train everything.',
+            'This can work. Compare with a soup of each kind alone.',
         )
     )
   return findings
@@ -334,7 +335,7 @@ def _frozen(pool, geometry, members) -> list[Finding]:
 
 def _parts_still(geometry) -> dict[tuple[int, ...], list[int]]:
   """Leaves that several ingredients, but not all, have in common."""
-  found: dict[tuple[int, ...], list[int]] = {}
+  groups: dict[tuple[int, ...], list[int]] = {}
   for leaf in np.flatnonzero(geometry.trained).tolist():
     labels, counts = np.unique(geometry.same[leaf], return_counts=True)
     common = geometry.same[leaf] == labels[counts.argmax()]
@@ -343,8 +344,8 @@ def _parts_still(geometry) -> dict[tuple[int, ...], list[int]]:
     elif counts.max() < 2:
       continue
     if not common.all():
-      found.setdefault(tuple(np.flatnonzero(common)), []).append(leaf)
-  return found
+      groups.setdefault(tuple(np.flatnonzero(common)), []).append(leaf)
+  return groups
 
 
 def _still(geometry, leaves, ks, seen, meaning, remedy) -> Finding:
@@ -354,11 +355,11 @@ def _still(geometry, leaves, ks, seen, meaning, remedy) -> Finding:
   return Finding(
       severity='note',
       code='partly_frozen' if ks else 'frozen',
-      title='Parts that only some of them trained'
+      title='Parts that only some runs trained'
       if ks
-      else 'Parts that never moved',
+      else 'Parts that no run changed',
       seen=f'{len(names)} of {len(geometry.paths)} leaves ({share:.2g} % of '
-      f'the numbers) {seen}: {shown}.',
+      f'the parameters) {seen}: {shown}.',
       meaning=meaning,
       remedy=remedy,
       ingredients=ks,

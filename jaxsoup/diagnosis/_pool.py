@@ -29,7 +29,7 @@ class Pool:
     names: of the ingredients.
     leaves: shape and dtype of each leaf by its path, of each ingredient.
     start: leaves of theta_0 by path; empty without one.
-    configs: hyper-parameters that runs carry in their metadata; {} is none.
+    configs: hyper-parameters from the metadata of runs; {} if missing.
     copies: which copy of its run an ingredient says that it is ('ema_0.99');
       '' is the run itself, None that it says nothing.
     damaged: what was wrong with a file, by ingredient; known after a walk.
@@ -154,7 +154,7 @@ class Pool:
       self._next(k, reader)  # Its checksum.
 
   def _next(self, k: int, reader: Iterator[np.ndarray]) -> np.ndarray | None:
-    """The next piece, flat; None if there is none, or none to be trusted."""
+    """The next piece, flat; None at the end, or if its file is damaged."""
     try:
       piece = next(reader, None)
     except ValueError as e:

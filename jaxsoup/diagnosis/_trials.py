@@ -137,7 +137,7 @@ class Trials:
     return float(jax.device_get(self._eval_fn(params)))
 
   def _of_soup(self, params: Params) -> float:
-    """The score of an average, its running statistics estimated anew."""
+    """The score of an average, with re-estimated running statistics."""
     if self._recalibrate_fn is not None:
       params = self._recalibrate_fn(params)
     return self._score(params)
@@ -145,7 +145,7 @@ class Trials:
   def _mean(self, members: Sequence[int]) -> Params:
     alpha = np.zeros(len(self._pool), np.float32)
     alpha[list(members)] = 1 / len(members)
-    # Those with alpha 0 are not looked at, so they need not fit.
+    # Ingredients with alpha 0 are not read, so they need not be compatible.
     return _average.average(
         self._pool.ingredients, alpha, non_float_from=members[0]
     ).params
@@ -159,10 +159,10 @@ class Trials:
       self.scores[k] = self._score(params)
       if self._logits_fn is not None:
         classes[k] = np.asarray(self._logits_fn(params)).argmax(-1)
-    found = np.full((num, num), np.nan)
+    disagreement = np.full((num, num), np.nan)
     for i, j in itertools.product(classes, repeat=2):
-      found[i, j] = np.mean(classes[i] != classes[j])
-    return found
+      disagreement[i, j] = np.mean(classes[i] != classes[j])
+    return disagreement
 
   def _pairs(self, usable: Sequence[int]) -> None:
     pairs = sorted(studies.connected_pairs(self.scores, usable))
@@ -177,7 +177,7 @@ class Trials:
       self.drops[i, j] = self.drops[j, i] = chord - half
 
   def _without_barriers(self, sound: Sequence[int]) -> list[int]:
-    """Takes out the one with most barriers until there is none."""
+    """Removes the one with the most barriers until there are none."""
     subset = list(sound)
     while len(subset) > 1:
       block = self.drops[np.ix_(subset, subset)]
@@ -213,10 +213,10 @@ class Trials:
       return {}
     some = {p for p, x in zip(paths, is_statistic) if x}
     own = between(mean, self._pool.ingredients[first], some, t=1.0)
-    found = {'first': self._score(own), 'averaged': self._score(mean)}
+    scores = {'first': self._score(own), 'averaged': self._score(mean)}
     if self._recalibrate_fn is not None:
-      found['re-estimated'] = self._of_soup(mean)
-    return found
+      scores['re-estimated'] = self._of_soup(mean)
+    return scores
 
   def _parts_of_worst(self):
     """Averages part by part the pair with the largest barrier, if any has."""

@@ -27,13 +27,13 @@ Finding = _findings.Finding
 
 
 class Examined(NamedTuple):
-  """What was found.
+  """Findings from the weights, and what can be averaged.
 
   Attributes:
     findings: not yet ranked.
     usable: ingredients that can be evaluated: of one structure, finite, each
       model once.
-    sound: those of them that nothing speaks against.
+    sound: those of them without a problem.
     paths: leaves that are floats.
     has_batch_norm: whether there are running statistics.
     measured: figures for `Diagnosis.measured`.
@@ -56,10 +56,10 @@ def examine(
   paths = [p for p, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.inexact)]
   findings += _dtypes(pool, members) + _counters(pool, members, leaves)
   geometry = _geometry.measure(pool, paths, members, progress_fn)
-  members, geometry, found = _readable(pool, geometry, members)
-  findings += found
-  usable, geometry, found = _distinct(pool, geometry, members)
-  findings += found
+  members, geometry, more = _readable(pool, geometry, members)
+  findings += more
+  usable, geometry, more = _distinct(pool, geometry, members)
+  findings += more
   num = len(pool)
   measured = {
       'norms': np.full(num, np.nan),
@@ -68,10 +68,10 @@ def examine(
   }
   sound = usable
   if len(usable) > 1:
-    geometry, found = _start(pool, geometry)
-    findings += found
-    found, sound = _kin(pool, geometry, usable)
-    findings += found
+    geometry, more = _start(pool, geometry)
+    findings += more
+    more, sound = _kin(pool, geometry, usable)
+    findings += more
     inside = geometry.take([usable.index(k) for k in sound])
     findings += _motion.examine(pool, inside, sound)
     _motion.fill(measured, geometry, usable)
@@ -101,23 +101,23 @@ def _structure(pool) -> tuple[list[int], list[Finding]]:
       _tree.Flat(list(x.values()), list(x), None)
       for x in (pool.leaves[members[0]], pool.leaves[others[0]])
   )
-  misfits = [
+  mismatches = [
       text for text in _checked.misfits(first, other) if ' dtype ' not in text
   ]
-  more = f' (and {len(misfits) - 3} more)' if len(misfits) > 3 else ''
-  is_head = len(misfits) <= 4
+  more = f' (and {len(mismatches) - 3} more)' if len(mismatches) > 3 else ''
+  is_head = len(mismatches) <= 4
   return members, [
       Finding(
           severity='error',
           code='structure',
-          title='Not all are one architecture'
+          title='Not all have the same architecture'
           + (', or their heads differ' if is_head else ''),
           seen=f'Compared with {pool.names[members[0]]}, in '
-          f'{pool.names[others[0]]} {"; ".join(misfits[:3])}{more}. '
+          f'{pool.names[others[0]]} {"; ".join(mismatches[:3])}{more}. '
           f'{len(members)} of {len(pool)} are alike; {pool.listed(others)} '
           f'{_are(others)} not.',
-          meaning='Only leaves of one shape can be averaged. Below, those that '
-          'differ are left out.',
+          meaning='Only leaves of one shape can be averaged. The other '
+          'findings leave out ingredients that differ.',
           remedy='If only the heads differ, soup the subtrees that agree, such '
           "as [p['backbone'] for p in ingredients]. Otherwise leave them out.",
           ingredients=others,
@@ -146,11 +146,11 @@ def _dtypes(pool, members) -> list[Finding]:
           title='Ingredients are stored in different dtypes',
           seen=f'{_tree.name_of(path)} is {theirs} in {pool.listed(others)}, '
           f'and {ours} in the others.',
-          meaning='Recipes refuse to mix dtypes: the result would have one of '
-          'them by chance.',
-          remedy='Cast all to the wider one: '
-          'jax.tree.map(lambda x: x.astype(jnp.float32), params). Until then '
-          f'leave out {pool.listed(others)}.',
+          meaning='Recipes do not mix dtypes: it is not clear which one the '
+          'soup should have.',
+          remedy='Cast all to the wider dtype, '
+          'jax.tree.map(lambda x: x.astype(jnp.float32), params), or leave out '
+          f'{pool.listed(others)}.',
           ingredients=others,
           leave_out=others,
       )
@@ -178,12 +178,12 @@ def _counters(pool, members, leaves) -> list[Finding]:
           severity='note',
           code='counters',
           title='Leaves that are not floats differ',
-          seen=f'{_findings.listed(sorted(differ), range(len(differ)))} have '
-          'other values in different ingredients.',
-          meaning='Steps, counters and keys cannot be averaged, and recipes '
-          'refuse to choose.',
-          remedy='Pass non_float_from=0 to the recipe (--non-float-from 0), or '
-          'parameters only.',
+          seen='The ingredients have different values of '
+          f'{_findings.listed(sorted(differ), range(len(differ)))}.',
+          meaning='Steps, counters and keys cannot be averaged: a recipe must '
+          'be told whose to keep.',
+          remedy='Pass non_float_from=0 (--non-float-from 0) to keep those of '
+          'the first ingredient, or pass parameters only.',
           leaves=tuple(sorted(differ)),
       )
   ]
@@ -200,9 +200,9 @@ def _readable(pool, geometry, members):
             code='damaged',
             title='Files are damaged',
             seen=pool.damaged[damaged[0]],
-            meaning=f'What is read of {pool.listed(damaged)} is not what was '
-            'stored, and would go into the soup.',
-            remedy='Restore from a copy, or leave out.',
+            meaning=f'The values in {pool.listed(damaged)} are not those that '
+            'were saved, and would go into the soup.',
+            remedy='Restore the files from a copy, or leave them out.',
             ingredients=damaged,
             leave_out=damaged,
         )
@@ -221,11 +221,11 @@ def _readable(pool, geometry, members):
             severity='error',
             code='not_finite',
             title='Weights that are NaN or infinite',
-            seen=f'{pool.listed(ks)} {_have(ks)} such values in '
+            seen=f'{pool.listed(ks)} {_have(ks)} NaN or infinity in '
             f'{_findings.listed(leaves, range(len(leaves)), 3)}.',
             meaning='One NaN makes the soup NaN. The training diverged, or the '
             'file is damaged.',
-            remedy=f'Leave {_them(ks)} out; look at the loss of that training.',
+            remedy=f'Leave {_them(ks)} out; check the loss of that training.',
             ingredients=ks,
             leaves=tuple(leaves),
             leave_out=ks,
@@ -250,10 +250,10 @@ def _distinct(pool, geometry, members):
         Finding(
             severity='warning',
             code='duplicate',
-            title='The same model is there more than once',
-            seen='; '.join(map(pool.listed, many)) + ' hold equal weights.',
-            meaning='It would count several times. Under other names it may '
-            'also be a run that was never saved where you think.',
+            title='The same model appears more than once',
+            seen='; '.join(map(pool.listed, many)) + ' have equal weights.',
+            meaning='It would count several times. Perhaps a run was not saved '
+            'where you expect it.',
             remedy=f'Leave out {pool.listed(again)}.',
             ingredients=tuple(k for group in many for k in group),
             leave_out=again,
@@ -280,7 +280,7 @@ def _start(pool, geometry):
   """Whether theta_0 is what they came from; forgotten if it is not."""
   if not pool.start:
     return geometry, []
-  related = _kinship.relatives(geometry, _kinship.strangers(geometry))
+  related = _kinship.relatives(geometry, _kinship.unrelated(geometry))
   if related[-1, :-1].any():
     return geometry, []
   gram = geometry.gram.copy()
@@ -290,34 +290,36 @@ def _start(pool, geometry):
           severity='warning',
           code='start',
           title='theta_0 is not what they were fine-tuned from',
-          seen='The matrices of theta_0 have nothing to do with those of any '
-          'ingredient, or other names and shapes.',
+          seen='The matrices of theta_0 are unrelated to those of all '
+          'ingredients, or have other names or shapes.',
           meaning='Task vectors, and recipes that need theta_0 (Model Stock, '
-          'WiSE-FT), would be wrong. It is not used below.',
-          remedy='Pass the checkpoint that the fine-tuning began with.',
+          'WiSE-FT), would be wrong. The other findings do not use it.',
+          remedy='Pass the checkpoint that fine-tuning started from.',
       )
   ]
 
 
 def _kin(pool, geometry, members) -> tuple[list[Finding], list[int]]:
   """Families of ingredients, and those with parts of another family."""
-  strange = _kinship.strangers(geometry)
-  families = _families(_kinship.relatives(geometry, strange))
+  unrelated = _kinship.unrelated(geometry)
+  families = _families(_kinship.relatives(geometry, unrelated))
   main, others = families[0], families[1:]
   findings, permuted = [], []
-  leaves = lambda i: _largest(geometry, strange[:, i, main[0]])
+  leaves = lambda i: _largest(geometry, unrelated[:, i, main[0]])
   for i in [i for family in others for i in family]:
-    found = _kinship.permuted_leaves(
+    moved_leaves = _kinship.permuted_leaves(
         pool, geometry, leaves(i), members[i], members[main[0]]
     )
-    if found:
-      permuted.append((i, found))
+    if moved_leaves:
+      permuted.append((i, moved_leaves))
   moved = {i for i, _ in permuted}
   rest = [[i for i in family if i not in moved] for family in others]
   if any(rest):
     families = [[members[i] for i in f] for f in [main, *filter(None, rest)]]
     findings.append(_initializations(pool, geometry, families, members))
-  part_findings, outside, more = _parts(pool, geometry, strange, main, members)
+  part_findings, outside, more = _parts(
+      pool, geometry, unrelated, main, members
+  )
   permuted += more
   if permuted:
     findings.append(_permuted(pool, geometry, permuted, members))
@@ -354,16 +356,16 @@ def _initializations(pool, geometry, families, members) -> Finding:
   return Finding(
       severity='error',
       code='initialization',
-      title='They were not fine-tuned from one initialization',
-      seen=f'{len(families)} groups whose matrices have nothing in common '
+      title='Not fine-tuned from the same initialization',
+      seen=f'{len(families)} groups with unrelated matrices '
       f'(cosine of the weights {inside}'
       f'{cosine(families[0][0], families[1][0]):.2f} between groups): {shown}.',
-      meaning='Models from different starts lie in different basins: their '
-      'units do not correspond, and the average is noise.',
-      remedy='Soup only models of one start'
+      meaning='Models from different initializations lie in different basins: '
+      'their units do not correspond, and the average is noise.',
+      remedy='Soup only models from one initialization'
       + (f': here {pool.listed(families[0])}' if len(families[0]) > 1 else '')
-      + '. Fix the seed of the initialization (and of a new head), vary the '
-      'other hyper-parameters. Across starts use an ensemble.',
+      + '. In a sweep, fix the seed of the initialization (and of a new head) '
+      'and vary the other hyper-parameters. Otherwise use an ensemble.',
       ingredients=others,
       leave_out=others,
   )
@@ -375,20 +377,20 @@ def _permuted(pool, geometry, permuted, members) -> Finding:
   leaves = sorted(
       {
           _tree.name_of(geometry.paths[x])
-          for _, found in permuted
-          for x, _ in found
+          for _, moved in permuted
+          for x, _ in moved
       }
   )
   return Finding(
       severity='error',
       code='permuted',
-      title='The hidden units are in another order',
+      title='The hidden units are in a different order',
       seen=f'{pool.listed(ks)}: the weights are far from the others, but '
-      f'{100 * share:.0f} % of the units of '
-      f'{_tree.name_of(geometry.paths[leaf])} that were looked for are there '
-      'at another place.',
-      meaning='The same function with its units (or heads) in another order. '
-      'An average adds units that have nothing to do with each other.',
+      f'{100 * share:.0f} % of the compared units of '
+      f'{_tree.name_of(geometry.paths[leaf])} are the same at another '
+      'position.',
+      meaning='The same function with its units (or attention heads) in a '
+      'different order: an average adds units that do not correspond.',
       remedy='Find what reordered them (a conversion, pruning, another layout '
       'of attention heads), or permute them back before souping.',
       ingredients=ks,
@@ -397,32 +399,32 @@ def _permuted(pool, geometry, permuted, members) -> Finding:
   )
 
 
-def _parts(pool, geometry, strange, main, members):
-  """Members of one family with leaves that are strangers to those of others."""
+def _parts(pool, geometry, unrelated, main, members):
+  """Members of one family with leaves unrelated to those of the others."""
   apart: dict[tuple[int, ...], list[int]] = {}
-  for leaf in np.flatnonzero(strange.any((1, 2))).tolist():
+  for leaf in np.flatnonzero(unrelated.any((1, 2))).tolist():
     rows = [*main, len(members)]
-    # A theta_0 that is not there is nobody's relative.
-    related = ~strange[leaf] & np.isfinite(geometry.gram[leaf])
+    # A theta_0 that is not there is related to none.
+    related = ~unrelated[leaf] & np.isfinite(geometry.gram[leaf])
     related[:, -1] &= _kinship.contain_start(geometry, leaf)
     related[-1] &= related[:, -1]
     families = _families(related[np.ix_(rows, rows)])
     outside = tuple(main[i] for family in families[1:] for i in family)
     if outside:
       apart.setdefault(outside, []).append(leaf)
-  findings, permuted, strangers = [], [], set()
+  findings, permuted, apart_members = [], [], set()
   for outside, leaves in apart.items():
-    largest = _largest(geometry, np.isin(range(len(strange)), leaves))
+    largest = _largest(geometry, np.isin(range(len(unrelated)), leaves))
     inside = [i for i in main if i not in outside]
-    found = _kinship.permuted_leaves(
+    moved = _kinship.permuted_leaves(
         pool, geometry, largest, members[outside[0]], members[inside[0]]
     )
-    if found:
-      permuted += [(i, found) for i in outside]
+    if moved:
+      permuted += [(i, moved) for i in outside]
     else:
-      strangers |= set(outside)
+      apart_members |= set(outside)
       findings.append(_part(pool, geometry, outside, leaves, main, members))
-  return findings, strangers, permuted
+  return findings, apart_members, permuted
 
 
 def _part(pool, geometry, outside, leaves, main, members) -> Finding:
@@ -435,15 +437,15 @@ def _part(pool, geometry, outside, leaves, main, members) -> Finding:
   return Finding(
       severity='error',
       code='part',
-      title='A part, perhaps the head, was initialized apart',
-      seen=f'In {whose} {shown} ({share:.2g} % of the numbers) '
-      'have nothing to do with those of the others, although the rest comes '
-      'from one start.',
-      meaning='A head that was drawn anew for a run (or was never trained) '
-      'points elsewhere: averaged, the heads cancel.',
-      remedy='Draw a new head once, or train it first (linear probe), and '
-      'start all runs from it. Now: leave these ingredients out, or soup the '
-      'rest and train one head on it.',
+      title='A part, perhaps the head, was initialized separately',
+      seen=f'In {whose}, the values of {shown} ({share:.2g} % of the '
+      'parameters) are unrelated to those of the others, although the rest '
+      'comes from one initialization.',
+      meaning='Heads that each run initialized at random (or that were never '
+      'trained) do not correspond: in an average they cancel.',
+      remedy='Initialize the head once, or train it first (linear probe), and '
+      'start all runs from it. For these runs: leave these ingredients out, '
+      'or soup the rest and train one head on it.',
       ingredients=ks,
       leaves=names,
       leave_out=ks,
@@ -462,12 +464,12 @@ def _batch_norm(geometry) -> list[Finding]:
       Finding(
           severity='note',
           code='batch_norm',
-          title='There is BatchNorm',
-          seen=f'{len(names)} leaves of running statistics, as {names[0]}.',
-          meaning='Those of a soup are not the mean of those of its '
-          'ingredients: its activations have other means, and smaller '
+          title='The model has BatchNorm',
+          seen=f'{len(names)} leaves are running statistics, as {names[0]}.',
+          meaning='The statistics of a soup are not the mean of those of its '
+          'ingredients: its activations have different means, and smaller '
           'variances.',
-          remedy='Estimate them anew on some training images: '
+          remedy='Re-estimate them on some training images: '
           'jaxsoup.models.batch_norm.recalibrated.',
           leaves=tuple(names),
       )

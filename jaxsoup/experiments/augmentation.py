@@ -42,12 +42,12 @@ def apply(
     num_classes: int,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-  """Augments a batch, and makes what the logits are compared with.
+  """Augments a batch, and makes the targets of the loss.
 
   Args:
     key: jax key.
-    batch: the inputs of a model, and `label` [B]; or `target` [B, C], what a
-      teacher says, in place of it.
+    batch: the inputs of a model, and `label` [B]; or `target` [B, C], the
+      probabilities of a teacher, instead of it.
     hyper: scalars, perhaps traced: the strengths, and `label_smoothing`.
     names: those of `ALL` that are applied.
     num_classes: C.

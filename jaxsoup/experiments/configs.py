@@ -22,12 +22,12 @@ from ml_collections import config_flags
 from jaxsoup import _processes
 
 Run = dict[str, Any]
-# Fields that decide what is looked at when all models are there.
+# Fields that only affect the analysis after all models are trained.
 LATER = ('landscape.', 'stability.')
 
 
 class Experiment(NamedTuple):
-  """What a config file says.
+  """An experiment, as a config file defines it.
 
   Attributes:
     config: of `get_config(arg)`, with the overrides.
@@ -35,7 +35,7 @@ class Experiment(NamedTuple):
     data_fn: its function `data`: config -> `jaxsoup.data.sources.Splits`; None
       if there is none, and the experiment can only be planned.
     model_fn: its function `model`: config -> `modeling.Model`; None if there is
-      none, and `config.model` says it all.
+      none, and `config.model` describes the model.
   """
 
   config: ml_collections.ConfigDict
@@ -45,13 +45,13 @@ class Experiment(NamedTuple):
 
 
 class UsageError(ValueError):
-  """What the user typed does not fit; the message says what would."""
+  """A wrong argument or config; the message says what is expected."""
 
   exit_code = 2
 
 
 class Arguments(NamedTuple):
-  """What the command line of an experiment says.
+  """The parsed command line of an experiment.
 
   Attributes:
     config: the config file, perhaps with an argument behind a colon.
@@ -71,13 +71,13 @@ class Arguments(NamedTuple):
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-  """Takes `--config=FILE --workdir=DIR --config.x=y ...` apart.
+  """Parses `--config=FILE --workdir=DIR --config.x=y ...`.
 
   Args:
     argv: the arguments, without the program's name.
 
   Returns:
-    What they say.
+    The parsed arguments.
 
   Raises:
     UsageError: an unknown, missing or malformed argument.
@@ -106,13 +106,14 @@ def parse(argv: Sequence[str]) -> Arguments:
   given = [value is not None for value in join.values()]
   if any(given) and not all(given):
     raise UsageError(
-        '--coordinator, --num-processes and --process belong together: on a '
-        f'TPU pod or under Slurm write --distributed alone. Usage: {USAGE}'
+        'Pass all of --coordinator, --num-processes and --process, or, on a '
+        f'TPU pod or under Slurm, only --distributed. Usage: {USAGE}'
     )
   if '://' in values.workdir:
     raise UsageError(
-        f'{values.workdir} is no directory: mount the bucket (gcsfuse) or '
-        'another disk that all hosts see, and give the path there.'
+        f'{values.workdir} is not a local directory: mount the bucket '
+        '(gcsfuse) or another file system that all hosts share, and pass the '
+        'path there.'
     )
   return Arguments(
       values.config,
@@ -134,7 +135,7 @@ USAGE = (
 
 def _missing(values, rest) -> str:
   if rest:
-    return f'Unexpected argument {rest[0]!r}: write NAME=VALUE'
+    return f'Unexpected argument {rest[0]!r}: write --NAME=VALUE'
   return '--config is missing' if not values.config else '--workdir is missing'
 
 
@@ -161,7 +162,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     )
     raise UsageError(
         f'There is no config {file}.'
-        + (f' In {folder} there is: {", ".join(there)}.' if there else '')
+        + (f' {folder} has: {", ".join(there)}.' if there else '')
     )
   module = _module(file)
   needed = ('get_config', 'sweep')
@@ -173,7 +174,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     config = module.get_config(arg or None)
   except ValueError as e:
     raise UsageError(f'{path}: {e}') from e
-  # Not DEFINE_config_file, which imports by a way that Python gives up.
+  # Not DEFINE_config_file, which imports in a way that Python deprecates.
   values = flags.FlagValues()
   argv = ['main', *overrides]
   try:
@@ -194,7 +195,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def _explain(overrides, config, error) -> str:
-  """Names the override that does not fit, and what would."""
+  """Names the wrong override, and what is expected."""
   known = _flat(config)
   for override in overrides:
     name = override.lstrip('-').partition('=')[0].removeprefix('config.')
@@ -238,8 +239,8 @@ def check_unchanged(
 ) -> None:
   """Stores the config with a workdir, or compares it with the stored one.
 
-  A workdir in which nothing was made yet, as the config had a wrong path, takes
-  other values of the same fields.
+  A workdir in which nothing was made yet, such as when the config had a wrong
+  path, accepts other values of the same fields.
 
   Raises:
     UsageError: the workdir belongs to another config; names what differs.
@@ -254,11 +255,11 @@ def check_unchanged(
     then = _lasting(dict(json.loads(file.read_text())))
   except (TypeError, ValueError) as e:
     raise ValueError(
-        f'{file} is unreadable: {e}. Delete that file if the workdir was begun '
-        'with this config: it is written again, and the rest is kept.'
+        f'{file} is unreadable: {e}. Delete that file if the workdir belongs '
+        'to this config: it is written again, and everything else is kept.'
     ) from e
   differing = [
-      f'{key} was {then.get(key)!r}, is {now.get(key)!r}'
+      f'{key} was {then.get(key)!r}, is now {now.get(key)!r}'
       for key in sorted(then.keys() | now.keys())
       if then.get(key) != now.get(key)
   ]
@@ -269,8 +270,8 @@ def check_unchanged(
     _store(now, file)
   else:
     raise UsageError(
-        f'{file.parent} was begun with another config: {"; ".join(differing)}. '
-        'Give another workdir, or delete this one.'
+        f'{file.parent} was started with another config: '
+        f'{"; ".join(differing)}. Use another workdir, or delete this one.'
     )
 
 
@@ -284,5 +285,5 @@ def _store(fields: dict[str, Any], file: pathlib.Path) -> None:
 
 
 def _lasting(fields: dict[str, Any]) -> dict[str, Any]:
-  """Without what a workdir may change."""
+  """The fields that cannot change in a workdir."""
   return {k: v for k, v in fields.items() if not k.startswith(LATER)}

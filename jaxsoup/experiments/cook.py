@@ -1,4 +1,4 @@
-"""Every recipe on one set of ingredients, and how well each does.
+"""Every recipe on one set of ingredients, and their scores.
 
 ```
 recipes = cook.recipes(config, model, ingredients, theta_0, held_out, scores)
@@ -52,7 +52,7 @@ METRICS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def metric_of(config: ml_collections.ConfigDict) -> Callable[[Any, Any], Any]:
-  """What scores a model: `config.metric`, accuracy if there is none."""
+  """The metric that scores a model: `config.metric`, accuracy by default."""
   return METRICS[config.get('metric', 'accuracy')]
 
 
@@ -86,7 +86,7 @@ def recipes(
     Functions without arguments, which return a `Soup`: the plain mixture.
 
   Raises:
-    UsageError: `config.recipes` names one that there is not.
+    UsageError: `config.recipes` has an unknown name.
   """
   eval_fn = score_fn(config, model.logits_fn, held_out, sharding)
   if prepare_fn is not None:
@@ -154,7 +154,7 @@ def statistics_fns(
     running statistics.
 
   Raises:
-    UsageError: `config.batch_norm` is none of them.
+    UsageError: `config.batch_norm` is not one of them.
   """
   recalibrate_fn, best_fn = model.recalibrate_fn, functools.cache(best_fn)
   if recalibrate_fn is None:
@@ -180,13 +180,13 @@ def statistics_fns(
   chosen = config.get('batch_norm', 'averaged')
   if chosen not in fns:
     raise configs.UsageError(
-        f'batch_norm is {chosen!r}: choose from {", ".join(fns)}.'
+        f'config.batch_norm is {chosen!r}: choose from {", ".join(fns)}.'
     )
   return {chosen: fns.pop(chosen), **fns}
 
 
 class Batches:
-  """Batches of a source, read anew in each walk."""
+  """Batches of a source, read again in each pass."""
 
   def __init__(self, source, batch_size, sharding=None):
     self._source, self._batch_size = source, batch_size
@@ -263,7 +263,9 @@ def score_fn(
         batches,
     )
   if select_by != 'metric':
-    raise ValueError(f"select_by is {select_by!r}: choose 'metric' or 'nll'.")
+    raise ValueError(
+        f"config.select_by is {select_by!r}: choose 'metric' or 'nll'."
+    )
   if config.get('metric', 'accuracy') == 'accuracy':
     return evaluation.mean_of(
         lambda params, batch: metrics.correct(
@@ -277,14 +279,14 @@ def score_fn(
 def selection_score(
     config: ml_collections.ConfigDict, logits: np.ndarray, label: np.ndarray
 ) -> float:
-  """What `score_fn` returns, from logits that are there."""
+  """What `score_fn` returns, from logits."""
   if config.get('select_by', 'metric') == 'nll':
     return -float(metrics.negative_log_likelihood(logits, label))
   return float(metric_of(config)(logits, label))
 
 
 def loss_fn_of(logits_fn: LogitsFn) -> Callable[..., jax.Array]:
-  """Cross-entropy of the logits, times beta: what `jaxsoup.learned` wants."""
+  """Cross-entropy of the logits times beta, for `jaxsoup.learned`."""
 
   def loss_fn(params, batch, beta):
     return optax.softmax_cross_entropy_with_integer_labels(
@@ -321,7 +323,7 @@ def learning_batches(
     held_out: sources.Source,
     sharding: NamedSharding | None = None,
 ) -> tuple[list[Any], list[Any]]:
-  """Two parts of the held-out set, in batches: to learn on, and to stop by.
+  """Two parts of the held-out set, in batches: to learn, and to stop early.
 
   A batch that the mesh does not divide is on every device.
 
@@ -335,9 +337,10 @@ def learning_batches(
   full = (num - num_val) // size * size
   if not full or not num_val:
     raise ValueError(
-        f'Of {num} held-out examples {num_val} stop the learning and '
-        f'{num - num_val} teach, in batches of {size}: none is left. Make '
-        'learned.batch_size smaller, or change learned.val_fraction.'
+        f'Of {num} held-out examples, {num_val} are for early stopping and '
+        f'{num - num_val} for learning in batches of {size}: one part has no '
+        'batch. Use a smaller learned.batch_size, or another '
+        'learned.val_fraction.'
     )
 
   def batch_of(rows):

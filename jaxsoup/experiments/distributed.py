@@ -1,4 +1,4 @@
-"""Joins several processes into one, and says so.
+"""Connects the processes of a distributed run.
 
 ```
 distributed.start('host0:1234', num_processes=2, process=0, timeout=300)
@@ -21,33 +21,33 @@ def start(
     *,
     timeout: int = 300,
 ) -> None:
-  """Waits for all processes of a run; leaves with a word if one never comes.
+  """Waits for all processes of a run; exits with an error if one is missing.
 
   Call it before any device is touched.
 
   Args:
-    coordinator: HOST:PORT of process 0; None where jax finds out by itself
+    coordinator: HOST:PORT of process 0; None where jax detects it
       (Cloud TPU, Slurm, Open MPI, Kubernetes).
     num_processes: how many there are; None as above.
     process: which one this is, from 0; None as above.
     timeout: seconds to wait.
 
   Raises:
-    ValueError: jax cannot find out, or the address is malformed.
+    ValueError: jax cannot detect it, or the address is malformed.
   """
   done = threading.Event()
 
-  # jax itself aborts with a stack trace that names nobody.
+  # jax itself aborts with a stack trace that names no process.
   def watch():
     if not done.wait(timeout):
       who = 'This process' if process is None else f'Process {process}'
       print(
           f'Error: {who} waited {timeout} s for the other processes'
           + (f' at {coordinator}' if coordinator else '')
-          + ', and not all came. Start'
+          + ', but not all connected. Start'
           + (f' all {num_processes}' if num_processes else ' all of them')
-          + ' with the same coordinator, each with its own number, and look at '
-          'what the others printed.',
+          + ' with the same coordinator, each with its own number, and check '
+          'the output of the others.',
           file=sys.stderr,
           flush=True,
       )

@@ -10,8 +10,8 @@ stacked = finetune.train(model, config.finetune, theta_0, runs, splits.train)
 `runs` is a list of plain dicts of hyper-parameters. Data in memory go to the
 device as a whole, and all runs of one call train together, vmapped inside one
 compiled scan, so hyper-parameters are traced. Other data are read while one
-run trains on the whole mesh. A run depends on its own dict, and in its last
-bits on the number of runs beside it; the same call gives the same bits.
+run trains on the whole mesh. A run depends on its own dict and, in its last
+bits, on the number of runs in the call; the same call gives the same bits.
 """
 
 from collections.abc import Callable
@@ -66,14 +66,14 @@ def train(
     saved: where the state is kept in between; the result does not depend on
       how often the training was stopped.
     keep_fn: called with the name and the stacked parameters of each copy that
-      is kept beside the last one; the next step reuses the arrays.
+      is kept next to the last one; the next step reuses the arrays.
 
   Returns:
     Stacked parameters, leaves [K, ...], in the order of `runs`.
 
   Raises:
     ValueError: there are no runs, or several where one trains on all devices;
-      a run has a hyper-parameter that is not known; or the data do not fill
+      a run has an unknown hyper-parameter; or the data do not fill
       one batch.
   """
   settings = steps.settings_of(phase, runs, len(source))
@@ -116,7 +116,7 @@ def train(
 
 
 def distilled(source: sources.Arrays, logits: Any) -> sources.Arrays:
-  """Training data whose targets are what a teacher says of them.
+  """Training data whose targets are the predictions of a teacher.
 
   Args:
     source: the training data, in memory.
@@ -180,8 +180,7 @@ def probe(
   """
   if model.features_fn is None:
     raise ValueError(
-        'The model has no linear head that could be probed: leave out '
-        'config.probe.'
+        'The model has no linear head for a linear probe: remove config.probe.'
     )
   features = _features(model, params, source, batch_size, sharding)
   head_model = modeling.linear(

@@ -54,7 +54,7 @@ def collectives_of(text: str) -> dict[str, Traffic]:
   """
   entry, computations = _computations(text)
   # By channel: the parts of one asynchronous collective share it.
-  found: dict[Any, tuple[str, int, int]] = {}
+  by_channel: dict[Any, tuple[str, int, int]] = {}
   for times, line in _executed(entry, computations, 1):
     match = _COLLECTIVE.search(line)
     if match is None:
@@ -66,10 +66,10 @@ def collectives_of(text: str) -> dict[str, Traffic]:
     size = max(sizes, default=0) if is_start else sum(sizes)
     channel = re.search(r'channel_id=(\d+)', line)
     key = channel[1] if channel else line
-    before = found.get(key, (name, 0, 0))
-    found[key] = name, max(before[1], times), max(before[2], size)
+    before = by_channel.get(key, (name, 0, 0))
+    by_channel[key] = name, max(before[1], times), max(before[2], size)
   traffic: dict[str, Traffic] = {}
-  for name, times, size in found.values():
+  for name, times, size in by_channel.values():
     before_times, num_bytes = traffic.get(name, (0, 0))
     traffic[name] = Traffic(before_times + times, num_bytes + times * size)
   return traffic
@@ -124,7 +124,7 @@ def flops_of(jaxpr: Any) -> float:
 
   Args:
     jaxpr: of a traced function; scans count as often as they run, and of
-      branches the dearest. Loops without a known end count once.
+      branches the most expensive. Loops without a known end count once.
 
   Returns:
     FLOPs on all devices together.

@@ -1,4 +1,4 @@
-"""What the experiments on ImageNet share: their data, real or mocked.
+"""The data of the experiments on ImageNet, real or mocked.
 
 ```
 config.data = imagenet.data_config(size=224, is_mock=arg == 'runlocal')
@@ -40,7 +40,7 @@ def data_config(
     size: of the images.
     mean: of the pixels that the model was pre-trained on, of each channel.
     std: of them, as well.
-    is_mock: whether random images take the place of ImageNet's.
+    is_mock: whether to use random images instead of ImageNet's.
 
   Returns:
     `pixels`; `sizes`, which a plan counts with; and where the data lie: `path`,

@@ -1,11 +1,11 @@
-"""What lies between the models of an experiment, and whether they fit together.
+"""The landscape between the models of an experiment, and a diagnosis.
 
 ```
 landscapes.make(work, theta_0, soups, scores)
 ```
 
 Each part is one file in the workdir, `landscape/NAME.json`, which the report
-draws. What is there is made again only when `config.landscape` changed:
+draws. An existing file is made again only when `config.landscape` changed:
 
 angles     at the initialization, between all pairs
 pairs      the soup of two against its models, its ensemble and their angle
@@ -41,10 +41,10 @@ from jaxsoup.experiments import preemption
 from jaxsoup.experiments import progress
 from jaxsoup.experiments import stages
 
-# How much is done, and of how much.
+# How much is done, and the total.
 OnPoints = Callable[[float, float], None]
 _STAGE = 'landscapes'
-# Two models of one run are no plane.
+# Two copies of one run span no plane.
 _LEAST_ANGLE = 10.0
 
 
@@ -109,7 +109,7 @@ class Sets:
 
 
 def _some(source: sources.Source, num: int) -> sources.Arrays:
-  """So many examples, at equal distances: some sets are sorted by class."""
+  """At most `num` examples, evenly spaced: some sets are sorted by class."""
   num = min(max(num, 1), len(source))
   rows = np.linspace(0, len(source) - 1, num).astype(int)
   return sources.Arrays(source[rows])
@@ -118,7 +118,7 @@ def _some(source: sources.Source, num: int) -> sources.Arrays:
 class Held(preemption.Ingredients):
   """Ingredients that stay in memory: small ones take longer to read."""
 
-  average = None  # type: ignore[assignment]  # Which reads them anew.
+  average = None  # type: ignore[assignment]  # It would read them again.
 
   def __init__(self, *args: Any, **options: Any):
     super().__init__(*args, **options)
@@ -139,12 +139,12 @@ class Held(preemption.Ingredients):
 
 def _ingredients(work: stages.Work, theta_0: Any) -> checkpoints.Ingredients:
   """The runs; in memory if all together take a fifth of it at most."""
-  found = stages.ingredients(work, theta_0)
-  size = len(found) * sum(x.nbytes for x in jax.tree.leaves(theta_0))
+  runs = stages.ingredients(work, theta_0)
+  size = len(runs) * sum(x.nbytes for x in jax.tree.leaves(theta_0))
   if size > _memory.free_bytes(jax.local_devices()[0]) / 5:
-    return found
+    return runs
   return Held(
-      found.paths,
+      runs.paths,
       stages.abstract(work.config, theta_0),
       stop=work.stop,
       saved=f'{work.workdir} holds all soups',
@@ -152,7 +152,7 @@ def _ingredients(work: stages.Work, theta_0: Any) -> checkpoints.Ingredients:
 
 
 class Models(Sequence):
-  """Ingredients, and soups that lie in memory."""
+  """Ingredients, and soups in memory."""
 
   def __init__(self, ingredients: Sequence[Any], soups: Sequence[Any]):
     self._ingredients, self._soups = ingredients, soups
@@ -177,8 +177,8 @@ def make(
   Several processes leave it out: the same command in one process makes it.
 
   Args:
-    work: the experiment. `config.landscape` says how much is looked at; without
-      it nothing is. `num_points`: of a line, and along each axis of the plane;
+    work: the experiment. `config.landscape` says what is made; without it
+      nothing is. `num_points`: of a line, and along each axis of the plane;
       `num_pairs`: how many pairs of models; `num_examples`: of each data set at
       most; `is_diagnosed`. 0 or False leave a part out.
     theta_0: the start of the runs.
@@ -200,9 +200,9 @@ def make(
   shapes = stages.abstract(work.config, theta_0)
   theta_0 = checkpoints.Ingredients([work.workdir / 'theta_0'], shapes)[0]
   ingredients = _ingredients(work, theta_0)
-  found = Parts(work, theta_0, ingredients, soups, scores, prepare_fn).all()
-  total, num_done = sum(part.num for part in found), 0
-  for part in found:
+  parts = Parts(work, theta_0, ingredients, soups, scores, prepare_fn).all()
+  total, num_done = sum(part.num for part in parts), 0
+  for part in parts:
     path = work.workdir / 'landscape' / f'{part.name}.json'
 
     def on_points(num, num_of_part, part=part, before=num_done):
@@ -216,13 +216,13 @@ def make(
 
 
 def _make_once(path: pathlib.Path, settings, make_fn, on_points) -> None:
-  """Writes what `make_fn` finds, unless it is there for the same settings."""
+  """Writes what `make_fn` returns, unless the file has the same settings."""
   if _is_made(path, settings):
     return
-  found = _json.plain({'settings': settings, **make_fn(on_points)})
+  content = _json.plain({'settings': settings, **make_fn(on_points)})
   path.parent.mkdir(exist_ok=True)
   unfinished = path.with_suffix('.tmp')
-  unfinished.write_text(json.dumps(found, allow_nan=False))
+  unfinished.write_text(json.dumps(content, allow_nan=False))
   unfinished.replace(path)
 
 
@@ -233,8 +233,8 @@ def _is_made(path: pathlib.Path, settings) -> bool:
     )
   except (KeyError, TypeError, ValueError) as e:
     raise ValueError(
-        f'{path} is unreadable: {e!r}. Delete it, and the same command makes '
-        'it again.'
+        f'{path} is unreadable: {e!r}. Delete it, and run the same command '
+        'again, which makes a new one.'
     ) from e
 
 
@@ -282,7 +282,7 @@ class Parts:
     mean, num = float(np.mean(self._scores)), len(held_out.labels)
     noise = 3 * math.sqrt(max(mean * (1 - mean), 0) / num)
     has_statistics = self._work.model.recalibrate_fn is not None
-    found = diagnosis.diagnose(
+    report = diagnosis.diagnose(
         self._ingredients,
         theta_0=self._theta_0,
         eval_fn=score,
@@ -294,13 +294,13 @@ class Parts:
             progress.total_done(diagnosis.STAGES, stage, share), 1
         ),
     )
-    return found.as_json()
+    return report.as_json()
 
   def _pairs_part(self, on_points: OnPoints) -> dict[str, Any]:
     where = {'test': ['test'], 'mean of shifts': list(self._work.splits.shifts)}
     where = {name: sets for name, sets in where.items() if sets}
     done, num = itertools.count(1), len(where) * len(self._pairs)
-    found = {}
+    by_name = {}
     for name, names in where.items():
       sets = self._sets(names)
       pairs = landscape.pairs(
@@ -313,8 +313,8 @@ class Parts:
           prepare_fn=self._prepare_fn,
           on_pair=lambda _: on_points(next(done), num),
       )
-      found[name] = [pair._asdict() for pair in pairs]
-    return found
+      by_name[name] = [pair._asdict() for pair in pairs]
+    return by_name
 
   def _lines(self, on_points: OnPoints) -> dict[str, Any]:
     test = self._sets(['test'])
@@ -348,7 +348,7 @@ class Parts:
       return values[name][-1]
 
     num = self._settings.num_points
-    found = landscape.plane(
+    plane = landscape.plane(
         loss_fn,
         self._theta_0,
         *(self._ingredients[k] for k in corners),
@@ -362,7 +362,7 @@ class Parts:
     return {
         'corners': corners,
         'soups': list(self._soups),
-        **found._asdict(),
+        **plane._asdict(),
         'loss': {k: np.reshape(v, (num, num)) for k, v in values.items()},
     }
 
@@ -387,7 +387,7 @@ class Parts:
     )
 
   def _corners(self) -> tuple[int, int] | None:
-    """The best two models that are apart: two copies of a run are not."""
+    """The best two models that are not close: two copies of a run are."""
     first, *others = np.argsort(-np.asarray(self._scores), kind='stable')
     for k in others:
       pair = [self._ingredients[int(first)], self._ingredients[int(k)]]
@@ -397,10 +397,10 @@ class Parts:
 
 
 def pairs_of(scores: Sequence[float], num: int) -> list[tuple[int, int]]:
-  """At most so many pairs of models.
+  """At most `num` pairs of models.
 
-  All, where there are few; else the best with every other one and neighbours in
-  the order of scores, of which every so-manieth is taken.
+  All pairs of few models; of many the best with every other one and neighbours
+  in the order of scores, thinned evenly to `num`.
 
   Example:
     >>> pairs_of([0.9, 0.8, 0.7], 9), len(pairs_of([0.5] * 20, 10))

@@ -21,12 +21,12 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class InUseError(OSError):
-  """Another process works there; the message names it."""
+  """Another process uses the path; the message names it."""
 
 
 @contextlib.contextmanager
 def locked(path: Any, what: Any) -> Iterator[None]:
-  """Holds a lock, or fails at once.
+  """Holds a lock, or fails immediately.
 
   Args:
     path: the lock's file: made with its directory, and deleted at the end. One
@@ -61,16 +61,16 @@ def _acquired(path: pathlib.Path, what: Any) -> int | None:
       holder = _holder(file)
       os.close(file)
       raise InUseError(
-          f'{what} is in use by {holder}. Wait until that has ended, stop it, '
-          'or give another path.'
+          f'{what} is in use by {holder}. Wait until it ends, stop it, or use '
+          'another path.'
       ) from e
     except OSError as e:
       os.close(file)
       if e.errno not in _NO_LOCKS:
         raise
       warnings.warn(
-          f'The file system of {path} knows no locks: make sure yourself that '
-          f'no other process works on {what}.',
+          f'The file system of {path} does not support locks: make sure that '
+          f'no other process uses {what}.',
           stacklevel=4,
       )
       return None

@@ -1,4 +1,4 @@
-"""Meshes of machines that are not there, for the compiler.
+"""Meshes of machines that are not attached, for the compiler.
 
 ```
 mesh, device_bytes = machines.topology_mesh('v5e:8x8')
@@ -43,7 +43,7 @@ CHIPS = {
 
 
 def topology_mesh(name: str) -> tuple[jax.sharding.Mesh, int]:
-  """A mesh of TPUs that are not there, and the bytes of memory of each.
+  """A mesh of TPUs that are not attached, and the bytes of memory of each.
 
   Args:
     name: generation and shape: 'v5e:8x8', 'v5p:4x4x4'.
@@ -58,14 +58,14 @@ def topology_mesh(name: str) -> tuple[jax.sharding.Mesh, int]:
   if importlib.util.find_spec('libtpu') is None:
     raise ImportError(
         'The compiler of TPUs, libtpu, is not installed: pip install '
-        '"jaxsoup[tpu-plan]". Without it: --devices N, on virtual CPU devices.'
+        '"jaxsoup[tpu-plan]". Or plan for virtual CPU devices: --devices N.'
     )
   kind, _, shape = name.partition(':')
   sides = [int(n) for n in shape.split('x') if n.isascii() and n.isdigit()]
   if kind not in CHIPS or not sides or 'x'.join(map(str, sides)) != shape:
     raise configs.UsageError(
         f'There is no topology {name!r}: write one of {", ".join(CHIPS)}, and '
-        'its shape: v5e:8x8, v6e:16x16, v5p:4x4x4, v4:2x2x2.'
+        'its shape: v5e:8x8, v6e:16x16, v5p:4x4x4 or v4:2x2x2.'
     )
   chip = CHIPS[kind]
   # The compiler would go on, and end the process later.
@@ -73,7 +73,7 @@ def topology_mesh(name: str) -> tuple[jax.sharding.Mesh, int]:
       n > most for n, most in zip(sorted(sides), sorted(chip.largest))
   ):
     raise configs.UsageError(
-        f'{name!r} is no valid topology: the largest of {kind} is '
+        f'{name!r} is not a valid topology: the largest of {kind} is '
         f'{"x".join(map(str, chip.largest))}.'
     )
   _prepare_compiler()
@@ -85,8 +85,8 @@ def topology_mesh(name: str) -> tuple[jax.sharding.Mesh, int]:
     ).devices
   except Exception as e:  # libtpu raises several types.
     raise configs.UsageError(
-        f'{name!r} is no valid topology: its first two sides must be multiples '
-        f'of 2. {str(e).splitlines()[0]}'
+        f'{name!r} is not a valid topology: its first two sides must be '
+        f'multiples of 2. {str(e).splitlines()[0]}'
     ) from e
   return _mesh_of(devices), chip.hbm_gib * 2**30
 
@@ -94,7 +94,7 @@ def topology_mesh(name: str) -> tuple[jax.sharding.Mesh, int]:
 def _prepare_compiler() -> None:
   """Must come before libtpu is loaded."""
   defaults = {
-      'TPU_SKIP_MDS_QUERY': '1',  # Or it looks for the machine it is not on.
+      'TPU_SKIP_MDS_QUERY': '1',  # Or it queries a TPU host's metadata.
       'TPU_WORKER_HOSTNAMES': 'localhost',
       'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # Of any other machine, too.
       'TPU_MIN_LOG_LEVEL': '3',
@@ -115,7 +115,7 @@ def cpu_mesh(num_devices: int) -> tuple[jax.sharding.Mesh, int]:
   """A mesh of virtual CPU devices, and the bytes that each can have.
 
   Raises:
-    UsageError: jax has begun with fewer.
+    UsageError: jax has started with fewer.
   """
   devices = jax.devices('cpu')
   if len(devices) < num_devices:

@@ -4,9 +4,9 @@
 python -m jaxsoup.experiments.main --config=configs/digits.py --workdir=DIR
 ```
 
-Everything goes into the workdir, and what is there is not made again: a second
-call goes on where the first one stopped, and ends with the same soups. Several
-calls share the fine-tuning where each has its part of the runs:
+Everything goes into the workdir, and finished work is not repeated: a second
+call continues where the first one stopped, and ends with the same soups.
+Several calls can share the fine-tuning, each with its part of the runs:
 
 ```
 ... --config.sweep.shard=0/4      and 1/4, 2/4, 3/4, on one workdir
@@ -15,19 +15,19 @@ calls share the fine-tuning where each has its part of the runs:
   ... --seeds=3            in DIR/seed0, DIR/seed1, ..., and their mean
 
 One run on all devices of several processes, such as those of a TPU pod, where
-`config.is_sharded` is true; the workdir is on a disk that all of them see:
+`config.is_sharded` is true; all of them need the workdir on a shared disk:
 
 ```
-... --distributed        where jax finds out who takes part, else
+... --distributed        where jax detects the processes, else
 ... --coordinator=HOST:PORT --num-processes=N --process=I
 ```
 
-What is there in the end:
+What is in the workdir in the end:
 
 ```
 theta_0/    the pre-trained parameters
 runs/NN/    parameters of each run, with its hyper-parameters and score
-logits/     what each run says on every data set
+logits/     of each run on every data set
 soups/      each soup, with alpha, provenance and versions; where the held-out
             set is drawn several times, in splits/N/soups/
 landscape/  barriers, planes, angles and a diagnosis, by `config.landscape`
@@ -89,10 +89,10 @@ def run(
 
   Raises:
     ImportError: a package of an extra is missing.
-    UsageError: the workdir was begun with another config.
-    InUseError: another process works on the workdir.
-    Preempted: `stop` was requested; what was done is saved.
-    OSError: the disk is full; what was done is saved.
+    UsageError: the workdir was started with another config.
+    InUseError: another process uses the workdir.
+    Preempted: `stop` was requested; finished work is saved.
+    OSError: the disk is full; finished work is saved.
   """
   if importlib.util.find_spec('matplotlib') is None:
     # Now, not after the training.
@@ -106,8 +106,8 @@ def run(
     if not _disk.is_full(e):
       raise
     raise OSError(
-        f'{workdir}: {e} What was done is kept: free some space, and the same '
-        'command goes on from there.'
+        f'{workdir}: {e} Finished work is kept: free some space, and run the '
+        'same command again to continue.'
     ) from e
 
 
@@ -141,13 +141,13 @@ def opened(
     What the stages share.
 
   Raises:
-    UsageError: no data, or the workdir was begun with another config.
-    InUseError: another process works on the workdir.
+    UsageError: no data, or the workdir was started with another config.
+    InUseError: another process uses the workdir.
     ValueError: examples with two roles.
   """
   if experiment.data_fn is None:
     raise configs.UsageError(
-        'The config file has no function data(config), which returns '
+        'The config file has no function data(config). It must return '
         'jaxsoup.data.sources.Splits: see configs/digits.py.'
     )
   config = experiment.config
@@ -155,9 +155,9 @@ def opened(
   name = '.lock' if num_shards == 1 else f'.lock_{shard}_{num_shards}'
   if jax.process_count() > 1 and not config.get('is_sharded', False):
     raise configs.UsageError(
-        f'{jax.process_count()} processes train one run together where '
-        'config.is_sharded is True, and this config is not. Set it; or start '
-        'each process by itself, with --config.sweep.shard=i/n.'
+        f'{jax.process_count()} processes can train one run together only if '
+        'config.is_sharded is True: set it, or start the processes separately, '
+        'with --config.sweep.shard=i/n.'
     )
   held = (
       locking.locked(workdir / name, workdir)
@@ -187,7 +187,7 @@ def opened(
 def run_seeds(
     path: str, workdir: Any, overrides: Sequence[str] = (), num_seeds: int = 1
 ) -> list[list[report.Row]]:
-  """Runs an experiment with several seeds, with a bar, and heeds SIGTERM.
+  """Runs an experiment with several seeds, a progress bar and SIGTERM handling.
 
   Args:
     path: of the config file.
@@ -247,14 +247,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(tables, workdir)
   else:
     print(
-        f'This part of the runs is in {workdir}. When all parts are there, the '
-        'same command without sweep.shard makes the soups.'
+        f'The runs of this shard are in {workdir}. When all shards are done, '
+        'run the same command without sweep.shard to make the soups.'
     )
   return 0
 
 
 def show(tables: Sequence[Sequence[report.Row]], workdir: Any) -> None:
-  """Prints a table, the mean over the seeds, and where everything lies."""
+  """Prints a table, the mean over the seeds, and where the files are."""
   from rich import console
 
   width = shutil.get_terminal_size().columns

@@ -1,4 +1,4 @@
-"""What a training reports: JSON lines in a file, TensorBoard on request.
+"""Metrics of a training: JSON lines in a file, TensorBoard on request.
 
 ```
 log = metric_log.MetricLog(workdir / 'metrics.jsonl')
@@ -61,7 +61,7 @@ class MetricLog:
       return
     line = json.dumps({'time': round(time.time(), 1), **values})
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    # One write a line: what others append meanwhile stays whole.
+    # One write per line, so that lines of other processes stay whole.
     with self._path.open('a') as file:
       file.write(line + '\n')
     if self._writer_fn is not None:

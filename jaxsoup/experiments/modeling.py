@@ -81,11 +81,11 @@ def make(config: ml_collections.ConfigDict) -> Model:
   """Makes the model that `config.model` describes.
 
   Equal descriptions give the same functions, so that what was compiled for
-  them is found again.
+  them is reused.
 
   Args:
-    config: `model.family`, a key of `FAMILIES` ('vit' if there is none); the
-      arguments of its constructor beside it; `inputs`, the shape of each input
+    config: `model.family`, a key of `FAMILIES` ('vit' by default); the
+      arguments of its constructor next to it; `inputs`, the shape of each input
       of one example, unless that is `model.image_shape`; `init`, a file or
       directory of weights for all but the head, empty for none; and perhaps
       `preparation`, arguments of `jaxsoup.data.preparation.prepare` for images
@@ -102,15 +102,15 @@ def make(config: ml_collections.ConfigDict) -> Model:
   if family not in FAMILIES:
     raise configs.UsageError(
         f'model.family is {family!r}: choose from {", ".join(FAMILIES)}, or '
-        'give the config file a function model(config).'
+        'define a function model(config) in the config file.'
     )
   inputs = dict(config.get('inputs', {}))
   if 'image_shape' in arguments:
     inputs.setdefault('image', arguments['image_shape'])
   if not inputs:
     raise configs.UsageError(
-        'The config says no shape of its inputs: inputs=dict(image=(H, W, C)), '
-        'or inputs=dict(input_ids=(T,), attention_mask=(T,)).'
+        'The config has no shapes of its inputs: set inputs=dict(image=(H, W, '
+        'C)), or inputs=dict(input_ids=(T,), attention_mask=(T,)).'
     )
   prepared = config.get('preparation', ml_collections.ConfigDict()).to_dict()
   description = [family, arguments, inputs, config.get('init', ''), prepared]
@@ -204,10 +204,10 @@ def of_module(
     return nnx.merge(graphdef, params)
 
   def arguments(batch):
-    found = {name: batch[name] for name in inputs}
+    values = {name: batch[name] for name in inputs}
     if prepare_fn is not None:
-      found['image'] = prepare_fn(found['image'])
-    return found.values()
+      values['image'] = prepare_fn(values['image'])
+    return values.values()
 
   def init_fn(key):
     return models.params_of(make_fn(key))

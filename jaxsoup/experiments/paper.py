@@ -3,9 +3,9 @@
   python -m jaxsoup.experiments.paper --config=configs/digits.py --workdir=DIR
   ... --seeds=3 --only=4,13
 
-`DIR/experiments.md` then has what each of them found, `DIR/experiments/` and
-`DIR/seedN/experiments/` the pictures; `docs/experiments.md` says whether that
-is what the paper found. What is there is not made again. `jaxsoup report
+`DIR/experiments.md` then has the results of each of them, `DIR/experiments/`
+and `DIR/seedN/experiments/` the pictures; `docs/experiments.md` says whether
+the paper has the same results. Finished work is not repeated. `jaxsoup report
 DIR/seed0/sweep` shows the sweep itself.
 """
 
@@ -58,7 +58,7 @@ def run(
     By number of the experiment, row and column: a figure for each seed.
 
   Raises:
-    UsageError: a config or a number that does not fit.
+    UsageError: a wrong config, or an unknown number.
   """
   chosen = list(only) or list(paper_studies.EXPERIMENTS)
   if unknown := [n for n in chosen if n not in paper_studies.EXPERIMENTS]:
@@ -75,38 +75,38 @@ def run(
       for j, number in enumerate(chosen):
         done = (i + j / len(chosen)) / num_seeds
         progress_fn(_STAGE, done)
-        stop.check(f'{workdir} holds what was found so far')
+        stop.check(f'{workdir} holds the results so far')
         figures[number].append(_once(bench, number))
   progress_fn(_STAGE, 1.0)
-  found = {n: _stacked(of_seeds) for n, of_seeds in figures.items()}
-  _write(workdir, found)
-  return found
+  stacked = {n: _stacked(of_seeds) for n, of_seeds in figures.items()}
+  _write(workdir, stacked)
+  return stacked
 
 
 def _once(bench: pools.Bench, number: int) -> Figures:
-  """What an experiment finds, from the disk if it is there."""
+  """The figures of an experiment, from the disk if they are there."""
   experiment = paper_studies.EXPERIMENTS[number]
   path = bench.workdir / 'experiments' / f'{number:02d}.json'
   if path.exists():
     return json.loads(path.read_text())
-  found = experiment.study(bench)
-  if found.draw is not None:
-    report.save(found.draw, path.with_suffix('.png'), size=(6.4, 4.4))
+  result = experiment.study(bench)
+  if result.draw is not None:
+    report.save(result.draw, path.with_suffix('.png'), size=(6.4, 4.4))
   path.parent.mkdir(exist_ok=True)
   unfinished = path.with_suffix('.tmp')
-  unfinished.write_text(json.dumps(_json.plain(found.figures), indent=1))
+  unfinished.write_text(json.dumps(_json.plain(result.figures), indent=1))
   unfinished.replace(path)
   return json.loads(path.read_text())
 
 
 def _stacked(of_seeds: Sequence[Figures]) -> dict[str, dict[str, list[float]]]:
   """By row and column, one value for each seed."""
-  found: dict[str, dict[str, list[float]]] = {}
+  stacked: dict[str, dict[str, list[float]]] = {}
   for figures in of_seeds:
     for row, columns in figures.items():
       for column, value in columns.items():
-        found.setdefault(row, {}).setdefault(column, []).append(value)
-  return found
+        stacked.setdefault(row, {}).setdefault(column, []).append(value)
+  return stacked
 
 
 def _drawn(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -118,10 +118,10 @@ def _drawn(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   }
 
 
-def _write(workdir: pathlib.Path, found) -> None:
+def _write(workdir: pathlib.Path, figures) -> None:
   """The figures as a Markdown file, and those that are drawn, of all seeds."""
-  lines = ['# What the experiments of the paper find here', '']
-  for number, rows in found.items():
+  lines = ['# The experiments of the paper: results', '']
+  for number, rows in figures.items():
     experiment = paper_studies.EXPERIMENTS[number]
     lines += [f'## {number}. {experiment.title}', '', *_table(rows), '']
     if experiment.has_dots:
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (ImportError, OSError, TypeError, ValueError) as e:
     print(f'Error: {e}', file=sys.stderr)
     return getattr(e, 'exit_code', 1)
-  print(f'What was found: {workdir}/experiments.md')
+  print(f'Results: {workdir}/experiments.md')
   return 0
 
 

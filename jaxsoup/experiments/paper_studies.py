@@ -1,8 +1,8 @@
 """The experiments of the paper, each of them one function of a bench.
 
 ```
-found = paper_studies.EXPERIMENTS[4].study(bench)      # of `pools.opened`
-found.figures                      # by row and column
+result = paper_studies.EXPERIMENTS[4].study(bench)     # of `pools.opened`
+result.figures                     # by row and column
 ```
 
 `experiments.paper` is the command that runs them.
@@ -37,8 +37,8 @@ Figures = dict[str, dict[str, float]]
 _TEST, _SHIFTS = 'test, %', 'shifts, %'
 
 
-class Found(NamedTuple):
-  """What an experiment found.
+class Result(NamedTuple):
+  """The result of an experiment.
 
   Attributes:
     figures: by row and column.
@@ -54,12 +54,12 @@ class Experiment(NamedTuple):
 
   Attributes:
     title: what it is.
-    study: finds it out on a bench.
+    study: runs it on a bench.
     has_dots: whether its picture is its figures, of all seeds.
   """
 
   title: str
-  study: Callable[[pools.Bench], Found]
+  study: Callable[[pools.Bench], Result]
   has_dots: bool = False
 
 
@@ -85,20 +85,20 @@ def _file(bench: pools.Bench, pool: str, name: str) -> Any:
   return json.loads(path.read_text())
 
 
-def plane(bench: pools.Bench) -> Found:
+def plane(bench: pools.Bench) -> Result:
   """Error at the start, at two models and in the middle of them."""
   pool = bench['sweep']
-  found = _file(bench, 'sweep', 'landscape/plane.json')
-  first, second = found['corners']
+  surfaces = _file(bench, 'sweep', 'landscape/plane.json')
+  first, second = surfaces['corners']
   figures = {
       'start': _scores(pool.of(pool.theta_0)),
       'first model': _scores(pool.singles[first]),
       'second model': _scores(pool.singles[second]),
       'middle of the two': _scores(pool.soup((first, second))),
   }
-  (section,) = report.plane_sections(found, pool.names)
+  (section,) = report.plane_sections(surfaces, pool.names)
   pictures = [p for p in section.parts if isinstance(p, report.Picture)]
-  return Found(figures, pictures[-1].draw)
+  return Result(figures, pictures[-1].draw)
 
 
 def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
@@ -111,14 +111,14 @@ def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
         for group in sets
         for pair in itertools.combinations(group, 2)
     ]
-    found = {}
+    pairs = {}
     for name, names in (
         ('test', ['test']),
         ('shifts', list(pool.work.splits.shifts)),
     ):
       num = len(names) * len(pool.work.splits.test)
       sets = landscapes.Sets(pool.work, names, num)
-      found[name] = landscape.pairs(
+      pairs[name] = landscape.pairs(
           pool.models,
           pool.theta_0,
           pool.work.model.logits_fn,
@@ -126,7 +126,7 @@ def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
           metric=sets.score,
           members=sorted(members),
       )
-    bench.cache['pairs'] = found
+    bench.cache['pairs'] = pairs
   return bench.cache['pairs']
 
 
@@ -142,7 +142,7 @@ def _rates_of(bench: pools.Bench, pairs: Sequence[landscape.Pair]):
   return report.pair_rates(members, bench['one_factor'].runs)
 
 
-def angles_and_gains(bench: pools.Bench) -> Found:
+def angles_and_gains(bench: pools.Bench) -> Result:
   """Angle and gain by what varies, and their correlation over all pairs."""
   figures: Figures = {}
   by_name = _pairs(bench)
@@ -162,11 +162,11 @@ def angles_and_gains(bench: pools.Bench) -> Found:
       values=_rates_of(bench, by_name['shifts']),
       label='accuracy on shifts (points)',
   )
-  return Found(figures, draw)
+  return Result(figures, draw)
 
 
-def against_ensembles(bench: pools.Bench) -> Found:
-  """The soup of two less their ensemble."""
+def against_ensembles(bench: pools.Bench) -> Result:
+  """The soup of two minus their ensemble."""
   by_name = _pairs(bench)
   row = {
       f'on {where}, points': 100
@@ -179,7 +179,7 @@ def against_ensembles(bench: pools.Bench) -> Found:
       values=_rates_of(bench, by_name['shifts']),
       label='accuracy on shifts (%)',
   )
-  return Found({'soup less ensemble': row}, draw)
+  return Result({'soup less ensemble': row}, draw)
 
 
 def _lines(pool: pools.Pool, members) -> dict[Any, landscape.Path]:
@@ -189,7 +189,7 @@ def _lines(pool: pools.Pool, members) -> dict[Any, landscape.Path]:
   return landscape.lines(error_fn, pool.models, members, 11, chunk_size=None)
 
 
-def basin(bench: pools.Bench) -> Found:
+def basin(bench: pools.Bench) -> Result:
   """The barrier between two runs at each learning rate."""
   pool = bench['rates']
   members = [(k, k + 1) for k in range(0, len(pool), 2)]
@@ -209,7 +209,7 @@ def basin(bench: pools.Bench) -> Found:
       label='test error (points)',
       scale=100,
   )
-  return Found(figures, draw)
+  return Result(figures, draw)
 
 
 def _rows(bench: pools.Bench) -> dict[str, report.Row]:
@@ -218,7 +218,7 @@ def _rows(bench: pools.Bench) -> dict[str, report.Row]:
   return {row.name: row for row in rows}
 
 
-def table(bench: pools.Bench) -> Found:
+def table(bench: pools.Bench) -> Result:
   """Every recipe."""
   figures = {
       name: {_TEST: 100 * row.test, _SHIFTS: 100 * row.mean_shift}
@@ -226,10 +226,10 @@ def table(bench: pools.Bench) -> Found:
   }
   path = bench['sweep'].work.workdir / 'results.json'
   rows = report.read_rows(path)
-  return Found(figures, lambda ax: report.scatter(ax, rows))
+  return Result(figures, lambda ax: report.scatter(ax, rows))
 
 
-def random_orders(bench: pools.Bench) -> Found:
+def random_orders(bench: pools.Bench) -> Result:
   """Greedy by score, and in three random orders."""
   pool = bench['sweep']
   infos = studies.random_orders(
@@ -245,14 +245,14 @@ def random_orders(bench: pools.Bench) -> Found:
   figures['spread of three orders'] = {
       k.replace('%', 'points'): x for k, x in spread.items()
   }
-  return Found(figures)
+  return Result(figures)
 
 
 def _mean_row(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
   return {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
 
 
-def growth(bench: pools.Bench) -> Found:
+def growth(bench: pools.Bench) -> Result:
   """Scores as the number of models grows."""
   pool = bench['sweep']
   nums = _nums(len(pool))
@@ -269,9 +269,9 @@ def growth(bench: pools.Bench) -> Found:
         if num in (1, nums[len(nums) // 2], nums[-1]):
           figures.setdefault(f'{name} of {num}', {})[column] = float(value)
   draw = functools.partial(
-      report.growth, found=grown['shifts'], label='shifts, %', scale=1
+      report.growth, grown=grown['shifts'], label='shifts, %', scale=1
   )
-  return Found(figures, draw)
+  return Result(figures, draw)
 
 
 def _field(scores_fn: Callable[..., pools.Scores], field: str) -> Any:
@@ -284,25 +284,25 @@ def _nums(num: int) -> list[int]:
   return [2**i for i in range(num.bit_length()) if 2**i < num] + [num]
 
 
-def one_varied(bench: pools.Bench) -> Found:
+def one_varied(bench: pools.Bench) -> Result:
   """Soups of runs that differ in one hyper-parameter."""
   pool = bench['one_factor']
   figures: Figures = {}
   of_shifts = []
   for field, column in (('test', _TEST), ('shifts', _SHIFTS)):
-    found = studies.one_varied(pool.runs, _field(pool.soup, field), ignore=())
-    of_shifts = found
-    for one in found:
+    groups = studies.one_varied(pool.runs, _field(pool.soup, field), ignore=())
+    of_shifts = groups
+    for group in groups:
       for what in ('best', 'mean', 'soup'):
-        row = figures.setdefault(f'{one.name} varies: {what}', {})
-        row[column] = getattr(one, what)
+        row = figures.setdefault(f'{group.name} varies: {what}', {})
+        row[column] = getattr(group, what)
   draw = functools.partial(
-      report.varied, found=of_shifts, label='shifts, %', scale=1
+      report.varied, groups=of_shifts, label='shifts, %', scale=1
   )
-  return Found(figures, draw)
+  return Result(figures, draw)
 
 
-def greedy_ensemble(bench: pools.Bench) -> Found:
+def greedy_ensemble(bench: pools.Bench) -> Result:
   """The greedy rule over logits, against that over parameters."""
   rows = _rows(bench)
   names = ('greedy', 'ensemble', 'greedy ensemble')
@@ -314,18 +314,18 @@ def greedy_ensemble(bench: pools.Bench) -> Found:
       }
       for name in names
   }
-  return Found(figures)
+  return Result(figures)
 
 
-def theory(bench: pools.Bench) -> Found:
-  """The approximation of soup less ensemble against what it is."""
-  found, values = [], []
+def theory(bench: pools.Bench) -> Result:
+  """The approximation of soup minus ensemble against the true difference."""
+  terms, values = [], []
   for name in ('one_factor', 'rates'):
     pool = bench[name]
     members = [(k, k + 1) for k in range(0, len(pool), 2)]
     sets = landscapes.Sets(pool.work, ['test'], len(pool.work.splits.test))
     for i, j in members:
-      found.append(
+      terms.append(
           landscape.soup_minus_ensemble(
               pool.work.model.logits_fn,
               pool.models[i],
@@ -334,8 +334,8 @@ def theory(bench: pools.Bench) -> Found:
           )
       )
     values += report.pair_rates(members, pool.runs) or []
-  true = np.array([one.soup - one.ensemble for one in found])
-  guess = np.array([one.approximation for one in found])
+  true = np.array([pair.soup - pair.ensemble for pair in terms])
+  guess = np.array([pair.approximation for pair in terms])
   within = np.array(values) <= bench.config.sweep.learning_rate[1] * (1 + 1e-6)
   figures = {
       name: {
@@ -350,12 +350,12 @@ def theory(bench: pools.Bench) -> Found:
           ('all rates', within | True),
       )
   }
-  return Found(
-      figures, functools.partial(report.theory, found=found, values=values)
+  return Result(
+      figures, functools.partial(report.theory, terms=terms, values=values)
   )
 
 
-def calibration(bench: pools.Bench) -> Found:
+def calibration(bench: pools.Bench) -> Result:
   """Equal-mass calibration error against the number of models."""
   pool = bench['sweep']
   labels = jnp.asarray(pool.work.labels['test'])
@@ -369,18 +369,18 @@ def calibration(bench: pools.Bench) -> Found:
       'ensemble': lambda members: ece(logits[list(members)].mean(0)),
   }
   nums = _nums(len(pool))
-  found = studies.growth(curves, len(pool), nums=nums, num_orders=20)
+  grown = studies.growth(curves, len(pool), nums=nums, num_orders=20)
   figures = {
       f'{name} of {num}': {'ECE, points': 100 * float(value)}
-      for name, rows in found.scores.items()
+      for name, rows in grown.scores.items()
       for num, value in zip(nums, rows.mean(0))
       if num in (1, nums[-1])
   }
-  draw = functools.partial(report.growth, found=found, label='test ECE, points')
-  return Found(figures, draw)
+  draw = functools.partial(report.growth, grown=grown, label='test ECE, points')
+  return Result(figures, draw)
 
 
-def breadth(bench: pools.Bench) -> Found:
+def breadth(bench: pools.Bench) -> Result:
   """The same sweep from a start that saw few examples."""
   figures: Figures = {}
   for name, prefix in (('sweep', 'broad'), ('narrow', 'narrow')):
@@ -389,10 +389,10 @@ def breadth(bench: pools.Bench) -> Found:
     greedy = pool.greedy().info.accepted
     compared['greedy soup'] = _scores(pool.soup(greedy))
     figures |= _prefixed(prefix, compared)
-  return Found(figures)
+  return Result(figures)
 
 
-def scratch(bench: pools.Bench) -> Found:
+def scratch(bench: pools.Bench) -> Result:
   """Runs from random parameters: one start for all, and a start for each."""
   figures: Figures = {}
   paths = {}
@@ -403,9 +403,9 @@ def scratch(bench: pools.Bench) -> Found:
   ):
     pool = bench[name]
     members = [(k, k + 1) for k in range(0, pools.NUM_RUNS, 2)]
-    found = _lines(pool, members)
-    paths[words] = found[members[0]]
-    barriers = [100 * landscape.barrier(path) for path in found.values()]
+    lines = _lines(pool, members)
+    paths[words] = lines[members[0]]
+    barriers = [100 * landscape.barrier(path) for path in lines.values()]
     figures[words] = {
         'barrier, points': float(np.mean(barriers)),
         'mean of singles, %': pool.mean(range(pools.NUM_RUNS)).test,
@@ -414,10 +414,10 @@ def scratch(bench: pools.Bench) -> Found:
   draw = functools.partial(
       report.lines, paths=paths, label='test error (points)', scale=100
   )
-  return Found(figures, draw)
+  return Result(figures, draw)
 
 
-def averages(bench: pools.Bench) -> Found:
+def averages(bench: pools.Bench) -> Result:
   """Soups of moving averages and of means over late epochs."""
   pool = bench['averaged']
   names = pool.names
@@ -441,10 +441,10 @@ def averages(bench: pools.Bench) -> Found:
           'uniform soup': _scores(pool.of(jaxsoup.uniform(swa).params)),
       },
   )
-  return Found(figures)
+  return Result(figures)
 
 
-def sharpness_aware(bench: pools.Bench) -> Found:
+def sharpness_aware(bench: pools.Bench) -> Result:
   """Runs with and without SAM, and soups of both."""
   plain, sharp = bench['sweep'], bench['sam']
   half = range(pools.NUM_RUNS // 2)
@@ -455,10 +455,10 @@ def sharpness_aware(bench: pools.Bench) -> Found:
   figures['half of each: uniform soup'] = _scores(
       plain.of(jaxsoup.uniform(both).params)
   )
-  return Found(figures)
+  return Result(figures)
 
 
-def distillation(bench: pools.Bench) -> Found:
+def distillation(bench: pools.Bench) -> Result:
   """The ensemble in one model, against the soup."""
   pool, taught = bench['sweep'], bench['distilled']
   factor = bench['one_factor']
@@ -467,7 +467,7 @@ def distillation(bench: pools.Bench) -> Found:
       for k, run in enumerate(factor.runs)
       if {**run, 'seed': 0} == pools.middle(bench.config) and run['seed']
   ]
-  return Found(
+  return Result(
       {
           'taught by labels': _scores(factor.mean(alone)),
           'taught by the ensemble': _scores(taught.mean()),
@@ -477,8 +477,8 @@ def distillation(bench: pools.Bench) -> Found:
   )
 
 
-def wise_ft(bench: pools.Bench) -> Found:
-  """On the way from the start to singles and soups."""
+def wise_ft(bench: pools.Bench) -> Result:
+  """On the line from the start to singles and soups."""
   pool = bench['sweep']
   models = {
       'best single': pool.models[pool.best()],
@@ -506,10 +506,10 @@ def wise_ft(bench: pools.Bench) -> Found:
           _SHIFTS: 100 * float(curve.scores['shifts'][i]),
           't': float(curve.t[i]),
       }
-  return Found(figures, functools.partial(report.wise_ft, curves=curves))
+  return Result(figures, functools.partial(report.wise_ft, curves=curves))
 
 
-def data_sets(bench: pools.Bench) -> Found:
+def data_sets(bench: pools.Bench) -> Result:
   """Models of several data sets under one frozen head, and their soup."""
   own = {name: bench[f'on_{name}'] for name in pools.DATA_SETS}
   pool = bench['sweep']
@@ -543,10 +543,10 @@ def data_sets(bench: pools.Bench) -> Found:
   figures = {'start': row(pool.theta_0)}
   figures |= {f'on {name}': row(params) for name, params in models.items()}
   figures['soup'] = row(jaxsoup.uniform(list(models.values())).params)
-  return Found(figures)
+  return Result(figures)
 
 
-def heads(bench: pools.Bench) -> Found:
+def heads(bench: pools.Bench) -> Result:
   """The head of the start, a probed one, a random one."""
   figures: Figures = {}
   for name, prefix in (
@@ -556,11 +556,11 @@ def heads(bench: pools.Bench) -> Found:
   ):
     compared = _compared(bench[name], range(pools.NUM_RUNS))
     figures |= _prefixed(prefix, compared)
-  return Found(figures)
+  return Result(figures)
 
 
-def significance(bench: pools.Bench) -> Found:
-  """Gains over the best single model, and whether chance would do."""
+def significance(bench: pools.Bench) -> Result:
+  """Gains over the best single model, and their p-values."""
   figures: Figures = {}
   for name, row in _rows(bench).items():
     if row.gains:
@@ -571,7 +571,7 @@ def significance(bench: pools.Bench) -> Found:
           'p, paired bootstrap': row.gains['shifts'].p_value,
       }
   rows = report.read_rows(bench['sweep'].work.workdir / 'results.json')
-  return Found(figures, lambda ax: report.scatter(ax, rows))
+  return Result(figures, lambda ax: report.scatter(ax, rows))
 
 
 # By the number that they have in docs/experiments.md; 21 is text.

@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     held_out_bytes: of all held-out examples on one device.
     num_runs: of the sweep.
     sweep_flops: of all steps of all runs, on all devices together.
-    programs: what the compiler says of each.
+    programs: what the compiler says about each.
     recipes: what each needs.
   """
 
@@ -73,10 +73,10 @@ def make(
     machine: str,
     on_program: Callable[[plan_programs.Program], None] | None = None,
 ) -> Plan:
-  """Compiles the programs of an experiment, and adds up what recipes need.
+  """Compiles the programs of an experiment, and adds up what the recipes need.
 
   Args:
-    experiment: of `configs.load`; its data are not asked for.
+    experiment: of `configs.load`; its data are not read.
     mesh: with the axis `fsdp`, over which models and batches are sharded.
     device_bytes: memory of one device.
     num_ingredients: K.
@@ -87,7 +87,7 @@ def make(
     A `Plan`.
 
   Raises:
-    UsageError: the config lacks something: names it.
+    UsageError: the config lacks a field; the message names it.
   """
   config = experiment.config
   _check_complete(config)
@@ -123,7 +123,7 @@ def make(
   )
 
 
-# What is read of a config, beside what its model and its sweep take.
+# Fields that a plan reads, besides those of the model and the sweep.
 FIELDS = (
     'batch_size',
     'data.sizes.held_out',
@@ -134,7 +134,7 @@ FIELDS = (
     'finetune.warmup',
     'sweep.group_size',
 )
-# And of one with learned soups.
+# And those of learned soups.
 LEARNED_FIELDS = (
     'learned.batch_size',
     'learned.num_epochs',

@@ -1,4 +1,4 @@
-"""The programs of an experiment, and what the compiler says of each.
+"""The programs of an experiment, and what the compiler says about each.
 
 ```
 lowerings = plan_programs.of(experiment, mesh, num_ingredients=58)
@@ -36,19 +36,19 @@ from jaxsoup.experiments import steps
 
 
 class Program(NamedTuple):
-  """What the compiler says of one program; bytes and FLOPs are of one device.
+  """What the compiler says about one program, for one device.
 
   Attributes:
     name: what it computes.
     peak: bytes while it runs: the sum of the next three.
     arguments: bytes of its arguments.
-    temporaries: bytes it needs meanwhile.
+    temporaries: bytes of temporary buffers.
     output: bytes of its results, without those that reuse an argument.
     flops: of products and convolutions, loops counted as often as they run.
     collectives: by name, how many and the bytes of their results.
     seconds: time to compile.
-    problem: empty, or what the compiler says of a program that does not fit, of
-      which just the peak is known (0, if not even that).
+    problem: empty, or the compiler's message for a program that does not fit,
+      of which only the peak is known (0, if not even that).
   """
 
   name: str
@@ -292,11 +292,11 @@ def compile_program(
 
 
 def _needed(message: str, argument_bytes: int) -> int:
-  """Bytes of a program and its arguments, as the compiler of TPUs says them."""
-  found = re.search(r'(?:required[^(]*\(|Used )([\d.]+)([KMGT])', message)
-  if found is None:
+  """Bytes of a program and its arguments, from the TPU compiler's message."""
+  match = re.search(r'(?:required[^(]*\(|Used )([\d.]+)([KMGT])', message)
+  if match is None:
     return 0
-  needed = int(float(found[1]) * 1024 ** (1 + 'KMGT'.index(found[2])))
+  needed = int(float(match[1]) * 1024 ** (1 + 'KMGT'.index(match[2])))
   # That of jax 0.7 then speaks of the program alone.
   is_alone = re.search(r'arguments +0B', message)
   return needed + (argument_bytes if is_alone else 0)

@@ -110,7 +110,7 @@ RUNS = {
 def _on_device(
     by_name: Mapping[str, plan_programs.Program], num_ingredients: int
 ) -> dict[str, int]:
-  """Bytes by recipe: what it keeps, beside its largest program.
+  """Bytes by recipe: what it keeps, and its largest program.
 
   `one` is the model that a recipe works on, `ahead` the one read ahead.
   """
@@ -146,7 +146,7 @@ def _on_device(
 
 
 def _on_host(num_logits, mesh, leaves, num_ingredients) -> dict[str, int]:
-  """Bytes by recipe that one host keeps, beside the model that it reads."""
+  """Bytes by recipe that one host keeps, without the model that it reads."""
   narrow = lambda x: math.prod(x.shape) * min(2, x.dtype.itemsize)
   copies = (
       num_ingredients
@@ -188,11 +188,11 @@ def _counts(config, num_ingredients) -> dict[str, tuple[int, int, int]]:
 
 
 def _with_notes(made, mesh, device_bytes, num_ingredients, by_name):
-  """Says of each recipe why it does not fit, and what would."""
+  """Adds to each recipe why it does not fit, and what would."""
   num_hosts = plan_programs.num_hosts(mesh)
   fits = {r.name: r.fits for r in made}
   one = by_name['inner products, streamed'].arguments // 2
-  # What `jaxsoup.learned` chooses: it knows nothing of the activations.
+  # What `jaxsoup.learned` chooses: it does not count activations.
   _, is_kept = _streamed.fits(num_ingredients, one, device_bytes)
 
   def noted(recipe):
@@ -205,19 +205,19 @@ def _with_notes(made, mesh, device_bytes, num_ingredients, by_name):
       note = f'does not fit: needs {needed}; '
       if is_resident and fits['learned, streamed']:
         note += 'streamed fits: ' + (
-            'pass stream=True' if is_kept else 'stream=None takes that'
+            'pass stream=True' if is_kept else 'stream=None does that'
         )
       else:
         note += _what_would_fit(recipe.device, mesh)
     elif recipe.name in ('learned, cached', 'ensembles') and num_hosts > 1:
       recipe = recipe._replace(fits=False)
-      note = f'does not run: in one process only, not on {num_hosts} hosts'
+      note = f'does not run: needs one process, not {num_hosts} hosts'
       if recipe.name == 'learned, cached':
         note += '; stream without cache_dtype'
     elif is_resident and not is_kept:
       note = (
           'fits with stream=False; stream=None streams, as K + 3 models take '
-          'over two thirds'
+          'over two thirds of the memory'
       )
     return recipe._replace(note=note)
 

@@ -14,8 +14,8 @@ def as_text(made: plan_lib.Plan) -> str:
           'Each program, on one device:',
           _table(_program_rows(made)),
           '',
-          'Each recipe: peaks on one device and on one host, the rest in all, '
-          'at most:',
+          'Each recipe, at most: peak memory of one device and of one host, '
+          'and totals of the rest:',
           _table(_recipe_rows(made)),
       ]
   )
@@ -30,15 +30,15 @@ def _heading(made: plan_lib.Plan) -> list[str]:
       f'{made.num_ingredients} ingredients of '
       f'{_memory.amount(made.num_parameters, "")} parameters, '
       f'{_memory.amount(made.model_bytes)} each.',
-      f'Batches of {sizes}, multiples of {made.num_devices}, count one at a '
-      'time: all held-out examples would take '
+      f'Batches of {sizes}, rounded up to multiples of {made.num_devices}. One '
+      'batch is counted: all held-out examples would take '
       f'{_memory.amount(made.held_out_bytes)} more on a device.',
       _sweep(made),
   ]
   if made.read_bytes > made.model_bytes:
     lines.append(
-        f'Hosts read {made.read_bytes / made.model_bytes:.2g} times what there '
-        'is: the devices of a host are no neighbours in the mesh.'
+        f'Hosts read {made.read_bytes / made.model_bytes:.2g} times the size '
+        'of a model: the devices of a host are not adjacent in the mesh.'
     )
   return lines
 
@@ -79,7 +79,7 @@ def _program_rows(made: plan_lib.Plan) -> list[list[str]]:
   ]  # fmt: skip
   for p in made.programs:
     parts = [p.arguments, p.temporaries, p.output]
-    found = ', '.join(
+    collectives = ', '.join(
         f'{t.times} {name} {_memory.amount(t.num_bytes)}'
         for name, t in p.collectives.items()
     )
@@ -92,7 +92,7 @@ def _program_rows(made: plan_lib.Plan) -> list[list[str]]:
             f'{p.peak / made.device_bytes:.0%}' if p.peak else '?',
             _memory.amount(p.flops, 'FLOP'),
             f'{p.seconds:.1f} s',
-            (found or 'none') if is_fitting else 'does not fit',
+            (collectives or 'none') if is_fitting else 'does not fit',
         ]
     )
   return rows

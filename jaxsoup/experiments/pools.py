@@ -2,11 +2,11 @@
 
 ```
 with pools.opened(experiment, workdir) as bench:
-  pool = bench['rates']                     # trained, if it is not there
+  pool = bench['rates']                     # trained, if it is missing
   pool.soup((0, 1)).shifts, pool.ensemble((0, 1)).shifts
 ```
 
-Each pool is a workdir of its own in `workdir`, in which everything resumes.
+Each pool is a separate workdir in `workdir`, in which everything resumes.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ from jaxsoup.experiments import progress
 from jaxsoup.experiments import results
 from jaxsoup.experiments import stages
 
-# Hyper-parameters that `one_factor` varies, each in so many runs.
+# Hyper-parameters that `one_factor` varies, each in `NUM_VALUES` runs.
 FACTORS = ('seed', 'learning_rate', 'mixup', 'affine')
 NUM_VALUES = 4
 # Of the larger pools; a multiple of a group, so that few programs are compiled.
@@ -65,7 +65,7 @@ class Variant(NamedTuple):
   Attributes:
     runs: hyper-parameters of each run.
     start_fn: (work, theta_0 of the sweep) -> theta_0. None: it is pre-trained
-      anew.
+      again.
     change_fn: changes the config in place.
     data_fn: (config, splits) -> splits.
     frozen: the part of the model that is not trained.
@@ -79,7 +79,7 @@ class Variant(NamedTuple):
 
 
 class Pool:
-  """Fine-tuned models in memory, and the scores of what is made of them.
+  """Fine-tuned models in memory, and scores of them and their soups.
 
   Attributes:
     work: the experiment of this pool.
@@ -115,12 +115,12 @@ class Pool:
   def scores_of(self, logits: Any) -> Scores:
     """Of logits `[N, C]` by data set."""
     metric = cook.metric_of(self.work.config)
-    found = {
+    scores = {
         name: 100 * float(metric(x, self.work.labels[name]))
         for name, x in logits.items()
     }
-    shifted = [found[name] for name in self.work.splits.shifts]
-    return Scores(found['held_out'], found['test'], float(np.mean(shifted)))
+    shifted = [scores[name] for name in self.work.splits.shifts]
+    return Scores(scores['held_out'], scores['test'], float(np.mean(shifted)))
 
   def of(self, params: Any) -> Scores:
     """Of any parameters."""
@@ -171,7 +171,7 @@ def mean_scores(scores: Sequence[Scores]) -> Scores:
 
 
 class Bench:
-  """The pools of one experiment by name, each trained when it is asked for."""
+  """The pools of one experiment by name, each trained on first access."""
 
   def __init__(self, experiment, workdir, progress_fn, stop, stack):
     self.experiment: configs.Experiment = experiment
@@ -230,8 +230,8 @@ class Bench:
     batches = cook.batches_of(
         pool.work.splits.train, pool.work.config.batch_size
     )
-    found = ensembles.collect(pool.models, pool.work.model.logits_fn, batches)
-    return np.mean(found, axis=0)
+    logits = ensembles.collect(pool.models, pool.work.model.logits_fn, batches)
+    return np.mean(logits, axis=0)
 
 
 @contextlib.contextmanager
@@ -351,7 +351,7 @@ def _sam(bench: Bench) -> Variant:
 
 
 def _probed(bench: Bench) -> Variant:
-  """A linear probe first, from a head that was drawn anew."""
+  """A linear probe first, from a new random head."""
 
   def start_fn(work, theta_0):
     phase = dict(work.config.pretrain.to_dict(), run={'learning_rate': 3e-3})

@@ -24,11 +24,11 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Preempted(Exception):
-  """The script stops here; says what is saved."""
+  """The script stops here; the message says what is saved."""
 
 
 class Stop:
-  """Whether somebody asked the script to stop.
+  """Whether the script was asked to stop.
 
   Attributes:
     requested: becomes true when a SIGTERM comes.
@@ -52,7 +52,7 @@ class Stop:
 
 @contextlib.contextmanager
 def handled() -> Iterator[Stop]:
-  """Turns the first SIGTERM into a request; a second one kills at once.
+  """Turns the first SIGTERM into a request to stop; a second one kills.
 
   For scripts. Handlers belong to the main thread: in another one nothing is
   changed, and a SIGTERM does what it did before.
@@ -78,7 +78,7 @@ def handled() -> Iterator[Stop]:
     yield stop
   except Preempted as e:
     print(
-        f'Stopped by SIGTERM: {e}. The same command goes on from there.',
+        f'Stopped by SIGTERM: {e}. Run the same command again to continue.',
         file=sys.stderr,
     )
     raise SystemExit(EXIT_CODE) from None

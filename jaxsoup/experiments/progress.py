@@ -19,7 +19,7 @@ def silent(stage: str, done: float) -> None:
 
 @contextlib.contextmanager
 def shown(shares: Mapping[str, float], *, file: Any = None):
-  """Shows progress on a terminal as a bar, elsewhere as a line now and then.
+  """Shows progress on a terminal as a bar, elsewhere as lines.
 
   Args:
     shares: the stages in their order, and how long each takes, in any unit.

@@ -41,8 +41,8 @@ def runs(
       uniform in these.
 
   Returns:
-    `num_runs` dicts, each with a `seed` of its own; fewer are always the first
-    of more.
+    `num_runs` dicts, each with its own `seed`; fewer are always the first of
+    more.
 
   Example:
     >>> ranges = dict(num_runs=2, draw=0, learning_rate=(1e-4, 1e-2))

@@ -45,7 +45,7 @@ class Models(NamedTuple):
 
 
 class Split(NamedTuple):
-  """One way to part the examples that select from those that report.
+  """One way to divide examples into those that select and those that report.
 
   Attributes:
     folder: of its soups and scores.
@@ -70,10 +70,10 @@ class Split(NamedTuple):
 
 
 def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
-  """Cooks every soup, writes tables and pictures.
+  """Makes every soup, writes tables and pictures.
 
   Args:
-    work: the experiment, whose runs are all there.
+    work: the experiment, all runs of which are finished.
     theta_0: the start of the runs.
 
   Returns:
@@ -129,11 +129,11 @@ def splits(work: stages.Work) -> list[Split]:
   num_select, num = len(held_out), len(held_out) + len(test)
   number = work.config.get('num_splits', 1)
   first = np.arange(num)
-  found = [
+  drawn = [
       Split(work.workdir, held_out, first[:num_select], first[num_select:])
   ]
   if number == 1:
-    return found
+    return drawn
   pool = {
       name: np.concatenate([x, sources.in_memory(test).arrays[name]])
       for name, x in sources.in_memory(held_out).arrays.items()
@@ -143,15 +143,15 @@ def splits(work: stages.Work) -> list[Split]:
     order = rng.permutation(num)
     select, rest = np.sort(order[:num_select]), np.sort(order[num_select:])
     part = sources.Arrays({name: x[select] for name, x in pool.items()})
-    found.append(Split(work.workdir, part, select, rest))
+    drawn.append(Split(work.workdir, part, select, rest))
   return [
       split._replace(folder=work.workdir / 'splits' / str(i))
-      for i, split in enumerate(found)
+      for i, split in enumerate(drawn)
   ]
 
 
 def stability(work, ingredients, split, logits, prepare_fn) -> dict[str, Any]:
-  """How far greedy's choice hangs on the held-out examples.
+  """How far greedy's choice depends on the held-out examples.
 
   Args:
     work: the experiment; `config.stability.greedy` says how often the held-out
@@ -186,7 +186,7 @@ def stability(work, ingredients, split, logits, prepare_fn) -> dict[str, Any]:
 
 
 def stability_of_ensemble(work, split, logits) -> dict[str, Any]:
-  """The same of the greedy ensemble, which takes no model: from the logits.
+  """The same for the greedy ensemble, from the logits alone.
 
   Args:
     work: the experiment; `config.stability.greedy_ensemble` says how often.
@@ -205,20 +205,20 @@ def stability_of_ensemble(work, split, logits) -> dict[str, Any]:
 
 
 def _stability(work, split, logits_fn, num, num_resamples) -> dict[str, Any]:
-  """Of a search by what `logits_fn` says of members; {} if no mean scores."""
+  """Stability by `logits_fn` of members; {} if the score is not a mean."""
   label = split.of(work.labels)['held_out']
   of_logits = metrics.correct
   if work.config.get('select_by', 'metric') == 'nll':
     of_logits = metrics.log_likelihood
   elif work.config.get('metric', 'accuracy') != 'accuracy':
     return {}
-  found = statistics.stability(
+  stable = statistics.stability(
       lambda members: of_logits(jnp.asarray(logits_fn(members)), label),
       num,
       num_resamples=num_resamples,
       seed=work.config.seed,
   )
-  return _json.plain(found._asdict())
+  return _json.plain(stable._asdict())
 
 
 def _scores(work, split, logits) -> list[float]:
@@ -304,14 +304,14 @@ def _calibration(work, models: Models, split, rows) -> dict[str, Any]:
   view = work.splits.views.get('test', lambda x: x)
   label = split.of(work.labels)['test']
   best = report.best_single(rows)
-  found = {}
+  curves = {}
   for i, ((kind, name), logits) in enumerate(models.logits.items()):
     if kind != 'single' or i == best:
       scaled = np.float32(models.beta.get(name, 1.0)) * view(logits['test'])
       curve = metrics.reliability(scaled, label)
       key = name if kind != 'single' else 'best single'
-      found[key] = {k: x.tolist() for k, x in curve._asdict().items()}
-  return found
+      curves[key] = {k: x.tolist() for k, x in curve._asdict().items()}
+  return curves
 
 
 def _rows(work, models: Models, labels) -> list[report.Row]:
@@ -344,7 +344,7 @@ def _rows(work, models: Models, labels) -> list[report.Row]:
 
 
 def roles(work: stages.Work) -> dict[str, dict[str, int]]:
-  """What was used for what, and how many examples it has."""
+  """The data sets of each role, and how many examples they have."""
   shifts = {name: len(x) for name, x in work.splits.shifts.items()}
   if len(shifts) > 4:
     shifts = {f'{len(shifts)} shifts': sum(shifts.values())}
@@ -358,17 +358,17 @@ def roles(work: stages.Work) -> dict[str, dict[str, int]]:
 
 def record(work: stages.Work) -> dict[str, Any]:
   """Which examples these were: numbers, contents in memory, and rules."""
-  found: dict[str, Any] = {}
+  entries: dict[str, Any] = {}
   for name, source in {'train': work.splits.train, **work.data}.items():
-    found[name] = {'num': len(source)}
+    entries[name] = {'num': len(source)}
     if hasattr(source, 'arrays'):
       digest = hashlib.sha256()
       for field in sorted(source.arrays):
         digest.update(np.ascontiguousarray(source.arrays[field]).tobytes())
-      found[name]['sha256'] = digest.hexdigest()
+      entries[name]['sha256'] = digest.hexdigest()
     if name in work.splits.rules:
-      found[name]['rule'] = work.splits.rules[name]
-  return found
+      entries[name]['rule'] = work.splits.rules[name]
+  return entries
 
 
 def _write(work, tables, soups, calibration, stable) -> None:

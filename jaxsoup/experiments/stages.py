@@ -112,10 +112,10 @@ class Work:
 
 
 def check_roles(work: Work) -> None:
-  """Refuses data that train, select and report at once.
+  """Rejects examples that have two roles: training, selecting, reporting.
 
-  Only what is in memory is compared: other sources say themselves by what rule
-  the held-out set is taken out of the training data.
+  Only data in memory are compared: other sources document by what rule the
+  held-out set is taken out of the training data.
 
   Raises:
     ValueError: examples with two roles; names them.
@@ -129,10 +129,10 @@ def check_roles(work: Work) -> None:
       **{
           role: [
               {name: x.arrays[name] for name in work.model.inputs}
-              for x in found
+              for x in members
               if hasattr(x, 'arrays')
           ]
-          for role, found in roles.items()
+          for role, members in roles.items()
       }
   )
 
@@ -152,16 +152,16 @@ def theta_0(work: Work) -> Any:
         checkpoints.save(path, _start(work), metadata=metadata)
         work.saved('theta_0').delete()
   # Always from the disk, so that a second start sees the same parameters.
-  found = checkpoints.Ingredients([path])
+  stored = checkpoints.Ingredients([path])
   if jax.process_count() > 1:
-    shapes = abstract(work.config, found.abstract_params)
-    found = checkpoints.Ingredients([path], shapes)
-  return found[0]
+    shapes = abstract(work.config, stored.abstract_params)
+    stored = checkpoints.Ingredients([path], shapes)
+  return stored[0]
 
 
 @contextlib.contextmanager
 def _alone(work: Work, path: pathlib.Path) -> Iterator[None]:
-  """Waits until no other experiment makes what is at the path."""
+  """Waits until no other experiment is making what is at the path."""
   if not _processes.is_main():
     yield
     return
@@ -171,7 +171,7 @@ def _alone(work: Work, path: pathlib.Path) -> Iterator[None]:
         yield
         return
     except locking.InUseError:
-      work.stop.check(f'another process makes {path}')
+      work.stop.check(f'another process is making {path}')
       time.sleep(1.0)
 
 
@@ -187,7 +187,8 @@ def _start(work: Work) -> Any:
   if 'pretrain' in config:
     if work.splits.pretrain is None:
       raise configs.UsageError(
-          'config.pretrain is given, and the data have no part `pretrain`.'
+          'config.pretrain is set, but data(config) returns no `pretrain` set: '
+          'add one, or remove config.pretrain.'
       )
     params = finetune.train_one(
         model,
@@ -223,7 +224,7 @@ def shard_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
   """Which part of the runs is trained here: (i, n) of `sweep.shard` = 'i/n'.
 
   Raises:
-    UsageError: it is no such text.
+    UsageError: it is malformed.
   """
   text = config.sweep.get('shard', '0/1')
   i, _, n = text.partition('/')
@@ -273,7 +274,7 @@ def _part(work, group, num_done, num_runs, epoch, num_epochs, losses) -> None:
 def _finetune_group(work: Work, start, group, progress_fn) -> None:
   """Trains all runs of a group if one is missing, and saves those.
 
-  All of them, so that what a run becomes does not depend on what was there.
+  All of them, so that a run does not depend on which others were missing.
   """
   saved = work.saved(f'runs_{group[0]:02d}')
   paths = {(i, name): path for i, name, path in work.copies() if i in group}

@@ -24,9 +24,9 @@ from jaxsoup.experiments import modeling
 
 Params = dict[str, Any]
 Run = Mapping[str, Any]
-# What a run may set, beside what `jaxsoup.experiments.augmentation` applies.
+# What a run may set, besides the names of `augmentation.ALL`.
 # `sam` is the radius of sharpness-aware minimization. With `init_seed` a run
-# starts from initial parameters of its own.
+# starts from its own random parameters.
 DEFAULTS = {
     'seed': 0,
     'learning_rate': 1e-3,
@@ -129,8 +129,8 @@ def settings_of(
     `Settings`.
 
   Raises:
-    ValueError: no runs, runs that differ, names that are not known, a value
-      that no optimizer takes, or too few examples.
+    ValueError: no runs, runs that differ, unknown names or values, or too few
+      examples.
   """
   if not runs:
     raise ValueError('No runs to train: pass at least one.')
@@ -140,7 +140,10 @@ def settings_of(
         f'Unknown hyper-parameters {unknown}: choose from {known}.'
     )
   if len(grouped(runs, len(runs))) > 1:
-    raise ValueError(f'Runs that differ in {STATIC} cannot train together.')
+    raise ValueError(
+        f'Runs that differ in {STATIC} cannot train together: train each group '
+        'of steps.grouped by itself.'
+    )
   given = {k: phase[k] for k in Settings._fields if k in phase}
   given |= {k: runs[0][k] for k in STATIC if k in runs[0]}
   for name in ('ema', 'keep_epochs'):
@@ -152,7 +155,7 @@ def settings_of(
   if num_examples < given['batch_size']:
     raise ValueError(
         f'{num_examples} examples do not fill one batch of '
-        f'{given["batch_size"]}: make the batch smaller.'
+        f'{given["batch_size"]}: use a smaller batch_size.'
     )
   num_steps = given['num_epochs'] * (num_examples // given['batch_size'])
   asked = set().union(*runs)
@@ -173,12 +176,12 @@ def _checked(settings: Settings) -> Settings:
     )
   if settings.batch_norm not in ('train', 'frozen'):
     raise ValueError(
-        f"batch_norm is {settings.batch_norm!r}: 'train' or 'frozen'."
+        f"batch_norm is {settings.batch_norm!r}: choose 'train' or 'frozen'."
     )
   if settings.is_sharp and settings.num_accumulated > 1:
     raise ValueError(
-        f'num_accumulated is {settings.num_accumulated} and runs have sam: the '
-        'second gradient of SAM is of one batch. Make num_accumulated 1.'
+        f'num_accumulated is {settings.num_accumulated} and runs have sam, '
+        'whose second gradient is of one batch: set num_accumulated to 1.'
     )
   return settings
 

@@ -1,4 +1,4 @@
-"""The training of one run on data that are read meanwhile.
+"""The training of one run on data that are not in memory.
 
 ```
 streamed = streaming.Streamed(model, settings, hyper, source)
@@ -23,7 +23,7 @@ from jaxsoup.experiments import steps
 
 
 class Streamed:
-  """The training of one run on data that are read meanwhile, on all devices.
+  """The training of one run on data that are not in memory, on all devices.
 
   Parameters and the optimizer's state are sharded over the mesh (FSDP), and so
   is each batch; every process reads its own rows.
@@ -34,7 +34,7 @@ class Streamed:
     if num_runs > 1:
       raise ValueError(
           f'{num_runs} runs cannot train together on data that are not in '
-          'memory, or in several processes: make sweep.group_size 1.'
+          'memory, or in several processes: set sweep.group_size to 1.'
       )
     self._model, self._settings, self._source = model, settings, source
     self._hyper = jax.tree.map(lambda x: x[0], jax.device_get(hyper))

@@ -1,4 +1,4 @@
-"""The state of a training that has not ended, on the disk.
+"""The saved state of an unfinished training.
 
 ```
 saved = train_state.Saved(folder, stop, minutes=10)
@@ -27,8 +27,8 @@ class Saved:
   Its name is how much of the training is done: epochs, where an epoch is one
   call of a compiled program, else steps.
 
-  A state is written every so many minutes, and when the script is asked to
-  stop. The older one is deleted only when the newer one is whole.
+  A state is written at intervals of some minutes, and when the script is asked
+  to stop. The older one is deleted only when the newer one is complete.
   """
 
   def __init__(
@@ -48,7 +48,7 @@ class Saved:
     for path in self._folder.glob('*'):
       if not path.name.isdecimal() and _processes.is_main():
         shutil.rmtree(path)
-    _processes.wait_for_all('what was left unfinished is deleted')
+    _processes.wait_for_all('unfinished states are deleted')
 
   def restore(self, state: Any) -> tuple[int, Any]:
     """How much is done, and the state after it.
@@ -59,17 +59,17 @@ class Saved:
     Raises:
       ValueError: the saved state is damaged.
     """
-    found = self._found()
-    if not found:
+    numbers = self._numbers()
+    if not numbers:
       return 0, state
-    path = self._path(found[-1])
+    path = self._path(numbers[-1])
     abstract = jax.tree.map(_abstract, state)
     try:
-      return found[-1], checkpoints.Ingredients([path], abstract)[0]
+      return numbers[-1], checkpoints.Ingredients([path], abstract)[0]
     except ValueError as e:
       raise ValueError(
-          f'{e} It is the state of a training: without {path} that training '
-          'begins anew.'
+          f'{e} It is the saved state of an unfinished training: delete {path} '
+          'to restart that training from scratch.'
       ) from e
 
   def after(self, num_done: int, state: Any) -> None:
@@ -86,21 +86,23 @@ class Saved:
     # One process is told to stop, and all of them save.
     is_asked = _processes.is_any(self._stop.requested)
     if is_asked or _processes.is_any(is_due):
-      older = self._found()
+      older = self._numbers()
       checkpoints.save(self._path(num_done), state)
       if _processes.is_main():
         for done in older:
           shutil.rmtree(self._path(done))
       self._last = time.monotonic()
     if is_asked:
-      raise preemption.Preempted(f'{self._path(num_done)} holds the training')
+      raise preemption.Preempted(
+          f'{self._path(num_done)} holds the training state'
+      )
 
   def delete(self) -> None:
     """Deletes it all: the training has ended, and its result is saved."""
     if _processes.is_main():
       shutil.rmtree(self._folder, ignore_errors=True)
 
-  def _found(self) -> list[int]:
+  def _numbers(self) -> list[int]:
     names = (path.name for path in self._folder.glob('*'))
     return sorted(int(name) for name in names if name.isdecimal())
 
@@ -109,7 +111,7 @@ class Saved:
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-  """Shape and dtype, and of what is spread over a mesh how it lies there."""
+  """Shape and dtype, and the sharding of an array on a mesh."""
   sharding = getattr(x, 'sharding', None)
   is_spread = isinstance(sharding, NamedSharding)
   return jax.ShapeDtypeStruct(

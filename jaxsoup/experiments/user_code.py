@@ -1,4 +1,4 @@
-"""Functions of the user's, named on a command line; their errors say where.
+"""Functions of the user, named on a command line; their errors say where.
 
 ```
 function = user_code.load('package.module:function')
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class UserCodeError(Exception):
-  """What the user's own function raised, with its place."""
+  """An error in the user's function, with file and line."""
 
 
 def load(name: str, option: str = '--eval') -> Callable[..., Any]:
@@ -41,7 +41,7 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
   except ImportError as e:
     raise ValueError(
         f'{option} {name}: cannot import {module_name}: {e}. Modules are '
-        'looked for in the present directory and among installed packages.'
+        'imported from the current directory and from installed packages.'
     ) from e
   except Exception as e:
     # A module runs when it is imported, and may raise anything.
@@ -60,7 +60,7 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
 
 
 def _guarded(function, module, name: str) -> Any:
-  """A function of the user's, whose errors say where they were raised."""
+  """A function of the user, whose errors say where they were raised."""
 
   def call(*args, **kwargs):
     try:

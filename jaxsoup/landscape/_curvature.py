@@ -23,8 +23,8 @@ class Sharpness(NamedTuple):
   """What `sharpness` returns.
 
   Attributes:
-    eigenvalue: the largest of the Hessian, as far as it was found.
-    error: some eigenvalue lies so near.
+    eigenvalue: estimate of the largest eigenvalue of the Hessian.
+    error: an eigenvalue lies within this distance of the estimate.
     num_steps: products of the Hessian with a vector.
   """
 
@@ -71,16 +71,19 @@ def sharpness(
   """
   checked = _checked.Checked([params], non_float_from=0)
   if not checked.float_paths:
-    raise ValueError('params have no floats, hence no Hessian.')
+    raise ValueError('params have no floats, so there is no Hessian.')
   leaves = _widened(checked[0])
   widened = checked.replace(leaves)
   product_fn = functools.partial(_product, loss_fn, widened)
   eigenvalue, error, num = 0.0, np.inf, 0
-  for diagonal, beside in _lanczos(product_fn, _random(leaves, seed)):
+  for diagonal, off_diagonal in _lanczos(product_fn, _random(leaves, seed)):
     num += 1
-    eigenvalue, error = _largest(diagonal, beside)
+    eigenvalue, error = _largest(diagonal, off_diagonal)
     if not np.isfinite(eigenvalue):
-      raise ValueError(f'The Hessian has a product that is {eigenvalue}.')
+      raise ValueError(
+          f'A product of the Hessian with a vector is {eigenvalue}: check that '
+          'loss_fn and its gradients are finite at params.'
+      )
     if num == max_steps or error <= tolerance * abs(eigenvalue):
       break
   return Sharpness(eigenvalue, error, num)
@@ -93,13 +96,13 @@ def _lanczos(product_fn, v: _Leaves) -> Iterator[tuple[list, list]]:
   orthogonality in floats, which repeats extreme eigenvalues and moves none.
   """
   diagonal: list[float] = []
-  beside: list[float] = []
+  off_diagonal: list[float] = []
   before, last = v, _tree.numbers(0.0)
   while True:
     v, before, a, last = _next(product_fn(v), v, before, last)
     diagonal.append(float(jax.device_get(a)))
-    beside.append(float(jax.device_get(last)))
-    yield diagonal, beside
+    off_diagonal.append(float(jax.device_get(last)))
+    yield diagonal, off_diagonal
 
 
 @jax.jit
@@ -113,13 +116,15 @@ def _next(product: _Leaves, v: _Leaves, before: _Leaves, last: jax.Array):
   return [r / jnp.where(b > 0, b, 1).astype(r.dtype) for r in rest], v, a, b
 
 
-def _largest(diagonal: list[float], beside: list[float]) -> tuple[float, float]:
+def _largest(
+    diagonal: list[float], off_diagonal: list[float]
+) -> tuple[float, float]:
   """The largest Ritz value, and the norm of its residual."""
-  if not np.isfinite([*diagonal, *beside]).all():
+  if not np.isfinite([*diagonal, *off_diagonal]).all():
     return float('nan'), float('nan')
-  off = np.diag(beside[:-1], 1)
+  off = np.diag(off_diagonal[:-1], 1)
   values, vectors = np.linalg.eigh(np.diag(diagonal) + off + off.T)
-  return float(values[-1]), float(abs(beside[-1] * vectors[-1, -1]))
+  return float(values[-1]), float(abs(off_diagonal[-1] * vectors[-1, -1]))
 
 
 def _product(loss_fn, params: Params, v: _Leaves) -> _Leaves:

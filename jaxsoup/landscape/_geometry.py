@@ -132,16 +132,16 @@ def _of_pairs(
   """
   num = len(checked)
   size = _block_size(checked[0])
-  found = np.zeros((num, num, len(checked.float_paths)))
+  products = np.zeros((num, num, len(checked.float_paths)))
   for start in range(0, num, size):
     held: dict[int, _Leaves] = {}
     for j, leaves in _checked.in_order(checked, range(start, num)):
       if j < start + size:
         held[j] = leaves
       row = jax.device_get([product_fn(x, leaves) for x in held.values()])
-      found[list(held), j] = found[j, list(held)] = row
-  found[..., _tree.statistics_of(checked.float_paths)] = 0
-  return found
+      products[list(held), j] = products[j, list(held)] = row
+  products[..., _tree.statistics_of(checked.float_paths)] = 0
+  return products
 
 
 def _block_size(leaves: _Leaves) -> int:

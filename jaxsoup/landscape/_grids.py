@@ -75,8 +75,8 @@ def line(
     theta_1: parameters at t = 0.
     theta_2: parameters at t = 1. Leaves that are not floats are theta_1's.
     num: number of points, T, both ends included.
-    chunk_size: points that are evaluated side by side, by `jax.vmap`: so many
-      models and their activations lie in memory. None calls `loss_fn` as it is,
+    chunk_size: points that are evaluated together, by `jax.vmap`: that many
+      models and their activations are in memory. None calls `loss_fn` as it is,
       for functions that jax cannot trace, such as an `evaluation.score_of`.
     sharding: how the points of a chunk lie on a mesh, such as
       `NamedSharding(mesh, PartitionSpec('points'))`: each device then evaluates
@@ -100,7 +100,7 @@ def line(
   optimization problems"; Neyshabur et al. 2020.
   """
   if num < 2:
-    raise ValueError(f'num is {num}: a line has at least its two ends.')
+    raise ValueError(f'num is {num}: a line needs at least 2 points.')
   t = np.linspace(0, 1, num)
   grid = Grid([theta_1, theta_2], chunk_size, sharding, on_points)
   return Path(t, grid.values(loss_fn, np.stack([1 - t, t], axis=1)))
@@ -211,7 +211,7 @@ def plane(
   ensembling of DNNs", section 3; figure 2 of Wortsman et al. 2022.
   """
   if num < 2:
-    raise ValueError(f'num is {num}: an axis has at least its two ends.')
+    raise ValueError(f'num is {num}: an axis needs at least 2 points.')
   grid = Grid([theta_0, theta_1, theta_2], chunk_size, sharding, on_points)
   basis = _Basis(grid.models)
   projected = [basis.project(m) for m in (theta_0, theta_1, theta_2)]
@@ -250,7 +250,7 @@ class _Basis:
       raise ValueError(
           'theta_0, theta_1 and theta_2 lie on one line: theta_1 and theta_2 '
           f'are {lengths[0]:.3g} and {lengths[1]:.3g} away from theta_0, in '
-          'parallel directions. A plane needs three models apart: use `line`.'
+          'parallel directions, and span no plane: use `line`.'
       )
     self._coordinates = np.linalg.cholesky(gram)
 
@@ -299,15 +299,15 @@ class Grid:
     stacked = _mixing.stack_leaves(self.models)
     if self._sharding is not None:
       stacked = [_on_mesh(x, self._sharding.mesh) for x in stacked]
-    found: list[np.ndarray] = []
+    losses: list[np.ndarray] = []
     for start in range(0, len(alpha), self._size):
       rows = alpha[start : start + self._size]
-      # One shape for all chunks, or the last one would be compiled anew.
+      # One shape for all chunks, or the last one would be compiled again.
       padded = np.pad(rows, ((0, self._size - len(rows)), (0, 0)), 'edge')
       values = self._chunk(loss_fn, padded, stacked)
-      found.append(np.asarray(jax.device_get(values), float)[: len(rows)])
+      losses.append(np.asarray(jax.device_get(values), float)[: len(rows)])
       self._on_points(start + len(rows), len(alpha))
-    return np.concatenate(found)
+    return np.concatenate(losses)
 
   def _chunk(self, loss_fn, alpha, stacked) -> Any:
     if self._size == 1:
@@ -369,8 +369,8 @@ def _run(jitted, loss_fn, params: Params) -> Any:
     return jitted(loss_fn, params)
   except jax.errors.JAXTypeError as e:
     raise TypeError(
-        f'jax cannot trace loss_fn, {loss_fn!r}, which takes a value out of an '
-        'array. Pass chunk_size=None to call it as it is.'
+        f'jax cannot trace loss_fn, {loss_fn!r}, which needs the values of '
+        'arrays. Pass chunk_size=None to call it as it is.'
     ) from e
 
 

@@ -99,7 +99,7 @@ def pairs(
   singles = list(map(score, logits))
   # One of the two stays in memory for all pairs that it is the first of.
   first = functools.lru_cache(1)(ingredients.__getitem__)
-  found = []
+  measured = []
   for i, j in members:
     soup = _average.uniform([first(i), ingredients[j]], non_float_from=0)
     pair = Pair(
@@ -109,10 +109,10 @@ def pairs(
         soup=score(run(prepare_fn(soup.params))),
         ensemble=score((logits[i] + logits[j]) / 2),
     )
-    found.append(pair)
+    measured.append(pair)
     if on_pair is not None:
       on_pair(pair)
-  return found
+  return measured
 
 
 class SoupMinusEnsemble(NamedTuple):
@@ -211,8 +211,8 @@ def soup_minus_ensemble(
     >>> batch = {'x': np.eye(2, dtype='f'), 'label': np.array([0, 1])}
     >>> linear = lambda params, batch: batch['x'] @ params
     >>> models = np.diag([1.0, 2.0]), np.diag([3.0, 2.0])
-    >>> found = soup_minus_ensemble(linear, *models, [batch])
-    >>> round(found.curvature, 4), round(found.variance, 4)
+    >>> terms = soup_minus_ensemble(linear, *models, [batch])
+    >>> round(terms.curvature, 4), round(terms.variance, 4)
     (0.21, 0.21)
 
   Source: Wortsman et al. 2022, section 4 and appendix.
@@ -225,7 +225,7 @@ def soup_minus_ensemble(
     batch = jax.tree.map(_tree.on_device, dict(batch))
     sums += jax.device_get(_sums(*fns, *models, numbers, batch))
   if not sums[-1]:
-    raise ValueError('There was no example: no batch, or all of them masked.')
+    raise ValueError('batches have no example: none, or all are masked.')
   soup, ensemble, curvature, variance = map(float, sums[:4] / sums[4])
   approximation = t * (1 - t) / 2 * (variance - curvature)
   return SoupMinusEnsemble(approximation, soup, ensemble, curvature, variance)
@@ -249,7 +249,7 @@ def _sums(logits_fn, output_loss_fn, theta_1, theta_2, numbers, batch):
   if terms.shape != (4, soup.shape[0]):
     raise ValueError(
         f'output_loss_fn returned shape {terms.shape[1:]}: expected '
-        f'[{soup.shape[0]}], one number an example.'
+        f'[{soup.shape[0]}], one number per example.'
     )
   mask = batch.get('mask', jnp.ones(terms.shape[1], bool))
   sums = jnp.where(mask, terms.astype(jnp.float32), 0).sum(1)

@@ -11,7 +11,7 @@ from jaxsoup.report import _plots
 from jaxsoup.report._tables import Row
 
 _GREY = '#8c8c8c'
-_MAX_LABELS = 24  # More would lie on top of one another.
+_MAX_LABELS = 24  # More would overlap.
 
 
 class LineFit(NamedTuple):
@@ -35,8 +35,8 @@ def line_fit(rows: Sequence[Row]) -> LineFit | None:
     rows: a row a model; only singles count.
 
   Returns:
-    A `LineFit`; None where there is no line: of fewer than three models, or
-    where all score alike.
+    A `LineFit`; None where there is no line: for fewer than three models, or
+    equal scores.
 
   Source: Miller et al. 2021, "Accuracy on the line"; figure 1 of Wortsman et
   al. 2022.
@@ -64,7 +64,7 @@ def figure_1(ax: Any, rows: Sequence[Row]) -> None:
         color=_GREY,
         linewidth=1,
         linestyle='--',
-        label=f'line of the models, R² = {fit.r_squared:.2f}',
+        label=f'fit to single models, R² = {fit.r_squared:.2f}',
         zorder=1,
     )
   _plots.legend_below(ax, 2)
@@ -73,7 +73,7 @@ def figure_1(ax: Any, rows: Sequence[Row]) -> None:
 def alphas(ax: Any, alpha: Mapping[str, np.ndarray]) -> None:
   """A row of bars for each soup: how much it takes of every model.
 
-  Rows have scales of their own; the largest coefficient is written beside.
+  Each row has its own scale; its largest coefficient is written next to it.
 
   Args:
     ax: a matplotlib Axes.
@@ -129,7 +129,7 @@ def alpha_map(ax: Any, paths: Sequence[str], alpha: np.ndarray) -> None:
 
 
 def reliability(ax: Any, curves: Mapping[str, Mapping[str, Any]]) -> None:
-  """How often models are right where they say how sure they are.
+  """Accuracy against confidence: a reliability diagram.
 
   Args:
     ax: a matplotlib Axes.
@@ -151,7 +151,7 @@ def reliability(ax: Any, curves: Mapping[str, Mapping[str, Any]]) -> None:
     )
   ax.plot([low, 100], [low, 100], color=_GREY, linewidth=1, linestyle='--')
   ax.set_xlabel('confidence (%)')
-  ax.set_ylabel('right (%)')
+  ax.set_ylabel('accuracy (%)')
   _plots.tidy(ax)
   _plots.legend_below(ax, 2)
 
@@ -159,7 +159,7 @@ def reliability(ax: Any, curves: Mapping[str, Mapping[str, Any]]) -> None:
 def frequencies(
     ax: Any, frequency: Sequence[float], chosen: Sequence[int]
 ) -> None:
-  """How often resamples of the held-out set take each model.
+  """How often resamples of the held-out set choose each model.
 
   Args:
     ax: a matplotlib Axes.
@@ -177,7 +177,7 @@ def frequencies(
         label=label,
     )
   ax.set_xlabel('model')
-  ax.set_ylabel('resamples that take it (%)')
+  ax.set_ylabel('resamples that choose it (%)')
   ax.set_ylim(0, 100)
   ax.xaxis.get_major_locator().set_params(integer=True)
   _plots.tidy(ax)
@@ -198,7 +198,7 @@ def against(
   Args:
     ax: a matplotlib Axes.
     name: of the hyper-parameter.
-    values: its value in each run, `[K]`: numbers, or anything that has a name.
+    values: its value in each run, `[K]`: numbers, or anything with a `str`.
     scores: `[K]`, in 0..1.
     chosen: models that a soup took: these are filled.
     label: what the scores are.

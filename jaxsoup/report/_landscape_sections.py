@@ -1,8 +1,8 @@
 """Sections on landscapes, barriers and the diagnosis of an experiment.
 
 ```
-found = read_landscape('runs/digits')       # what `experiments.landscapes` made
-sections = plane_sections(found.get('plane', {}), names)
+parts = read_landscape('runs/digits')       # what `experiments.landscapes` made
+sections = plane_sections(parts.get('plane', {}), names)
 ```
 """
 
@@ -30,58 +30,62 @@ _RATE = 'learning_rate'
 
 
 def read_landscape(workdir: Any) -> dict[str, Any]:
-  """The parts of `WORKDIR/landscape` by name; none where there are none.
+  """The parts of `WORKDIR/landscape` by name; empty if there are none.
 
   Raises:
     ValueError: a damaged file.
   """
-  found = {}
+  parts = {}
   for path in sorted((pathlib.Path(workdir) / 'landscape').glob('*.json')):
     try:
-      found[path.stem] = json.loads(path.read_text())
+      parts[path.stem] = json.loads(path.read_text())
     except ValueError as e:
       raise ValueError(
-          f'{path} is unreadable: {e}. Delete it, and give the command of the '
-          'experiment again: it is made anew.'
+          f'{path} is unreadable: {e}. Delete it, and run the command of the '
+          'experiment again, which makes a new one.'
       ) from e
-  return found
+  return parts
 
 
 def plane_sections(
-    found: Mapping[str, Any], names: Sequence[str]
+    measured: Mapping[str, Any], names: Sequence[str]
 ) -> list[Section]:
-  """Loss and error around the start and two models; none without a plane.
+  """Loss and error around the start and two models; empty without a plane.
 
   Args:
-    found: corners, names of the soups, and the fields of a
+    measured: corners, names of the soups, and the fields of a
       `jaxsoup.landscape.Plane`, whose `loss` is one array for each surface.
     names: of the single models.
   """
-  if 'loss' not in found:
+  if 'loss' not in measured:
     return []
-  first, second = (names[k] for k in found['corners'])
-  soups = found['soups']
-  num_others = len(found['points']) - 3 - len(soups)
+  first, second = (names[k] for k in measured['corners'])
+  soups = measured['soups']
+  num_others = len(measured['points']) - 3 - len(soups)
   labels = ['start', first, second, *[''] * num_others, *soups]
-  points, off = np.array(found['points']), np.array(found['off'])
+  points, off = np.array(measured['points']), np.array(measured['off'])
   pictures = []
-  for name, loss in found['loss'].items():
+  for name, loss in measured['loss'].items():
     scale = _SCALES.get(name, 100)
     plane = landscape.Plane(
-        np.array(found['x']), np.array(found['y']), np.array(loss), points, off
+        np.array(measured['x']),
+        np.array(measured['y']),
+        np.array(loss),
+        points,
+        off,
     )
     lowest = np.unravel_index(plane.loss.argmin(), plane.loss.shape)
     text = (
         f'{_sentence(name)}: lowest {_number(plane.loss.min(), scale)}, at '
-        f'({plane.x[lowest[1]]:.2f}, {plane.y[lowest[0]]:.2f}). On the grid '
-        f'points next to them: {_corner_values(plane, labels, scale)}.'
+        f'({plane.x[lowest[1]]:.2f}, {plane.y[lowest[0]]:.2f}). At the nearest '
+        f'grid points: {_corner_values(plane, labels, scale)}.'
     )
     pictures.append(
         Picture(
             f'plane_{name.replace(" ", "_")}',
             functools.partial(
                 _landscapes.plane,
-                found=plane,
+                surface=plane,
                 names=labels,
                 label=name + ('' if scale == 1 else ' (%)'),
                 scale=scale,
@@ -93,15 +97,15 @@ def plane_sections(
     )
   legend = (
       f'The plane through the start and the models {first} and {second}, the '
-      'best two on held-out data that are apart. Coordinates are distances '
-      'between parameters. Dots are the other models, projected. What is '
-      'grey lies far off the plane: the colour below it is not its loss.'
+      'best two on held-out data that are not close together. Coordinates are '
+      'distances in parameter space. Dots are the other models, projected. '
+      'Grey ones are far from the plane: the colour below is not their loss.'
   )
   records = [
       {'surface': name, 'x': x, 'y': y, 'value': row[j]}
-      for name, loss in found['loss'].items()
-      for y, row in zip(found['y'], loss)
-      for j, x in enumerate(found['x'])
+      for name, loss in measured['loss'].items()
+      for y, row in zip(measured['y'], loss)
+      for j, x in enumerate(measured['x'])
   ]
   return [Section('Landscape', [legend, *pictures], {'plane': records})]
 
@@ -120,24 +124,24 @@ def _number(value: float, scale: float) -> str:
 
 
 def barrier_sections(
-    found: Mapping[str, Any],
+    measured: Mapping[str, Any],
     names: Sequence[str],
     settings: Sequence[Mapping[str, Any]],
 ) -> list[Section]:
-  """The error on lines between two models; none without lines.
+  """The error on lines between two models; empty without lines.
 
   Args:
-    found: `members`, `t`, and `error` on each line.
+    measured: `members`, `t`, and `error` on each line.
     names: of the single models.
     settings: hyper-parameters of each.
   """
-  if not found.get('members'):
+  if not measured.get('members'):
     return []
-  pairs = [tuple(pair) for pair in found['members']]
-  t = np.array(found['t'])
+  pairs = [tuple(pair) for pair in measured['members']]
+  t = np.array(measured['t'])
   paths = {
       pair: landscape.Path(t, np.array(error))
-      for pair, error in zip(pairs, found['error'])
+      for pair, error in zip(pairs, measured['error'])
   }
   barriers = {pair: landscape.barrier(path) for pair, path in paths.items()}
   middle = {pair: _above_chord(path, 0.5) for pair, path in paths.items()}
@@ -146,8 +150,8 @@ def barrier_sections(
       f'On the lines between {len(pairs)} pairs of models the test error rises '
       f'by at most {100 * barriers[worst]:.1f} points above the chord (between '
       f'{_pair(worst, names)}; median {_median(barriers):.1f}). In the middle, '
-      'which is the soup of the two, it lies '
-      f'{-_median(middle):.1f} points below the chord (median).'
+      f'at the soup of the two, it is {-_median(middle):.1f} points below the '
+      'chord (median).'
   )
   values = pair_rates(pairs, settings)
   picture = Picture(
@@ -161,8 +165,8 @@ def barrier_sections(
           scale=100,
           is_named=len(pairs) <= 6,
       ),
-      f'Lines: the error between two models, less the chord. {text}',
-      'Below zero the average of two models is better than the two on average. '
+      f'Lines: the error between two models minus the chord. {text}',
+      'Below zero, an average of two models is better than the two on average. '
       'A hump is a barrier: those models lie in different basins.',
   )
   order = sorted(pairs, key=lambda pair: -barriers[pair])
@@ -213,29 +217,29 @@ def pair_rates(
 
 
 def angle_sections(
-    found: Mapping[str, Any],
+    measured: Mapping[str, Any],
     pairs: Mapping[str, Any],
     names: Sequence[str],
     settings: Sequence[Mapping[str, Any]],
     *,
     metric: str = 'accuracy',
 ) -> list[Section]:
-  """Angles at the start, and what pairs gain; none where there are none.
+  """Angles at the start, and gains of pairs; empty without angles.
 
   Args:
-    found: `angles` `[K, K]`, in degrees.
+    measured: `angles` `[K, K]`, in degrees.
     pairs: by data set, fields of `jaxsoup.landscape.Pair`.
     names: of the single models.
     settings: hyper-parameters of each.
     metric: what the scores of pairs are.
   """
-  if 'angles' not in found:
+  if 'angles' not in measured:
     return []
-  angles = np.array(found['angles'], float)  # None becomes NaN.
+  angles = np.array(measured['angles'], float)  # None becomes NaN.
   apart = angles[np.triu_indices(len(angles), 1)]
   text = (
-      f'At the start the task vectors of two models are {np.nanmin(apart):.0f} '
-      f'to {np.nanmax(apart):.0f} degrees apart (median '
+      f'The task vectors of two models are {np.nanmin(apart):.0f} to '
+      f'{np.nanmax(apart):.0f} degrees apart (median '
       f'{np.nanmedian(apart):.0f}); unrelated ones are at 90.'
   )
   parts: list[Any] = [text]
@@ -275,8 +279,8 @@ def _pairs_text(where: str, pairs: Sequence[landscape.Pair]) -> str:
   gains = [pair.gain for pair in pairs]
   less = [pair.soup - pair.ensemble for pair in pairs]
   text = (
-      f'On {_where(where)} the soup of two gains {_points(gains)} points over '
-      f'the two on average (mean ± deviation over {len(pairs)} pairs), and '
+      f'On {_where(where)} the soup of two models gains {_points(gains)} '
+      f'points over their mean (mean ± deviation over {len(pairs)} pairs), and '
       f'{_points(less)} over their ensemble.'
   )
   angles = [pair.angle for pair in pairs]
@@ -329,21 +333,21 @@ def _pair_pictures(where, pairs, settings, metric) -> list[Picture]:
   ]
 
 
-def diagnosis_sections(found: Mapping[str, Any]) -> list[Section]:
-  """What is wrong, and what to do; none without a diagnosis.
+def diagnosis_sections(report: Mapping[str, Any]) -> list[Section]:
+  """What is wrong, and what to do; empty without a diagnosis.
 
   Args:
-    found: of `jaxsoup.diagnosis.Diagnosis.as_json`.
+    report: of `jaxsoup.diagnosis.Diagnosis.as_json`.
   """
-  if 'verdict' not in found:
+  if 'verdict' not in report:
     return []
-  verdict = found['verdict']
+  verdict = report['verdict']
   parts: list[Any] = [
       Labelled(f'{_sentence(verdict["action"])}:', verdict['reason'])
   ]
   if verdict['action'] == 'soup a subset':
-    parts.append(Labelled('These:', ', '.join(verdict['names'])))
-  for finding in found['findings']:
+    parts.append(Labelled('Models:', ', '.join(verdict['names'])))
+  for finding in report['findings']:
     mark = diagnosis.MARKS[finding['severity']].capitalize()
     parts += [
         Labelled(f'{mark}:', finding['title']),
@@ -351,15 +355,15 @@ def diagnosis_sections(found: Mapping[str, Any]) -> list[Section]:
         Labelled('Meaning:', finding['meaning'], is_indented=True),
         Labelled('Do:', finding['remedy'], is_indented=True),
     ]
-  if not found['findings']:
-    parts.append('Nothing wrong was found.')
-  barriers = np.array(found['measured'].get('barriers', []), float)
+  if not report['findings']:
+    parts.append('No problems found.')
+  barriers = np.array(report['measured'].get('barriers', []), float)
   if barriers.size and np.isfinite(barriers).all(where=_off_diagonal(barriers)):
-    parts.append(_barrier_map(barriers, found['names']))
+    parts.append(_barrier_map(barriers, report['names']))
   records = [
       {k: finding[k] for k in ('severity', 'code', 'title', 'seen')}
       | {'models': ' '.join(finding['names'])}
-      for finding in found['findings']
+      for finding in report['findings']
   ]
   data = {'findings': records} if records else {}
   return [Section('Diagnosis', parts, data)]
@@ -373,8 +377,8 @@ def _barrier_map(barriers: np.ndarray, names: Sequence[str]) -> Picture:
   names = [pathlib.PurePath(name).name for name in names]
   largest = 100 * barriers[_off_diagonal(barriers)].max()
   text = (
-      'How far the held-out score of the average of two lies below the mean of '
-      f'the two, in points; largest {largest:.1f}.'
+      'How far the held-out score of the average of two models is below the '
+      f'mean of their scores, in points; the largest is {largest:.1f}.'
   )
   return Picture(
       'barrier_map',

@@ -26,7 +26,7 @@ _MAX_NUMBERS = 12  # A heat map of more models has no room for its numbers.
 
 def plane(
     ax: Any,
-    found: Plane,
+    surface: Plane,
     names: Sequence[str],
     *,
     label: str = 'loss',
@@ -40,9 +40,9 @@ def plane(
 
   Args:
     ax: a matplotlib Axes.
-    found: from `landscape.plane`.
-    names: of its points, `[M]`; the first three are the corners. What has no
-      name is a dot, others are in the legend.
+    surface: from `landscape.plane`.
+    names: of its points, `[M]`; the first three are the corners. A point
+      without a name is a dot, others are in the legend.
     label: what the loss is.
     scale: multiplies the loss.
     num_levels: how many colours. They are finer where the grid has more points.
@@ -51,21 +51,27 @@ def plane(
   """
   from matplotlib import colors
 
-  loss = found.loss * scale
+  loss = surface.loss * scale
   levels = _levels(loss, num_levels)
   norm = colors.BoundaryNorm(levels, 256)
   filled = ax.contourf(
-      found.x, found.y, loss, levels, cmap=f'{_MAP}_r', norm=norm
+      surface.x, surface.y, loss, levels, cmap=f'{_MAP}_r', norm=norm
   )
   ax.contour(
-      found.x, found.y, loss, levels, colors=_WHITE, linewidths=0.4, alpha=0.6
+      surface.x,
+      surface.y,
+      loss,
+      levels,
+      colors=_WHITE,
+      linewidths=0.4,
+      alpha=0.6,
   )
   bar = ax.figure.colorbar(filled, ax=ax, label=label, format='%.3g')
   bar.ax.tick_params(labelsize=8)
-  from_origin = np.hypot(*found.points.T)
-  is_off = found.off > 0.5 * np.hypot(from_origin, found.off)
+  from_origin = np.hypot(*surface.points.T)
+  is_off = surface.off > 0.5 * np.hypot(from_origin, surface.off)
   soups = [i for i, name in enumerate(names) if name and i > 2]
-  for i, (name, point) in enumerate(zip(names, found.points)):
+  for i, (name, point) in enumerate(zip(names, surface.points)):
     row = soups.index(i) if i in soups else None
     _mark_point(ax, point, row, is_off=is_off[i], is_corner=i < 3, label=name)
     if i < 3:
@@ -73,7 +79,7 @@ def plane(
   if soups:
     _plots.legend_below(ax, 3)
   ax.set_xlabel(f'from {names[0]} towards {names[1]}')
-  ax.set_ylabel('at a right angle to it')
+  ax.set_ylabel('orthogonal to it')
   ax.set_aspect('equal')
 
 
@@ -123,7 +129,7 @@ def lines(
     scale: float = 1,
     is_named: bool = True,
 ) -> None:
-  """The loss along lines between models, less the chord: the barriers.
+  """The loss along lines between models minus the chord: the barriers.
 
   Args:
     ax: a matplotlib Axes.
@@ -178,7 +184,7 @@ def angles_and_gains(
   _scatter(ax, x, y, values, values_label)
   ax.axhline(0, color='black', linewidth=0.8, linestyle=':')
   ax.set_xlabel('angle at the initialization (degrees)')
-  ax.set_ylabel(f'soup less mean of the two, {label}')
+  ax.set_ylabel(f'soup minus mean of the two, {label}')
 
 
 def against_ensembles(
@@ -211,32 +217,32 @@ def against_ensembles(
 
 def theory(
     ax: Any,
-    found: Sequence[SoupMinusEnsemble],
+    terms: Sequence[SoupMinusEnsemble],
     *,
     values: Sequence[float] | None = None,
     values_label: str = 'mean learning rate',
 ) -> None:
-  """The approximation of soup minus ensemble against what it is.
+  """The approximation of soup minus ensemble against the true difference.
 
   Args:
     ax: a matplotlib Axes.
-    found: from `landscape.soup_minus_ensemble`, one for each pair.
+    terms: from `landscape.soup_minus_ensemble`, one for each pair.
     values: a number for each pair, which colours it.
     values_label: what the values are.
 
   Source: figure in section 4 of Wortsman et al. 2022.
   """
-  x = [one.soup - one.ensemble for one in found]
-  y = [one.approximation for one in found]
+  x = [pair.soup - pair.ensemble for pair in terms]
+  y = [pair.approximation for pair in terms]
   _scatter(ax, x, y, values, values_label)
   _diagonal(ax, x, y)
-  ax.set_xlabel('loss of soup, less that of ensemble')
-  ax.set_ylabel('its approximation')
+  ax.set_xlabel('loss of soup minus loss of ensemble')
+  ax.set_ylabel('approximation')
 
 
 def growth(
     ax: Any,
-    found: Growth,
+    grown: Growth,
     *,
     label: str = 'accuracy (%)',
     scale: float = 100,
@@ -245,17 +251,17 @@ def growth(
 
   Args:
     ax: a matplotlib Axes.
-    found: from `studies.growth`.
+    grown: from `studies.growth`.
     label: what the scores are.
     scale: multiplies the scores.
 
   Source: Wortsman et al. 2022, appendix B.
   """
-  for i, (name, rows) in enumerate(found.scores.items()):
+  for i, (name, rows) in enumerate(grown.scores.items()):
     colour = _plots.COLOURS[i % 6]
     mean, error = rows.mean(0) * scale, _standard_error(rows) * scale
     ax.plot(
-        found.nums,
+        grown.nums,
         mean,
         color=colour,
         marker=_plots.MARKERS[i % 6],
@@ -263,7 +269,7 @@ def growth(
         label=name,
     )
     ax.fill_between(
-        found.nums, mean - error, mean + error, color=colour, alpha=0.15, lw=0
+        grown.nums, mean - error, mean + error, color=colour, alpha=0.15, lw=0
     )
   ax.set_xlabel('number of models')
   ax.set_ylabel(label)
@@ -279,7 +285,7 @@ def _standard_error(rows: np.ndarray) -> np.ndarray:
 
 def varied(
     ax: Any,
-    found: Sequence[Varied],
+    groups: Sequence[Varied],
     *,
     label: str = 'accuracy (%)',
     scale: float = 100,
@@ -288,19 +294,19 @@ def varied(
 
   Args:
     ax: a matplotlib Axes.
-    found: from `studies.one_varied`: a row each, the first on top.
+    groups: from `studies.one_varied`: a row each, the first on top.
     label: what the scores are.
     scale: multiplies the scores.
 
   Source: Wortsman et al. 2022, appendix on varying one hyper-parameter.
   """
-  rows = np.arange(len(found))[::-1]
+  rows = np.arange(len(groups))[::-1]
   for i, (field, name) in enumerate(
-      (('soup', 'soup'), ('best', 'best of them'), ('mean', 'mean of them'))
+      (('soup', 'soup'), ('best', 'best run'), ('mean', 'mean of runs'))
   ):
-    values = [getattr(one, field) * scale for one in found]
+    values = [getattr(group, field) * scale for group in groups]
     _dots(ax, values, rows, i, name)
-  ax.set_yticks(rows, [one.name.replace('_', ' ') for one in found])
+  ax.set_yticks(rows, [group.name.replace('_', ' ') for group in groups])
   _finish_rows(ax, label)
 
 
@@ -360,19 +366,19 @@ def _finish_rows(ax, label: str) -> None:
   _plots.legend_below(ax, 3)
 
 
-def contributions(ax: Any, found: Sequence[Contribution]) -> None:
+def contributions(ax: Any, effects: Sequence[Contribution]) -> None:
   """Spearman's correlation of every hyper-parameter with scores and choices.
 
   Args:
     ax: a matplotlib Axes.
-    found: from `studies.contributions`, the strongest on top.
+    effects: from `studies.contributions`, the strongest on top.
   """
-  rows = np.arange(len(found))[::-1]
-  is_sure = np.array([c.p_value < 0.05 for c in found], bool)
-  correlations = np.array([c.correlation for c in found])
+  rows = np.arange(len(effects))[::-1]
+  is_sure = np.array([c.p_value < 0.05 for c in effects], bool)
+  correlations = np.array([c.correlation for c in effects])
   for sure, colour, name in (
       (True, _plots.COLOURS[0], 'score, p < 0.05'),
-      (False, _plots.COLOURS[5], 'score, may be chance'),
+      (False, _plots.COLOURS[5], 'score, not significant'),
   ):
     chosen = is_sure == sure
     if chosen.any():
@@ -383,7 +389,7 @@ def contributions(ax: Any, found: Sequence[Contribution]) -> None:
           color=colour,
           label=name,
       )
-  inclusion = [(c.inclusion, row) for c, row in zip(found, rows)]
+  inclusion = [(c.inclusion, row) for c, row in zip(effects, rows)]
   inclusion = [pair for pair in inclusion if np.isfinite(pair[0])]
   if inclusion:
     _plots.mark(
@@ -392,10 +398,10 @@ def contributions(ax: Any, found: Sequence[Contribution]) -> None:
         'D',
         facecolors='white',
         edgecolors='black',
-        label='taken by greedy',
+        label='chosen by greedy',
     )
   ax.axvline(0, color='black', linewidth=0.8)
-  ax.set_yticks(rows, [c.name.replace('_', ' ') for c in found])
+  ax.set_yticks(rows, [c.name.replace('_', ' ') for c in effects])
   ax.set_xlim(-1, 1)
   ax.set_xticks([-1, -0.5, 0, 0.5, 1])
   ax.set_xlabel("Spearman's correlation")
@@ -488,7 +494,7 @@ def matrix(
           fontsize=8,
           color=colour,
       )
-  # Names that would lie on one another are left out.
+  # Names that would overlap are left out.
   ticks = range(0, len(names), -(-len(names) // _MAX_NUMBERS))
   for set_ticks in (ax.set_xticks, ax.set_yticks):
     set_ticks(ticks, [names[k] for k in ticks], fontsize=8)

@@ -1,4 +1,4 @@
-"""A page that needs nothing but itself: sections as one HTML file.
+"""A self-contained page: sections as one HTML file.
 
 ```
 table = report.Table(['model', 'score'], [['greedy', '0.91']])
@@ -37,7 +37,7 @@ class Strong(str):
 
 
 class Code(str):
-  """What is typed into a shell; kept as it is."""
+  """A shell command, shown verbatim."""
 
 
 class Labelled(NamedTuple):
@@ -60,8 +60,8 @@ class Table(NamedTuple):
   Attributes:
     header: a title for each column.
     rows: cells, all of them texts; a `Strong` one is bold.
-    caption: what it shows, for those who see it, too.
-    is_folded: whether it is shown only when it is asked for.
+    caption: what it shows, printed above it.
+    is_folded: whether it is collapsed until a reader opens it.
   """
 
   header: Sequence[str]
@@ -71,17 +71,17 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-  """A picture, and what it says in words.
+  """A picture, with a description in words.
 
   Attributes:
-    name: of its files, without an ending.
+    name: of its files, without a suffix.
     draw: is called with a matplotlib Axes. Black and white become the ink and
       the background of the page; what has to stay, such as numbers on a heat
       map, is '#010101' or '#fefefe'.
-    alt: what is to be seen, for readers who do not see it.
+    alt: a description for readers who cannot see it.
     caption: below the picture.
-    size: width and height in inches; narrow, so that its letters can be read
-      on a phone.
+    size: width and height in inches; narrow, so that its text is legible on a
+      phone.
   """
 
   name: str
@@ -111,11 +111,11 @@ class Section(NamedTuple):
 def write_page(
     path: Any, title: str, sections: Sequence[Section], *, intro: str = ''
 ) -> list[pathlib.Path]:
-  """Writes a page, and beside it its pictures and the numbers behind them.
+  """Writes a page, and next to it its pictures and the numbers behind them.
 
   Args:
     path: of the HTML file. The pictures (SVG and PNG) and the numbers (CSV) go
-      into the directory of that name without its ending.
+      into the directory of that name without its suffix.
     title: of the page.
     sections: in their order.
     intro: a paragraph below the title.
@@ -124,13 +124,13 @@ def write_page(
     All files, the page first.
 
   Raises:
-    ValueError: a path that has no ending; two pictures or tables of one name.
+    ValueError: a path without a suffix; two pictures or tables of one name.
   """
   path = pathlib.Path(path)
   if not path.suffix:
     raise ValueError(
-        f'{path} has no ending, and its files go into the directory of that '
-        f'name: call it {path}.html.'
+        f'{path} has no suffix, and the directory of that name is for its '
+        f'pictures: call it {path}.html.'
     )
   folder = path.with_suffix('')
   pictures = [
@@ -141,7 +141,7 @@ def write_page(
     if twice := {name for name in names if names.count(name) > 1}:
       raise ValueError(
           f'{sorted(twice)} would be written twice into {folder}: give each '
-          'picture and each table of numbers a name of its own.'
+          'picture and each table of numbers its own name.'
       )
   folder.mkdir(parents=True, exist_ok=True)
   files = [path]
@@ -286,7 +286,7 @@ def svg(picture: Picture) -> str:
     fig.savefig(file, format='svg', transparent=True, metadata=nothing)
   text = file.getvalue()
   text = text[text.index('<svg') :].strip()
-  # What lies on one page needs names of its own.
+  # Ids on one page must be unique.
   name = _slug(picture.name)
   text = re.sub(r'\bid="', f'id="{name}-', text)
   text = re.sub(r'(href="|url\()#', rf'\g<1>#{name}-', text)
@@ -302,7 +302,7 @@ def svg(picture: Picture) -> str:
   )
 
 
-# A shade at the right edge says that a table goes on there.
+# A shade at the right edge shows that a table can be scrolled.
 # Okabe and Ito's colours in the pictures have at least a contrast of three to
 # one with both backgrounds, but for yellow and sky blue on white, which carry
 # marks of different shapes, too.

@@ -10,7 +10,7 @@ from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Trial
 from jaxsoup.report._tables import Row
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _GREY = '#9a9a9a'
 MARKERS = ('*', 'P', 'X', 'D', '^', 'v')
@@ -111,9 +111,9 @@ def trials(
       ]
       face = colour if outcome == 'accepted' else 'white'
       mark(ax, chosen, marker, edgecolors=colour, facecolors=face)
-  found = {_outcome(t) for info in infos.values() for t in info.trials}
+  outcomes = {_outcome(t) for info in infos.values() for t in info.trials}
   for outcome, marker in _TRIALS.items():
-    if outcome in found or marker == 'o':
+    if outcome in outcomes or marker == 'o':
       face = 'black' if outcome == 'accepted' else 'white'
       mark(ax, [], marker, edgecolors='black', facecolors=face, label=outcome)
   ax.set_xlabel('trial')

@@ -33,8 +33,8 @@ def read_scores(
   """Reads a table of scores: JSON lines, a JSON list, or CSV.
 
   A row is a model. Its columns are data sets, with scores in 0..1, and
-  hyper-parameters; `name`, `kind` ('single' if there is none, 'soup' or
-  'ensemble'), `metric`, `nll`, `ece` and `cost` mean what they mean in a `Row`.
+  hyper-parameters; `name`, `kind` ('single', the default, 'soup' or
+  'ensemble'), `metric`, `nll`, `ece` and `cost` are those of a `Row`.
   Objects in JSON may be nested: `{"shifts": {"blur": 0.7}}` is the column
   'shifts.blur', which CSV may have, too.
 
@@ -51,8 +51,8 @@ def read_scores(
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: an unreadable file, no such column, a score that is none, data
-      that choose and report at once.
+    ValueError: an unreadable file, no such column, a score that is not a
+      number in 0..1, or one column for data that choose and data that report.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -73,9 +73,9 @@ def read_scores(
     )
   if twice := sorted({name for name in used if used.count(name) > 1}):
     raise ValueError(
-        f'{path}: column {twice[0]!r} is to be more than one of held-out, test '
-        'and shifts. Data that choose cannot report: give each a column of its '
-        'own.'
+        f'{path}: column {twice[0]!r} is used for more than one of held-out, '
+        'test and shifts. Data that choose a model cannot also report its '
+        'score: give each its own column.'
     )
   rows = [
       _row(f'{path}, row {i}', record, i, held_out, test, shifts)
@@ -99,7 +99,8 @@ def _check_column(path, name, columns, *, is_given: bool) -> None:
     return
   near = difflib.get_close_matches(name, columns, 3, 0.4)
   option = 'held_out' if name == 'held_out' else 'test'
-  way_out = f' Say which one it is: {option}=.' if not is_given else ''
+  flag = f'--{option.replace("_", "-")}'
+  way_out = '' if is_given else f' Name it with {option}= ({flag}).'
   guess = f' Did you mean {" or ".join(near)}?' if near else ''
   raise ValueError(
       f'{path} has no column {name!r}, it has: {", ".join(columns)}.'
@@ -152,8 +153,8 @@ def _number(where: str, record: Mapping[str, Any], column: str) -> float:
   if is_number and not math.isnan(value):
     return float(value)
   raise ValueError(
-      f'{where}: {column} is {value!r}: expected a number. Take out the models '
-      'that were not evaluated everywhere.'
+      f'{where}: {column} is {value!r}: expected a number. Leave out models '
+      'that were not evaluated on all data sets.'
   )
 
 
@@ -169,7 +170,7 @@ def _records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     for record in csv.DictReader(io.StringIO(text, newline='')):
       if None in record or None in record.values():
         raise ValueError(
-            f'{path}: a row has not as many cells as the header: {record}.'
+            f'{path}: a row has more or fewer cells than the header: {record}.'
         )
       yield {
           # A run that is called 00 is no zero.
@@ -205,7 +206,7 @@ def _parsed(where: str, text: str) -> Any:
   try:
     return json.loads(text)
   except ValueError as e:
-    raise ValueError(f'{where} is no JSON: {e}.') from e
+    raise ValueError(f'{where} is not valid JSON: {e}.') from e
 
 
 def _flat(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Sections of a page, from numbers that are there already.
+"""Sections of a page, from numbers that are already computed.
 
 ```
 sections = [
@@ -70,7 +70,7 @@ def table_section(
 
 def _findings(shown: Sequence[Row]) -> list[str]:
   """Who is significantly better than the best single model, in words."""
-  found = []
+  sentences = []
   for key, where in (('test', 'On test data'), ('shifts', 'On the shifts')):
     compared = [row for row in shown if key in row.gains]
     better = [
@@ -84,10 +84,10 @@ def _findings(shown: Sequence[Row]) -> list[str]:
         if row.gains[key].is_significant and row.gains[key].gain < 0
     ]
     if compared:
-      text = f'{where}, better than the best single model: '
+      text = f'{where}, significantly better than the best single model: '
       text += f'{_listed(better)}.'
-      found.append(text + (f' Worse: {_listed(worse)}.' if worse else ''))
-  return found
+      sentences.append(text + (f' Worse: {_listed(worse)}.' if worse else ''))
+  return sentences
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -107,7 +107,7 @@ def _record(row: Row, setting: Mapping[str, Any] | None = None):
 
 
 def scatter_sections(rows: Sequence[Row]) -> list[Section]:
-  """Test against shifts; none where nothing was shifted."""
+  """Test against shifts; empty without shifted data."""
   if not np.isfinite([row.mean_shift for row in rows]).any():
     return []
   fit = _charts.line_fit(rows)
@@ -142,7 +142,7 @@ def scatter_sections(rows: Sequence[Row]) -> list[Section]:
 def trial_sections(
     infos: Mapping[str, SearchInfo], *, label: str, scale: float = 100
 ) -> list[Section]:
-  """What the searches tried; none where there were none.
+  """What the searches tried; empty without searches.
 
   Args:
     infos: of soups from `greedy` and `pruned`, by name.
@@ -162,7 +162,7 @@ def trial_sections(
     )
     reached = max((t.score for t in info.trials if t.accepted), default=-np.inf)
     if info.score > reached:
-      text += ' It is the best single model, which no trial reached.'
+      text += ' It is the best single model: no trial scored as high.'
     pictures.append(
         Picture(
             f'trials_{_file(name)}',
@@ -188,7 +188,7 @@ def trial_sections(
 
 
 def alpha_sections(alphas: Mapping[str, Any]) -> list[Section]:
-  """How much each soup takes of every model; none without soups.
+  """The mixing coefficients of each soup; empty without soups.
 
   Args:
     alphas: by soup: `[K]`, or nested dicts of those.
@@ -197,8 +197,8 @@ def alpha_sections(alphas: Mapping[str, Any]) -> list[Section]:
     return []
   by_path = {name: _paths(alpha) for name, alpha in alphas.items()}
   means = {
-      name: np.mean(list(found.values()), axis=0)
-      for name, found in by_path.items()
+      name: np.mean(list(tensors.values()), axis=0)
+      for name, tensors in by_path.items()
   }
   header = ['soup', 'models', 'effective number', 'sum']
   body = [
@@ -216,25 +216,25 @@ def alpha_sections(alphas: Mapping[str, Any]) -> list[Section]:
           lambda ax: _charts.alphas(ax, means),
           'Bars of the mixing coefficients. '
           + ' '.join(f'{n}: {_largest(a)}.' for n, a in means.items()),
-          'Mixing coefficients of each model; each row has a scale of its own. '
-          'Where every tensor has its own, their mean.',
+          'Mixing coefficients of each model; each row has its own scale. '
+          'Where every tensor has its own coefficients, their mean.',
           (4.8, 0.9 + 0.5 * len(means)),
       )
   ]
-  for name, found in by_path.items():
-    values = np.array(list(found.values()))
-    # Where all models have the same there is nothing to be told apart.
-    if len(found) > 1 and np.ptp(values, axis=1).max() > 1e-6:
-      pictures.append(_alpha_map(name, list(found), values))
+  for name, tensors in by_path.items():
+    values = np.array(list(tensors.values()))
+    # Where all models have the same coefficients there is nothing to show.
+    if len(tensors) > 1 and np.ptp(values, axis=1).max() > 1e-6:
+      pictures.append(_alpha_map(name, list(tensors), values))
   records = [
       {'soup': name, 'tensor': path, 'model': k, 'alpha': float(x)}
-      for name, found in by_path.items()
-      for path, alpha in found.items()
+      for name, tensors in by_path.items()
+      for path, alpha in tensors.items()
       for k, x in enumerate(alpha)
   ]
   legend = (
-      'Effective number: (Σα)² / Σα², how many models of equal weight would be '
-      'as concentrated. Where the sum is below one, the rest is the '
+      'Effective number: (Σα)² / Σα², the number of equally weighted models '
+      'with that concentration. Where the sum is below one, the rest is the '
       'initialization.'
   )
   parts = [Table(header, body), legend, *pictures]
@@ -280,7 +280,7 @@ def _largest(alpha: np.ndarray, num: int = 3) -> str:
 def calibration_sections(
     curves: Mapping[str, Mapping[str, Any]],
 ) -> list[Section]:
-  """Whether models are as often right as they say; none without curves.
+  """Whether models are calibrated; empty without curves.
 
   Args:
     curves: by model: fields of `jaxsoup.metrics.Reliability`. The first is
@@ -292,19 +292,19 @@ def calibration_sections(
       [name, *(f'{100 * x:.1f}' for x in _calibration(curve))]
       for name, curve in curves.items()
   ]
-  alt = 'Reliability diagram. Mean confidence and share that is right: ' + (
+  alt = 'Reliability diagram. Mean confidence and accuracy: ' + (
       '; '.join(f'{line[0]} {line[1]} %, {line[2]} %' for line in body)
   )
   num_bins = len(next(iter(curves.values()))['num'])
   parts = [
-      Table(['', 'confidence', 'right', 'ECE'], body),
+      Table(['', 'confidence', 'accuracy', 'ECE'], body),
       'In per cent, on test data.',
       Picture(
           'calibration',
           lambda ax: _charts.reliability(ax, curves),
           f'{alt}.',
-          f'{num_bins} bins of equally many examples. Below the dashed line a '
-          'model is too sure of itself, above it not sure enough.',
+          f'{num_bins} bins with equal numbers of examples. Below the dashed '
+          'line a model is overconfident, above it underconfident.',
           (4.8, 4.6),
       ),
   ]
@@ -317,7 +317,7 @@ def calibration_sections(
 
 
 def _calibration(curve: Mapping[str, Any]) -> tuple[float, float, float]:
-  """Mean confidence, share that is right, expected calibration error."""
+  """Mean confidence, accuracy, expected calibration error."""
   confidence, accuracy = np.array(curve['confidence']), curve['accuracy']
   gap = np.abs(confidence - accuracy)
   return tuple(
@@ -332,7 +332,7 @@ def setting_sections(
     *,
     chosen: Sequence[int] = (),
 ) -> list[Section]:
-  """Hyper-parameters against scores; none where none of them varies.
+  """Hyper-parameters against scores; empty if none of them varies.
 
   Args:
     rows: a row a model; singles count.
@@ -349,7 +349,7 @@ def setting_sections(
   for name in names:
     known = [k for k, (_, setting) in enumerate(pairs) if name in setting]
     values = [pairs[k][1][name] for k in known]
-    # Seeds are names, no quantity.
+    # A seed is a name, not a quantity.
     if name != 'seed' and len(set(map(str, values))) > 1:
       pictures.append(
           _setting(
@@ -363,7 +363,7 @@ def setting_sections(
     return []
   text = 'Each circle is a model.'
   if chosen:
-    text += ' The greedy soup took those that are filled.'
+    text += ' Filled circles are in the greedy soup.'
   return [Section('Hyper-parameters', [text, *pictures])]
 
 
@@ -381,37 +381,37 @@ def _setting(name, values, rows, chosen) -> Picture:
       f'setting_{_file(name)}',
       lambda ax: _charts.against(ax, name, values, scores, chosen, label=label),
       f'Held-out {rows[0].metric} against {name}, {span}. The best of '
-      f'{len(rows)} models has {shown}, and {_percent(scores[best])}.',
+      f'{len(rows)} models, at {shown}, scores {_percent(scores[best])}.',
       size=(4.8, 3.2),
   )
 
 
 def stability_sections(
-    found: Mapping[str, Mapping[str, Any]],
+    searches: Mapping[str, Mapping[str, Any]],
 ) -> list[Section]:
-  """How far a search's choice hangs on chance; none without resamples.
+  """How stable the choice of a search is; empty without resamples.
 
   Args:
-    found: fields of `jaxsoup.statistics.Stability` by name of the search.
+    searches: fields of `jaxsoup.statistics.Stability` by name of the search.
   """
-  return [_stability_section(name, stable) for name, stable in found.items()]
+  return [_stability_section(name, stable) for name, stable in searches.items()]
 
 
 def _stability_section(name: str, stable: Mapping[str, Any]) -> Section:
   frequency, chosen = stable['frequency'], stable['chosen']
   sizes = np.asarray(stable['sizes'])
   text = (
-      f'The {name} took the models {", ".join(map(str, chosen))}. On '
-      f'{len(sizes)} resamples of the held-out set it took {sizes.min()} to '
-      f'{sizes.max()} models (mean {sizes.mean():.1f}); the overlap with its '
-      f'choice is {stable["overlap"]:.2f} (mean Jaccard index: 1 where it '
+      f'The {name} chooses models {", ".join(map(str, chosen))}. On '
+      f'{len(sizes)} resamples of the held-out set it chooses {sizes.min()} to '
+      f'{sizes.max()} models (mean {sizes.mean():.1f}); the overlap with that '
+      f'choice is {stable["overlap"]:.2f} (mean Jaccard index: 1 if the choice '
       'never changes).'
   )
   often = [k for k, x in enumerate(frequency) if x >= 0.5]
   picture = Picture(
       f'stability_{_file(name)}',
       lambda ax: _charts.frequencies(ax, frequency, chosen),
-      'Bars: how many resamples take each model. At least half of them take '
+      'Bars: how many resamples choose each model. At least half choose '
       f'{_listed(list(map(str, often)))}.',
   )
   records = [

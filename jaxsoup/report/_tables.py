@@ -16,7 +16,7 @@ from jaxsoup import metrics
 from jaxsoup import statistics
 from jaxsoup.statistics import Comparison
 
-# What `summary` calls the model that a user without soups would keep.
+# The name that `summary` gives to the best single model on held-out data.
 _BEST = 'best single'
 
 
@@ -101,16 +101,16 @@ def with_gains(
     metric: statistics.Metric | None = metrics.correct,
     **options: Any,
 ) -> list[Row]:
-  """Rows that know how sure their gain over the best single model is.
+  """Rows with their gains over the best single model, and intervals of those.
 
   Args:
     rows: a row a model; the best single is that of `summary`.
     logits: of each row, `[N, C]` by data set: 'held_out', 'test' and the
       shifts. Those that are missing are not compared.
     label: `[N]` by data set.
-    metric: that of the rows, as in `statistics.compare`. None: in the place of
-      logits there is a score for each example, `[N]`, such as `metrics.correct`
-      returns, which needs less memory.
+    metric: that of the rows, as in `statistics.compare`. None: `logits` are a
+      score for each example, `[N]`, as `metrics.correct` returns, which needs
+      less memory.
     **options: others of `statistics.paired_bootstrap`.
 
   Returns:
@@ -159,8 +159,9 @@ def _refuse_twice(logits: Mapping[str, Any]) -> None:
     # Answers that are right or wrong may agree by chance; logits do not.
     if name != 'held_out' and np.ndim(x) > 1 and np.array_equal(x, held_out):
       raise ValueError(
-          f'held_out and {name} are the same data set: the model has the same '
-          'logits there. Data that choose cannot report: see statistics.split.'
+          f'held_out and {name} are the same data set: a model has the same '
+          'logits on both. Data that choose a model cannot also report its '
+          'score: see statistics.split.'
       )
 
 
@@ -256,7 +257,7 @@ def averaged(
 def _mean_gains(
     rows: Sequence[Row], bests: Sequence[Row]
 ) -> dict[str, Comparison]:
-  """Gains over repetitions: each is over the best single of its own."""
+  """Gains over repetitions, each over its own best single model."""
   if not bests or rows[0].kind == 'single':
     return {}
   known = {
@@ -302,7 +303,7 @@ def markdown(
     rows: such as those of `summary`. Where they have `gains`, these are shown
       behind the scores that they are about.
     deviations: rows of standard deviations, printed behind a plus-minus sign.
-    sets: how many examples were used for what, such as `{'selected':
+    sets: how many examples each role used, such as `{'selected':
       {'held-out': 400}, 'tuned': {'held-out': 400}, 'reported': {'test':
       897}}`; by default what the gains know.
 
@@ -436,7 +437,7 @@ def _with(
 
 
 def _shown(rows: Sequence[Row]) -> list[_Column]:
-  """The columns that there is something to show in, and their gains."""
+  """The columns that have values, and their gains."""
   known = {key for row in rows for key in row.gains}
   return [
       column if column.gain in known else column._replace(gain='')
@@ -486,21 +487,21 @@ def legend(
     *,
     bold: str,
 ) -> list[str]:
-  """What the numbers are, what they were found on, what selection flattered."""
+  """What the numbers are, their examples, and the selection optimism."""
   compared = [row for row in rows if row.gains]
   lines = [_what(compared[0], bold)] if compared else []
   sets = _sets_of(compared[0]) if sets is None and compared else sets or {}
   if sets:
     lines.append(_on_what(sets))
-  flattered = [
+  optimism = [
       f'{row.name} {_gain(row.gains["optimism"])}'
       for row in compared
       if 'optimism' in row.gains
   ]
-  if flattered:
+  if optimism:
     lines.append(
-        'Optimism of the selection (held-out gain minus test gain): '
-        + ', '.join(flattered)
+        'Selection optimism (held-out gain minus test gain): '
+        + ', '.join(optimism)
         + '.'
     )
   return lines
@@ -520,12 +521,12 @@ def _what(row: Row, bold: str) -> str:
   return (
       f'Scores: {row.metric}, in per cent. Gain: over the best single model,'
       f' with its {first.level:.0%} interval; {bold}: significantly better,'
-      f' p < {1 - first.level:.2g} ({methods}), each row by itself.'
+      f' p < {1 - first.level:.2g} ({methods}), each row tested separately.'
   )
 
 
 def _sets_of(row: Row) -> dict[str, dict[str, int]]:
-  """What was used for what, as far as the gains of a row know."""
+  """The data sets of each role, as far as the gains of a row know."""
   sizes = {key: gain.num for key, gain in row.gains.items() if gain.num}
   names = list(row.shifts)
   shifts = ', '.join(names) if len(names) <= 4 else f'{len(names)} shifts'

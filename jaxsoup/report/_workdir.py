@@ -1,4 +1,4 @@
-"""The report of an experiment, from what lies in its workdir.
+"""The report of an experiment, from the files in its workdir.
 
 ```
 files = report.write_report('runs/digits')
@@ -30,7 +30,7 @@ _MAIN = 'jaxsoup.experiments.main'
 
 
 class Contents(NamedTuple):
-  """What a workdir says of its experiment.
+  """What a workdir says about its experiment.
 
   Attributes:
     rows: a row a model.
@@ -38,7 +38,7 @@ class Contents(NamedTuple):
     tables: the rows of each split; empty of one.
     soups: `checkpoints.provenance` by name, of the first split.
     results: `results.json`.
-    landscape: by part, what the experiment found between its models.
+    landscape: by part, `landscape/*.json`: planes, lines, angles, diagnosis.
   """
 
   rows: list[Row]
@@ -61,7 +61,7 @@ def write_report(
   Args:
     source: a workdir, or a file for `read_scores`.
     out: the HTML file; by default `report.html` in the workdir, or a file
-      beside the table that has its name. What is there is overwritten.
+      of the same name next to the table. An existing file is overwritten.
     further: sections that come before the last, which says how the experiment
       was made; of a table of scores, at the end.
     **columns: of a table of scores, as in `read_scores`.
@@ -71,7 +71,7 @@ def write_report(
 
   Raises:
     FileNotFoundError: no such file, or an experiment that is not finished.
-    TypeError: columns, and a workdir.
+    TypeError: columns for a workdir.
     ValueError: as `read_scores`; a damaged `results.json`.
   """
   source = pathlib.Path(source)
@@ -88,8 +88,8 @@ def write_report(
     return _page.write_page(out, title, sections, intro=_intro(rows))
   if columns:
     raise TypeError(
-        f'{source} is a workdir, whose data sets are known: {sorted(columns)} '
-        'name columns of a file of scores.'
+        f'{source} is a workdir, whose data sets are known: leave out '
+        f'{sorted(columns)}, which name columns of a file of scores.'
     )
   contents = read_workdir(source)
   made = sections_of(contents)
@@ -115,11 +115,10 @@ def read_workdir(workdir: Any) -> Contents:
     raise FileNotFoundError(
         f'{workdir} has no results.json: '
         + (
-            'the experiment is not finished. Give its command again, it goes '
-            'on.'
+            'the experiment is not finished. Run its command again to continue.'
             if begun
-            else 'it is no workdir of an experiment. A report needs one, or a '
-            'file of scores: .jsonl, .json or .csv.'
+            else 'it is not the workdir of an experiment. A report needs one, '
+            'or a file of scores: .jsonl, .json or .csv.'
         )
     )
   try:
@@ -128,8 +127,8 @@ def read_workdir(workdir: Any) -> Contents:
     tables = [_tables.rows_of(table) for table in results.get('splits', [])]
   except (KeyError, TypeError, ValueError) as e:
     raise ValueError(
-        f'{path} is unreadable: {e}. Give the command of the experiment again: '
-        'it is written anew.'
+        f'{path} is unreadable: {e}. Run the command of the experiment again, '
+        'which writes a new one.'
     ) from e
   settings = _settings(rows, results['runs'])
   return Contents(
@@ -144,30 +143,30 @@ def read_workdir(workdir: Any) -> Contents:
 
 def _settings(rows: Sequence[Row], runs) -> list[dict[str, Any]]:
   """Hyper-parameters of each row, by the number that its name begins with."""
-  found: list[dict[str, Any]] = []
+  settings: list[dict[str, Any]] = []
   for row in rows:
     number, _, copy = row.name.partition('_')
     known = row.kind == 'single' and number.isdecimal()
     if known and int(number) < len(runs):
-      found.append(runs[int(number)] | ({'copy': copy} if copy else {}))
+      settings.append(runs[int(number)] | ({'copy': copy} if copy else {}))
     else:
-      found.append({})
-  return found
+      settings.append({})
+  return settings
 
 
 def _soups(workdir: pathlib.Path, rows: Sequence[Row]):
   folder = workdir / 'soups'
   if not folder.is_dir():
     folder = workdir / 'splits' / '0' / 'soups'
-  found = {}
+  soups = {}
   for path in sorted(folder.glob('*')) if folder.is_dir() else []:
     own = checkpoints.provenance(path)
     metadata = own.get('metadata', {})
     parts = (metadata.get('recipe', path.name), metadata.get('batch_norm'))
-    found[', '.join(part for part in parts if part)] = own
+    soups[', '.join(part for part in parts if part)] = own
   order = [row.name for row in rows]
   place = lambda name: order.index(name) if name in order else len(order)
-  return {name: found[name] for name in sorted(found, key=place)}
+  return {name: soups[name] for name in sorted(soups, key=place)}
 
 
 def sections_of(contents: Contents) -> list[Section]:
@@ -218,8 +217,8 @@ def sections_of(contents: Contents) -> list[Section]:
 
 
 def _around(contents: Contents) -> list[Section]:
-  """What lies between the models."""
-  found = contents.landscape
+  """The landscape between the models."""
+  parts = contents.landscape
   singles = [
       (row.name, setting)
       for row, setting in zip(contents.rows, contents.settings)
@@ -228,13 +227,13 @@ def _around(contents: Contents) -> list[Section]:
   names = [name for name, _ in singles]
   settings = [setting for _, setting in singles]
   return [
-      *_landscape_sections.plane_sections(found.get('plane', {}), names),
+      *_landscape_sections.plane_sections(parts.get('plane', {}), names),
       *_landscape_sections.barrier_sections(
-          found.get('lines', {}), names, settings
+          parts.get('lines', {}), names, settings
       ),
       *_landscape_sections.angle_sections(
-          found.get('angles', {}),
-          found.get('pairs', {}),
+          parts.get('angles', {}),
+          parts.get('pairs', {}),
           names,
           settings,
           metric=contents.rows[0].metric,
@@ -244,10 +243,10 @@ def _around(contents: Contents) -> list[Section]:
 
 def _first_of_each(soups: Mapping[str, Any]) -> dict[str, Any]:
   """One soup a recipe: those with other running statistics are one mixture."""
-  found: dict[str, Any] = {}
+  first: dict[str, Any] = {}
   for name, value in soups.items():
-    found.setdefault(name.partition(',')[0], value)
-  return found
+    first.setdefault(name.partition(',')[0], value)
+  return first
 
 
 def _origin(contents: Contents) -> Section:
@@ -257,7 +256,7 @@ def _origin(contents: Contents) -> Section:
   owns = [own for own in soups.values() if own.get('command')]
   commands = dict.fromkeys(_command(own['command']) for own in owns)
   if commands:
-    parts += ['To make it again:', Code('\n'.join(commands))]
+    parts += ['To reproduce it:', Code('\n'.join(commands))]
   versions = {
       f'{name} {number}': ''
       for own in owns
@@ -282,7 +281,7 @@ def _origin(contents: Contents) -> Section:
 
 
 def _command(argv: Sequence[str]) -> str:
-  """What was typed, without where the program lies."""
+  """The command line, without the path of the program."""
   program, *rest = argv
   name = pathlib.PurePath(program).name
   words = [name] if name != 'main.py' else ['python', '-m', _MAIN]
@@ -293,11 +292,11 @@ def _data(record: Mapping[str, Mapping[str, Any]]) -> Table:
   body = [
       [
           name,
-          f'{found["num"]:,}',
-          str(found.get('rule', '')),
-          found.get('sha256', '')[:16],
+          f'{entry["num"]:,}',
+          str(entry.get('rule', '')),
+          entry.get('sha256', '')[:16],
       ]
-      for name, found in record.items()
+      for name, entry in record.items()
   ]
   header = ['data set', 'examples', 'rule', 'SHA-256, first 16']
   return Table(header, body, 'Data', is_folded=True)
@@ -353,6 +352,6 @@ def _intro(rows: Sequence[Row]) -> str:
   if best is None:
     return f'{text}.'
   return (
-      f'{text}. The best single model on held-out data is {rows[best].name}: '
-      'it is what one would keep without soups.'
+      f'{text}. The best single model on held-out data, which one would keep '
+      f'without soups, is {rows[best].name}.'
   )

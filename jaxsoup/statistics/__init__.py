@@ -6,11 +6,11 @@ statistics.compare(soup_logits, best_single_logits, label)     # on test data
 statistics.stability(values_fn, num_models)                     # of a search
 ```
 
-Data that choose flatter what they chose: `optimism` says by how much. The fewer
-held-out examples, the more it pays to select on `metrics.log_likelihood` rather
-than on `metrics.correct`. 24 networks on digits, accuracies 89.5 to 95.0: how
-far the selected one lies below the best of them on the rest, in points, mean of
-200 draws of held-out examples (+-0.06), selected by accuracy / likelihood:
+Scores on the data that choose are too high: `optimism` says by how much. With
+fewer held-out examples it is better to select on `metrics.log_likelihood` than
+on `metrics.correct`. 24 networks on digits, accuracies 89.5 to 95.0: how far
+the selected one is below the best of them on the rest, in points, mean of 200
+draws of held-out examples (+-0.06), selected by accuracy / likelihood:
 
 | examples | single model | greedy ensemble |
 |---|---|---|

@@ -56,7 +56,7 @@ class Comparison(NamedTuple):
 
   @property
   def is_significant(self) -> bool:
-    """Whether chance alone would rarely do: p < 1 - level."""
+    """Whether the difference is significant: p < 1 - level."""
     return self.p_value < 1 - self.level
 
 
@@ -89,7 +89,7 @@ def mcnemar(correct_a: Any, correct_b: Any) -> McNemar:
   if a.shape != b.shape or a.ndim != 1 or a.dtype != bool or b.dtype != bool:
     raise ValueError(
         f'Answers are {a.dtype}{list(a.shape)} and {b.dtype}{list(b.shape)}: '
-        'expected bool [N] of both, as metrics.correct returns them.'
+        'expected bool [N] for both, as metrics.correct returns them.'
     )
   only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
   tail = special.bdtr(min(only_a, only_b), only_a + only_b, 0.5)
@@ -158,7 +158,7 @@ def paired_bootstrap(
     raise ValueError(
         f'The metric is not finite: {gain} on all examples, and not finite on '
         f'{int((~np.isfinite(draws)).sum())} of {num_resamples} resamples. '
-        'Return its worst value where it is not defined.'
+        'Return its worst value where it is undefined.'
     )
   # What is zero but for rounding is neither above nor below.
   draws = draws.round(12)
@@ -202,8 +202,8 @@ def compare(
 
   Example:
     >>> right = np.array([True] * 30 + [False] * 10)
-    >>> found = compare(right, ~right, metric=None)
-    >>> found.method, round(found.p_value, 4)
+    >>> comparison = compare(right, ~right, metric=None)
+    >>> comparison.method, round(comparison.p_value, 4)
     ('exact McNemar', 0.0022)
   """
   comparison = paired_bootstrap(metric, a, b, label=label, **options)
@@ -225,7 +225,7 @@ def over_repeats(gains: Any, *, level: float = 0.95) -> Comparison:
 
   Args:
     gains: one a repeat, `[n]`. Repeats should share no examples: those that
-      split one pool anew depend on each other, and the interval is too short.
+      split one pool again depend on each other, and the interval is too short.
     level: of the interval.
 
   Returns:
@@ -235,8 +235,8 @@ def over_repeats(gains: Any, *, level: float = 0.95) -> Comparison:
     ValueError: no gains.
 
   Example:
-    >>> found = over_repeats([0.01, 0.02, 0.03])
-    >>> found.gain, round(found.low, 4), round(found.high, 4)
+    >>> mean = over_repeats([0.01, 0.02, 0.03])
+    >>> mean.gain, round(mean.low, 4), round(mean.high, 4)
     (0.02, -0.0048, 0.0448)
 
   Source: Student 1908. On splits of one pool: Nadeau and Bengio 2003,
@@ -248,7 +248,7 @@ def over_repeats(gains: Any, *, level: float = 0.95) -> Comparison:
   num = gains.size
   if gains.ndim != 1 or not num:
     raise ValueError(
-        f'gains have shape {list(gains.shape)}: expected [n], one number a '
+        f'gains have shape {list(gains.shape)}: expected [n], one number per '
         'repeat, and at least one.'
     )
   mean, error = float(gains.mean()), float('nan')
@@ -268,11 +268,11 @@ def over_repeats(gains: Any, *, level: float = 0.95) -> Comparison:
 
 
 def optimism(held_out_gain: Any, report_gain: Any) -> Comparison:
-  """What the selection flattered: held-out gain minus report gain.
+  """Selection optimism: held-out gain minus report gain.
 
   A search takes the luckiest of its candidates on the held-out data, so that
-  the gain there is more than what data that chose nothing show. It is negative
-  where the best single model, the luckiest of K, was flattered more.
+  the gain there is larger than on data that chose nothing. The optimism is
+  negative where that of the best single model, the luckiest of K, is larger.
 
   Args:
     held_out_gain: gain over the best single model on the data that chose: a
@@ -286,11 +286,10 @@ def optimism(held_out_gain: Any, report_gain: Any) -> Comparison:
     drawing examples. Of gains by repeat it is that of `over_repeats`, paired.
 
   Raises:
-    ValueError: other than two of a kind, or levels or lengths that differ.
+    ValueError: arguments of two kinds, or levels or lengths that differ.
 
   Example:
-    >>> found = optimism([0.03, 0.02, 0.04], [0.01, 0.01, 0.02])
-    >>> round(found.gain, 4)
+    >>> round(optimism([0.03, 0.02, 0.04], [0.01, 0.01, 0.02]).gain, 4)
     0.0167
 
   Source: Efron 1983, "Estimating the error rate of a prediction rule". The
@@ -306,7 +305,7 @@ def optimism(held_out_gain: Any, report_gain: Any) -> Comparison:
     if chosen.shape != reported.shape:
       raise ValueError(
           f'Gains have shapes {list(chosen.shape)} and '
-          f'{list(reported.shape)}: expected one of both in each repeat.'
+          f'{list(reported.shape)}: expected one of each per repeat.'
       )
     return over_repeats(chosen - reported)
   if (
@@ -315,7 +314,7 @@ def optimism(held_out_gain: Any, report_gain: Any) -> Comparison:
   ):
     raise ValueError(
         f'The gains are {held_out_gain} and {report_gain}: expected two '
-        'Comparisons of one level, or two lists of gains by repeat.'
+        'Comparisons of the same level, or two lists of gains by repeat.'
     )
   return _difference(held_out_gain, report_gain)
 
@@ -362,8 +361,8 @@ def _sets(metric, a, b, label) -> list[_Set]:
   label = dict.fromkeys(a) if label is None else label
   if not a or a.keys() != b.keys() or not a.keys() <= label.keys():
     raise ValueError(
-        f'The first has data sets {list(a)}, the second {list(b)}, and there '
-        f'are labels of {list(label)}: expected the same, and at least one.'
+        f'The first has data sets {list(a)}, the second {list(b)}, and label '
+        f'{list(label)}: expected the same names, and at least one.'
     )
   return [_set(name, metric, a[name], b[name], label[name]) for name in a]
 
@@ -379,14 +378,14 @@ def _set(name, metric, a, b, label) -> _Set:
     raise ValueError(
         f'{name}: the models answer {lengths[0]} and {lengths[1]} examples'
         + ('' if label is None else f', and there are {len(label)} labels')
-        + ': expected one number, at least 1.'
+        + ': expected equal numbers, at least 1.'
     )
   scores = [_answers(metric, x, label) for x in (a, b)]
   shapes = [list(x.shape) for x in scores]
   if shapes[0] != shapes[1] or shapes[0] not in ([], [len(a)]):
     raise ValueError(
         f'{name}: the metric returned shapes {shapes[0]} and {shapes[1]} for '
-        f'{len(a)} examples: expected a scalar, or one number an example. '
+        f'{len(a)} examples: expected a scalar, or one number per example. '
         'Logits need a metric, such as metrics.correct.'
     )
   differences = scores[0].astype(float) - scores[1].astype(float)

@@ -48,14 +48,14 @@ def split(
       the record says.
 
   Example:
-    >>> found = split(5, {'select': 2, 'report': 3}, seed=0)
-    >>> {name: rows.tolist() for name, rows in found.rows.items()}
+    >>> parts = split(5, {'select': 2, 'report': 3}, seed=0)
+    >>> {name: rows.tolist() for name, rows in parts.rows.items()}
     {'select': [2, 4], 'report': [0, 1, 3]}
   """
   if not sizes or min(sizes.values()) < 1 or sum(sizes.values()) > num:
     raise ValueError(
         f'sizes {dict(sizes)} ask for {sum(sizes.values())} rows of {num}: '
-        'expected at least 1 each, and no more than there are.'
+        f'expected at least 1 each, and at most {num} in all.'
     )
   order = np.random.default_rng(seed).permutation(num)
   parts = np.split(order, np.cumsum(list(sizes.values())))
@@ -71,8 +71,9 @@ def split(
   }
   if record is not None and dict(record) != made:
     raise ValueError(
-        f'The split is {made}, the record {dict(record)}. Scores of other rows '
-        'cannot be compared: take the arguments of the record, or start anew.'
+        f'The split is {made}, the record {dict(record)}. Scores of different '
+        'rows cannot be compared: pass the arguments of the record, or start '
+        'over without it.'
     )
   return Split(rows, made)
 
@@ -126,19 +127,19 @@ def check_disjoint(**sets: Any) -> None:
     if len(in_p) == len(hashes[p]) > 0 and len(in_q) == len(hashes[q]):
       raise ValueError(_twice(p, q))
     if len(in_p):
-      twin = hashes[q].index(hashes[p][in_p[0]])
+      same_row = hashes[q].index(hashes[p][in_p[0]])
       raise ValueError(
           f'{p} and {q} share examples: {len(in_p)} of the {len(hashes[p])} '
           f'rows of {p} are also in {q} ({len(hashes[q])} rows); row '
-          f'{in_p[0]} of {p} is row {twin} of {q}. Drop them from one: '
+          f'{in_p[0]} of {p} is row {same_row} of {q}. Drop them from one: '
           f'statistics.shared_rows({p}, {q}) lists them.'
       )
 
 
 def _twice(p: str, q: str) -> str:
   return (
-      f'{p} and {q} are the same data set. Data that choose cannot report: '
-      'split it with statistics.split.'
+      f'{p} and {q} are the same data set. Data that choose a model cannot '
+      'also report its score: split it with statistics.split.'
   )
 
 

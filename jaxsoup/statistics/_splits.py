@@ -14,9 +14,9 @@ def over_splits(gains: Sequence[Comparison]) -> Comparison:
 
   `error^2 = mean_i error_i^2 + var_i gain_i`
 
-  The splits overlap, so they are no independent repeats, and more of them do
-  not make the interval narrower: it is that of the gain of one more split, to
-  which both add, the examples that report and the choice that others made.
+  The splits overlap, so they are not independent repeats, and more of them do
+  not make the interval narrower. It is the interval of the gain of one more
+  split, which varies with the examples that report and with those that choose.
 
   Args:
     gains: of the same two ways to make a model, one a split; with `low` and
@@ -26,25 +26,25 @@ def over_splits(gains: Sequence[Comparison]) -> Comparison:
     A `Comparison`, with a normal distribution of the gain.
 
   Raises:
-    ValueError: there is none.
+    ValueError: gains is empty.
 
   Example:
     >>> a = Comparison(0.02, 0.01, 0.03, p_value=0.01, num=9)
     >>> b = Comparison(0.04, 0.03, 0.05, p_value=0.01, num=9)
-    >>> found = over_splits([a, b])
-    >>> round(found.gain, 3), round(found.low, 3), round(found.high, 3)
+    >>> mean = over_splits([a, b])
+    >>> round(mean.gain, 3), round(mean.low, 3), round(mean.high, 3)
     (0.03, 0.0, 0.06)
   """
   if not gains:
-    raise ValueError('There is no gain: pass one a split.')
+    raise ValueError('gains is empty: pass one Comparison per split.')
   normal = statistics.NormalDist()
   quantile = normal.inv_cdf((1 + gains[0].level) / 2)
   within = [(g.high - g.low) / (2 * quantile) for g in gains]
-  found = [g.gain for g in gains]
-  between = np.var(found, ddof=1) if len(gains) > 1 else 0.0
-  gain = float(np.mean(found))
+  values = [g.gain for g in gains]
+  between = np.var(values, ddof=1) if len(gains) > 1 else 0.0
+  gain = float(np.mean(values))
   error = math.sqrt(np.mean(np.square(within)) + between)
-  # Models that answer alike: no error, and no gain.
+  # Models with the same answers: no error, and no gain.
   p_value = 2 * normal.cdf(-abs(gain) / error) if error else float(gain == 0)
   return gains[0]._replace(
       gain=gain,

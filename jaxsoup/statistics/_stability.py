@@ -15,7 +15,7 @@ from jaxsoup._soup import Soup
 
 
 class Stability(NamedTuple):
-  """How far the choice of a search hangs on the examples it saw.
+  """How far the choice of a search depends on the examples it saw.
 
   Attributes:
     chosen: ingredients that it takes on all examples, ascending.
@@ -23,7 +23,7 @@ class Stability(NamedTuple):
     overlap: mean of `|A & B| / |A | B|` (Jaccard) of the resampled choice and
       `chosen`; 1 where the choice never changes.
     sizes: how many ingredients each resample takes, `[num_resamples]`.
-    num_evaluated: candidates whose answers had to be found out.
+    num_evaluated: candidates that had to be evaluated.
   """
 
   chosen: Members
@@ -45,9 +45,9 @@ def stability(
   """Repeats a search on resampled held-out examples.
 
   The search itself is that of the recipe. Answers are remembered, so that a
-  candidate is evaluated once, however many resamples meet it: for an ensemble
+  candidate is evaluated once, however many resamples try it: for an ensemble
   of cached logits it costs nothing; for soups one evaluation for each candidate
-  that the search on all examples did not meet, `num_evaluated` in all.
+  that the search on all examples did not try, `num_evaluated` in all.
 
   Args:
     values_fn: per-example scores of the mean of some ingredients, `[N]`, higher
@@ -73,12 +73,12 @@ def stability(
     >>> label = np.arange(40) % 2
     >>> right, wrong = np.eye(2)[label], np.eye(2)[1 - label]
     >>> logits = np.stack([2 * right, wrong, wrong])
-    >>> found = stability(
+    >>> stable = stability(
     ...     lambda members: logits[list(members)].mean(0).argmax(-1) == label,
     ...     num_models=3,
     ...     recipe=functools.partial(_greedy.greedy, strict=True),
     ... )
-    >>> found.chosen, found.frequency.tolist(), found.overlap
+    >>> stable.chosen, stable.frequency.tolist(), stable.overlap
     ((0,), [1.0, 0.0, 0.0], 1.0)
 
   Source: Meinshausen and Buehlmann 2010, "Stability selection".
@@ -132,7 +132,7 @@ class _Answers:
       if values.ndim != 1 or not values.size:
         raise ValueError(
             f'values_fn returned shape {list(values.shape)} for {members}: '
-            'expected [N], one number an example.'
+            'expected [N], one number per example.'
         )
       self._answers[members] = values
       self.num_evaluated += 1
@@ -151,7 +151,7 @@ class _Scores(MutableMapping):
     if values.shape != self._counts.shape:
       raise ValueError(
           f'values_fn returned {len(values)} numbers for {members}, and '
-          f'{len(self._counts)} for ingredient 0: expected one an example.'
+          f'{len(self._counts)} for ingredient 0: expected one per example.'
       )
     # Sums of right answers are exact, so that ties stay ties.
     return float(self._counts @ values.astype(float) / self._counts.sum())
