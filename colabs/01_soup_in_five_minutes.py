@@ -1,20 +1,20 @@
 # %% [markdown]
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxsoup/jaxsoup/blob/main/colabs/01_soup_in_five_minutes.ipynb)
-#
 # # A model soup in five minutes
 #
-# Fine-tune a model several times, average the weights: a *model soup* is often
-# more accurate and usually more robust than the best of its ingredients, at the
-# cost of one model. This notebook takes a minute on a CPU.
+# Fine-tune a model several times and average the weights. Such a *model soup* is
+# often more accurate than the best of its ingredients and usually more robust,
+# at the inference cost of one model. This notebook takes a minute on a CPU.
 
 # %% tags=["skip-execution"]
-# %pip install -q "jaxsoup[demo]"
+# Installs the clone of jaxsoup that contains this notebook. On Colab, upload
+# the clone first, and replace `..` by its path.
+# %pip install -q "..[demo]"
 
 # %% [markdown]
 # ## A soup is a weighted sum of pytrees
 #
-# `sum_k alpha_k theta_k`: a recipe chooses alpha, and only alpha. The weights
-# of a Flax model are a pytree; so is this dict.
+# A soup is `sum_k alpha_k theta_k`. Recipes differ only in how they choose alpha.
+# The weights of a Flax model are a pytree, and so is this dict.
 
 # %%
 import jax
@@ -31,10 +31,10 @@ jaxsoup.mix(jaxsoup.stack(ingredients), [0.75, 0.25])
 # %% [markdown]
 # ## Eight fine-tuned models
 #
-# A small ViT, pre-trained on some handwritten digits; then fine-tuned on
-# others, eight times, with other hyper-parameters each time. (That is the short
-# version of an experiment that comes with the package. Your own training loop
-# is in the next notebook.)
+# We pre-train a small ViT on handwritten digits, then fine-tune it eight times on
+# other digits, with different hyper-parameters each time. (This is the short
+# version of an experiment that comes with jaxsoup. The next notebook uses a
+# training loop of your own.)
 
 # %%
 import operator
@@ -45,8 +45,8 @@ from jaxsoup.experiments import finetune
 from jaxsoup.experiments import modeling
 
 package = pathlib.Path(jaxsoup.__file__).parent
-found = [*package.glob('configs'), *package.parent.glob('configs')]
-experiment = configs.load(f'{found[0]}/digits.py:runlocal')
+folders = [*package.glob('configs'), *package.parent.glob('configs')]
+experiment = configs.load(f'{folders[0]}/digits.py:runlocal')
 config, runs = experiment.config, experiment.runs
 data = experiment.data_fn(config)
 model = modeling.of(experiment)
@@ -66,8 +66,8 @@ models = [
 # %% [markdown]
 # ## Three soups
 #
-# `held_out` data choose; `test` data, and shifted test data that nothing was
-# trained or selected on, report.
+# We select on the `held_out` data. We report on the `test` data and on shifted
+# test data, on which nothing was trained or selected.
 
 # %%
 import optax
@@ -108,9 +108,9 @@ for name, params in candidates.items():
   print(f'{name:<12} test {test(params):.3f}   blurred {blurred(params):.3f}')
 
 # %% [markdown]
-# On the test data there is little to gain. On blurred images, which nothing was
-# trained or chosen on, soups of many models gain most; greedy, which may keep
-# few, stays closer to the best single one.
+# On the test data there is little to gain. On blurred images, soups of many
+# models gain most. The greedy soup may keep only a few models, so it stays closer
+# to the best single model.
 
 # %%
 for name, soup in soups.items():
@@ -119,8 +119,9 @@ for name, soup in soups.items():
 # %% [markdown]
 # ## What greedy did
 #
-# It begins with the best model and adds the others one by one; what makes the
-# held-out score worse is not added. `soup.info` holds every trial and score.
+# It starts with the best model and tries to add the others one by one. A model
+# that lowers the held-out score is rejected. `soup.info` has all trials and
+# scores.
 
 # %%
 import matplotlib.pyplot as plt
@@ -131,8 +132,9 @@ fig, ax = plt.subplots(figsize=(6, 3.2))
 report.trials(ax, {'greedy': soups['greedy'].info})
 
 # %% [markdown]
-# The whole comparison, with all recipes and the ensembles, is `jaxsoup demo`.
-# Of checkpoints that you have: `jaxsoup soup --recipe uniform RUN... --out DIR`.
+# `jaxsoup demo` runs the whole comparison, with all recipes and ensembles. To
+# average checkpoints that you have: `jaxsoup soup --recipe uniform RUN... --out
+# DIR`.
 #
 # Next: [your own training loop](02_fine_tune_and_soup.ipynb),
 # [many devices and big models](03_sharded_and_streamed.ipynb),

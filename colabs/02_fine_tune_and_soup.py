@@ -1,31 +1,31 @@
 # %% [markdown]
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxsoup/jaxsoup/blob/main/colabs/02_fine_tune_and_soup.ipynb)
-#
 # # Fine-tune, then soup
 #
-# Whoever fine-tunes does it several times, with other learning rates and seeds,
-# keeps the best run and deletes the others. A *model soup* keeps them all and
-# averages their weights. At inference it is one model.
+# Usually you fine-tune a model several times with different learning rates and
+# seeds, keep the best run and delete the others. A *model soup* averages the
+# weights of all runs instead. At inference it is one model.
 #
-# You have a fine-tuning loop already. What comes to it is one line that saves
-# each run, and a few that make the soup: first for linen, then for nnx. A minute
-# on a CPU.
+# This notebook shows what to add to a fine-tuning loop: one line that saves each
+# run, and a few lines that make the soup. First in linen, then in nnx. It takes a
+# minute on a CPU.
 
 # %% tags=["skip-execution"]
-# %pip install -q "jaxsoup[demo]"
+# Installs the clone of jaxsoup that contains this notebook. On Colab, upload
+# the clone first, and replace `..` by its path.
+# %pip install -q "..[demo]"
 
 # %% [markdown]
-# ## Data, and who may see them
+# ## Data
 #
-# Handwritten digits, in parts that share no example:
+# Handwritten digits, in disjoint parts:
 #
-# | part | for |
+# | part | used for |
 # |---|---|
-# | `pretrain` | the common start |
+# | `pretrain` | training the common start |
 # | `train` | fine-tuning |
-# | `held_out` | *choosing*: which run, which soup |
+# | `held_out` | *selecting* runs and soups |
 # | `test` | *reporting*, at the end |
-# | `blurred`, `noisy` | the test images as nothing was trained on them |
+# | `blurred`, `noisy` | reporting: corrupted test images, unlike the training data |
 
 # %%
 import matplotlib.pyplot as plt
@@ -46,7 +46,7 @@ for row, name in zip(axes, ('test', 'blurred', 'noisy')):
 # %% [markdown]
 # ## Your loop, in linen
 #
-# Nothing here knows of soups. Runs differ in learning rate and seed.
+# This is an ordinary training loop. Runs differ in learning rate and seed.
 
 # %%
 from flax import linen as nn
@@ -83,7 +83,7 @@ def update(params, opt_state, batch):
 
 
 def moved(image, rng):
-  """Each image, moved by up to a pixel."""
+  """Shifts each image by up to one pixel."""
   steps = rng.integers(-1, 2, (len(image), 2))
   return np.stack([np.roll(x, step, (0, 1)) for x, step in zip(image, steps)])
 
@@ -110,13 +110,13 @@ pretraining = batches_of(data['pretrain'], 0, num_epochs=60, is_moved=True)
 pretrained = fine_tune(start, pretraining, learning_rate=2e-3)
 
 # %% [markdown]
-# ## Fine-tune eight times, and keep each run
+# ## Fine-tune eight times, and save each run
 #
-# The one new line is `checkpoints.save`. (Checkpoints that Orbax has written are
-# good as they are: `checkpoints.Ingredients` reads those, too.)
+# The one new line is `checkpoints.save`. (If you already save Orbax checkpoints,
+# you need no new line: `checkpoints.Ingredients` reads those, too.)
 #
-# **All runs begin at the same weights**, the head included. That is what makes
-# an average of them a good model.
+# **All runs start from the same weights**, including the head. Only then is their
+# average a good model.
 
 # %%
 from jaxsoup import checkpoints
@@ -132,10 +132,10 @@ for k, run in enumerate(runs):
 # %% [markdown]
 # ## Three soups
 #
-# * `uniform` takes all runs, equally much.
-# * `greedy` begins with the best one and adds each that does not make the
-#   *held-out* score worse.
-# * `learned` finds by gradient descent, on held-out data, how much of each.
+# * `uniform` averages all runs with equal weight.
+# * `greedy` starts with the best run and adds each run that does not lower the
+#   *held-out* score.
+# * `learned` learns the coefficients by gradient descent on held-out data.
 
 # %%
 import jaxsoup
@@ -171,9 +171,9 @@ for name, soup in soups.items():
 # %% [markdown]
 # ## Are they better?
 #
-# First on the data that chose. Best run, greedy and learned look better here than
-# they are: they were picked for these very examples. This table decides nothing
-# any more.
+# First on the held-out data. The best run, greedy and learned look better here
+# than they are, because they were selected on these examples. So do not conclude
+# anything from this table.
 
 # %%
 singles = list(ingredients)
@@ -192,14 +192,14 @@ def show(models, names, accuracy):
 show(models, ['held_out'], accuracy)
 
 # %% [markdown]
-# Now on data that chose nothing.
+# Now on data that was not used for selection.
 
 # %%
 show(models, ['test', 'blurred', 'noisy'], accuracy)
 
 # %% [markdown]
-# What a soup gains over the run that one would have kept, in points, with its
-# 95 % interval: where that spans 0, the difference may be luck.
+# The gain of each soup over the best run, in percentage points, with its 95 %
+# interval. If the interval contains 0, the difference may be luck.
 
 # %%
 from jaxsoup import statistics
@@ -234,7 +234,7 @@ fig.tight_layout()
 # %% [markdown]
 # ## Keep the soup
 #
-# It is a checkpoint like any other, and knows what it was made of.
+# A saved soup is an ordinary checkpoint that also records its ingredients.
 
 # %%
 path = checkpoints.save('soup', soups['greedy'], ingredients=ingredients)
@@ -245,8 +245,8 @@ print(accuracy['test'](loaded.params), loaded.info.accepted)
 # %% [markdown]
 # ## The same in nnx
 #
-# Of each model `nnx.state(model, nnx.Param)` is the ingredient; `nnx.merge` makes
-# a model of the soup.
+# The ingredients are `nnx.state(model, nnx.Param)`. `nnx.merge` turns the soup back
+# into a model.
 
 # %%
 from flax import nnx
@@ -314,24 +314,24 @@ nnx_models |= {name: soup.params for name, soup in nnx_soups.items()}
 show(nnx_models, ['test', 'blurred', 'noisy'], nnx_accuracy)
 
 # %% [markdown]
-# These are four runs of very different learning rates. Where a uniform soup falls
-# below the best run, greedy is the safe choice: on held-out data it is never
-# worse than that.
+# These four runs have very different learning rates. If a uniform soup falls below
+# the best run, greedy is the safe choice: on held-out data it is never worse than
+# the best run.
 #
-# What `nnx.merge` returns is a model like any other:
+# `nnx.merge` returns an ordinary model:
 
 # %%
 model = nnx.merge(graphdef, nnx_soups['uniform'].params)
-print('says ', model(data['test']['image'][:10]).argmax(-1))
-print('label', data['test']['label'][:10])
+print('predicted', model(data['test']['image'][:10]).argmax(-1))
+print('label    ', data['test']['label'][:10])
 
 # %% [markdown]
-# ## What soups do not do
+# ## Limits
 #
-# * Where the best run is good already, as on `test`, there is little to gain;
-#   look at the interval, not at the sign.
+# * If the best run is already good, as on `test`, there is little to gain. Look at
+#   the interval, not at the sign.
 # * An ensemble of all runs may be better still, at eight times the cost.
-# * Runs from different starts, or with heads of their own, cannot be averaged:
-#   [why did my soup fail?](https://colab.research.google.com/github/jaxsoup/jaxsoup/blob/main/colabs/04_why_did_my_soup_fail.ipynb)
-# * With BatchNorm the running statistics have to be estimated anew:
+# * Runs with different starts, or with differently initialized heads, cannot be
+#   averaged: see [Why did my soup fail?](04_why_did_my_soup_fail.ipynb)
+# * With BatchNorm, re-estimate the running statistics with
 #   `jaxsoup.models.batch_norm.recalibrated`.

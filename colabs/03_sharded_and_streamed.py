@@ -1,23 +1,23 @@
 # %% [markdown]
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxsoup/jaxsoup/blob/main/colabs/03_sharded_and_streamed.ipynb)
-#
 # # Sharded and streamed
 #
-# What if a model is too big for one device, or there are too many runs to hold
-# them all? In JAX the *sharding* of an array says which device has which part of
-# it. `jaxsoup` follows it: no function of it takes a mesh, and the calls are
-# those of the notebooks before.
+# What if a model does not fit on one device, or the runs do not fit in memory
+# together? In JAX, the *sharding* of an array says which device holds which part
+# of it. `jaxsoup` follows the shardings of its inputs. No function takes a mesh,
+# and the calls are the same as in the previous notebooks.
 #
-# On a CPU four virtual devices stand in for real ones. On a TPU or several GPUs
-# the same cells run as they are, on those. A minute on a CPU.
+# On a CPU, this notebook uses four virtual devices. On a TPU or several GPUs, the
+# same cells use the real devices. It takes a minute on a CPU.
 
 # %% tags=["skip-execution"]
-# %pip install -q "jaxsoup[demo]"
+# Installs the clone of jaxsoup that contains this notebook. On Colab, upload
+# the clone first, and replace `..` by its path.
+# %pip install -q "..[demo]"
 
 # %%
 import os
 
-# Before jax is imported, and of CPUs only.
+# Must be set before jax is imported. Affects CPUs only.
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=4')
 
 import jax
@@ -26,10 +26,10 @@ jax.config.update('jax_cpu_enable_async_dispatch', False)
 jax.devices()
 
 # %% [markdown]
-# ## A mesh, and where the weights lie on it
+# ## A mesh, and shardings on it
 #
-# `sharding.fsdp` cuts each leaf along its largest axis. It works on shapes: no
-# model is made yet.
+# `sharding.fsdp` splits each leaf along its largest axis. It works on abstract
+# shapes; no parameters exist yet.
 
 # %%
 from flax import linen as nn
@@ -70,8 +70,8 @@ for path, leaf in jax.tree.leaves_with_path(abstract_params)[2:]:
 # %% [markdown]
 # ## Fine-tune on the mesh
 #
-# The weights are born where they belong, and each batch is spread over the
-# devices; the loop is any other loop.
+# The parameters are created sharded, and each batch is split across the devices.
+# Otherwise it is an ordinary training loop.
 
 # %%
 import optax
@@ -104,7 +104,7 @@ def fine_tune(params, part, *, learning_rate, num_epochs, seed):
   for _ in range(num_epochs):
     for rows in rng.permutation(240).reshape(-1, 48):
       batch = jax.device_put({k: x[rows] for k, x in part.items()}, on_mesh)
-      # One step at a time: four virtual devices may have fewer cores.
+      # One step at a time, as there may be fewer cores than virtual devices.
       params, opt_state = jax.block_until_ready(
           update(params, opt_state, batch)
       )
@@ -123,10 +123,11 @@ for k in range(6):
   paths.append(checkpoints.save(f'runs/{k}', params, metadata={'config': run}))
 
 # %% [markdown]
-# ## Ingredients from the disk onto the mesh
+# ## Load ingredients onto the mesh
 #
-# `Ingredients` looks like a list and reads nothing until it is asked. Each
-# process then reads what its devices hold, whatever mesh it was saved from.
+# `Ingredients` is a sequence that reads each checkpoint only when it is indexed.
+# Each process reads only what its own devices hold, whatever mesh the checkpoint
+# was saved from.
 
 # %%
 import math
@@ -135,7 +136,7 @@ ingredients = checkpoints.Ingredients(paths, abstract_params)
 
 
 def megabytes(tree):
-  """What the first device holds of it."""
+  """The size of the part of a tree that one device holds."""
   sizes = (
       math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
       for x in jax.tree.leaves(tree)
@@ -144,22 +145,24 @@ def megabytes(tree):
 
 
 def alive():
-  """All arrays on the mesh that live now."""
+  """The size of all sharded arrays that exist now, on one device."""
   arrays = jax.live_arrays()
   return megabytes([x for x in arrays if isinstance(x.sharding, NamedSharding)])
 
 
-whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_params))
-print(f'{len(ingredients)} ingredients of {whole / 1e6:.1f} MB each')
+num_bytes = sum(
+    x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_params)
+)
+print(f'{len(ingredients)} ingredients of {num_bytes / 1e6:.1f} MB each')
 print(f'one of them, on each device: {megabytes(ingredients[0]):.1f} MB')
 
 # %% [markdown]
 # ## Soups
 #
-# `uniform` reads all files side by side, piece by piece, and holds one model:
-# the soup. `greedy` holds four, however many ingredients there are. Its held-out
-# batches are spread over the mesh, too, and its scores go to a file: stopped at
-# any point, the same call goes on from there.
+# `uniform` reads all files in parallel, in pieces, and holds only one model: the
+# soup. `greedy` holds four models, for any number of ingredients. Its held-out
+# batches are split across the mesh, too. Its scores go to a file, so that an
+# interrupted search continues where it stopped.
 
 # %%
 import jaxsoup
@@ -179,34 +182,36 @@ def accuracy_on(part):
 
 
 held_out, test = accuracy_on('held_out'), accuracy_on('test')
-print('a batch lies on the mesh as', held_out.batches[0]['image'].sharding.spec)
+print('sharding of a batch:', held_out.batches[0]['image'].sharding.spec)
 
-most = 0
+peak = 0
 
 
-def look(trial):
-  """After each trial: what the first device holds."""
-  global most
-  most = max(most, alive() - before)
+def record_peak(trial):
+  """Called after each trial: records the memory in use on one device."""
+  global peak
+  peak = max(peak, alive() - before)
 
 
 del params, pretrained, start
 uniform = jaxsoup.uniform(ingredients)
 before = alive()
 scores = checkpoints.ScoreLog('scores.jsonl', ingredients)
-greedy = jaxsoup.greedy(ingredients, held_out, scores=scores, on_trial=look)
-print('a leaf lies there as', jax.tree.leaves(greedy.params)[-1].sharding.spec)
+greedy = jaxsoup.greedy(
+    ingredients, held_out, scores=scores, on_trial=record_peak
+)
+print('sharding of a leaf:', jax.tree.leaves(greedy.params)[-1].sharding.spec)
 for name, soup in (('uniform', uniform), ('greedy', greedy)):
   print(f'{name:<8} test {test(soup.params):.3f}', np.round(soup.alpha, 2))
 
 # %% [markdown]
 # ## Learned: resident or streamed
 #
-# A learned soup needs all ingredients in every step. Where their stack fits into
-# memory it stays there; where it does not, they are read in each step: three
-# models in memory in place of K + 3, for reading 2 K - 2 of them a step. The
-# gradient is the same. `jaxsoup` decides that by the free memory, and says why;
-# `stream=True` decides it for it.
+# A learned soup needs all ingredients in every step. If their stack fits in memory,
+# it stays there (*resident*). If not, the ingredients are read in every step
+# (*streamed*): that holds three models in memory instead of K + 3, and reads
+# 2 K - 2 models a step. The gradient is the same. `jaxsoup` chooses by the free
+# memory and gives the reason; override the choice with `stream=`.
 
 # %%
 batches = evaluation.batched(data['held_out'], 200, sharding=on_mesh)
@@ -224,7 +229,7 @@ for stream in (None, True):
           f'reads {plan.reads_per_step} ingredients a step'
       ),
   )
-print('Why?', learned[None].info.plan.reason)
+print('reason:', learned[None].info.plan.reason)
 print(learned[None].alpha.round(4))
 print(learned[True].alpha.round(4))
 print(f'test {test(learned[True].params):.3f}')
@@ -232,9 +237,10 @@ print(f'test {test(learned[True].params):.3f}')
 # %% [markdown]
 # ## Mixing costs no communication
 #
-# All ingredients are cut alike, so each device mixes its own part. The compiler
-# agrees: `mix` has no collective. Its gradient in alpha has one, of some bytes.
-# (A forward pass does communicate: the check can see it.)
+# All ingredients have the same sharding, so each device mixes its own part. The
+# compiled program confirms it: `mix` has no collectives. Its gradient in alpha has
+# one, of a few bytes. (The forward pass does communicate, which shows that the
+# check works.)
 
 # %%
 from jaxsoup.experiments import hlo
@@ -242,11 +248,11 @@ from jaxsoup.experiments import hlo
 
 def collectives(fn, *args):
   text = jax.jit(fn).lower(*args).compile().as_text()
-  found = hlo.collectives_of(text)
-  shown = (
-      f'{x.times} {name} ({x.num_bytes} bytes)' for name, x in found.items()
+  parts = (
+      f'{x.times} {name} ({x.num_bytes} bytes)'
+      for name, x in hlo.collectives_of(text).items()
   )
-  return ', '.join(shown) or 'none'
+  return ', '.join(parts) or 'none'
 
 
 def gradient_in_alpha(stacked, alpha, gradient):
@@ -262,24 +268,24 @@ communication = {
     ),
     'forward pass': collectives(loss_fn, uniform.params, batches[0]),
 }
-for name, found in communication.items():
-  print(f'{name:<18} {found}')
+for name, text in communication.items():
+  print(f'{name:<18} {text}')
 
 # %% [markdown]
-# ## The bill
+# ## Memory on each device
 
 # %%
 import matplotlib.pyplot as plt
 
-bill = {
-    'one model, not sharded': whole / 1e6,
+memory = {
+    'one model, not sharded': num_bytes / 1e6,
     'one model, sharded': megabytes(uniform.params),
-    'all ingredients, not sharded': len(ingredients) * whole / 1e6,
+    'all ingredients, not sharded': len(ingredients) * num_bytes / 1e6,
     'all ingredients, sharded': megabytes(stacked),
-    'all that greedy held at once, sharded': most,
+    'peak of greedy, sharded': peak,
 }
 fig, ax = plt.subplots(figsize=(6.5, 2.2))
-bars = ax.barh(list(bill), list(bill.values()))
+bars = ax.barh(list(memory), list(memory.values()))
 ax.bar_label(bars, fmt='%.1f', padding=3)
 ax.spines[['top', 'right']].set_visible(False)
 ax.set_xlabel('MB on each device')
@@ -288,14 +294,14 @@ ax.invert_yaxis()
 # %% [markdown]
 # ## From file to file
 #
-# A uniform soup of files needs no model in memory at all.
+# A uniform soup of files needs no whole model in memory.
 
 # %%
 path = checkpoints.save_average('soup.safetensors', ingredients)
 print(path.rpartition('/')[2], os.path.getsize(path) / 1e6, 'MB')
 
 # %% [markdown]
-# Nothing is free: streaming trades memory for reading, greedy reads each
-# ingredient twice, and on virtual devices nothing becomes faster. Before you
-# rent a machine `jaxsoup plan --config FILE --topology v5e:8x8` compiles your
-# experiment for it, and says what fits.
+# There are costs: streaming trades memory for reading, and greedy reads each
+# ingredient twice. Virtual devices make nothing faster. Before you rent a machine,
+# `jaxsoup plan --config FILE --topology v5e:8x8` compiles your experiment for it
+# and says what fits.

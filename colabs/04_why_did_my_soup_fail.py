@@ -1,20 +1,20 @@
 # %% [markdown]
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxsoup/jaxsoup/blob/main/colabs/04_why_did_my_soup_fail.ipynb)
-#
 # # Why did my soup fail?
 #
-# Every run is fine, and their average is not: that happens, and mostly for one
-# of three reasons. Here each is planted in a pool of good runs, found, and drawn.
-# A minute on a CPU.
+# Sometimes every run is good but their average is bad, usually for one of three
+# reasons. This notebook adds each fault to a pool of good runs, diagnoses it, and
+# draws it. It takes a minute on a CPU.
 
 # %% tags=["skip-execution"]
-# %pip install -q "jaxsoup[demo]"
+# Installs the clone of jaxsoup that contains this notebook. On Colab, upload
+# the clone first, and replace `..` by its path.
+# %pip install -q "..[demo]"
 
 # %% [markdown]
 # ## Five good runs
 #
-# A small network on handwritten digits: pre-trained on some, fine-tuned on
-# others, five times from the same weights.
+# A small network is pre-trained on handwritten digits, then fine-tuned five times
+# on other digits, from the same weights.
 
 # %%
 from flax import linen as nn
@@ -96,58 +96,57 @@ held_out, test = accuracy_on('held_out'), accuracy_on('test')
 
 
 def show(pool):
-  """Held-out accuracy of each model, and of the average of all."""
+  """Prints the held-out accuracy of each model, and of their average."""
   for name, params in pool.items():
     print(f'{name:<14} {held_out(params):.3f}')
   soup = jaxsoup.uniform(list(pool.values()))
-  print(f'{"THEIR SOUP":<14} {held_out(soup.params):.3f}')
+  print(f'{"uniform soup":<14} {held_out(soup.params):.3f}')
 
 
 show(good)
 
 # %% [markdown]
-# A pool in which nothing is wrong. The diagnosis says so, too: it invents no
-# faults.
+# Nothing is wrong with this pool, and the diagnosis finds nothing.
 
 # %%
 from jaxsoup import diagnosis
 
 
-def diagnosed(pool, **given):
+def diagnosed(pool, **options):
   models, names = list(pool.values()), list(pool)
-  return diagnosis.diagnose(models, names=names, theta_0=theta_0, **given)
+  return diagnosis.diagnose(models, names=names, theta_0=theta_0, **options)
 
 
 print(diagnosed(good, eval_fn=held_out).as_text())
 
 # %% [markdown]
-# ## Fault 1: another initialization
+# ## Fault 1: a different initialization
 #
-# Three runs of a colleague are added. They are as good as ours, but began at
-# other weights, pre-trained with another seed: their hidden units mean other
-# things, and an average of different things is neither.
+# We add three runs of a colleague. They are as good as ours, but they started
+# from other weights, pre-trained with another seed. Their hidden units represent
+# different features, so averaging them with ours destroys both.
 
 # %%
-elsewhere = pretrained(seed=7)
-theirs = {
-    f'theirs {k}': fine_tuned(elsewhere, rates[k], 9 + k) for k in range(3)
+other_start = pretrained(seed=7)
+added = {
+    f'other {k}': fine_tuned(other_start, rates[k], 9 + k) for k in range(3)
 }
-pool_1 = good | theirs
+pool_1 = good | added
 show(pool_1)
 
 # %% [markdown]
-# The diagnosis of the weights alone, without any data:
+# The diagnosis needs only the weights, no data:
 
 # %%
-found_1 = diagnosed(pool_1)
-print(found_1.as_text())
+diagnosis_1 = diagnosed(pool_1)
+print(diagnosis_1.as_text())
 
 # %% [markdown]
 # ## Fault 2: a learning rate that is far too high
 #
-# By itself the run is usable. One in six, it spoils the soup. Given a score on
-# held-out data (`eval_fn`) the diagnosis measures *barriers* too: how far the
-# score falls half-way between two models, below the mean of the two.
+# The run itself is usable, but as one of six it ruins the soup. With a score on
+# held-out data (`eval_fn`), the diagnosis also measures *barriers*: how far the
+# score at the midpoint of two models is below the mean of their scores.
 
 # %%
 hot = fine_tuned(theta_0, 0.05, 5)
@@ -155,15 +154,16 @@ pool_2 = good | {'hot': hot}
 show(pool_2)
 
 # %%
-found_2 = diagnosed(pool_2, eval_fn=held_out)
-print(found_2.as_text())
+diagnosis_2 = diagnosed(pool_2, eval_fn=held_out)
+print(diagnosis_2.as_text())
 
 # %% [markdown]
-# ## Fault 3: a head for each run
+# ## Fault 3: a different head in each run
 #
-# Whoever loads a backbone with a new classifier gets a *random* one, and another
-# one in every run. All runs must begin with the same: draw it once, better train
-# it alone first (a linear probe), and save it with the backbone.
+# If each run loads a backbone and adds a new classifier, each run gets a
+# different *random* head. All runs must start with the same head. Initialize it
+# once, preferably train it alone first (a linear probe), and save it with the
+# backbone.
 
 
 # %%
@@ -179,32 +179,32 @@ pool_3 = {
 show(pool_3)
 
 # %%
-# There is no one theta_0: the heads had starts of their own.
-found_3 = diagnosis.diagnose(
+# No theta_0 is passed: the heads have no common start.
+diagnosis_3 = diagnosis.diagnose(
     list(pool_3.values()), names=list(pool_3), eval_fn=held_out
 )
-print(found_3.as_text())
+print(diagnosis_3.as_text())
 
 # %% [markdown]
-# ## Do what it says
+# ## Follow the advice
 #
-# `verdict.members` are those to average. Held-out data chose them; the test data,
-# which nothing has seen so far, report.
+# `verdict.members` are the runs to average. They were selected on held-out data;
+# we report on the test data, which was not used so far.
 
 # %%
-for pool, found in ((pool_1, found_1), (pool_2, found_2)):
+for pool, result in ((pool_1, diagnosis_1), (pool_2, diagnosis_2)):
   models = list(pool.values())
-  subset = [models[k] for k in found.verdict.members]
+  subset = [models[k] for k in result.verdict.members]
   for chosen in (models, subset):
     score = test(jaxsoup.uniform(chosen).params)
     print(f'with {list(pool)[-1]}: soup of {len(chosen)}, test {score:.3f}')
 
 # %% [markdown]
-# ## See it: the way from one model to another
+# ## The line between two models
 #
-# The loss on the straight line between two models, less what it is at the ends.
-# Good runs are in one valley: the line is flat. The others have a hill between:
-# a barrier, and the average lies on top of it.
+# The plot shows the loss on the straight line between two models, minus the linear
+# interpolation of the losses at its ends. Good runs share a basin, so the line is
+# flat. The others are separated by a barrier, and their average is on top of it.
 
 # %%
 import matplotlib.pyplot as plt
@@ -217,25 +217,25 @@ loss = lambda params: loss_fn(params, batch)
 heads = list(pool_3.values())
 lines = {
     'two good runs': landscape.line(loss, good['run 0'], good['run 4']),
-    'to one of theirs': landscape.line(loss, good['run 0'], theirs['theirs 0']),
+    'to another start': landscape.line(loss, good['run 0'], added['other 0']),
     'to the hot run': landscape.line(loss, good['run 0'], hot),
-    'own heads': landscape.line(loss, heads[0], heads[1]),
+    'different heads': landscape.line(loss, heads[0], heads[1]),
 }
 fig, ax = plt.subplots(figsize=(6, 3.4))
 report.lines(ax, lines)
 {name: round(landscape.barrier(line), 2) for name, line in lines.items()}
 
 # %% [markdown]
-# ## See it from above
+# ## The plane through three models
 #
-# The plane through the pre-trained model and two of its runs. Every other model
-# is projected onto it. A grey mark is far off the plane: the colour below it
-# is not its loss.
+# The plane contains the pre-trained model and two of the runs. The other models
+# are projected onto it. A gray marker means that the model is far from the plane,
+# so the color below the marker is not its loss.
 
 # %%
 others = {
     'soup of good runs': jaxsoup.uniform(list(good.values())).params,
-    'theirs 0': theirs['theirs 0'],
+    'other 0': added['other 0'],
 }
 plane = landscape.plane(
     loss,
@@ -251,28 +251,28 @@ report.plane(ax, plane, ['pre-trained', 'run 3', 'run 4', *others])
 # %% [markdown]
 # ## Angles
 #
-# The angle at the pre-trained model between two runs. Runs of one family share
-# some of their way; what comes from somewhere else does not.
+# The matrix shows the angle between two runs, seen from the pre-trained model. Runs
+# from one start share a part of their direction. Runs from elsewhere do not.
 
 # %%
-everyone = good | {'hot': hot} | theirs
+everyone = good | {'hot': hot} | added
 angles = landscape.angles(list(everyone.values()), theta_0)
 fig, ax = plt.subplots(figsize=(5.4, 4.2))
 report.matrix(ax, angles, list(everyone), label='angle (degrees)')
 ax.tick_params(axis='x', rotation=45)
 
 # %% [markdown]
-# ## What it cannot do
+# ## Limits
 #
-# "Nothing wrong was found" is no promise of a gain: a soup of good runs can
-# still be worse than the best of them. Compare them, on held-out data. And a
-# greedy soup protects you without any diagnosis: it leaves out what hurts. What
-# it does not tell you is why.
+# If the diagnosis finds no fault, a gain is still not guaranteed: a soup of good
+# runs can be worse than the best of them, so compare them on held-out data. A
+# greedy soup protects you without any diagnosis, because it leaves out the runs
+# that hurt. But it does not tell you why they do.
 
 # %%
 greedy = jaxsoup.greedy(list(pool_1.values()), held_out)
 print([list(pool_1)[k] for k in greedy.info.accepted])
 
 # %% [markdown]
-# Of checkpoints on disk the same is `jaxsoup diagnose RUN... --init START
-# --eval module:function`.
+# For checkpoints on disk, run `jaxsoup diagnose RUN... --init START --eval
+# module:function`.

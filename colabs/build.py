@@ -1,12 +1,12 @@
-"""Builds the notebooks from their sources, and runs them.
+"""Builds and runs the notebooks.
 
   pip install -e ".[dev]"
   python colabs/build.py                             # all
   python colabs/build.py 02_fine_tune_and_soup       # one
 
-A source is a Python file in the percent format, which Jupyter (with jupytext)
-and most editors open cell by cell. A notebook is only written when all of its
-cells have run.
+The sources are Python files in the percent format, which most editors, and
+Jupyter with jupytext, open as notebooks. A notebook is written only if all of
+its cells ran without errors.
 """
 
 import os
@@ -23,8 +23,8 @@ KERNEL = {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'}
 
 
 def main(names: list[str]) -> None:
-  """Builds some notebooks, or all of them."""
-  # As on a CPU runtime of Colab; and nothing on stderr about other backends.
+  """Builds the named notebooks, or all of them."""
+  # As on a CPU machine, and without warnings about other backends.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   names = names or [path.stem for path in sorted(FOLDER.glob('[0-9]*.py'))]
   for name in names:
@@ -35,16 +35,16 @@ def main(names: list[str]) -> None:
 
 
 def notebook_of(path: pathlib.Path) -> nbformat.NotebookNode:
-  """The cells of a source, without outputs."""
+  """Reads the cells of a source, without outputs."""
   notebook = jupytext.read(path, fmt='py:percent')
   notebook.metadata = nbformat.from_dict({'kernelspec': KERNEL})
   for i, cell in enumerate(notebook.cells):
-    cell.id = f'cell-{i}'  # By itself it would be another each time.
+    cell.id = f'cell-{i}'  # By default it is random.
   return notebook
 
 
 def executed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-  """Runs all cells in a new process, in an empty folder."""
+  """Runs all cells in a new process, in an empty directory."""
   with tempfile.TemporaryDirectory() as folder:
     nbclient.NotebookClient(
         notebook,
@@ -54,7 +54,7 @@ def executed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         skip_cells_with_tag='skip-execution',
         timeout=300,
     ).execute()
-  del notebook.metadata['language_info']  # The version of Python, no more.
+  del notebook.metadata['language_info']  # It has the version of Python.
   return notebook
 
 

@@ -1,4 +1,4 @@
-"""The reference is complete, and the guide to errors knows those there are."""
+"""The reference is complete, and the guide to errors quotes real messages."""
 
 import ast
 import collections
@@ -24,7 +24,7 @@ from jaxsoup.experiments import stages
 from jaxsoup.experiments import user_code
 
 ROOT = pathlib.Path(jaxsoup.__file__).parent
-README = ROOT.parent / 'README.md'
+CONTRIBUTING = ROOT.parent / '.github' / 'CONTRIBUTING.md'
 PAGE = ROOT / 'docs' / 'guides' / 'troubleshooting.md'
 # Their reference is `jaxsoup --help`.
 NO_REFERENCE = ('cli', 'commands', 'docs')
@@ -59,18 +59,16 @@ def _reference() -> list[str]:
 
 @pytest.fixture(scope='module')
 def pages(tmp_path_factory):
-  """What the command of the README makes, elsewhere."""
+  """The pages that the command of CONTRIBUTING.md builds, elsewhere."""
   pytest.importorskip('sphinx', reason='extra `docs`')
   command = re.search(
-      r'^.*(sphinx-build .*)$', README.read_text(), re.MULTILINE
+      r'^.*(sphinx-build .*)$', CONTRIBUTING.read_text(), re.MULTILINE
   )
   *args, _ = shlex.split(command[1])[1:]
   assert '-W' in args
   out = tmp_path_factory.mktemp('docs')
   run = [sys.executable, '-m', 'sphinx', *args, str(out)]
-  result = subprocess.run(
-      run, cwd=README.parent, capture_output=True, text=True
-  )
+  result = subprocess.run(run, cwd=ROOT.parent, capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
   return out
 
