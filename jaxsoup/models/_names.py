@@ -355,13 +355,15 @@ def _check_ours(leaves: _Leaves, rules: Sequence[Rule]) -> None:
   places = {leaves.place(p)[0] for p in known}
   unknown = sorted(p for p in leaves if p not in places)
   if missing or unknown:
-    lines = [f'the tree lacks {p!r}' for p in missing]
-    lines += [f'the names have no {p!r}' for p in unknown]
-    raise ValueError(_listed('These parameters do not fit the names', lines))
+    lines = [f'{p!r} is missing' for p in missing]
+    lines += [f'{p!r} is unexpected' for p in unknown]
+    raise ValueError(
+        _listed('These parameters are not those of the model', lines)
+    )
 
 
 def _check(stored, leaves, rules, table, initial) -> None:
-  """Raises with all that is missing, unexpected, or of another shape."""
+  """Raises with all names that are missing, unexpected or of another shape."""
   known = {rule.theirs for rule in table.rules}
   unexpected = [
       name
@@ -369,7 +371,7 @@ def _check(stored, leaves, rules, table, initial) -> None:
       if name not in known and not _is_ignored(name, table)
   ]
   missing = [rule for rule in rules if rule.theirs not in stored.shapes]
-  # What was misspelled is one of the others.
+  # A misspelled name is both missing and unexpected: name the nearest.
   lines = [
       f'{rule.theirs!r} is missing, for {rule.paths[0]!r}'
       f'{_nearest(rule.theirs, unexpected)}'
@@ -384,24 +386,24 @@ def _check(stored, leaves, rules, table, initial) -> None:
     places |= {leaves.place(p)[0] for p in rule.paths}
     absent = [p for p in rule.paths if p not in leaves]
     if absent:
-      lines.append(f'the model has no {absent[0]!r}, for {rule.theirs!r}')
+      lines.append(f'the model lacks {absent[0]!r}, for {rule.theirs!r}')
     elif rule.theirs in stored.shapes:
-      found = tuple(stored.shapes[rule.theirs].shape)
+      actual = tuple(stored.shapes[rule.theirs].shape)
       expected = stored_shape(rule, leaves)
-      if found != expected:
+      if actual != expected:
         lines.append(
-            f'{rule.theirs!r} has shape {found}, expected {expected} for '
+            f'{rule.theirs!r} has shape {actual}, expected {expected} for '
             f'{rule.paths[0]!r}'
         )
   lines += [
-      f'no array of the file is for {name!r}'
+      f'the file has no array for {name!r}'
       for name in leaves
       if name not in places and not is_below(name, initial)
   ]
   if lines:
-    text = _listed(f'{stored.path} does not fit the model', lines)
+    text = _listed(f'{stored.path} does not match the model', lines)
     raise ValueError(
-        f"{text}\nTo leave out a part, such as a head: without=['head']."
+        f"{text}\nTo leave out a part, such as the head: without=['head']."
     )
 
 
@@ -410,8 +412,8 @@ def _is_ignored(name: str, table: Table) -> bool:
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-  found = difflib.get_close_matches(name, list(names), 1)
-  return f' (nearest: {found[0]!r})' if found else ''
+  nearest = difflib.get_close_matches(name, list(names), 1)
+  return f' (nearest: {nearest[0]!r})' if nearest else ''
 
 
 def _listed(title: str, lines: Sequence[str], most: int = 20) -> str:

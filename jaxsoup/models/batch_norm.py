@@ -74,8 +74,8 @@ def recalibrated(
     num += size
   if not stats:
     raise ValueError(
-        f'Nothing to estimate: {num} images, and statistics {stats}. Pass at '
-        'least one batch, and a model with layers nnx.BatchNorm.'
+        f'Nothing to estimate: there are {num} images and {len(stats or ())} '
+        'statistics. Pass at least one batch, and a model with nnx.BatchNorm.'
     )
   return _replaced(params, stats)
 

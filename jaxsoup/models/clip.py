@@ -187,7 +187,8 @@ class TextTower(_transformer.Stack):
     if length > len(self.position[...]):
       raise ValueError(
           f'Texts of {length} tokens are longer than the '
-          f'{len(self.position[...])} positions: cut them, and keep their end.'
+          f'{len(self.position[...])} positions: truncate them before the end '
+          'token.'
       )
     embed = self.gathered(*nnx.split(self.embed))
     x = self.on_batch_axis(embed(text))
@@ -362,7 +363,7 @@ def zero_shot_head(
   wrong = [t for t in templates if '{}' not in t]
   if wrong or not templates:
     raise ValueError(
-        f"Templates need a place for the name, '{{}}': found {wrong}."
+        f"Templates must contain '{{}}' for the class name, got {wrong}."
     )
   columns = []
   for name in class_names:
