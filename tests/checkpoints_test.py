@@ -360,7 +360,7 @@ def test_metadata_needs_no_array(tmp_path, writer):
       'b': np.ones(3, jnp.bfloat16),
   }
   WRITERS[writer](tmp_path / 'run', params)
-  # The values lie here; what is beside it is the index of the leaves.
+  # The values are here; the other files are the index of the leaves.
   for folder in list((tmp_path / 'run').rglob('ocdbt.process_0')):
     shutil.rmtree(folder)
   metadata = checkpoints.metadata(tmp_path / 'run')

@@ -86,7 +86,7 @@ def test_gradient_needs_one_collective(on_mesh, stacked, alpha):
 
 
 def temporaries(num, dtype):
-  """Bytes that the gradient of a mix holds beside its arguments and result."""
+  """Bytes that the gradient of a mix holds, without arguments and result."""
   stacked = {
       'w': jax.ShapeDtypeStruct((num, 64, 512), dtype),
       'b': jax.ShapeDtypeStruct((num, 4096), dtype),

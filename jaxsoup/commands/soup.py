@@ -60,8 +60,8 @@ def soup(
         typer.Option(
             metavar='K',
             min=0,
-            help='Run to take counters and other integers from, 0 is the '
-            'first. Default: they must be equal. Not for learned.',
+            help='Index of the run whose counters and other integers are '
+            'taken, from 0. Default: they must be equal. Not for learned.',
         ),
     ] = None,
     max_shard_size: Annotated[
@@ -73,7 +73,10 @@ def soup(
         ),
     ] = '5GB',
     strict: Annotated[
-        bool, typer.Option('--strict', help='greedy, pruned: reject ties.')
+        bool,
+        typer.Option(
+            '--strict', help='greedy, pruned: reject ties. Default: accept.'
+        ),
     ] = False,
     seed: Annotated[
         int | None,
@@ -111,8 +114,8 @@ def soup(
     scores: Annotated[
         pathlib.Path | None,
         typer.Option(
-            help='greedy, pruned: score log, from which a repeated command '
-            'resumes.'
+            help='greedy, pruned: file of scores, from which a repeated '
+            'command resumes.'
         ),
     ] = None,
     item: _common.Item = None,
@@ -139,7 +142,9 @@ def soup(
     ] = None,
     process: Annotated[
         int | None,
-        typer.Option(min=0, help='With --coordinator: this process, from 0.'),
+        typer.Option(
+            min=0, help='With --coordinator: index of this process, from 0.'
+        ),
     ] = None,
     timeout: Annotated[
         int,

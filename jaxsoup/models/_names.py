@@ -33,7 +33,7 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-  """How an array lies in a file, and how in our models.
+  """The layout of an array in a file and in our models.
 
   Attributes:
     read: `(stored, shape) -> leaf`.
@@ -95,10 +95,10 @@ class Rule(NamedTuple):
   """One array of a file.
 
   Attributes:
-    ours: path of our leaf, with slashes; or the paths of several that lie one
-      after another along the first axis in the file, such as q, k and v.
+    ours: path of our leaf, with slashes; or the paths of several that are
+      concatenated along the first axis in the file, such as q, k and v.
     theirs: name in the file.
-    layout: how each of them lies there.
+    layout: the layout of each of them in the file.
   """
 
   ours: str | tuple[str, ...]
@@ -255,8 +255,8 @@ def read(
     stored: as for `reader`, as are `wanted` and `table`.
     wanted: where its leaves are arrays, those below `initial` are kept.
     table: what is where.
-    initial: beginnings of paths that keep the value that `wanted` has, whatever
-      the file holds: a head for other classes.
+    initial: beginnings of paths that keep the value in `wanted` instead of that
+      in the file: a head for other classes.
 
   Returns:
     Nested dicts like `wanted`, of NumPy arrays in the dtypes of `wanted`.
@@ -282,7 +282,7 @@ def read(
 
 
 def is_below(path: str, beginnings: Sequence[str]) -> bool:
-  """Whether a path is one of these, or lies below one."""
+  """Whether a path is one of these, or is below one."""
   return any(path == b or path.startswith(f'{b}/') for b in beginnings)
 
 

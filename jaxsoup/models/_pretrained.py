@@ -181,7 +181,7 @@ def _split(model: nnx.Module) -> Any:
 
 
 def _initial(kind: Kind, without: Sequence[str], seed: int):
-  """The initial values of what is left out, and what is no parameter."""
+  """The initial values of what is left out, and the other variables."""
 
   def start(key):
     _, state, others = _split(kind.make(key))
@@ -190,7 +190,7 @@ def _initial(kind: Kind, without: Sequence[str], seed: int):
         p: x for p, x in leaves.items() if _names.is_below(p, without)
     }, others
 
-  # Under jit what is not asked for is not computed.
+  # Under jit only the needed values are computed.
   return jax.jit(start)(jax.random.key(seed))
 
 
@@ -402,7 +402,7 @@ def _for_path(
         f'{kind.family} has no names {kind.names!r}: choose from '
         f'{", ".join(known)}.'
     )
-  # Files have single blocks, whatever the form of the model that wrote them.
+  # Files have single blocks, even where the model scans over them.
   kind = kind._replace(
       separator='/' if _is_orbax(path, kind, is_orbax) else '.',
       arguments={k: v for k, v in kind.arguments.items() if k != 'is_scanned'},

@@ -84,7 +84,7 @@ class Bert(_transformer.Stack):
       that of the parameters, which are float32. Logits are float32.
     is_scanned: see `ViT`, as the next two.
     is_rematerialized: keeps of each block only its input.
-    batch_axis: name of the axis of the mesh over which batches lie.
+    batch_axis: name of the mesh axis over which batches are sharded.
     rngs: source of the initial parameters.
 
   Raises:

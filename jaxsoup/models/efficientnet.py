@@ -358,7 +358,7 @@ _NAMINGS = {
         head='_fc',
     ),
 }
-# Blocks that do not expand are another class in timm, which counts anew.
+# Blocks that do not expand are another class in timm, with its own numbers.
 _TIMM_SEPARABLE = _NAMINGS['timm']._replace(
     depthwise=('conv_dw', 'bn1'), project=('conv_pw', 'bn2')
 )

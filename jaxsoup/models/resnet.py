@@ -32,7 +32,7 @@ _SIZES = {
 
 
 def size(num_layers: int) -> dict[str, Any]:
-  """The arguments of a ResNet with so many layers.
+  """The arguments of a ResNet with a number of layers.
 
   Args:
     num_layers: 18, 34, 50, 101 or 152.

@@ -353,7 +353,7 @@ class T5(nnx.Module):
       that of the parameters, which are float32. Logits are float32.
     is_scanned: see `ViT`, as the next two; for both towers.
     is_rematerialized: keeps of each block only its input.
-    batch_axis: name of the axis of the mesh over which batches lie.
+    batch_axis: name of the mesh axis over which batches are sharded.
     rngs: source of the initial parameters.
 
   Example:

@@ -145,9 +145,10 @@ class ViT(_transformer.Stack):
     is_rematerialized: keeps of each block only its input, and computes the rest
       again in the backward pass.
     batch_axis: name of the axis of the mesh set by `jax.set_mesh` over which
-      batches lie. Parameters that are sharded over it too (`sharding.fsdp`) are
-      then gathered block by block. Left to itself the compiler keeps them
-      apart, and reduces activations of the whole batch over all devices.
+      batches are sharded. Parameters that are sharded over it too
+      (`sharding.fsdp`) are then gathered block by block. Without it the
+      compiler keeps them sharded, and reduces activations of the whole batch
+      over all devices.
     rngs: source of the initial parameters.
 
   Raises:
