@@ -21,7 +21,7 @@ LossFn = Callable[[Params, Any, jax.Array], jax.Array]
 
 
 class AtMost(float):
-  """An upper bound on a score that was not computed, below the bar.
+  """An upper bound, short of the bar, on a score that was not computed.
 
   An `eval_fn` may have a method `at_least(params, bar, strict=False)`. It
   returns the exact score, a float, or gives up on a model that cannot reach the

@@ -443,9 +443,9 @@ def test_convert_says_what_is_wrong(tmp_path, vit):
   path, _ = vit
   out = tmp_path / 'out.safetensors'
   for arguments, message, code in [
-      ((path, out, '--names', 'pytorch'), 'there are flax, hf, timm', 1),
+      ((path, out, '--names', 'pytorch'), 'choose from flax, hf, timm', 1),
       ((path, out, '--to', 'orbax'), 'is a directory', 2),
-      ((path, out, '--to', 'pickle'), 'no format', 2),
+      ((path, out, '--to', 'pickle'), 'is not a format', 2),
       ((tmp_path / 'none', out), 'does not exist', 1),
       ((path, path), 'exists and is not overwritten', 1),
   ]:

@@ -63,7 +63,7 @@ def greedy(
       that were rejected, and end early when a pass accepts none.
     with_replacement: whether later passes also try those already accepted,
       which then count more than once.
-    max_ingredients: the largest number of ingredients of the soup.
+    max_ingredients: stop when the soup has this many ingredients.
     scores: remembered scores, read and written; maps the indices of a candidate
       in ascending order to its score, such as `{(0,): 0.91, (0, 3): 0.92}`. A
       dict, or `checkpoints.ScoreLog`. Of a candidate that was rejected early it
