@@ -1,4 +1,4 @@
-"""Ingredients that fit together: checked when they are read.
+"""Ingredients of the same structure: checked when they are read.
 
 ```
 checked = Checked(ingredients)
@@ -23,44 +23,45 @@ from jaxsoup._soup import Members
 from jaxsoup._soup import Params
 
 
-def misfits(first: _tree.Flat, other: _tree.Flat) -> list[str]:
+def mismatches(first: _tree.Flat, other: _tree.Flat) -> list[str]:
   """What differs between two trees, without looking at values."""
   first_leaves = dict(zip(first.paths, first.leaves))
   other_leaves = dict(zip(other.paths, other.leaves))
-  found = []
+  differences = []
   for path in first_leaves.keys() - other_leaves.keys():
-    found.append(f'leaf {_tree.name_of(path)!r} is missing')
+    differences.append(f'leaf {_tree.name_of(path)!r} is missing')
   for path in other_leaves.keys() - first_leaves.keys():
-    found.append(f'leaf {_tree.name_of(path)!r} is not in the first one')
+    differences.append(f'leaf {_tree.name_of(path)!r} is unexpected')
   for path in first_leaves.keys() & other_leaves.keys():
     for what in ('shape', 'dtype'):
       expected = getattr(first_leaves[path], what)
       actual = getattr(other_leaves[path], what)
       if expected != actual:
-        found.append(
+        differences.append(
             f'leaf {_tree.name_of(path)!r} has {what} {actual}, expected '
             f'{expected}'
         )
-  return sorted(found)
+  return sorted(differences)
 
 
-def misfit_error(name: str, misfits: Sequence[str]) -> ValueError:
+def mismatch_error(name: str, differences: Sequence[str]) -> ValueError:
   """The error for an ingredient that differs from the first one."""
-  more = f' (and {len(misfits) - 5} more)' if len(misfits) > 5 else ''
-  if 'dtype' in misfits[0]:
+  num_more = len(differences) - 5
+  more = f' (and {num_more} more)' if num_more > 0 else ''
+  if 'dtype' in differences[0]:
     remedy = (
         'Cast one of them: '
         'jax.tree.map(lambda x: x.astype(jnp.float32), params)'
     )
   else:
     remedy = (
-        'Only models of one architecture can be averaged. Where just the heads '
-        'differ, pass the subtrees that agree, such as [p["backbone"] for p in '
+        'Only models of the same architecture can be averaged. If only the '
+        'heads differ, pass the part that is the same: [p["backbone"] for p in '
         'ingredients].'
     )
   return ValueError(
-      f'{name} does not fit the first one: {"; ".join(misfits[:5])}{more}. '
-      f'{remedy}'
+      f'{name} does not match the first ingredient: '
+      f'{"; ".join(differences[:5])}{more}. {remedy}'
   )
 
 
@@ -79,20 +80,21 @@ def non_float_error(
   """The error for counters, steps or keys that are not equal."""
   return ValueError(
       f'{name}: leaf {_tree.name_of(path)!r} of dtype {actual.dtype} is '
-      f'{_short(actual)}, but {_short(expected)} in the first one. Only floats '
-      'are averaged. Pass non_float_from=k to take such leaves from ingredient '
-      'k, or pass parameters only: nnx.state(model, nnx.Param).'
+      f'{_short(actual)}, but {_short(expected)} in the first ingredient. Only '
+      'floats are averaged. Pass non_float_from=k (--non-float-from K) to take '
+      'such leaves from ingredient k, or pass parameters only: '
+      'nnx.state(model, nnx.Param).'
   )
 
 
 def warn_of_duplicates(
     groups: Sequence[Members], name_fn: Callable[[int], str]
 ) -> None:
-  """Names the ingredients that are one model."""
+  """Warns of ingredients with equal parameters."""
   for group in groups:
     warnings.warn(
-        f'{" and ".join(map(name_fn, group))} have equal parameters: one model '
-        'counts several times.',
+        f'{" and ".join(map(name_fn, group))} have equal parameters: the '
+        'same model counts more than once.',
         stacklevel=5,
     )
 
@@ -105,8 +107,8 @@ def require_ingredients(ingredients: Any) -> None:
     raise TypeError(
         'ingredients must be a sequence of pytrees (a list, or '
         'checkpoints.Ingredients), not a '
-        f'{type(ingredients).__name__}. A generator: list(it) first. One '
-        'stacked tree: use jaxsoup.mix(stacked, alpha).'
+        f'{type(ingredients).__name__}. For a generator call list(it) first; '
+        'for one stacked tree use jaxsoup.mix(stacked, alpha).'
     )
   if not len(ingredients):
     raise ValueError(
@@ -132,9 +134,9 @@ def _summary(leaves: list[jax.Array]) -> tuple[list[jax.Array], ...]:
 class Checked(Sequence):
   """Ingredients as flat lists of leaves, each checked when it is first read.
 
-  The first one that is read is the template, of which no float leaf is kept:
-  the others must have its paths,
+  The first one that is read is the template: the others must have its paths,
   shapes and dtypes, finite values, and equal leaves where those are not floats.
+  Float leaves of the template are not kept.
   """
 
   def __init__(
@@ -147,7 +149,7 @@ class Checked(Sequence):
     self._duplicates: dict[int, int] = {}
     self._first: _tree.Flat | None = None
     if non_float_from is not None:
-      self[non_float_from]  # The template: whose non-float leaves are taken.
+      self[non_float_from]  # The template: its non-float leaves are used.
 
   def __len__(self) -> int:
     return len(self._source)
@@ -173,7 +175,7 @@ class Checked(Sequence):
     return self._first
 
   def prefetch(self, k: int) -> None:
-    """Says that ingredient k will be asked for next."""
+    """Announces that ingredient k will be read next."""
     getattr(self._source, 'prefetch', lambda _: None)(k)
 
   def name(self, k: int) -> str:
@@ -201,16 +203,16 @@ class Checked(Sequence):
   def duplicates(self) -> tuple[Members, ...]:
     """Groups of equal ingredients among those read so far; warns of them."""
     groups: dict[int, list[int]] = {}
-    for k, twin in sorted(self._duplicates.items()):
-      groups.setdefault(twin, [twin]).append(k)
-    found = tuple(tuple(group) for group in groups.values())
-    warn_of_duplicates(found, self.name)
-    return found
+    for k, first in sorted(self._duplicates.items()):
+      groups.setdefault(first, [first]).append(k)
+    duplicates = tuple(tuple(group) for group in groups.values())
+    warn_of_duplicates(duplicates, self.name)
+    return duplicates
 
   def _check(self, k: int, flat: _tree.Flat) -> None:
-    found = misfits(self.template, flat)
-    if found:
-      raise misfit_error(self.name(k), found)
+    differences = mismatches(self.template, flat)
+    if differences:
+      raise mismatch_error(self.name(k), differences)
     self._check_non_floats(k, flat)
     leaves = dict(zip(flat.paths, flat.leaves))
     floats = [leaves[path] for path in self.float_paths]
@@ -218,7 +220,8 @@ class Checked(Sequence):
     bad = [path for path, ok in zip(self.float_paths, finite) if not ok]
     if bad:
       raise not_finite_error(self.name(k), bad)
-    self._find_twin(k, floats, b''.join(np.asarray(s).tobytes() for s in sums))
+    sum_bytes = b''.join(np.asarray(s).tobytes() for s in sums)
+    self._find_duplicate(k, floats, sum_bytes)
 
   def _check_non_floats(self, k: int, flat: _tree.Flat) -> None:
     if not self._equal_non_floats:
@@ -231,22 +234,24 @@ class Checked(Sequence):
       if not np.array_equal(expected, actual):
         raise non_float_error(self.name(k), path, expected, actual)
 
-  def _find_twin(self, k: int, floats: list[jax.Array], sums: bytes) -> None:
+  def _find_duplicate(
+      self, k: int, floats: list[jax.Array], sums: bytes
+  ) -> None:
     # Equal sums are a hint; a permuted model has them too. So compare.
-    for twin, other_sums in self._sums.items():
-      if other_sums == sums and twin not in self._duplicates:
-        others = self[twin]
+    for other, other_sums in self._sums.items():
+      if other_sums == sums and other not in self._duplicates:
+        other_floats = self[other]
         if all(
             np.array_equal(_host_value(x), _host_value(y))
-            for x, y in zip(floats, others)
+            for x, y in zip(floats, other_floats)
         ):
-          self._duplicates[k] = twin
+          self._duplicates[k] = other
           break
     self._sums[k] = sums
 
 
 def _without_floats(flat: _tree.Flat) -> _tree.Flat:
-  # Only their shapes are needed: the template would hold one model for ever.
+  # Only their shapes are needed, so that no model stays in memory.
   shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   return flat._replace(
       leaves=[shape(x) if _tree.is_float(x) else x for x in flat.leaves]
@@ -264,13 +269,13 @@ def check_compatible(
 
   They must agree in the paths, shapes and dtypes of their leaves, all values
   must be finite, and leaves that are not floats (steps, counters, PRNG keys)
-  must be equal. Every recipe checks this by itself, on each ingredient when it
-  first reads it; call it to know before you start.
+  must be equal. Every recipe checks each ingredient when it first reads it;
+  call this to know before you start.
 
   Args:
     ingredients: K pytrees.
-    non_float_from: the ingredient whose non-float leaves a recipe would take,
-      which need then not be equal.
+    non_float_from: the ingredient whose non-float leaves a recipe would take;
+      then they need not be equal.
 
   Returns:
     Groups of ingredients with equal parameters, which a `UserWarning` names.
@@ -283,10 +288,10 @@ def check_compatible(
     >>> check_compatible([{'w': np.zeros(2)}, {'w': np.zeros(3)}])
     Traceback (most recent call last):
     ...
-    ValueError: ingredient 1 does not fit the first one: leaf 'w' has shape \
-(3,), expected (2,). Only models of one architecture can be averaged. Where \
-just the heads differ, pass the subtrees that agree, such as [p["backbone"] \
-for p in ingredients].
+    ValueError: ingredient 1 does not match the first ingredient: leaf 'w' \
+has shape (3,), expected (2,). Only models of the same architecture can be \
+averaged. If only the heads differ, pass the part that is the same: \
+[p["backbone"] for p in ingredients].
   """
   checked = Checked(ingredients, non_float_from)
   for k in range(len(checked)):
@@ -308,7 +313,7 @@ def in_order(checked: Checked, order: Sequence[int]):
 def fitting_leaves(
     checked: Checked, params: Params, name: str = 'theta_0'
 ) -> list[jax.Array]:
-  """The float leaves of another model, in the order of the ingredients'.
+  """The float leaves of another model, in the order of the template.
 
   Args:
     checked: ingredients, of which at least one is read.
@@ -319,11 +324,13 @@ def fitting_leaves(
     Its leaves.
 
   Raises:
-    ValueError: it does not fit.
+    ValueError: it does not match the ingredients.
   """
   first = checked.replace(checked[0])
   try:
     return Checked([first, params], non_float_from=0)[1]
   except ValueError as e:
     message = str(e).replace('ingredient 1', name)
-    raise ValueError(message.replace('first one', 'models')) from None
+    raise ValueError(
+        message.replace('first ingredient', 'ingredients')
+    ) from None

@@ -32,18 +32,18 @@ def free_bytes(device: Any) -> int:
 
 
 def host_free_bytes(root: str | pathlib.Path = '/') -> int:
-  """Bytes free on the host: the least of what system and control groups allow.
+  """Bytes free on the host: the least that system and control groups allow.
 
   Args:
-    root: where `proc` and `sys` lie.
+    root: the directory of `proc` and `sys`.
 
   Returns:
     A number of bytes. Where there is no `/proc` (macOS), all of the memory.
   """
   root = pathlib.Path(root)
-  found = [*_of_system(root), *_of_control_groups(root)]
-  if found:
-    return max(0, min(found))
+  limits = [*_of_system(root), *_of_control_groups(root)]
+  if limits:
+    return max(0, min(limits))
   return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
@@ -70,7 +70,7 @@ def _of_control_groups(root: pathlib.Path):
 
 
 def _of_folders(mount: pathlib.Path, path: str, names):
-  """Every group above limits too; in a container just the mount is seen."""
+  """Groups above limit it too; a container sees only the mount."""
   own = mount / path.strip('/')
   for folder in [own, *own.parents]:
     if mount not in (folder, *folder.parents):
@@ -84,7 +84,7 @@ def _of_folders(mount: pathlib.Path, path: str, names):
 
 def _number(path: pathlib.Path) -> int | None:
   text = ''.join(_lines(path)).strip()
-  return int(text) if text.isdigit() else None  # 'max' is no limit.
+  return int(text) if text.isdigit() else None  # 'max': unlimited.
 
 
 def _stat(path: pathlib.Path, name: str) -> int:

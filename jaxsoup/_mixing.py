@@ -131,8 +131,8 @@ def mix(stacked: Params, alpha: Any) -> Params:
 
   `theta = sum_k alpha_k theta_k`, summed in float32 (or wider), rounded once.
   Differentiable in both arguments in reverse mode; the gradient in alpha costs
-  K inner products. Runs under `jax.jit` and on any mesh: ingredients that are
-  sharded alike mix without communication.
+  K inner products. Runs under `jax.jit` and on any mesh: ingredients with the
+  same sharding mix without communication.
 
   Args:
     stacked: pytree with leaves `[K, ...]`, from `stack` or a vmapped training.
@@ -171,8 +171,8 @@ def stack(
 ) -> Params:
   """Stacks K models along a new first axis.
 
-  At most one ingredient is held beside the stack, so K checkpoints need K + 1
-  times the memory of one.
+  At most one ingredient is held as well as the stack, so K checkpoints need
+  K + 1 times the memory of one.
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
@@ -206,12 +206,12 @@ def stack_leaves(checked: _checked.Checked) -> list[jax.Array]:
     if not stacked:
       stacked = repeat(leaves, num_ingredients)
     else:
-      rows = [_beside(x, s) for x, s in zip(leaves, stacked)]
+      rows = [_on_mesh_of(s, x) for x, s in zip(leaves, stacked)]
       stacked = _set_row(stacked, rows, _tree.numbers(k, np.int32))
   return stacked
 
 
-def _beside(x: jax.Array, stacked: jax.Array) -> jax.Array:
+def _on_mesh_of(stacked: jax.Array, x: jax.Array) -> jax.Array:
   # jax 0.7 puts the stack of unsharded leaves on an Explicit mesh that is set.
   sharding = stacked.sharding
   if isinstance(sharding, NamedSharding) and not isinstance(

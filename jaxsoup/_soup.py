@@ -21,7 +21,7 @@ LossFn = Callable[[Params, Any, jax.Array], jax.Array]
 
 
 class AtMost(float):
-  """A score that was not found out: it is at most this, and not good enough.
+  """An upper bound, short of the bar, on a score that was not computed.
 
   An `eval_fn` may have a method `at_least(params, bar, strict=False)`. It
   returns the exact score, a float, or gives up on a model that cannot reach the
@@ -38,13 +38,13 @@ class AtMost(float):
 
 
 class Soup(NamedTuple):
-  """An average of K models, and how it came about.
+  """An average of K models, and how it was made.
 
   Attributes:
     params: `sum_k alpha_k theta_k`, in the container and dtypes of the
       ingredients.
     alpha: mixing coefficients, `[K]` float32; or nested dicts of those, one for
-      every group of leaves. `alpha[k]` belongs to the k-th ingredient as given.
+      each group of leaves. `alpha[k]` belongs to the k-th ingredient as given.
     info: what the recipe saw and did: one of the NamedTuples below.
   """
 
@@ -108,12 +108,12 @@ class LearnedPlan(NamedTuple):
   """Where `learned` will keep the ingredients, decided before it reads them.
 
   Attributes:
-    is_streamed: whether they are read anew in each step, or stacked once.
-    reason: why, in words.
-    resident_bytes: what the stack, one model more, the mixed model and its
-      gradient would take, on each device (on a CPU: in all).
+    is_streamed: whether they are read in each step, or stacked once.
+    reason: why, as text.
+    resident_bytes: bytes of the stack, one more model, the mixed model and its
+      gradient, on each device (on a CPU: in all).
     free_bytes: what is free there.
-    reads_per_step: ingredients that a step reads from where they are.
+    reads_per_step: ingredients that a step reads from their source.
   """
 
   is_streamed: bool
@@ -149,8 +149,8 @@ class StockInfo(NamedTuple):
 
   Attributes:
     cosine: mean cosine between two task vectors, a nested dict of scalars.
-    ratio: how far from the initialization (0) to the mean of the ingredients
-      (1) the soup lies, a nested dict of scalars.
+    ratio: position of the soup between the initialization (0) and the mean of
+      the ingredients (1), a nested dict of scalars.
     duplicates: groups of ingredients with equal parameters.
   """
 

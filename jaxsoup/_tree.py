@@ -27,7 +27,7 @@ Path = tuple[str, ...]
 
 
 def path_of(key_path: Sequence[Any]) -> Path:
-  """Keys of a leaf as strings; the `.value` of an nnx.Variable is no key."""
+  """Keys of a leaf as strings; the `.value` of an nnx.Variable is left out."""
   if key_path and key_path[-1] == jax.tree_util.GetAttrKey('value'):
     key_path = key_path[:-1]
   return tuple(
@@ -67,7 +67,7 @@ def flatten(tree: Params) -> Flat:
 
 
 def flatten_in_place(tree: Params) -> Flat:
-  """Takes a pytree apart, its leaves left where they are."""
+  """Takes a pytree apart, without moving its leaves."""
   with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
   paths = [path_of(key_path) for key_path, _ in with_paths]
   return Flat([leaf for _, leaf in with_paths], paths, treedef)
@@ -83,7 +83,7 @@ def on_device(leaf: Any, path: Path = ()) -> Any:
     raise TypeError(
         f'Leaf {name_of(path)!r} is a {type(leaf).__name__}, not an array. '
         'Pass parameters only: nnx.state(model, nnx.Param), '
-        "variables['params'], or jax.tree.map over what you have."
+        "variables['params']; or convert the leaves with jax.tree.map."
     )
   return jax.device_put(array)
 
@@ -100,20 +100,20 @@ def group_of(path: Path, depth: float | None) -> Path:
   return path if depth >= len(path) else path[: int(depth)]
 
 
-# Keys of running statistics, beside each other in the tree.
+# Keys of running statistics, next to each other in the tree.
 _STATISTICS = ({'mean', 'var'}, {'running_mean', 'running_var'})
 
 
 def statistics_of(paths: Sequence[Path]) -> np.ndarray:
   """Which leaves are running statistics of BatchNorm, [L] bool."""
-  beside: dict[Path, set[str]] = {}
+  siblings: dict[Path, set[str]] = {}
   for path in paths:
     for parent, key in _places(path):
-      beside.setdefault(parent, set()).add(key)
+      siblings.setdefault(parent, set()).add(key)
 
   def is_statistic(path):
     return any(
-        key in names and names <= beside[parent]
+        key in names and names <= siblings[parent]
         for parent, key in _places(path)
         for names in _STATISTICS
     )
@@ -122,7 +122,7 @@ def statistics_of(paths: Sequence[Path]) -> np.ndarray:
 
 
 def _places(path: Path) -> list[tuple[Path, str]]:
-  """Parent and key of a leaf; also of one key with dots, as in torch."""
+  """Parent and key of a leaf; also for a key with dots, as in torch."""
   if not path:
     return []
   stem, _, last = path[-1].rpartition('.')
@@ -144,7 +144,7 @@ def nest(groups: Mapping[Path, Any]) -> Any:
 def alphas_of(alpha: Any, paths: Sequence[Path]) -> list[jax.Array]:
   """The coefficients of every leaf: the entry of alpha above its path."""
   entries = entries_of(alpha)
-  found = []
+  alphas = []
   used = set()
   for path in paths:
     above = [path[:n] for n in range(len(path) + 1) if path[:n] in entries]
@@ -154,14 +154,14 @@ def alphas_of(alpha: Any, paths: Sequence[Path]) -> list[jax.Array]:
           f'{sorted(map(name_of, entries))}.'
       )
     used.add(above[0])
-    found.append(entries[above[0]])
+    alphas.append(entries[above[0]])
   unused = entries.keys() - used
   if unused and paths:
     raise ValueError(
-        f'alpha has entries {sorted(map(name_of, unused))} with no leaf below '
-        f'them; the leaves are {[name_of(p) for p in paths[:8]]}...'
+        f'alpha has entries {sorted(map(name_of, unused))} that match no leaf; '
+        f'the leaves are {[name_of(p) for p in paths[:8]]}...'
     )
-  return found
+  return alphas
 
 
 def checked_alpha(alpha: Any, num: int) -> Any:

@@ -1,4 +1,4 @@
-"""What is installed, and what of it does not work together.
+"""Installed versions, and which of them do not work together.
 
 ```
 doctor.examine()['problems']
@@ -55,21 +55,23 @@ def examine() -> dict[str, Any]:
   }
 
 
-def as_text(found: dict[str, Any]) -> str:
-  """The lines of a terminal."""
-  lines = [f'python               {found["python"]}']
-  for name, version in found['versions'].items():
+def as_text(summary: dict[str, Any]) -> str:
+  """The result of `examine` as lines for a terminal."""
+  lines = [f'python               {summary["python"]}']
+  for name, version in summary['versions'].items():
     lines.append(f'{name:<20} {version or "not installed"}')
-  lines.append(f'devices              {", ".join(found["devices"]) or "none"}')
-  lines += [f'Problem: {problem}' for problem in found['problems']]
-  if not found['problems']:
+  lines.append(
+      f'devices              {", ".join(summary["devices"]) or "none"}'
+  )
+  lines += [f'Problem: {problem}' for problem in summary['problems']]
+  if not summary['problems']:
     lines.append('No problems found.')
   return '\n'.join(lines)
 
 
 def _version(name: str) -> str | None:
   if name == 'jaxsoup':
-    return jaxsoup.__version__  # It runs, perhaps from a checkout.
+    return jaxsoup.__version__  # Perhaps from a checkout.
   try:
     return importlib.metadata.version(name)
   except importlib.metadata.PackageNotFoundError:
@@ -92,7 +94,7 @@ def _clashes(versions: dict[str, str | None]) -> list[str]:
   jaxlib = _numbers(versions['jaxlib'])
   if jaxlib and jax and jaxlib[:2] != jax[:2]:
     clashes.append(
-        f'jaxlib {versions["jaxlib"]} does not belong to jax '
+        f'jaxlib {versions["jaxlib"]} does not match jax '
         f'{versions["jax"]}: pip install -U jax jaxlib'
     )
   safetensors = _numbers(versions['safetensors'])
@@ -112,6 +114,6 @@ def _devices() -> tuple[list[str], list[str]]:
     counted = dict.fromkeys(kinds)
     return [f'{kinds.count(k)} x {k}' for k in counted], []
   except Exception as e:
-    # Whatever a broken installation raises is what the user came to see.
+    # Show whatever a broken installation raises.
     first = str(e).strip().split('\n')[0]
     return [], [f'jax finds no device: {type(e).__name__}: {first}']

@@ -32,7 +32,7 @@ class Ensemble(NamedTuple):
   Attributes:
     logits: `sum_k alpha_k logits_k`, `[N, C]`.
     alpha: `[K]`; the members are those that are not zero.
-    info: as of the soup with the same recipe.
+    info: that of the soup with the same recipe.
   """
 
   logits: jax.Array
@@ -107,7 +107,7 @@ def greedy(
 def _models(logits: Any) -> list[Any]:
   if np.ndim(logits) != 3:
     raise ValueError(
-        f'logits have shape {np.shape(logits)}: expected [K, N, C], one row a '
-        'model, as ensembles.collect returns them.'
+        f'logits have shape {np.shape(logits)}: expected [K, N, C] for K '
+        'models, as ensembles.collect returns them.'
     )
   return list(logits)

@@ -3,7 +3,7 @@
 ```
 batches = evaluation.batched(held_out, batch_size=256)
 
-def correct(params, batch):                       # [B], one number an example
+def correct(params, batch):                       # [B], one number per example
   return logits_fn(params, batch['image']).argmax(-1) == batch['label']
 
 soup = jaxsoup.greedy(ingredients, evaluation.mean_of(correct, batches))
@@ -43,7 +43,7 @@ def batched(
   Args:
     data: arrays `[N, ...]` with one N.
     batch_size: number of examples in a batch, B.
-    sharding: how a batch lies on a mesh, such as `NamedSharding(mesh,
+    sharding: of a batch on a mesh, such as `NamedSharding(mesh,
       PartitionSpec('data'))`; B is rounded up to what it divides. Every process
       passes the same data, and holds its part of each batch.
 
@@ -64,7 +64,8 @@ def batched(
   if num == 0 or len(set(lengths.values())) > 1 or batch_size < 1:
     raise ValueError(
         f'Arrays of lengths {lengths} cannot be cut into batches of '
-        f'{batch_size}: they must have one length, at least 1.'
+        f'{batch_size}: their lengths must be equal, and lengths and batch '
+        'size at least 1.'
     )
   while sharding is not None and not _divides(sharding, batch_size):
     batch_size += 1
@@ -86,7 +87,7 @@ def _divides(sharding: jax.sharding.Sharding, batch_size: int) -> bool:
 
 
 def placed(x: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-  """An array as it is to lie; every process passes the same one."""
+  """Places an array; every process passes the same one."""
   if sharding is None:
     return jax.device_put(x)
   return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
@@ -106,10 +107,10 @@ def mean_of(
   exists, and every evaluation runs in full: `repr(eval_fn)` says which it is.
 
   Args:
-    metric_fn: `metric_fn(params, batch) -> [B]`, one number an example, higher
-      is better. bool makes rejections cheap.
-    batches: mappings of arrays `[B, ...]` that can be walked through any number
-      of times. Where a batch has a `mask` `[B]`, only those examples count.
+    metric_fn: `metric_fn(params, batch) -> [B]`, one number per example,
+      higher is better. bool makes rejections cheap.
+    batches: mappings of arrays `[B, ...]` that can be read any number of times.
+      Where a batch has a `mask` `[B]`, only those examples count.
 
   Returns:
     `eval_fn(params) -> float`, with a method `at_least`.
@@ -164,8 +165,8 @@ class MeanOf:
     name = getattr(self._metric_fn, '__name__', repr(self._metric_fn))
     says = {
         None: 'no model scored yet',
-        True: 'right or wrong: rejections end early',
-        False: 'not boolean: no bound exists, every evaluation runs in full',
+        True: 'boolean: rejections end early',
+        False: 'not boolean: every evaluation runs in full',
     }
     return f'mean_of({name}; {says[self._is_boolean]})'
 
@@ -210,7 +211,7 @@ class MeanOf:
 
     With w wrong answers so far, the score of N examples is at most (N - w) / N.
     Bound and score are quotients of the same integers, so that no rounding
-    parts the decision from that of the full evaluation.
+    makes the decision differ from that of the full evaluation.
 
     Args:
       params: a model.
@@ -227,7 +228,7 @@ class MeanOf:
       score = self._score_or_bound(params, reaches)
     else:
       score = self(params)
-    # The first call has just found out.
+    # Known since the first call.
     if not self._is_boolean or reaches(score):
       return score
     num = self._num
@@ -255,8 +256,8 @@ class MeanOf:
         return most / self._num
     if self.num_seen != self._num:
       raise ValueError(
-          f'The batches hold {self.num_seen} examples, and held {self._num} '
-          'before. An iterator is used up after one walk: pass a list.'
+          f'The batches hold {self.num_seen} examples, but held {self._num} '
+          'before. An iterator can be read only once: pass a list.'
       )
     return most / self._num
 
@@ -268,11 +269,11 @@ class MeanOf:
         yield None, _on_device(batch)
 
 
-def _require_examples(found: Any) -> None:
-  if not found:
+def _require_examples(num: Any) -> None:
+  if not num:
     raise ValueError(
-        'There was no example to score: no batch, or all of them masked. An '
-        'iterator is used up after one walk: pass a list.'
+        'There are no examples to score: no batches, or all are masked. An '
+        'iterator can be read only once: pass a list.'
     )
 
 
@@ -282,8 +283,8 @@ def _sums(metric_fn, params, batch):
   if values.ndim != 1:
     raise ValueError(
         f'metric_fn returned shape {values.shape}: expected [B], one number '
-        'an example, which mean_of averages. For a metric of the whole set '
-        'use evaluation.score_of.'
+        'per example. For a metric of the whole data set use '
+        'evaluation.score_of.'
     )
   mask = batch.get('mask', jnp.ones(values.shape, bool))
   total = jnp.where(mask, values.astype(jnp.float32), 0).sum()
@@ -387,7 +388,7 @@ class _HardFirst:
 def logits_of(
     logits_fn: Callable[[Params, Batch], jax.Array], batches: Iterable[Batch]
 ) -> Callable[[Params], np.ndarray]:
-  """The outputs of a model on all examples: run once, then score at will.
+  """The outputs of a model on all examples, for any number of metrics.
 
   Args:
     logits_fn: `logits_fn(params, batch) -> [B, ...]`.
@@ -413,7 +414,8 @@ def logits_of(
       rows.append(logits[keep])
     if not rows:
       raise ValueError(
-          'There was no batch: an iterator is used up by one walk.'
+          'There are no batches. An iterator can be read only once: pass a '
+          'list.'
       )
     return np.concatenate(rows)
 

@@ -29,14 +29,14 @@ _CONFIG = 'adapter_config.json'
 _WEIGHTS = 'adapter_model.safetensors'
 _PREFIX = 'base_model.model.'
 _NAME = re.compile(re.escape(_PREFIX) + r'(.+)\.lora_([AB])\.weight')
-# What makes an adapter more than `B A`, or something else.
+# Settings with which an adapter is not just `B A`.
 _REFUSED = (
     'use_dora', 'lora_bias', 'use_qalora', 'modules_to_save',
     'trainable_token_indices', 'target_parameters', 'layer_replication',
     'alora_invocation_tokens',
 )  # fmt: skip
 
-# Initializations that take from the base what they put into the adapter.
+# Initializations that also change the base.
 _CHANGES_BASE = ('pissa', 'olora', 'corda', 'loftq', 'lora_ga')
 
 
@@ -46,7 +46,7 @@ class Adapter(NamedTuple):
   Attributes:
     factors: by the layer's name, `{'A': [r, in], 'B': [out, r]}`; the scaling
       `alpha / r` is folded into B.
-    config: the adapter_config.json of PEFT; {} is none.
+    config: the adapter_config.json of PEFT, or {}.
   """
 
   factors: Mapping[str, Mapping[str, np.ndarray]]
@@ -72,8 +72,8 @@ def average(
 
   `dW = sum_k alpha_k B_k A_k = [alpha_1 B_1, ..., alpha_K B_K] [A_1; ...; A_K]`
 
-  That is exact, and of rank `sum_k r_k`. The product of averaged factors is
-  something else: it mixes the B of one adapter with the A of another. With
+  This is exact, and of rank `sum_k r_k`. The product of averaged factors is
+  not: it mixes the B of one adapter with the A of another. With
   `rank` the nearest matrix of that rank in the Frobenius norm is taken, from
   the SVD of a small core: dW is never formed.
 
@@ -81,13 +81,13 @@ def average(
     adapters: K of them, of any ranks. A layer that one of them lacks is zero
       there.
     alpha: `[K]` weights; None is `1 / K` for each.
-    rank: of the result; None is exact.
+    rank: of the result; None means exact.
 
   Returns:
     The average in float32, and the residual of each layer.
 
   Raises:
-    ValueError: a layer has other sizes in another adapter, a factor is not
+    ValueError: a layer has different sizes in two adapters, a factor is not
       finite, or the number of weights is wrong.
 
   Example:
@@ -106,8 +106,8 @@ def average(
   alpha = np.full(num, 1 / max(1, num)) if alpha is None else np.asarray(alpha)
   if not num or alpha.shape != (num,):
     raise ValueError(
-        f'alpha has shape {alpha.shape}, and there are {num} adapters: give '
-        'one weight for each of at least one.'
+        f'alpha has shape {alpha.shape}, but there are {num} adapters: give '
+        'at least one adapter, and one weight for each.'
     )
   if rank is not None and rank < 1:
     raise ValueError(f'rank is {rank}, expected at least 1.')
@@ -154,7 +154,7 @@ def _of_rank(
 
 
 def _check(adapters: Sequence[Adapter]) -> None:
-  """Raises where adapters are not of one base."""
+  """Raises where adapters do not have the same base model."""
   seen: dict[str, tuple[int, tuple[int, int]]] = {}
   for k, adapter in enumerate(adapters):
     for layer, factor in adapter.factors.items():
@@ -167,8 +167,8 @@ def _check(adapters: Sequence[Adapter]) -> None:
       first, sizes = seen.setdefault(layer, (k, (b[0], a[1])))
       if sizes != (b[0], a[1]):
         raise ValueError(
-            f'{where} adds a matrix {(b[0], a[1])}, adapter {first} one of '
-            f'{sizes}. Average adapters of one base.'
+            f'{where} adds a matrix of shape {(b[0], a[1])}, but adapter '
+            f'{first} adds {sizes}. Average adapters of the same base model.'
         )
       for name, x in factor.items():
         if not np.isfinite(np.asarray(x, np.float64)).all():
@@ -180,8 +180,8 @@ def _check(adapters: Sequence[Adapter]) -> None:
     odd = [v for v in values if v != values[0]]
     if odd:
       warnings.warn(
-          f'{key} is {values[0]!r} and {odd[0]!r}: are these adapters of one '
-          'base?',
+          f'{key} is {values[0]!r} in one adapter and {odd[0]!r} in another: '
+          'do they have the same base model?',
           stacklevel=3,
       )
 
@@ -224,8 +224,8 @@ def load(path: Any) -> Adapter:
 
   Raises:
     FileNotFoundError: no adapter there.
-    ValueError: it is more than matrices `B A`: DoRA, trained biases, modules
-      saved whole, embeddings, convolutions.
+    ValueError: it is not just matrices `B A`: DoRA, trained biases, whole
+      modules, embeddings, convolutions.
   """
   path = pathlib.Path(path)
   if not (path / _CONFIG).is_file():
@@ -240,18 +240,21 @@ def load(path: Any) -> Adapter:
   )
   factors: dict[str, dict[str, np.ndarray]] = {}
   for name, shape in arrays.shapes.items():
-    found = _NAME.fullmatch(name)
-    if found is None or len(shape.shape) != 2:
+    match = _NAME.fullmatch(name)
+    if match is None or len(shape.shape) != 2:
       raise ValueError(
-          f'{arrays.path}: {name!r} of shape {shape.shape} is no factor of a '
-          'dense layer. Embeddings, convolutions and modules saved whole '
-          'cannot be averaged as adapters: merge each into its base, and '
-          'average those.'
+          f'{arrays.path}: {name!r} of shape {shape.shape} is not a LoRA '
+          'factor of a dense layer. Adapters of embeddings or '
+          'convolutions, or with whole modules, cannot be averaged: merge each '
+          'into its base model, and average those.'
       )
-    factors.setdefault(found[1], {})[found[2]] = arrays[name].astype(np.float32)
+    factors.setdefault(match[1], {})[match[2]] = arrays[name].astype(np.float32)
   for layer, factor in factors.items():
     if set(factor) != {'A', 'B'}:
-      raise ValueError(f'{arrays.path}: layer {layer!r} has only {[*factor]}.')
+      raise ValueError(
+          f'{arrays.path}: layer {layer!r} has only {[*factor]}, expected A '
+          'and B. Give a complete copy of the adapter.'
+      )
     factor['B'] = factor['B'] * _scaling(config, layer, len(factor['A']))
   return Adapter(factors, config)
 
@@ -266,10 +269,9 @@ def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     odd.append('peft_type')
   if odd:
     raise ValueError(
-        f'{path / _CONFIG} has {odd[0]}={config[odd[0]]!r}: that is more than '
-        'B A, or something else, and its average is not that of adapters. '
-        'Merge each into its base (merge_and_unload of PEFT), and average '
-        'those.'
+        f'{path / _CONFIG} has {odd[0]}={config[odd[0]]!r}: the adapter is not '
+        'just a product B A, and cannot be averaged as one. Merge each adapter '
+        'into its base model (merge_and_unload of PEFT), and average those.'
     )
 
 
@@ -307,7 +309,7 @@ def save(path: Any, adapter: Adapter) -> str:
   """
   path = pathlib.Path(path).absolute()
   if path.exists():
-    raise FileExistsError(f'{path} exists. Give another path.')
+    raise FileExistsError(f'{path} already exists. Give another path.')
   arrays = {
       f'{_PREFIX}{layer}.lora_{name}.weight': np.asarray(x, np.float32)
       for layer, factor in adapter.factors.items()
@@ -315,7 +317,7 @@ def save(path: Any, adapter: Adapter) -> str:
   }
   config = json.dumps(_config(adapter), indent=2) + '\n'
   path.parent.mkdir(parents=True, exist_ok=True)
-  with _directories.appearing(path) as folder:
+  with _directories.atomic_directory(path) as folder:
     checkpoints.save(folder / _WEIGHTS, arrays)
     (folder / _CONFIG).write_text(config)
   return str(path)

@@ -6,10 +6,10 @@ metrics.expected_calibration_error(logits, labels, num_bins=15)
 ```
 
 All take logits `[N, C]` and labels `[N]` (integers in 0..C-1) and return a
-float32 scalar; `correct` and `log_likelihood` return one number an example,
-`[N]`, and `reliability` one a bin. Higher is better for those, `accuracy`,
-`top_k_accuracy`, `f1` and `matthews`; lower for the others: put a minus in
-front to select on them.
+float32 scalar; `correct` and `log_likelihood` return one number per example,
+`[N]`, and `reliability` one per bin. Higher is better for those, `accuracy`,
+`top_k_accuracy`, `f1` and `matthews`; lower for the others: negate them to
+select on them.
 """
 
 import functools
@@ -127,7 +127,7 @@ class Reliability(NamedTuple):
 def reliability(
     logits: jax.Array, labels: jax.Array, *, num_bins: int = 15
 ) -> Reliability:
-  """How often a model is right where it says how sure it is.
+  """How often a model is right, by how confident it is.
 
   Args:
     logits: `[N, C]`.
@@ -140,8 +140,8 @@ def reliability(
 
   Example:
     >>> logits = np.log(np.array([[0.6, 0.4], [0.4, 0.6], [0.9, 0.1]]))
-    >>> found = reliability(logits, np.array([0, 0, 0]), num_bins=2)
-    >>> [x.tolist() for x in found]
+    >>> bins = reliability(logits, np.array([0, 0, 0]), num_bins=2)
+    >>> [x.tolist() for x in bins]
     [[0.6, 0.9], [0.5, 1.0], [2, 1]]
 
   Source: Nguyen and O'Connor 2015 (adaptive bins); Guo et al. 2017.
@@ -178,9 +178,9 @@ def expected_calibration_error(
 
   Source: Nguyen and O'Connor 2015 (adaptive bins); Guo et al. 2017.
   """
-  found = reliability(logits, labels, num_bins=num_bins)
-  gap = jnp.abs(found.accuracy - found.confidence)
-  return (gap * found.num).sum() / labels.shape[0]
+  bins = reliability(logits, labels, num_bins=num_bins)
+  gap = jnp.abs(bins.accuracy - bins.confidence)
+  return (gap * bins.num).sum() / labels.shape[0]
 
 
 def _confusion(logits: jax.Array, labels: jax.Array) -> jax.Array:

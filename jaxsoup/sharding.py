@@ -1,4 +1,4 @@
-"""Shardings for parameters: the mesh rides on the abstract tree.
+"""Shardings for parameters: the abstract tree carries the mesh.
 
 ```
 mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Auto,))
@@ -6,8 +6,7 @@ abstract_params = sharding.fsdp(jax.eval_shape(init_params), mesh)
 ingredients = checkpoints.Ingredients(run_dirs, abstract_params)
 ```
 
-`jax.jit` with shardings is what used to be called pjit: nothing here needs
-another function.
+`jax.jit` with shardings replaces pjit: no other function is needed.
 """
 
 from collections.abc import Sequence
@@ -48,7 +47,7 @@ def fsdp(abstract_params: Params, mesh: Any, *, axis: str = 'fsdp') -> Params:
   """
   if axis not in mesh.axis_names:
     raise ValueError(
-        f'The mesh has axes {mesh.axis_names}, and none named {axis!r}. Pass '
+        f'The mesh has no axis {axis!r}, only {mesh.axis_names}. Pass '
         'axis=NAME.'
     )
   num_shards = mesh.shape[axis]

@@ -215,14 +215,14 @@ def check_timm(
 
   given = dict(_names.write(params, module.TABLES['timm'](**arguments)))
   num_classes = arguments['num_classes']
-  found = _timm.run(name, folder, given=given, num_classes=num_classes)
-  stored = checkpoints.Arrays(found.file)
+  reference = _timm.run(name, folder, given=given, num_classes=num_classes)
+  stored = checkpoints.Arrays(reference.file)
   graphdef, again, _ = load(module, cls, 'timm', stored, config)
   assert_trees_equal(again, params)
-  image = found.data['image'].transpose(0, 2, 3, 1)
+  image = reference.data['image'].transpose(0, 2, 3, 1)
   actual = apply(graphdef, again, image)
-  assert_close(actual, found.data['logits'], atol)
-  logits = found.data['logits_float64']
+  assert_close(actual, reference.data['logits'], atol)
+  logits = reference.data['logits_float64']
   assert_close_in_float64(graphdef, again, image, logits)
 
 

@@ -1,4 +1,4 @@
-"""One of several processes: runs the recipes, and prints what it found.
+"""One of several processes: runs the recipes, and prints what it results.
 
 python tests/_distributed_worker.py FOLDER PORT NUM_PROCESSES PROCESS
 """
@@ -84,7 +84,7 @@ soups = {
     'learned': learn(),
     'streamed': learn(stream=True),
 }
-found = {'scores': {str(k): v for k, v in log.items()}}
+results = {'scores': {str(k): v for k, v in log.items()}}
 for name, soup in soups.items():
   for suffix in ('', '.safetensors'):
     path = folder / f'{name}{suffix}'
@@ -95,9 +95,9 @@ for name, soup in soups.items():
           [(x == y).all() for x, y in zip(*map(jax.tree.leaves, (a, b)))]
       ).all(),
   )(soup.params, again)
-  found[name] = {
+  results[name] = {
       'alpha': np.asarray(soup.alpha).tolist(),
       'is_restored': bool(same),
       'hash': checkpoints.provenance(folder / name)['content_hash'],
   }
-print(json.dumps(found))
+print(json.dumps(results))

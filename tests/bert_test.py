@@ -204,7 +204,7 @@ def test_what_does_not_fit():
   with pytest.raises(ValueError, match='num_heads 5 does not divide width 12'):
     make(num_heads=5)
   graphdef, params = make()
-  with pytest.raises(ValueError, match='has 10 tokens a text, the model 9'):
+  with pytest.raises(ValueError, match='10 tokens per text, .* model has 9'):
     nnx.merge(graphdef, params)(np.ones((1, 10), np.int32))
   shapes = file_of(params)
   for name, value in (
@@ -215,7 +215,7 @@ def test_what_does_not_fit():
     with pytest.raises(ValueError, match=f'config.json has {name} {value!r}'):
       bert.arguments('hf', shapes, {name: value})
   headless = {n: x for n, x in shapes.items() if 'pooler' not in n}
-  with pytest.raises(ValueError, match='the file is not of a BERT'):
+  with pytest.raises(ValueError, match='this is not a BERT model'):
     bert.arguments('hf', {}, {})
   with pytest.raises(ValueError, match='head classifies tokens'):
     bert.arguments('hf', headless, {})
@@ -253,7 +253,7 @@ def load(folder, **overrides):
 
 
 def spellings(file):
-  """The same arrays under the other names in which they are found."""
+  """The same arrays under the other names that files have."""
   yield file
   bare = {n.removeprefix('bert.'): x for n, x in file.items()}
   yield bare

@@ -152,8 +152,8 @@ def test_step_with_several_items(tmp_path):
     manager.save(3, args=items)
     manager.wait_until_finished()
   for item, expected in (('raw', params), ('ema', ema)):
-    found = checkpoints.Ingredients([tmp_path / 'run'], item=item)
-    assert_equal(found[0], expected)
+    ingredients = checkpoints.Ingredients([tmp_path / 'run'], item=item)
+    assert_equal(ingredients[0], expected)
   with pytest.raises(
       ValueError, match=r"several checkpoints: \['ema', 'raw'\]"
   ):
@@ -178,10 +178,10 @@ def test_nnx_state(tmp_path, writer):
   abstract_state = nnx.state(
       nnx.eval_shape(lambda: Net(nnx.Rngs(0))), nnx.Param
   )
-  found = checkpoints.Ingredients([tmp_path / 'run'], abstract_state)[0]
-  assert isinstance(found, nnx.State)
-  assert_equal(pure(found), pure(state))
-  nnx.update(Net(nnx.Rngs(1)), found)
+  read_state = checkpoints.Ingredients([tmp_path / 'run'], abstract_state)[0]
+  assert isinstance(read_state, nnx.State)
+  assert_equal(pure(read_state), pure(state))
+  nnx.update(Net(nnx.Rngs(1)), read_state)
   # The 'value' keys of what Orbax stores are no part of the names.
   assert_equal(checkpoints.Ingredients([tmp_path / 'run'])[0], pure(state))
 
@@ -190,16 +190,16 @@ def test_nnx_state(tmp_path, writer):
 def test_lists_inside(tmp_path, writer):
   params = {'layers': [np.ones(2, np.float32), np.zeros(3, np.float32)]}
   WRITERS[writer](tmp_path / 'run', params)
-  found = checkpoints.Ingredients([tmp_path / 'run'], abstract_of(params))[0]
-  assert isinstance(found['layers'], list)
-  assert_equal(found, params)
+  restored = checkpoints.Ingredients([tmp_path / 'run'], abstract_of(params))[0]
+  assert isinstance(restored['layers'], list)
+  assert_equal(restored, params)
 
 
 def test_a_subtree_is_enough(tmp_path):
   checkpoints.save(tmp_path / 'run', params_of())
   wanted = {'head': abstract_of(params_of())['head']}
-  found = checkpoints.Ingredients([tmp_path / 'run'], wanted)[0]
-  assert_equal(found, {'head': params_of()['head']})
+  head = checkpoints.Ingredients([tmp_path / 'run'], wanted)[0]
+  assert_equal(head, {'head': params_of()['head']})
 
 
 # --- Dtypes and meshes --------------------------------------------------------
@@ -207,9 +207,9 @@ def test_a_subtree_is_enough(tmp_path):
 
 def test_dtype_that_is_asked_for(runs):
   abstract_params = abstract_of(params_of(), jnp.bfloat16)
-  found = checkpoints.Ingredients(runs, abstract_params)[0]
+  params = checkpoints.Ingredients(runs, abstract_params)[0]
   expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_of())
-  assert_equal(found, expected)
+  assert_equal(params, expected)
 
 
 @pytest.mark.parametrize('dtype', (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -224,12 +224,12 @@ def test_dtypes_come_back(tmp_path, dtype):
 def test_onto_a_mesh_and_back(tmp_path, runs, axis_type):
   mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(axis_type,))
   abstract_params = sharding.fsdp(abstract_of(params_of()), mesh)
-  found = checkpoints.Ingredients(runs, abstract_params)[1]
-  jax.tree.map(lambda x, a: _assert_sharded(x, a), found, abstract_params)
-  assert_equal(found, params_of(1))
+  params = checkpoints.Ingredients(runs, abstract_params)[1]
+  jax.tree.map(lambda x, a: _assert_sharded(x, a), params, abstract_params)
+  assert_equal(params, params_of(1))
 
   # Saved from four devices, read on one, and on four again.
-  checkpoints.save(tmp_path / 'spread', found)
+  checkpoints.save(tmp_path / 'spread', params)
   one = checkpoints.Ingredients([tmp_path / 'spread'], abstract_of(params_of()))
   assert_equal(one[0], params_of(1))
   assert len(one[0]['body']['kernel'].sharding.device_set) == 1
@@ -257,8 +257,8 @@ def test_reading_while_a_mesh_is_set(runs):
   mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
   abstract_params = sharding.fsdp(abstract_of(params_of()), mesh)
   with jax.set_mesh(mesh), jax.transfer_guard('disallow'):
-    found = list(checkpoints.Ingredients(runs, abstract_params))
-  for k, params in enumerate(found):
+    models = list(checkpoints.Ingredients(runs, abstract_params))
+  for k, params in enumerate(models):
     assert_equal(params, params_of(k))
 
 
@@ -360,11 +360,11 @@ def test_metadata_needs_no_array(tmp_path, writer):
       'b': np.ones(3, jnp.bfloat16),
   }
   WRITERS[writer](tmp_path / 'run', params)
-  # The values lie here; what is beside it is the index of the leaves.
+  # The values are here; the other files are the index of the leaves.
   for folder in list((tmp_path / 'run').rglob('ocdbt.process_0')):
     shutil.rmtree(folder)
-  found = checkpoints.metadata(tmp_path / 'run')
-  shapes = {'/'.join(p): (x.shape, x.dtype) for p, x in found.leaves.items()}
+  metadata = checkpoints.metadata(tmp_path / 'run')
+  shapes = {'/'.join(p): (x.shape, x.dtype) for p, x in metadata.leaves.items()}
   assert shapes == {'b': ((3,), jnp.bfloat16), 'w': ((64, 64), np.float32)}
   with pytest.raises(ValueError, match='run.* cannot be read: .*damaged'):
     checkpoints.Ingredients([tmp_path / 'run'])[0]
@@ -382,8 +382,8 @@ def test_unfinished_checkpoints(tmp_path, runs):
     checkpoints.Ingredients([unfinished])
   shutil.copytree(runs[1], tmp_path / 'run' / '10')
   with pytest.warns(UserWarning, match='20.orbax.*unfinished .* skipped'):
-    found = checkpoints.Ingredients([tmp_path / 'run'])
-  assert found.paths == (str(tmp_path / 'run/10'),)
+    ingredients = checkpoints.Ingredients([tmp_path / 'run'])
+  assert ingredients.paths == (str(tmp_path / 'run/10'),)
 
 
 def test_missing_paths(tmp_path, runs):
@@ -441,7 +441,7 @@ def test_what_cannot_be_saved(tmp_path):
       checkpoints.save(tmp_path / 'run', params)
   with pytest.raises(TypeError, match="'key' is a PRNG key"):
     checkpoints.save(tmp_path / 'run', {'key': jax.random.key(0)})
-  with pytest.raises(TypeError, match='does not fit into JSON'):
+  with pytest.raises(TypeError, match='cannot be stored as JSON'):
     checkpoints.save(tmp_path / 'run', params_of(), metadata={'x': object()})
   assert not list(tmp_path.iterdir())
 
@@ -495,10 +495,10 @@ def test_content_hash(tmp_path, runs):
   changed = params_of(0)
   changed['body']['bias'][0] = np.nextafter(changed['body']['bias'][0], 9)
   checkpoints.save(tmp_path / 'changed', changed)
-  found = checkpoints.Ingredients(
+  ingredients = checkpoints.Ingredients(
       [runs[0], runs[1], tmp_path / 'copy', tmp_path / 'changed']
   )
-  first, other, copy, almost = map(found.content_hash, range(4))
+  first, other, copy, almost = map(ingredients.content_hash, range(4))
   assert first == copy
   assert len({first, other, almost}) == 3
   assert first == checkpoints.provenance(runs[0])['content_hash']
@@ -523,18 +523,18 @@ def test_provenance(tmp_path, runs):
       ingredients=ingredients,
       metadata={'recipe': 'uniform', 'nested': {'list': [1, 2.5, None]}},
   )
-  found = checkpoints.provenance(path)
-  assert [row['path'] for row in found['ingredients']] == list(map(str, runs))
-  assert [row['content_hash'] for row in found['ingredients']] == [
+  own = checkpoints.provenance(path)
+  assert [row['path'] for row in own['ingredients']] == list(map(str, runs))
+  assert [row['content_hash'] for row in own['ingredients']] == [
       ingredients.content_hash(k) for k in range(3)
   ]
-  assert found['metadata'] == {
+  assert own['metadata'] == {
       'recipe': 'uniform',
       'nested': {'list': [1, 2.5, None]},
   }
-  assert found['versions']['jax'] == jax.__version__
-  assert found['versions']['jaxsoup'] == jaxsoup.__version__
-  assert isinstance(found['command'], list) and found['time'].startswith('20')
+  assert own['versions']['jax'] == jax.__version__
+  assert own['versions']['jaxsoup'] == jaxsoup.__version__
+  assert isinstance(own['command'], list) and own['time'].startswith('20')
 
 
 def test_others_have_no_provenance(tmp_path):
@@ -606,10 +606,10 @@ def test_soups_come_back_as_they_were(tmp_path, runs, recipe):
   ingredients = checkpoints.Ingredients(runs)
   soup = RECIPES[recipe](ingredients)
   path = checkpoints.save(tmp_path / 'soup', soup, ingredients=ingredients)
-  found = checkpoints.load(path)
-  assert_equal(found.params, soup.params)
-  assert_same_fields(found.alpha, soup.alpha)
-  assert_same_fields(found.info, soup.info)
+  loaded = checkpoints.load(path)
+  assert_equal(loaded.params, soup.params)
+  assert_same_fields(loaded.alpha, soup.alpha)
+  assert_same_fields(loaded.info, soup.info)
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
@@ -636,9 +636,9 @@ def test_soup_of_nnx_states_loads_into_a_state(tmp_path):
   states = [nnx.state(Net(nnx.Rngs(seed)), nnx.Param) for seed in range(2)]
   soup = jaxsoup.uniform(states)
   path = checkpoints.save(tmp_path / 'soup', soup)
-  found = checkpoints.load(path, states[0])
-  assert isinstance(found.params, nnx.State)
-  assert_equal(pure(found.params), pure(soup.params))
+  loaded = checkpoints.load(path, states[0])
+  assert isinstance(loaded.params, nnx.State)
+  assert_equal(pure(loaded.params), pure(soup.params))
 
 
 def test_soup_is_an_ingredient_too(tmp_path, runs):
@@ -651,9 +651,9 @@ def test_soup_is_an_ingredient_too(tmp_path, runs):
 def test_any_orbax_reads_our_soups(tmp_path, runs):
   soup = jaxsoup.uniform(checkpoints.Ingredients(runs))
   path = checkpoints.save(tmp_path / 'soup', soup)
-  found = ocp.PyTreeCheckpointer().restore(path)
+  restored = ocp.PyTreeCheckpointer().restore(path)
   np.testing.assert_array_equal(
-      found['body']['kernel'], soup.params['body']['kernel']
+      restored['body']['kernel'], soup.params['body']['kernel']
   )
 
 

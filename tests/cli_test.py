@@ -160,10 +160,13 @@ def test_rejections_end_early(runs):
 @pytest.mark.parametrize(
     'options, mode',
     [
-        (('--stream', '--cache-dtype', 'bfloat16'), 'streamed, 0 reads a step'),
-        (('--stream',), 'streamed, 4 reads a step'),
-        (('--no-stream',), 'resident, 0 reads a step'),
-        ((), 'resident, 0 reads a step'),
+        (
+            ('--stream', '--cache-dtype', 'bfloat16'),
+            'streamed, 0 reads per step',
+        ),
+        (('--stream',), 'streamed, 4 reads per step'),
+        (('--no-stream',), 'resident, 0 reads per step'),
+        ((), 'resident, 0 reads per step'),
     ],
 )
 def test_learned_says_its_mode_before_it_starts(runs, options, mode):
@@ -178,7 +181,7 @@ def test_a_cache_of_what_is_no_float(runs):
   args = ('--recipe', 'learned', '--out', 'out', '--eval', 'mine:loss')
   result = invoke('soup', *runs, *args, '--cache-dtype', 'int8')
   assert result.exit_code == 1
-  assert '--cache-dtype int8 is no dtype of floats' in result.stderr
+  assert '--cache-dtype int8 is not a float dtype' in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -283,42 +286,44 @@ def test_score_log_is_used_again(runs):
 def test_inspect(runs):
   result = invoke('inspect', *runs)
   assert result.exit_code == 0, result.output
-  assert 'They fit together.' in result.stdout
-  found = json.loads(invoke('inspect', *runs, '--json').stdout)
-  assert found['leaves'] == [['w', [2], 'float32', 8]]
-  assert found['num_params'] == [2, 2, 2] and found['num_bytes'] == [8, 8, 8]
-  assert found['norms'] == [] and found['problems'] == []
+  assert 'The checkpoints match.' in result.stdout
+  inspected = json.loads(invoke('inspect', *runs, '--json').stdout)
+  assert inspected['leaves'] == [['w', [2], 'float32', 8]]
+  assert inspected['num_params'] == [2, 2, 2]
+  assert inspected['num_bytes'] == [8, 8, 8]
+  assert inspected['norms'] == [] and inspected['problems'] == []
 
 
-def test_inspect_misfits(runs):
+def test_inspect_mismatches(runs):
   checkpoints.save('odd', {'w': np.zeros(3, np.float32), 'b': np.zeros(1)})
   result = invoke('inspect', *runs, 'odd', '--json')
   assert result.exit_code == 1
   (problem,) = json.loads(result.stdout)['problems']
-  assert 'odd does not fit' in problem
-  assert "leaf 'b' is not in the first one" in problem
+  assert 'odd does not match' in problem
+  assert "leaf 'b' is unexpected" in problem
   assert '(3,), expected (2,)' in problem
   assert 'Problem: ' in invoke('inspect', *runs, 'odd').stdout
 
 
 def test_inspect_deep(runs):
-  found = json.loads(invoke('inspect', *runs, '--deep', '--json').stdout)
-  np.testing.assert_allclose(found['norms'], [0, 2**0.5, 8**0.5], rtol=1e-6)
-  assert found['problems'] == []
+  inspected = json.loads(invoke('inspect', *runs, '--deep', '--json').stdout)
+  np.testing.assert_allclose(inspected['norms'], [0, 2**0.5, 8**0.5], rtol=1e-6)
+  assert inspected['problems'] == []
 
 
 def test_inspect_deep_finds_what_only_values_show(runs):
-  checkpoints.save('twin', {'w': np.full(2, 1, np.float32)})
+  checkpoints.save('copy', {'w': np.full(2, 1, np.float32)})
   checkpoints.save('bad', {'w': np.array([1, np.nan], np.float32)})
   checkpoints.save('infinite', {'w': np.array([np.inf, 1], np.float32)})
-  odd = ('twin', 'bad', 'infinite')
+  odd = ('copy', 'bad', 'infinite')
   assert invoke('inspect', *runs, *odd).exit_code == 0
   result = invoke('inspect', *runs, *odd, '--deep', '--json')
   assert result.exit_code == 1
-  twin, bad, infinite = json.loads(result.stdout, parse_constant=_refuse)[
+  duplicate, bad, infinite = json.loads(result.stdout, parse_constant=_refuse)[
       'problems'
   ]
-  assert 'twin and' in twin and 'run1 have equal parameters' in twin
+  assert 'copy and' in duplicate
+  assert 'run1 have equal parameters' in duplicate
   assert 'bad has NaN or infinite values in w' in bad
   assert 'infinite has NaN or infinite values in w' in infinite
 
@@ -338,8 +343,9 @@ def test_inspect_deep_finds_damage(runs):
   assert invoke('inspect', 'hurt').exit_code == 0
   result = invoke('inspect', 'hurt', '--deep', '--json')
   assert result.exit_code == 1
-  found = json.loads(result.stdout, parse_constant=_refuse)
-  assert 'hurt' in found['problems'][0] and 'damaged' in found['problems'][0]
+  inspected = json.loads(result.stdout, parse_constant=_refuse)
+  problem = inspected['problems'][0]
+  assert 'hurt' in problem and 'damaged' in problem
 
 
 def test_inspect_mistakes(runs):
@@ -354,9 +360,9 @@ def test_inspect_mistakes(runs):
 
 def test_doctor():
   result = invoke('doctor', '--json')
-  found = json.loads(result.stdout)
-  assert found['versions']['jax'] and found['devices']
-  assert result.exit_code == bool(found['problems'])
+  summary = json.loads(result.stdout)
+  assert summary['versions']['jax'] and summary['devices']
+  assert result.exit_code == bool(summary['problems'])
   text = invoke('doctor').stdout
   assert f'jaxsoup              {jaxsoup.__version__}' in text
 
@@ -368,7 +374,7 @@ def test_doctor():
             {'jax': '0.11.2', 'jaxlib': '0.11.2', 'flax': '0.12.8'},
             'fails to import',
         ),
-        ({'jax': '0.10.2', 'jaxlib': '0.9.1'}, 'does not belong to jax'),
+        ({'jax': '0.10.2', 'jaxlib': '0.9.1'}, 'does not match jax'),
         ({'safetensors': '0.3.3'}, 'cannot read bfloat16'),
         ({'flax': None}, 'flax is not installed'),
     ],
@@ -378,9 +384,9 @@ def test_doctor_names_clashes(monkeypatch, faked, text):
   monkeypatch.setattr(doctor, '_version', lambda n: faked.get(n, real(n)))
   result = invoke('doctor', '--json')
   assert result.exit_code == 1
-  found = json.loads(result.stdout)
-  assert text in ' '.join(found['problems'])
-  assert found['devices'], 'They are shown whatever else is wrong.'
+  summary = json.loads(result.stdout)
+  assert text in ' '.join(summary['problems'])
+  assert summary['devices'], 'They are shown whatever else is wrong.'
   assert text in invoke('doctor').stdout
 
 

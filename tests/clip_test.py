@@ -239,7 +239,7 @@ def test_zero_shot_head_by_hand():
 
 
 def test_templates_need_a_place_for_the_name():
-  with pytest.raises(ValueError, match=r"found \['a photo'\]"):
+  with pytest.raises(ValueError, match=r"got \['a photo'\]"):
     clip.zero_shot_head(None, ['cat'], ['a {}', 'a photo'], None)
 
 

@@ -71,12 +71,12 @@ def mean(trees, alpha=None):
   return {name: leaf(name, x) for name, x in trees[0].items()}
 
 
-def assert_near(found, expected):
-  assert found.keys() == expected.keys()
+def assert_near(actual, expected):
+  assert actual.keys() == expected.keys()
   for name, x in expected.items():
-    assert found[name].dtype == x.dtype and found[name].shape == x.shape
+    assert actual[name].dtype == x.dtype and actual[name].shape == x.shape
     np.testing.assert_allclose(
-        np.asarray(found[name], np.float64),
+        np.asarray(actual[name], np.float64),
         np.asarray(x, np.float64),
         rtol=1e-2 if x.dtype.itemsize == 2 else 2e-6,
         atol=1e-6,
@@ -144,8 +144,8 @@ def test_recipes_that_hold_the_params(runs, monkeypatch):
 
 def test_tied_tensors_stay_equal(runs):
   uniform(*runs)
-  found = read('soup')
-  assert np.array_equal(found['shared.weight'], found['encoder.embed.weight'])
+  arrays = read('soup')
+  assert np.array_equal(arrays['shared.weight'], arrays['encoder.embed.weight'])
 
 
 def test_shards(runs):
@@ -171,8 +171,8 @@ def test_shards(runs):
   )
   assert again.exit_code == 0, again.output
   first = mean([expected, arrays_of(0)])
-  found = safetensors.numpy.load_file('again.safetensors')
-  assert_near(found, first)
+  arrays = safetensors.numpy.load_file('again.safetensors')
+  assert_near(arrays, first)
 
 
 @pytest.mark.parametrize('shard', ['5GB', '200B'])
@@ -269,9 +269,9 @@ def test_other_outputs(runs):
 @pytest.mark.parametrize(
     'args, code, said',
     [
-        (('--recipe', 'average'), 2, 'needs the weights'),
-        (('--recipe', 'uniform', '--alpha', '1,2,3'), 2, 'nothing else takes'),
-        (('--recipe', 'average', '--alpha', 'x'), 2, 'with commas'),
+        (('--recipe', 'average'), 2, 'needs mixing'),
+        (('--recipe', 'uniform', '--alpha', '1,2,3'), 2, 'no other recipe'),
+        (('--recipe', 'average', '--alpha', 'x'), 2, 'not a list of numbers'),
         (('--recipe', 'average', '--alpha', '1,2'), 1, 'there are 3'),
         (('--recipe', 'uniform', '--max-shard-size', '5 apples'), 2, '500MB'),
         (('--recipe', 'uniform', '--non-float-from', '3'), 2, '0 is the first'),
@@ -339,14 +339,14 @@ def test_it_never_overwrites(runs):
 def test_ingredients_that_are_no_directories(runs):
   checkpoints.save('x/model.safetensors', {'w': np.ones(2)})
   ingredients = checkpoints.Ingredients(['x'])
-  with pytest.raises(ValueError, match='lies in no directory of Hugging Face'):
+  with pytest.raises(ValueError, match='is not in a Hugging Face directory'):
     checkpoints.save_directory('soup', ingredients)
 
 
 def test_adapters_are_not_averaged_by_their_factors(runs):
   pathlib.Path('b/adapter_config.json').write_text('{}')
   result = uniform(*runs)
-  assert result.exit_code == 1 and 'b is an adapter of LoRA' in result.stderr
+  assert result.exit_code == 1 and 'b is a LoRA adapter' in result.stderr
 
 
 def test_a_full_disk(runs, tmp_path):
@@ -363,7 +363,7 @@ def test_a_full_disk(runs, tmp_path):
       text=True,
   )
   assert result.returncode == 1
-  assert 'there is no room' in result.stderr
+  assert 'the disk is full' in result.stderr
   assert sorted(os.listdir()) == runs
 
 
@@ -550,11 +550,13 @@ def test_from_pretrained_loads_the_soup(
           for name, x in states[0].items()
       }
   )
-  found, info = type(expected).from_pretrained('soup', output_loading_info=True)
+  loaded, info = type(expected).from_pretrained(
+      'soup', output_loading_info=True
+  )
   assert not any(info.values()), info
-  for name, x in found.state_dict().items():
+  for name, x in loaded.state_dict().items():
     torch.testing.assert_close(x, expected.state_dict()[name])
-  difference = logits(torch, found) - logits(torch, expected)
+  difference = logits(torch, loaded) - logits(torch, expected)
   assert float(difference.abs().max()) < 1e-5
   # No mean is one of the models.
   other = logits(torch, models[0]) - logits(torch, expected)
@@ -578,8 +580,8 @@ def test_tied_weights_that_are_both_stored(tmp_path, monkeypatch):
   assert uniform('a', 'b').exit_code == 0
   stored = read('soup')
   assert np.array_equal(stored['lm_head.weight'], stored['shared.weight'])
-  found = type(model).from_pretrained('soup')
-  assert found.lm_head.weight.data_ptr() == found.shared.weight.data_ptr()
+  loaded = type(model).from_pretrained('soup')
+  assert loaded.lm_head.weight.data_ptr() == loaded.shared.weight.data_ptr()
 
 
 @pytest.mark.reference
@@ -620,6 +622,6 @@ def test_inspect_directories(tmp_path, monkeypatch):
   args = ['inspect', 'a', 'b', '--deep', '--json']
   result = testing.CliRunner().invoke(cli.app, args)
   assert result.exit_code == 0, result.output
-  found = json.loads(result.stdout)
-  assert found['num_params'] == [model.num_parameters()] * 2
-  assert found['problems'] == [] and len(set(found['norms'])) == 2
+  inspected = json.loads(result.stdout)
+  assert inspected['num_params'] == [model.num_parameters()] * 2
+  assert inspected['problems'] == [] and len(set(inspected['norms'])) == 2

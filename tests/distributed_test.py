@@ -121,8 +121,8 @@ def test_the_command_in_two_processes(tmp_path):
       [np.asarray(p['w']) for p in checkpoints.Ingredients(
           sorted((tmp_path / 'runs').iterdir()))], axis=0
   )  # fmt: skip
-  found = checkpoints.load(tmp_path / 'soup').params['w']
-  np.testing.assert_allclose(np.asarray(found), mean, atol=1e-6)
+  w = checkpoints.load(tmp_path / 'soup').params['w']
+  np.testing.assert_allclose(np.asarray(w), mean, atol=1e-6)
 
 
 @pytest.mark.parametrize('process', [0, 1])
@@ -235,11 +235,12 @@ def test_an_experiment_in_two_processes(tmp_path):
       assert code == 0, err
   assert 'best single' in results[0][1]
   assert 'best single' not in results[1][1]
-  found, expected = _results(two), _results(one)
-  assert found['runs'] == expected['runs'] and found['data'] == expected['data']
+  actual, expected = _results(two), _results(one)
+  assert actual['runs'] == expected['runs']
+  assert actual['data'] == expected['data']
   # Sums over devices of two processes are added in another order.
   scores = lambda row: [row['test'], row['nll'], row['ece']]
-  for x, y in zip(found['rows'], expected['rows'], strict=True):
+  for x, y in zip(actual['rows'], expected['rows'], strict=True):
     assert x['name'] == y['name']
     np.testing.assert_allclose(scores(x), scores(y), atol=0.01)
   names = ['00', '00_ema_0.5', '01', '01_ema_0.5']

@@ -230,7 +230,7 @@ def _mean_of(metric_fn):
 
 # The beginning of a message of the guide: what raises it, given a folder.
 RAISE = {
-    '… does not fit the first': lambda p: jaxsoup.uniform([W, {'v': W['w']}]),
+    '… does not match the first': lambda p: jaxsoup.uniform([W, {'v': W['w']}]),
     '… has NaN': lambda p: jaxsoup.uniform([W, {'w': W['w'] * np.nan}]),
     '… Only floats are': lambda p: jaxsoup.uniform([{'n': 1}, {'n': 2}]),
     'Leaf … is a': lambda p: jaxsoup.uniform([{'w': 'text'}]),
@@ -246,7 +246,7 @@ RAISE = {
         _save(p / 'a'), _save(p / 'b'), checkpoints.Ingredients([p]),
     ),
     '… lacks leaf': lambda p: _with_shape(p, (2,), 'v'),
-    '… Is it of another size': lambda p: _with_shape(p, (3,)),
+    '… Is it another model size': lambda p: _with_shape(p, (3,)),
     '… is damaged: its checksum': _damaged,
     '… The checkpoint is damaged': _cut,
     '… exists and is not': lambda p: _save(p),
@@ -260,7 +260,7 @@ RAISE = {
         [W], lambda params: np.ones(2)
     ),
     'metric_fn returned': lambda p: _mean_of(lambda x: x.mean()),
-    '… An iterator is used up': _batches_twice,
+    '… An iterator can be read': _batches_twice,
     'The loss is': lambda p: _learned(
         lambda params, batch, beta: params['w'].sum() * batch,
         [np.float32('nan')],
@@ -272,9 +272,9 @@ RAISE = {
     '… are the same data set': lambda p: statistics.check_disjoint(
         select=LABELS, report=LABELS
     ),
-    '… fits no family': _no_family,
-    '… there are …. Souping': _unknown_model,
-    '… is an adapter': _adapter,
+    '… matches no known': _no_family,
+    '… Other models can': _unknown_model,
+    '… is a LoRA adapter': _adapter,
     '… cannot import': lambda p: user_code.load('no_such_module:score'),
     '… raised …': _raises,
     '… was started with another': _begun,

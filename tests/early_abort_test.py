@@ -50,13 +50,13 @@ def options_of(recipe, seed):
   return options
 
 
-def same_decisions(found, expected):
-  np.testing.assert_array_equal(found.params, expected.params)
-  np.testing.assert_array_equal(found.alpha, expected.alpha)
-  assert found.info.accepted == expected.info.accepted
-  assert found.info.score == expected.info.score
-  assert found.info.order == expected.info.order
-  for got, full in zip(found.info.trials, expected.info.trials, strict=True):
+def same_decisions(actual, expected):
+  np.testing.assert_array_equal(actual.params, expected.params)
+  np.testing.assert_array_equal(actual.alpha, expected.alpha)
+  assert actual.info.accepted == expected.info.accepted
+  assert actual.info.score == expected.info.score
+  assert actual.info.order == expected.info.order
+  for got, full in zip(actual.info.trials, expected.info.trials, strict=True):
     assert got[:2] == full[:2] and got.accepted == full.accepted
     if got.accepted:
       assert type(got.score) is float and got.score == full.score
@@ -84,10 +84,10 @@ def test_same_decisions_as_in_full(recipe, num, size, placement):
   for seed in range(25):
     thetas = [place(x) for x in models(seed)]
     options = options_of(recipe, seed)
-    found = recipe(thetas, eval_fn, **options)
+    soup = recipe(thetas, eval_fn, **options)
     expected = recipe(thetas, lambda params: full(params), **options)
-    same_decisions(found, expected)
-    scores = [t.score for t in found.info.trials if not t.accepted]
+    same_decisions(soup, expected)
+    scores = [t.score for t in soup.info.trials if not t.accepted]
     num_bounds += sum(isinstance(x, AtMost) for x in scores)
     bars = set(t.score for t in expected.info.trials if t.accepted)
     num_ties += any(t.score in bars for t in expected.info.trials[1:])
@@ -169,9 +169,9 @@ def test_any_batches(cut):
   full = evaluation.mean_of(right, batches)
   for seed in range(5):
     eval_fn = evaluation.mean_of(right, batches)
-    found = jaxsoup.greedy(models(seed), eval_fn)
+    soup = jaxsoup.greedy(models(seed), eval_fn)
     expected = jaxsoup.greedy(models(seed), lambda params: full(params))
-    same_decisions(found, expected)
+    same_decisions(soup, expected)
 
 
 def test_compiled_once():
@@ -193,18 +193,18 @@ def test_a_metric_without_a_bound_runs_in_full():
   eval_fn = evaluation.mean_of(margin, evaluation.batched(held_out(50), 8))
   assert 'no model scored yet' in repr(eval_fn)
   full = evaluation.mean_of(margin, evaluation.batched(held_out(50), 8))
-  found = jaxsoup.greedy(models(3), eval_fn)
+  soup = jaxsoup.greedy(models(3), eval_fn)
   expected = jaxsoup.greedy(models(3), lambda params: full(params))
-  assert found.info == expected.info
-  assert not any(isinstance(x, AtMost) for x in found.info.scores.values())
+  assert soup.info == expected.info
+  assert not any(isinstance(x, AtMost) for x in soup.info.scores.values())
   assert eval_fn.at_least(models(3)[0], 1e9) < 1e9 and eval_fn.num_seen == 50
-  assert 'no bound exists' in repr(eval_fn)
+  assert 'runs in full' in repr(eval_fn)
 
 
 def test_an_iterator_that_is_used_up():
   eval_fn = evaluation.mean_of(right, iter(evaluation.batched(held_out(9), 4)))
   score = eval_fn(np.ones(4, np.float32))
-  with pytest.raises(ValueError, match='hold 0 examples, and held 9 before'):
+  with pytest.raises(ValueError, match='hold 0 examples, but held 9 before'):
     eval_fn.at_least(np.ones(4, np.float32), score)
 
 
@@ -250,11 +250,11 @@ def test_resumes_with_the_same_info(recipe, tmp_path):
       recipe(thetas, Stopping(make(), at), scores=checkpoints.ScoreLog(path))
     # A new process knows nothing of which examples are hard.
     rest = Stopping(make(), None)
-    found = recipe(thetas, rest, scores=checkpoints.ScoreLog(path))
-    np.testing.assert_array_equal(found.params, expected.params)
-    assert found.info == expected.info
+    soup = recipe(thetas, rest, scores=checkpoints.ScoreLog(path))
+    np.testing.assert_array_equal(soup.params, expected.params)
+    assert soup.info == expected.info
     # AtMost(x) == x: the text tells them apart.
-    assert repr(found.info) == repr(expected.info)
+    assert repr(soup.info) == repr(expected.info)
     assert rest.num_calls == whole.num_calls - at
 
 
@@ -297,7 +297,7 @@ def test_a_bound_that_decides_nothing_is_an_error():
   eval_fn.at_least = lambda params, bar, *, strict: AtMost(bar)
   with pytest.raises(ValueError, match=r'AtMost\(1.0\).* bar is 1.0'):
     jaxsoup.greedy([np.float32(1), np.float32(0)], eval_fn)
-  with pytest.raises(ValueError, match='no exact score'):
+  with pytest.raises(ValueError, match='not an exact score'):
     jaxsoup.greedy([np.float32(1)], lambda params: AtMost(params))
 
 

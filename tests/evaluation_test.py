@@ -60,7 +60,7 @@ def test_batches_are_padded_and_masked():
     ],
 )
 def test_what_cannot_be_cut_is_an_error(data, batch_size):
-  with pytest.raises(ValueError, match='one length, at least 1'):
+  with pytest.raises(ValueError, match='lengths must be equal'):
     evaluation.batched(data, batch_size)
 
 
@@ -125,7 +125,7 @@ def test_metric_that_returns_a_scalar_is_named():
 )
 def test_no_example_is_an_error(batches):
   eval_fn = evaluation.mean_of(lambda p, b: b['x'], batches)
-  with pytest.raises(ValueError, match='no example to score'):
+  with pytest.raises(ValueError, match='no examples to score'):
     eval_fn(())
 
 
@@ -137,7 +137,7 @@ def test_used_up_iterator_is_an_error():
     mean(model())
   outputs = evaluation.logits_of(logits_fn, iter(data))
   outputs(model())
-  with pytest.raises(ValueError, match='used up'):
+  with pytest.raises(ValueError, match='only once'):
     outputs(model())
 
 

@@ -164,9 +164,9 @@ def test_angles_on_a_mesh(placement):
 
 
 def test_models_that_do_not_fit_are_named():
-  with pytest.raises(ValueError, match="theta_0 does not fit .* leaf 'w'"):
+  with pytest.raises(ValueError, match="theta_0 does not match .* leaf 'w'"):
     landscape.angle({'w': np.zeros(3)}, {'w': np.ones(2)}, {'w': np.ones(2)})
-  with pytest.raises(ValueError, match='ingredient 1 does not fit'):
+  with pytest.raises(ValueError, match='ingredient 1 does not match'):
     landscape.line(square, {'w': np.ones(2)}, {'w': np.ones(3)})
 
 

@@ -51,9 +51,9 @@ MODULES = sorted(
 
 
 def _layer(module: str) -> int:
-  found = [i for i, names in enumerate(LAYERS) if module in names]
-  assert found, f'{module} has no layer: add it to LAYERS.'
-  return found[0]
+  layers = [i for i, names in enumerate(LAYERS) if module in names]
+  assert layers, f'{module} has no layer: add it to LAYERS.'
+  return layers[0]
 
 
 def _imports(path: pathlib.Path) -> set[str]:
@@ -125,8 +125,8 @@ def test_the_face_is_complete():
     ],
 )  # fmt: skip
 def test_import_is_light(statement, absent):
-  found = f'set(sys.modules) & set({absent.split()!r})'
-  code = f'{statement}; import sys; print(*{found})'
+  loaded = f'set(sys.modules) & set({absent.split()!r})'
+  code = f'{statement}; import sys; print(*{loaded})'
   result = subprocess.run(
       [sys.executable, '-c', code], capture_output=True, text=True, check=True
   )

@@ -228,7 +228,7 @@ def test_any_parametrization():
 @pytest.mark.parametrize('batches', ['batches', 'val_batches'])
 def test_an_exhausted_iterator(batches):
   options = {'batches': ONCE, 'val_batches': ONCE, batches: iter(ONCE)}
-  with pytest.raises(ValueError, match=rf'no batch .*{batches}.* pass a list'):
+  with pytest.raises(ValueError, match=rf'no batches .*{batches}.*: pass'):
     jaxsoup.learned(
         [np.float32(0), np.float32(1)],
         towards,
@@ -282,8 +282,8 @@ def test_every_step_runs_one_program(placement, caplog, stream):
         stream=stream,
     )
   compiled = re.findall(r'XLA compilation of jit\((\w+)\)', caplog.text)
-  found = {x: compiled.count(x) for x in ('loss_of', 'loss_at', '_updated')}
+  counts = {x: compiled.count(x) for x in ('loss_of', 'loss_at', '_updated')}
   # The loss with its gradient, the loss alone, and the optimizer.
   expected = {'loss_of': 0, 'loss_at': 2} if stream else {}
-  assert found == {'loss_of': 1, 'loss_at': 1, '_updated': 1} | expected
+  assert counts == {'loss_of': 1, 'loss_at': 1, '_updated': 1} | expected
   assert len(traces) == 2

@@ -45,10 +45,10 @@ def expected_of(adapters, alpha):
   }
 
 
-def assert_near(found, expected, atol=1e-6):
-  assert found.keys() == expected.keys()
+def assert_near(actual, expected, atol=1e-6):
+  assert actual.keys() == expected.keys()
   for name, x in expected.items():
-    np.testing.assert_allclose(found[name], x, atol=atol, err_msg=name)
+    np.testing.assert_allclose(actual[name], x, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize('alpha', [None, [0.6, 0.3, 0.1], [2.0, -1.0, 0.0]])
@@ -99,8 +99,8 @@ def test_the_nearest_of_a_rank(rank):
     layer = name.removesuffix('.weight')
     u, s, v = np.linalg.svd(x, full_matrices=False)
     nearest = (u[:, :rank] * s[:rank]) @ v[:rank]
-    found = lora.dense(made.adapter)[name]
-    np.testing.assert_allclose(found, nearest, atol=1e-5)
+    matrix = lora.dense(made.adapter)[name]
+    np.testing.assert_allclose(matrix, nearest, atol=1e-5)
     residual = np.linalg.norm(x - nearest) / np.linalg.norm(x)
     np.testing.assert_allclose(made.residuals[layer], residual, atol=1e-7)
     assert len(made.adapter.factors[layer]['A']) == min(rank, 4)
@@ -131,7 +131,7 @@ def test_mistakes():
   with pytest.raises(ValueError, match='NaN or infinite values in A'):
     lora.average([first, lora.Adapter({'head': bad})])
   based = [first._replace(config={'base_model_name_or_path': x}) for x in 'ab']
-  with pytest.warns(UserWarning, match="is 'a' and 'b'"):
+  with pytest.warns(UserWarning, match="is 'a' in one adapter and 'b' in"):
     lora.average(based)
 
 
@@ -290,14 +290,14 @@ def test_peft_loads_the_average(tmp_path, peft, rank):
       np.testing.assert_allclose(start[name] + x, model[name], atol=2e-6)
   made = lora.average(adapters, alpha, rank=rank)
   lora.save(tmp_path / 'soup', made.adapter)
-  found = merged(peft, torch, tmp_path / 'soup')
+  soup = merged(peft, torch, tmp_path / 'soup')
   for name, x in start.items():
     expected = sum(a * m[name] for a, m in zip(alpha, models))
     layer = name.removesuffix('.weight')
     moved = np.linalg.norm(expected - x)
-    residual = np.linalg.norm(expected - found[name])
+    residual = np.linalg.norm(expected - soup[name])
     if made.residuals.get(layer, 0) < 1e-6:
-      np.testing.assert_allclose(found[name], expected, atol=3e-6)
+      np.testing.assert_allclose(soup[name], expected, atol=3e-6)
     else:
       np.testing.assert_allclose(
           residual / moved, made.residuals[layer], rtol=1e-3

@@ -526,9 +526,9 @@ def sweep(config):
     [
         (['--devices=2', '--ingredients=0'], '--ingredients', 2),
         (['--devices=0'], '--devices', 2),
-        ([], 'one of --topology and --devices', 2),
-        (['--devices=2', '--topology=v5e:2x2'], 'one of --topology', 2),
-        (['--devices=2', '--json=absent/x.json'], 'no directory absent', 2),
+        ([], 'either --topology or --devices', 2),
+        (['--devices=2', '--topology=v5e:2x2'], 'either --topology', 2),
+        (['--devices=2', '--json=absent/x.json'], 'directory absent', 2),
         (['--devices=2', '--json=.'], 'is a directory', 2),
         (['--devices=2', '--config=absent.py'], 'no config absent.py', 2),
         (['--devices=2', '--config=own.py'], 'lacks batch_size, data', 2),

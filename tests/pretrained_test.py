@@ -169,12 +169,12 @@ def test_a_bare_backbone_gets_a_head(tmp_path, family, has_layer_scale):
   loaded = models.load(
       tmp_path / 'model.safetensors', num_classes=7, without=['head']
   )
-  found = models.params_of(loaded)
-  assert found.pop('head')['kernel'].shape[-1] == 7
-  assert_same(found, params)
+  actual = models.params_of(loaded)
+  assert actual.pop('head')['kernel'].shape[-1] == 7
+  assert_same(actual, params)
 
 
-def test_all_misfits_are_listed_with_the_nearest_names(tmp_path):
+def test_all_mismatches_are_listed_with_the_nearest_names(tmp_path):
   kind = _pretrained.Kind('vit', 'timm', TINY['vit'])
   arrays = dict(_names.write(random_params(kind), kind.table()))
   arrays['blocks.1.mlp.fc1.wieght'] = arrays.pop('blocks.1.mlp.fc1.weight')
@@ -212,8 +212,8 @@ def test_families_are_recognised_by_their_names(tmp_path, family, names):
     np.savez(path, **arrays)
   else:
     safetensors.save_file(arrays, path)
-  found = _pretrained.identify(checkpoints.Arrays(path))
-  assert (found.family, found.names) == (family, names)
+  identified = _pretrained.identify(checkpoints.Arrays(path))
+  assert (identified.family, identified.names) == (family, names)
   assert_same(models.params_of(models.load(path)), params)
 
 
@@ -224,11 +224,11 @@ def test_a_config_of_timm_tells_the_padding(tmp_path, architecture):
   safetensors.save_file(arrays, tmp_path / 'model.safetensors')
   config = {'architecture': architecture, 'num_classes': 3}
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  found = _pretrained.identify(checkpoints.Arrays(tmp_path))
+  identified = _pretrained.identify(checkpoints.Arrays(tmp_path))
   is_ported = architecture.startswith('tf_')
-  assert found.names == 'timm' and found.family == 'efficientnet'
-  assert found.arguments['is_same_padded'] == is_ported
-  assert found.arguments['epsilon'] == (1e-3 if is_ported else 1e-5)
+  assert identified.names == 'timm' and identified.family == 'efficientnet'
+  assert identified.arguments['is_same_padded'] == is_ported
+  assert identified.arguments['epsilon'] == (1e-3 if is_ported else 1e-5)
 
 
 @pytest.mark.parametrize('is_quick', [False, True])
@@ -243,15 +243,15 @@ def test_a_config_of_open_clip_tells_the_activation(tmp_path, is_quick):
   safetensors.save_file(arrays, tmp_path / 'open_clip_model.safetensors')
   config = {'model_cfg': {'quick_gelu': is_quick}}
   (tmp_path / 'open_clip_config.json').write_text(json.dumps(config))
-  found = _pretrained.identify(checkpoints.Arrays(tmp_path))
+  identified = _pretrained.identify(checkpoints.Arrays(tmp_path))
   expected = 'quick_gelu' if is_quick else 'gelu'
-  assert found.arguments['activation'] == expected
+  assert identified.arguments['activation'] == expected
 
 
 def test_what_no_family_knows(tmp_path):
   path = tmp_path / 'm.safetensors'
   safetensors.save_file({'layer.weight': np.zeros((2, 2), 'f4')}, path)
-  with pytest.raises(ValueError, match='fits no family.*layer.weight'):
+  with pytest.raises(ValueError, match='matches no known family.*layer.weight'):
     models.load(path)
   (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
   with pytest.raises(ValueError, match="'llama'.*jaxsoup soup"):
@@ -304,10 +304,10 @@ def test_a_soup_goes_back_to_where_its_ingredients_came_from(tmp_path):
   saved = models.save(tmp_path / 'saved.safetensors', soup, like=base)
   expected = safetensors.load_file(base)
   for path in (made, saved):
-    found = safetensors.load_file(path)
-    assert found.keys() == expected.keys()
+    arrays = safetensors.load_file(path)
+    assert arrays.keys() == expected.keys()
     for name, array in expected.items():
-      np.testing.assert_array_equal(found[name], 2 * array, err_msg=name)
+      np.testing.assert_array_equal(arrays[name], 2 * array, err_msg=name)
 
 
 def test_what_is_written_is_read_back(tmp_path, vit, monkeypatch):
@@ -315,10 +315,10 @@ def test_what_is_written_is_read_back(tmp_path, vit, monkeypatch):
   write_all = _safetensors._write_all
 
   def flipped(number, array, place):
-    octets = np.array(array).reshape(-1).view(np.uint8)
-    if octets.size == 64 * 256 * 4:
-      octets[5] ^= 1
-    write_all(number, octets, place)
+    data = np.array(array).reshape(-1).view(np.uint8)
+    if data.size == 64 * 256 * 4:
+      data[5] ^= 1
+    write_all(number, data, place)
 
   monkeypatch.setattr(_safetensors, '_write_all', flipped)
   out = tmp_path / 'out.safetensors'
@@ -336,15 +336,15 @@ def test_a_soup_of_our_files_knows_its_model(tmp_path, vit, out):
   result = run('soup', '--recipe', 'uniform', path, other, '--out', made)
   assert result.exit_code == 0, result.output
   expected = jax.tree.map(lambda x: 2 * x, models.params_of(model))
-  found = models.params_of(models.load(made))
-  assert_close(found, expected)
+  actual = models.params_of(models.load(made))
+  assert_close(actual, expected)
 
 
 def test_saving_what_is_another_model(tmp_path, vit):
   path, model = vit
   params = models.params_of(model)
   del params['head'], params['block_1']['mlp']
-  with pytest.raises(ValueError, match="lacks 'block_1/mlp/dense_in/bias'"):
+  with pytest.raises(ValueError, match="'block_1/mlp.*' is missing"):
     models.save(tmp_path / 'x.safetensors', params, like=path)
   assert not (tmp_path / 'x.safetensors').exists()
 
@@ -443,9 +443,9 @@ def test_convert_says_what_is_wrong(tmp_path, vit):
   path, _ = vit
   out = tmp_path / 'out.safetensors'
   for arguments, message, code in [
-      ((path, out, '--names', 'pytorch'), 'there are flax, hf, timm', 1),
+      ((path, out, '--names', 'pytorch'), 'choose from flax, hf, timm', 1),
       ((path, out, '--to', 'orbax'), 'is a directory', 2),
-      ((path, out, '--to', 'pickle'), 'no format', 2),
+      ((path, out, '--to', 'pickle'), 'is not a format', 2),
       ((tmp_path / 'none', out), 'does not exist', 1),
       ((path, path), 'exists and is not overwritten', 1),
   ]:

@@ -411,5 +411,5 @@ def test_swa_and_lawa():
     ],
 )
 def test_trajectories_refuse(make):
-  with pytest.raises(ValueError, match='needs|must be'):
+  with pytest.raises(ValueError, match='expected|must be'):
     make()

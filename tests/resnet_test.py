@@ -139,7 +139,7 @@ def test_number_of_parameters_is_that_of_the_papers(
 
 
 def test_there_is_no_resnet_20():
-  with pytest.raises(ValueError, match=r'no ResNet with 20 layers.*\[18, 34'):
+  with pytest.raises(ValueError, match=r'ResNet with 20 layers.*\[18, 34'):
     resnet.size(20)
 
 
@@ -224,12 +224,12 @@ def inputs_of_batch_norms(graphdef, params, batches, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(nnx.BatchNorm, '__call__', recorded)
-    found = [jax.device_get(inputs(params, batch)) for batch in batches]
+    layers = [jax.device_get(inputs(params, batch)) for batch in batches]
   return {
       np.asarray(layer[0][0]).tobytes(): np.concatenate(
           [x.astype(np.float64) for _, x in layer]
       )
-      for layer in zip(*found)
+      for layer in zip(*layers)
   }
 
 
@@ -237,8 +237,8 @@ def layers_of(tree, name):
   """The dicts of a nested dict that have an entry."""
   if not isinstance(tree, dict):
     return []
-  found = [tree] if name in tree else []
-  return found + [y for x in tree.values() for y in layers_of(x, name)]
+  layers = [tree] if name in tree else []
+  return layers + [y for x in tree.values() for y in layers_of(x, name)]
 
 
 def test_statistics_of_a_soup_are_those_of_its_own_activations(monkeypatch):
@@ -277,13 +277,13 @@ def test_batches_may_be_what_the_model_is_called_with():
   graphdef, params = make()
   image = _cnn.images(16, 4)
   expected = batch_norm.recalibrated(graphdef, params, [image])
-  found = batch_norm.recalibrated(
+  params_again = batch_norm.recalibrated(
       graphdef,
       params,
       [{'image': (image - 1) / 2}],
       call=lambda model, batch: model(2 * batch['image'] + 1),
   )
-  for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+  for x, y in zip(*map(jax.tree.leaves, (params_again, expected)), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
@@ -292,7 +292,7 @@ def test_nothing_to_estimate():
   with pytest.raises(ValueError, match='0 images'):
     batch_norm.recalibrated(graphdef, params, [])
   graphdef, params = make(is_bit=True)
-  with pytest.raises(ValueError, match='layers nnx.BatchNorm'):
+  with pytest.raises(ValueError, match='a model with nnx.BatchNorm'):
     batch_norm.recalibrated(graphdef, params, [_cnn.images(16)])
 
 
@@ -327,12 +327,12 @@ def test_a_file_says_what_it_holds(naming, kind):
 
 def test_files_that_are_no_resnet_of_ours():
   _, stored = file_of()
-  with pytest.raises(ValueError, match="under the names of 'timm'.*no conv1"):
+  with pytest.raises(ValueError, match="with names 'timm': conv1"):
     resnet.arguments('timm', stored.shapes, {})
   with pytest.raises(ValueError, match='downsample_in_bottleneck = True'):
     resnet.arguments('hf', stored.shapes, {'downsample_in_bottleneck': True})
   del stored.arrays['classifier.1.weight']
-  with pytest.raises(ValueError, match='without its head'):
+  with pytest.raises(ValueError, match='head missing'):
     resnet.arguments('hf', stored.shapes, {})
 
 

@@ -42,7 +42,7 @@ def test_later_lines_win(path):
 def test_only_grows(path):
   log = checkpoints.ScoreLog(path)
   log[(0,)] = 0.5
-  with pytest.raises(TypeError, match='only grows'):
+  with pytest.raises(TypeError, match='cannot be deleted'):
     del log[(0,)]
 
 
@@ -96,7 +96,7 @@ def test_ingredient_trained_anew_is_refused(path, runs):
   checkpoints.ScoreLog(path, checkpoints.Ingredients(runs))[(0,)] = 0.5
   shutil.rmtree(runs[1])
   checkpoints.save(runs[1], {'w': np.full(2, 9, np.float32)})
-  with pytest.raises(ValueError, match='written anew since'):
+  with pytest.raises(ValueError, match='files changed since'):
     checkpoints.ScoreLog(path, checkpoints.Ingredients(runs))
 
 
@@ -124,7 +124,7 @@ def test_a_stopped_search_goes_on(path, runs, recipe, num_before):
     )
   log = checkpoints.ScoreLog(path, ingredients)
   assert len(log) == num_before
-  found = recipe(ingredients, counting, scores=log)
-  assert found.info == expected.info
-  np.testing.assert_array_equal(found.params['w'], expected.params['w'])
+  soup = recipe(ingredients, counting, scores=log)
+  assert soup.info == expected.info
+  np.testing.assert_array_equal(soup.params['w'], expected.params['w'])
   assert len(calls) == len(expected.info.scores)

@@ -79,14 +79,14 @@ def test_gradient_needs_one_collective(on_mesh, stacked, alpha):
   on_device = jax.tree.map(lambda x: on_mesh.put(x, 1), stacked)
   gradient = jax.grad(lambda a, x: loss_of(jaxsoup.mix(x, a)))
   lowered = jax.jit(gradient).lower(jax.device_put(alpha), on_device)
-  (found,) = hlo.collectives_of(lowered.compile().as_text()).items()
+  (traffic,) = hlo.collectives_of(lowered.compile().as_text()).items()
   # The inner products of all leaves together.
   num_bytes = len(on_device) * alpha.nbytes
-  assert found == ('all-reduce', hlo.Traffic(1, num_bytes))
+  assert traffic == ('all-reduce', hlo.Traffic(1, num_bytes))
 
 
 def temporaries(num, dtype):
-  """Bytes that the gradient of a mix holds beside its arguments and result."""
+  """Bytes that the gradient of a mix holds, without arguments and result."""
   stacked = {
       'w': jax.ShapeDtypeStruct((num, 64, 512), dtype),
       'b': jax.ShapeDtypeStruct((num, 4096), dtype),
@@ -128,7 +128,7 @@ def test_fsdp_keeps_shape_and_dtype_of_arrays(on_mesh):
 
 
 def test_fsdp_names_the_axes(on_mesh):
-  with pytest.raises(ValueError, match="'fsdp'.*none named 'model'.*axis=NAME"):
+  with pytest.raises(ValueError, match="no axis 'model'.*'fsdp'.*axis=NAME"):
     sharding.fsdp({}, on_mesh.mesh, axis='model')
 
 
@@ -272,11 +272,11 @@ def test_the_first_rule_that_matches_shards_a_leaf():
       ('kernel$', PartitionSpec('tensor', None)),
       ('mlp', PartitionSpec()),
   ]
-  found = sharding.by_rules(shapes, mesh, rules)
+  placed = sharding.by_rules(shapes, mesh, rules)
   spec_of = lambda x: tuple(x.sharding.spec)
-  assert spec_of(found['mlp']['kernel']) == ('data', 'tensor')
-  assert spec_of(found['head']['kernel']) == ('tensor', None)
-  assert spec_of(found['scale']) == ()
-  assert found['head']['kernel'].dtype == 'bfloat16'
+  assert spec_of(placed['mlp']['kernel']) == ('data', 'tensor')
+  assert spec_of(placed['head']['kernel']) == ('tensor', None)
+  assert spec_of(placed['scale']) == ()
+  assert placed['head']['kernel'].dtype == 'bfloat16'
   with pytest.raises(ValueError, match=r"'head/kernel' of shape \(4, 5\)"):
     sharding.by_rules(shapes, mesh, [('kernel', PartitionSpec(None, 'data'))])

@@ -94,11 +94,11 @@ def test_reads_what_safetensors_writes(tmp_path, dtype, small_pieces):
   before = jax.config.jax_enable_x64
   jax.config.update('jax_enable_x64', True)
   try:
-    found = checkpoints.Ingredients([path])[0]['x']['y']
+    array = checkpoints.Ingredients([path])[0]['x']['y']
   finally:
     jax.config.update('jax_enable_x64', before)
-  assert found.dtype == tensor.dtype
-  np.testing.assert_array_equal(np.asarray(found), tensor)
+  assert array.dtype == tensor.dtype
+  np.testing.assert_array_equal(np.asarray(array), tensor)
 
 
 def test_safetensors_reads_what_we_write(tmp_path, small_pieces):
@@ -106,10 +106,10 @@ def test_safetensors_reads_what_we_write(tmp_path, small_pieces):
   # A transposed array, whose memory is not in the order of its rows.
   params['body']['kernel'] = np.asfortranarray(params['body']['kernel'])
   path = checkpoints.save(tmp_path / 'a.safetensors', params)
-  found = safetensors.load_file(path)
+  arrays = safetensors.load_file(path)
   for name, expected in flat_names(params).items():
-    np.testing.assert_array_equal(found.pop(name), expected)
-  assert not found
+    np.testing.assert_array_equal(arrays.pop(name), expected)
+  assert not arrays
   assert_equal(checkpoints.Ingredients([path])[0], params)
 
 
@@ -143,7 +143,7 @@ def test_a_directory_as_transformers_writes_it(tmp_path):
   save_by_others(tmp_path / 'adapter.safetensors', params_of(1))
   assert_equal(checkpoints.Ingredients([tmp_path])[0], params_of(0))
   (tmp_path / 'model.safetensors').rename(tmp_path / 'other.safetensors')
-  with pytest.raises(ValueError, match='2 .safetensors files and no index'):
+  with pytest.raises(ValueError, match='2 .safetensors files but no index'):
     checkpoints.Ingredients([tmp_path])
 
 
@@ -269,10 +269,10 @@ def test_checksums_add_up():
 
 
 def test_digests_of_another_period_prove_nothing():
-  found = _checksum.of(np.arange(9))
-  assert not _checksum.differ(found, found)
-  assert _checksum.differ(found, _checksum.of(np.arange(1, 10)))
-  assert not _checksum.differ(found, '1f2e3d4c')
+  checksum = _checksum.of(np.arange(9))
+  assert not _checksum.differ(checksum, checksum)
+  assert _checksum.differ(checksum, _checksum.of(np.arange(1, 10)))
+  assert not _checksum.differ(checksum, '1f2e3d4c')
 
 
 # --- Averages -----------------------------------------------------------------
@@ -328,9 +328,9 @@ def test_from_file_to_file_is_the_same(tmp_path, alpha, small_pieces):
       if alpha is None
       else jaxsoup.average(ingredients, alpha)
   )
-  found = checkpoints.load(path)
-  assert_equal(found.params, soup.params)
-  jax.tree.map(np.testing.assert_array_equal, found.alpha, soup.alpha)
+  loaded = checkpoints.load(path)
+  assert_equal(loaded.params, soup.params)
+  jax.tree.map(np.testing.assert_array_equal, loaded.alpha, soup.alpha)
   own = checkpoints.provenance(path)
   assert own['metadata'] == {'a': 1} and len(own['ingredients']) == NUM
   assert own['content_hash'] == checkpoints.Ingredients([path]).content_hash(0)
@@ -380,8 +380,8 @@ def test_any_mesh_reads_what_another_wrote(tmp_path, saved_on, read_on):
     path = checkpoints.save(
         tmp_path / name, jax.device_put(params_of(0), shardings)
     )
-    found = checkpoints.Ingredients([path], on(read_on))[0]
-    assert_equal(found, params_of(0))
+    params = checkpoints.Ingredients([path], on(read_on))[0]
+    assert_equal(params, params_of(0))
 
 
 def _save_all(tmp_path, writer, models):
@@ -431,11 +431,11 @@ def test_leaves_that_are_not_floats(tmp_path):
   assert soup.params['step'] == 8
 
 
-def test_misfits_are_found_before_anything_is_read(tmp_path, monkeypatch):
+def test_mismatches_are_named_before_anything_is_read(tmp_path, monkeypatch):
   models = [params_of(0), params_of(1) | {'more': np.ones(2, np.float32)}]
   ingredients = _save_all(tmp_path, 'safetensors', models)
   monkeypatch.setattr(_pieces, 'run', None)
-  with pytest.raises(ValueError, match="leaf 'more' is not in the first one"):
+  with pytest.raises(ValueError, match="leaf 'more' is unexpected"):
     jaxsoup.uniform(ingredients)
 
 

@@ -168,7 +168,7 @@ def test_alpha_of_one_recipe_serves_another():
     [
         ({'a': [1, 0]}, "no entry for leaf 'b/c'; its entries are .*'a'"),
         ({'a': [1, 0], 'x': [1, 0]}, "no entry for leaf 'b/c'"),
-        ({'a': [1, 0], 'b': [1, 0], 'x': [1, 0]}, "'x'.* no leaf below them"),
+        ({'a': [1, 0], 'b': [1, 0], 'x': [1, 0]}, "'x'.* match no leaf"),
         ([1, 0, 0], r'alpha has shape \(3,\) and leaf .a. has shape \(2,\)'),
         (0.5, r'alpha has shape \(\) .*expected \[K\] and \[K, ...\]'),
         ({'a': [1, 0], 'b': [[1, 0]]}, r'shape \(1, 2\) and leaf .b/c.'),
@@ -237,7 +237,7 @@ def test_gradient_passes_a_second_transformation(rng):
 
 # --- Checks -------------------------------------------------------------------
 
-SAME = 'Only models of one architecture'
+SAME = 'Only models of the same architecture'
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ SAME = 'Only models of one architecture'
         (
             {'w': np.float32(0)},
             {'w': np.float32(0), 'b': {'c': np.float32(0)}},
-            "leaf 'b/c' is not in the first one.*" + SAME,
+            "leaf 'b/c' is unexpected.*" + SAME,
         ),
         (
             [np.float32(0)],
@@ -278,11 +278,11 @@ SAME = 'Only models of one architecture'
             {'w': np.float32(0), 'step': np.int32(100)},
             {'w': np.float32(0), 'step': np.int32(200)},
             "ingredient 1: leaf 'step' of dtype int32 is 200, but 100 in the "
-            'first one.*non_float_from=k',
+            'first ingredient.*non_float_from=k',
         ),
     ],
 )
-def test_misfits_are_named(first, other, message):
+def test_mismatches_are_named(first, other, message):
   for run in (
       jaxsoup.check_compatible,
       jaxsoup.stack,
@@ -293,7 +293,7 @@ def test_misfits_are_named(first, other, message):
       run([first, other])
 
 
-def test_many_misfits_are_counted():
+def test_many_mismatches_are_counted():
   first = {str(i): np.zeros(2) for i in range(9)}
   other = {str(i): np.zeros(3) for i in range(9)}
   with pytest.raises(ValueError, match=r'\(and 4 more\)'):

@@ -427,9 +427,9 @@ def test_at_another_resolution_as_hugging_face(name, tmp_path):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (dict(pool='max'), "no pool 'max': choose"),
-        (dict(pool='cls+mean'), 'needs a class token: has_cls_token=True'),
-        (dict(activation='relu'), "no activation 'relu': choose"),
+        (dict(pool='max'), "Unknown pool 'max': choose"),
+        (dict(pool='cls+mean'), 'needs has_cls_token=True'),
+        (dict(activation='relu'), "Unknown activation 'relu': choose"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, message):
@@ -439,7 +439,7 @@ def test_arguments_that_do_not_fit(arguments, message):
 
 def test_sizes_have_names():
   assert vit.size('g')['width'] == 1408
-  with pytest.raises(ValueError, match="no size 'XXL': choose from"):
+  with pytest.raises(ValueError, match="size 'XXL': choose from"):
     vit.size('XXL')
 
 

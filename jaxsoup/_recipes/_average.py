@@ -84,7 +84,7 @@ def average(
   num = len(ingredients)
   alpha = _tree.checked_alpha(alpha, num)
   used = np.any([x != 0 for x in jax.tree.leaves(alpha)], axis=0)
-  # Where all are zero, one is read: it tells what zeros look like.
+  # Where all are zero, one is read: the template of the zeros.
   order = np.flatnonzero(used).tolist() or [0]
   params, duplicates = _mean(ingredients, alpha, order, 1, non_float_from)
   return Soup(params, alpha, AverageInfo(duplicates))
@@ -96,7 +96,7 @@ def swa(num: int, *, start: int = 0, every: int = 1) -> np.ndarray:
   Args:
     num: number of checkpoints along the trajectory, K.
     start: the first one that counts.
-    every: take one in so many, counted from `start`.
+    every: take every n-th one, counted from `start`.
 
   Returns:
     alpha, `[K]` float32, sums to one.
@@ -108,13 +108,13 @@ def swa(num: int, *, start: int = 0, every: int = 1) -> np.ndarray:
     >>> swa(4, start=2)
     array([0. , 0. , 0.5, 0.5], dtype=float32)
 
-  Source: Izmailov et al. 2018, algorithm 1. Networks with BatchNorm need its
-  statistics estimated anew afterwards.
+  Source: Izmailov et al. 2018, algorithm 1. Networks with BatchNorm need
+  their statistics re-estimated afterwards.
   """
   if not 0 <= start < num or every < 1:
     raise ValueError(
-        f'swa(num={num}, start={start}, every={every}) averages nothing: it '
-        'needs 0 <= start < num and every >= 1.'
+        f'swa(num={num}, start={start}, every={every}) averages nothing: '
+        'expected 0 <= start < num and every >= 1.'
     )
   alpha = np.zeros(num, np.float32)
   alpha[start::every] = 1
@@ -124,8 +124,8 @@ def swa(num: int, *, start: int = 0, every: int = 1) -> np.ndarray:
 def ema(num: int, *, decay: float) -> np.ndarray:
   """Coefficients of an exponential moving average over checkpoints.
 
-  `theta_bar_k = decay theta_bar_{k-1} + (1 - decay) theta_k`, begun at the
-  first: `alpha_k = (1 - decay) decay^(K-1-k)`, and `alpha_0 = decay^(K-1)`.
+  `theta_bar_k = decay theta_bar_{k-1} + (1 - decay) theta_k`, starting at
+  the first: `alpha_k = (1 - decay) decay^(K-1-k)`, and `alpha_0 = decay^(K-1)`.
 
   Args:
     num: number of checkpoints along the trajectory, K.
@@ -179,7 +179,7 @@ def lawa(num: int, *, last: int) -> np.ndarray:
 def _mean(ingredients, alpha, order, count, non_float_from):
   """`sum_k alpha_k theta_k / count`, and groups of equal ingredients."""
   streamed_fn = getattr(ingredients, 'average', None)
-  if streamed_fn is not None:  # Checkpoints, which are read side by side.
+  if streamed_fn is not None:  # Checkpoints, which are read in parallel.
     return streamed_fn(order, alpha, count, non_float_from)
   checked = _checked.Checked(ingredients, non_float_from)
   total = _mixing.weighted_sum(checked, alpha, order)

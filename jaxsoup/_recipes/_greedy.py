@@ -43,8 +43,8 @@ def greedy(
     if score(mean(soup + {k})) >= score(mean(soup)): soup = soup + {k}
   ```
 
-  Deterministic given its arguments. To go on after an interruption, call it
-  again with the same `scores`: trials that are known are not evaluated, and
+  Deterministic given its arguments. To resume after an interruption, call it
+  again with the same `scores`: known trials are not evaluated again, and the
   ingredients that they rejected are not read.
 
   Args:
@@ -63,7 +63,7 @@ def greedy(
       that were rejected, and end early when a pass accepts none.
     with_replacement: whether later passes also try those already accepted,
       which then count more than once.
-    max_ingredients: stop when the soup has so many.
+    max_ingredients: stop when the soup has this many ingredients.
     scores: remembered scores, read and written; maps the indices of a candidate
       in ascending order to its score, such as `{(0,): 0.91, (0, 3): 0.92}`. A
       dict, or `checkpoints.ScoreLog`. Of a candidate that was rejected early it
@@ -73,11 +73,11 @@ def greedy(
 
   Returns:
     A `Soup` with alpha `[K]` and a `SearchInfo`. One ingredient alone is its
-    own soup. Only ingredients that were read are looked at for duplicates.
+    own soup. Only ingredients that were read are checked for duplicates.
 
   Raises:
     ValueError: no ingredients, ingredients that do not fit, a score that is NaN
-      or infinite, or an order that names no or unknown ingredients.
+      or infinite, or an order that is empty or names unknown ingredients.
     TypeError: a score that is not one number.
 
   Example:
@@ -134,12 +134,12 @@ def _given_order(order, num_ingredients: int) -> list[int]:
   if order.ndim != 1 or order.dtype.kind not in 'iu' or not order.size:
     raise ValueError(
         f'order has shape {order.shape} and dtype {order.dtype}: it must be a '
-        'list of indices of ingredients, or a key from jax.random.key.'
+        'list of ingredient indices, or a key from jax.random.key.'
     )
   wrong = sorted(set(order.tolist()) - set(range(num_ingredients)))
   if wrong or len(set(order.tolist())) < len(order):
     raise ValueError(
-        f'order is {order.tolist()}: it must name ingredients in '
+        f'order is {order.tolist()}: expected indices in '
         f'0..{num_ingredients - 1}, each at most once.'
     )
   return order.tolist()

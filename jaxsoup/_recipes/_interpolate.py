@@ -26,7 +26,7 @@ def interpolate(
     *,
     non_float_from: int | None = None,
 ) -> Soup:
-  """Walks from one model to another in a straight line.
+  """Interpolates linearly between two models.
 
   `theta(t) = (1 - t) theta_0 + t theta_1`. With theta_0 the zero-shot or
   pre-trained model and theta_1 the fine-tuned one (or a soup), this is WiSE-FT.
@@ -36,7 +36,7 @@ def interpolate(
     theta_1: parameters at t = 1, of the same structure.
     t: a number, or `[T]` for a whole curve at once. Values below 0 or above 1
       extrapolate.
-    non_float_from: 0 or 1, whose leaves that are not floats are taken; without
+    non_float_from: 0 or 1: the model whose non-float leaves are taken; without
       it they must be equal.
 
   Returns:
@@ -56,8 +56,8 @@ def interpolate(
   t = np.asarray(jax.device_get(t), np.float32)
   if t.ndim > 1 or not np.isfinite(t).all():
     raise ValueError(
-        f't has shape {t.shape} and values {t}: it must be one finite number, '
-        'or a vector of them.'
+        f't has shape {t.shape} and values {t}: expected a finite number '
+        'or a vector of finite numbers.'
     )
   checked = _checked.Checked([theta_0, theta_1], non_float_from)
   stacked = _mixing.stack_leaves(checked)

@@ -67,55 +67,55 @@ def learned(
     on_start: Callable[[LearnedPlan], None] | None = None,
     non_float_from: int | None = None,
 ) -> Soup:
-  """Learns how much of each ingredient to take.
+  """Learns the mixing coefficients by gradient descent.
 
   `min over w, beta of sum_j loss(beta f(x_j; sum_k alpha_k theta_k), y_j)` with
   `alpha = alpha_fn(w)`, from w = 0 (with softmax and `hyperplane`: the uniform
   soup) and beta = 1.
 
   Where the stack of all ingredients fits into memory it is held there, sharded
-  as they are: *resident*. Else they are *streamed*: a step mixes them as they
-  come by, runs forward and backward on the mixed model, and takes K inner
-  products while they come by again. The gradient is the same, to rounding:
+  as they are: *resident*. Otherwise they are *streamed*: a step reads and mixes
+  them, runs forward and backward on the mixed model, and takes K inner products
+  while it reads them again. The gradient is the same, up to rounding:
 
   `dL/dalpha_k = <dL/dtheta, theta_k>`, and through `alpha_fn` to w.
 
-  Streamed, a step holds, whatever K is, no more than three models at once,
-  beside the activations: the float32 sum and two ingredients (one that is
-  added, one that is read ahead), or the mixed model, its gradient and the last
-  ingredient, or the gradient and two ingredients. It reads 2 K - 2 ingredients.
+  Streamed, a step holds at most three models at once, whatever K is, as well as
+  the activations: the float32 sum and two ingredients (one being added, one
+  read ahead), or the mixed model, its gradient and the last ingredient, or the
+  gradient and two ingredients. It reads 2 K - 2 ingredients.
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     loss_fn: mean loss of a batch, `loss_fn(params, batch, beta) -> scalar`;
       multiplies the logits by beta.
-    batches: held-out data: an iterable of pytrees of arrays that can be walked
-      through once an epoch. Batches of equal shapes compile once.
+    batches: held-out data: an iterable of pytrees of arrays that can be read
+      once per epoch. Batches of equal shapes compile once.
     tx: any optimizer; the paper's authors use `optax.adamw(0.05,
       weight_decay=0.0)`.
-    num_epochs: at most so many walks through the batches.
-    depth: None learns one alpha a model; a number one for each group of leaves
-      that share so many first keys of their paths (1: by top-level module);
-      `math.inf` one for each tensor.
+    num_epochs: the maximal number of passes over the batches.
+    depth: None learns one alpha per model; a number n learns one for each group
+      of leaves whose paths share the first n keys (1: by top-level module);
+      `math.inf` learns one for each tensor.
     alpha_fn: alpha `[K]` from unconstrained w `[K]`: `jax.nn.softmax`,
       `hyperplane`, or your own.
     beta: None learns the temperature from 1; a number keeps it fixed.
     val_batches: a second split of held-out data. With it the coefficients of
       the epoch with the least mean loss there are returned; the start counts.
-    patience: stop when so many epochs in a row brought no less loss on
+    patience: stop after this many epochs in a row without a lower loss on
       `val_batches`.
     stream: True streams, False keeps the stack resident, None streams if the
       stack and three models more take over two thirds of the free memory.
     cache_dtype: where ingredients are streamed, keep a copy of all of them in
-      the host's memory, in this dtype, so that each is read from where it is
-      just twice: when first used, and for the soup itself, which is always
+      the host's memory, in this dtype, so that each is read from its source
+      only twice: when first used, and for the soup itself, which is always
       mixed from exact ingredients. Rounding changes alpha only. With the 24
       fine-tuned models of configs/digits.py (three seeds) bfloat16 loses 2 % of
       their task vectors (norms). It moved alpha by less than 0.005 in two seeds
       and one alpha a tensor by up to 0.055 (of 0.4); test accuracy changed by
-      0.11 points at most, test NLL by 0.0001. But patience can make much of
-      little: in one seed two losses on `val_batches` that were level changed
-      places, learning ended after 4 epochs in place of 10, and cost 0.45 points
+      0.11 points at most, test NLL by 0.0001. But patience can amplify small
+      changes: in one seed two nearly equal losses on `val_batches` swapped
+      ranks, learning ended after 4 epochs instead of 10, and lost 0.45 points
       and 0.029 NLL. float16 moved alpha by 0.006 at most, and lost nothing.
       (`python tests/benchmarks/cache.py`.)
     on_start: called with the `LearnedPlan` when one ingredient has been read.
@@ -127,7 +127,7 @@ def learned(
     logits by `soup.info.beta`; the prediction does not depend on it.
 
   Raises:
-    ValueError: no or misfitting ingredients, no batches, a loss that is NaN or
+    ValueError: no or mismatched ingredients, no batches, a loss that is NaN or
       infinite, or patience without `val_batches`.
     MemoryError: the stack did not fit after all: pass `stream=True`.
 
@@ -152,7 +152,7 @@ def learned(
     on_start(plan)
   groups = [_tree.group_of(path, depth) for path in checked.float_paths]
   w = {g: _tree.numbers(np.zeros(len(checked))) for g in groups}
-  # A fixed beta is no variable, or weight decay would move it.
+  # A fixed beta is not a variable, or weight decay would move it.
   variables = (w, _tree.numbers(1.0) if beta is None else None)
 
   def alphas(w):
@@ -167,7 +167,7 @@ def learned(
   )
   shardings = [x.sharding for x in first]
   del first
-  start = _beside((variables, jax.jit(tx.init)(variables)), shardings)
+  start = _on_mesh((variables, jax.jit(tx.init)(variables)), shardings)
   if plan.is_streamed:
     model: Any = _streamed.Streamed(
         source, groups, alphas, loss_at, checked.float_dtypes, shardings
@@ -200,10 +200,10 @@ def learned(
   return Soup(checked.replace(floats), alpha, info)
 
 
-def _beside(state, shardings):
-  """On the mesh of the ingredients, where each step leaves it.
+def _on_mesh(state, shardings):
+  """Places the state on the mesh of the ingredients, as each step does.
 
-  Else the second step would be compiled anew.
+  Otherwise the second step would be compiled again.
   """
   meshes = [x.mesh for x in shardings if isinstance(x, NamedSharding)]
   if not meshes:
@@ -219,8 +219,8 @@ def _out_of_memory():
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     raise MemoryError(
-        'The stack of all ingredients and a step on it do not fit into memory: '
-        f'pass stream=True, or smaller batches. {e}'
+        'The stack of all ingredients and a step do not fit into memory: pass '
+        f'stream=True (--stream), or smaller batches. {e}'
     ) from e
 
 
@@ -308,13 +308,13 @@ def _finite(losses, where: str) -> list[float]:
   losses = [float(x) for x in jax.device_get(losses)]
   if not losses:
     raise ValueError(
-        f'There was no batch ({where}). An iterator is used up after one walk: '
-        'pass a list, or an object whose __iter__ starts anew.'
+        f'There are no batches ({where}). An iterator can be read only once: '
+        'pass a list, or an object whose __iter__ starts again.'
     )
   bad = [i for i, x in enumerate(losses) if not np.isfinite(x)]
   if bad:
     raise ValueError(
         f'The loss is {losses[bad[0]]} at batch {bad[0]} ({where}). Lower the '
-        'learning rate of tx, or look at loss_fn on that batch.'
+        'learning rate of tx (--learning-rate), or check loss_fn on that batch.'
     )
   return losses

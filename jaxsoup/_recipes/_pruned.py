@@ -29,7 +29,7 @@ def pruned(
     on_trial: Callable[[Trial], None] | None = None,
     non_float_from: int | None = None,
 ) -> Soup:
-  """Starts from the mean of all, and takes out each that is not missed.
+  """Starts from the mean of all, and removes each that does not help.
 
   ```
   soup = all ingredients
@@ -37,16 +37,17 @@ def pruned(
     if score(mean(soup - {k})) >= score(mean(soup)): soup = soup - {k}
   ```
 
-  Never returns less on the held-out data than the uniform soup, where it
-  starts, nor than the best single model, which it returns if that is better
-  than what was left.
+  On the held-out data it is never worse than the uniform soup, where it starts,
+  nor than the best single model, which it returns if that is better than the
+  pruned soup.
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     eval_fn: score of a model on held-out data, any metric, higher is better.
       Rejections may end early, as in `greedy`.
-    strict: whether a tie keeps the ingredient; by default a tie takes it out.
-    num_passes: at most so many passes; without it until a pass takes none out.
+    strict: whether a tie keeps the ingredient; by default a tie removes it.
+    num_passes: the maximal number of passes; None goes on until a pass removes
+      none.
     scores: remembered scores, as in `greedy`; one log may serve both.
     on_trial: is called after each trial.
     non_float_from: as in `uniform`.

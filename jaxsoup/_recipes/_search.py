@@ -24,7 +24,7 @@ class Search:
   """A soup that changes by one ingredient at a time.
 
   Attributes:
-    accepted: ingredients of the present soup, in the order they were taken.
+    accepted: ingredients of the current soup, in the order they were taken.
     score: its score.
   """
 
@@ -56,13 +56,13 @@ class Search:
     return [self._score((k,), list) for k in range(len(self._checked))]
 
   def start_from_all(self) -> None:
-    """Makes the uniform soup the present one."""
+    """Makes the uniform soup the current one."""
     self.accepted = tuple(range(len(self._checked)))
     self._total = _mixing.weighted_sum(self._checked)
     self.score = self._score(self.accepted, self._mean)
 
   def start_from(self, k: int, score: float) -> None:
-    """Makes ingredient k alone the present soup."""
+    """Makes ingredient k alone the current soup."""
     self.accepted, self.score, self._total = (k,), score, None
     self._change(self._checked[k], 1)
 
@@ -75,12 +75,12 @@ class Search:
     return self._try(k, -1, tuple(m for m in self.accepted if m != k), then)
 
   def soup(self, order: Sequence[int]) -> Soup:
-    """The present soup, and all that was seen."""
+    """The current soup, and all trials."""
     info = SearchInfo(
         trials=tuple(self._trials),
         accepted=self.accepted,
         score=self.score,
-        # A search that was resumed meets them in another order.
+        # A resumed search computes them in another order.
         scores=dict(sorted(self._scores.items())),
         order=tuple(order),
         strict=self._strict,
@@ -124,9 +124,9 @@ class Search:
       floats_fn: Callable[[], list[jax.Array]],
       bar: float | None = None,
   ) -> float:
-    """A candidate's score; its leaves are made only where the log lacks it.
+    """A candidate's score; its leaves are made only if the log lacks it.
 
-    Exact if it reaches the bar, or if there is none; else perhaps an `AtMost`.
+    Exact if it reaches the bar, or if there is none; else maybe an `AtMost`.
     """
     if self._is_open(self._log.get(members), bar):
       params = self._checked.replace(floats_fn())
@@ -138,8 +138,8 @@ class Search:
       score = self._valid(score, members, 'eval_fn returned')
       if self._is_open(score, bar):
         raise ValueError(
-            f'eval_fn returned {score!r}, which is no exact score, where the '
-            f'bar is {bar}: only a score that does not reach it may be a bound.'
+            f'eval_fn returned {score!r}, not an exact score, and the bar is '
+            f'{bar}: a bound is allowed only if it does not reach the bar.'
         )
       self._log[members] = score
     score = self._valid(self._log[members], members, 'the score log holds')
@@ -147,7 +147,7 @@ class Search:
     return score
 
   def _is_open(self, score: float | None, bar: float | None) -> bool:
-    """Whether a score leaves open if the candidate reaches the bar."""
+    """Whether a score does not tell if the candidate reaches the bar."""
     if score is None:
       return True
     return isinstance(score, AtMost) and self._reaches(score, bar)
@@ -155,7 +155,7 @@ class Search:
   def _valid(self, score: Any, members: Members, said: str) -> float:
     value = np.asarray(jax.device_get(score))
     who = ' + '.join(map(self._checked.name, members))
-    # Of kind V are the small floats: bfloat16 and its like.
+    # Small floats such as bfloat16 are of kind V.
     if value.ndim or value.dtype.kind not in 'fiubV':
       raise TypeError(
           f'{said} {value.dtype}{list(value.shape)} for {who}; a score is one '
@@ -164,7 +164,7 @@ class Search:
     if not np.isfinite(float(value)):
       raise ValueError(
           f'{said} {float(value)} for {who}; scores must be finite. Leave that '
-          "ingredient out, or return the metric's worst value in its place."
+          "ingredient out, or return the metric's worst value instead."
       )
     # A bound stays one: float(value) would make it look exact.
     return AtMost(value) if isinstance(score, AtMost) else float(value)

@@ -1,4 +1,4 @@
-"""Ingredients that are read again and again, and what is computed from them.
+"""Ingredients that are read repeatedly, and what is computed from them.
 
 ```
 streamed = Streamed(source, groups, alphas, loss_at)
@@ -55,7 +55,7 @@ class Source:
     return self._copied(k, [] if k in self._cache else self._checked[k])
 
   def _copied(self, k: int, leaves: list[jax.Array]) -> list[jax.Array]:
-    """What a copy of these leaves is worth, the first time and later."""
+    """These leaves after a round trip through the cache, if there is one."""
     if self._cache_dtype is None:
       return leaves
     if k not in self._cache:
@@ -85,9 +85,9 @@ class Streamed:
   """The loss of a mix and its gradient, at the memory of a few models.
 
   `dL/dalpha_k = <dL/dtheta, theta_k>`: one forward and backward on the mixed
-  model, then K inner products while the ingredients come by once more. Each
-  walk goes the other way than the one before, and so begins with the
-  ingredient that is still there.
+  model, then K inner products while the ingredients are read once more. Each
+  pass reverses the order of the one before, and so begins with the ingredient
+  that is still in memory.
   """
 
   def __init__(
@@ -104,7 +104,7 @@ class Streamed:
     self._dtypes = dtypes
     self._order = list(range(len(source)))
     self._alphas = jax.jit(alphas)
-    # Or the gradient of a sharded model could lie on every device whole.
+    # Otherwise each device could hold the whole gradient of a sharded model.
     on_mesh = [x if isinstance(x, NamedSharding) else None for x in shardings]
     self.step = jax.jit(
         jax.value_and_grad(loss_at, (0, 1)),
@@ -124,7 +124,7 @@ class Streamed:
           if total
           else _mixing.scaled(leaves, weights)
       )
-      # Or reading could run ahead of adding, and fill the memory.
+      # Otherwise reading could run ahead of adding, and fill the memory.
       jax.block_until_ready(total)
     return _mixing.rounded(total, _tree.numbers(1.0), self._dtypes)
 
@@ -160,7 +160,7 @@ def plan(
     is_streamed: bool | None,
     is_cached: bool,
 ) -> LearnedPlan:
-  """Resident if the stack fits beside what a step needs, else streamed."""
+  """Resident if the stack fits as well as what a step needs, else streamed."""
   sharding = leaves[0].sharding
   device: Any = next(iter(sharding.addressable_devices))
   model_bytes = sum(
@@ -172,10 +172,10 @@ def plan(
   free = _memory.free_bytes(device)
   needed, is_fitting = fits(num_ingredients, model_bytes, free)
   reason = (
-      f'the stack of {num_ingredients} with three models more (one that is '
-      'read, the mixed one, its gradient) takes '
-      f'{_memory.amount(needed)}, and {_memory.amount(free)} are free on '
-      f'{device.platform}, of which a third is left for activations: it '
+      f'the stack of {num_ingredients} ingredients and three more models (one '
+      'being read, the mixed one, its gradient) takes '
+      f'{_memory.amount(needed)} of {_memory.amount(free)} free on '
+      f'{device.platform}, a third of which is kept for activations: it '
       f'{"fits" if is_fitting else "does not fit"}'
   )
   if is_streamed is not None:
@@ -186,6 +186,6 @@ def plan(
 
 
 def fits(num_ingredients: int, model_bytes: int, free: int) -> tuple[int, bool]:
-  """Bytes of a stack and three models more, and if two thirds of free do."""
+  """Bytes of the stack and three more models; whether 2/3 of free suffice."""
   needed = (num_ingredients + 3) * model_bytes
   return needed, needed <= 2 / 3 * free

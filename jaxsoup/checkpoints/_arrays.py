@@ -1,4 +1,4 @@
-"""Arrays of a file by the names that they have there."""
+"""Arrays of a file by their names in it."""
 
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ class Arrays(Mapping):
   Attributes:
     path: the file or directory, as a string.
     shapes: shape and dtype of each array, by name.
-    metadata: what is stored beside the arrays.
+    metadata: what is stored with the arrays.
     separator: of keys in the names of this format.
   """
 
@@ -74,7 +74,7 @@ class Arrays(Mapping):
   def __getitem__(self, name: str) -> np.ndarray:
     path, sums = self._paths[name], _checkpoint.Sums()
     index = tuple(slice(0, n) for n in self.shapes[name].shape)
-    # A copy: the reader uses its memory again.
+    # A copy, because the reader reuses its memory.
     array = np.array(self._checkpoint.reader(path, sums)(index))
     self._checkpoint.verify(path, sums)
     return array
@@ -86,20 +86,20 @@ def save_arrays(
     arrays: Iterable[tuple[str, np.ndarray]],
     *,
     separator: str = '.',
-    beside: Any = None,
+    like: Any = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> str:
-  """Writes arrays under given names, while only one of them is in memory.
+  """Writes arrays under given names, with only one of them in memory.
 
   Args:
     path: a `.safetensors` file that does not exist yet; or a new directory, for
-      Orbax or with other files, see `beside`.
+      Orbax or with other files, see `like`.
     shapes: shape and dtype of each array, by name.
     arrays: names and arrays, each of `shapes` once, in any order.
     separator: of the keys in the names, for Orbax, which stores nested dicts.
-    beside: a file in a directory: `path` becomes another such directory, with
-      `model.safetensors` and the small files that lie there (config,
-      tokenizer) if a config.json does; unless it ends in `.safetensors`.
+    like: a file of weights: `path` becomes a directory like that of this file,
+      with `model.safetensors` and the small files there (config, tokenizer) if
+      one is a config.json; not used if `path` ends in `.safetensors`.
     metadata: as in `save`.
 
   Returns:
@@ -107,7 +107,7 @@ def save_arrays(
 
   Raises:
     FileExistsError: the path exists; it is not touched.
-    ValueError: what was written is not what is read back.
+    ValueError: the file reads back with other values.
 
   Example:
     >>> import tempfile
@@ -122,12 +122,12 @@ def save_arrays(
   with _soups.room_for(path):
     if path.name.endswith('.safetensors'):
       _write_file(path, shapes, arrays, own)
-    elif beside is not None:
-      with _directories.appearing(path) as folder:
+    elif like is not None:
+      with _directories.atomic_directory(path) as folder:
         _write_file(folder / 'model.safetensors', shapes, arrays, own)
-        beside = pathlib.Path(beside)
-        if _directories.is_directory(beside.parent):
-          _directories.copy_what_is_no_weights(beside, folder)
+        like = pathlib.Path(like)
+        if _directories.is_directory(like.parent):
+          _directories.copy_other_files(like, folder)
     else:
       _write_orbax(path, arrays, separator, own)
   return str(path)
@@ -150,7 +150,7 @@ def _write_file(path, shapes, arrays, own) -> None:
 
 
 def _write_orbax(path, arrays, separator, own) -> None:
-  """Orbax takes whole trees: of arrays that lie in files beside it."""
+  """Orbax takes whole trees: of arrays in temporary files next to it."""
   prefix = f'.{path.name}-'
   with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
     tree = {}

@@ -61,11 +61,11 @@ def text(
 
   command = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
   return _CARD.format(
-      # Texts of JSON are texts of YAML.
+      # JSON strings are YAML strings.
       base_models='\n'.join(f'- {json.dumps(n)}' for n in ingredients),
       name=name,
       num=len(ingredients),
-      recipe=metadata.get('recipe') or 'given weights',
+      recipe=metadata.get('recipe') or 'given alpha',
       table=_table(ingredients, soup),
       notes=_notes(soup),
       version=jaxsoup.__version__,

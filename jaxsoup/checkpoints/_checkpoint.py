@@ -1,4 +1,4 @@
-"""One checkpoint: where the wanted leaves lie in it, and their checksums."""
+"""One checkpoint: the paths of the wanted leaves, and their checksums."""
 
 import math
 import threading
@@ -15,7 +15,7 @@ from jaxsoup.checkpoints import _source
 
 
 class Sums(dict[_tree.Path, tuple[np.ndarray, int]]):
-  """Checksums under way: of each leaf the sums so far, of how many bytes."""
+  """Partial checksums: of each leaf the sums so far, and their bytes."""
 
 
 class Checkpoint:
@@ -84,26 +84,26 @@ class Checkpoint:
     return read_and_add
 
   def unverified(self, name: _tree.Path) -> _source.ReadFn:
-    """The same, without a look at its checksum."""
+    """The same, without verifying its checksum."""
     return self.source.reader_fn(self.places[name])
 
   def verify(self, name: _tree.Path, sums: Sums) -> None:
     """Compares the checksum of a leaf that has been read with the stored one.
 
-    Where this process read only a part of it, nothing can be said.
+    Does nothing where this process read only a part of the leaf.
     """
     total, count = sums.pop(name, (_checksum.NOTHING, 0))
     if count < _bytes(self.stored[name]):
       return
-    found = self._digests[_tree.name_of(name)] = _checksum.digest(total)
+    digest = self._digests[_tree.name_of(name)] = _checksum.digest(total)
     stored = self.source.metadata.checksums.get(
         _tree.name_of(self.places[name])
     )
-    if stored is not None and _checksum.differ(found, stored):
+    if stored is not None and _checksum.differ(digest, stored):
       raise _source.DamagedError(
           f'Leaf {_tree.name_of(name)!r} of {self.source.metadata.path} is '
-          f'damaged: its checksum is {found}, and {stored} was stored with it. '
-          'Restore the checkpoint from a copy, or leave it out.'
+          f'damaged: its checksum is {digest}, but {stored} was stored with it.'
+          ' Restore the checkpoint from a copy, or leave it out.'
       )
 
   def content_hash(self) -> str | None:
@@ -127,7 +127,7 @@ def _bytes(leaf: Any) -> int:
 def _places(
     source: _source.Metadata, abstract: _tree.Flat | None
 ) -> dict[_tree.Path, _tree.Path]:
-  """Where in the checkpoint each wanted leaf lies."""
+  """The path in the checkpoint of each wanted leaf."""
   if abstract is None:
     paths = list(source.leaves)
     inside = [path for path in paths if path[0] == 'params']
@@ -139,9 +139,9 @@ def _places(
     below = [p for p in source.leaves if p[: len(prefix)] == prefix]
     named = _orbax.without_value_keys(below)
     named = {name[len(prefix) :]: path for name, path in named.items()}
-    found = {name: named[name] for name in wanted if name in named}
-    if len(found) > len(best):
-      best = found
+    matched = {name: named[name] for name in wanted if name in named}
+    if len(matched) > len(best):
+      best = matched
     if len(best) == len(wanted):
       break
   _check_fits(source, wanted, best)
@@ -154,8 +154,8 @@ def _prefixes(paths) -> list[_tree.Path]:
   return sorted(prefixes, key=lambda p: (len(p), 'params' not in p, p))
 
 
-def _check_fits(source, wanted, found) -> None:
-  missing = [_tree.name_of(p) for p in wanted if p not in found]
+def _check_fits(source, wanted, places) -> None:
+  missing = [_tree.name_of(p) for p in wanted if p not in places]
   if missing:
     stored = [_tree.name_of(p) for p in source.leaves]
     raise ValueError(
@@ -163,14 +163,14 @@ def _check_fits(source, wanted, found) -> None:
         + (f' and {len(missing) - 1} more' if len(missing) > 1 else '')
         + f'; it holds {", ".join(stored[:6])}'
         + (f' and {len(stored) - 6} more' if len(stored) > 6 else '')
-        + '. Compare with `jaxsoup inspect`: another architecture, or other '
-        'names?'
+        + '. Is it another architecture, or does it use other names? Compare '
+        'with `jaxsoup inspect`.'
     )
   for name, leaf in wanted.items():
-    shape = source.leaves[found[name]].shape
+    shape = source.leaves[places[name]].shape
     if tuple(shape) != tuple(leaf.shape):
       raise ValueError(
           f'{source.path}: leaf {_tree.name_of(name)!r} has shape '
-          f'{tuple(shape)}, expected {tuple(leaf.shape)}. Is it of another '
-          'size, or with another head?'
+          f'{tuple(shape)}, expected {tuple(leaf.shape)}. Is it another model '
+          'size, or another head?'
       )

@@ -6,8 +6,8 @@ _checksum.digest(total)                                 # '509:1f2e3d4c'
 ```
 
 `s_j = sum_i word_{i P + j} mod 2^64`: every 64-bit word goes into one of P
-sums. No flipped bit leaves its sum as it was, and the sums run at the speed of
-the cache: 50 GB/s a core, where CRC-32 does 7.
+sums. Any flipped bit changes its sum, and the sums run at the speed of the
+cache: 50 GB/s per core, where CRC-32 reaches 7.
 """
 
 from collections.abc import Mapping
@@ -31,16 +31,16 @@ def sums_of(piece: np.ndarray, start: int = 0) -> np.ndarray:
 
   Args:
     piece: a contiguous part of an array.
-    start: where in the array its first byte lies.
+    start: the position of its first byte in the array.
 
   Returns:
     `[P]` uint64; the sums of an array are those of its parts, added.
   """
-  octets = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-  before, after = start % 8, -(start + octets.size) % 8
+  data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+  before, after = start % 8, -(start + data.size) % 8
   if before or after:
-    octets = np.pad(octets, (before, after))
-  words = octets.view(np.uint64)
+    data = np.pad(data, (before, after))
+  words = data.view(np.uint64)
   # The end of a period that began earlier, whole ones, and what is left.
   first = start // 8 % _PERIOD
   head, rest = words[: _PERIOD - first], words[_PERIOD - first :]
@@ -85,7 +85,7 @@ def digest(sums: np.ndarray) -> str:
 
 
 def differ(digest: str, stored: str) -> bool:
-  """Whether a digest proves a change: of another period it proves nothing."""
+  """Whether a digest proves a change; with another period it does not."""
   return digest != stored and stored.startswith(f'{_PERIOD}:')
 
 

@@ -1,6 +1,6 @@
-"""Soups of directories of Hugging Face: weights, config and tokenizer.
+"""Soups in the form of Hugging Face directories: weights, config, tokenizer.
 
-The names of the tensors stay as they are, and no code of a model is needed.
+The names of the tensors stay the same, and no model code is needed.
 """
 
 from collections.abc import Callable
@@ -32,16 +32,16 @@ from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _torch
 
 _CONFIG = 'config.json'
-# Other weights, and what belongs to a run and not to its model.
+# Other weights, and files of a training run.
 _LEFT_SUFFIXES = {
     '.bin', '.ckpt', '.gguf', '.h5', '.log', '.lock', '.msgpack', '.npz',
     '.onnx', '.pt', '.pth', '.safetensors',
 }  # fmt: skip
-_LEFT_NAMES = {'README.md', _soups.BESIDE, 'trainer_state.json'}
+_LEFT_NAMES = {'README.md', _soups.SIDECAR_FILE, 'trainer_state.json'}
 _LEFT_ENDS = ('.index.json',)
 _LEFT_STARTS = ('.', 'events.out.', 'optimizer', 'rng_state', 'scheduler')
-_MOST_BYTES = 100_000_000  # Of a file that is no weights.
-# What differs between the configs of one model.
+_MOST_BYTES = 100_000_000  # Of a file without weights.
+# What may differ between the configs of one model.
 _NOT_COMPARED = {
     '_name_or_path', 'dtype', 'torch_dtype', 'transformers_version'
 }  # fmt: skip
@@ -50,7 +50,7 @@ FillFn = Callable[[_safetensors.PutFn, Sequence[_tree.Path]], None]
 
 
 def is_directory(path: Any) -> bool:
-  """Whether a path is a model of Hugging Face: a config beside weights.
+  """Whether a path is a Hugging Face model: a config next to weights.
 
   Args:
     path: any path.
@@ -83,9 +83,9 @@ def save_directory(
   `theta = sum_k alpha_k theta_k`, piece by piece from file to file, or the
   params of a soup that another recipe made. Tensors keep the names and dtypes
   that they have in the first ingredient, and its config and tokenizer are
-  copied. A model card and `soup.json` say how the soup came about. What was
-  written is read once more and compared; the directory appears under its name
-  only when it is whole.
+  copied. A model card and `soup.json` say how the soup was made. What was
+  written is read back and compared; the directory gets its name only when it is
+  complete.
 
   Args:
     path: a directory that does not exist yet.
@@ -93,7 +93,7 @@ def save_directory(
     soup: of these ingredients; None averages them here.
     alpha: as in `jaxsoup.average`; None is the uniform soup.
     non_float_from: as in `jaxsoup.uniform`.
-    max_shard_bytes: more are written as several files with an index.
+    max_shard_bytes: larger soups are several files with an index.
     metadata: as in `save`; `recipe` is named in the model card.
 
   Returns:
@@ -101,7 +101,8 @@ def save_directory(
 
   Raises:
     FileExistsError: the path exists; it is not touched.
-    ValueError: the ingredients do not fit, are damaged, or are no directories.
+    ValueError: the ingredients do not match, are damaged, or are not
+      directories.
     OSError: the disk is full.
 
   Example:
@@ -134,19 +135,19 @@ def save_directory(
   shards = _shards(first.stored, max_shard_bytes)
   _processes.wait_for_all('every process has seen that the path is free')
   if not _processes.is_main():
-    if soup is not None:  # Others have parts of what this process has to write.
+    if soup is not None:  # Their shards are gathered by the main process.
       for shard in shards:
         fill_fn(lambda *_: None, list(shard))
   else:
-    with _soups.room_for(path), appearing(path) as folder:
+    with _soups.room_for(path), atomic_directory(path) as folder:
       _write_weights(folder, first, shards, fill_fn)
       made = soup_fn()
       own = _soups.own_of(made, ingredients, metadata)
-      _write_json(folder / _soups.BESIDE, own)
+      _write_json(folder / _soups.SIDECAR_FILE, own)
       names = _names_of(ingredients.paths)
       card = _card.text(path.name, names, made, metadata or {})
       (folder / 'README.md').write_text(card)
-      copy_what_is_no_weights(pathlib.Path(first.source.metadata.path), folder)
+      copy_other_files(pathlib.Path(first.source.metadata.path), folder)
   _processes.wait_for_all('the directory is written')
   return str(path)
 
@@ -156,16 +157,15 @@ def _first(ingredients) -> _checkpoint.Checkpoint:
   for path in ingredients.paths:
     if not is_directory(pathlib.Path(path).parent):
       raise ValueError(
-          f'{path} lies in no directory of Hugging Face, with {_CONFIG} beside '
-          'weights. Give such directories, or write another format: '
-          'checkpoints.save.'
+          f'{path} is not in a Hugging Face directory ({_CONFIG} next to the '
+          'weights). Give such directories, or use checkpoints.save.'
       )
   source = _formats.open_source(ingredients.paths[0])
   first = _checkpoint.Checkpoint(source, None)
   if len(first.places) < len(source.metadata.leaves):
     raise ValueError(
-        f'{source.metadata.path} holds tensors below params and others; only '
-        'the first would be averaged. Rename them.'
+        f'{source.metadata.path} holds tensors inside and outside of params; '
+        'only those inside would be averaged. Rename them.'
     )
   return first
 
@@ -180,8 +180,8 @@ def _warn_of_configs(paths: Sequence[str]) -> None:
     if odd:
       warnings.warn(
           f'{folder / _CONFIG} differs from that of {folders[0]} in '
-          f'{", ".join(odd[:5])}: the soup gets the first one. Do the models '
-          'mean the same by the same outputs?',
+          f'{", ".join(odd[:5])}: the soup gets the latter. Check that the '
+          'outputs of the models have the same meaning.',
           stacklevel=3,
       )
 
@@ -200,7 +200,7 @@ def _filler(params: Any, stored: Mapping[_tree.Path, Any]) -> FillFn:
   def fill(put_fn, names):
     for name in names:
       array = _processes.gathered(leaves[name])
-      # jax keeps no 64 bits, unless it is told to.
+      # jax has no 64-bit arrays by default.
       put_fn(name, 0, array.astype(stored[name].dtype))
 
   return fill
@@ -209,7 +209,7 @@ def _filler(params: Any, stored: Mapping[_tree.Path, Any]) -> FillFn:
 def _shards(
     leaves: Mapping[_tree.Path, Any], most: int
 ) -> list[dict[_tree.Path, Any]]:
-  """Leaves in groups of at most so many bytes; a larger leaf is alone."""
+  """Groups of leaves with at most `most` bytes; larger leaves are alone."""
   shards: list[dict[_tree.Path, Any]] = [{}]
   total = 0
   for name, leaf in leaves.items():
@@ -259,7 +259,7 @@ def _write_shard(file, shard, places, fill_fn) -> None:
 
 
 def verify(path: pathlib.Path) -> None:
-  """Reads what was written, and compares it with what was to be written."""
+  """Reads a file that was written, and compares the checksums."""
   checkpoint = _checkpoint.Checkpoint(_safetensors.open_source(path), None)
   sums = _checkpoint.Sums()
   names = checkpoint.flat.paths
@@ -278,23 +278,23 @@ def _write_json(file: pathlib.Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A directory that gets its name when all is in it, and else is deleted."""
+def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A directory that gets its name when it is complete, else is deleted."""
   folder = path.with_name(f'{path.name}.unfinished-{os.getpid()}')
   folder.mkdir()
   try:
     yield folder
     if path.exists():  # An empty directory would be replaced.
-      raise FileExistsError(f'{path} exists by now and is not overwritten.')
+      raise FileExistsError(
+          f'{path} exists now and is not overwritten. Give another path.'
+      )
     folder.rename(path)
   finally:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def copy_what_is_no_weights(
-    weights: pathlib.Path, folder: pathlib.Path
-) -> None:
-  """Config, tokenizer, preprocessor and their like, of the first ingredient."""
+def copy_other_files(weights: pathlib.Path, folder: pathlib.Path) -> None:
+  """Copies config, tokenizer, preprocessor etc. of the first ingredient."""
   for file in sorted(weights.parent.iterdir()):
     if file.is_file() and not _is_left(file):
       shutil.copyfile(file, folder / file.name)
@@ -311,7 +311,7 @@ def _is_left(file: pathlib.Path) -> bool:
 
 
 def _names_of(paths: Sequence[str]) -> list[str]:
-  """Names of ingredients for others: of the hub, or below what they share."""
+  """Public names of ingredients: on the hub, or below their common folder."""
   folders = [pathlib.Path(path).parent for path in paths]
   shared = os.path.commonpath([folder.parent for folder in folders])
   return [

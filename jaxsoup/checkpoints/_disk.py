@@ -1,9 +1,9 @@
-"""A disk that is full, in whatever words it is said."""
+"""Recognizes the errors of a full disk."""
 
 import errno
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# Orbax and tensorstore write in threads of their own, and raise ValueError.
+# Orbax and tensorstore write in their own threads, and raise ValueError.
 _SAID = ('No space left', 'File too large', 'quota exceeded')
 
 

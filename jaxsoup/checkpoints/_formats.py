@@ -42,14 +42,14 @@ def find(path: Any) -> pathlib.Path | None:
   path = pathlib.Path(path).absolute()
   if path.is_file() and path.suffix in _FILES:
     return path
-  found = _safetensors.find(path)
-  if found is None and (path / _torch.IN_DIRECTORY).is_file():
+  file = _safetensors.find(path)
+  if file is None and (path / _torch.IN_DIRECTORY).is_file():
     return path / _torch.IN_DIRECTORY
-  return found
+  return file
 
 
 def open_source(resolved: str) -> _source.Source:
-  """Opens what `resolve` found; reads no array."""
+  """Opens what `resolve` returned; reads no array."""
   suffix = pathlib.PurePath(resolved).suffix
   if suffix in _FILES:
     return _FILES[suffix](pathlib.Path(resolved))
@@ -59,7 +59,7 @@ def open_source(resolved: str) -> _source.Source:
 
 
 def metadata(path: Any, item: str | None = None) -> _source.Metadata:
-  """Shapes, dtypes and what was stored beside them; reads no array.
+  """Shapes, dtypes and what was stored with them; reads no array.
 
   Args:
     path: a checkpoint or run directory, see `Ingredients`.

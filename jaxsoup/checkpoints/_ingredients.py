@@ -22,7 +22,7 @@ class Ingredients(Sequence):
 
   Pass it to any recipe in place of a list. While a recipe works on one
   ingredient the next one is read in the background. `uniform` and `average`
-  read all of them side by side, piece by piece, at the memory of the result.
+  read all of them in parallel, piece by piece, at the memory of the result.
 
   Example:
     >>> import tempfile
@@ -57,10 +57,10 @@ class Ingredients(Sequence):
       abstract_params: parameters as `jax.ShapeDtypeStruct` (from
         `jax.eval_shape`, see also `sharding.fsdp`): what to read, in which
         container, dtypes and shardings. Each process reads what its devices
-        hold. They may lie inside a larger train state. None reads what lies
+        hold. They may be inside a larger train state. None reads what is
         below `params`, or all, as nested dicts.
       item: which item of a step that holds several; 'params', 'state' or
-        'default' is found by itself.
+        'default' is the default.
 
     Raises:
       FileNotFoundError: a path without a finished checkpoint.
@@ -101,7 +101,7 @@ class Ingredients(Sequence):
       yield params
 
   def prefetch(self, k: int) -> None:
-    """Begins to read ingredient k, which `self[k]` will return."""
+    """Starts reading ingredient k, which `self[k]` will return."""
     if self._pending is None or self._pending[0] != k:
       self._pending = k, self._reader.submit(self._read, k)
 
@@ -144,19 +144,19 @@ class Ingredients(Sequence):
     checkpoint.verify(path, sums)
 
   def content_hash(self, k: int) -> str:
-    """A hash of the parameters of ingredient k, which are read if need be."""
+    """A hash of the parameters of ingredient k, which are read if necessary."""
     if self.known_hash(k) is None:
       self[k]
-    found = self.known_hash(k)
-    assert found is not None
-    return found
+    content_hash = self.known_hash(k)
+    assert content_hash is not None
+    return content_hash
 
   def known_hash(self, k: int) -> str | None:
     """`content_hash(k)`, if it was stored or ingredient k has been read."""
     return self._checkpoint(k).content_hash()
 
   def identity(self, k: int) -> str:
-    """A text that changes when ingredient k is written anew; reads no array."""
+    """A text that changes when ingredient k is rewritten; reads no array."""
     return self.metadata(k).identity
 
   def average(
@@ -166,7 +166,7 @@ class Ingredients(Sequence):
       count: float,
       non_float_from: int | None,
   ) -> tuple[Params, tuple[Members, ...]]:
-    """`sum_k w_k theta_k / count`, read side by side, piece by piece.
+    """`sum_k w_k theta_k / count`, read in parallel, piece by piece.
 
     What `jaxsoup.uniform` and `jaxsoup.average` call.
 
@@ -192,7 +192,7 @@ class Ingredients(Sequence):
 
   def unsharded(self) -> 'Ingredients':
     """The same, for one process alone."""
-    if self._abstract is None:  # Then what others have more is a misfit.
+    if self._abstract is None:  # Then extra leaves of others are mismatches.
       return Ingredients(self.paths)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.abstract_params

@@ -1,7 +1,7 @@
 """Reads the `.npz` files of NumPy: AugReg, big_vision, `np.savez`.
 
-A member that is stored is read row by row, one that is compressed as a whole.
-Objects are pickles, which run code: they are refused.
+Uncompressed members are read row by row, compressed ones as a whole. Objects
+are pickles, which can run code: they are refused.
 """
 
 import ast
@@ -23,18 +23,18 @@ _MAGIC = b'\x93NUMPY'
 _MOST_HEADER_BYTES = 1 << 16
 _MOST_DEFLATED = 1032  # What a byte of deflate can stand for, at most.
 _ENCRYPTED = 1
-# NumPy knows no bfloat16, and stores it as two bytes without a meaning.
+# NumPy has no bfloat16, and stores it as two bytes without a type.
 _BFLOAT16 = 'V2'
 
 
 class _Member(NamedTuple):
-  """An array of the archive: where it lies, and how.
+  """An array of the archive, and its place.
 
   Attributes:
-    array: where, if it is stored; else `start` is its place in the member.
-    in_file: its dtype there, perhaps in another order of bytes.
-    is_stored: not compressed, in the order of C.
-    is_fortran: in the order of Fortran.
+    array: its place, in the file if it is stored, else in the member.
+    in_file: its dtype there, perhaps in another byte order.
+    is_stored: not compressed, in C order.
+    is_fortran: in Fortran order.
     name: of the member.
   """
 
@@ -105,17 +105,17 @@ def _members(path: pathlib.Path) -> dict[str, _Member]:
   try:
     with zipfile.ZipFile(path) as archive, path.open('rb') as f:
       infos = [i for i in archive.infolist() if i.filename.endswith('.npy')]
-      found = dict(_each_member(path, archive, infos, f))
-    if len(found) < len(infos):
-      raise ValueError('two of its arrays have one name')
-    if not found:
+      members = dict(_each_member(path, archive, infos, f))
+    if len(members) < len(infos):
+      raise ValueError('two of its arrays have the same name')
+    if not members:
       raise ValueError('it holds no arrays')
-  # zipfile and ast raise a dozen types on bytes that somebody made up.
+  # zipfile and ast raise a dozen types of errors on invalid bytes.
   except Exception as e:
     if isinstance(e, FileNotFoundError):
       raise
     raise _source.damaged(path, e) from e
-  return found
+  return members
 
 
 def _each_member(path, archive, infos, f) -> Iterator[tuple[str, _Member]]:
@@ -133,7 +133,8 @@ def _each_member(path, archive, infos, f) -> Iterator[tuple[str, _Member]]:
     array = _raw.Array(str(path), data + start, shape, dtype.newbyteorder('='))
     if start + array.num_bytes != info.file_size:
       raise ValueError(
-          f'{name!r}: {list(shape)} {dtype} in {info.file_size - start} bytes'
+          f'{name!r} of shape {list(shape)} and dtype {dtype} has '
+          f'{info.file_size - start} bytes'
       )
     yield name, _Member(array, in_file, is_stored, is_fortran, info.filename)
 
@@ -146,10 +147,10 @@ def _check_size(info: zipfile.ZipInfo, num_bytes: int) -> None:
   if info.flag_bits & _ENCRYPTED:
     raise ValueError(f'{info.filename!r} is encrypted')
   if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-    raise ValueError(f'{info.filename!r} is compressed in an unknown way')
+    raise ValueError(f'{info.filename!r} has an unknown compression')
   if end > num_bytes or info.file_size > most:
     raise ValueError(
-        f'{info.filename!r} declares {info.file_size:,} bytes, and the file '
+        f'{info.filename!r} declares {info.file_size:,} bytes, but the file '
         f'has {num_bytes:,}'
     )
 
@@ -165,20 +166,20 @@ def _header(name: str, member) -> tuple[tuple[int, ...], np.dtype, bool, int]:
   """Shape, dtype, order and size of the header of an array."""
   start = member.read(8)
   if start[:6] != _MAGIC:
-    raise ValueError(f'{name!r} is no array of NumPy')
+    raise ValueError(f'{name!r} is not a NumPy array')
   size = 2 if start[6] == 1 else 4
   length = int.from_bytes(member.read(size), 'little')
   if length > _MOST_HEADER_BYTES:
-    raise ValueError(f'the header of {name!r} should have {length:,} bytes')
+    raise ValueError(f'the header of {name!r} declares {length:,} bytes')
   fields = ast.literal_eval(member.read(length).decode('latin1').strip())
   dtype = np.dtype(fields['descr'])
   if dtype.hasobject:
     raise ValueError(
-        f'{name!r} holds pickled objects, which are not read because that runs '
-        'code'
+        f'{name!r} holds pickled objects, which are not read because that can '
+        'run code'
     )
   if dtype.kind not in 'biufc' and dtype.str[1:] != _BFLOAT16:
-    raise ValueError(f'{name!r} has dtype {dtype}: no numbers')
+    raise ValueError(f'{name!r} has dtype {dtype}, not numbers')
   shape = tuple(int(n) for n in fields['shape'])
   if min((*shape, 0)) < 0:
     raise ValueError(f'{name!r} has shape {shape}')

@@ -17,7 +17,7 @@ from jaxsoup import _tree
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _source
 
-# A directory with this file holds one pytree, whoever wrote it: Orbax v0, v1
+# A directory with this file holds one pytree, written by Orbax v0, by v1
 # (below `state/`) or a CheckpointManager (below `STEP/ITEM/`).
 _PYTREE_FILE = '_METADATA'
 _UNFINISHED = '.orbax-checkpoint-tmp'
@@ -26,8 +26,8 @@ _UNFINISHED = '.orbax-checkpoint-tmp'
 class OnDisk(np.memmap):
   """An array that stays in its file while it is saved.
 
-  Orbax copies arrays of the host first, because others may change them while it
-  writes: the whole model.
+  Orbax would first copy the whole model on the host, in case its arrays change
+  while it writes.
   """
 
   def __deepcopy__(self, memo: Any) -> 'OnDisk':
@@ -57,26 +57,26 @@ def resolve(path: Any, item: str | None = None) -> epath.Path:
         f'{path} is a file; an Orbax checkpoint is a directory. Give a '
         'checkpoint or a run directory.'
     )
-  found = _resolve(path, item)
-  if found is None:
+  resolved = _resolve(path, item)
+  if resolved is None:
     if _UNFINISHED in path.name or any(
         _UNFINISHED in p.name for p in _directories(path)
     ):
       raise FileNotFoundError(
           f'{path} holds only an unfinished checkpoint (its writer was '
-          'stopped). Delete it, or save that run again.'
+          'stopped). Delete it, and save that run again.'
       )
     raise FileNotFoundError(
         f'{path} holds no Orbax checkpoint: neither it nor a directory below it'
-        f' has a file named {_PYTREE_FILE}.'
+        f' has a file {_PYTREE_FILE}. Give a checkpoint or a run directory.'
     )
-  return found
+  return resolved
 
 
 def absolute(path: Any) -> epath.Path:
   """The path from the root, or in its bucket."""
   path = epath.Path(path)
-  # Of `gs://` paths `absolute` makes local ones.
+  # `absolute` would turn `gs://` paths into local ones.
   return path if '://' in str(path) else path.absolute()
 
 
@@ -86,22 +86,22 @@ def _resolve(path: epath.Path, item: str | None) -> epath.Path | None:
   if (path / _PYTREE_FILE).exists():
     return path
   children = {
-      child.name: found
+      child.name: resolved
       for child in _directories(path)
-      if (found := _resolve(child, item)) is not None
+      if (resolved := _resolve(child, item)) is not None
   }
   unfinished = [p.name for p in _directories(path) if _UNFINISHED in p.name]
   if children and unfinished:
     warnings.warn(
         f'{path}: {", ".join(unfinished)} is unfinished (its writer was '
-        'stopped) and skipped. Delete it, or save that step again.',
+        'stopped) and is skipped. Delete it, or save that step again.',
         stacklevel=2,
     )
   if item in children:
     return children[item]
   steps = {
-      int(match[1]): found
-      for name, found in children.items()
+      int(match[1]): resolved
+      for name, resolved in children.items()
       if (match := re.fullmatch(r'(?:.*[_-])?(\d+)', name))
   }
   if steps and len(steps) == len(children):
@@ -112,7 +112,7 @@ def _resolve(path: epath.Path, item: str | None) -> epath.Path | None:
   if len(children) > 1:
     raise ValueError(
         f'{path} holds several checkpoints: {sorted(children)}. Give the path '
-        'of one, or item=NAME.'
+        'of one, or item=NAME (--item NAME).'
     )
   return next(iter(children.values()), None)
 
@@ -125,16 +125,16 @@ def _siblings(path: epath.Path) -> str:
   if not path.parent.exists():
     return f' Nor does {path.parent}.'
   names = [p.name for p in _directories(path.parent)]
-  return f' There is: {", ".join(names[:8])}.' if names else ''
+  return f' Its parent holds {", ".join(names[:8])}.' if names else ''
 
 
 def open_source(path: epath.Path) -> _source.Source:
   """Opens the directory of a pytree, leaf by leaf, through tensorstore.
 
-  Much faster than a restore of the whole tree, and at the memory of one leaf.
+  Much faster than restoring the whole tree, with the memory of one leaf.
 
   Args:
-    path: what `resolve` found.
+    path: what `resolve` returned.
 
   Returns:
     A `Source`.
@@ -155,7 +155,7 @@ def open_source(path: epath.Path) -> _source.Source:
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise _source.damaged(path, e) from e
   if not arrays:
-    raise _source.damaged(path, 'it names no leaf')
+    raise _source.damaged(path, 'it lists no leaves')
   custom = described.get('custom_metadata') or {}
   own = custom.get('jaxsoup', {})
   metadata = _source.Metadata(
@@ -190,7 +190,7 @@ def open_source(path: epath.Path) -> _source.Source:
 
 
 def _open_arrays(path, layout, leaf_paths) -> dict[_tree.Path, Any]:
-  """The stored arrays, opened side by side: shapes and dtypes are theirs."""
+  """The stored arrays, opened in parallel."""
   context = tensorstore.Context()
   is_ocdbt = layout.get('use_ocdbt', True)
   opened = {}
@@ -228,7 +228,7 @@ def _describe(path: epath.Path) -> dict[str, Any]:
 
 def without_value_keys(paths: list[_tree.Path]) -> dict[_tree.Path, _tree.Path]:
   """Stored paths by the name of the leaf: `nnx.State` is stored with a last
-  key `value`, which is no part of the name.
+  key `value`, which is not a part of the name.
   """
   if paths and all(path[-1:] == ('value',) for path in paths):
     return {path[:-1]: path for path in paths}
@@ -238,7 +238,7 @@ def without_value_keys(paths: list[_tree.Path]) -> dict[_tree.Path, _tree.Path]:
 def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
   """Writes a tree as nested dicts, with a checksum for each leaf.
 
-  It appears under its name only when it is whole.
+  It gets its name only when it is complete.
   """
   path = absolute(path)
   if path.exists():
@@ -246,7 +246,7 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
         f'{path} exists and is not overwritten. Delete it, or give another '
         'path.'
     )
-  import orbax.checkpoint as ocp  # Slow to import, and reading needs it not.
+  import orbax.checkpoint as ocp  # Slow to import, not needed for reading.
 
   flat = _tree.flatten_in_place(params)
   arrays = {p: _savable(leaf, p) for p, leaf in zip(flat.paths, flat.leaves)}
@@ -274,7 +274,7 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
 
 
 def _savable(leaf: Any, path: _tree.Path) -> Any:
-  """On the host, unless it is spread over processes, which all write."""
+  """On the host, unless it is sharded over processes, which all write."""
   if isinstance(leaf, OnDisk):
     return leaf
   leaf = _tree.on_device(leaf, path)
@@ -295,14 +295,14 @@ def check_no_key(leaf: Any, path: _tree.Path) -> None:
   """Raises for a PRNG key, which no format can hold."""
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     raise TypeError(
-        f'Leaf {_tree.name_of(path)!r} is a PRNG key, which is no parameter. '
+        f'Leaf {_tree.name_of(path)!r} is a PRNG key, not a parameter. '
         'Save parameters only: nnx.state(model, nnx.Param).'
     )
 
 
 @contextlib.contextmanager
 def quiet():
-  """Orbax tells the log of every step it takes."""
+  """Silences Orbax, which logs every step."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   try:

@@ -73,9 +73,9 @@ def empty_box(abstract: Any) -> np.ndarray:
   """Memory for the box of an array, aligned so that no device copies it."""
   shape = _sizes(box_of(abstract))
   size = np.dtype(abstract.dtype).itemsize * math.prod(shape)
-  octets = np.empty(size + 64, np.uint8)
-  start = -octets.ctypes.data % 64
-  return octets[start : start + size].view(abstract.dtype).reshape(shape)
+  memory = np.empty(size + 64, np.uint8)
+  start = -memory.ctypes.data % 64
+  return memory[start : start + size].view(abstract.dtype).reshape(shape)
 
 
 def put(array: np.ndarray, abstract: Any, index: Index, piece: Any) -> None:

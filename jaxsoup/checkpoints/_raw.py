@@ -1,4 +1,4 @@
-"""Arrays that lie in a file as they lie in memory, read row by row."""
+"""Arrays that are stored in a file as in memory, read row by row."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from jaxsoup.checkpoints import _source
 
 
 class Array(NamedTuple):
-  """Where an array lies: in C order, from byte `start` on."""
+  """The place of an array: in C order, from byte `start` on."""
 
   file: str
   start: int
@@ -32,7 +32,7 @@ class File:
     self._number: int | None = None
 
   def read(self, array: np.ndarray, start: int) -> None:
-    """Fills an array with what lies in the file from byte `start` on."""
+    """Fills an array with the bytes of the file from `start` on."""
     if self._number is None:
       self._number = os.open(self._path, os.O_RDONLY)
     buffer = array.reshape(-1).view(np.uint8).data
@@ -48,7 +48,7 @@ class File:
 
 
 def reader(array: Array, file: File) -> _source.ReadFn:
-  """Reads a part of an array: its rows from the file, of those the columns."""
+  """Reads a part of an array: rows from the file, then their columns."""
   columns, dtype = array.shape[1:], array.dtype
   row_bytes = math.prod(columns) * dtype.itemsize
 

@@ -43,7 +43,7 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
     return files[0] if files[0].exists() else files[1]
   if len(files) > 2:
     raise ValueError(
-        f'{path} holds {len(files) - 1} .safetensors files and no index '
+        f'{path} holds {len(files) - 1} .safetensors files but no index '
         f'(model{_INDEX}). Give the path of one.'
     )
   return None
@@ -57,15 +57,19 @@ def open_source(path: pathlib.Path) -> _source.Source:
   checksums: dict[str, str] = {}
   own: dict[str, Any] = {}
   for file, wanted in files.items():
-    found, texts_of_file, own = _header(file)
+    arrays, texts_of_file, own = _header(file)
     texts |= texts_of_file
     checksums |= own.get('checksums', {})
-    missing = sorted(set(wanted or ()) - found.keys())
+    missing = sorted(set(wanted or ()) - arrays.keys())
     if missing:
-      raise _source.damaged(file, f'{path.name} names {missing[0]!r} in it')
-    tensors |= {n: t for n, t in found.items() if wanted is None or n in wanted}
+      raise _source.damaged(
+          file, f'it lacks {missing[0]!r}, which {path.name} lists'
+      )
+    tensors |= {
+        n: a for n, a in arrays.items() if wanted is None or n in wanted
+    }
   paths = _source.paths_of(tensors, '.')
-  if len(files) != 1:  # What we store beside the arrays is of each file.
+  if len(files) != 1:  # What we store with the arrays is for each file.
     own = {'checksums': checksums} if checksums else {}
   metadata = _source.Metadata(
       path=str(path),
@@ -93,9 +97,9 @@ def _files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
     weight_map = json.loads(path.read_text())['weight_map']
     files: dict[pathlib.Path, set[str]] = {}
     for name, file in weight_map.items():
-      # The index is data: it does not get to name files elsewhere.
+      # The index is data: it may not name files elsewhere.
       if pathlib.PurePath(file).name != file:
-        raise ValueError(f'{name!r} lies in {file!r}, outside the directory')
+        raise ValueError(f'{name!r} is in {file!r}, outside the directory')
       files.setdefault(path.parent / file, set()).add(name)
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise _source.damaged(path, e) from e
@@ -108,22 +112,22 @@ def _files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
 def _header(
     file: pathlib.Path,
 ) -> tuple[dict[str, _raw.Array], dict[str, str], dict[str, Any]]:
-  """The tensors of one file, checked against its size; texts of others, and
-  what we stored there.
+  """The tensors of one file, checked against its size; metadata of others,
+  and our own.
   """
   num_bytes = file.stat().st_size
   with file.open('rb') as f:
     start = f.read(8)
     length = struct.unpack('<Q', start)[0] if len(start) == 8 else num_bytes
     if length > min(num_bytes - 8, _MOST_HEADER_BYTES):
-      raise _source.damaged(file, f'its header should have {length:,} bytes')
+      raise _source.damaged(file, f'its header declares {length:,} bytes')
     header = f.read(length)
   try:
     rows = json.loads(header)
     metadata = dict(rows.pop('__metadata__', None) or {})
     own = dict(json.loads(metadata.pop('jaxsoup', '{}')))
     if not all(isinstance(s, str) for s in own.get('checksums', {}).values()):
-      raise TypeError('a checksum is no text')
+      raise TypeError('a checksum is not a string')
     tensors = {n: _tensor(str(file), 8 + length, r) for n, r in rows.items()}
     offsets = [row['data_offsets'] for row in rows.values()]
     _check_offsets(offsets, num_bytes - 8 - length)
@@ -137,11 +141,14 @@ def _header(
 def _tensor(file: str, start: int, row: Mapping[str, Any]) -> _raw.Array:
   dtype = np.dtype(_DTYPES[row['dtype']])
   if not isinstance(row['shape'], list):
-    raise TypeError(f'the shape {row["shape"]!r} is no list')
+    raise TypeError(f'the shape {row["shape"]!r} is not a list')
   shape = tuple(int(n) for n in row['shape'])
   begin, end = (int(n) for n in row['data_offsets'])
   if min((*shape, 0)) < 0 or math.prod(shape) * dtype.itemsize != end - begin:
-    raise ValueError(f'{list(shape)} {dtype} in {end - begin} bytes')
+    raise ValueError(
+        f'a tensor of shape {list(shape)} and dtype {dtype} has {end - begin} '
+        'bytes'
+    )
   return _raw.Array(file, start + begin, shape, dtype)
 
 
@@ -166,12 +173,12 @@ def write(
     fill_fn: Callable[[PutFn], None],
     num_more: int = 0,
 ) -> None:
-  """Writes a file piece by piece; it appears under its name when it is whole.
+  """Writes a file piece by piece; it gets its name when it is complete.
 
   Args:
     path: a file that does not exist yet.
     leaves: shape and dtype of each leaf, by path.
-    own_fn: what is stored beside the arrays, in JSON; called before the arrays
+    own_fn: what is stored with the arrays, in JSON; called before the arrays
       are written, and after.
     fill_fn: is given `put_fn(path, start, piece)`, to be called for every piece
       of every leaf, in any order and from any thread, with the byte at which
@@ -192,15 +199,15 @@ def write(
     num_bytes = end
   if len(rows) < len(leaves):
     raise ValueError(
-        "Leaves would have one name: keys contain dots, such as 'a.b' beside "
-        "{'a': {'b'}}. Rename the keys."
+        "Two leaves would have the same name: keys contain dots, such as 'a.b' "
+        "and {'a': {'b'}}. Rename the keys."
     )
   unfinished = path.with_name(f'{path.name}.unfinished-{os.getpid()}')
   number = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
   try:
     # The checksums come last, and are as long as their placeholders.
     length = 8 + len(_header_bytes(rows, leaves, own_fn(), {}, num_more))
-    # Of a leaf without numbers no piece comes.
+    # A leaf without numbers has no pieces.
     sums: dict[_tree.Path, Any] = dict.fromkeys(leaves, _checksum.NOTHING)
     lock = threading.Lock()
 
@@ -215,7 +222,7 @@ def write(
     digests = {p: _checksum.digest(sums[p]) for p in leaves}
     header = _header_bytes(rows, leaves, own_fn(), digests)
     _write_all(number, np.frombuffer(_padded(header, length), np.uint8), 0)
-    os.link(unfinished, path)  # Unlike a rename, never onto another's file.
+    os.link(unfinished, path)  # Unlike a rename, it never overwrites a file.
   finally:
     os.close(number)
     unfinished.unlink()

@@ -13,13 +13,13 @@ from jaxsoup._soup import Members
 
 
 class ScoreLog(MutableMapping):
-  """Remembered scores, one JSON line each: what makes a search resumable.
+  """Remembered scores, one JSON line each, which make a search resumable.
 
   Pass it as `scores=` to `jaxsoup.greedy` and `jaxsoup.pruned`. Each score is
-  on the disk before the search goes on, so that a search that was stopped at
-  any point continues where it was when it is called again. An `AtMost`, of a
-  candidate that was rejected early, is stored as such. Of several processes the
-  first one reads and writes it.
+  written to disk before the search goes on, so that a search that was stopped
+  at any point resumes there when it is called again. An `AtMost`, of a
+  candidate that was rejected early, is stored as such. With several processes
+  the first one reads and writes it.
 
   Example:
     >>> import tempfile
@@ -30,10 +30,10 @@ class ScoreLog(MutableMapping):
   """
 
   def __init__(self, path: Any, ingredients: Any = None):
-    """Opens a log, or begins one.
+    """Opens a log, or starts one.
 
     Args:
-      path: a file, which is made when the first score comes.
+      path: a file, which is created with the first score.
       ingredients: `checkpoints.Ingredients`, whose identities are stored with
         the scores and compared when the log is opened again.
 
@@ -57,7 +57,7 @@ class ScoreLog(MutableMapping):
     self._scores[members] = score
     if not _processes.is_main():
       return
-    # Empty, where the writer was stopped in the middle of the first line.
+    # Empty if the writer was stopped in the middle of the first line.
     if not self._path.exists() or not self._path.stat().st_size:
       self._path.parent.mkdir(parents=True, exist_ok=True)
       if self._identities is not None:
@@ -66,7 +66,9 @@ class ScoreLog(MutableMapping):
     self._append({'members': list(members), name: score})
 
   def __delitem__(self, members: Members) -> None:
-    raise TypeError('A score log only grows. Delete the file to forget it.')
+    raise TypeError(
+        'Scores cannot be deleted from a score log. Delete its file.'
+    )
 
   def __iter__(self) -> Iterator[Members]:
     return iter(self._scores)
@@ -79,8 +81,8 @@ class ScoreLog(MutableMapping):
     with self._path.open('ab', buffering=0) as file:
       num_written = 0
       try:
-        # One call, so that two processes cannot mix their lines. Where there is
-        # room for a part only, the second call says why.
+        # One call, so that two processes cannot mix their lines. If there is
+        # room for only a part, the second call raises the reason.
         num_written = file.write(line)
         if num_written < len(line):
           num_written += file.write(line[num_written:])
@@ -89,9 +91,8 @@ class ScoreLog(MutableMapping):
         file.truncate(os.fstat(file.fileno()).st_size - num_written)
         raise OSError(
             e.errno,
-            f'A score could not be stored: {e.strerror}. The scores before it '
-            'are kept: free some space, and the same command goes on from '
-            'there.',
+            f'A score could not be stored: {e.strerror}. Earlier scores are '
+            'kept: free some space, and repeat the command to resume.',
             str(self._path),
         ) from e
 
@@ -108,7 +109,7 @@ class ScoreLog(MutableMapping):
       except (KeyError, TypeError, ValueError) as e:
         raise ValueError(
             f'{self._path}, line {number} is unreadable: {line[:80]!r}. Delete '
-            'that line: its score will be computed again.'
+            'that line; its score will be computed again.'
         ) from e
       if identities is not None:
         self._check_identities(identities)
@@ -118,8 +119,8 @@ class ScoreLog(MutableMapping):
     if self._identities is not None and identities != self._identities:
       raise ValueError(
           f'{self._path} holds scores of other ingredients '
-          f'({len(identities)} then, {len(self._identities)} now, or written '
-          'anew since). Delete it, or give another path.'
+          f'({len(identities)} then, {len(self._identities)} now, or files '
+          'changed since). Delete it, or give another path.'
       )
 
 

@@ -1,4 +1,4 @@
-"""Soups on disk: parameters, alpha, and how they came about."""
+"""Soups on disk: parameters, alpha, and provenance."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _streaming
 
 _FILE = '.safetensors'
-BESIDE = 'soup.json'  # In a directory of Hugging Face.
+SIDECAR_FILE = 'soup.json'  # In a Hugging Face directory.
 _NAMED_TUPLES = {
     cls.__name__: cls
     for cls in vars(_soup).values()
@@ -48,25 +48,25 @@ def save(
 
   An Orbax checkpoint of nested dicts with string keys, which any Orbax
   restores; or one safetensors file, with keys joined by dots.
-  Beside the arrays it holds a checksum for each leaf, alpha and info, and the
-  provenance: each ingredient's path and content hash, the versions of the
-  packages, the command and the time. It appears under its name only when it is
-  whole.
+  In addition to the arrays it holds a checksum for each leaf, alpha and info,
+  and the provenance: each ingredient's path and content hash, the versions of
+  the packages, the command and the time. It gets its name only when it is
+  complete.
 
   Args:
     path: a directory that does not exist yet; or a new file whose name ends in
       `.safetensors`, which holds the same.
     params: a `Soup`, or a pytree of parameters.
     ingredients: the `checkpoints.Ingredients` of a soup.
-    metadata: anything that fits into JSON: seed, config, scores.
+    metadata: anything that JSON can store: seed, config, scores.
 
   Returns:
     The absolute path.
 
   Raises:
     FileExistsError: the path exists; it is not touched.
-    ValueError, TypeError: metadata that is no JSON, or leaves that cannot be
-      saved.
+    ValueError, TypeError: metadata that JSON cannot store, or leaves that
+      cannot be saved.
     OSError: the disk is full.
 
   Example:
@@ -110,7 +110,7 @@ def save_average(
     non_float_from: int | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> str:
-  """Averages checkpoints into a file, without ever holding a model.
+  """Averages checkpoints into a file, without holding a model in memory.
 
   `theta = sum_k alpha_k theta_k`, piece by piece from file to file: what
   `save(path, uniform(ingredients))` writes, in some hundred megabytes of memory
@@ -162,8 +162,8 @@ def streamed_soup(
     alpha: Any,
     non_float_from: int | None,
 ) -> tuple[_streaming.Average, Callable[[], Soup]]:
-  """An average that is not yet computed, and what is known of it, in the end
-  also which ingredients are equal.
+  """An average that is not yet computed, and a function for its `Soup` without
+  params, whose duplicates are known when all is read.
   """
   num = len(ingredients)
   if alpha is None:
@@ -192,21 +192,21 @@ def new_path(path: Any) -> pathlib.Path:
 
 @contextlib.contextmanager
 def room_for(path: Any) -> Iterator[None]:
-  """Says of a full disk what to do."""
+  """Turns errors of a full disk into one that says what to do."""
   try:
     yield
   except (OSError, RuntimeError, ValueError) as e:
     if not _disk.is_full(e):
       raise
     raise OSError(
-        f'{path} could not be saved, there is no room: '
-        f'{str(e).splitlines()[0][:200]}. Nothing has appeared under that name:'
-        ' free some space, and save again.'
+        f'{path} could not be saved because the disk is full: '
+        f'{str(e).splitlines()[0][:200]}. Nothing was saved: free some space, '
+        'and save again.'
     ) from e
 
 
 def own_of(soup, ingredients, metadata) -> dict[str, Any]:
-  """What is stored beside the arrays."""
+  """What is stored in addition to the arrays."""
   own: dict[str, Any] = {
       'metadata': _to_json(_model_of(ingredients) | dict(metadata or {}))
   }
@@ -221,7 +221,7 @@ def own_of(soup, ingredients, metadata) -> dict[str, Any]:
 
 
 def _model_of(ingredients: Any) -> dict[str, Any]:
-  """What the first ingredient says of its architecture: the soup has it too."""
+  """The stored architecture of the first ingredient, which the soup has too."""
   if ingredients is None:
     return {}
   own = _from_json(ingredients.metadata(0).custom.get('jaxsoup', {}))
@@ -255,21 +255,21 @@ def load(path: Any, abstract_params: Params | None = None) -> Soup:
 
 
 def provenance(path: Any) -> dict[str, Any]:
-  """What `save` stored beside the arrays, which are not read.
+  """What `save` stored in addition to the arrays; reads no array.
 
   Args:
-    path: a directory or file that `save` wrote, or its kin.
+    path: a directory or file that `save` or a similar function wrote.
 
   Returns:
     A dict with `ingredients` (of each the path, the identity of its file, and
     the content hash if it was stored there or the model was read), `metadata`,
     `versions`, `command`, `time`, `checksums`, `content_hash`; for a soup also
-    `alpha` and `info`. Empty for checkpoints that others wrote.
+    `alpha` and `info`. Empty for checkpoints of other programs.
   """
   own = _formats.metadata(path).custom.get('jaxsoup', {})
-  beside = pathlib.Path(path) / BESIDE
-  if beside.is_file():
-    own = {**json.loads(beside.read_text()), **own}
+  sidecar = pathlib.Path(path) / SIDECAR_FILE
+  if sidecar.is_file():
+    own = {**json.loads(sidecar.read_text()), **own}
   return _from_json(own)
 
 
@@ -319,8 +319,8 @@ def _to_json(value: Any) -> Any:
   if value is None or isinstance(value, (str, bool, int, float)):
     return value
   raise TypeError(
-      f'{value!r} of type {type(value).__name__} does not fit into JSON: pass '
-      'numbers, texts, lists and dicts as metadata.'
+      f'{value!r} of type {type(value).__name__} cannot be stored as JSON: '
+      'pass numbers, strings, lists and dicts as metadata.'
   )
 
 

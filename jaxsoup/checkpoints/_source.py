@@ -24,9 +24,9 @@ class Metadata(NamedTuple):
   Attributes:
     path: the directory or file that holds the pytree.
     leaves: shape and dtype of every leaf, by path.
-    custom: what the writer stored beside the arrays.
-    checksums: of each leaf that we wrote, by name; empty for others.
-    identity: changes when the checkpoint is written anew.
+    custom: what the writer stored in addition to the arrays.
+    checksums: of each leaf, by name; empty if another program wrote it.
+    identity: changes when the checkpoint is rewritten.
   """
 
   path: str
@@ -57,7 +57,7 @@ _scratch = threading.local()
 
 
 def scratch(name: str, shape: Sequence[int], dtype: Any) -> np.ndarray:
-  """Memory of this thread that is used again: fresh pages are slow.
+  """Memory of this thread that is reused: fresh pages are slow.
 
   Args:
     name: calls with one name share the memory.
@@ -75,7 +75,7 @@ def scratch(name: str, shape: Sequence[int], dtype: Any) -> np.ndarray:
 
 
 def paths_of(names: Iterable[str], separator: str) -> list[_tree.Path]:
-  """`a.b.weight` as nested keys; flat where one name begins another."""
+  """`a.b.weight` as nested keys; flat where one name is a prefix of another."""
   names = list(names)
   paths = [tuple(name.split(separator)) for name in names]
   groups = {p[:n] for p in paths for n in range(len(p))}
@@ -106,6 +106,6 @@ def damaged(path: Any, why: Any) -> DamagedError:
 
 
 def state_of(*files: Any) -> str:
-  """Sizes and times of files: changes when they are written anew."""
+  """Sizes and times of files: changes when they are rewritten."""
   stats = [os.stat(file) for file in files]
   return ' '.join(f'{s.st_size}-{s.st_mtime_ns}' for s in stats)

@@ -1,4 +1,4 @@
-"""Averages of checkpoints that are read side by side, piece by piece."""
+"""Averages of checkpoints that are read in parallel, piece by piece."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ from jaxsoup.checkpoints import _source
 
 
 class Average:
-  """`sum_k w_k theta_k / count`, at the memory of its result or of a piece.
+  """`sum_k w_k theta_k / count`, with the memory of its result or of a piece.
 
   A piece of every ingredient is read while the sum of that piece is in the
-  cache, so that adding costs next to nothing beside reading.
+  cache, so that adding costs almost nothing compared to reading.
   """
 
   def __init__(
@@ -69,7 +69,7 @@ class Average:
       put_fn: Callable[[_tree.Path, int, np.ndarray], None],
       names: Sequence[_tree.Path] | None = None,
   ) -> None:
-    """Hands on every piece, with the byte of the leaf at which it begins.
+    """Passes every piece to a function, with its first byte in the leaf.
 
     Args:
       put_fn: `(name, start, piece)`.
@@ -99,9 +99,9 @@ class Average:
       content_hash = self._opened[k].content_hash()
       if content_hash is not None:
         groups.setdefault(content_hash, []).append(k)
-    found = tuple(tuple(g) for g in groups.values() if len(g) > 1)
-    _checked.warn_of_duplicates(found, self._name)
-    return found
+    duplicates = tuple(tuple(g) for g in groups.values() if len(g) > 1)
+    _checked.warn_of_duplicates(duplicates, self._name)
+    return duplicates
 
   def _name(self, k: int) -> str:
     return f'ingredient {k} ({self._opened[k].source.metadata.path})'
@@ -111,12 +111,12 @@ class Average:
         _tree.Flat(list(c.stored.values()), list(c.stored), None)
         for c in (self._template, self._opened[k])
     ]
-    found = _checked.misfits(*flats)
-    if found:
-      raise _checked.misfit_error(self._name(k), found)
+    mismatches = _checked.mismatches(*flats)
+    if mismatches:
+      raise _checked.mismatch_error(self._name(k), mismatches)
 
   def _terms_of(self, name, row) -> list[tuple[Any, _source.ReadFn]]:
-    """What is added up to a leaf: weights (None is one), and who reads."""
+    """The terms of the sum of a leaf: weights (None is one) and readers."""
     wide = np.dtype(_tree.wide_dtype(self._template.stored[name].dtype)).type
     return [
         (
@@ -128,7 +128,7 @@ class Average:
     ]
 
   def _plan(self, name: _tree.Path) -> list[tuple[_source.Index, int]]:
-    # The wide sum, and one ingredient's piece beside it.
+    # The wide sum, and one ingredient's piece.
     return [(index, 3 * size) for index, size in self._template.plan(name)]
 
   def _verify(self, name: _tree.Path) -> None:
@@ -157,7 +157,7 @@ class Average:
     return total.astype(dtype, copy=False)
 
   def _find_not_finite(self, name, index) -> None:
-    """A sum that is not finite tells that something may be wrong: but what?"""
+    """Raises for the ingredient that makes the sum not finite, if one does."""
     for k in self._order:
       piece = self._opened[k].unverified(name)(index)
       if not np.isfinite(piece).all():

@@ -1,8 +1,8 @@
 """Reads the files of torch: `torch.save(model.state_dict(), 'model.pth')`.
 
-Through `torch.load(weights_only=True)`, which runs no code of the file. Its
-bytes are mapped into memory and read when they are needed; files of torch
-before 1.6 are read as a whole.
+Through `torch.load(weights_only=True)`, which runs no code from the file. Its
+bytes are memory-mapped and read when they are needed; files from torch before
+1.6 are read as a whole.
 """
 
 from collections.abc import Iterator
@@ -30,11 +30,11 @@ _VIEWS = {
 
 
 def open_source(path: pathlib.Path) -> _source.Source:
-  """Opens a file; of one in the present format only names and shapes."""
+  """Opens a file; reads only names and shapes if its format is current."""
   tensors = dict(_tensors(_state_dict(_loaded(path))))
   if not tensors:
     raise ValueError(
-        f'{path} holds no tensors. Save those alone: '
+        f'{path} holds no tensors. Save only the tensors: '
         'torch.save(model.state_dict(), path).'
     )
   num_bytes = path.stat().st_size
@@ -64,7 +64,7 @@ def _loaded(path: pathlib.Path) -> Any:
     import torch
   except ImportError as e:
     raise ImportError(
-        f'{path} is a file of torch, which is not installed: '
+        f'{path} is a torch file, and torch is not installed: '
         '`pip install torch`, or save the model as safetensors.'
     ) from e
   with path.open('rb') as f:
@@ -73,28 +73,28 @@ def _loaded(path: pathlib.Path) -> Any:
     return torch.load(
         str(path), map_location='cpu', mmap=is_mapped, weights_only=True
     )
-  # The reader of pickles raises anything on bytes that somebody made up.
+  # The unpickler raises all kinds of errors on invalid bytes.
   except Exception as e:
     said = str(e)
     if any(words in said for words in _REFUSED):
       raise ValueError(
-          f'{path} holds more than tensors: {_reason(said)}. Loading that '
-          'could run code, and is refused. If you trust the file, save its '
-          'tensors alone: torch.save(model.state_dict(), path).'
+          f'{path} holds more than tensors: {_reason(said)}. It is not loaded '
+          'because that could run code. If you trust the file, save only its '
+          'tensors: torch.save(model.state_dict(), path).'
       ) from e
     raise _source.damaged(path, _reason(said) or e) from e
 
 
 def _reason(said: str) -> str:
   """What was wrong, from torch's page of advice."""
-  found = re.search(
+  match = re.search(
       r'Unsupported .*?(?= was not|$)|TorchScript archive', said, re.MULTILINE
   )
-  return found[0] if found else said
+  return match[0] if match else said
 
 
 def _state_dict(content: Any) -> Any:
-  """What lies in the wrappers of training scripts."""
+  """The state dict, without the wrappers of training scripts."""
   while isinstance(content, Mapping):
     inside = [w for w in _WRAPPERS if isinstance(content.get(w), Mapping)]
     if not inside:
@@ -119,14 +119,14 @@ def _check(path: pathlib.Path, name: str, tensor: Any, num_bytes: int) -> None:
 
   if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
     raise ValueError(
-        f'{path}: {name!r} is sparse, quantized or without values. Save dense '
+        f'{path}: {name!r} is sparse, quantized or has no values. Save dense '
         'tensors: tensor.to_dense(), tensor.dequantize().'
     )
   if tensor.numel() * tensor.element_size() > num_bytes:
     raise _source.damaged(
         path,
         f'{name!r} declares {tensor.numel() * tensor.element_size():,} bytes, '
-        f'and the file has {num_bytes:,}',
+        f'but the file has {num_bytes:,}',
     )
   _dtype_of(tensor)
 

@@ -1,8 +1,8 @@
-"""What is in checkpoints, and what does not fit together.
+"""What checkpoints contain, and what does not match between them.
 
 ```
-found = inspection.inspect(run_dirs)
-found.problems
+inspected = inspection.inspect(run_dirs)
+inspected.problems
 ```
 """
 
@@ -22,7 +22,7 @@ from jaxsoup.checkpoints import _source
 
 
 class Inspection(NamedTuple):
-  """What was found.
+  """Contents and problems of checkpoints.
 
   Attributes:
     paths: the checkpoints.
@@ -30,7 +30,7 @@ class Inspection(NamedTuple):
     num_params: numbers in each checkpoint.
     num_bytes: bytes of each checkpoint.
     norms: Euclidean norm of the floats of each; empty unless read.
-    problems: what does not fit together, or is damaged.
+    problems: what does not match, or is damaged.
   """
 
   paths: tuple[str, ...]
@@ -63,7 +63,7 @@ class Inspection(NamedTuple):
     lines += [f'Problem: {problem}' for problem in self.problems]
     if not self.problems:
       lines.append(
-          'They fit together.' if len(self.paths) > 1 else 'No problem.'
+          'The checkpoints match.' if len(self.paths) > 1 else 'No problems.'
       )
     return '\n'.join(lines)
 
@@ -87,11 +87,11 @@ def inspect(
   """
   ingredients = _ingredients.Ingredients(paths, item=item)
   sources = [ingredients.metadata(k) for k in range(len(ingredients))]
-  problems = _misfits(sources)
+  problems = _mismatches(sources)
   norms: list[float] = []
   if deep:
-    norms, found = _read_all(ingredients)
-    problems += found
+    norms, problems_of_values = _read_all(ingredients)
+    problems += problems_of_values
   return Inspection(
       paths=ingredients.paths,
       leaves=tuple(
@@ -107,26 +107,27 @@ def inspect(
   )
 
 
-def _misfits(sources: Sequence[_source.Metadata]) -> list[str]:
+def _mismatches(sources: Sequence[_source.Metadata]) -> list[str]:
   first = sources[0]
-  found = []
+  problems = []
   for source in sources[1:]:
     pair = [
         _tree.Flat(list(s.leaves.values()), list(s.leaves), None)
         for s in (first, source)
     ]
-    misfits = _checked.misfits(*pair)
-    if misfits:
-      more = f' (and {len(misfits) - 5} more)' if len(misfits) > 5 else ''
-      found.append(
-          f'{source.path} does not fit {first.path}: '
-          f'{"; ".join(misfits[:5])}{more}'
+    mismatches = _checked.mismatches(*pair)
+    if mismatches:
+      num_more = len(mismatches) - 5
+      more = f' (and {num_more} more)' if num_more > 0 else ''
+      problems.append(
+          f'{source.path} does not match {first.path}: '
+          f'{"; ".join(mismatches[:5])}{more}'
       )
-  return found
+  return problems
 
 
 def _read_all(ingredients) -> tuple[list[float], list[str]]:
-  """Norms, and what only the values show."""
+  """Norms, and problems that only the values show."""
   norms, problems = [], []
   seen: dict[str, str] = {}
   for k, path in enumerate(ingredients.paths):
@@ -151,8 +152,8 @@ def _read_all(ingredients) -> tuple[list[float], list[str]]:
     content_hash = ingredients.content_hash(k)
     if content_hash in seen:
       problems.append(
-          f'{path} and {seen[content_hash]} have equal parameters: one model '
-          'would count twice.'
+          f'{path} and {seen[content_hash]} have equal parameters: the same '
+          'model would count twice.'
       )
     seen.setdefault(content_hash, path)
   return norms, problems

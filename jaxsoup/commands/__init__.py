@@ -1,1 +1,1 @@
-"""Commands that are files of their own, and what all commands share."""
+"""The subcommands of `jaxsoup`, one per file, and what they share."""

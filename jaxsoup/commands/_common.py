@@ -11,12 +11,12 @@ import typer
 
 from jaxsoup.experiments import user_code
 
-Json = Annotated[
-    bool, typer.Option('--json', help='Print JSON for another program.')
-]
+Json = Annotated[bool, typer.Option('--json', help='Print the result as JSON.')]
 Item = Annotated[
     str | None,
-    typer.Option(help='Which item of a checkpoint that holds several.'),
+    typer.Option(
+        help='Item to read from checkpoints that hold several, such as params.'
+    ),
 ]
 Runs = Annotated[
     list[pathlib.Path],
@@ -26,7 +26,7 @@ Runs = Annotated[
 
 @contextlib.contextmanager
 def failures() -> Iterator[None]:
-  """Turns the errors that a user can mend into one line and an exit code."""
+  """Turns errors that a user can fix into one line and an exit code."""
   try:
     with warnings.catch_warnings():
       warnings.showwarning = _show_warning

@@ -13,54 +13,61 @@ def convert(
     source: Annotated[
         pathlib.Path,
         typer.Argument(
-            help='A Hugging Face directory, a .safetensors, .npz or torch file,'
-            ' an Orbax checkpoint.',
+            help='Hugging Face directory, .safetensors, .npz or torch file, or '
+            'Orbax checkpoint.',
             show_default=False,
         ),
     ],
     out: Annotated[
-        pathlib.Path, typer.Argument(help='What is made.', show_default=False)
+        pathlib.Path,
+        typer.Argument(help='New file or directory.', show_default=False),
     ],
     to: Annotated[
         str | None,
         typer.Option(
             metavar='orbax|safetensors',
-            help='The format; else safetensors for a file NAME.safetensors and'
-            ' for names of other libraries, orbax otherwise.',
+            help='Format of OUT. Default: safetensors for a file '
+            'NAME.safetensors and for the names of other libraries, otherwise '
+            'orbax.',
         ),
     ] = None,
     names: Annotated[
         str | None,
         typer.Option(
             metavar='flax|hf|timm|open_clip|...',
-            help='Whose names the arrays get; flax are ours. Else as '
-            '--like, or flax.',
+            help='Library whose names the arrays get; flax means the names of '
+            'jaxsoup. Default: those of --like, otherwise flax.',
         ),
     ] = None,
     like: Annotated[
         pathlib.Path | None,
         typer.Option(
-            help='A file or directory of the same model, with the names that '
-            'are wanted; SOURCE then has ours, as soups do.'
+            help='File or directory of the same model with the wanted names; '
+            'SOURCE then has the names of jaxsoup, as soups do.'
         ),
     ] = None,
     family: Annotated[
-        str | None, typer.Option(help='vit, clip, bert, ...; else it is found.')
+        str | None,
+        typer.Option(
+            help='Model family: vit, clip, bert, ... Default: detected.'
+        ),
     ] = None,
     from_names: Annotated[
         str | None,
-        typer.Option(help='Whose names SOURCE has; else it is found.'),
+        typer.Option(help='Library whose names SOURCE has. Default: detected.'),
     ] = None,
     as_json: _common.Json = False,
 ) -> None:
   """Writes a model's weights under other names, for another library."""
   if to not in (None, 'orbax', 'safetensors'):
     raise typer.BadParameter(
-        f'{to!r} is no format: orbax or safetensors.', param_hint='--to'
+        f'{to!r} is not a format: choose orbax or safetensors.',
+        param_hint='--to',
     )
   if to == 'orbax' and out.suffix == '.safetensors':
     raise typer.BadParameter(
-        'an Orbax checkpoint is a directory: another name.', param_hint='OUT'
+        'an Orbax checkpoint is a directory: give a name without .safetensors.',
+        param_hint='OUT',
     )
   with _common.failures():
     from jaxsoup import models

@@ -1,4 +1,4 @@
-"""`jaxsoup demo`: a sweep on real images, and every soup of it."""
+"""`jaxsoup demo`: a sweep on real images, and all its soups."""
 
 import json
 import pathlib
@@ -11,17 +11,17 @@ from jaxsoup.commands import _common
 
 def demo(
     workdir: Annotated[
-        pathlib.Path, typer.Option(help='Where everything goes.')
+        pathlib.Path, typer.Option(help='Directory for runs, soups and tables.')
     ] = pathlib.Path('runs/demo'),
     seeds: Annotated[
-        int, typer.Option(min=1, help='Repeat with so many seeds.')
+        int, typer.Option(min=1, help='Number of seeds, one sweep each.')
     ] = 1,
     short: Annotated[
-        bool, typer.Option('--short', help='Fewer runs and epochs.')
+        bool, typer.Option('--short', help='Use fewer runs and epochs.')
     ] = False,
     as_json: _common.Json = False,
 ) -> None:
-  """Fine-tunes a sweep on real images, cooks every soup, shows the table."""
+  """Fine-tunes a sweep on real images, makes every soup, shows the table."""
   with _common.failures():
     from jaxsoup.experiments import distributed
     from jaxsoup.experiments import main as experiment

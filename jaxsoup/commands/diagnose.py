@@ -16,15 +16,15 @@ def diagnose(
     runs: _common.Runs,
     init: Annotated[
         pathlib.Path | None,
-        typer.Option(help='What all runs were fine-tuned from.'),
+        typer.Option(help='Checkpoint that all runs were fine-tuned from.'),
     ] = None,
     eval_name: Annotated[
         str | None,
         typer.Option(
             '--eval',
             metavar=_FUNCTION,
-            help='FUNCTION(params) returns the score on held-out data, higher '
-            'is better: barriers are measured. Params are nested dicts.',
+            help='Measure barriers: FUNCTION(params) returns the score on '
+            'held-out data, higher is better. params are nested dicts.',
         ),
     ] = None,
     logits_name: Annotated[
@@ -32,8 +32,8 @@ def diagnose(
         typer.Option(
             '--logits',
             metavar=_FUNCTION,
-            help='With --eval: FUNCTION(params) returns the logits of '
-            'the held-out data: how far predictions differ.',
+            help='With --eval: measure how far predictions differ. '
+            'FUNCTION(params) returns the logits on held-out data.',
         ),
     ] = None,
     recalibrate_name: Annotated[
@@ -41,34 +41,38 @@ def diagnose(
         typer.Option(
             '--recalibrate',
             metavar=_FUNCTION,
-            help='With --eval: FUNCTION(params) returns params with statistics '
-            'of BatchNorm estimated anew.',
+            help='With --eval: FUNCTION(params) returns params with '
+            're-estimated BatchNorm statistics.',
         ),
     ] = None,
     tolerance: Annotated[
         float,
-        typer.Option(min=0, help='With --eval: the largest drop of the score.'),
+        typer.Option(
+            min=0,
+            help='With --eval: largest acceptable drop of the score, in its '
+            'units.',
+        ),
     ] = 0.02,
     report_file: Annotated[
         pathlib.Path | None,
         typer.Option(
             '--report',
             metavar='FILE.html',
-            help='Writes it as a page, too; with --eval and up to 12 runs with'
-            ' a map of the barriers.',
+            help='Also write an HTML page; with --eval and up to 12 runs it '
+            'has a map of the barriers.',
         ),
     ] = None,
     item: _common.Item = None,
     as_json: _common.Json = False,
 ) -> None:
-  """Says in plain words what is wrong with runs, and which of them to soup."""
+  """Explains why a soup of the runs fails, and which of them to average."""
   if len(runs) < 2:
-    raise typer.BadParameter('give two or more.', param_hint='RUNS')
+    raise typer.BadParameter('give two or more runs.', param_hint='RUNS')
   for name, hint in (
       (logits_name, '--logits'), (recalibrate_name, '--recalibrate')
   ):  # fmt: skip
     if name is not None and eval_name is None:
-      raise typer.BadParameter('needs --eval, too.', param_hint=hint)
+      raise typer.BadParameter('needs --eval as well.', param_hint=hint)
   with _common.failures():
     from jaxsoup import checkpoints
     from jaxsoup import diagnosis
@@ -83,7 +87,7 @@ def diagnose(
     if eval_name is None:
       stages = {'weights': stages['weights']}
     with progress.shown(stages) as progress_fn:
-      found = diagnosis.diagnose(
+      diagnosed = diagnosis.diagnose(
           checkpoints.Ingredients(runs, item=item),
           theta_0=init and checkpoints.Ingredients([init], item=item)[0],
           tolerance=tolerance,
@@ -94,14 +98,14 @@ def diagnose(
     if report_file is not None:
       from jaxsoup import report
 
-      sections = report.diagnosis_sections(found.as_json())
+      sections = report.diagnosis_sections(diagnosed.as_json())
       title = f'Diagnosis of {len(runs)} runs'
       report.write_page(report_file, title, sections)
-  text = found.as_text()
+  text = diagnosed.as_text()
   if as_json:
-    text = json.dumps(found.as_json(), allow_nan=False)
+    text = json.dumps(diagnosed.as_json(), allow_nan=False)
   typer.echo(text)
-  if any(f.severity == 'error' for f in found.findings):
+  if any(f.severity == 'error' for f in diagnosed.findings):
     raise typer.Exit(1)
 
 

@@ -1,4 +1,4 @@
-"""`jaxsoup doctor`: versions, devices, pairs that clash."""
+"""`jaxsoup doctor`: versions, devices, versions that clash."""
 
 import json
 
@@ -8,14 +8,14 @@ from jaxsoup.commands import _common
 
 
 def doctor(as_json: _common.Json = False) -> None:
-  """Shows versions, devices, and pairs of versions that are known to clash."""
+  """Shows versions and devices, and versions that do not work together."""
   with _common.failures():
     from jaxsoup import doctor as doctor_lib
 
-    found = doctor_lib.examine()
+    summary = doctor_lib.examine()
     if as_json:
-      typer.echo(json.dumps(found))
+      typer.echo(json.dumps(summary))
     else:
-      typer.echo(doctor_lib.as_text(found))
-  if found['problems']:
+      typer.echo(doctor_lib.as_text(summary))
+  if summary['problems']:
     raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""`jaxsoup inspect`: what is in checkpoints, and what does not fit."""
+"""`jaxsoup inspect`: what checkpoints contain, and mismatches."""
 
 import json
 from typing import Annotated
@@ -13,22 +13,25 @@ def inspect(
     deep: Annotated[
         bool,
         typer.Option(
-            '--deep', help='Also read: NaN, duplicates, norms, checksums.'
+            '--deep',
+            help='Also read the arrays: check for NaN, duplicates and damage, '
+            'show norms.',
         ),
     ] = False,
     item: _common.Item = None,
     as_json: _common.Json = False,
 ) -> None:
-  """Shows what is in checkpoints, and what does not fit together."""
+  """Shows what checkpoints contain, and what does not match."""
   with _common.failures():
     from jaxsoup.checkpoints import inspection
 
-    found = inspection.inspect(runs, item=item, deep=deep)
+    inspected = inspection.inspect(runs, item=item, deep=deep)
     if as_json:
-      typer.echo(json.dumps(found.as_json()))
+      typer.echo(json.dumps(inspected.as_json()))
     else:
       from rich import console
 
-      console.Console().print(found.as_text(), highlight=False, soft_wrap=True)
-  if found.problems:
+      text = inspected.as_text()
+      console.Console().print(text, highlight=False, soft_wrap=True)
+  if inspected.problems:
     raise typer.Exit(1)

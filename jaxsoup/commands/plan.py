@@ -1,4 +1,4 @@
-"""`jaxsoup plan`: what an experiment needs on machines that are not there."""
+"""`jaxsoup plan`: what an experiment needs on machines you do not have."""
 
 import json
 import os
@@ -12,40 +12,50 @@ from jaxsoup.commands import _common
 
 def plan(
     config: Annotated[
-        str, typer.Option(metavar='FILE[:ARG]', help='The experiment.')
+        str,
+        typer.Option(metavar='FILE[:ARG]', help='Config of the experiment.'),
     ],
     topology: Annotated[
         str | None,
         typer.Option(
             metavar='KIND:SHAPE',
-            help='TPUs, none of which is needed: v5e:8x8, v5p:4x4x4, v6e:8x8.',
+            help='TPUs to compile for, such as v5e:8x8, v5p:4x4x4, v6e:8x8. '
+            'No TPU is needed.',
         ),
     ] = None,
     devices: Annotated[
         int | None,
-        typer.Option(min=1, help='Or so many virtual CPU devices.'),
+        typer.Option(
+            min=1,
+            help='Instead of --topology: number of virtual CPU devices.',
+        ),
     ] = None,
     ingredients: Annotated[
         int | None,
-        typer.Option(min=1, help='How many; else the runs of the sweep.'),
+        typer.Option(
+            min=1,
+            help='Number of ingredients. Default: the runs of the sweep.',
+        ),
     ] = None,
     json_file: Annotated[
         pathlib.Path | None,
         typer.Option(
-            '--json', dir_okay=False, help='Write the plan here, too.'
+            '--json',
+            dir_okay=False,
+            help='Also write the plan to this file, as JSON.',
         ),
     ] = None,
 ) -> None:
-  """Compiles an experiment for machines that are not there: what would fit."""
+  """Compiles an experiment for machines you do not have: what would fit?"""
   if (topology is None) == (devices is None):
     raise typer.BadParameter(
-        'give one of --topology and --devices.', param_hint='--topology'
+        'give either --topology or --devices.', param_hint='--topology'
     )
   if json_file is not None and not json_file.absolute().parent.is_dir():
     raise typer.BadParameter(
-        f'there is no directory {json_file.parent}.', param_hint='--json'
+        f'the directory {json_file.parent} does not exist.', param_hint='--json'
     )
-  # Before jax looks for devices. There is no TPU to run on, just a compiler.
+  # Before jax looks for devices. There is no TPU, only its compiler.
   flag = '--xla_force_host_platform_device_count'
   os.environ['XLA_FLAGS'] = (
       f'{os.environ.get("XLA_FLAGS", "")} {flag}={devices or 1}'.strip()
@@ -54,8 +64,8 @@ def plan(
     import jax
 
     jax.config.update('jax_platforms', 'cpu')
-    # The seconds are those of the compiler, and jax 0.7 cannot keep programs of
-    # machines that are not there.
+    # The seconds are those of the compiler, and jax 0.7 cannot cache programs
+    # for machines that it does not have.
     jax.config.update('jax_enable_compilation_cache', False)
     from jaxsoup.experiments import configs
     from jaxsoup.experiments import machines

@@ -1,4 +1,4 @@
-"""`jaxsoup report`: one HTML file of an experiment or of a table of scores."""
+"""`jaxsoup report`: an HTML file for an experiment or a table of scores."""
 
 import importlib.util
 import json
@@ -15,17 +15,17 @@ def report(
     source: Annotated[
         pathlib.Path,
         typer.Argument(
-            help='The workdir of an experiment; or a file of scores, one row a'
-            ' model: .jsonl (JSON lines), .json or .csv.',
+            help='Workdir of an experiment, or file of scores with one row per '
+            'model: .jsonl (JSON lines), .json or .csv.',
             show_default=False,
         ),
     ],
     out: Annotated[
         pathlib.Path | None,
         typer.Option(
-            help='The HTML file; pictures and numbers go into the directory of'
-            ' that name without its ending. Else WORKDIR/report.html, or as'
-            ' the file of scores.',
+            help='HTML file; figures and numbers go into the directory of the '
+            'same name without .html. Default: WORKDIR/report.html, or the '
+            'file of scores with the ending .html.',
             show_default=False,
         ),
     ] = None,
@@ -33,26 +33,28 @@ def report(
         str | None,
         typer.Option(
             metavar='COLUMN',
-            help='Scores: that of the data that chose; else held_out.',
+            help='File of scores: column of held-out scores. '
+            'Default: held_out.',
         ),
     ] = None,
     test: Annotated[
         str | None,
         typer.Option(
-            metavar='COLUMN', help='Scores: that of the test data; else test.'
+            metavar='COLUMN',
+            help='File of scores: column of test scores. Default: test.',
         ),
     ] = None,
     shifts: Annotated[
         str | None,
         typer.Option(
             metavar='COLUMN,...',
-            help='Scores: those of shifted test data; else those that begin'
-            ' with shifts.',
+            help='File of scores: columns of scores on shifted test data. '
+            'Default: those that begin with shifts.',
         ),
     ] = None,
     as_json: _common.Json = False,
 ) -> None:
-  """Writes one HTML file: tables, pictures, and how all was made."""
+  """Writes an HTML report: tables, figures, and how they were made."""
   columns: dict[str, Any] = {
       'held_out': held_out,
       'test': test,
@@ -61,8 +63,8 @@ def report(
   given = {name: value for name, value in columns.items() if value is not None}
   if given and source.is_dir():
     raise typer.BadParameter(
-        f'{source} is a workdir, whose data sets are known; columns are those '
-        'of a file of scores.',
+        f'{source} is a workdir; columns can be given only for a file of '
+        'scores.',
         param_hint=f'--{next(iter(given)).replace("_", "-")}',
     )
   with _common.failures():
@@ -77,4 +79,4 @@ def report(
     typer.echo(json.dumps({'out': files[0], 'files': files[1:]}))
   else:
     typer.echo(f'Report: {files[0]}')
-    typer.echo(f'Behind it: {pathlib.Path(files[0]).with_suffix("")}')
+    typer.echo(f'Figures and numbers: {pathlib.Path(files[0]).with_suffix("")}')

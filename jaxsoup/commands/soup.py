@@ -1,4 +1,4 @@
-"""`jaxsoup soup`: cooks one recipe from checkpoints."""
+"""`jaxsoup soup`: makes one soup from checkpoints."""
 
 import contextlib
 import json
@@ -20,13 +20,15 @@ RECIPES = (
 
 def soup(
     runs: _common.Runs,
-    recipe: Annotated[str, typer.Option(help=' | '.join(RECIPES))],
+    recipe: Annotated[
+        str, typer.Option(help=f'How alpha is chosen: {" | ".join(RECIPES)}.')
+    ],
     out: Annotated[
         pathlib.Path,
         typer.Option(
-            help='A file NAME.safetensors, or a new directory: like them if'
-            ' all runs are directories of Hugging Face (config.json beside'
-            ' weights), else Orbax.'
+            help='New file NAME.safetensors, or new directory: in Hugging Face '
+            'format if all runs are (config.json next to the weights), '
+            'otherwise Orbax.'
         ),
     ],
     eval_name: Annotated[
@@ -36,19 +38,21 @@ def soup(
             metavar='PACKAGE.MODULE:FUNCTION',
             help=(
                 'greedy, pruned: FUNCTION(params) returns the score on held-out'
-                ' data, higher is better. learned: FUNCTION() returns loss_fn'
-                ' and batches, perhaps val_batches. Params are nested dicts.'
+                ' data, higher is better. learned: FUNCTION() returns loss_fn,'
+                ' batches and optionally val_batches. params are nested dicts.'
             ),
         ),
     ] = None,
     init: Annotated[
         pathlib.Path | None,
-        typer.Option(help='model_stock: what all runs were fine-tuned from.'),
+        typer.Option(
+            help='model_stock: checkpoint that all runs were fine-tuned from.'
+        ),
     ] = None,
     alpha: Annotated[
         str | None,
         typer.Option(
-            metavar='A,B,...', help='average: the weight of each run.'
+            metavar='A,B,...', help='average: mixing coefficient of each run.'
         ),
     ] = None,
     non_float_from: Annotated[
@@ -56,37 +60,46 @@ def soup(
         typer.Option(
             metavar='K',
             min=0,
-            help='Take counters and other integers from run K (0 is the'
-            ' first); else they must be equal. Not for learned.',
+            help='Index of the run whose counters and other integers are '
+            'taken, from 0. Default: they must be equal. Not for learned.',
         ),
     ] = None,
     max_shard_size: Annotated[
         str,
         typer.Option(
             metavar='SIZE',
-            help='Hugging Face: larger soups are several files: 5GB, 500MB.',
+            help='Hugging Face format: largest size of a file, such as 5GB or '
+            '500MB; larger soups are split.',
         ),
     ] = '5GB',
     strict: Annotated[
-        bool, typer.Option('--strict', help='greedy, pruned: reject ties.')
+        bool,
+        typer.Option(
+            '--strict', help='greedy, pruned: reject ties. Default: accept.'
+        ),
     ] = False,
     seed: Annotated[
         int | None,
-        typer.Option(help='greedy: try in a random order, not by score.'),
+        typer.Option(
+            help='greedy: seed of a random order. Default: best score first.'
+        ),
     ] = None,
     per_tensor: Annotated[
-        bool, typer.Option('--per-tensor', help='learned: one alpha a tensor.')
+        bool,
+        typer.Option('--per-tensor', help='learned: one alpha per tensor.'),
     ] = False,
     learning_rate: Annotated[
-        float, typer.Option(help='learned: of AdamW.')
+        float, typer.Option(help='learned: learning rate of AdamW.')
     ] = 0.05,
-    epochs: Annotated[int, typer.Option(min=1, help='learned.')] = 5,
+    epochs: Annotated[
+        int, typer.Option(min=1, help='learned: number of epochs.')
+    ] = 5,
     stream: Annotated[
         bool | None,
         typer.Option(
             '--stream/--no-stream',
-            help='learned: read the models in each step, or stack them; '
-            'else what fits.',
+            help='learned: read the models in every step, or keep them in '
+            'memory. Default: keep them if they fit.',
             show_default=False,
         ),
     ] = None,
@@ -94,42 +107,52 @@ def soup(
         str | None,
         typer.Option(
             metavar='DTYPE',
-            help='learned, streamed: keep copies in host memory: bfloat16.',
+            help='learned, streamed: keep copies in host memory in this dtype,'
+            ' such as bfloat16.',
         ),
     ] = None,
     scores: Annotated[
         pathlib.Path | None,
-        typer.Option(help='greedy, pruned: a score log, to go on from.'),
+        typer.Option(
+            help='greedy, pruned: file of scores, from which a repeated '
+            'command resumes.'
+        ),
     ] = None,
     item: _common.Item = None,
     shard: Annotated[
-        bool, typer.Option('--shard', help='Shard models over all devices.')
+        bool, typer.Option('--shard', help='Shard each model over all devices.')
     ] = False,
     distributed: Annotated[
         bool,
         typer.Option(
             '--distributed',
-            help='Join the other processes of a TPU pod or a Slurm job.',
+            help='Join the other processes of a TPU pod or Slurm job.',
         ),
     ] = False,
     coordinator: Annotated[
         str | None,
         typer.Option(
-            metavar='HOST:PORT', help='Of process 0, to join others elsewhere.'
+            metavar='HOST:PORT',
+            help='Join processes elsewhere: address of process 0.',
         ),
     ] = None,
     num_processes: Annotated[
-        int | None, typer.Option(min=1, help='With --coordinator.')
+        int | None,
+        typer.Option(min=1, help='With --coordinator: number of processes.'),
     ] = None,
     process: Annotated[
-        int | None, typer.Option(min=0, help='With --coordinator: which one.')
+        int | None,
+        typer.Option(
+            min=0, help='With --coordinator: index of this process, from 0.'
+        ),
     ] = None,
     timeout: Annotated[
-        int, typer.Option(min=1, help='Seconds to wait for other processes.')
+        int,
+        typer.Option(min=1, help='Seconds to wait for the other processes.'),
     ] = 300,
     as_json: _common.Json = False,
 ) -> None:
-  """Makes a soup of checkpoints, and stores it with its provenance."""
+  """Makes a soup from checkpoints, and saves it with its provenance."""
   if recipe not in RECIPES:
     raise typer.BadParameter(
         f'{recipe!r} is not one of {", ".join(RECIPES)}.', param_hint='--recipe'
@@ -145,17 +168,19 @@ def soup(
     )
   if (recipe == 'average') != (alpha is not None):
     raise typer.BadParameter(
-        'average needs the weights of the runs, and nothing else takes them.',
+        'average needs mixing coefficients; no other recipe takes them.',
         param_hint='--alpha',
     )
   if non_float_from is not None and non_float_from >= len(runs):
     raise typer.BadParameter(
-        f'there are {len(runs)} runs, 0 is the first.',
+        f'there are {len(runs)} runs, and 0 is the first.',
         param_hint='--non-float-from',
     )
   weights, max_shard_bytes = _weights(alpha), _num_bytes(max_shard_size)
   if out.exists():
-    raise typer.BadParameter(f'{out} exists.', param_hint='--out')
+    raise typer.BadParameter(
+        f'{out} exists: give another path.', param_hint='--out'
+    )
   if coordinator and (num_processes is None or process is None):
     raise typer.BadParameter(
         'needs --num-processes and --process.', param_hint='--coordinator'
@@ -175,7 +200,7 @@ def soup(
     from jaxsoup.experiments import preemption
 
     is_main = jax.process_index() == 0
-    # Beside it, not inside: it appears only when it is whole.
+    # Next to it, because it exists only when it is complete.
     lock = out.absolute().parent / f'.{out.name}.lock'
     held = locking.locked(lock, out) if is_main else contextlib.nullcontext()
     with preemption.handled() as stop, held:
@@ -227,35 +252,36 @@ def _weights(text: str | None) -> list[float] | None:
     return None if text is None else [float(x) for x in text.split(',')]
   except ValueError as e:
     raise typer.BadParameter(
-        f'{text!r}: write numbers with commas, 0.5,0.3,0.2.',
+        f'{text!r} is not a list of numbers: write 0.5,0.3,0.2.',
         param_hint='--alpha',
     ) from e
 
 
 def _num_bytes(text: str) -> int:
-  found = re.fullmatch(r'(\d+)\s*([KMGT]?)B?', text.strip().upper())
-  if found is None or not int(found[1]):
+  match = re.fullmatch(r'(\d+)\s*([KMGT]?)B?', text.strip().upper())
+  if match is None or not int(match[1]):
     raise typer.BadParameter(
-        f'{text!r}: write 5GB or 500MB.', param_hint='--max-shard-size'
+        f'{text!r} is not a size: write 5GB or 500MB.',
+        param_hint='--max-shard-size',
     )
-  return int(found[1]) * 1000 ** ' KMGT'.index(found[2] or ' ')
+  return int(match[1]) * 1000 ** ' KMGT'.index(match[2] or ' ')
 
 
 def _refuse_adapters(runs: list[pathlib.Path]) -> None:
-  """An average of the factors of LoRA is no average of what they add."""
+  """The average of LoRA factors is not the average of their products."""
   for run in runs:
     if (run / 'adapter_config.json').exists():
       raise ValueError(
-          f'{run} is an adapter of LoRA. Average adapters with jaxsoup.lora, '
-          'or merge each into its base first.'
+          f'{run} is a LoRA adapter. Average adapters with jaxsoup.lora, or '
+          'merge each into its base model first.'
       )
 
 
 def _what_is_saved(recipe: str, scores: pathlib.Path | None) -> str:
   if scores is None or recipe not in ('greedy', 'pruned'):
     return (
-        'nothing is saved, the next start begins anew (greedy and pruned keep '
-        'their scores with --scores)'
+        'nothing is saved, and the command starts from scratch (greedy and '
+        'pruned keep their scores with --scores)'
     )
   return f'{scores} holds the scores so far'
 
@@ -281,8 +307,8 @@ def _float_dtype(name: str | None) -> Any:
   dtype = getattr(jnp, name, None)
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(
-        f'--cache-dtype {name} is no dtype of floats: bfloat16, float16, '
-        'float32.'
+        f'--cache-dtype {name} is not a float dtype: choose bfloat16, float16 '
+        'or float32.'
     )
   return dtype
 
@@ -299,7 +325,7 @@ def _cook_and_save(
     max_shard_bytes,
     metadata,
 ):
-  """Cooks a soup and stores it, from file to file where that is possible."""
+  """Makes a soup and saves it, from file to file where that is possible."""
   import jaxsoup
   from jaxsoup import checkpoints
 
@@ -334,7 +360,7 @@ def _cook_and_save(
 
 def _show_plan(plan) -> None:
   mode = 'streamed' if plan.is_streamed else 'resident'
-  reads = f'{plan.reads_per_step} reads a step'
+  reads = f'{plan.reads_per_step} reads per step'
   typer.echo(f'learned: {mode}, {reads}; {plan.reason}.', err=True)
 
 

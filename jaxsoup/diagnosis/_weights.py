@@ -102,7 +102,9 @@ def _structure(pool) -> tuple[list[int], list[Finding]]:
       for x in (pool.leaves[members[0]], pool.leaves[others[0]])
   )
   mismatches = [
-      text for text in _checked.misfits(first, other) if ' dtype ' not in text
+      text
+      for text in _checked.mismatches(first, other)
+      if ' dtype ' not in text
   ]
   more = f' (and {len(mismatches) - 3} more)' if len(mismatches) > 3 else ''
   is_head = len(mismatches) <= 4

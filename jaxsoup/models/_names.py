@@ -33,7 +33,7 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-  """How an array lies in a file, and how in our models.
+  """The layout of an array in a file and in our models.
 
   Attributes:
     read: `(stored, shape) -> leaf`.
@@ -95,10 +95,10 @@ class Rule(NamedTuple):
   """One array of a file.
 
   Attributes:
-    ours: path of our leaf, with slashes; or the paths of several that lie one
-      after another along the first axis in the file, such as q, k and v.
+    ours: path of our leaf, with slashes; or the paths of several that are
+      concatenated along the first axis in the file, such as q, k and v.
     theirs: name in the file.
-    layout: how each of them lies there.
+    layout: the layout of each of them in the file.
   """
 
   ours: str | tuple[str, ...]
@@ -255,8 +255,8 @@ def read(
     stored: as for `reader`, as are `wanted` and `table`.
     wanted: where its leaves are arrays, those below `initial` are kept.
     table: what is where.
-    initial: beginnings of paths that keep the value that `wanted` has, whatever
-      the file holds: a head for other classes.
+    initial: beginnings of paths that keep the value in `wanted` instead of that
+      in the file: a head for other classes.
 
   Returns:
     Nested dicts like `wanted`, of NumPy arrays in the dtypes of `wanted`.
@@ -282,7 +282,7 @@ def read(
 
 
 def is_below(path: str, beginnings: Sequence[str]) -> bool:
-  """Whether a path is one of these, or lies below one."""
+  """Whether a path is one of these, or is below one."""
   return any(path == b or path.startswith(f'{b}/') for b in beginnings)
 
 
@@ -355,13 +355,15 @@ def _check_ours(leaves: _Leaves, rules: Sequence[Rule]) -> None:
   places = {leaves.place(p)[0] for p in known}
   unknown = sorted(p for p in leaves if p not in places)
   if missing or unknown:
-    lines = [f'the tree lacks {p!r}' for p in missing]
-    lines += [f'the names have no {p!r}' for p in unknown]
-    raise ValueError(_listed('These parameters do not fit the names', lines))
+    lines = [f'{p!r} is missing' for p in missing]
+    lines += [f'{p!r} is unexpected' for p in unknown]
+    raise ValueError(
+        _listed('These parameters are not those of the model', lines)
+    )
 
 
 def _check(stored, leaves, rules, table, initial) -> None:
-  """Raises with all that is missing, unexpected, or of another shape."""
+  """Raises with all names that are missing, unexpected or of another shape."""
   known = {rule.theirs for rule in table.rules}
   unexpected = [
       name
@@ -369,7 +371,7 @@ def _check(stored, leaves, rules, table, initial) -> None:
       if name not in known and not _is_ignored(name, table)
   ]
   missing = [rule for rule in rules if rule.theirs not in stored.shapes]
-  # What was misspelled is one of the others.
+  # A misspelled name is both missing and unexpected: name the nearest.
   lines = [
       f'{rule.theirs!r} is missing, for {rule.paths[0]!r}'
       f'{_nearest(rule.theirs, unexpected)}'
@@ -384,24 +386,24 @@ def _check(stored, leaves, rules, table, initial) -> None:
     places |= {leaves.place(p)[0] for p in rule.paths}
     absent = [p for p in rule.paths if p not in leaves]
     if absent:
-      lines.append(f'the model has no {absent[0]!r}, for {rule.theirs!r}')
+      lines.append(f'the model lacks {absent[0]!r}, for {rule.theirs!r}')
     elif rule.theirs in stored.shapes:
-      found = tuple(stored.shapes[rule.theirs].shape)
+      actual = tuple(stored.shapes[rule.theirs].shape)
       expected = stored_shape(rule, leaves)
-      if found != expected:
+      if actual != expected:
         lines.append(
-            f'{rule.theirs!r} has shape {found}, expected {expected} for '
+            f'{rule.theirs!r} has shape {actual}, expected {expected} for '
             f'{rule.paths[0]!r}'
         )
   lines += [
-      f'no array of the file is for {name!r}'
+      f'the file has no array for {name!r}'
       for name in leaves
       if name not in places and not is_below(name, initial)
   ]
   if lines:
-    text = _listed(f'{stored.path} does not fit the model', lines)
+    text = _listed(f'{stored.path} does not match the model', lines)
     raise ValueError(
-        f"{text}\nTo leave out a part, such as a head: without=['head']."
+        f"{text}\nTo leave out a part, such as the head: without=['head']."
     )
 
 
@@ -410,8 +412,8 @@ def _is_ignored(name: str, table: Table) -> bool:
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-  found = difflib.get_close_matches(name, list(names), 1)
-  return f' (nearest: {found[0]!r})' if found else ''
+  nearest = difflib.get_close_matches(name, list(names), 1)
+  return f' (nearest: {nearest[0]!r})' if nearest else ''
 
 
 def _listed(title: str, lines: Sequence[str], most: int = 20) -> str:

@@ -125,7 +125,7 @@ def load(
 ) -> nnx.Module:
   """Makes a model from a file or a directory, with its weights.
 
-  Family, naming and size are found from `config.json` or from the names and
+  Family, naming and size are read from `config.json` or from the names and
   shapes of the arrays.
 
   Args:
@@ -133,38 +133,38 @@ def load(
       or an Orbax checkpoint that `convert` or `save` wrote.
     without: beginnings of our parameters' paths that are not taken from the
       file, such as 'head': they keep their initial values.
-    family: 'vit', 'clip', 'bert', 't5', 'resnet' or 'efficientnet', where it is
-      not found.
-    names: 'hf', 'timm', ..., where they are not found.
+    family: 'vit', 'clip', 'bert', 't5', 'resnet' or 'efficientnet'; None
+      detects it.
+    names: 'hf', 'timm', ...; None detects them.
     seed: of the initial values of what is left out.
-    **changes: arguments of the model's constructor in place of those found,
-      such as `num_classes=10`, `dtype='bfloat16'`, `is_scanned=True`. Other
-      `image_shape`s of a ViT interpolate its positions.
+    **changes: arguments of the model's constructor that replace those of the
+      file, such as `num_classes=10`, `dtype='bfloat16'`, `is_scanned=True`.
+      Another `image_shape` of a ViT interpolates its positions.
 
   Returns:
     An nnx module. Its parameters are `models.params_of(model)`.
 
   Raises:
     FileNotFoundError: there is no file.
-    ValueError: no family fits; or the file lacks arrays, holds others, or of
-      other shapes: lists all.
+    ValueError: no family matches; or arrays are missing, unexpected or of
+      another shape: lists all.
   """
   stored = checkpoints.Arrays(path)
-  found = identify(stored, family=family, names=names)
-  wanted = found._replace(arguments=found.arguments | changes)
+  kind = identify(stored, family=family, names=names)
+  wanted = kind._replace(arguments=kind.arguments | changes)
   is_resized = wanted.family == 'vit' and 'image_shape' in changes
   native = dict(wanted.arguments)
   if is_resized:
-    native['image_shape'] = found.arguments['image_shape']
+    native['image_shape'] = kind.arguments['image_shape']
   # Our own names are those of the file, however the model stacks its blocks.
-  table = found.table() if found.names == _OWN else wanted.table()
+  table = kind.table() if kind.names == _OWN else wanted.table()
   left_out = [
       re.escape(rule.theirs)
-      for rule in found.table().rules
+      for rule in kind.table().rules
       if any(_names.is_below(p, without) for p in rule.paths)
   ]
   if without:  # What the file has on top of what is left out.
-    left_out += found.table().ignored
+    left_out += kind.table().ignored
   table = table._replace(ignored=[*table.ignored, *left_out])
   params = params_of(wanted._replace(arguments=native).abstract())
   params = _names.read(stored, params, table, initial=without)
@@ -181,7 +181,7 @@ def _split(model: nnx.Module) -> Any:
 
 
 def _initial(kind: Kind, without: Sequence[str], seed: int):
-  """The initial values of what is left out, and what is no parameter."""
+  """The initial values of what is left out, and the other variables."""
 
   def start(key):
     _, state, others = _split(kind.make(key))
@@ -190,7 +190,7 @@ def _initial(kind: Kind, without: Sequence[str], seed: int):
         p: x for p, x in leaves.items() if _names.is_below(p, without)
     }, others
 
-  # Under jit what is not asked for is not computed.
+  # Under jit only the needed values are computed.
   return jax.jit(start)(jax.random.key(seed))
 
 
@@ -210,7 +210,7 @@ def identify(
     family: str | None = None,
     names: str | None = None,
 ) -> Kind:
-  """Finds out what the arrays of a file are, without reading them.
+  """Detects the model of the arrays in a file, without reading them.
 
   Args:
     stored: the open file.
@@ -221,20 +221,20 @@ def identify(
     A `Kind`.
 
   Raises:
-    ValueError: nothing fits, or the given names are not known.
+    ValueError: no family matches, or the given names are not known.
   """
   own = checkpoints.provenance(stored.path).get('metadata', {})
   if 'model' in own:
     return Kind(**own['model'], separator=stored.separator)
-  config = _config_beside(stored.path)
+  config = _config_next_to(stored.path)
   if 'model_type' in config and family is None:
     model_type = config['model_type']
     family = _MODEL_TYPES.get(model_type, model_type)
     if family not in _FAMILIES:
       raise ValueError(
-          f'{stored.path}: its config.json says model_type {model_type!r}; '
-          f'there are {", ".join(_FAMILIES)}. Souping needs no model: jaxsoup '
-          'soup --recipe uniform.'
+          f'{stored.path}: config.json has model_type {model_type!r}, expected '
+          f'one of {", ".join(_FAMILIES)}. Other models can be averaged as '
+          'well: jaxsoup soup --recipe uniform.'
       )
     names = names or 'hf'
   elif 'architecture' in config:  # Of timm: it tells padding and epsilon.
@@ -248,9 +248,9 @@ def identify(
   ]
   if not candidates:
     raise ValueError(
-        f'{stored.path} fits no family that is known ({", ".join(_FAMILIES)}). '
-        f'It holds {", ".join(list(stored.shapes)[:4])}, ... Give family= and '
-        'names= to see what does not fit.'
+        f'{stored.path} matches no known family ({", ".join(_FAMILIES)}). It '
+        f'holds {", ".join(list(stored.shapes)[:4])}, ... Give family= and '
+        'names= (--family, --from-names) to see what does not match.'
     )
   return max(candidates, key=lambda pair: pair[0])[1]
 
@@ -263,7 +263,7 @@ def _fitting(stored, family, names, config) -> Iterator[tuple[float, Kind]]:
   """The kind, and the share of its names that are there; or nothing."""
   if names not in _tables(family):
     known = ', '.join(_tables(family))
-    raise ValueError(f'{family} has no names {names!r}: there are {known}.')
+    raise ValueError(f'{family} has no names {names!r}: choose from {known}.')
   module = importlib.import_module(f'jaxsoup.models.{family}')
   try:
     arguments = module.arguments(names, stored.shapes, config)
@@ -275,8 +275,8 @@ def _fitting(stored, family, names, config) -> Iterator[tuple[float, Kind]]:
     yield share, kind
 
 
-def _config_beside(path: str) -> dict[str, Any]:
-  """What Hugging Face, timm or open_clip say beside the weights; {} if none."""
+def _config_next_to(path: str) -> dict[str, Any]:
+  """The config of Hugging Face, timm or open_clip next to weights, or {}."""
   file = pathlib.Path(path)
   name = 'open_clip_config.json' if 'open_clip' in file.name else 'config.json'
   config = file.with_name(name)
@@ -288,15 +288,15 @@ def _config_beside(path: str) -> dict[str, Any]:
   try:
     return json.loads(config.read_text())
   except ValueError as e:
-    raise ValueError(f'{config} cannot be read: {e}.') from e
+    raise ValueError(f'{config} is not valid JSON: {e}.') from e
 
 
 def save(path: Any, params: Any, *, like: Any) -> str:
   """Writes parameters under the names that they have in another file.
 
   Args:
-    path: a new `.safetensors` file. Or a new directory: with what lies beside
-      `like` (config, tokenizer) if that is a model of Hugging Face, else an
+    path: a new `.safetensors` file. Or a new directory: with the small files
+      next to `like` (config, tokenizer) if that is a Hugging Face model, or an
       Orbax checkpoint if that is one.
     params: of the same model: nested dicts, such as a soup's, or the model.
     like: the file or directory that it came from, see `load`.
@@ -313,8 +313,8 @@ def save(path: Any, params: Any, *, like: Any) -> str:
   stored = checkpoints.Arrays(like)
   kind, table = _for_path(path, identify(stored))
   arrays = _names.shapes(params, table), _names.write(params, table)
-  beside = None if kind.names == _OWN else stored.path
-  return _write(path, *arrays, kind, beside)
+  like_file = None if kind.names == _OWN else stored.path
+  return _write(path, *arrays, kind, like_file)
 
 
 def convert(
@@ -332,15 +332,15 @@ def convert(
   Args:
     source: as for `load`.
     path: a new `.safetensors` file; or a new directory: an Orbax checkpoint, or
-      `model.safetensors` and what lies beside `like` or `source` (config,
-      tokenizer).
+      `model.safetensors` and the small files next to `like` or `source`
+      (config, tokenizer).
     names: 'flax' for ours, 'hf', 'timm', ...; or those of `like`.
     is_orbax: whether a directory is an Orbax checkpoint; None: if the names are
       ours.
     like: a file of the same model. With it `source` may be any checkpoint with
       our names, such as a soup.
     family: as for `load`.
-    from_names: the names in `source`, where they are not found.
+    from_names: the names in `source`; None detects them.
 
   Returns:
     The absolute path.
@@ -361,17 +361,17 @@ def convert(
   leaf_fn = _names.reader(stored, abstract, kind.table())
   abstract = _names.with_dtypes_of(stored, abstract, kind.table())
   arrays = _names.shapes(abstract, table), _names.written(leaf_fn, table)
-  beside = None if _is_orbax(path, new, is_orbax) else model.path
-  return _write(path, *arrays, new, beside)
+  like_file = None if _is_orbax(path, new, is_orbax) else model.path
+  return _write(path, *arrays, new, like_file)
 
 
-def _write(path: Any, shapes, arrays, kind: Kind, beside: str | None) -> str:
+def _write(path: Any, shapes, arrays, kind: Kind, like_file: str | None) -> str:
   made = checkpoints.save_arrays(
       path,
       shapes,
       arrays,
       separator=kind.separator,
-      beside=beside,
+      like=like_file,
       metadata={'model': kind.as_json()},
   )
   weights = pathlib.Path(made, 'model.safetensors')
@@ -379,8 +379,8 @@ def _write(path: Any, shapes, arrays, kind: Kind, beside: str | None) -> str:
   if kind.names == 'hf' and weights.exists() and not config.exists():
     warnings.warn(
         f'{made} has no config.json, which from_pretrained needs: there is none'
-        f' beside {beside}. Copy it from the directory that the model came '
-        'from, or pass that as like=.',
+        f' next to {like_file}. Copy it from the original model, or pass its '
+        'directory as like= (--like).',
         stacklevel=3,
     )
   return made
@@ -399,10 +399,10 @@ def _for_path(
   known = [_OWN, *_tables(kind.family)]
   if kind.names not in known:
     raise ValueError(
-        f'{kind.family} has no names {kind.names!r}: there are '
+        f'{kind.family} has no names {kind.names!r}: choose from '
         f'{", ".join(known)}.'
     )
-  # Files have single blocks, whatever the form of the model that wrote them.
+  # Files have single blocks, even where the model scans over them.
   kind = kind._replace(
       separator='/' if _is_orbax(path, kind, is_orbax) else '.',
       arguments={k: v for k, v in kind.arguments.items() if k != 'is_scanned'},

@@ -33,7 +33,7 @@ def dense(
   """Kernel and bias of a dense layer, or of several fused into one.
 
   Args:
-    ours: path of the layer, or of those that lie one after another.
+    ours: path of the layer, or of those that are concatenated.
     theirs: name of the layer in the file.
     num_in: how many axes of our kernel are inputs.
     separator: before `weight`; torch's own attention has `in_proj_weight`.

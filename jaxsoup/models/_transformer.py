@@ -157,9 +157,10 @@ class Stack(nnx.Module):
     is_rematerialized: keeps of each block only its input, and computes the rest
       again in the backward pass.
     batch_axis: name of the axis of the mesh set by `jax.set_mesh` over which
-      batches lie. Parameters that are sharded over it too (`sharding.fsdp`) are
-      then gathered block by block. Left to itself the compiler keeps them
-      apart, and reduces activations of the whole batch over all devices.
+      batches are sharded. Parameters that are sharded over it too
+      (`sharding.fsdp`) are then gathered block by block. Without it the
+      compiler keeps them sharded, and reduces activations of the whole batch
+      over all devices.
   """
 
   depth: int
@@ -219,7 +220,7 @@ class Stack(nnx.Module):
     return nnx.merge(graphdef, state)
 
   def on_batch_axis(self, x: jax.Array) -> jax.Array:
-    """Activations whose first axis lies over the devices."""
+    """Shards the first axis of activations over the devices."""
     if self.batch_axis is None:
       return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(self.batch_axis))

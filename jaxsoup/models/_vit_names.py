@@ -422,7 +422,7 @@ def _flax_arguments(naming, shapes) -> dict[str, Any]:
     depth = depth_of(shapes, rf'{prefix}Transformer/encoderblock_(\d+)/.*')
   num_classes = _num_classes(shapes, f'{prefix}head/kernel', 1)
   if f'{prefix}pre_logits/kernel' in shapes:
-    num_classes = 0  # They are computed from what we lack.
+    num_classes = 0  # The head needs pre_logits, which our model lacks.
   return dict(
       image_shape=image_shape_of(
           rows, kernel[0], kernel[2], None, is_augreg and has_cls_token
@@ -443,17 +443,17 @@ def _flax_arguments(naming, shapes) -> dict[str, Any]:
 def shape_of(shapes: Mapping[str, Any], name: str) -> tuple[int, ...]:
   if name not in shapes:
     raise ValueError(
-        f'This is no vision transformer: {name!r} is missing among '
+        f'This is not a vision transformer: {name!r} is missing among '
         f'{len(shapes)} arrays, such as {sorted(shapes)[:3]}.'
     )
   return tuple(shapes[name].shape)
 
 
 def activation_of(name: str) -> str:
-  """Our name of an activation, by that of Hugging Face."""
+  """Our name of an activation, from its Hugging Face name."""
   if name not in ACTIVATION_NAMES:
     raise ValueError(
-        f'There is no activation {name!r} here: these are known, '
+        f'Unknown activation {name!r}: expected one of '
         f'{list(ACTIVATION_NAMES)}.'
     )
   return ACTIVATION_NAMES[name]
@@ -495,11 +495,11 @@ def image_shape_of(
     if size:
       sizes.insert(0, [size, size] if isinstance(size, int) else [*size])
     for height, width in sizes:
-      # What fills no patch is not seen by a convolution either.
+      # A convolution does not see incomplete patches either.
       height, width = (x // patch_size * patch_size for x in (height, width))
       if height * width == (rows - num_prefix) * patch_size**2:
         return [height, width, channels], bool(num_prefix)
   raise ValueError(
-      f'{rows} positions of patches of {patch_size} pixels fit no square image'
-      f'{f", nor {size}" if size else ""}: give the size of the images.'
+      f'{rows} positions of patches of {patch_size} pixels match no square '
+      f'image{f", nor size {size}" if size else ""}: give image_shape.'
   )

@@ -1,4 +1,4 @@
-"""BatchNorm after an average: its statistics, estimated anew.
+"""BatchNorm after an average: its statistics, re-estimated.
 
 ```
 params = jaxsoup.uniform(ingredients).params
@@ -30,24 +30,24 @@ def recalibrated(
     *,
     call: Callable[[Any, Any], Any] = _call,
 ) -> Params:
-  """Replaces running means and variances by those of some images.
+  """Replaces running means and variances with those of some images.
 
   `mean = E[x],  var = E[(x - mean)^2],  over all images and pixels`
 
-  x is what the layer sees in training mode: the layers before it normalize by
-  the statistics of the batch, so that deep statistics depend on its size. Take
-  the batch size of training, and images as they were augmented there.
+  x is the input of the layer in training mode: the layers before it normalize
+  with the statistics of the batch, so deep statistics depend on its size. Use
+  the batch size and the augmentation of the training.
 
   Args:
     graphdef: of a model `[B, ...] -> ...` with layers `nnx.BatchNorm`.
     params: its parameters and running statistics as a nested dict.
-    images: batches `[B, ...]`, of one shape but for B.
-    call: (model, batch) -> anything, for models that are called otherwise;
+    images: batches `[B, ...]`; only B may differ between them.
+    call: (model, batch) -> anything, for models with another call signature;
       a batch may then be any pytree of arrays `[B, ...]`. Compiled once for
       each function.
 
   Returns:
-    A dict like `params`; only the `mean` and `var` of BatchNorm are others.
+    A dict like `params`; only the `mean` and `var` of BatchNorm differ.
 
   Raises:
     ValueError: there is no batch, or no BatchNorm.
@@ -74,8 +74,8 @@ def recalibrated(
     num += size
   if not stats:
     raise ValueError(
-        f'Nothing to estimate: {num} images, and statistics {stats}. Pass at '
-        'least one batch, and a model with layers nnx.BatchNorm.'
+        f'Nothing to estimate: there are {num} images and {len(stats or ())} '
+        'statistics. Pass at least one batch, and a model with nnx.BatchNorm.'
     )
   return _replaced(params, stats)
 

@@ -84,7 +84,7 @@ class Bert(_transformer.Stack):
       that of the parameters, which are float32. Logits are float32.
     is_scanned: see `ViT`, as the next two.
     is_rematerialized: keeps of each block only its input.
-    batch_axis: name of the axis of the mesh over which batches lie.
+    batch_axis: name of the mesh axis over which batches are sharded.
     rngs: source of the initial parameters.
 
   Raises:
@@ -171,13 +171,13 @@ class Bert(_transformer.Stack):
       token_type_ids: [B, T], integers; None means 0.
 
     Returns:
-      [B, T, width]; those of padding mean nothing.
+      [B, T, width]; values for padding are meaningless.
     """
     length, num_positions = input_ids.shape[1], self.position.shape[0]
     if length > num_positions:
       raise ValueError(
-          f'input_ids has {length} tokens a text, the model {num_positions} '
-          'positions: truncate the texts.'
+          f'input_ids has {length} tokens per text, but the model has '
+          f'{num_positions} positions: truncate the texts.'
       )
     if token_type_ids is None:
       token_type_ids = jnp.zeros_like(input_ids)
@@ -345,15 +345,15 @@ def arguments(
     Keyword arguments.
 
   Raises:
-    ValueError: it is a model of another kind.
+    ValueError: it is another kind of model.
   """
   del naming
   _check_config(config)
   shape_of = {n.removeprefix('bert.'): x.shape for n, x in shapes.items()}
   if 'embeddings.word_embeddings.weight' not in shape_of:
     raise ValueError(
-        "'embeddings.word_embeddings.weight' is missing, with `bert.` or "
-        'without: the file is not of a BERT.'
+        "'embeddings.word_embeddings.weight' is missing, with and without the "
+        'prefix `bert.`: this is not a BERT model.'
     )
   vocab_size, width = shape_of['embeddings.word_embeddings.weight']
   has_pooler = 'pooler.dense.weight' in shape_of
@@ -363,7 +363,7 @@ def arguments(
         'head classifies tokens. Load a model that classifies texts.'
     )
   layers = [re.match(r'encoder\.layer\.(\d+)\.', name) for name in shape_of]
-  # Heads are of size 64, but for MiniLM's, which keep the teacher's number.
+  # Heads have size 64; MiniLM keeps its teacher's number of heads instead.
   num_heads = 12 if width == 384 else max(1, width // 64)
   return {
       'num_classes': shape_of.get('classifier.weight', (0,))[0],
@@ -385,9 +385,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
       'position_embedding_type': 'absolute',
       'is_decoder': False,
   }.items():
-    found = config.get(name, expected)
-    if found != expected:
+    actual = config.get(name, expected)
+    if actual != expected:
       raise ValueError(
-          f'config.json has {name} {found!r}; `Bert` computes {expected!r} '
-          'only: choose another checkpoint.'
+          f'config.json has {name} {actual!r}, but `Bert` supports only '
+          f'{expected!r}: choose another checkpoint.'
       )

@@ -187,7 +187,8 @@ class TextTower(_transformer.Stack):
     if length > len(self.position[...]):
       raise ValueError(
           f'Texts of {length} tokens are longer than the '
-          f'{len(self.position[...])} positions: cut them, and keep their end.'
+          f'{len(self.position[...])} positions: truncate them before the end '
+          'token.'
       )
     embed = self.gathered(*nnx.split(self.embed))
     x = self.on_batch_axis(embed(text))
@@ -336,8 +337,8 @@ def zero_shot_head(
       `CLIP`; jit it.
     class_names: such as 'tabby cat'.
     templates: with `{}` where the name goes, such as 'a photo of a {}.'.
-    tokenize_fn: ids [N, T] of N texts. There is none here: any tokenizer for
-      the weights will do, such as `lambda texts: tokenizer(texts,
+    tokenize_fn: ids [N, T] of N texts. jaxsoup has no tokenizer: use any that
+      fits the weights, such as `lambda texts: tokenizer(texts,
       padding='max_length', max_length=77, return_tensors='np')['input_ids']`
       with that of Hugging Face.
     scale: multiplies the kernel; 100 is what CLIP's own temperature ends at.
@@ -347,7 +348,7 @@ def zero_shot_head(
     `ImageClassifier`.
 
   Raises:
-    ValueError: there is no template, or one without `{}`.
+    ValueError: there are no templates, or one lacks `{}`.
 
   Example:
     >>> features_fn = lambda tokens: jnp.eye(3)[tokens[:, 0]]
@@ -362,7 +363,7 @@ def zero_shot_head(
   wrong = [t for t in templates if '{}' not in t]
   if wrong or not templates:
     raise ValueError(
-        f"Templates need a place for the name, '{{}}': found {wrong}."
+        f"Templates must contain '{{}}' for the class name, got {wrong}."
     )
   columns = []
   for name in class_names:

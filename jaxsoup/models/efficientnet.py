@@ -80,7 +80,7 @@ def size(name: str) -> Size:
   """
   if name not in _SIZES:
     raise ValueError(
-        f'There is no EfficientNet {name!r}: choose one of {list(_SIZES)}.'
+        f'Unknown EfficientNet {name!r}: choose one of {list(_SIZES)}.'
     )
   return _SIZES[name]
 
@@ -358,7 +358,7 @@ _NAMINGS = {
         head='_fc',
     ),
 }
-# Blocks that do not expand are another class in timm, which counts anew.
+# Blocks that do not expand are another class in timm, with its own numbers.
 _TIMM_SEPARABLE = _NAMINGS['timm']._replace(
     depthwise=('conv_dw', 'bn1'), project=('conv_pw', 'bn2')
 )
@@ -441,14 +441,14 @@ def arguments(
     Keyword arguments of `EfficientNet`, without `rngs`.
 
   Raises:
-    ValueError: the file holds no such EfficientNet, or the config asks for a
-      variant that is not built here.
+    ValueError: the file is not such an EfficientNet, or the config asks for a
+      variant that is not supported.
   """
   for name, only in _ONLY.items():
     if naming == 'hf' and config.get(name, only) != only:
       raise ValueError(
-          f'config.json has {name} = {config[name]!r}, and this EfficientNet '
-          f'is built with {only!r} alone: there is no way to load it.'
+          f'config.json has {name} = {config[name]!r}, but this EfficientNet '
+          f'supports only {only!r}: choose another checkpoint.'
       )
   if 'width_coefficient' in config:
     width_factor, is_lite = config['width_coefficient'], False
@@ -473,8 +473,8 @@ def arguments(
 def _size_of(naming: str, shapes: Mapping[str, Any]) -> Size:
   """The size whose convolutions a file has, each with its channels."""
   held = {x for x in shapes if not x.endswith('num_batches_tracked')}
-  for found in _SIZES.values():
-    factors: dict[str, Any] = found._asdict()
+  for size in _SIZES.values():
+    factors: dict[str, Any] = size._asdict()
     del factors['resolution']
     rules = _table(naming, 0, **factors).rules
     theirs = {str(rule.ours): rule.theirs for rule in rules}
@@ -482,13 +482,13 @@ def _size_of(naming: str, shapes: Mapping[str, Any]) -> Size:
         f'block_{i}/norm_project/scale': place.num_out
         for i, place in enumerate(_places(**factors))
     }
-    _, widths['norm_head/scale'] = _ends(found.width_factor, found.is_lite)
+    _, widths['norm_head/scale'] = _ends(size.width_factor, size.is_lite)
     if set(theirs.values()) == held and all(
         shapes[theirs[ours]].shape == (width,) for ours, width in widths.items()
     ):
-      return found
+      return size
   raise ValueError(
-      f'No EfficientNet under the names of {naming!r}: the {len(shapes)} '
-      f'arrays are those of none of {list(_SIZES)}. Other names (known are '
-      f'{list(TABLES)}), other widths, or a file without its head?'
+      f'No EfficientNet with names {naming!r}: the {len(shapes)} arrays match '
+      f'none of {list(_SIZES)}. Are the names of another library (supported: '
+      f'{list(TABLES)}), the widths changed, or is the head missing?'
   )

@@ -32,7 +32,7 @@ _SIZES = {
 
 
 def size(num_layers: int) -> dict[str, Any]:
-  """The arguments of a ResNet with so many layers.
+  """The arguments of a ResNet with a number of layers.
 
   Args:
     num_layers: 18, 34, 50, 101 or 152.
@@ -52,7 +52,7 @@ def size(num_layers: int) -> dict[str, Any]:
   """
   if num_layers not in _SIZES:
     raise ValueError(
-        f'There is no ResNet with {num_layers} layers: choose one of '
+        f'Unknown ResNet with {num_layers} layers: choose one of '
         f'{list(_SIZES)}, or pass depths and is_bottleneck.'
     )
   depths, is_bottleneck = _SIZES[num_layers]
@@ -429,22 +429,22 @@ def arguments(
     Keyword arguments of `ResNet`, without `rngs`.
 
   Raises:
-    ValueError: the file holds no such ResNet, or the config asks for a variant
-      that is not built here.
+    ValueError: the file is not such a ResNet, or the config asks for a variant
+      that is not supported.
   """
   for name, only in _ONLY.items():
     if config.get(name, only) != only:
       raise ValueError(
-          f'config.json has {name} = {config[name]!r}, and this ResNet is '
-          f'built with {only!r} alone: there is no way to load it.'
+          f'config.json has {name} = {config[name]!r}, but this ResNet '
+          f'supports only {only!r}: choose another checkpoint.'
       )
   is_bit = f'{_BIT[naming].conv_stem}.weight' in shapes
   names = (_BIT if is_bit else _V1)[naming]
   if not {f'{names.conv_stem}.weight', f'{names.head}.weight'} <= set(shapes):
     raise ValueError(
-        f'No ResNet under the names of {naming!r}: there is no '
-        f'{names.conv_stem}.weight, or no {names.head}.weight. Other names, '
-        f'or a file without its head? Known are {list(TABLES)}.'
+        f'No ResNet with names {naming!r}: {names.conv_stem}.weight or '
+        f'{names.head}.weight is missing. Are the names of another library '
+        f'(supported: {list(TABLES)}), or is the head missing?'
     )
 
   def has(i, j, k=0):

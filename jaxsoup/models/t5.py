@@ -353,7 +353,7 @@ class T5(nnx.Module):
       that of the parameters, which are float32. Logits are float32.
     is_scanned: see `ViT`, as the next two; for both towers.
     is_rematerialized: keeps of each block only its input.
-    batch_axis: name of the axis of the mesh over which batches lie.
+    batch_axis: name of the mesh axis over which batches are sharded.
     rngs: source of the initial parameters.
 
   Example:
@@ -692,23 +692,23 @@ def arguments(
     Keyword arguments.
 
   Raises:
-    ValueError: it is a model of another kind, or with another activation.
+    ValueError: it is another kind of model, or has another activation.
   """
   del naming
   for name in ('shared.weight', 'decoder.final_layer_norm.weight'):
     if name not in shapes:
       raise ValueError(
-          f'{name!r} is missing: the file is not of an encoder and decoder '
-          'with one embedding (`T5ForConditionalGeneration`).'
+          f'{name!r} is missing: this is not an encoder-decoder model with '
+          'shared embeddings (`T5ForConditionalGeneration`).'
       )
   first = 'encoder.block.0.layer.'
   is_gated = f'{first}1.DenseReluDense.wi_0.weight' in shapes
   expected = 'gated-gelu' if is_gated else 'relu'
-  found = config.get('feed_forward_proj', expected)
-  if found != expected:
+  actual = config.get('feed_forward_proj', expected)
+  if actual != expected:
     raise ValueError(
-        f'config.json has feed_forward_proj {found!r}; `T5` computes '
-        f'{expected!r} for these arrays: choose another checkpoint.'
+        f'config.json has feed_forward_proj {actual!r}, but these arrays need '
+        f'{expected!r}: choose another checkpoint.'
     )
   attention = f'{first}0.SelfAttention.'
   bias = shapes[f'{attention}relative_attention_bias.weight']

@@ -34,7 +34,7 @@ def activation_fn(name: str) -> _transformer.Activation:
   """An activation by its name: 'gelu', 'gelu_tanh' or 'quick_gelu'."""
   if name not in _ACTIVATIONS:
     raise ValueError(
-        f'There is no activation {name!r}: choose from {list(_ACTIVATIONS)}.'
+        f'Unknown activation {name!r}: choose from {list(_ACTIVATIONS)}.'
     )
   return _ACTIVATIONS[name]
 
@@ -59,7 +59,7 @@ def size(name: str) -> dict[str, int]:
   is of Alabdulmohsin et al., "Getting ViT in shape", NeurIPS 2023.
   """
   if name not in SIZES:
-    raise ValueError(f'There is no size {name!r}: choose from {list(SIZES)}.')
+    raise ValueError(f'Unknown size {name!r}: choose from {list(SIZES)}.')
   return dict(zip(('width', 'depth', 'num_heads', 'mlp_width'), SIZES[name]))
 
 
@@ -145,9 +145,10 @@ class ViT(_transformer.Stack):
     is_rematerialized: keeps of each block only its input, and computes the rest
       again in the backward pass.
     batch_axis: name of the axis of the mesh set by `jax.set_mesh` over which
-      batches lie. Parameters that are sharded over it too (`sharding.fsdp`) are
-      then gathered block by block. Left to itself the compiler keeps them
-      apart, and reduces activations of the whole batch over all devices.
+      batches are sharded. Parameters that are sharded over it too
+      (`sharding.fsdp`) are then gathered block by block. Without it the
+      compiler keeps them sharded, and reduces activations of the whole batch
+      over all devices.
     rngs: source of the initial parameters.
 
   Raises:
@@ -274,9 +275,9 @@ class ViT(_transformer.Stack):
 def _pool(pool: str | None, has_cls_token: bool) -> str:
   pool = pool or ('cls' if has_cls_token else 'mean')
   if pool not in _POOLS:
-    raise ValueError(f'There is no pool {pool!r}: choose from {_POOLS}.')
+    raise ValueError(f'Unknown pool {pool!r}: choose from {_POOLS}.')
   if 'cls' in pool and not has_cls_token:
-    raise ValueError(f'pool={pool!r} needs a class token: has_cls_token=True.')
+    raise ValueError(f'pool={pool!r} needs has_cls_token=True.')
   return pool
 
 
@@ -358,7 +359,7 @@ def interpolate_position(
   if len(position) != num_prefix + math.prod(shape):
     raise ValueError(
         f'position has {len(position)} rows, expected {num_prefix} + '
-        f'{shape[0]} * {shape[1]}: give the grid that it was made for.'
+        f'{shape[0]} * {shape[1]}: give the grid of its patches.'
     )
   position = np.asarray(position)
   prefix, patches = position[:num_prefix], position[num_prefix:]
