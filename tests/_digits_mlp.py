@@ -50,5 +50,6 @@ def get_config(arg=None):
   config.learned.num_epochs = 1
   config.data.sizes.test = 100
   config.data.sizes.held_out = 80
-  config.recipes = ('uniform', 'greedy')
+  if not arg:
+    config.recipes = ('uniform', 'greedy')
   return config

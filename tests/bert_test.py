@@ -146,6 +146,7 @@ def test_mean_pooled():
   np.testing.assert_array_equal(empty, 0)
 
 
+@pytest.mark.slow
 def test_a_scan_over_the_blocks_is_the_loop():
   graphdef, params = make()
   scanned, _ = make(is_scanned=True, is_rematerialized=True)

@@ -62,6 +62,7 @@ def test_it_installs_from_a_clone(path):
   assert 'colab.research' not in text and 'github.com' not in text
 
 
+@pytest.mark.slow
 @each
 def test_cells_run_in_their_order(path, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)

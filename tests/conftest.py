@@ -69,16 +69,19 @@ def pytest_cmdline_main(config):
     config.option.dist = 'worksteal'
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-  if not config.getoption('--first'):
-    return
   first, others = {}, []
   for item in items:
     name = item.nodeid.partition('[')[0]
-    if first.setdefault(name, item) is not item:
-      others.append(item)
-  config.hook.pytest_deselected(items=others)
-  items[:] = first.values()
+    if first.setdefault(name, item) is item:
+      continue
+    others.append(item)
+    if item.get_closest_marker('slow_variants'):
+      item.add_marker('slow')
+  if config.getoption('--first'):
+    config.hook.pytest_deselected(items=others)
+    items[:] = first.values()
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -126,6 +129,25 @@ def pytest_terminal_summary(terminalreporter):
           f'{MAX_MAPS:,}), {usage["bytes"] / 1e9:.1f} GB at its peak',
           red=usage['maps'] > MAX_MAPS,
       )
+
+
+@pytest.fixture(scope='session')
+def cache(tmp_path_factory):
+  """Compiled programs of the processes that tests start."""
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='session')
+def uninterrupted(tmp_path_factory, cache):
+  """The workdir of a small experiment, finished and not to be changed."""
+  import experiment_test
+
+  workdir = tmp_path_factory.mktemp('uninterrupted')
+  done = experiment_test.finish(workdir, cache)
+  assert 'best single' in done.stdout
+  assert not (workdir / 'unfinished').exists()
+  assert not (workdir / '.lock').exists()
+  return workdir
 
 
 class Placement:

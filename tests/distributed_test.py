@@ -72,6 +72,7 @@ def _run(folder, num_processes):
   return [json.loads(out.splitlines()[-1]) for _, out, _ in results]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
   (one,) = _run(tmp_path / 'one', 1)
   first, second = _run(tmp_path / 'two', 2)
@@ -255,6 +256,7 @@ def test_an_experiment_in_two_processes(tmp_path):
   assert not (two / 'unfinished').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'more, said',
     [

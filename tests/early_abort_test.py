@@ -2,6 +2,7 @@
 
 import functools
 
+import _pairwise
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -64,9 +65,17 @@ def same_decisions(actual, expected):
       assert full.score <= got.score
 
 
-@pytest.mark.parametrize('recipe', [jaxsoup.greedy, jaxsoup.pruned])
-@pytest.mark.parametrize('num, size', [(57, 8), (40, 4), (30, 64), (97, 12)])
-def test_same_decisions_as_in_full(recipe, num, size, placement):
+@pytest.mark.parametrize(
+    'recipe, num_and_size, placement',
+    _pairwise.product(
+        [jaxsoup.greedy, jaxsoup.pruned],
+        [(57, 8), (40, 4), (30, 64), (97, 12)],
+        ['one', 'auto', 'explicit'],
+    ),
+    indirect=['placement'],
+)
+def test_same_decisions_as_in_full(recipe, num_and_size, placement):
+  num, size = num_and_size
   put = placement.put
   batches = [
       {name: put(x) for name, x in batch.items()}

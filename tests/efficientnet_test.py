@@ -61,6 +61,7 @@ def efficientnet_by_hand(params, x, is_lite, is_same_padded, epsilon):
   return _cnn.dense(p['head'], x.mean((1, 2)))
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize(
     ('is_lite', 'is_same_padded'), [(False, True), (True, False)]
 )
@@ -186,6 +187,7 @@ def test_rematerialized_blocks_compute_the_same():
   assert not _cnn.num_rematerialized(graphdef, params, image)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_on_float32_parameters():
   graphdef, params = make()
   params = _cnn.settled(graphdef, params)
@@ -198,6 +200,7 @@ def test_bfloat16_computes_near_float32_on_float32_parameters():
   assert 1e-5 < error < 0.1 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_one_batch_makes_evaluation_what_training_computes():
   graphdef, params = make()
   image = _cnn.images(64, 6)

@@ -21,17 +21,17 @@ from jaxsoup.experiments import cook
 from jaxsoup.experiments import main
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONFIG = f'{ROOT}/configs/digits.py:runlocal'
+# The digits with a model that compiles in no time.
+CONFIG = f'{ROOT}/tests/_digits_mlp.py:runlocal'
 TINY = (
     '--config.sweep.num_runs=4',
     '--config.sweep.group_size=2',
     '--config.pretrain.num_epochs=20',
     '--config.finetune.num_epochs=2',
     '--config.learned.num_epochs=2',
-    '--config.model.depth=1',
-    '--config.model.width=12',
-    '--config.data.sizes.test=100',
-    '--config.data.sizes.held_out=80',
+    '--config.landscape.num_pairs=0',
+    '--config.landscape.num_points=0',
+    '--config.landscape.is_diagnosed=False',
 )
 
 
@@ -53,7 +53,7 @@ def environment(cache):
       'JAX_COMPILATION_CACHE_DIR': str(cache),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'PYTHONPATH': str(ROOT),
-      'XLA_FLAGS': '',
+      'XLA_FLAGS': '--xla_backend_optimization_level=0',
   }
 
 
@@ -88,19 +88,6 @@ def kill_when(reached, workdir, cache):
 
 def num_lines(path):
   return path.read_bytes().count(b'\n') if path.exists() else 0
-
-
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp('cache')
-
-
-@pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory, cache):
-  workdir = tmp_path_factory.mktemp('uninterrupted')
-  done = finish(workdir, cache)
-  assert 'best single' in done.stdout
-  return workdir
 
 
 def leaves(path):
@@ -141,6 +128,7 @@ def test_killed_and_resumed_is_the_same(tmp_path, uninterrupted, cache):
   assert_same(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_parts_of_the_sweep_make_the_same(tmp_path, uninterrupted, cache):
   """As two machines would, at the same time; then one makes the soups."""
   parts = [
@@ -170,6 +158,7 @@ def test_parts_that_are_none(tmp_path, capsys):
     assert f'sweep.shard is {text!r}' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_held_out_set_is_drawn_several_times(
     tmp_path, uninterrupted, cache
 ):
@@ -263,6 +252,7 @@ def test_what_a_workdir_holds(uninterrupted):
     assert ece == pytest.approx(rows[name]['ece'], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_stability_of_the_searches(uninterrupted, tmp_path, cache):
   """Of a workdir that is done; the choice on all examples is the search's."""
   workdir = tmp_path / 'done'
@@ -293,6 +283,7 @@ def test_stability_of_the_searches(uninterrupted, tmp_path, cache):
   assert right(stable['chosen']) >= best
 
 
+@pytest.mark.slow
 def test_report_of_a_workdir(uninterrupted, tmp_path):
   files = report.write_report(uninterrupted, tmp_path / 'report.html')
   text = files[0].read_text(encoding='utf-8')
@@ -369,7 +360,7 @@ def test_usage(argv, text, tmp_path, monkeypatch, capsys):
     [
         ('--config.sweep.num_run=3', 'Did you mean sweep.num_runs'),
         ('--config.learning_rat=3', 'The config has no'),
-        ('--config.sweep.num_runs=many', 'sweep.num_runs is int, such as 8'),
+        ('--config.sweep.num_runs=many', 'sweep.num_runs is int, such as 4'),
         (
             '--config.learned.learning_rate=fast',
             'learned.learning_rate is float',

@@ -40,8 +40,6 @@ LONG = (
     '--config.pretrain.num_epochs=30',
 )
 
-cache = experiment_test.cache
-
 
 def params_of(k):
   rng = np.random.default_rng(k)
@@ -154,21 +152,13 @@ def test_train_state_comes_back(tmp_path):
     saved.restore(state)
 
 
-@pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory, cache):
-  workdir = tmp_path_factory.mktemp('long')
-  experiment_test.finish(workdir, cache, *LONG)
-  assert not (workdir / 'unfinished').exists()
-  assert not (workdir / '.lock').exists()
-  return workdir
-
-
 @pytest.mark.slow
-def test_stopped_at_any_point_is_the_same(tmp_path, uninterrupted, cache):
+def test_stopped_at_any_point_is_the_same(tmp_path, cache):
   # SIGTERM in the middle of either training, SIGKILL twice further on, and on
   # to the end: an optimizer that starts anew, or an epoch that is done twice,
   # gives other bits.
-  workdir = tmp_path / 'w'
+  workdir, uninterrupted = tmp_path / 'w', tmp_path / 'uninterrupted'
+  experiment_test.finish(uninterrupted, cache, *LONG)
   args = experiment_test.command(workdir, *LONG)
   for name, before in (('theta_0', '.lock'), ('runs_00', 'theta_0')):
     with started(args, cache) as process:
@@ -362,6 +352,7 @@ def test_no_room_for_a_score(tmp_path, more):
   assert dict(checkpoints.ScoreLog(path)) == {(0,): 0.5, (1,): 0.25}
 
 
+@pytest.mark.slow
 def test_no_room_for_an_experiment(tmp_path, uninterrupted, cache):
   # At its last file, so that everything before it is there to be kept.
   workdir = tmp_path / 'w'
@@ -369,8 +360,8 @@ def test_no_room_for_an_experiment(tmp_path, uninterrupted, cache):
   (workdir / 'results.json').unlink()
   done = subprocess.run(
       ['bash', '-c', 'ulimit -f 1; "$@"', 'bash']
-      + experiment_test.command(workdir, *LONG),
-      env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''},
+      + experiment_test.command(workdir),
+      env=experiment_test.environment(cache),
       capture_output=True,
       text=True,
   )
@@ -378,8 +369,8 @@ def test_no_room_for_an_experiment(tmp_path, uninterrupted, cache):
   error = done.stderr.splitlines()[-1]
   assert error.startswith(f'Error: {workdir}: ') and 'free some space' in error
   assert not (workdir / 'results.json').exists()
-  experiment_test.finish(workdir, cache, *LONG)
-  experiment_test.assert_same(workdir, uninterrupted, num_runs=2)
+  experiment_test.finish(workdir, cache)
+  experiment_test.assert_same(workdir, uninterrupted)
 
 
 # --- Ingredients that change --------------------------------------------------
@@ -426,7 +417,7 @@ def test_an_ingredient_is_rewritten_during_a_search(tmp_path, runs):
   with pytest.raises(ValueError, match=f'(?s){runs[0]}.*estore'):
     jaxsoup.greedy(ingredients, rewriting, scores=log)
     ingredients[0]
-  with pytest.raises(ValueError, match='log holds scores of other .* anew'):
+  with pytest.raises(ValueError, match='log holds scores of other .* Delete it'):
     checkpoints.ScoreLog(tmp_path / 'log', checkpoints.Ingredients(runs))
 
 

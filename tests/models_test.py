@@ -160,6 +160,7 @@ def test_affine_moves_an_image_by_its_draw():
   )
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('is_rematerialized', [False, True])
 @pytest.mark.parametrize('has_cls_token', [False, True])
 def test_a_scan_over_the_blocks_is_the_loop(has_cls_token, is_rematerialized):
@@ -196,6 +197,7 @@ def test_a_scan_over_the_blocks_is_the_loop(has_cls_token, is_rematerialized):
   )
 
 
+@pytest.mark.slow
 def test_scanned_blocks_start_apart_and_spread_as_in_the_loop():
   make_params = lambda is_scanned: nnx.to_pure_dict(
       nnx.state(

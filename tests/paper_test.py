@@ -127,6 +127,7 @@ def on_shifts(problem, params):
   return np.mean([accuracy(problem, params, name) for name in splits.shifts])
 
 
+@pytest.mark.slow
 def test_every_experiment_found_something(made):
   workdir, found = made
   assert list(found) == list(range(1, 21))
@@ -144,6 +145,7 @@ def test_every_experiment_found_something(made):
     assert picture.read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_a_second_call_makes_nothing_anew(made):
   workdir, found = made
   made_once = (workdir / 'seed0').rglob('*')
@@ -152,6 +154,7 @@ def test_a_second_call_makes_nothing_anew(made):
   assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
+@pytest.mark.slow
 def test_soups_against_numpy(made, problem):
   """One figure of each pool, from its checkpoints."""
   workdir, found = made
@@ -180,6 +183,7 @@ def test_soups_against_numpy(made, problem):
   check(19, 'random head: uniform soup', mean(pool_of(workdir, 'random_head')))
 
 
+@pytest.mark.slow
 def test_barriers_against_numpy(made, problem):
   workdir, found = made
   models = pool_of(workdir, 'rates')
@@ -197,6 +201,7 @@ def mean_of(first, second, t):
   )
 
 
+@pytest.mark.slow
 def test_one_hyper_parameter_varies(made):
   workdir, found = made
   runs = [
@@ -213,6 +218,7 @@ def test_one_hyper_parameter_varies(made):
       assert rows[0][column] >= rows[1][column]
 
 
+@pytest.mark.slow
 def test_the_teacher_is_the_ensemble(made, problem):
   workdir, _ = made
   model, splits = problem
@@ -226,6 +232,7 @@ def test_the_teacher_is_the_ensemble(made, problem):
   np.testing.assert_allclose(target, special.softmax(logits, -1), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_heads_and_data_sets(made):
   workdir, _ = made
   start = checkpoints.Ingredients([workdir / 'seed0/sweep/theta_0'])[0]
@@ -271,6 +278,7 @@ def test_usage(argv, text, tmp_path, capsys):
   assert not (tmp_path / 'w').exists()
 
 
+@pytest.mark.slow
 def test_figures_are_json(made):
   workdir, found = made
   for path in (workdir / 'seed0/experiments').glob('*.json'):

@@ -190,6 +190,7 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
 # Memory, reads, evaluations and steps.
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not pathlib.Path('/proc/self/clear_refs').exists(),
     reason='only Linux lets a process forget its high-water mark',
@@ -247,6 +248,7 @@ class Counted(list):
     return super().__getitem__(k)
 
 
+@pytest.mark.slow
 def test_recipes_read_evaluate_and_step_as_planned():
   num = 5
   experiment = load(
@@ -415,6 +417,7 @@ def test_the_learned_soup_of_the_paper_fits_on_a_small_pod():
   assert 2 * 2 * num_parameters < traffic < 8 * 2 * num_parameters
 
 
+@pytest.mark.slow_variants
 @needs_libtpu
 @pytest.mark.parametrize(
     'topology, hbm',
@@ -483,6 +486,7 @@ def run_command(*arguments):
   )
 
 
+@pytest.mark.slow
 def test_on_virtual_devices(tmp_path):
   file = tmp_path / 'plan.json'
   result = run_command(
@@ -551,7 +555,8 @@ def test_errors(arguments, message, code, tmp_path, monkeypatch):
         ('v4:2x2', 'the largest of v4 is 16x16x16'),
         ('v5e:64x64', 'the largest of v5e is 16x16'),
         ('v5e:3x5', 'multiples of 2'),
-        ('v6e:0x2', 'multiples of 2'),
+        ('v6e:0x2', 'at least 1'),
+        ('v4:2x2x0', 'at least 1'),
     ],
 )
 def test_topologies_that_there_are_not(topology, message, monkeypatch):

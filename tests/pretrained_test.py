@@ -107,6 +107,7 @@ def test_own_names(vit):
   np.testing.assert_array_equal(loaded(image_of()), model(image_of()))
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('stored', [False, True])
 @pytest.mark.parametrize('wanted', [False, True])
 def test_blocks_may_be_stacked_in_the_file_and_in_the_model(
@@ -374,6 +375,7 @@ def test_a_directory_keeps_its_config_and_tokenizer(tmp_path):
   assert_same(models.params_of(models.load(made)), params)
 
 
+@pytest.mark.slow
 def test_memory_of_a_conversion_is_that_of_a_few_leaves(tmp_path):
   arguments = VIT | {'width': 512, 'depth': 12, 'num_heads': 8}
   kind = _pretrained.Kind('vit', 'flax', arguments)

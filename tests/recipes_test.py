@@ -3,6 +3,7 @@
 from typing import Any
 from typing import NamedTuple
 
+import _pairwise
 import _reference
 from flax import nnx
 from flax.core import FrozenDict
@@ -162,9 +163,16 @@ def assert_alike(tree, template):
     assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-@pytest.mark.parametrize('container', CONTAINERS)
-@pytest.mark.parametrize('recipe', RECIPES)
+@pytest.mark.parametrize(
+    'recipe, container, dtype, placement',
+    _pairwise.product(
+        RECIPES,
+        CONTAINERS,
+        ('float32', 'bfloat16', 'float16'),
+        ('one', 'auto', 'explicit'),
+    ),
+    indirect=['placement'],
+)
 def test_recipe(recipe, container, dtype, placement):
   run, expected_of = RECIPES[recipe]
   make = lambda model: CONTAINERS[container](*map(placement.put, model))

@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+import _pairwise
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -244,8 +245,13 @@ def test_no_implicit_transfer(name, where):
   assert_close(soup, expected)
 
 
-@pytest.mark.parametrize('where', ['host', 'mesh'])
-@pytest.mark.parametrize('name', [*PUBLIC, KEYED])
+@pytest.mark.parametrize(
+    'name, where, on_mesh',
+    _pairwise.product(
+        [*PUBLIC, KEYED], ['host', 'mesh'], ['auto', 'explicit']
+    ),
+    indirect=['on_mesh'],
+)
 def test_with_a_mesh_set(name, where, on_mesh):
   models, key = models_of(), jax.random.key(0)
   expected = expected_of(name)

@@ -68,6 +68,11 @@ def topology_mesh(name: str) -> tuple[jax.sharding.Mesh, int]:
         'its shape: v5e:8x8, v6e:16x16, v5p:4x4x4 or v4:2x2x2.'
     )
   chip = CHIPS[kind]
+  # The compiler divides by the sides, and its SIGFPE ends the process.
+  if 0 in sides:
+    raise configs.UsageError(
+        f'{name!r} is not a valid topology: each side must be at least 1.'
+    )
   # The compiler would go on, and end the process later.
   if len(sides) != len(chip.largest) or any(
       n > most for n, most in zip(sorted(sides), sorted(chip.largest))
