@@ -173,6 +173,7 @@ def test_flips_are_as_frequent_as_asked():
   assert 70 < is_flipped.sum() < 130
 
 
+@pytest.mark.slow
 def test_rand_runs_the_operations_it_draws():
   image = unit(np.stack([photo(seed=i) for i in range(6)]))
   got = rand(KEY, image, 0.6)
@@ -192,6 +193,7 @@ def test_rand_draws_every_operation_as_often():
   np.testing.assert_allclose(share, 1, atol=0.12)
 
 
+@pytest.mark.slow
 def test_rand_of_normalized_images():
   image = unit(np.stack([photo(seed=i) for i in range(4)]))
   mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -203,6 +205,7 @@ def test_rand_of_normalized_images():
   assert is_close.mean() > 0.99
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('name', ['flip', 'crop', 'rand', 'affine', 'noise'])
 def test_images_at_strength_0_and_over_strengths(name):
   augment_fn = jax.jit(getattr(augment, name))

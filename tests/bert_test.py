@@ -112,6 +112,7 @@ def test_equals_numpy():
   np.testing.assert_allclose(model(IDS), without[1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing_and_batches_do_not_mix():
   graphdef, params = make()
   model = nnx.merge(graphdef, params)

@@ -414,7 +414,7 @@ def test_demo_in_the_workdir_of_another_config(tmp_path):
   (workdir / 'runs').mkdir(parents=True)
   (workdir / 'config.json').write_text('{"seed": 7}')
   args = 'demo', '--short', '--workdir', str(workdir)
-  assert_fails(invoke(*args), 2, 'seed was 7, is 0')
+  assert_fails(invoke(*args), 2, 'seed was 7, is now 0')
   assert {p.name for p in workdir.iterdir()} == {'config.json', 'runs'}
 
 

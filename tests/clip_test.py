@@ -243,7 +243,7 @@ def test_templates_need_a_place_for_the_name():
     clip.zero_shot_head(None, ['cat'], ['a {}', 'a photo'], None)
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize('is_scanned', [False, True])
 def test_a_classifier_with_a_zero_shot_head_is_clip(is_scanned):
   model, params = _weights.random(clip.CLIP, is_scanned=is_scanned, **MODEL)
@@ -264,6 +264,7 @@ def test_a_classifier_with_a_zero_shot_head_is_clip(is_scanned):
   )
 
 
+@pytest.mark.slow
 def test_a_classifier_of_a_model():
   model, _ = _weights.random(clip.CLIP, **MODEL)
   image = images(8, 12)

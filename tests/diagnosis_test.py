@@ -372,6 +372,7 @@ def test_bfloat16(world, is_cast_back):
   assert codes(diagnosis.diagnose(moved, theta_0=world.theta_0)) == []
 
 
+@pytest.mark.slow
 def test_batch_norm():
   world = world_of(has_norm=True)
   images = [world.data['train']['image']]

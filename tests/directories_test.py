@@ -391,6 +391,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path, monkeypatch):
   assert checkpoints.load('soup').params['w3'].shape == (1024, 1024)
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded(tmp_path):
   for k, name in enumerate('abc'):
     rng = np.random.default_rng(k)

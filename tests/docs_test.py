@@ -73,6 +73,7 @@ def pages(tmp_path_factory):
   return out
 
 
+@pytest.mark.slow
 def test_the_reference_has_every_public_name(pages):
   from sphinx.util import inventory
 
@@ -85,6 +86,7 @@ def test_the_reference_has_every_public_name(pages):
   assert missing == [], 'They need a docstring, or their module a page.'
 
 
+@pytest.mark.slow
 def test_no_page_loads_anything_from_elsewhere(pages):
   for page in pages.rglob('*.html'):
     text = page.read_text()

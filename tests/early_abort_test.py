@@ -65,6 +65,7 @@ def same_decisions(actual, expected):
       assert full.score <= got.score
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize(
     'recipe, num_and_size, placement',
     _pairwise.product(

@@ -160,6 +160,7 @@ def test_number_of_parameters_is_that_of_the_paper(name):
   assert num_params(**factors_of(name)) == PUBLISHED[name]
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('name', ['b0', 'lite1'])
 def test_the_model_has_that_many_parameters(name):
   model = nnx.eval_shape(
@@ -229,6 +230,7 @@ def test_sizes_can_be_told_apart():
   assert len(kinds) == len(PUBLISHED)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize(
     ('naming', 'name'),
     [('hf', 'b2'), ('timm', 'b1'), ('torch', 'b0'), ('timm', 'lite1')],
@@ -291,6 +293,7 @@ def test_efficientnet_of_transformers(size, options, tmp_path):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.reference
 @pytest.mark.parametrize(
     ('name', 'atol'),

@@ -21,6 +21,9 @@ from jaxsoup.experiments import preemption
 from jaxsoup.experiments import progress
 from jaxsoup.report import _workdir
 
+# All of them share the workdir of an experiment.
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = f'{ROOT}/tests/_digits_mlp.py'
 NUM_POINTS, NUM_EXAMPLES = 3, 60

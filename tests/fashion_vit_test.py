@@ -105,6 +105,7 @@ def test_what_is_shifted_never_chooses(files):
   assert all(np.array_equal(labels[0], label) for label in labels)
 
 
+@pytest.mark.slow
 def test_the_model_enlarges_and_standardizes(files):
   experiment = load(files)
   model = modeling.of(experiment)

@@ -270,6 +270,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_group_equals_its_runs_alone(config, model, theta_0, data):
   group = finetune.train(model, config.finetune, theta_0, RUNS, data)
   everything = dict.fromkeys(('mixup', 'affine'), 0.0)
@@ -330,6 +331,7 @@ def keeper(kept):
   return lambda name, stacked: kept.update({name: jax.device_get(stacked)})
 
 
+@pytest.mark.slow
 def test_copies_are_kept(config, model, theta_0, data):
   phase = config.finetune.to_dict() | dict(ema=(0.9,), keep_epochs=(1,))
   kept = {}
@@ -346,6 +348,7 @@ def test_copies_are_kept(config, model, theta_0, data):
   assert 0 < distance(kept['ema_0.9']) < distance(last)
 
 
+@pytest.mark.slow
 def test_runs_with_initial_parameters_of_their_own(
     config, model, theta_0, data
 ):

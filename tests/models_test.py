@@ -82,6 +82,7 @@ def vit_by_hand(params, image):
   return linear(p['head'], x[:, 0] if 'cls_token' in p else x.mean(1))
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('has_cls_token', (False, True))
 def test_equals_numpy(has_cls_token):
   graphdef, params = make(has_cls_token)
@@ -160,7 +161,7 @@ def test_affine_moves_an_image_by_its_draw():
   )
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize('is_rematerialized', [False, True])
 @pytest.mark.parametrize('has_cls_token', [False, True])
 def test_a_scan_over_the_blocks_is_the_loop(has_cls_token, is_rematerialized):

@@ -31,6 +31,7 @@ from jaxsoup.experiments import plan_recipes
 
 HERE = pathlib.Path(__file__).parent
 DIGITS = str(HERE.parent / 'configs/digits.py')
+MLP = str(HERE / '_digits_mlp.py')
 VIT_G = str(HERE.parent / 'configs/imagenet_vit_g14.py')
 GIB = 2**30
 
@@ -142,6 +143,7 @@ def test_work_of_convolutions_is_what_xla_says(
   assert work(pull, image, kernel, out) == 3 * forward
 
 
+@pytest.mark.slow
 def test_work_of_a_sweep_is_three_forward_passes_an_example():
   """And two of the first layer, whose images need no gradient."""
   experiment, _, made = cpu_plan()
@@ -357,6 +359,7 @@ def test_without_learned_soups_there_is_no_word_of_them():
   assert not any('learned' in x for x in [*names, *(r.name for r in found)])
 
 
+@pytest.mark.slow
 def test_a_stack_that_does_not_fit_streams():
   config, mesh, made = cpu_plan()
   before = {r.name: r for r in made.recipes}
@@ -486,11 +489,12 @@ def run_command(*arguments):
   )
 
 
-@pytest.mark.slow
-def test_on_virtual_devices(tmp_path):
+@pytest.mark.slow_variants
+@pytest.mark.parametrize('config', [MLP, f'{DIGITS}:runlocal'])
+def test_on_virtual_devices(config, tmp_path):
   file = tmp_path / 'plan.json'
   result = run_command(
-      f'--config={DIGITS}:runlocal',
+      f'--config={config}',
       '--devices=2',
       '--ingredients=3',
       f'--json={file}',

@@ -100,6 +100,7 @@ def assert_close(params, expected):
 # --- Loading ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_own_names(vit):
   path, model = vit
   loaded = models.load(path)
@@ -125,6 +126,7 @@ def test_blocks_may_be_stacked_in_the_file_and_in_the_model(
   )
 
 
+@pytest.mark.slow
 def test_other_resolutions_interpolate_the_positions(vit):
   path, model = vit
   loaded = models.load(path, image_shape=[32, 24, 3])
@@ -138,6 +140,7 @@ def test_other_resolutions_interpolate_the_positions(vit):
   assert loaded(image).shape == (2, 5)
 
 
+@pytest.mark.slow
 def test_a_part_is_left_out_only_when_told(vit):
   path, model = vit
   with pytest.raises(ValueError, match=r"'head.kernel' has shape \(64, 5\)"):
@@ -259,6 +262,7 @@ def test_what_no_family_knows(tmp_path):
     models.load(path)
 
 
+@pytest.mark.slow
 def test_computing_in_bfloat16_keeps_float32_parameters(vit):
   path, model = vit
   loaded = models.load(path, dtype='bfloat16')
@@ -328,6 +332,7 @@ def test_what_is_written_is_read_back(tmp_path, vit, monkeypatch):
   assert not out.exists()
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('out', ['soup', 'soup.safetensors'])
 def test_a_soup_of_our_files_knows_its_model(tmp_path, vit, out):
   path, model = vit
@@ -417,6 +422,7 @@ def run(*arguments):
   return testing.CliRunner().invoke(cli.app, list(map(str, arguments)))
 
 
+@pytest.mark.slow
 def test_convert(tmp_path, vit):
   path, model = vit
   result = run('convert', path, tmp_path / 'timm.safetensors', '--names', 'hf')

@@ -116,6 +116,7 @@ def test_bit_equals_numpy(has_small_stem):
   )
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize(
     ('num_layers', 'is_bit', 'millions'),
     [
@@ -155,6 +156,7 @@ def test_on_a_mesh():
   _cnn.assert_close(_cnn.apply(graphdef, params, image), expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_rematerialized_blocks_compute_the_same():
   graphdef, params = make()
   params = _cnn.settled(graphdef, params)
@@ -165,6 +167,7 @@ def test_rematerialized_blocks_compute_the_same():
   assert not _cnn.num_rematerialized(graphdef, params, image)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('is_bit', [False, True])
 def test_bfloat16_computes_near_float32_on_float32_parameters(is_bit):
   _, params = make(is_bit=is_bit)

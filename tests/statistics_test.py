@@ -131,6 +131,7 @@ def test_bootstrap_of_whole_set_metrics(ours, reference, rng):
   assert got.gain == pytest.approx(reference(b, label) - reference(a, label))
 
 
+@pytest.mark.slow
 def test_bootstrap_of_a_whole_set_metric_equals_scipy(rng):
   (a, b), label = problem(rng, num_classes=2)
   got = statistics.paired_bootstrap(metrics.matthews, b, a, label=label)
@@ -631,6 +632,7 @@ def test_stability_names_what_is_wrong():
     statistics.stability(lambda members: np.ones(3 + members[0]), 3)
 
 
+@pytest.mark.slow
 def test_splits_of_the_same_examples_reject_no_more_than_one():
   """Two models as good as each other: five in a hundred at most."""
   rng = np.random.default_rng(0)

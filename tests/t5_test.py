@@ -142,6 +142,7 @@ def t5_by_hand(params, ids, mask, texts):
   return x @ embedding.T / np.sqrt(SMALL['width'])
 
 
+@pytest.mark.slow_variants
 @KINDS
 def test_equals_numpy(kind):
   graphdef, params = make(**kind)
@@ -157,6 +158,7 @@ def test_equals_numpy(kind):
   )
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing_and_batches_do_not_mix():
   graphdef, params = make()
   expected = logits_of(graphdef, params, IDS, TEXTS, MASK)
@@ -179,6 +181,7 @@ def test_the_decoder_does_not_see_what_follows():
   assert np.abs(other[:, 2:] - expected[:, 2:]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_scan_over_the_blocks_is_the_loop():
   graphdef, params = make()
   scanned, _ = make(is_scanned=True, is_rematerialized=True)
@@ -197,6 +200,7 @@ def test_a_scan_over_the_blocks_is_the_loop():
   )
 
 
+@pytest.mark.slow
 def test_sharded_over_a_mesh_the_logits_are_the_same():
   graphdef, params = make()
   on_mesh, _ = make(batch_axis='fsdp', is_scanned=True)
@@ -219,6 +223,7 @@ def test_sharded_over_a_mesh_the_logits_are_the_same():
   np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_on_float32_parameters():
   graphdef, params = make(**V1_1)
   narrow, narrow_params = make(dtype='bfloat16', **V1_1)
@@ -257,6 +262,7 @@ def test_scores_of_labels_by_hand():
     np.testing.assert_allclose(scores[:, c], expected, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_probabilities_of_all_texts_of_two_tokens_sum_to_one():
   graphdef, params = make()
   texts = np.stack(np.meshgrid(*[np.arange(11)] * 2), -1).reshape(-1, 2)

@@ -295,6 +295,7 @@ FLAX = [
 ]
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('naming, pool', FLAX)
 def test_files_of_flax(naming, pool):
   stored, image, logits = make_flax(naming, pool)
