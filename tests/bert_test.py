@@ -169,6 +169,7 @@ def test_a_scan_over_the_blocks_is_the_loop():
   )
 
 
+@pytest.mark.slow
 def test_sharded_over_a_mesh_the_logits_are_the_same():
   graphdef, params = make()
   on_mesh, _ = make(batch_axis='fsdp', is_scanned=True)
@@ -191,6 +192,7 @@ def test_sharded_over_a_mesh_the_logits_are_the_same():
   np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_on_float32_parameters():
   graphdef, params = make()
   narrow, narrow_params = make(dtype='bfloat16')

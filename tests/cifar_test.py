@@ -88,6 +88,7 @@ def test_tfds_and_shifts():
     assert source.arrays['label'].dtype == np.int32
 
 
+@pytest.mark.slow
 def test_tfds_of_100_classes():
   with tfds.testing.mock_data(num_examples=3000):
     builder = tfds.builder('cifar100')

@@ -293,6 +293,7 @@ def test_a_classifier_with_a_bias_in_bfloat16():
   assert params['head']['bias'].shape == (3,)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('is_scanned', [False, True])
 @pytest.mark.parametrize('on_mesh', ['auto'], indirect=True)
 def test_a_classifier_on_a_mesh(on_mesh, is_scanned):

@@ -163,6 +163,7 @@ def test_nothing_is_wrong(world):
     assert 'No problems' in report.as_text()
 
 
+@pytest.mark.slow
 def test_two_initializations(world, unrelated):
   pool = [*world.runs[:2], unrelated, *world.runs[2:]]
   for given in options(world):

@@ -367,6 +367,7 @@ def test_a_full_disk(runs, tmp_path):
   assert sorted(os.listdir()) == runs
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_nothing_under_the_name(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for k, name in enumerate('ab'):

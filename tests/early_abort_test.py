@@ -104,6 +104,7 @@ def test_same_decisions_as_in_full(recipe, num_and_size, placement):
   assert num_bounds > 20 and num_ties > 3
 
 
+@pytest.mark.slow
 def test_every_bar_and_every_number_of_right_answers():
   num = 49  # 1/49 * 49 is not 1 in floats.
   answers = lambda params, batch: batch['index'] < params

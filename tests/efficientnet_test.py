@@ -61,7 +61,7 @@ def efficientnet_by_hand(params, x, is_lite, is_same_padded, epsilon):
   return _cnn.dense(p['head'], x.mean((1, 2)))
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('is_lite', 'is_same_padded'), [(False, True), (True, False)]
 )

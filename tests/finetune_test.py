@@ -297,6 +297,7 @@ def assert_equal(first, second):
     np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_the_same_call_gives_the_same_bits(config, model, theta_0, data):
   assert_equal(
       *(
@@ -412,6 +413,7 @@ def streamed_steps(model, phase, theta_0, run, source):
   return state
 
 
+@pytest.mark.slow
 def test_on_a_mesh_as_on_one_device(config, model, theta_0, data):
   source = Read(data.arrays)
   run = {'seed': 1, 'learning_rate': 0.1, 'mixup': 0.5}
@@ -428,6 +430,7 @@ def test_on_a_mesh_as_on_one_device(config, model, theta_0, data):
   assert [x[:2] for x in progress] == [(1, 2), (2, 2)]
 
 
+@pytest.mark.slow
 def test_runs_that_are_alike_compile_once(config, model, theta_0, data, caplog):
   runs = [{'seed': k, 'learning_rate': 0.1 * k} for k in (1, 2)]
   with jax.log_compiles():
@@ -484,6 +487,7 @@ class Net(nnx.Module):
     return self.head(self.features(x))
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('batch_norm', ['train', 'frozen'])
 def test_running_statistics_follow_and_are_not_trained(batch_norm):
   model = modeling.of_module(
@@ -523,6 +527,7 @@ def test_a_model_without_inputs_is_refused(config):
     modeling.make(config)
 
 
+@pytest.mark.slow
 def test_a_text_model_by_its_config(config):
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -548,6 +553,7 @@ def test_a_text_model_by_its_config(config):
 # One step at a time, and batches as training sees them.
 
 
+@pytest.mark.slow
 def test_steps_one_by_one_are_those_of_the_loop(config, model, theta_0, data):
   found, expected = (
       finetune.train(

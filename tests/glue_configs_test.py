@@ -56,6 +56,7 @@ def test_each_task_has_32_settings_and_its_metric(name, task):
   assert load(name, task, ['--config.seed=1']).runs[0] != runs[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, num', [('glue_bert', 109_483_778), ('glue_t5', 222_903_552)]
 )
@@ -120,6 +121,7 @@ def test_splits_do_not_meet(name):
   assert len(set.union(*rows)) == 360
 
 
+@pytest.mark.slow
 def test_t5_reads_the_task_and_scores_the_labels():
   """Logits are sums of log probabilities, written out token by token."""
   experiment = load('glue_t5', 'rte,runlocal', TINY)

@@ -404,6 +404,7 @@ def test_constant_settings_and_seeds_are_not_drawn(written):
   assert len(drawn) == 4 and not any('seed' in x or 'same' in x for x in drawn)
 
 
+@pytest.mark.slow
 def test_further_sections_come_before_the_last(workdir, tmp_path):
   drawn = []
   further = report.Section(
@@ -424,6 +425,7 @@ def test_further_sections_come_before_the_last(workdir, tmp_path):
   assert again == files
 
 
+@pytest.mark.slow
 def test_several_splits(workdir, tmp_path):
   """The table has the means over the splits, as table.md has them."""
   results = json.loads((workdir / 'results.json').read_text())
@@ -659,6 +661,7 @@ def invoke(*args):
   return testing.CliRunner().invoke(cli.app, list(map(str, args)))
 
 
+@pytest.mark.slow
 def test_command(scores, tmp_path):
   result = invoke('report', scores, '--shifts', 'shifts.v2, shifts.r')
   assert result.exit_code == 0, (result.output, result.exception)

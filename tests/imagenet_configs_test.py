@@ -66,6 +66,7 @@ def test_a_second_call_makes_nothing_again(tmp_path):
   assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize(
     'name, num_parameters',
     [
@@ -200,6 +201,7 @@ def start_of(name, folder, *overrides):
     return modeling.of(experiment).start_fn(jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_the_tower_of_a_file(clip_folder):
   folder, _, params = clip_folder
   found = start_of('imagenet_clip_b32:runlocal', folder)
@@ -207,6 +209,7 @@ def test_the_tower_of_a_file(clip_folder):
   assert found['head']['kernel'].shape == (16, 2)
 
 
+@pytest.mark.slow
 def test_a_head_of_names(tmp_path, clip_folder):
   folder, kind, params = clip_folder
   (tmp_path / 'classes').write_text('tench\nshark\n')
@@ -234,6 +237,7 @@ def test_a_head_of_names(tmp_path, clip_folder):
     start_of(name, folder, *files)
 
 
+@pytest.mark.slow
 def test_weights_of_augreg_with_another_head(tmp_path):
   experiment = load('imagenet_vit_b32_i21k:runlocal')
   arguments = experiment.config.model.to_dict()

@@ -599,6 +599,7 @@ def hessian(params, x, label):
   return np.asarray(jax.hessian(loss_fn)(vector), np.float64)
 
 
+@pytest.mark.slow
 def test_sharpness_of_a_network():
   x, label, batches = batched_problem()
   params = model(1)

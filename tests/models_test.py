@@ -127,6 +127,7 @@ def test_patch_size_has_to_divide_the_image():
     vit.ViT((8, 8, 1), num_classes=10, patch_size=3, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_augmentation_at_strength_0_changes_nothing():
   image = images(4)[:, :4, :, :]
   key = jax.random.key(0)

@@ -299,6 +299,7 @@ def test_there_and_back_is_exact(tmp_path, family):
     np.testing.assert_array_equal(last[name], array, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_soup_goes_back_to_where_its_ingredients_came_from(tmp_path):
   kind = _pretrained.Kind('vit', 'timm', TINY['vit'])
   base = write(tmp_path / 'base.safetensors', kind, random_params(kind))

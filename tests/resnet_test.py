@@ -373,6 +373,7 @@ def test_bit_of_transformers(size, options, tmp_path):
   _cnn.check_hf(resnet, resnet.ResNet, reference, size, tmp_path)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.reference
 @pytest.mark.parametrize(
     ('name', 'num_layers', 'atol'),

@@ -117,6 +117,7 @@ def f1(logits, label):
   return sk.f1_score(label, logits.argmax(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'ours, reference', [(metrics.f1, f1), (metrics.matthews, matthews)]
 )

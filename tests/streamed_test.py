@@ -59,6 +59,7 @@ def assert_equal_soups(actual, expected, rtol=2e-5, params_rtol=None):
   assert actual.info.beta == pytest.approx(expected.info.beta, rel=rtol)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('depth', [None, 1, math.inf])
 @pytest.mark.parametrize(
     'options',

@@ -92,10 +92,11 @@ class Bert(_transformer.Stack):
       than `num_positions`.
 
   Example:
-    >>> model = Bert(
-    ...     3, vocab_size=9, width=8, depth=2, num_heads=2, rngs=nnx.Rngs(0)
-    ... )
-    >>> model(jnp.array([[1, 5, 2, 0]]), jnp.array([[1, 1, 1, 0]])).shape
+    >>> def logits_fn(ids, mask):
+    ...   size = dict(vocab_size=9, width=8, depth=2, num_heads=2)
+    ...   return Bert(3, **size, rngs=nnx.Rngs(0))(ids, mask)
+    >>> ids, mask = jnp.array([[1, 5, 2, 0]]), jnp.array([[1, 1, 1, 0]])
+    >>> jax.eval_shape(logits_fn, ids, mask).shape
     (1, 3)
 
   Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers

@@ -218,13 +218,13 @@ class CLIP(nnx.Module):
 
   Example:
     >>> tower = dict(width=8, depth=1, num_heads=2)
-    >>> model = CLIP(
-    ...     embed_width=6,
-    ...     image=dict(image_shape=(8, 8, 3), patch_size=4, **tower),
-    ...     text=dict(vocab_size=20, max_length=5, **tower),
-    ...     rngs=nnx.Rngs(0),
-    ... )
-    >>> model(jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 5), int)).shape
+    >>> image = dict(image_shape=(8, 8, 3), patch_size=4, **tower)
+    >>> text = dict(vocab_size=20, max_length=5, **tower)
+    >>> def logits_fn(x, ids):
+    ...   model = CLIP(embed_width=6, image=image, text=text, rngs=nnx.Rngs(0))
+    ...   return model(x, ids)
+    >>> x, ids = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 5), int)
+    >>> jax.eval_shape(logits_fn, x, ids).shape
     (2, 3)
 
   Source: Radford et al., "Learning transferable visual models from natural

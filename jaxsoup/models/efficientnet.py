@@ -177,10 +177,10 @@ class EfficientNet(nnx.Module):
   `model.eval()`. There is no stochastic depth.
 
   Example:
-    >>> model = EfficientNet(
-    ...     10, width_factor=0.25, depth_factor=0.1, rngs=nnx.Rngs(0)
-    ... )
-    >>> model(jax.numpy.zeros((2, 32, 32, 3))).shape
+    >>> def logits_fn(image):
+    ...   size = dict(width_factor=0.25, depth_factor=0.1)
+    ...   return EfficientNet(10, **size, rngs=nnx.Rngs(0))(image)
+    >>> jax.eval_shape(logits_fn, jax.numpy.zeros((2, 32, 32, 3))).shape
     (2, 10)
 
   Source: Tan and Le, "EfficientNet: rethinking model scaling for convolutional

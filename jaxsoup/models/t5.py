@@ -357,10 +357,11 @@ class T5(nnx.Module):
     rngs: source of the initial parameters.
 
   Example:
-    >>> model = T5(
-    ...     9, width=8, depth=1, num_heads=2, head_width=4, rngs=nnx.Rngs(0)
-    ... )
-    >>> model(jnp.array([[5, 3, 1]]), jnp.array([[0, 7]])).shape
+    >>> def logits_fn(ids, said):
+    ...   size = dict(width=8, depth=1, num_heads=2, head_width=4)
+    ...   return T5(9, **size, rngs=nnx.Rngs(0))(ids, said)
+    >>> ids, said = jnp.array([[5, 3, 1]]), jnp.array([[0, 7]])
+    >>> jax.eval_shape(logits_fn, ids, said).shape
     (1, 2, 9)
 
   Source: Raffel et al., "Exploring the Limits of Transfer Learning with a
