@@ -221,7 +221,7 @@ def test_every_soup_in_three_ways(folder, tmp_path, start):
   assert row['held_out'] == pytest.approx(greedy.info.score)
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'arg, family, start',
     [

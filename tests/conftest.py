@@ -1,8 +1,8 @@
 """Four virtual devices, two processes, and placements for every recipe."""
 
+import importlib.metadata
 import os
 import pathlib
-import tempfile
 
 # Before jax is imported, or it has no effect. Most of a test is compilation,
 # which takes half as long if nothing is optimized. What is given comes last.
@@ -15,12 +15,13 @@ os.environ['XLA_FLAGS'] = ' '.join(
     ]
 )
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# What one test compiled, other workers and the processes that tests start need
-# not compile again.
+# What was compiled once is not compiled again: by other workers, by the
+# processes that tests start, or the next time.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-  _cache = tempfile.TemporaryDirectory(prefix='jaxsoup-tests-')
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
-  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.05'
+  _version = importlib.metadata.version('jax')
+  _cache = pathlib.Path(__file__).parent.parent / 'build' / f'jax-{_version}'
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_cache)
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import functools
 
@@ -132,18 +133,12 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(scope='session')
-def cache(tmp_path_factory):
-  """Compiled programs of the processes that tests start."""
-  return tmp_path_factory.mktemp('cache')
-
-
-@pytest.fixture(scope='session')
-def uninterrupted(tmp_path_factory, cache):
+def uninterrupted(tmp_path_factory):
   """The workdir of a small experiment, finished and not to be changed."""
   import experiment_test
 
   workdir = tmp_path_factory.mktemp('uninterrupted')
-  done = experiment_test.finish(workdir, cache)
+  done = experiment_test.finish(workdir)
   assert 'best single' in done.stdout
   assert not (workdir / 'unfinished').exists()
   assert not (workdir / '.lock').exists()

@@ -353,7 +353,7 @@ def test_only_moving_averages(world):
     assert codes(diagnosis.diagnose(world.averages, **given)) == []
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize('is_cast_back', [False, True])
 def test_bfloat16(world, is_cast_back):
   """Runs that moved less than bfloat16 can hold."""

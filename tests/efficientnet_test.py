@@ -230,7 +230,7 @@ def test_sizes_can_be_told_apart():
   assert len(kinds) == len(PUBLISHED)
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('naming', 'name'),
     [('hf', 'b2'), ('timm', 'b1'), ('torch', 'b0'), ('timm', 'lite1')],

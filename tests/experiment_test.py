@@ -47,20 +47,19 @@ def command(workdir, *overrides):
   ]
 
 
-def environment(cache):
+def environment():
   # What one process compiled the next one finds: same programs, same bits.
   return os.environ | {
-      'JAX_COMPILATION_CACHE_DIR': str(cache),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'PYTHONPATH': str(ROOT),
       'XLA_FLAGS': '--xla_backend_optimization_level=0',
   }
 
 
-def finish(workdir, cache, *overrides):
+def finish(workdir, *overrides):
   done = subprocess.run(
       command(workdir, *overrides),
-      env=environment(cache),
+      env=environment(),
       capture_output=True,
       text=True,
   )
@@ -68,11 +67,11 @@ def finish(workdir, cache, *overrides):
   return done
 
 
-def kill_when(reached, workdir, cache):
+def kill_when(reached, workdir):
   """Starts the experiment and kills it at the first moment that fits."""
   process = subprocess.Popen(
       command(workdir),
-      env=environment(cache),
+      env=environment(),
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
   )
@@ -115,26 +114,26 @@ MOMENTS = {
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_the_same(tmp_path, uninterrupted, cache):
+def test_killed_and_resumed_is_the_same(tmp_path, uninterrupted):
   # One workdir, killed again and again, each time further on.
   for reached in MOMENTS.values():
-    kill_when(reached, tmp_path, cache)
+    kill_when(reached, tmp_path)
     # And as if it had been killed in the middle of a checkpoint.
     for path in (tmp_path / 'runs' / '01', tmp_path / 'soups' / 'greedy'):
       unfinished = path.with_name(path.name + '.orbax-checkpoint-tmp')
       if not path.exists() and not unfinished.exists():
         shutil.copytree(tmp_path / 'theta_0', unfinished)
-  finish(tmp_path, cache)
+  finish(tmp_path)
   assert_same(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
-def test_parts_of_the_sweep_make_the_same(tmp_path, uninterrupted, cache):
+def test_parts_of_the_sweep_make_the_same(tmp_path, uninterrupted):
   """As two machines would, at the same time; then one makes the soups."""
   parts = [
       subprocess.Popen(
           command(tmp_path, f'--config.sweep.shard={i}/2'),
-          env=environment(cache),
+          env=environment(),
           stdout=subprocess.PIPE,
           stderr=subprocess.PIPE,
           text=True,
@@ -147,7 +146,7 @@ def test_parts_of_the_sweep_make_the_same(tmp_path, uninterrupted, cache):
     assert 'without sweep.shard' in out
   assert len(list((tmp_path / 'runs').iterdir())) == 4
   assert not (tmp_path / 'soups').exists()
-  finish(tmp_path, cache)
+  finish(tmp_path)
   assert_same(tmp_path, uninterrupted)
 
 
@@ -159,11 +158,9 @@ def test_parts_that_are_none(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_held_out_set_is_drawn_several_times(
-    tmp_path, uninterrupted, cache
-):
+def test_the_held_out_set_is_drawn_several_times(tmp_path, uninterrupted):
   more = ('--config.num_splits=3',)
-  finish(tmp_path, cache, *more)
+  finish(tmp_path, *more)
   results = json.loads((tmp_path / 'results.json').read_text())
   tables = results['splits']
   assert len(tables) == 3
@@ -186,10 +183,10 @@ def test_the_held_out_set_is_drawn_several_times(
 
 
 @pytest.mark.slow
-def test_copies_of_runs_are_ingredients(tmp_path, uninterrupted, cache):
+def test_copies_of_runs_are_ingredients(tmp_path, uninterrupted):
   more = ['--config.finetune.ema=(0.9,)', '--config.finetune.keep_epochs=(1,)']
   more += ['--config.tensorboard=True', '--config.sweep.num_runs=2']
-  finish(tmp_path, cache, *more)
+  finish(tmp_path, *more)
   names = sorted(path.name for path in (tmp_path / 'runs').iterdir())
   copies = ['', '_ema_0.9', '_epoch_1']
   assert names == [f'{k:02d}{copy}' for k in range(2) for copy in copies]
@@ -253,11 +250,11 @@ def test_what_a_workdir_holds(uninterrupted):
 
 
 @pytest.mark.slow
-def test_stability_of_the_searches(uninterrupted, tmp_path, cache):
+def test_stability_of_the_searches(uninterrupted, tmp_path):
   """Of a workdir that is done; the choice on all examples is the search's."""
   workdir = tmp_path / 'done'
   shutil.copytree(uninterrupted, workdir)
-  finish(workdir, cache, '--config.stability.greedy=3')
+  finish(workdir, '--config.stability.greedy=3')
   results = json.loads((workdir / 'results.json').read_text())
   assert (
       results['rows']
@@ -294,7 +291,7 @@ def test_report_of_a_workdir(uninterrupted, tmp_path):
   assert f'<td>{100 * greedy.test:.1f}</td>' in text
 
 
-def test_workdir_begun_with_another_config(uninterrupted, cache, capsys):
+def test_workdir_begun_with_another_config(uninterrupted, capsys):
   before = (uninterrupted / 'results.json').read_bytes()
   argv = command(uninterrupted, '--config.seed=3')[3:]
   assert main.main(argv) == 2

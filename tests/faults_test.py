@@ -80,10 +80,10 @@ def wait_for(reached, process):
 
 
 @contextlib.contextmanager
-def started(args, cache):
+def started(args):
   process = subprocess.Popen(
       args,
-      env=experiment_test.environment(cache),
+      env=experiment_test.environment(),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -153,15 +153,15 @@ def test_train_state_comes_back(tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_at_any_point_is_the_same(tmp_path, cache):
+def test_stopped_at_any_point_is_the_same(tmp_path):
   # SIGTERM in the middle of either training, SIGKILL twice further on, and on
   # to the end: an optimizer that starts anew, or an epoch that is done twice,
   # gives other bits.
   workdir, uninterrupted = tmp_path / 'w', tmp_path / 'uninterrupted'
-  experiment_test.finish(uninterrupted, cache, *LONG)
+  experiment_test.finish(uninterrupted, *LONG)
   args = experiment_test.command(workdir, *LONG)
   for name, before in (('theta_0', '.lock'), ('runs_00', 'theta_0')):
-    with started(args, cache) as process:
+    with started(args) as process:
       wait_for((workdir / before).exists, process)
       process.send_signal(signal.SIGTERM)
       _, error = process.communicate()
@@ -175,9 +175,9 @@ def test_stopped_at_any_point_is_the_same(tmp_path, cache):
       (workdir / 'runs/00').exists,
       lambda: experiment_test.num_lines(workdir / 'scores.jsonl') > 3,
   ):
-    with started(args, cache) as process:
+    with started(args) as process:
       wait_for(reached, process)
-  experiment_test.finish(workdir, cache, *LONG)
+  experiment_test.finish(workdir, *LONG)
   experiment_test.assert_same(workdir, uninterrupted, num_runs=2)
 
 
@@ -192,7 +192,7 @@ def score(params):
 """
 
 
-def test_soup_stopped_and_started_twice(tmp_path, runs, cache, monkeypatch):
+def test_soup_stopped_and_started_twice(tmp_path, runs, monkeypatch):
   # The trial that runs is finished and stored; nobody else may write OUT
   # meanwhile; the next start scores only what is missing.
   monkeypatch.chdir(tmp_path)
@@ -201,7 +201,7 @@ def test_soup_stopped_and_started_twice(tmp_path, runs, cache, monkeypatch):
   args = ['soup', *runs, '--recipe', 'greedy', '--eval', 'mine:score']
   args += ['--out', 'out', '--scores', 'log']
   command = [sys.executable, '-c', 'from jaxsoup import cli; cli.main()']
-  with started([*command, *map(str, args)], cache) as process:
+  with started([*command, *map(str, args)]) as process:
     wait_for((tmp_path / 'calls').exists, process)
     second = invoke(*args)
     assert second.exit_code == 1
@@ -234,10 +234,10 @@ checkpoints.save(sys.argv[1], params)
 """
 
 
-def test_half_written_soups_never_look_finished(tmp_path, cache):
+def test_half_written_soups_never_look_finished(tmp_path):
   # A save that wrote in place would leave some of the leaves.
   path = tmp_path / 'soup'
-  with started([sys.executable, '-c', KILLED_SAVE, path], cache) as process:
+  with started([sys.executable, '-c', KILLED_SAVE, path]) as process:
     wait_for(lambda: list(tmp_path.iterdir()), process)
     process.kill()
   (left,) = tmp_path.iterdir()
@@ -353,7 +353,7 @@ def test_no_room_for_a_score(tmp_path, more):
 
 
 @pytest.mark.slow
-def test_no_room_for_an_experiment(tmp_path, uninterrupted, cache):
+def test_no_room_for_an_experiment(tmp_path, uninterrupted):
   # At its last file, so that everything before it is there to be kept.
   workdir = tmp_path / 'w'
   shutil.copytree(uninterrupted, workdir)
@@ -361,7 +361,7 @@ def test_no_room_for_an_experiment(tmp_path, uninterrupted, cache):
   done = subprocess.run(
       ['bash', '-c', 'ulimit -f 1; "$@"', 'bash']
       + experiment_test.command(workdir),
-      env=experiment_test.environment(cache),
+      env=experiment_test.environment(),
       capture_output=True,
       text=True,
   )
@@ -369,7 +369,7 @@ def test_no_room_for_an_experiment(tmp_path, uninterrupted, cache):
   error = done.stderr.splitlines()[-1]
   assert error.startswith(f'Error: {workdir}: ') and 'free some space' in error
   assert not (workdir / 'results.json').exists()
-  experiment_test.finish(workdir, cache)
+  experiment_test.finish(workdir)
   experiment_test.assert_same(workdir, uninterrupted)
 
 
@@ -417,7 +417,9 @@ def test_an_ingredient_is_rewritten_during_a_search(tmp_path, runs):
   with pytest.raises(ValueError, match=f'(?s){runs[0]}.*estore'):
     jaxsoup.greedy(ingredients, rewriting, scores=log)
     ingredients[0]
-  with pytest.raises(ValueError, match='log holds scores of other .* Delete it'):
+  with pytest.raises(
+      ValueError, match='log holds scores of other .* Delete it'
+  ):
     checkpoints.ScoreLog(tmp_path / 'log', checkpoints.Ingredients(runs))
 
 

@@ -307,6 +307,7 @@ def test_the_same_call_gives_the_same_bits(config, model, theta_0, data):
   )
 
 
+@pytest.mark.slow
 def test_pretraining_learns_and_repeats_itself(config, model, theta_0, data):
   seen = []
   first, second = (
@@ -445,6 +446,7 @@ def test_runs_on_data_that_are_read_train_alone(model, config, theta_0, data):
     finetune.train(model, config.finetune, theta_0, RUNS, Read(data.arrays))
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('is_read', [False, True])
 def test_stopped_and_resumed_is_the_same(
     is_read, config, model, theta_0, data, tmp_path

@@ -257,6 +257,7 @@ def test_alpha_follows_its_ingredient(recipe):
     np.testing.assert_allclose(shuffled.params, soup.params, atol=1e-6)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('strict', [False, True])
 def test_pruned_is_guarded(strict):
   num_fallbacks = num_cut = 0

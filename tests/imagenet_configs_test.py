@@ -66,7 +66,7 @@ def test_a_second_call_makes_nothing_again(tmp_path):
   assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, num_parameters',
     [

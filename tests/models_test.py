@@ -226,6 +226,7 @@ def test_scanned_blocks_start_apart_and_spread_as_in_the_loop():
   assert np.abs(correlation).max() < 0.05
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_on_float32_parameters():
   graphdef, params = make()
   narrow = vit.ViT((6, 4, 2), 5, dtype='bfloat16', rngs=nnx.Rngs(0), **SMALL)

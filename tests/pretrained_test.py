@@ -108,7 +108,7 @@ def test_own_names(vit):
   np.testing.assert_array_equal(loaded(image_of()), model(image_of()))
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize('stored', [False, True])
 @pytest.mark.parametrize('wanted', [False, True])
 def test_blocks_may_be_stacked_in_the_file_and_in_the_model(
@@ -196,6 +196,7 @@ def test_all_mismatches_are_listed_with_the_nearest_names(tmp_path):
   assert "'extra' is unexpected" in message
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize(
     'family, names',
     [
@@ -286,6 +287,7 @@ def test_dtypes_of_files_are_kept(tmp_path):
 # --- Converting ---------------------------------------------------------------
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('family', TINY)
 def test_there_and_back_is_exact(tmp_path, family):
   kind = _pretrained.Kind(family, 'hf', TINY[family])
@@ -333,7 +335,7 @@ def test_what_is_written_is_read_back(tmp_path, vit, monkeypatch):
   assert not out.exists()
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize('out', ['soup', 'soup.safetensors'])
 def test_a_soup_of_our_files_knows_its_model(tmp_path, vit, out):
   path, model = vit

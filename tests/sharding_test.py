@@ -98,6 +98,7 @@ def temporaries(num, dtype):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_temporaries_do_not_grow_with_the_number_of_models(dtype):
   few, some, many = (temporaries(num, dtype) for num in (8, 32, 72))
@@ -247,9 +248,7 @@ def test_no_implicit_transfer(name, where):
 
 @pytest.mark.parametrize(
     'name, where, on_mesh',
-    _pairwise.product(
-        [*PUBLIC, KEYED], ['host', 'mesh'], ['auto', 'explicit']
-    ),
+    _pairwise.product([*PUBLIC, KEYED], ['host', 'mesh'], ['auto', 'explicit']),
     indirect=['on_mesh'],
 )
 def test_with_a_mesh_set(name, where, on_mesh):

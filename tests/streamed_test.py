@@ -89,6 +89,7 @@ def test_equals_the_resident_one(depth, options):
   )
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_equals_the_resident_one_in_narrow_dtypes(dtype):
   models = models_of(dtype)

@@ -281,8 +281,10 @@ class ImageClassifier(nnx.Module):
     >>> image = dict(
     ...     image_shape=(8, 8, 3), patch_size=4, width=8, depth=1, num_heads=2
     ... )
-    >>> model = ImageClassifier(5, embed_width=6, image=image, rngs=nnx.Rngs(0))
-    >>> model(jnp.zeros((2, 8, 8, 3))).shape
+    >>> def logits_fn(x):
+    ...   size = dict(embed_width=6, image=image)
+    ...   return ImageClassifier(5, **size, rngs=nnx.Rngs(0))(x)
+    >>> jax.eval_shape(logits_fn, jnp.zeros((2, 8, 8, 3))).shape
     (2, 5)
 
   Source: Wortsman et al., "Model soups", ICML 2022, Section 3.1.
