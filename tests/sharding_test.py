@@ -65,6 +65,27 @@ def test_gradient_of_mix_on_a_mesh(on_mesh, stacked, alpha, axis, argnum):
       assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
 
 
+@pytest.mark.parametrize(
+    'derivative', [jax.jacfwd, jax.jacrev, jax.hessian, jax.jit, jax.vmap]
+)
+def test_transformations_of_mix(derivative, stacked, alpha):
+  """Those of a bilinear function, against the plain sum."""
+
+  def transformed(mix):
+    if derivative in (jax.jit, jax.vmap):
+      return derivative(mix)(*jax.tree.map(add_axis, (stacked, alpha)))
+    fn = lambda *x: loss_of(mix(*x))
+    return derivative(fn, (0, 1))(stacked, alpha)
+
+  is_vmap = derivative is jax.vmap
+  add_axis = lambda x: jnp.stack([x, 2 * x]) if is_vmap else x
+  jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+      transformed(jaxsoup.mix),
+      transformed(plain_mix),
+  )
+
+
 @pytest.mark.parametrize('is_by_group', [False, True])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_mix_needs_no_collective(on_mesh, stacked, alpha, dtype, is_by_group):
