@@ -22,7 +22,6 @@ grown = studies.growth(curves, len(ingredients), num_orders=20)
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
-from collections.abc import MutableMapping
 from collections.abc import Sequence
 import itertools
 from typing import Any
@@ -35,13 +34,14 @@ import numpy as np
 from jaxsoup import landscape
 from jaxsoup._recipes import _average
 from jaxsoup._recipes import _greedy
+from jaxsoup._soup import AtMost
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Members
 from jaxsoup._soup import Params
+from jaxsoup._soup import Scores
 from jaxsoup._soup import SearchInfo
 
 ScoreFn = Callable[[Members], Any]  # The score of a set of ingredients.
-Scores = MutableMapping[Members, float]
 # Up to this many models, all pairs are compared.
 _ALL_PAIRS = 12
 
@@ -118,10 +118,12 @@ def soup_scores(
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     eval_fn: score of a model.
-    scores: remembered scores by members, read and written.
+    scores: remembered scores by members, read and written. A model of which
+      it holds only a bound is scored.
 
   Returns:
-    `score_fn(members) -> float`.
+    `score_fn(members) -> float`, always exact. Members that are given more than
+    once count more than once.
 
   Example:
     >>> score_fn = soup_scores([1.0, 2.0, 6.0], lambda params: -params)
@@ -132,12 +134,13 @@ def soup_scores(
 
   def score_fn(members: Members) -> float:
     members = tuple(sorted(members))
-    if members not in known:
+    score = known.get(members)
+    if score is None or isinstance(score, AtMost):
       alpha = np.zeros(len(ingredients), np.float32)
       alpha[list(members)] = 1 / len(members)
       params = _average.average(ingredients, alpha, non_float_from=0).params
-      known[members] = float(jax.device_get(eval_fn(params)))
-    return known[members]
+      known[members] = score = float(jax.device_get(eval_fn(params)))
+    return score
 
   return score_fn
 

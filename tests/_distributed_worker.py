@@ -84,7 +84,7 @@ soups = {
     'learned': learn(),
     'streamed': learn(stream=True),
 }
-results = {'scores': {str(k): v for k, v in log.items()}}
+results = {'scores': {str(k): repr(v) for k, v in log.items()}}
 for name, soup in soups.items():
   for suffix in ('', '.safetensors'):
     path = folder / f'{name}{suffix}'

@@ -7,7 +7,6 @@ soup.info.accepted, soup.info.score
 """
 
 from collections.abc import Callable
-from collections.abc import MutableMapping
 from collections.abc import Sequence
 
 import jax
@@ -16,8 +15,8 @@ import numpy as np
 from jaxsoup import _checked
 from jaxsoup._recipes import _search
 from jaxsoup._soup import EvalFn
-from jaxsoup._soup import Members
 from jaxsoup._soup import Params
+from jaxsoup._soup import Scores
 from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
 
@@ -31,7 +30,7 @@ def greedy(
     num_passes: int = 1,
     with_replacement: bool = False,
     max_ingredients: int | None = None,
-    scores: MutableMapping[Members, float] | None = None,
+    scores: Scores | None = None,
     on_trial: Callable[[Trial], None] | None = None,
     non_float_from: int | None = None,
 ) -> Soup:

@@ -46,14 +46,14 @@ class ScoreLog(MutableMapping):
         if ingredients is None
         else [ingredients.identity(k) for k in range(len(ingredients))]
     )
-    self._scores: dict[Members, float] = {}
+    self._scores: dict[Members, float | AtMost] = {}
     content = self._path.read_bytes() if self._path.exists() else b''
     self._read(_processes.from_main(content))
 
-  def __getitem__(self, members: Members) -> float:
+  def __getitem__(self, members: Members) -> float | AtMost:
     return self._scores[members]
 
-  def __setitem__(self, members: Members, score: float) -> None:
+  def __setitem__(self, members: Members, score: float | AtMost) -> None:
     self._scores[members] = score
     if not _processes.is_main():
       return
@@ -62,8 +62,10 @@ class ScoreLog(MutableMapping):
       self._path.parent.mkdir(parents=True, exist_ok=True)
       if self._identities is not None:
         self._append({'ingredients': self._identities})
-    name = 'at_most' if isinstance(score, AtMost) else 'score'
-    self._append({'members': list(members), name: score})
+    if isinstance(score, AtMost):
+      self._append({'members': list(members), 'at_most': score.bound})
+    else:
+      self._append({'members': list(members), 'score': score})
 
   def __delitem__(self, members: Members) -> None:
     raise TypeError(
@@ -124,12 +126,12 @@ class ScoreLog(MutableMapping):
       )
 
 
-def _parse(line: bytes) -> tuple[list[str] | None, dict[Members, float]]:
+def _parse(line: bytes) -> tuple[list[str] | None, dict[Members, Any]]:
   """The identities or the score that a line holds."""
   row = json.loads(line)
   if 'ingredients' in row:
     return list(row['ingredients']), {}
   members = tuple(int(k) for k in row['members'])
   if 'at_most' in row:
-    return None, {members: AtMost(row['at_most'])}
+    return None, {members: AtMost(float(row['at_most']))}
   return None, {members: float(row['score'])}
