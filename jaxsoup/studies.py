@@ -34,6 +34,7 @@ import numpy as np
 from jaxsoup import landscape
 from jaxsoup._recipes import _average
 from jaxsoup._recipes import _greedy
+from jaxsoup._recipes import _search
 from jaxsoup._soup import AtMost
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Members
@@ -136,8 +137,7 @@ def soup_scores(
     members = tuple(sorted(members))
     score = known.get(members)
     if score is None or isinstance(score, AtMost):
-      alpha = np.zeros(len(ingredients), np.float32)
-      alpha[list(members)] = 1 / len(members)
+      alpha = _search.alpha_of(members, len(ingredients))
       params = _average.average(ingredients, alpha, non_float_from=0).params
       known[members] = score = float(jax.device_get(eval_fn(params)))
     return score

@@ -20,6 +20,12 @@ from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
 
 
+def alpha_of(members: Members, num_ingredients: int) -> np.ndarray:
+  """`[K]` float32; members that are given more than once count more."""
+  counts = np.bincount(members, minlength=num_ingredients)
+  return (counts / len(members)).astype(np.float32)
+
+
 class Search:
   """A soup that changes by one ingredient at a time.
 
@@ -87,8 +93,7 @@ class Search:
         strict=self._strict,
         duplicates=self._checked.duplicates(),
     )
-    counts = np.bincount(self.accepted, minlength=len(self._checked))
-    alpha = (counts / len(self.accepted)).astype(np.float32)
+    alpha = alpha_of(self.accepted, len(self._checked))
     return Soup(self._checked.replace(self._mean()), alpha, info)
 
   def _try(self, k: int, sign: int, accepted: Members, then) -> bool:
