@@ -50,7 +50,7 @@ def options_of(recipe, seed):
     options |= dict(
         num_passes=int(rng.integers(1, 4)),
         with_replacement=bool(rng.integers(2)),
-        order=[None, jax.random.key(seed)][rng.integers(2)],
+        key=[None, jax.random.key(seed)][rng.integers(2)],
     )
   return options
 

@@ -397,11 +397,10 @@ def _cook(
   if recipe == 'average':
     return jaxsoup.average(ingredients, alpha, non_float_from=non_float_from)
   if recipe == 'greedy':
-    order = None if seed is None else jax.random.key(seed)
     return jaxsoup.greedy(
         ingredients,
         function,
-        order=order,
+        key=None if seed is None else jax.random.key(seed),
         strict=strict,
         scores=log,
         non_float_from=non_float_from,
