@@ -29,6 +29,7 @@ from typing import NamedTuple
 import warnings
 
 import jax
+from jax.sharding import NamedSharding
 import numpy as np
 
 from jaxsoup import landscape
@@ -471,7 +472,8 @@ def wise_ft(
     score_fns: Mapping[str, Callable[[Params], Any]],
     *,
     num: int = 11,
-    **options: Any,
+    chunk_size: int | None = 1,
+    sharding: NamedSharding | None = None,
 ) -> dict[str, Curve]:
   """Robust fine-tuning: scores on the line from the initialization.
 
@@ -482,7 +484,8 @@ def wise_ft(
     models: fine-tuned models and soups, by name.
     score_fns: by data set, as the loss in `landscape.line`.
     num: number of points, T.
-    **options: those of `landscape.line`.
+    chunk_size: as in `landscape.line`.
+    sharding: as in `landscape.line`.
 
   Returns:
     A `Curve` for each model.
@@ -496,7 +499,14 @@ def wise_ft(
   curves = {}
   for name, params in models.items():
     paths = {
-        data: landscape.line(score_fn, theta_0, params, num, **options)
+        data: landscape.line(
+            score_fn,
+            theta_0,
+            params,
+            num,
+            chunk_size=chunk_size,
+            sharding=sharding,
+        )
         for data, score_fn in score_fns.items()
     }
     t = np.linspace(0, 1, num)
