@@ -217,6 +217,7 @@ def soup(
           recipe,
           ingredients,
           user_code.load(eval_name or ''),
+          eval_name=eval_name,
           stop=stop,
           saved=saved,
           theta_0=init and checkpoints.Ingredients([init], item=item)[0],
@@ -369,6 +370,7 @@ def _cook(
     ingredients,
     function,
     *,
+    eval_name,
     stop,
     saved,
     theta_0,
@@ -391,7 +393,10 @@ def _cook(
   from jaxsoup import checkpoints
   from jaxsoup.experiments import preemption
 
-  log = None if scores is None else checkpoints.ScoreLog(scores, ingredients)
+  log = None
+  if scores is not None and recipe in ('greedy', 'pruned'):
+    evaluation = user_code.identity(eval_name)
+    log = checkpoints.ScoreLog(scores, ingredients, evaluation)
   if recipe == 'uniform':
     return jaxsoup.uniform(ingredients, non_float_from=non_float_from)
   if recipe == 'average':
