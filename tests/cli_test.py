@@ -149,6 +149,13 @@ def test_recipes(runs, recipe, options, expected):
   assert [row['path'] for row in stored['ingredients']] == paths
 
 
+def test_best_single_is_said_if_all_were_scored(runs):
+  args = ('soup', *runs, '--recipe', 'greedy', '--eval', 'mine:score', '--out')
+  assert ', best single -0.4000' in invoke(*args, 'a').stdout
+  shuffled = invoke(*args, 'b', '--seed', 3).stdout
+  assert 'held-out score' in shuffled and 'best single' not in shuffled
+
+
 def test_rejections_end_early(runs):
   args = ('--recipe', 'greedy', '--out', 'out', '--eval', 'mine:early')
   result = invoke('soup', *runs, *args, '--scores', 'log.jsonl')

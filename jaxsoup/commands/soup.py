@@ -458,8 +458,11 @@ def _show_soup(made, ingredients, out, recipe, as_json) -> None:
   if isinstance(made.alpha, dict):
     typer.echo('(alpha: the mean over the tensors)')
   if score is not None:
-    best = max(v for m, v in made.info.scores.items() if len(m) == 1)
-    typer.echo(f'held-out score {score:.4f}, best single {best:.4f}')
+    singles = [v for m, v in made.info.scores.items() if len(m) == 1]
+    # In a random order not every model is scored alone.
+    is_known = len(singles) == len(made.alpha)
+    best = f', best single {max(singles):.4f}' if is_known else ''
+    typer.echo(f'held-out score {score:.4f}{best}')
     rejected = [t.score for t in made.info.trials if not t.accepted]
     num_early = sum(isinstance(s, jaxsoup.AtMost) for s in rejected)
     typer.echo(
