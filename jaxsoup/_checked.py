@@ -131,6 +131,15 @@ def _summary(leaves: list[jax.Array]) -> tuple[list[jax.Array], ...]:
   return finite, sums
 
 
+@jax.jit
+def _all_equal(leaves: list[jax.Array], others: list[jax.Array]) -> jax.Array:
+  """Whether all leaves are equal: a scalar, which every process has."""
+  equal = jnp.array(True)
+  for x, y in zip(leaves, others):
+    equal &= (x == y).all()
+  return equal
+
+
 class Checked(Sequence):
   """Ingredients as flat lists of leaves, each checked when it is first read.
 
@@ -240,11 +249,9 @@ class Checked(Sequence):
     # Equal sums are a hint; a permuted model has them too. So compare.
     for other, other_sums in self._sums.items():
       if other_sums == sums and other not in self._duplicates:
-        other_floats = self[other]
-        if all(
-            np.array_equal(_host_value(x), _host_value(y))
-            for x, y in zip(floats, other_floats)
-        ):
+        # Models may lie on different devices.
+        others = jax.device_put(self[other], [x.sharding for x in floats])
+        if jax.device_get(_all_equal(floats, others)):
           self._duplicates[k] = other
           break
     self._sums[k] = sums

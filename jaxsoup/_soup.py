@@ -7,6 +7,8 @@ soup.params, soup.alpha, soup.info.trials
 """
 
 from collections.abc import Callable
+from collections.abc import MutableMapping
+import dataclasses
 from typing import Any
 from typing import NamedTuple
 
@@ -20,21 +22,35 @@ EvalFn = Callable[[Params], float | jax.Array]
 LossFn = Callable[[Params, Any, jax.Array], jax.Array]
 
 
-class AtMost(float):
+@dataclasses.dataclass(frozen=True)
+class AtMost:
   """An upper bound, short of the bar, on a score that was not computed.
 
   An `eval_fn` may have a method `at_least(params, bar, strict=False)`. It
   returns the exact score, a float, or gives up on a model that cannot reach the
-  bar (`strict`: exceed it) and returns an `AtMost` that does not reach it
-  either. `jaxsoup.evaluation.mean_of` has one.
+  bar (`strict`: exceed it) and returns an `AtMost` whose bound does not reach
+  it either. `jaxsoup.evaluation.mean_of` has one.
+
+  A bound is not a number: to compare it, add it or convert it to a float is a
+  TypeError.
+
+  Attributes:
+    bound: the score is this or less.
 
   Example:
-    >>> AtMost(0.75), AtMost(0.75) < 0.8
-    (AtMost(0.75), True)
+    >>> AtMost(0.75).bound < 0.8
+    True
+    >>> AtMost(0.75) < 0.8
+    Traceback (most recent call last):
+    ...
+    TypeError: '<' not supported between instances of 'AtMost' and 'float'
   """
 
-  def __repr__(self) -> str:
-    return f'AtMost({float(self)!r})'
+  bound: float
+
+
+# Remembered scores, and bounds on those that were not computed.
+Scores = MutableMapping[Members, float | AtMost]
 
 
 class Soup(NamedTuple):
@@ -59,14 +75,14 @@ class Trial(NamedTuple):
   Attributes:
     ingredient: the one that was added, or taken out.
     members: the candidate's ingredients, ascending, repeated if taken twice.
-    score: the candidate's score, higher is better; an `AtMost` where it was
+    score: the candidate's score, higher is better; an `AtMost` if it was
       rejected before all examples were seen.
     accepted: whether the candidate became the soup.
   """
 
   ingredient: int
   members: Members
-  score: float
+  score: float | AtMost
   accepted: bool
 
 
@@ -88,8 +104,8 @@ class SearchInfo(NamedTuple):
     accepted: the soup's ingredients, in the order in which they were taken
       (`greedy`) or ascending (`pruned`).
     score: the soup's score.
-    scores: every score that the search used, by members: `scores[(3,)]` is that
-      of ingredient 3 alone. Those of rejected candidates may be an `AtMost`.
+    scores: every exact score that the search used, by members: `scores[(3,)]`
+      is that of ingredient 3 alone. Bounds are in `trials` only.
     order: the order in which the ingredients were tried.
     strict: whether a tie was a rejection.
     duplicates: groups of ingredients with equal parameters.

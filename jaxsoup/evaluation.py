@@ -206,7 +206,7 @@ class MeanOf:
 
   def at_least(
       self, params: Params, bar: float, *, strict: bool = False
-  ) -> float:
+  ) -> float | AtMost:
     """The score if it reaches the bar, else an `AtMost` that does not.
 
     With w wrong answers so far, the score of N examples is at most (N - w) / N.

@@ -22,7 +22,6 @@ grown = studies.growth(curves, len(ingredients), num_orders=20)
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
-from collections.abc import MutableMapping
 from collections.abc import Sequence
 import itertools
 from typing import Any
@@ -30,18 +29,21 @@ from typing import NamedTuple
 import warnings
 
 import jax
+from jax.sharding import NamedSharding
 import numpy as np
 
 from jaxsoup import landscape
 from jaxsoup._recipes import _average
 from jaxsoup._recipes import _greedy
+from jaxsoup._recipes import _search
+from jaxsoup._soup import AtMost
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Members
 from jaxsoup._soup import Params
+from jaxsoup._soup import Scores
 from jaxsoup._soup import SearchInfo
 
 ScoreFn = Callable[[Members], Any]  # The score of a set of ingredients.
-Scores = MutableMapping[Members, float]
 # Up to this many models, all pairs are compared.
 _ALL_PAIRS = 12
 
@@ -118,10 +120,12 @@ def soup_scores(
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     eval_fn: score of a model.
-    scores: remembered scores by members, read and written.
+    scores: remembered scores by members, read and written. A model of which
+      it holds only a bound is scored.
 
   Returns:
-    `score_fn(members) -> float`.
+    `score_fn(members) -> float`, always exact. Members that are given more than
+    once count more than once.
 
   Example:
     >>> score_fn = soup_scores([1.0, 2.0, 6.0], lambda params: -params)
@@ -132,12 +136,12 @@ def soup_scores(
 
   def score_fn(members: Members) -> float:
     members = tuple(sorted(members))
-    if members not in known:
-      alpha = np.zeros(len(ingredients), np.float32)
-      alpha[list(members)] = 1 / len(members)
+    score = known.get(members)
+    if score is None or isinstance(score, AtMost):
+      alpha = _search.alpha_of(members, len(ingredients))
       params = _average.average(ingredients, alpha, non_float_from=0).params
-      known[members] = float(jax.device_get(eval_fn(params)))
-    return known[members]
+      known[members] = score = float(jax.device_get(eval_fn(params)))
+    return score
 
   return score_fn
 
@@ -468,7 +472,8 @@ def wise_ft(
     score_fns: Mapping[str, Callable[[Params], Any]],
     *,
     num: int = 11,
-    **options: Any,
+    chunk_size: int | None = 1,
+    sharding: NamedSharding | None = None,
 ) -> dict[str, Curve]:
   """Robust fine-tuning: scores on the line from the initialization.
 
@@ -479,7 +484,8 @@ def wise_ft(
     models: fine-tuned models and soups, by name.
     score_fns: by data set, as the loss in `landscape.line`.
     num: number of points, T.
-    **options: those of `landscape.line`.
+    chunk_size: as in `landscape.line`.
+    sharding: as in `landscape.line`.
 
   Returns:
     A `Curve` for each model.
@@ -493,7 +499,14 @@ def wise_ft(
   curves = {}
   for name, params in models.items():
     paths = {
-        data: landscape.line(score_fn, theta_0, params, num, **options)
+        data: landscape.line(
+            score_fn,
+            theta_0,
+            params,
+            num,
+            chunk_size=chunk_size,
+            sharding=sharding,
+        )
         for data, score_fn in score_fns.items()
     }
     t = np.linspace(0, 1, num)

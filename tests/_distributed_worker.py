@@ -84,7 +84,10 @@ soups = {
     'learned': learn(),
     'streamed': learn(stream=True),
 }
-results = {'scores': {str(k): v for k, v in log.items()}}
+# Equal sums, as of a copy: compared without bringing them to one host.
+copies = [ingredients[k] for k in (0, 1, 0)]
+results = {'scores': {str(k): repr(v) for k, v in log.items()}}
+results['duplicates'] = jaxsoup.greedy(copies, eval_fn).info.duplicates
 for name, soup in soups.items():
   for suffix in ('', '.safetensors'):
     path = folder / f'{name}{suffix}'

@@ -121,7 +121,7 @@ def test_the_search_scores_what_was_prepared(tiny):
   expected = eval_fn(fn(params))
   assert prepared(params) == expected
   assert prepared.at_least(params, expected) == expected
-  assert prepared.at_least(params, 1.1) < 1.1
+  assert prepared.at_least(params, 1.1).bound < 1.1
   assert not hasattr(cook._prepared(lambda params: 0.0, fn), 'at_least')
 
 

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 HERE = """
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,6 +32,12 @@ from jaxsoup import evaluation
 
 def score(params):
   return -float(abs(params['w'] - 1.2).sum())
+
+
+def once(params):
+  if pathlib.Path('scored').exists():
+    raise ValueError('scored before')
+  return score(params)
 
 
 def right(params, batch):
@@ -141,6 +149,13 @@ def test_recipes(runs, recipe, options, expected):
   assert [row['path'] for row in stored['ingredients']] == paths
 
 
+def test_best_single_is_said_if_all_were_scored(runs):
+  args = ('soup', *runs, '--recipe', 'greedy', '--eval', 'mine:score', '--out')
+  assert ', best single -0.4000' in invoke(*args, 'a').stdout
+  shuffled = invoke(*args, 'b', '--seed', 3).stdout
+  assert 'held-out score' in shuffled and 'best single' not in shuffled
+
+
 def test_rejections_end_early(runs):
   args = ('--recipe', 'greedy', '--out', 'out', '--eval', 'mine:early')
   result = invoke('soup', *runs, *args, '--scores', 'log.jsonl')
@@ -226,7 +241,7 @@ def test_soup_as_text(runs, recipe, name):
         (
             ('--recipe', 'greedy', '--eval', 'mine:raises'),
             1,
-            'mine.py, line 32',
+            'mine.py, line 40',
         ),
         (('--recipe', 'pruned', '--eval', 'mine:raises'), 1, 'raised KeyError'),
         (('--recipe', 'greedy', '--eval', 'mine:nan'), 1, 'run0'),
@@ -269,15 +284,22 @@ def test_runs_that_do_not_fit(runs):
 
 def test_score_log_is_used_again(runs):
   args = ('--recipe', 'greedy', '--scores', 'log.jsonl', '--eval')
-  assert invoke('soup', *runs, *args, 'mine:score', '--out', 'a').exit_code == 0
+  assert invoke('soup', *runs, *args, 'mine:once', '--out', 'a').exit_code == 0
   # All scores are known, so the function is not called.
-  result = invoke('soup', *runs, *args, 'mine:raises', '--out', 'b')
+  pathlib.Path('scored').touch()
+  result = invoke('soup', *runs, *args, 'mine:once', '--out', 'b')
   assert result.exit_code == 0, result.output
   np.testing.assert_array_equal(
       checkpoints.load('a').params['w'], checkpoints.load('b').params['w']
   )
-  shorter = invoke('soup', *runs[:2], *args, 'mine:score', '--out', 'c')
+  shorter = invoke('soup', *runs[:2], *args, 'mine:once', '--out', 'c')
   assert_fails(shorter, 1, 'scores of other ingredients')
+  other = invoke('soup', *runs, *args, 'mine:score', '--out', 'c')
+  assert_fails(other, 1, "'mine:once (")
+  pathlib.Path('mine.py').write_text(HERE.replace('1.2', '1.8'))
+  sys.modules.pop('mine')
+  changed = invoke('soup', *runs, *args, 'mine:once', '--out', 'c')
+  assert_fails(changed, 1, 'scores of another evaluation')
 
 
 # --- inspect ------------------------------------------------------------------

@@ -164,6 +164,11 @@ def _other_scores(path):
     log[(0,)] = 1.0
 
 
+def _another_evaluation(path):
+  for name in ('accuracy', 'f1'):
+    checkpoints.ScoreLog(path / 'log', evaluation=name)[(0,)] = 1.0
+
+
 def _with_shape(path, shape, name='w'):
   abstract = {name: jax.ShapeDtypeStruct(shape, 'float32')}
   return checkpoints.Ingredients([_save(path / 'a')], abstract)[0]
@@ -253,6 +258,7 @@ RAISE = {
     '… The checkpoint is damaged': _cut,
     '… exists and is not': lambda p: _save(p),
     '… holds scores of other': _other_scores,
+    '… holds scores of another': _another_evaluation,
     'Orbax would confuse': lambda p: _save(p / 'a', np.ones(2)),
     '… is a checkpoint, but': lambda p: checkpoints.load(_save(p / 'a')),
     '… scores must be finite': lambda p: jaxsoup.greedy(

@@ -1,6 +1,7 @@
 """Early rejections decide as the full evaluation does."""
 
 import functools
+import json
 
 import _pairwise
 import jax
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 
 import jaxsoup
+from jaxsoup import _soup
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
 from jaxsoup import report
+from jaxsoup import studies
+from jaxsoup.report import _sections
 
 AtMost = jaxsoup.AtMost
 
@@ -46,7 +50,7 @@ def options_of(recipe, seed):
     options |= dict(
         num_passes=int(rng.integers(1, 4)),
         with_replacement=bool(rng.integers(2)),
-        order=[None, jax.random.key(seed)][rng.integers(2)],
+        key=[None, jax.random.key(seed)][rng.integers(2)],
     )
   return options
 
@@ -62,7 +66,7 @@ def same_decisions(actual, expected):
     if got.accepted:
       assert type(got.score) is float and got.score == full.score
     elif isinstance(got.score, AtMost):
-      assert full.score <= got.score
+      assert full.score <= got.score.bound
 
 
 @pytest.mark.slow_variants
@@ -123,7 +127,7 @@ def test_every_bar_and_every_number_of_right_answers():
           assert type(got) is float and got == scores[n]
         else:
           below = [s for s in scores if s < bar or (strict and s == bar)]
-          assert type(got) is AtMost and got == max(below)
+          assert got == AtMost(max(below))
 
 
 def test_hard_examples_come_first():
@@ -207,7 +211,7 @@ def test_a_metric_without_a_bound_runs_in_full():
   soup = jaxsoup.greedy(models(3), eval_fn)
   expected = jaxsoup.greedy(models(3), lambda params: full(params))
   assert soup.info == expected.info
-  assert not any(isinstance(x, AtMost) for x in soup.info.scores.values())
+  assert not any(isinstance(t.score, AtMost) for t in soup.info.trials)
   assert eval_fn.at_least(models(3)[0], 1e9) < 1e9 and eval_fn.num_seen == 50
   assert 'runs in full' in repr(eval_fn)
 
@@ -225,6 +229,56 @@ def test_under_a_transfer_guard():
   with jax.transfer_guard('disallow'):
     eval_fn = evaluation.mean_of(right, batches)
     assert jaxsoup.greedy(models(3), eval_fn).info == expected.info
+
+
+@pytest.mark.parametrize(
+    'use',
+    [
+        float,
+        json.dumps,
+        lambda bound: bound + 0,
+        lambda bound: bound < 0.8,
+        lambda bound: max(bound, 0.8),
+        lambda bound: np.array(bound, float),
+        '{:.4f}'.format,
+    ],
+)
+def test_a_bound_is_no_number(use):
+  with pytest.raises(TypeError):
+    use(AtMost(0.75))
+  assert AtMost(0.75) == AtMost(0.75) != 0.75
+
+
+@pytest.mark.parametrize('recipe', [jaxsoup.greedy, jaxsoup.pruned])
+def test_all_scores_of_a_search_are_exact(recipe):
+  batches = evaluation.batched(held_out(60), 8)
+  log = {}
+  thetas = models(5, num=6)
+  info = recipe(thetas, evaluation.mean_of(right, batches), scores=log).info
+  num_bounds = 0
+  # On another object, which has not learnt which examples are hard.
+  score_fn = studies.soup_scores(thetas, evaluation.mean_of(right, batches))
+  for trial in info.trials:
+    is_bound = isinstance(trial.score, AtMost)
+    num_bounds += is_bound
+    assert is_bound == (trial.members not in info.scores)
+    assert isinstance(log[trial.members], AtMost) == is_bound
+  assert num_bounds
+  for members, score in info.scores.items():
+    assert type(score) is float and score == score_fn(members)
+
+
+def test_a_bound_in_a_log_is_evaluated_where_a_score_is_needed():
+  thetas = [np.float32(3), np.float32(1)]
+  bounds = {(0,): AtMost(9.0), (1,): AtMost(9.0), (0, 1): AtMost(9.0)}
+  log = dict(bounds)
+  score_fn = studies.soup_scores(thetas, float, log)
+  assert score_fn((0, 1)) == log[(0, 1)] == 2.0
+  for recipe in (jaxsoup.greedy, jaxsoup.pruned):
+    log = dict(bounds)
+    soup = recipe(thetas, float, scores=log)
+    assert soup.info.accepted == (0,) and soup.info.score == 3.0
+    assert log == soup.info.scores == {(0,): 3.0, (1,): 1.0, (0, 1): 2.0}
 
 
 class Stopping:
@@ -264,8 +318,6 @@ def test_resumes_with_the_same_info(recipe, tmp_path):
     soup = recipe(thetas, rest, scores=checkpoints.ScoreLog(path))
     np.testing.assert_array_equal(soup.params, expected.params)
     assert soup.info == expected.info
-    # AtMost(x) == x: the text tells them apart.
-    assert repr(soup.info) == repr(expected.info)
     assert rest.num_calls == whole.num_calls - at
 
 
@@ -288,7 +340,8 @@ def test_a_known_bound_is_used_where_it_decides():
   log = {**singles, (0, 1): AtMost(2.9)}
   soup = jaxsoup.greedy(thetas, eval_fn, scores=log)
   assert soup.info.accepted == (0,) and not eval_fn.bars
-  assert repr(soup.info.trials[1].score) == 'AtMost(2.9)'
+  assert soup.info.trials[1].score == AtMost(2.9)
+  assert soup.info.scores == singles
   # A tie is enough, unless strict: then 3.0 says it all.
   log = {**singles, (0, 1): AtMost(3.0)}
   jaxsoup.greedy(thetas, eval_fn, scores=log, strict=True)
@@ -306,7 +359,7 @@ def test_a_bound_that_decides_nothing_is_an_error():
     return float(params)
 
   eval_fn.at_least = lambda params, bar, *, strict: AtMost(bar)
-  with pytest.raises(ValueError, match=r'AtMost\(1.0\).* bar is 1.0'):
+  with pytest.raises(ValueError, match=r'AtMost\(bound=1.0\).* bar is 1.0'):
     jaxsoup.greedy([np.float32(1), np.float32(0)], eval_fn)
   with pytest.raises(ValueError, match='not an exact score'):
     jaxsoup.greedy([np.float32(1)], lambda params: AtMost(params))
@@ -320,12 +373,38 @@ def test_bounds_are_stored(tmp_path):
       '{"members": [0], "score": 0.75}',
       '{"members": [0, 1], "at_most": 0.30000000000000004}',
   ]
-  assert repr(dict(checkpoints.ScoreLog(path))) == repr(dict(log))
+  assert dict(checkpoints.ScoreLog(path)) == dict(log)
   eval_fn = evaluation.mean_of(right, evaluation.batched(held_out(60), 8))
   soup = jaxsoup.greedy(models(5, num=6), eval_fn)
-  assert 'AtMost' in repr(soup.info)
+  assert any(isinstance(t.score, AtMost) for t in soup.info.trials)
   checkpoints.save(tmp_path / 'soup', soup._replace(params={'w': soup.params}))
-  assert repr(checkpoints.load(tmp_path / 'soup').info) == repr(soup.info)
+  assert checkpoints.load(tmp_path / 'soup').info == soup.info
+
+
+def test_bounds_in_the_table_of_trials():
+  trials = (
+      jaxsoup.Trial(0, (1,), AtMost(0.5), False),
+      jaxsoup.Trial(1, (0,), 0.625, False),
+  )
+  info = _soup.SearchInfo(trials, (0, 1), 0.75, {}, (0, 1), False, ())
+  (section,) = _sections.trial_sections({'pruned': info}, label='accuracy')
+  rows = [(r['score'], r['at_most']) for r in section.data['trials']]
+  assert rows == [(None, 0.5), (0.625, None)]
+
+
+def test_the_bar_of_a_search_that_starts_from_all():
+  from matplotlib import figure
+
+  # Removals: the first is rejected early, so its bound is not the bar.
+  trials = (
+      jaxsoup.Trial(0, (1,), AtMost(0.5), False),
+      jaxsoup.Trial(1, (0,), 0.875, True),
+  )
+  scores = {(0, 1): 0.75, (0,): 0.875}
+  info = _soup.SearchInfo(trials, (0,), 0.875, scores, (0, 1), False, ())
+  ax = figure.Figure().add_subplot()
+  report.trials(ax, {'pruned': info}, scale=1)
+  assert list(ax.lines[0].get_ydata()) == [0.75, 0.875]
 
 
 def test_bounds_in_the_picture():
@@ -337,7 +416,7 @@ def test_bounds_in_the_picture():
   report.trials(ax, {'greedy': info}, scale=1)
   points = ax.collections[2].get_offsets()
   expected = [
-      (n, t.score)
+      (n, t.score.bound)
       for n, t in enumerate(info.trials, 1)
       if isinstance(t.score, AtMost)
   ]

@@ -72,13 +72,15 @@ def test_greedy_is_recipe_1(order, strict):
     rng = np.random.default_rng(seed)
     num = rng.integers(1, NUM_MOST + 1)
     models, score = one_hots(num), table_score(seed)
+    subset = rng.permutation(num)[: rng.integers(1, num + 1)].tolist()
     given = {
-        'sorted': None,
-        'given': rng.permutation(num)[: rng.integers(1, num + 1)].tolist(),
-        'key': jax.random.key(seed),
+        'sorted': {},
+        'given': {'order': subset},
+        'key': {'key': jax.random.key(seed)},
     }[order]
-    soup = jaxsoup.greedy(models, score, order=given, strict=strict)
-    tried = {'sorted': None, 'given': given}.get(order, soup.info.order)
+    soup = jaxsoup.greedy(models, score, **given, strict=strict)
+    tried = None if order == 'sorted' else soup.info.order
+    assert order != 'given' or list(tried) == subset
     expected = _reference.greedy(
         [[m] for m in models], score, order=tried, strict=strict
     )
@@ -92,13 +94,26 @@ def test_greedy_is_recipe_1(order, strict):
 
 
 def test_key_is_a_random_order():
-  run = lambda seed: jaxsoup.greedy(
-      one_hots(8), table_score(0), order=jax.random.key(seed)
-  )
-  orders = [run(seed).info.order for seed in range(6)]
+  run = lambda key: jaxsoup.greedy(one_hots(8), table_score(0), key=key)
+  orders = [run(jax.random.key(seed)).info.order for seed in range(6)]
   assert all(sorted(order) == list(range(8)) for order in orders)
   assert len(set(orders)) == 6
-  assert run(3).info.order == orders[3]
+  # Of the old kind, too: an array that looks like the indices 0 and 3.
+  assert run(jax.random.PRNGKey(3)).info.order == orders[3]
+
+
+@pytest.mark.parametrize('key', [jax.random.key, jax.random.PRNGKey])
+def test_a_key_is_no_order(key):
+  with pytest.raises(TypeError, match='order is a jax.Array.* pass key='):
+    jaxsoup.greedy(one_hots(3), lambda params: 0.0, order=key(1))
+  with pytest.raises(ValueError, match='order and key'):
+    jaxsoup.greedy(one_hots(3), lambda params: 0.0, order=[0], key=key(1))
+
+
+@pytest.mark.parametrize('order', [(2, 0), range(2), np.array([2, 0, 1])])
+def test_an_order_of_any_kind(order):
+  soup = jaxsoup.greedy(one_hots(3), lambda params: 0.0, order=order)
+  assert soup.info.order == tuple(order)
 
 
 def test_ties_try_the_lower_index_first():
@@ -332,10 +347,11 @@ def test_scores_of_any_kind(kind):
 
 
 @pytest.mark.parametrize(
-    'order', [[], [0, 0], [3], [-1], [0.5, 1.0], [[0, 1]], 'score']
+    'order',
+    [[], [0, 0], [3], [-1], [0.5, 1.0], [True], [[0, 1]], [[0], 1], 'score', 1],
 )
 def test_a_wrong_order(order):
-  with pytest.raises(ValueError, match='order'):
+  with pytest.raises(ValueError, match='order is .*expected .*0..2, each'):
     jaxsoup.greedy(one_hots(3), lambda params: 0.0, order=order)
 
 

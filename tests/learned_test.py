@@ -172,13 +172,14 @@ def stop_early(num_epochs, patience, val):
 
 
 @pytest.mark.parametrize('val', [0.45, 0.6])
-@pytest.mark.parametrize('patience', [None, 2])
+@pytest.mark.parametrize('patience', [None, 0, 1, 2])
 def test_returns_the_best_epoch(patience, val):
   soup = stop_early(12, patience, val)
   val_losses, best = soup.info.val_losses, soup.info.best_epoch
   assert best == np.argmin(val_losses)
   assert (best == 0) == (val < 0.5)
-  num_epochs = 12 if patience is None else min(best + patience, 12)
+  # 0 and 1 are the same, as in Keras.
+  num_epochs = 12 if patience is None else min(best + max(patience, 1), 12)
   assert len(val_losses) == num_epochs + 1
   assert len(soup.info.losses) == num_epochs
   until_best = jaxsoup.learned(
@@ -251,7 +252,9 @@ def test_a_loss_that_is_not_finite(bad):
 
 def test_patience_needs_a_second_split():
   with pytest.raises(ValueError, match='patience needs val_batches'):
-    fit([np.float32(0)], np.float32(0), patience=2)
+    fit([np.float32(0)], np.float32(0), patience=0)
+  with pytest.raises(ValueError, match='patience is -1: .* at least 0'):
+    stop_early(12, -1, 0.5)
 
 
 def test_hyperplane_is_the_projection(rng):

@@ -238,6 +238,13 @@ def test_duplicates_are_named(recipe):
   assert soup.info.duplicates == ((0, 2),)
 
 
+def test_duplicates_on_different_devices():
+  models = [jax.device_put(np.ones(4), d) for d in jax.devices()[:2]]
+  assert len(models) == 2
+  with pytest.warns(UserWarning, match='have equal parameters'):
+    assert jaxsoup.check_compatible(models) == ((0, 1),)
+
+
 def test_duplicates_in_two_groups():
   models = [np.float32([k, 1]) for k in (3, 5, 3, 5, 3, 7)]
   with pytest.warns(UserWarning, match='equal') as caught:

@@ -1,5 +1,6 @@
 """The score log: what a search remembers after it was stopped."""
 
+import json
 import shutil
 
 import numpy as np
@@ -98,6 +99,38 @@ def test_ingredient_trained_anew_is_refused(path, runs):
   checkpoints.save(runs[1], {'w': np.full(2, 9, np.float32)})
   with pytest.raises(ValueError, match='files changed since'):
     checkpoints.ScoreLog(path, checkpoints.Ingredients(runs))
+
+
+def test_another_evaluation_is_refused(path, runs):
+  ingredients = checkpoints.Ingredients(runs)
+  first = {'metric': 'accuracy', 'batches': (1, 2)}
+  log = checkpoints.ScoreLog(path, ingredients, evaluation=first)
+  log[(0,)] = 0.5
+  head = {'ingredients': [ingredients.identity(k) for k in range(3)]}
+  head |= {'evaluation': {'metric': 'accuracy', 'batches': [1, 2]}}
+  assert json.loads(path.read_text().splitlines()[0]) == head
+  again = checkpoints.ScoreLog(path, ingredients, evaluation=first)
+  assert dict(again) == dict(checkpoints.ScoreLog(path)) == {(0,): 0.5}
+  with pytest.raises(ValueError, match=r"'accuracy'.* then, 'f1' now. Delete"):
+    checkpoints.ScoreLog(path, ingredients, evaluation='f1')
+  with pytest.raises(TypeError, match='not JSON serializable'):
+    checkpoints.ScoreLog(path, evaluation=lambda params: 0.0)
+
+
+def test_a_head_without_scores_is_compared_too(path):
+  path.parent.mkdir()
+  path.write_text('{"evaluation": "accuracy"}\n')
+  assert not checkpoints.ScoreLog(path, evaluation='accuracy')
+  with pytest.raises(ValueError, match='scores of another evaluation'):
+    checkpoints.ScoreLog(path, evaluation='f1')
+
+
+def test_scores_of_unknown_origin_are_refused(path, runs):
+  checkpoints.ScoreLog(path)[(0,)] = 0.5
+  with pytest.raises(ValueError, match=r'other ingredients \(unknown then, 3'):
+    checkpoints.ScoreLog(path, checkpoints.Ingredients(runs))
+  with pytest.raises(ValueError, match="evaluation: None then, 'f1' now"):
+    checkpoints.ScoreLog(path, evaluation='f1')
 
 
 @pytest.mark.parametrize('recipe', (jaxsoup.greedy, jaxsoup.pruned))

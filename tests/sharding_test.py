@@ -236,7 +236,7 @@ KEYED = 'greedy by key'
 
 def run(name, models, key=None):
   if name == KEYED:
-    return jaxsoup.greedy(models, score, order=key)
+    return jaxsoup.greedy(models, score, key=key)
   return PUBLIC[name](models)
 
 

@@ -39,6 +39,15 @@ def test_soup_scores_are_remembered():
   assert studies.soup_scores(MODELS, Counted(9.0), log)((0, 2)) == log[(0, 2)]
 
 
+def test_soup_scores_of_members_that_count_twice():
+  info = jaxsoup.greedy(
+      MODELS, Counted(1.1), num_passes=3, with_replacement=True
+  ).info
+  assert len(set(info.accepted)) < len(info.accepted)
+  score_fn = studies.soup_scores(MODELS, Counted(1.1))
+  assert score_fn(info.accepted) == pytest.approx(info.score)
+
+
 def greedy_by_hand(members, score):
   order = sorted(members, key=lambda k: (-score((k,)), k))
   chosen = order[:1]

@@ -7,7 +7,6 @@ soup.info.accepted, soup.info.score
 """
 
 from collections.abc import Callable
-from collections.abc import MutableMapping
 from collections.abc import Sequence
 
 import jax
@@ -16,8 +15,8 @@ import numpy as np
 from jaxsoup import _checked
 from jaxsoup._recipes import _search
 from jaxsoup._soup import EvalFn
-from jaxsoup._soup import Members
 from jaxsoup._soup import Params
+from jaxsoup._soup import Scores
 from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
 
@@ -26,12 +25,13 @@ def greedy(
     ingredients: Sequence[Params],
     eval_fn: EvalFn,
     *,
-    order: Sequence[int] | jax.Array | None = None,
+    order: Sequence[int] | None = None,
+    key: jax.Array | None = None,
     strict: bool = False,
     num_passes: int = 1,
     with_replacement: bool = False,
     max_ingredients: int | None = None,
-    scores: MutableMapping[Members, float] | None = None,
+    scores: Scores | None = None,
     on_trial: Callable[[Trial], None] | None = None,
     non_float_from: int | None = None,
 ) -> Soup:
@@ -54,9 +54,10 @@ def greedy(
       early that a candidate does not reach the present score, as
       `evaluation.mean_of` can for right and wrong answers, rejections cost
       less; what is accepted is the same.
-    order: None tries the best single model first (ties: the lower index first);
-      or the indices in the order of trial; or a PRNG key (`jax.random.key`) for
-      a random order.
+    order: indices in the order of trial, of all ingredients or some.
+      By default the best single model is tried first (ties: the lower index
+      first).
+    key: a PRNG key, for a random order of all ingredients.
     strict: whether a tie is a rejection, as in the code of the paper's authors;
       by default a tie is accepted, as in the paper.
     num_passes: how often to go through the ingredients; later passes try those
@@ -77,8 +78,9 @@ def greedy(
 
   Raises:
     ValueError: no ingredients, ingredients that do not fit, a score that is NaN
-      or infinite, or an order that is empty or names unknown ingredients.
-    TypeError: a score that is not one number.
+      or infinite, an order that is empty or names an ingredient that is unknown
+      or named before, or both an order and a key.
+    TypeError: a score that is not one number, or a `jax.Array` as an order.
 
   Example:
     >>> models = [np.float32(x) for x in (1.0, 4.0, -2.0)]
@@ -94,20 +96,19 @@ def greedy(
   search = _search.Search(
       checked, eval_fn, strict=strict, log=scores, on_trial=on_trial
   )
-  if order is None:
+  given = _given_order(order, key, len(checked))
+  if given is None:
     singles = search.scores_of_singles()
-    order = sorted(range(len(checked)), key=lambda k: (-singles[k], k))
-  else:
-    order = _given_order(order, len(checked))
+    given = sorted(range(len(checked)), key=lambda k: (-singles[k], k))
   for _ in range(num_passes):
     before = search.accepted
-    to_try = [k for k in order if with_replacement or k not in before]
+    to_try = [k for k in given if with_replacement or k not in before]
     for k, then in zip(to_try, [*to_try[1:], None]):
       if len(search.accepted) < num_most:
         search.add(k, then)
     if search.accepted == before:
       break
-  return search.soup(order)
+  return search.soup(given)
 
 
 def _num_most(max_ingredients, num_passes, num_ingredients) -> int:
@@ -122,24 +123,32 @@ def _num_most(max_ingredients, num_passes, num_ingredients) -> int:
   return max_ingredients
 
 
-def _given_order(order, num_ingredients: int) -> list[int]:
-  if isinstance(order, jax.Array) and jax.dtypes.issubdtype(
-      order.dtype, jax.dtypes.prng_key
-  ):
+def _given_order(order, key, num_ingredients: int) -> list[int] | None:
+  if key is not None and order is not None:
+    raise ValueError(
+        'Both order and key are given: pass the indices in the order of trial, '
+        'or a key for a random order.'
+    )
+  if key is not None:
     # Under jit, because eager sampling transfers constants to the device.
-    order = jax.jit(jax.random.permutation, static_argnums=1)(
-        order, num_ingredients
+    shuffle = jax.jit(jax.random.permutation, static_argnums=1)
+    return jax.device_get(shuffle(key, num_ingredients)).tolist()
+  if order is None:
+    return None
+  if isinstance(order, jax.Array):
+    # A key is an array, too.
+    raise TypeError(
+        f'order is a jax.Array of dtype {order.dtype}: expected a list of '
+        'indices. For a random order pass key=.'
     )
-  order = np.asarray(jax.device_get(order))
-  if order.ndim != 1 or order.dtype.kind not in 'iu' or not order.size:
+  indices = list(order) if np.iterable(order) else []
+  is_known = all(
+      (type(k) is int or isinstance(k, np.integer)) and 0 <= k < num_ingredients
+      for k in indices
+  )
+  if not indices or not is_known or len(set(indices)) < len(indices):
     raise ValueError(
-        f'order has shape {order.shape} and dtype {order.dtype}: it must be a '
-        'list of ingredient indices, or a key from jax.random.key.'
+        f'order is {order!r}: expected indices in 0..{num_ingredients - 1}, '
+        'each at most once, at least one.'
     )
-  wrong = sorted(set(order.tolist()) - set(range(num_ingredients)))
-  if wrong or len(set(order.tolist())) < len(order):
-    raise ValueError(
-        f'order is {order.tolist()}: expected indices in '
-        f'0..{num_ingredients - 1}, each at most once.'
-    )
-  return order.tolist()
+  return [int(k) for k in indices]

@@ -103,7 +103,8 @@ def learned(
     val_batches: a second split of held-out data. With it the coefficients of
       the epoch with the least mean loss there are returned; the start counts.
     patience: stop after this many epochs in a row without a lower loss on
-      `val_batches`.
+      `val_batches`; 0 and 1 both stop at the first such epoch, as in Keras.
+      None never stops early.
     stream: True streams, False keeps the stack resident, None streams if the
       stack and three models more take over two thirds of the free memory.
     cache_dtype: where ingredients are streamed, keep a copy of all of them in
@@ -128,7 +129,7 @@ def learned(
 
   Raises:
     ValueError: no or mismatched ingredients, no batches, a loss that is NaN or
-      infinite, or patience without `val_batches`.
+      infinite, or patience that is negative or without `val_batches`.
     MemoryError: the stack did not fit after all: pass `stream=True`.
 
   Example:
@@ -143,6 +144,11 @@ def learned(
   """
   if patience is not None and val_batches is None:
     raise ValueError('patience needs val_batches: a second held-out split.')
+  if patience is not None and patience < 0:
+    raise ValueError(
+        f'patience is {patience}: it must be at least 0. None never stops '
+        'early.'
+    )
   checked = _checked.Checked(ingredients, non_float_from)
   first = checked[0]
   plan = _streamed.plan(
@@ -258,7 +264,7 @@ class _Fit:
     self._model = model
     self._start = start  # Variables, and the state of the optimizer.
     self._num_epochs = num_epochs
-    self._patience = patience
+    self._patience = np.inf if patience is None else patience
     self._tx = tx
     self._loss = jax.jit(loss_at)
     self._update = jax.jit(self._updated)
@@ -283,7 +289,7 @@ class _Fit:
       if self.val_losses[-1] < self.val_losses[self.best_epoch]:
         self.best_epoch = epoch
         best = variables
-      elif self._patience and epoch - self.best_epoch >= self._patience:
+      elif epoch - self.best_epoch >= self._patience:
         break
     return best
 

@@ -6,15 +6,14 @@ soup = jaxsoup.pruned(ingredients, eval_fn)
 """
 
 from collections.abc import Callable
-from collections.abc import MutableMapping
 from collections.abc import Sequence
 import itertools
 
 from jaxsoup import _checked
 from jaxsoup._recipes import _search
 from jaxsoup._soup import EvalFn
-from jaxsoup._soup import Members
 from jaxsoup._soup import Params
+from jaxsoup._soup import Scores
 from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
 
@@ -25,7 +24,7 @@ def pruned(
     *,
     strict: bool = False,
     num_passes: int | None = None,
-    scores: MutableMapping[Members, float] | None = None,
+    scores: Scores | None = None,
     on_trial: Callable[[Trial], None] | None = None,
     non_float_from: int | None = None,
 ) -> Soup:

@@ -1,7 +1,6 @@
 """What the searches over subsets share: a running sum, remembered scores."""
 
 from collections.abc import Callable
-from collections.abc import MutableMapping
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -15,9 +14,16 @@ from jaxsoup import _tree
 from jaxsoup._soup import AtMost
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Members
+from jaxsoup._soup import Scores
 from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
+
+
+def alpha_of(members: Members, num_ingredients: int) -> np.ndarray:
+  """`[K]` float32; members that are given more than once count more."""
+  counts = np.bincount(members, minlength=num_ingredients)
+  return (counts / len(members)).astype(np.float32)
 
 
 class Search:
@@ -34,7 +40,7 @@ class Search:
       eval_fn: EvalFn,
       *,
       strict: bool,
-      log: MutableMapping[Members, float] | None,
+      log: Scores | None,
       on_trial: Callable[[Trial], None] | None,
   ):
     self.accepted: tuple[int, ...] = ()
@@ -42,7 +48,7 @@ class Search:
     self._checked = checked
     self._eval_fn = eval_fn
     self._strict = strict
-    self._log = {} if log is None else log
+    self._log: Scores = {} if log is None else log
     self._on_trial = on_trial or (lambda trial: None)
     self._total: list[jax.Array] | None = None
     self._scores: dict[Members, float] = {}
@@ -50,16 +56,17 @@ class Search:
 
   def scores_of_singles(self) -> list[float]:
     """The score of every ingredient alone."""
-    unknown = [k for k in range(len(self._checked)) if (k,) not in self._log]
+    singles = range(len(self._checked))
+    unknown = [k for k in singles if self._is_open(self._log.get((k,)))]
     for k, leaves in _checked.in_order(self._checked, unknown):
       self._score((k,), functools.partial(list, leaves))
-    return [self._score((k,), list) for k in range(len(self._checked))]
+    return [self._exact((k,), list) for k in singles]
 
   def start_from_all(self) -> None:
     """Makes the uniform soup the current one."""
     self.accepted = tuple(range(len(self._checked)))
     self._total = _mixing.weighted_sum(self._checked)
-    self.score = self._score(self.accepted, self._mean)
+    self.score = self._exact(self.accepted, self._mean)
 
   def start_from(self, k: int, score: float) -> None:
     """Makes ingredient k alone the current soup."""
@@ -86,8 +93,7 @@ class Search:
         strict=self._strict,
         duplicates=self._checked.duplicates(),
     )
-    counts = np.bincount(self.accepted, minlength=len(self._checked))
-    alpha = (counts / len(self.accepted)).astype(np.float32)
+    alpha = alpha_of(self.accepted, len(self._checked))
     return Soup(self._checked.replace(self._mean()), alpha, info)
 
   def _try(self, k: int, sign: int, accepted: Members, then) -> bool:
@@ -102,36 +108,40 @@ class Search:
     score = self._score(
         members,
         lambda: self._candidate(leaves(), sign, len(members)),
-        # The first ingredient has no bar to reach.
-        bar=self.score if self.accepted else None,
+        bar=self.score,
     )
-    is_kept = self._reaches(score, self.score)
-    if is_kept:
+    is_kept = False
+    if not isinstance(score, AtMost) and self._reaches(score, self.score):
       self._change(leaves(), sign)
-      self.accepted, self.score = accepted, score
+      self.accepted, self.score, is_kept = accepted, score, True
     self._trials.append(Trial(k, members, score, is_kept))
     self._on_trial(self._trials[-1])
     return is_kept
 
-  def _reaches(self, score: float, bar: float | None) -> bool:
-    if bar is None:
-      return True
+  def _reaches(self, score: float, bar: float) -> bool:
     return score > bar if self._strict else score >= bar
+
+  def _exact(
+      self, members: Members, floats_fn: Callable[[], list[jax.Array]]
+  ) -> float:
+    """A candidate's score, whatever it is."""
+    self._score(members, floats_fn)
+    return self._scores[members]
 
   def _score(
       self,
       members: Members,
       floats_fn: Callable[[], list[jax.Array]],
-      bar: float | None = None,
-  ) -> float:
+      bar: float = -np.inf,
+  ) -> float | AtMost:
     """A candidate's score; its leaves are made only if the log lacks it.
 
-    Exact if it reaches the bar, or if there is none; else maybe an `AtMost`.
+    Exact if it reaches the bar, else maybe an `AtMost`.
     """
     if self._is_open(self._log.get(members), bar):
       params = self._checked.replace(floats_fn())
       at_least = getattr(self._eval_fn, 'at_least', None)
-      if bar is None or at_least is None:
+      if bar == -np.inf or at_least is None:
         score = self._eval_fn(params)
       else:
         score = at_least(params, bar, strict=self._strict)
@@ -143,16 +153,20 @@ class Search:
         )
       self._log[members] = score
     score = self._valid(self._log[members], members, 'the score log holds')
-    self._scores[members] = score
+    if not isinstance(score, AtMost):
+      self._scores[members] = score
     return score
 
-  def _is_open(self, score: float | None, bar: float | None) -> bool:
+  def _is_open(self, score: Any, bar: float = -np.inf) -> bool:
     """Whether a score does not tell if the candidate reaches the bar."""
-    if score is None:
-      return True
-    return isinstance(score, AtMost) and self._reaches(score, bar)
+    if isinstance(score, AtMost):
+      return self._reaches(score.bound, bar)
+    return score is None
 
-  def _valid(self, score: Any, members: Members, said: str) -> float:
+  def _valid(self, score: Any, members: Members, said: str) -> Any:
+    """The same as a float, or as an `AtMost` of a float."""
+    if isinstance(score, AtMost):
+      return AtMost(self._valid(score.bound, members, said))
     value = np.asarray(jax.device_get(score))
     who = ' + '.join(map(self._checked.name, members))
     # Small floats such as bfloat16 are of kind V.
@@ -166,8 +180,7 @@ class Search:
           f'{said} {float(value)} for {who}; scores must be finite. Leave that '
           "ingredient out, or return the metric's worst value instead."
       )
-    # A bound stays one: float(value) would make it look exact.
-    return AtMost(value) if isinstance(score, AtMost) else float(value)
+    return float(value)
 
   def _weights(self, sign: int) -> jax.Array:
     return _tree.numbers(np.full(len(self._checked.float_paths), sign))

@@ -18,8 +18,9 @@ class ScoreLog(MutableMapping):
   Pass it as `scores=` to `jaxsoup.greedy` and `jaxsoup.pruned`. Each score is
   written to disk before the search goes on, so that a search that was stopped
   at any point resumes there when it is called again. An `AtMost`, of a
-  candidate that was rejected early, is stored as such. With several processes
-  the first one reads and writes it.
+  candidate that was rejected early, is stored as such. The first line says to
+  which ingredients and which evaluation the scores belong. With several
+  processes the first one reads and writes it.
 
   Example:
     >>> import tempfile
@@ -29,41 +30,54 @@ class ScoreLog(MutableMapping):
     {(0, 3): 0.91}
   """
 
-  def __init__(self, path: Any, ingredients: Any = None):
+  def __init__(
+      self, path: Any, ingredients: Any = None, evaluation: Any = None
+  ):
     """Opens a log, or starts one.
 
     Args:
       path: a file, which is created with the first score.
-      ingredients: `checkpoints.Ingredients`, whose identities are stored with
-        the scores and compared when the log is opened again.
+      ingredients: `checkpoints.Ingredients`, whose identities are stored in the
+        first line and compared when the log is opened again. None compares
+        nothing.
+      evaluation: what identifies the metric and its data, a string or another
+        JSON value such as `{'metric': 'accuracy', 'split': 'validation'}`. It
+        is stored and compared in the same way.
 
     Raises:
-      ValueError: an unreadable line; or scores of other ingredients.
+      ValueError: an unreadable line; or scores of other ingredients or of
+        another evaluation, or of unknown ones.
+      TypeError: `evaluation` is not JSON.
     """
     self._path = pathlib.Path(path)
-    self._identities = (
-        None
-        if ingredients is None
-        else [ingredients.identity(k) for k in range(len(ingredients))]
-    )
-    self._scores: dict[Members, float] = {}
+    head: dict[str, Any] = {}
+    if ingredients is not None:
+      num = len(ingredients)
+      head['ingredients'] = [ingredients.identity(k) for k in range(num)]
+    if evaluation is not None:
+      head['evaluation'] = evaluation
+    # Compared as JSON, and alike on all processes.
+    self._head = json.loads(_processes.from_main(json.dumps(head).encode()))
+    self._scores: dict[Members, float | AtMost] = {}
     content = self._path.read_bytes() if self._path.exists() else b''
     self._read(_processes.from_main(content))
 
-  def __getitem__(self, members: Members) -> float:
+  def __getitem__(self, members: Members) -> float | AtMost:
     return self._scores[members]
 
-  def __setitem__(self, members: Members, score: float) -> None:
+  def __setitem__(self, members: Members, score: float | AtMost) -> None:
     self._scores[members] = score
     if not _processes.is_main():
       return
     # Empty if the writer was stopped in the middle of the first line.
     if not self._path.exists() or not self._path.stat().st_size:
       self._path.parent.mkdir(parents=True, exist_ok=True)
-      if self._identities is not None:
-        self._append({'ingredients': self._identities})
-    name = 'at_most' if isinstance(score, AtMost) else 'score'
-    self._append({'members': list(members), name: score})
+      if self._head:
+        self._append(self._head)
+    if isinstance(score, AtMost):
+      self._append({'members': list(members), 'at_most': score.bound})
+    else:
+      self._append({'members': list(members), 'score': score})
 
   def __delitem__(self, members: Members) -> None:
     raise TypeError(
@@ -103,33 +117,44 @@ class ScoreLog(MutableMapping):
       lines.pop()
       if _processes.is_main():
         os.truncate(self._path, sum(map(len, lines)))
+    heads = []
     for number, line in enumerate(lines, 1):
       try:
-        identities, scores = _parse(line)
+        row = json.loads(line)
+        if 'members' not in row and {'ingredients', 'evaluation'} & set(row):
+          heads.append(row)
+        else:
+          self._scores |= _parse(row)
       except (KeyError, TypeError, ValueError) as e:
         raise ValueError(
             f'{self._path}, line {number} is unreadable: {line[:80]!r}. Delete '
             'that line; its score will be computed again.'
         ) from e
-      if identities is not None:
-        self._check_identities(identities)
-      self._scores |= scores
+    if lines:
+      for head in heads or [{}]:
+        self._check(head)
 
-  def _check_identities(self, identities: list[str]) -> None:
-    if self._identities is not None and identities != self._identities:
+  def _check(self, head: dict[str, Any]) -> None:
+    """Raises unless the scores in the file belong to this log."""
+    then, now = head.get('ingredients'), self._head.get('ingredients')
+    if now not in (None, then):
+      num_then = 'unknown' if then is None else len(then)
       raise ValueError(
-          f'{self._path} holds scores of other ingredients '
-          f'({len(identities)} then, {len(self._identities)} now, or files '
-          'changed since). Delete it, or give another path.'
+          f'{self._path} holds scores of other ingredients ({num_then} then, '
+          f'{len(now)} now, or files changed since). Delete it, or give '
+          'another path.'
+      )
+    then, now = head.get('evaluation'), self._head.get('evaluation')
+    if now not in (None, then):
+      raise ValueError(
+          f'{self._path} holds scores of another evaluation: {then!r} then, '
+          f'{now!r} now. Delete it, or give another path.'
       )
 
 
-def _parse(line: bytes) -> tuple[list[str] | None, dict[Members, float]]:
-  """The identities or the score that a line holds."""
-  row = json.loads(line)
-  if 'ingredients' in row:
-    return list(row['ingredients']), {}
+def _parse(row: dict[str, Any]) -> dict[Members, float | AtMost]:
+  """The score or the bound that a line holds."""
   members = tuple(int(k) for k in row['members'])
   if 'at_most' in row:
-    return None, {members: AtMost(row['at_most'])}
-  return None, {members: float(row['score'])}
+    return {members: AtMost(float(row['at_most']))}
+  return {members: float(row['score'])}

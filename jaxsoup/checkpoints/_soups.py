@@ -301,7 +301,7 @@ def _to_json(value: Any) -> Any:
     fields = {k: _to_json(v) for k, v in value._asdict().items()}
     return {'__type__': type(value).__name__, **fields}
   if isinstance(value, _soup.AtMost):
-    return {'__type__': 'AtMost', 'score': float(value)}
+    return {'__type__': 'AtMost', 'bound': value.bound}
   if isinstance(value, Mapping):
     if all(isinstance(key, str) for key in value):
       return {key: _to_json(child) for key, child in value.items()}
@@ -333,7 +333,7 @@ def _from_json(value: Any) -> Any:
   if kind == 'array':
     return np.array(value['items'], value['dtype'])
   if kind == 'AtMost':
-    return _soup.AtMost(value['score'])
+    return _soup.AtMost(value['bound'])
   if kind == 'tuple':
     return tuple(_from_json(x) for x in value['items'])
   if kind == 'dict':

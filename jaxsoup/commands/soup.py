@@ -217,6 +217,7 @@ def soup(
           recipe,
           ingredients,
           user_code.load(eval_name or ''),
+          eval_name=eval_name,
           stop=stop,
           saved=saved,
           theta_0=init and checkpoints.Ingredients([init], item=item)[0],
@@ -369,6 +370,7 @@ def _cook(
     ingredients,
     function,
     *,
+    eval_name,
     stop,
     saved,
     theta_0,
@@ -391,17 +393,19 @@ def _cook(
   from jaxsoup import checkpoints
   from jaxsoup.experiments import preemption
 
-  log = None if scores is None else checkpoints.ScoreLog(scores, ingredients)
+  log = None
+  if scores is not None and recipe in ('greedy', 'pruned'):
+    evaluation = user_code.identity(eval_name)
+    log = checkpoints.ScoreLog(scores, ingredients, evaluation)
   if recipe == 'uniform':
     return jaxsoup.uniform(ingredients, non_float_from=non_float_from)
   if recipe == 'average':
     return jaxsoup.average(ingredients, alpha, non_float_from=non_float_from)
   if recipe == 'greedy':
-    order = None if seed is None else jax.random.key(seed)
     return jaxsoup.greedy(
         ingredients,
         function,
-        order=order,
+        key=None if seed is None else jax.random.key(seed),
         strict=strict,
         scores=log,
         non_float_from=non_float_from,
@@ -454,8 +458,11 @@ def _show_soup(made, ingredients, out, recipe, as_json) -> None:
   if isinstance(made.alpha, dict):
     typer.echo('(alpha: the mean over the tensors)')
   if score is not None:
-    best = max(v for m, v in made.info.scores.items() if len(m) == 1)
-    typer.echo(f'held-out score {score:.4f}, best single {best:.4f}')
+    singles = [v for m, v in made.info.scores.items() if len(m) == 1]
+    # In a random order not every model is scored alone.
+    is_known = len(singles) == len(made.alpha)
+    best = f', best single {max(singles):.4f}' if is_known else ''
+    typer.echo(f'held-out score {score:.4f}{best}')
     rejected = [t.score for t in made.info.trials if not t.accepted]
     num_early = sum(isinstance(s, jaxsoup.AtMost) for s in rejected)
     typer.echo(

@@ -118,8 +118,8 @@ def _prepared(eval_fn: EvalFn, prepare_fn: ParamsFn) -> Any:
   def prepared_fn(params):
     return eval_fn(prepare_fn(params))
 
-  def at_least(params, bar, **options):
-    return early_fn(prepare_fn(params), bar, **options)
+  def at_least(params, bar, *, strict=False):
+    return early_fn(prepare_fn(params), bar, strict=strict)
 
   early_fn: Any = getattr(eval_fn, 'at_least', None)
   if early_fn is not None:

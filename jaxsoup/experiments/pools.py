@@ -99,7 +99,7 @@ class Pool:
     ingredients = checkpoints.Ingredients(paths)
     self.models = [ingredients[k] for k in range(len(paths))]
     self.logits = stages.all_logits(work, self.models.__getitem__)
-    self.known: dict[Any, float] = {}
+    self.known: dict[Any, Any] = {}  # Scores, or bounds on them.
     self.eval_fn = cook.score_fn(
         work.config, work.model.logits_fn, work.splits.held_out
     )

@@ -6,7 +6,9 @@ function = user_code.load('package.module:function')
 """
 
 from collections.abc import Callable
+import hashlib
 import importlib
+import pathlib
 import sys
 import traceback
 from typing import Any
@@ -57,6 +59,13 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
   if hasattr(function, 'at_least'):
     called.at_least = _guarded(function.at_least, module, name)
   return called
+
+
+def identity(name: str) -> str:
+  """The name of a loaded function, with a hash of the file of its module."""
+  module = sys.modules[name.partition(':')[0]]
+  source = pathlib.Path(str(module.__file__)).read_bytes()
+  return f'{name} (sha256 {hashlib.sha256(source).hexdigest()[:16]})'
 
 
 def _guarded(function, module, name: str) -> Any:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from jaxsoup._soup import AtMost
 from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Trial
@@ -97,15 +99,16 @@ def trials(
   for i, (name, info) in enumerate(infos.items()):
     colour = COLOURS[i % len(COLOURS)]
     numbers = range(1, len(info.trials) + 1)
-    bars, bar = [], None
+    # `greedy` accepts the first; `pruned` starts from all.
+    bars, bar = [], info.scores.get(tuple(range(len(info.order))), np.nan)
     for trial in info.trials:
-      if trial.accepted or bar is None:
-        bar = trial.score * scale
-      bars.append(bar)
+      if trial.accepted:
+        bar = info.scores[trial.members]
+      bars.append(bar * scale)
     ax.step(numbers, bars, where='post', color=colour, label=f'{name} soup')
     for outcome, marker in _TRIALS.items():
       chosen = [
-          (n, trial.score * scale)
+          (n, _height(trial.score) * scale)
           for n, trial in zip(numbers, info.trials)
           if _outcome(trial) == outcome
       ]
@@ -126,6 +129,10 @@ def trials(
 def mark(ax: Any, points: Sequence[Any], marker: str, **kwargs) -> None:
   x, y = zip(*points) if points else ((), ())
   ax.scatter(x, y, s=30, marker=marker, linewidths=1.1, zorder=3, **kwargs)
+
+
+def _height(score: float | AtMost) -> float:
+  return score.bound if isinstance(score, AtMost) else score
 
 
 def _outcome(trial: Trial) -> str:

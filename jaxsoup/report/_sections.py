@@ -160,7 +160,8 @@ def trial_sections(
         f'has {num} model{"s" * (num != 1)} and a held-out score of '
         f'{info.score * scale:.4g}.'
     )
-    reached = max((t.score for t in info.trials if t.accepted), default=-np.inf)
+    accepted = [info.scores[t.members] for t in info.trials if t.accepted]
+    reached = max(accepted, default=-np.inf)
     if info.score > reached:
       text += ' It is the best single model: no trial scored as high.'
     pictures.append(
@@ -178,13 +179,19 @@ def trial_sections(
             'soup': name,
             'trial': i,
             'ingredient': trial.ingredient,
-            'score': float(trial.score),
-            'is_bound': isinstance(trial.score, AtMost),
+            **_columns(trial.score),
             'accepted': trial.accepted,
         }
         for i, trial in enumerate(info.trials, 1)
     ]
   return [Section('Trials of the searches', pictures, {'trials': records})]
+
+
+def _columns(score: float | AtMost) -> dict[str, float | None]:
+  """A score and a bound stand in different columns."""
+  if isinstance(score, AtMost):
+    return {'score': None, 'at_most': score.bound}
+  return {'score': score, 'at_most': None}
 
 
 def alpha_sections(alphas: Mapping[str, Any]) -> list[Section]:
