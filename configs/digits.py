@@ -166,7 +166,9 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
   }
   arrays = {name: sources.Arrays(x) for name, x in parts.items()}
   return sources.Splits(
-      **arrays, shifts={name: sources.Arrays(x) for name, x in shifted.items()}
+      **arrays,
+      shifts={name: sources.Arrays(x) for name, x in shifted.items()},
+      pools=dict.fromkeys(('held_out', 'test', *shifted), digits.NUM_EXAMPLES),
   )
 
 

@@ -160,7 +160,11 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
               source[rng.permutation(len(source))[: config.data.shift_size]]
           )
           for name, source in splits.shifts.items()
-      }
+      },
+      pools={
+          **splits.pools,
+          **{name: len(source) for name, source in splits.shifts.items()},
+      },
   )
 
 
