@@ -3,7 +3,9 @@
 import functools
 import io
 import json
+import math
 import re
+import types
 
 from matplotlib import figure
 import numpy as np
@@ -16,6 +18,8 @@ import jaxsoup
 from jaxsoup import metrics
 from jaxsoup import report
 from jaxsoup import statistics
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import results
 
 
 def row(name, kind, held_out, test, shift, cost=1):
@@ -332,6 +336,22 @@ def test_gains_over_repetitions_know_the_sizes():
   means, _ = report.mean_rows([report.summary(compared())] * 2)
   assert means[-1].gains['test'].num == 500
   assert 'selected on held-out (300)' in report.markdown(means)
+
+
+def test_shares_of_what_the_seed_draws():
+  config = configs.load('configs/digits.py')
+  splits = config.data_fn(config.config)
+  data = {'held_out': splits.held_out, 'test': splits.test, **splits.shifts}
+  work = types.SimpleNamespace(splits=splits, data=data)
+  assert results.shares(work) == {
+      'held_out': 400 / 1797,
+      'test': 897 / 1797,
+      'shifts': 897 / 1797,
+  }
+  pools = {'held_out': math.inf, 'blur': 2 * 897}
+  work.splits = splits._replace(pools=pools)
+  # Of several shifts the largest share; of a set that never changes all of it.
+  assert results.shares(work) == {'held_out': 0, 'test': 1, 'shifts': 1}
 
 
 def test_one_repetition_keeps_its_gains():

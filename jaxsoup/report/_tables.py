@@ -293,7 +293,7 @@ def _mean_gains(
   if {'held_out', 'test'} <= by_repeat.keys():
     optimism = np.subtract(by_repeat['held_out'], by_repeat['test'])
     larger = max(shares.get(key, 0.0) for key in ('held_out', 'test'))
-    by_repeat = {**by_repeat, 'optimism': optimism}
+    by_repeat = {**by_repeat, 'optimism': optimism.tolist()}
     shares = {**shares, 'optimism': larger}
   return {
       key: statistics.over_repeats(x, share=shares.get(key, 0.0))._replace(
