@@ -27,7 +27,10 @@ changes the split, the pre-training and the sweep):
   greedy ensemble  97.8 ± 0.5  96.8 ± 0.6  74.0 ± 3.8
 
 On the mean of shifts the gain over the best single model depends on which
-model that is: it varies from seed to seed more than the soups do.
+model that is: it varies from seed to seed more than the soups do. By the
+corrected resampled t test (897 of 1,797 digits report in each seed) one gain is
+significant, that of the greedy ensemble on the shifts, +4.7 [0.7, 8.7]; that of
+the uniform soup is +6.1 [-4.9, 17.1].
 
 `jaxsoup demo --seeds 8` prints this table in four minutes on two cores; one
 seed takes three quarters of a minute, half of it spent in the compiler.
@@ -166,7 +169,9 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
   }
   arrays = {name: sources.Arrays(x) for name, x in parts.items()}
   return sources.Splits(
-      **arrays, shifts={name: sources.Arrays(x) for name, x in shifted.items()}
+      **arrays,
+      shifts={name: sources.Arrays(x) for name, x in shifted.items()},
+      pools=dict.fromkeys(('held_out', 'test', *shifted), digits.NUM_EXAMPLES),
   )
 
 

@@ -59,7 +59,7 @@ def test_comparisons(metric, context, rng):
   a, b = rng.normal(size=(2, 30, 3)).astype(np.float32)
   labels = rng.integers(3, size=30)
   run = lambda: statistics.compare(
-      a, b, labels, metric=metric, num_resamples=20
+      a, b, labels, metric=metric, num_resamples=40
   )
   expected = run()
   with context:

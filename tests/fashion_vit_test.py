@@ -101,6 +101,8 @@ def test_what_is_shifted_never_chooses(files):
   for name, others in rows.items():
     for other in rows.keys() - {name}:
       assert others.isdisjoint(rows[other])
+  # Each seed draws all of them anew.
+  assert splits.pools.keys() == {'held_out', 'test', *splits.shifts}
   labels = [source.arrays['label'] for source in splits.shifts.values()]
   assert all(np.array_equal(labels[0], label) for label in labels)
 

@@ -3,7 +3,9 @@
 import functools
 import io
 import json
+import math
 import re
+import types
 
 from matplotlib import figure
 import numpy as np
@@ -15,6 +17,9 @@ from sklearn import metrics as sk
 import jaxsoup
 from jaxsoup import metrics
 from jaxsoup import report
+from jaxsoup import statistics
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import results
 
 
 def row(name, kind, held_out, test, shift, cost=1):
@@ -243,9 +248,8 @@ def test_mean_and_deviation_over_repetitions():
   assert '| 80.0 ± 10.0 |' in report.markdown([mean], [deviation])
 
 
-def test_gains_over_repetitions():
-  tests = [(0.70, 0.72), (0.80, 0.83), (0.75, 0.76)]
-  tables = [
+def repetitions(tests):
+  return [
       report.summary(
           [
               row('00', 'single', 0.9, single, 0.3),
@@ -254,7 +258,11 @@ def test_gains_over_repetitions():
       )
       for single, soup in tests
   ]
-  means, deviations = report.mean_rows(tables)
+
+
+def test_gains_over_repetitions():
+  tests = [(0.70, 0.72), (0.80, 0.83), (0.75, 0.76)]
+  means, deviations = report.mean_rows(repetitions(tests))
   best, _, soup = means
   assert not best.gains
   expected = stats.ttest_rel(*np.transpose(tests)[::-1])
@@ -267,13 +275,83 @@ def test_gains_over_repetitions():
   assert soup.gains['optimism'].gain == pytest.approx(0.03)
   text = report.markdown(means, deviations)
   assert '| 77.0 ± 5.6 | +2.0 [-0.5,4.5] |' in text
-  assert 'paired t over 3 repeats' in text
+  assert '(test, mean of shifts: paired t over 3 repeats)' in text
+
+
+def test_gains_over_repetitions_that_draw_from_one_pool():
+  shares = {'held_out': 0.2, 'test': 0.5, 'shifts': 1.0}
+  drawn = [
+      [row._replace(shares=shares) for row in table]
+      for table in repetitions([(0.70, 0.72), (0.80, 0.83), (0.75, 0.76)])
+  ]
+  means, deviations = report.mean_rows(drawn)
+  gains, by_seed = means[-1].gains, [0.02, 0.03, 0.01]
+  expected = statistics.over_repeats(by_seed, share=0.5)
+  assert gains['test'][:4] == pytest.approx(expected[:4])
+  # The difference of two gains has the larger share of theirs.
+  optimism = np.subtract(0.05, by_seed)
+  assert gains['optimism'][:4] == pytest.approx(
+      statistics.over_repeats(optimism, share=0.5)[:4]
+  )
+  # All report on the same shifts: a gain, and nothing about other examples.
+  assert np.isnan(gains['shifts'].low)
+  text = report.markdown(means, deviations)
+  assert 'test: corrected resampled t over 3 repeats' in text
+  assert 'shifts: no test, the same examples in all 3 repeats' in text
+  assert '| +0.0 |' in text and 'nan' not in text
+
+
+@pytest.mark.parametrize('has_best', (True, False))
+def test_gains_over_splits_of_the_same_examples(has_best):
+  """300 examples choose and 500 report, whichever they are."""
+  tables = [[*compared()], [*compared()]]
+  tables[1][-1] = _with_test_gain(tables[1][-1], 0.07)
+  if has_best:
+    tables = [report.summary(table) for table in tables]
+  (*_, mean), _ = report.averaged(tables)
+  by_split = [table[-1].gains['test'].gain for table in tables]
+  expected = statistics.over_repeats(by_split, share=500 / 800)
+  assert mean.gains['test'] == expected._replace(num=500)
+  assert mean.gains['shifts'].gain == pytest.approx(
+      tables[0][-1].gains['shifts'].gain
+  )
+  assert np.isnan(mean.gains['shifts'].low)
+  single, _ = report.averaged(tables[:1])
+  assert single[-1].gains == tables[0][-1].gains
+
+
+def test_splits_of_several_seeds_report_on_both_sets():
+  shares = {'held_out': 0.2, 'test': 0.5, 'shifts': 0.5}
+  table = [x._replace(shares=shares) for x in report.summary(compared())]
+  (*_, mean), _ = report.averaged([table] * 2)
+  assert mean.shares == {'held_out': 0.7, 'test': 0.7, 'shifts': 0.5}
+
+
+def _with_test_gain(row, gain):
+  gains = {**row.gains, 'test': row.gains['test']._replace(gain=gain)}
+  return row._replace(gains=gains)
 
 
 def test_gains_over_repetitions_know_the_sizes():
   means, _ = report.mean_rows([report.summary(compared())] * 2)
   assert means[-1].gains['test'].num == 500
   assert 'selected on held-out (300)' in report.markdown(means)
+
+
+def test_shares_of_what_the_seed_draws():
+  config = configs.load('configs/digits.py')
+  splits = config.data_fn(config.config)
+  data = {'held_out': splits.held_out, 'test': splits.test, **splits.shifts}
+  work = types.SimpleNamespace(splits=splits, data=data)
+  assert results.shares(work) == {
+      'held_out': 400 / 1797,
+      'test': 897 / 1797,
+      'shifts': 897 / 1797,
+  }
+  pools = {'held_out': math.inf, 'blur': 2 * 897}
+  work.splits = splits._replace(pools=pools)
+  # Of several shifts the largest share; of a set that never changes all of it.
+  assert results.shares(work) == {'held_out': 0, 'test': 1, 'shifts': 1}
 
 
 def test_one_repetition_keeps_its_gains():

@@ -40,12 +40,71 @@ def test_mcnemar_equals_a_binomial_test(num, seed):
   got = statistics.mcnemar(a, b)
   only_a = sum(x and not y for x, y in zip(a, b))
   only_b = sum(y and not x for x, y in zip(a, b))
-  assert (got.num_only_a, got.num_only_b) == (only_a, only_b)
+  assert got.gain == pytest.approx((only_a - only_b) / num) and got.num == num
   expected = 1.0
   if only_a + only_b:
     expected = stats.binomtest(only_a, only_a + only_b).pvalue
   assert got.p_value == pytest.approx(expected, rel=1e-10)
-  assert statistics.mcnemar(b, a).p_value == got.p_value
+  mirrored = statistics.mcnemar(b, a)
+  assert mirrored.p_value == got.p_value
+  assert (mirrored.low, mirrored.high) == (-got.high, -got.low)
+
+
+def intervals_of_all_tables(num, **options):
+  """A comparison by how many examples only the first got right, and so on."""
+  rows = np.arange(num)
+  return {
+      (x, y): statistics.mcnemar(rows < x, rows >= num - y, **options)
+      for x in range(num + 1)
+      for y in range(num + 1 - x)
+  }
+
+
+# Of five tables of five one has a p-value of exactly 0.0625.
+@pytest.mark.parametrize('num, level', [(5, 0.9375), (10, 0.95), (8, 0.8)])
+def test_mcnemar_and_its_interval_agree_on_every_table(num, level):
+  for got in intervals_of_all_tables(num, level=level).values():
+    assert got.is_significant == (got.p_value < 1 - level), got
+    assert got.low <= got.gain <= got.high, got
+    assert (got.low > 0) == (got.is_significant and got.gain > 0), got
+
+
+def test_no_interval_without_0_beside_a_p_value_of_a_sixteenth():
+  right = np.arange(8) < 5
+  got = statistics.compare(right, right & False, metric=None)
+  assert got.p_value == 0.0625 and got.low < 0 and not got.is_significant
+
+
+def test_the_interval_of_mcnemar_holds_every_difference():
+  """Exact coverage, by summing over all tables."""
+  of_table = intervals_of_all_tables(10)
+  tables = np.array(list(of_table))
+  low, high = np.array([[x.low, x.high] for x in of_table.values()]).T
+  grid = np.linspace(0.01, 0.97, 9)
+  coverage = []
+  for p_a, p_b in ((a, b) for a in grid for b in grid if a + b < 1):
+    cells = np.column_stack([tables, 10 - tables.sum(1)])
+    weight = stats.multinomial.pmf(cells, 10, [p_a, p_b, 1 - p_a - p_b])
+    holds = (low <= p_a - p_b + 1e-12) & (p_a - p_b <= high + 1e-12)
+    coverage.append(weight[holds].sum())
+  assert min(coverage) > 0.95 and np.mean(coverage) < 0.99
+
+
+@pytest.mark.parametrize('num_resamples', (40, 79, 100))
+def test_the_bootstrap_and_its_interval_agree(num_resamples):
+  """Few resamples, so that p-values lie on both sides of 0.05, and on it."""
+  p_values = []
+  for seed in range(60):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=12), rng.normal(0.7, size=12)
+    got = statistics.compare(
+        a, b, metric=None, num_resamples=num_resamples, seed=seed
+    )
+    assert got.is_significant == (round(got.p_value, 12) < 0.05), got
+    p_values.append(got.p_value)
+  assert min(p_values) < 0.05 < max(p_values)
+  if num_resamples == 79:
+    assert np.isclose(p_values, 0.05).any()
 
 
 def test_mcnemar_of_a_whole_validation_set():
@@ -62,6 +121,7 @@ def test_mcnemar_of_a_whole_validation_set():
         (np.ones(3), np.ones(3)),
         (np.ones(3, bool), np.ones(4, bool)),
         (np.ones((3, 1), bool), np.ones((3, 1), bool)),
+        (np.ones(0, bool), np.ones(0, bool)),
     ],
 )
 def test_mcnemar_names_what_is_wrong(a, b):
@@ -254,16 +314,19 @@ def test_comparison_is_antisymmetric(rng):
 def test_equal_models_are_no_gain(rng):
   a, _ = answers(rng, 50)
   got = statistics.compare(a, a, metric=None)
-  assert got[:4] == (0, 0, 0, 1) and not got.is_significant
+  # Of 50 examples that agree, up to 7 % of others may differ: (1/40)^(1/50).
+  margin = 1 - 0.025 ** (1 / 50)
+  assert got[:4] == pytest.approx((0, -margin, margin, 1))
+  numbers = statistics.compare(a * 1.0, a * 1.0, metric=None)
+  assert numbers[:4] == (0, 0, 0, 1) and not numbers.is_significant
 
 
 def test_p_value_is_of_mcnemar_where_it_can_be(rng):
   (a, b), label = problem(rng)
   right = [z.argmax(-1) == label for z in (b, a)]
   got = statistics.compare(b, a, label)
+  assert got == statistics.mcnemar(*right)
   assert got.method == 'exact McNemar'
-  assert got.p_value == statistics.mcnemar(*right).p_value
-  assert got.is_significant == (got.p_value < 0.05)
   for other in (
       statistics.compare(b, a, label, metric=metrics.log_likelihood),
       statistics.compare({'x': b}, {'x': a}, {'x': label}),
@@ -307,6 +370,13 @@ def test_bootstrap_names_what_is_wrong(a, b, label, metric, match):
     statistics.paired_bootstrap(metric, a, b, label=label)
 
 
+def test_too_few_resamples_for_the_level():
+  a, b = np.arange(9.0), np.ones(9)
+  for num, level in ((39, 0.95), (40, 0.99), (40, 1.0)):
+    with pytest.raises(ValueError, match=f'num_resamples is {num} and level'):
+      statistics.paired_bootstrap(None, a, b, num_resamples=num, level=level)
+
+
 @pytest.mark.parametrize('num', (2, 3, 12))
 def test_over_repeats_equals_a_t_test(num, rng):
   gains = rng.normal(0.01, 0.02, num)
@@ -315,27 +385,133 @@ def test_over_repeats_equals_a_t_test(num, rng):
   interval = expected.confidence_interval(0.9)
   np.testing.assert_allclose(got[1:3], interval, rtol=1e-9)
   assert got.p_value == pytest.approx(expected.pvalue, rel=1e-9)
-  assert got.num_repeats == num
+  assert got.num_repeats == num and got.method == 'paired t'
 
 
-def test_one_repeat_is_never_significant():
-  got = statistics.over_repeats([0.1])
-  assert got.gain == 0.1 and np.isnan(got.low) and not got.is_significant
+def test_the_corrected_t_is_that_of_nadeau_and_bengio(rng):
+  """`t = mean / sqrt((1 / n + n_test / n_train) variance)`."""
+  gains, num_test, num_train = rng.normal(0.01, 0.02, 8), 897, 900
+  got = statistics.over_repeats(gains, share=num_test / (num_test + num_train))
+  error = np.sqrt((1 / 8 + num_test / num_train) * gains.var(ddof=1))
+  expected = stats.t(7, gains.mean(), error).interval(0.95)
+  np.testing.assert_allclose(got[1:3], expected)
+  assert got.p_value == pytest.approx(2 * stats.t(7).sf(gains.mean() / error))
+  assert got.method == 'corrected resampled t'
+
+
+@pytest.mark.parametrize('gains, share', [([0.1], 0), ([0.1, 0.1, 0.2], 1)])
+def test_what_tells_nothing_is_never_significant(gains, share):
+  """One repeat, or the same examples in all repeats."""
+  got = statistics.over_repeats(gains, share=share)
+  assert got.gain == np.mean(gains) and not got.is_significant
+  assert np.isnan([got.low, got.high, got.p_value]).all()
+
+
+def test_over_repeats_names_what_is_wrong():
   with pytest.raises(ValueError, match=r'shape \[0\]'):
     statistics.over_repeats([])
+  for share in (-0.1, 1.1, np.nan):
+    with pytest.raises(ValueError, match=f'share is {share}: expected'):
+      statistics.over_repeats([0.1, 0.2], share=share)
+
+
+def split_gains(rng, num, repeats, pool, report, gain=0.0):
+  """Gains of two given models, `[num, repeats]`, on parts of one pool.
+
+  On three in ten examples one of them alone is right. `gain` is the truth.
+  """
+  chances = [(0.3 - gain) / 2, 0.7, (0.3 + gain) / 2]
+  drawn = rng.choice([-1.0, 0.0, 1.0], (num, 1, pool), p=chances)
+  parts = rng.permuted(np.broadcast_to(drawn, (num, repeats, pool)), axis=-1)
+  return parts[..., :report].mean(-1)
+
+
+def trained_gains(rng, num, repeats, pool, report, train):
+  """Gains of two learners that are equally good, `[num, repeats]`.
+
+  Each has own features, as informative as the other's; a class's mean over the
+  part that trains makes its classifier, and another part reports.
+  """
+  label = rng.choice([-1.0, 1.0], (num, pool))
+  x = rng.normal(size=(num, pool, 2, 5)) + 0.3 * label[..., None, None]
+  rows = np.broadcast_to(np.arange(pool), (num, repeats, pool))
+  rows = rng.permuted(rows, axis=-1)[..., : report + train]
+  each = np.arange(num)[:, None, None]
+  signed = x[each, rows] * label[each, rows][..., None, None]
+  weights = signed[:, :, report:].mean(2, keepdims=True)
+  right = ((signed[:, :, :report] * weights).sum(-1) > 0).mean(2)
+  return right[..., 0] - right[..., 1]
+
+
+def size_and_coverage(gains, truth, share):
+  """How often a gain is significant, and how often intervals hold the truth."""
+  got = [statistics.over_repeats(x, share=share) for x in gains]
+  return (
+      np.mean([x.is_significant for x in got]),
+      np.mean([x.low <= truth <= x.high for x in got]),
+  )
+
+
+def margin_of(num, chance=0.05):
+  """Four standard errors of a share of `num` draws."""
+  return 4 * np.sqrt(chance * (1 - chance) / num)
+
+
+@pytest.mark.parametrize('num_repeats', (3, 8))
+@pytest.mark.parametrize('truth', (0.0, 0.01))
+def test_the_t_of_independent_repeats_is_right(num_repeats, truth, rng):
+  gains = rng.normal(truth, 0.02, (1000, num_repeats))
+  size, coverage = size_and_coverage(gains, truth, 0.0)
+  assert coverage == pytest.approx(0.95, abs=margin_of(1000))
+  if not truth:
+    assert size == pytest.approx(1 - coverage)
+
+
+@pytest.mark.parametrize(
+    'repeats, pool, report, plain',
+    [(8, 100, 50, 0.46), (3, 100, 50, 0.16), (8, 200, 40, 0.22)],
+)
+def test_parts_of_one_pool_need_the_corrected_t(
+    repeats, pool, report, plain, rng
+):
+  draw = functools.partial(split_gains, rng, 1000, repeats, pool, report)
+  gains, share = draw(), report / pool
+  size, coverage = size_and_coverage(gains, 0.0, share)
+  assert size == pytest.approx(0.05, abs=margin_of(1000))
+  assert coverage == pytest.approx(0.95, abs=margin_of(1000))
+  # As if the repeats were independent: far too often significant.
+  size, coverage = size_and_coverage(gains, 0.0, 0.0)
+  assert size == pytest.approx(plain, abs=margin_of(1000, plain))
+  assert coverage == pytest.approx(1 - size)
+  # The interval of a gain that is there.
+  _, coverage = size_and_coverage(draw(gain=0.1), 0.1, share)
+  assert coverage == pytest.approx(0.95, abs=margin_of(1000))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'repeats, pool, report, train, plain',
+    [
+        (8, 100, 50, 50, 0.42),
+        (3, 100, 50, 50, 0.15),
+        (8, 100, 20, 80, 0.22),
+        (8, 100, 30, 30, 0.27),
+        (8, 400, 50, 50, 0.13),
+    ],
+)
+def test_the_corrected_t_of_learners(repeats, pool, report, train, plain, rng):
+  """They share training data as well; parts need not use up the pool."""
+  gains = trained_gains(rng, 2000, repeats, pool, report, train)
+  size, coverage = size_and_coverage(gains, 0.0, report / pool)
+  assert 0.015 < size < 0.05 + margin_of(2000)
+  assert coverage == pytest.approx(1 - size)
+  size, _ = size_and_coverage(gains, 0.0, 0.0)
+  assert size == pytest.approx(plain, abs=2 * margin_of(2000, plain))
 
 
 def test_equal_repeats():
   assert statistics.over_repeats([0.1, 0.1]).p_value == 0
   assert statistics.over_repeats([0.0, 0.0]).p_value == 1
-
-
-def test_optimism_over_repeats_is_a_paired_t_test(rng):
-  chosen, reported = rng.normal(0.02, 0.01, 8), rng.normal(0.01, 0.01, 8)
-  got = statistics.optimism(chosen, reported)
-  expected = stats.ttest_rel(chosen, reported)
-  assert got.p_value == pytest.approx(expected.pvalue)
-  np.testing.assert_allclose(got[1:3], expected.confidence_interval(0.95))
 
 
 def test_optimism_of_two_sets_holds_the_truth():
@@ -348,7 +524,7 @@ def test_optimism_of_two_sets_holds_the_truth():
         for n in (150, 300)
     ]
     got = statistics.optimism(*both)
-    assert got.num == 450
+    assert got.num == 450 and got.is_significant == (got.p_value < 0.05)
     held.append(got.low <= 0 <= got.high)
     significant.append(got.is_significant)
   assert 0.91 < np.mean(held) < 0.985
@@ -384,6 +560,14 @@ def test_interval_of_a_difference_of_gains(rng):
       statistics.Comparison(0.2, 0.2 - 0.12, 0.2 + 0.4, 0.1),
   )
   np.testing.assert_allclose(skewed[:3], [0.3, 0.3 - 0.5, 0.3 + 0.13])
+  # The p-value goes by the side on which 0 lies, as the interval does.
+  assert skewed.p_value > 0.05 and not skewed.is_significant
+  mirrored = statistics.optimism(
+      statistics.Comparison(0.2, 0.2 - 0.12, 0.2 + 0.4, 0.1),
+      statistics.Comparison(0.5, 0.5 - 0.3, 0.5 + 0.05, 0.1),
+  )
+  np.testing.assert_allclose(mirrored[:3], [-0.3, -0.3 - 0.13, -0.3 + 0.5])
+  assert mirrored.p_value == pytest.approx(skewed.p_value)
 
 
 def test_selection_is_optimistic():
@@ -400,12 +584,8 @@ def test_selection_is_optimistic():
 
 def test_optimism_names_what_is_wrong():
   one = statistics.Comparison(0.1, 0.0, 0.2, 0.05)
-  with pytest.raises(ValueError, match='two Comparisons of the same level'):
-    statistics.optimism(one, 0.1)
-  with pytest.raises(ValueError, match='two Comparisons of the same level'):
+  with pytest.raises(ValueError, match='levels 0.95 and 0.9: expected one'):
     statistics.optimism(one, one._replace(level=0.9))
-  with pytest.raises(ValueError, match=r'shapes \[2\] and \[3\]'):
-    statistics.optimism([0.1, 0.2], [0.1, 0.2, 0.3])
 
 
 class Source:
@@ -631,35 +811,3 @@ def test_stability_names_what_is_wrong():
     statistics.stability(lambda members: 0.5, 3)
   with pytest.raises(ValueError, match=r'returned 4 numbers for \(1,\), and 3'):
     statistics.stability(lambda members: np.ones(3 + members[0]), 3)
-
-
-@pytest.mark.slow
-def test_splits_of_the_same_examples_reject_no_more_than_one():
-  """Two models as good as each other: five in a hundred at most."""
-  rng = np.random.default_rng(0)
-  rejected = []
-  for _ in range(400):
-    a, b = rng.random((2, 60)) < 0.7
-    parts = [rng.permutation(60)[:40] for _ in range(5)]
-    gains = [statistics.compare(a[p], b[p], metric=None) for p in parts]
-    rejected.append(statistics.over_splits(gains).is_significant)
-  assert np.mean(rejected) < 0.05
-
-
-def test_a_clear_gain_stays_one_over_splits():
-  one = statistics.Comparison(0.1, 0.05, 0.15, p_value=0.001, num=100)
-  mean = statistics.over_splits([one] * 5)
-  # Splits that agree say no more than one of them.
-  assert (mean.gain, mean.low, mean.high) == pytest.approx((0.1, 0.05, 0.15))
-  z = 0.1 / (0.05 / stats.norm.ppf(0.975))
-  assert mean.p_value == pytest.approx(2 * stats.norm.sf(z))
-  # Where they differ, that adds.
-  other = one._replace(gain=0.0, low=-0.05, high=0.05)
-  mixed = statistics.over_splits([one, other])
-  error = np.sqrt((0.05 / stats.norm.ppf(0.975)) ** 2 + 0.1**2 / 2)
-  assert mixed.high - mixed.gain == pytest.approx(1.96 * error, rel=1e-3)
-  assert not mixed.is_significant
-  same = statistics.Comparison(0.0, 0.0, 0.0, p_value=1.0)
-  assert statistics.over_splits([same, same]).p_value == 1.0
-  with pytest.raises(ValueError, match='gains is empty'):
-    statistics.over_splits([])

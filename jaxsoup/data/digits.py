@@ -12,6 +12,8 @@ import numpy as np
 
 Dataset = dict[str, np.ndarray]
 
+NUM_EXAMPLES = 1797
+
 
 def load(seed: int, sizes: Mapping[str, int]) -> dict[str, Dataset]:
   """Splits the digits at random into disjoint sets.

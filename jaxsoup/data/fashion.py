@@ -127,6 +127,10 @@ def splits(
   return sources.Splits(
       **{name: source_fn(data) for name, data in drawn.items()},
       shifts={name: source_fn(data) for name, data in shifted.items()},
+      pools={
+          'held_out': _PARTS['train'][1],
+          **dict.fromkeys(('test', *shifted), _PARTS['test'][1]),
+      },
   )
 
 

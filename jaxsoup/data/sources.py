@@ -74,6 +74,9 @@ class Splits(NamedTuple):
     views: by name of a set with its own classes, logits [N, C] ->
       logits over those classes.
     rules: how sets were chosen, JSON values by the set's name.
+    pools: by name of a set that the seed draws, the number of examples that it
+      is drawn from; infinity if no seed ever draws an example again. Those of
+      other sets are the same for all seeds.
   """
 
   train: Source
@@ -83,6 +86,7 @@ class Splits(NamedTuple):
   pretrain: Source | None = None
   views: Mapping[str, Callable] = {}
   rules: Mapping[str, Mapping[str, Any]] = {}
+  pools: Mapping[str, float] = {}
 
 
 class Arrays:

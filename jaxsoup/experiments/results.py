@@ -334,13 +334,23 @@ def _rows(work, models: Models, labels) -> list[report.Row]:
           metric=name_of_metric,
           beta=models.beta.get(name, 1.0),
           cost=models.cost.get(name, 1),
-      )
+      )._replace(shares=shares(work))
       for (kind, name), of_model in zip(models.logits, logits)
   ]
   metric = cook.METRICS[name_of_metric]
   if name_of_metric == 'accuracy':
     metric = metrics.correct  # Answers one by one: the exact test is of those.
   return report.with_gains(rows, logits, labels, metric=metric)
+
+
+def shares(work: stages.Work) -> dict[str, float]:
+  """The share of its pool that each set is: what seeds have in common."""
+  share = {
+      name: len(source) / work.splits.pools.get(name, len(source))
+      for name, source in work.data.items()
+  }
+  shifts = [share.pop(name) for name in work.splits.shifts]
+  return share | ({'shifts': max(shifts)} if shifts else {})
 
 
 def roles(work: stages.Work) -> dict[str, dict[str, int]]:

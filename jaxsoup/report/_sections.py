@@ -98,6 +98,7 @@ def _record(row: Row, setting: Mapping[str, Any] | None = None):
   """A row as `read_scores` reads it."""
   record = row._asdict()
   gains, shifts = record.pop('gains'), record.pop('shifts')
+  del record['shares']  # Of a table over repeats; this is one.
   record |= {f'shifts.{name}': score for name, score in shifts.items()}
   record |= {f'config.{name}': x for name, x in (setting or {}).items()}
   for key, gain in gains.items():

@@ -35,6 +35,9 @@ class Row(NamedTuple):
     gains: over the best single model, see `with_gains`: of 'held_out', 'test',
       the mean of the 'shifts'; and 'optimism'.
     metric: what the scores are.
+    shares: where a table is repeated, such as for several seeds: of 'held_out',
+      'test' and 'shifts' the `share` of `statistics.over_repeats`; 0, repeats
+      have no examples in common, of what is not there.
   """
 
   name: str
@@ -47,6 +50,7 @@ class Row(NamedTuple):
   cost: float
   gains: Mapping[str, Comparison] = {}
   metric: str = 'accuracy'
+  shares: Mapping[str, float] = {}
 
   @property
   def mean_shift(self) -> float:
@@ -99,7 +103,7 @@ def with_gains(
     label: Mapping[str, Any],
     *,
     metric: statistics.Metric | None = metrics.correct,
-    **options: Any,
+    num_resamples: int = 5000,
 ) -> list[Row]:
   """Rows with their gains over the best single model, and intervals of those.
 
@@ -111,7 +115,7 @@ def with_gains(
     metric: that of the rows, as in `statistics.compare`. None: `logits` are a
       score for each example, `[N]`, as `metrics.correct` returns, which needs
       less memory.
-    **options: others of `statistics.paired_bootstrap`.
+    num_resamples: as in `statistics.compare`.
 
   Returns:
     The rows; those of soups and ensembles with `gains`.
@@ -133,7 +137,7 @@ def with_gains(
   def gains_of(first: Mapping[str, Any]) -> dict[str, Comparison]:
     second = logits[best]
     compare = lambda a, b, y: statistics.compare(
-        a, b, y, metric=metric, **options
+        a, b, y, metric=metric, num_resamples=num_resamples
     )
     gains = {
         name: compare(first[name], second[name], label[name])
@@ -204,7 +208,8 @@ def mean_rows(tables: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
   Returns:
     (means, deviations): tables of the same rows; the deviation is that of a
     sample (n - 1), and NaN of a single table. The gains of the means are those
-    of `statistics.over_repeats`, over the best single model of each repetition.
+    of `statistics.over_repeats` with the `shares` of the rows, over the best
+    single model of each repetition.
   """
   names = [row.name for row in tables[0]] if tables else []
   bests = [rows[names.index(_BEST)] for rows in tables if _BEST in names]
@@ -222,7 +227,8 @@ def mean_rows(tables: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
     per_table = np.array([row.mean_shift for row in rows])
     mean = _aggregate(rows[0], columns, shifts, np.mean)
     if len(rows) > 1:
-      mean = mean._replace(gains=_mean_gains(rows, bests))
+      by_repeat = _gains_by_repeat(rows, bests)
+      mean = mean._replace(gains=_mean_gains(rows[0], by_repeat, mean.shares))
     means.append(mean)
     deviations.append(
         _aggregate(rows[0], columns, {'mean': per_table}, _deviation)
@@ -236,47 +242,64 @@ def averaged(
   """Means and deviations as of `mean_rows`, over splits of the same examples.
 
   Args:
-    tables: one table a split.
+    tables: one table a split, with gains.
 
   Returns:
-    (means, deviations); the gains are those of `statistics.over_splits`, since
-    splits share examples.
+    (means, deviations). Each split draws its held-out set from the examples of
+    held-out and test set, which decides the shares of both; the shifts are the
+    same in all splits, so that their gains have no interval.
   """
   means, deviations = mean_rows(tables)
-  for i, rows in enumerate(zip(*tables)):
-    gains = rows[0].gains
-    if len(tables) > 1:
-      gains = {
-          key: statistics.over_splits([row.gains[key] for row in rows])
-          for key in gains
-      }
-    means[i] = means[i]._replace(gains=gains)
+  if len(tables) > 1:
+    means = [_over_splits(*x) for x in zip(means, zip(*tables))]
   return means, deviations
 
 
-def _mean_gains(
+def _over_splits(mean: Row, rows: Sequence[Row]) -> Row:
+  """The mean with gains over splits, and its shares for tables over seeds."""
+  gains = mean.gains
+  if first := rows[0].gains:
+    by_repeat = {key: [row.gains[key].gain for row in rows] for key in first}
+    num = {key: first[key].num for key in ('held_out', 'test')}
+    shares = {key: n / sum(num.values()) for key, n in num.items()}
+    gains = _mean_gains(rows[0], by_repeat, {**shares, 'shifts': 1.0})
+  # Over all splits the examples of both sets report.
+  both = sum(mean.shares.get(key, 0.0) for key in ('held_out', 'test'))
+  both = min(both, 1.0)
+  return mean._replace(
+      gains=gains, shares={**mean.shares, 'held_out': both, 'test': both}
+  )
+
+
+def _gains_by_repeat(
     rows: Sequence[Row], bests: Sequence[Row]
-) -> dict[str, Comparison]:
+) -> dict[str, list[float]]:
   """Gains over repetitions, each over its own best single model."""
   if not bests or rows[0].kind == 'single':
     return {}
-  known = {
-      key: score
+  return {
+      key: [score(row) - score(best) for row, best in zip(rows, bests)]
       for key, score in _SCORES.items()
       if key != 'shifts' or rows[0].shifts
   }
-  by_repeat = {
-      key: [score(row) - score(best) for row, best in zip(rows, bests)]
-      for key, score in known.items()
-  }
-  gains = {key: statistics.over_repeats(x) for key, x in by_repeat.items()}
-  gains['optimism'] = statistics.optimism(
-      by_repeat['held_out'], by_repeat['test']
-  )
-  first = rows[0].gains
+
+
+def _mean_gains(
+    row: Row,
+    by_repeat: Mapping[str, Sequence[float]],
+    shares: Mapping[str, float],
+) -> dict[str, Comparison]:
+  """The mean gains and selection optimism; `row` knows how many examples."""
+  if {'held_out', 'test'} <= by_repeat.keys():
+    optimism = np.subtract(by_repeat['held_out'], by_repeat['test'])
+    larger = max(shares.get(key, 0.0) for key in ('held_out', 'test'))
+    by_repeat = {**by_repeat, 'optimism': optimism.tolist()}
+    shares = {**shares, 'optimism': larger}
   return {
-      key: gain._replace(num=first[key].num if key in first else 0)
-      for key, gain in gains.items()
+      key: statistics.over_repeats(x, share=shares.get(key, 0.0))._replace(
+          num=row.gains[key].num if key in row.gains else 0
+      )
+      for key, x in by_repeat.items()
   }
 
 
@@ -508,21 +531,25 @@ def legend(
 
 
 def _what(row: Row, bold: str) -> str:
-  gains = {
-      name: row.gains[key]
-      for name, key in (('test', 'test'), ('mean of shifts', 'shifts'))
-      if key in row.gains
-  }
-  first = next(iter(row.gains.values()))
-  if first.num_repeats > 1:
-    methods = f'{first.method} over {first.num_repeats} repeats'
-  else:
-    methods = '; '.join(f'{n}: {gain.method}' for n, gain in gains.items())
+  names: dict[str, list[str]] = {}
+  for name, key in (('test', 'test'), ('mean of shifts', 'shifts')):
+    if key in row.gains:
+      names.setdefault(_method(row.gains[key]), []).append(name)
+  tests = '; '.join(f'{", ".join(x)}: {method}' for method, x in names.items())
+  level = next(iter(row.gains.values())).level
   return (
       f'Scores: {row.metric}, in per cent. Gain: over the best single model,'
-      f' with its {first.level:.0%} interval; {bold}: significantly better,'
-      f' p < {1 - first.level:.2g} ({methods}), each row tested separately.'
+      f' with its {level:.0%} interval; {bold}: significantly better,'
+      f' p < {1 - level:.2g} ({tests}), each row tested separately.'
   )
+
+
+def _method(gain: Comparison) -> str:
+  if gain.num_repeats == 1:
+    return gain.method
+  if np.isnan(gain.low):
+    return f'no test, the same examples in all {gain.num_repeats} repeats'
+  return f'{gain.method} over {gain.num_repeats} repeats'
 
 
 def _sets_of(row: Row) -> dict[str, dict[str, int]]:

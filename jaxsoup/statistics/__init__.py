@@ -28,7 +28,6 @@ also where temperatures are off by a factor of 1.3 or so
 """
 
 from jaxsoup.statistics._comparisons import Comparison as Comparison
-from jaxsoup.statistics._comparisons import McNemar as McNemar
 from jaxsoup.statistics._comparisons import Metric as Metric
 from jaxsoup.statistics._comparisons import compare as compare
 from jaxsoup.statistics._comparisons import mcnemar as mcnemar
@@ -39,6 +38,5 @@ from jaxsoup.statistics._disjoint import Split as Split
 from jaxsoup.statistics._disjoint import check_disjoint as check_disjoint
 from jaxsoup.statistics._disjoint import shared_rows as shared_rows
 from jaxsoup.statistics._disjoint import split as split
-from jaxsoup.statistics._splits import over_splits as over_splits
 from jaxsoup.statistics._stability import Stability as Stability
 from jaxsoup.statistics._stability import stability as stability

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -17,22 +18,11 @@ Metric = Callable[[Any, Any], Any]
 _NUM_AT_ONCE = 100
 
 
-class McNemar(NamedTuple):
-  """What `mcnemar` returns.
-
-  Attributes:
-    p_value: two-sided and exact.
-    num_only_a: examples that only the first got right.
-    num_only_b: examples that only the second got right.
-  """
-
-  p_value: float
-  num_only_a: int
-  num_only_b: int
-
-
 class Comparison(NamedTuple):
   """A difference, and how sure it is.
+
+  Interval and p-value are of one method, so that 0 is outside of the interval
+  where p < 1 - level, and only there.
 
   Attributes:
     gain: score of the first minus that of the second; scores are in 0..1.
@@ -40,7 +30,7 @@ class Comparison(NamedTuple):
     high: upper end.
     p_value: two-sided, of no difference.
     num: examples that were compared, over all data sets.
-    method: where the p-value is from.
+    method: of the interval and the p-value.
     level: of the interval.
     num_repeats: splits or seeds that it is a mean over.
   """
@@ -56,44 +46,91 @@ class Comparison(NamedTuple):
 
   @property
   def is_significant(self) -> bool:
-    """Whether the difference is significant: p < 1 - level."""
-    return self.p_value < 1 - self.level
+    """Whether 0 is outside of the interval, which means p < 1 - level."""
+    return self.low > 0 or self.high < 0
 
 
-def mcnemar(correct_a: Any, correct_b: Any) -> McNemar:
+def mcnemar(
+    correct_a: Any, correct_b: Any, *, level: float = 0.95
+) -> Comparison:
   """Whether two models are right equally often, by the same examples.
 
   `p = min(1, 2 P(X <= min(n_a, n_b)))`, `X ~ Binomial(n_a + n_b, 1/2)`, where
-  only the first model is right n_a times, and only the second n_b times.
+  only the first model is right n_a times, and only the second n_b times. The
+  interval of `(n_a - n_b) / N` is the one that is compatible with this test.
 
   Args:
     correct_a: whether the first is right, `[N]` bool.
     correct_b: the same of the second.
+    level: of the interval.
 
   Returns:
-    A `McNemar`.
+    A `Comparison`.
 
   Raises:
-    ValueError: not bool, or of different lengths.
+    ValueError: not bool, of different lengths, or empty.
 
   Example:
-    >>> mcnemar(np.array([1, 1, 1, 1, 0]) > 0, np.array([0, 0, 0, 0, 0]) > 0)
-    McNemar(p_value=0.125, num_only_a=4, num_only_b=0)
+    >>> mcnemar(np.array([1, 1, 1, 1, 0]) > 0, np.zeros(5) > 0).p_value
+    0.125
 
   Source: McNemar 1947, "Note on the sampling error of the difference between
-  correlated proportions or percentages".
+  correlated proportions or percentages". The interval: Fay and Lumbard 2021,
+  "Confidence intervals for difference in proportions for matched pairs
+  compatible with exact McNemar's or sign tests".
   """
   from scipy import special
 
   a, b = (np.asarray(jax.device_get(x)) for x in (correct_a, correct_b))
-  if a.shape != b.shape or a.ndim != 1 or a.dtype != bool or b.dtype != bool:
+  is_bool = a.dtype == b.dtype == bool
+  if a.shape != b.shape or a.ndim != 1 or not is_bool or not a.size:
     raise ValueError(
         f'Answers are {a.dtype}{list(a.shape)} and {b.dtype}{list(b.shape)}: '
-        'expected bool [N] for both, as metrics.correct returns them.'
+        'expected bool [N] for both, as metrics.correct returns them, and N '
+        'at least 1.'
     )
-  only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+  num, only_a, only_b = a.size, int((a & ~b).sum()), int((b & ~a).sum())
   tail = special.bdtr(min(only_a, only_b), only_a + only_b, 0.5)
-  return McNemar(min(1.0, 2 * float(tail)), only_a, only_b)
+  return Comparison(
+      (only_a - only_b) / num,
+      _lower_end(only_a, only_b, num, (1 - level) / 2),
+      -_lower_end(only_b, only_a, num, (1 - level) / 2),
+      p_value=min(1.0, 2 * float(tail)),
+      num=num,
+      method='exact McNemar',
+      level=level,
+  )
+
+
+def _lower_end(num_a: int, num_b: int, num: int, tail: float) -> float:
+  """The lower end of an interval of P(only a is right) - P(only b is right).
+
+  The difference is `T (2 B - 1)`: how often one model alone is right, and how
+  often that is a. Below are Clopper and Pearson's lower distribution of B, and
+  of T the lower one where the difference is positive, else the upper one. At a
+  difference of 0 the integral is the p-value of the exact one-sided test.
+  """
+  from scipy import optimize
+  from scipy import special
+
+  either = num_a + num_b
+  if not num_a:  # B is 0.
+    if either == num:
+      return -1.0
+    return -float(special.betaincinv(either + 1, num - either, 1 - tail))
+  quantiles = (np.arange(256) + 0.5) / 256
+  lower = special.betaincinv(either, num - either + 1, quantiles)
+  upper = np.ones(1)
+  if either < num:
+    upper = special.betaincinv(either + 1, num - either, quantiles)
+
+  def excess(difference):
+    t = lower if difference >= 0 else upper
+    b = np.clip((1 + difference / t) / 2, 0, 1)
+    return special.betainc(num_a, num_b + 1, b).mean() - tail
+
+  ends = (-1, 0) if excess(0) >= 0 else (0, 1)
+  return float(optimize.brentq(excess, *ends))
 
 
 def paired_bootstrap(
@@ -108,8 +145,10 @@ def paired_bootstrap(
 ) -> Comparison:
   """The interval of `metric(a) - metric(b)` where examples are resampled.
 
-  Both models answer the same resampled examples; the interval is that between
-  quantiles of the resampled differences. Of a mean over several data sets each
+  Both models answer the same resampled examples. Of R differences in order, the
+  ends of the interval are the k-th smallest and the k-th largest, and `p = 2 (1
+  + min(number <= 0, number >= 0)) / (R + 1)`, where k is the largest number
+  with `2 k / (R + 1) < 1 - level`. Of a mean over several data sets each
   set is resampled by itself. Sets with equal labels, such as corruptions of one
   test set, hold the same examples: those are resampled together, because their
   errors do not average out.
@@ -132,8 +171,8 @@ def paired_bootstrap(
     A `Comparison`.
 
   Raises:
-    ValueError: nothing to compare, lengths or names that do not agree, or a
-      metric that is not finite.
+    ValueError: nothing to compare, lengths or names that do not agree, too few
+      resamples for the level, or a metric that is not finite.
 
   Example:
     >>> right = np.array([True] * 30 + [False] * 10)
@@ -141,16 +180,19 @@ def paired_bootstrap(
     0.5
 
   Source: Efron and Tibshirani 1993, "An introduction to the bootstrap",
-  sections 13.3 and 16.4.
+  sections 13.3 and 16.4; quantiles by R + 1: Davison and Hinkley 1997,
+  "Bootstrap methods and their application", section 5.2.
   """
-  if num_resamples < 1 or not 0 < level < 1:
+  # Rounded: 1 - 0.95 is a little more than 0.05.
+  rank = math.ceil(round((1 - level) * (num_resamples + 1) / 2, 9)) - 1
+  if not 0 < level < 1 or rank < 1:
     raise ValueError(
-        f'num_resamples is {num_resamples} and level {level}: expected at '
-        'least 1, and between 0 and 1.'
+        f'num_resamples is {num_resamples} and level {level}: expected a level '
+        'between 0 and 1, and more than 2 / (1 - level) - 1 resamples.'
     )
   sets = _sets(metric, a, b, label)
   rng = np.random.default_rng(seed)
-  gain = np.mean([s.gain for s in sets])
+  gain = np.mean([s.differences.mean() for s in sets])
   draws = np.zeros(num_resamples)
   for group in _of_same_examples(sets):
     draws += _resampled(metric, group, num_resamples, rng) / len(sets)
@@ -161,13 +203,12 @@ def paired_bootstrap(
         'Return its worst value where it is undefined.'
     )
   # What is zero but for rounding is neither above nor below.
-  draws = draws.round(12)
+  draws = np.sort(draws.round(12))
   rarest = min((draws <= 0).sum(), (draws >= 0).sum())
-  low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
   return Comparison(
       float(gain),
-      float(low),
-      float(high),
+      float(draws[rank - 1]),
+      float(draws[-rank]),
       p_value=min(1.0, 2 * float(rarest + 1) / (num_resamples + 1)),
       num=sum(len(s.a) for s in sets),
       level=level,
@@ -180,19 +221,23 @@ def compare(
     label: Any = None,
     *,
     metric: Metric | None = metrics.correct,
-    **options: Any,
+    num_resamples: int = 5000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Comparison:
   """How much better the first model is, and how sure that is.
 
-  The interval is that of `paired_bootstrap`. So is the p-value, except where
-  the answers to one data set are right or wrong: there it is that of `mcnemar`.
+  By `mcnemar` where the answers to one data set are right or wrong, else by
+  `paired_bootstrap`.
 
   Args:
     a: as in `paired_bootstrap`.
     b: as in `paired_bootstrap`.
     label: as in `paired_bootstrap`.
     metric: as in `paired_bootstrap`.
-    **options: the others of `paired_bootstrap`.
+    num_resamples: as in `paired_bootstrap`.
+    seed: as in `paired_bootstrap`.
+    level: of the interval.
 
   Returns:
     A `Comparison`.
@@ -206,68 +251,88 @@ def compare(
     >>> comparison.method, round(comparison.p_value, 4)
     ('exact McNemar', 0.0022)
   """
-  comparison = paired_bootstrap(metric, a, b, label=label, **options)
-  if isinstance(a, Mapping):
-    return comparison
-  answers = [_answers(metric, x, label) for x in (a, b)]
-  if any(x.dtype != bool for x in answers):
-    return comparison
-  return comparison._replace(
-      p_value=mcnemar(*answers).p_value, method='exact McNemar'
+  if not isinstance(a, Mapping):
+    scores = _set('the data', metric, a, b, label).scores
+    if all(x.dtype == bool for x in scores):
+      return mcnemar(*scores, level=level)
+  return paired_bootstrap(
+      metric,
+      a,
+      b,
+      label=label,
+      num_resamples=num_resamples,
+      seed=seed,
+      level=level,
   )
 
 
-def over_repeats(gains: Any, *, level: float = 0.95) -> Comparison:
-  """The mean gain over seeds or splits, and its interval.
+def over_repeats(
+    gains: Any, *, share: float = 0.0, level: float = 0.95
+) -> Comparison:
+  """The mean gain over repeats, such as seeds or splits, and its interval.
 
-  `mean +- t sd / sqrt(n)`, t of Student's distribution with n - 1 degrees of
-  freedom. Each gain is a difference within one repeat, hence paired.
+  `mean +- t sd sqrt(1 / n + share / (1 - share))`, t of Student's distribution
+  with n - 1 degrees of freedom. Each gain is a difference within one repeat,
+  hence paired.
+
+  Repeats that draw their examples from one pool depend on each other: on
+  average two of them have `share` of the examples that report in common, which
+  is taken for the correlation of their gains. This is the corrected resampled t
+  test; where the parts of a repeat use up the pool, `share / (1 - share)` is
+  its `n_test / n_train`, with all that does not report in n_train.
 
   Args:
-    gains: one a repeat, `[n]`. Repeats should share no examples: those that
-      split one pool again depend on each other, and the interval is too short.
+    gains: one a repeat, `[n]`.
+    share: the examples that report in one repeat, as a share of the pool that
+      each repeat draws them from, in 0..1. 0: repeats have no examples in
+      common, which leaves the paired t test. 1: all have the same, which tells
+      nothing about others: use `compare` on these.
     level: of the interval.
 
   Returns:
-    A `Comparison`; interval and p-value are NaN of a single repeat.
+    A `Comparison`; interval and p-value are NaN of a single repeat, and of a
+    share of 1.
 
   Raises:
-    ValueError: no gains.
+    ValueError: no gains, or a share that is not in 0..1.
 
   Example:
     >>> mean = over_repeats([0.01, 0.02, 0.03])
     >>> mean.gain, round(mean.low, 4), round(mean.high, 4)
     (0.02, -0.0048, 0.0448)
+    >>> mean = over_repeats([0.01, 0.02, 0.03], share=600 / 1000)
+    >>> mean.gain, round(mean.low, 4), round(mean.high, 4)
+    (0.02, -0.0383, 0.0783)
 
-  Source: Student 1908. On splits of one pool: Nadeau and Bengio 2003,
-  "Inference for the generalization error".
+  Source: Student 1908, "The probable error of a mean"; Nadeau and Bengio 2003,
+  "Inference for the generalization error", Machine Learning 52.
   """
   from scipy import special
 
   gains = np.asarray(gains, float)
   num = gains.size
-  if gains.ndim != 1 or not num:
+  if gains.ndim != 1 or not num or not 0 <= share <= 1:
     raise ValueError(
-        f'gains have shape {list(gains.shape)}: expected [n], one number per '
-        'repeat, and at least one.'
+        f'gains have shape {list(gains.shape)}, and share is {share}: expected '
+        '[n], one number per repeat and at least one, and a share in 0..1.'
     )
-  mean, error = float(gains.mean()), float('nan')
-  if num > 1:
-    error = float(gains.std(ddof=1) / np.sqrt(num))
-  margin = float(special.stdtrit(max(num - 1, 1), (1 + level) / 2)) * error
-  p_value = _two_sided(mean, error, lambda t: special.stdtr(max(num - 1, 1), t))
+  mean, error, free = float(gains.mean()), float('nan'), max(num - 1, 1)
+  if num > 1 and share < 1:
+    factor = np.sqrt(1 / num + share / (1 - share))
+    error = float(gains.std(ddof=1) * factor)
+  margin = float(special.stdtrit(free, (1 + level) / 2)) * error
   return Comparison(
       mean,
       mean - margin,
       mean + margin,
-      p_value,
-      method='paired t',
+      _two_sided(mean, error, lambda t: special.stdtr(free, t)),
+      method='corrected resampled t' if share else 'paired t',
       level=level,
       num_repeats=num,
   )
 
 
-def optimism(held_out_gain: Any, report_gain: Any) -> Comparison:
+def optimism(held_out_gain: Comparison, report_gain: Comparison) -> Comparison:
   """Selection optimism: held-out gain minus report gain.
 
   A search takes the luckiest of its candidates on the held-out data, so that
@@ -275,62 +340,48 @@ def optimism(held_out_gain: Any, report_gain: Any) -> Comparison:
   negative where that of the best single model, the luckiest of K, is larger.
 
   Args:
-    held_out_gain: gain over the best single model on the data that chose: a
-      `Comparison`, or gains `[n]`, one a repeat.
+    held_out_gain: gain over the best single model on the data that chose.
     report_gain: gain of the same model on data that only report.
 
   Returns:
-    A `Comparison`. Of two intervals, whose data are disjoint, hence
-    independent, each end is as far from the difference as the root of the sum
-    of squares of what they allow on that side; the interval tells the chance in
-    drawing examples. Of gains by repeat it is that of `over_repeats`, paired.
+    A `Comparison`. The data are disjoint, hence independent: each end of the
+    interval is as far from the difference as the root of the sum of squares of
+    what the two intervals allow on that side. It tells the chance in drawing
+    examples; of gains by repeat take `over_repeats` of their differences.
 
   Raises:
-    ValueError: arguments of two kinds, or levels or lengths that differ.
+    ValueError: levels that differ.
 
   Example:
-    >>> round(optimism([0.03, 0.02, 0.04], [0.01, 0.01, 0.02]).gain, 4)
-    0.0167
+    >>> a = Comparison(0.03, 0.01, 0.05, p_value=0.01)
+    >>> b = Comparison(0.01, 0.0, 0.02, p_value=0.05)
+    >>> round(optimism(a, b).gain, 4)
+    0.02
 
   Source: Efron 1983, "Estimating the error rate of a prediction rule". The
   interval: Zou and Donner 2008, "Construction of confidence limits about effect
   measures: a general approach".
   """
-  if not isinstance(held_out_gain, Comparison) and not isinstance(
-      report_gain, Comparison
-  ):
-    chosen, reported = (
-        np.asarray(x, float) for x in (held_out_gain, report_gain)
-    )
-    if chosen.shape != reported.shape:
-      raise ValueError(
-          f'Gains have shapes {list(chosen.shape)} and '
-          f'{list(reported.shape)}: expected one of each per repeat.'
-      )
-    return over_repeats(chosen - reported)
-  if (
-      type(held_out_gain) is not type(report_gain)
-      or held_out_gain.level != report_gain.level
-  ):
-    raise ValueError(
-        f'The gains are {held_out_gain} and {report_gain}: expected two '
-        'Comparisons of the same level, or two lists of gains by repeat.'
-    )
-  return _difference(held_out_gain, report_gain)
-
-
-def _difference(a: Comparison, b: Comparison) -> Comparison:
   from scipy import special
 
+  a, b = held_out_gain, report_gain
+  if a.level != b.level:
+    raise ValueError(
+        f'The gains have intervals of levels {a.level} and {b.level}: expected '
+        'one level.'
+    )
   gain = a.gain - b.gain
-  low = gain - np.hypot(a.gain - a.low, b.high - b.gain)
-  high = gain + np.hypot(a.high - a.gain, b.gain - b.low)
-  error = (high - low) / 2 / special.ndtri((1 + a.level) / 2)
+  low = gain - float(np.hypot(a.gain - a.low, b.high - b.gain))
+  high = gain + float(np.hypot(a.high - a.gain, b.gain - b.low))
+  # The side on which 0 lies, so that the p-value agrees with the interval.
+  to_zero = gain - low if gain > 0 else high - gain
   return Comparison(
       gain,
-      float(low),
-      float(high),
-      _two_sided(gain, float(error), special.ndtr),
+      low,
+      high,
+      _two_sided(
+          gain, to_zero / special.ndtri((1 + a.level) / 2), special.ndtr
+      ),
       num=a.num + b.num,
       method='two intervals',
       level=a.level,
@@ -341,7 +392,7 @@ def _two_sided(mean: float, error: float, cdf: Callable[[float], Any]) -> float:
   """The p-value of a mean with a standard error; of no error 0 or 1."""
   if error == 0:
     return float(mean == 0)
-  return min(1.0, 2 * float(cdf(-abs(mean) / error)))
+  return min(2 * float(cdf(-abs(mean) / error)), 1.0)  # In order: NaN stays.
 
 
 class _Set(NamedTuple):
@@ -351,8 +402,11 @@ class _Set(NamedTuple):
   a: np.ndarray
   b: np.ndarray
   label: np.ndarray | None
-  gain: float
-  differences: np.ndarray | None  # [N], where the metric is a mean.
+  scores: list[np.ndarray]  # Of a and b: [N] where the metric is a mean.
+
+  @property
+  def differences(self) -> np.ndarray:
+    return self.scores[0].astype(float) - self.scores[1].astype(float)
 
 
 def _sets(metric, a, b, label) -> list[_Set]:
@@ -388,15 +442,7 @@ def _set(name, metric, a, b, label) -> _Set:
         f'{len(a)} examples: expected a scalar, or one number per example. '
         'Logits need a metric, such as metrics.correct.'
     )
-  differences = scores[0].astype(float) - scores[1].astype(float)
-  return _Set(
-      name,
-      a,
-      b,
-      label,
-      float(differences.mean()),
-      differences if differences.ndim else None,
-  )
+  return _Set(name, a, b, label, scores)
 
 
 def _answers(metric, x, label) -> np.ndarray:
@@ -414,7 +460,7 @@ def _of_same_examples(sets: Sequence[_Set]) -> list[list[_Set]]:
 def _resampled(metric, group, num_resamples, rng) -> np.ndarray:
   """Sums of the gains over data sets of the same examples, by resample."""
   num = len(group[0].a)
-  if group[0].differences is not None:
+  if group[0].differences.ndim:
     return (
         _resampled_sums(sum(s.differences for s in group), num_resamples, rng)
         / num
