@@ -41,13 +41,12 @@ def is_any(answer: bool) -> bool:
   return bool(np.any(multihost_utils.process_allgather(np.asarray(answer))))
 
 
-def summed(sums: np.ndarray) -> np.ndarray:
-  """`[...]` uint64, summed over the processes modulo 2^64."""
+def summed(array: np.ndarray) -> np.ndarray:
+  """The sum over the processes of arrays of one shape and dtype."""
   if jax.process_count() == 1:
-    return sums
-  # As halves, because jax has no 64-bit integers unless they are switched on.
-  parts = multihost_utils.process_allgather(sums.view(np.uint32))
-  return np.asarray(parts).view(np.uint64).sum(axis=0, dtype=np.uint64)
+    return array
+  # A broadcast adds what all sources pass.
+  return np.asarray(multihost_utils.broadcast_one_to_all(array, is_source=True))
 
 
 def gathered(leaf: Any) -> np.ndarray:

@@ -1,10 +1,7 @@
 """One checkpoint: the paths of the wanted leaves, and their checksums."""
 
 import math
-import threading
 from typing import Any
-
-import numpy as np
 
 from jaxsoup import _tree
 from jaxsoup._soup import Params
@@ -14,8 +11,8 @@ from jaxsoup.checkpoints import _pieces
 from jaxsoup.checkpoints import _source
 
 
-class Sums(dict[_tree.Path, tuple[np.ndarray, int]]):
-  """Partial checksums: of each leaf the sums so far, and their bytes."""
+class Sums(dict[_tree.Path, _checksum.Checksum]):
+  """Checksums of the leaves that are being read."""
 
 
 class Checkpoint:
@@ -36,7 +33,11 @@ class Checkpoint:
     self.flat = abstract or _tree.flatten(_tree.nest(self.stored))
     self.places = places
     self._digests: dict[str, str] = {}
-    self._lock = threading.Lock()
+    self._stored_digests = {
+        name: digest
+        for name, digest in source.metadata.checksums.items()
+        if _checksum.is_current(digest)
+    }
 
   def read(self) -> Params:
     """All wanted leaves, in their dtypes and shardings."""
@@ -73,12 +74,8 @@ class Checkpoint:
     def read_and_add(index):
       piece = read(index)
       if piece.shape[1:] == columns:  # Whole rows, one after another.
-        more = _checksum.sums_of(
-            piece, index[0].start * row_bytes if index else 0
-        )
-        with self._lock:
-          total, count = sums.get(name, (0, 0))
-          sums[name] = (more + total, count + piece.nbytes)
+        checksum = sums.setdefault(name, self._new_checksum(name))
+        checksum.add(piece, index[0].start * row_bytes if index else 0)
       return piece
 
     return read_and_add
@@ -92,23 +89,25 @@ class Checkpoint:
 
     Does nothing where this process read only a part of the leaf.
     """
-    total, count = sums.pop(name, (_checksum.NOTHING, 0))
-    if count < _bytes(self.stored[name]):
+    digest = sums.pop(name, self._new_checksum(name)).digest()
+    if digest is None:
       return
-    digest = self._digests[_tree.name_of(name)] = _checksum.digest(total)
-    stored = self.source.metadata.checksums.get(
-        _tree.name_of(self.places[name])
-    )
-    if stored is not None and _checksum.differ(digest, stored):
+    self._digests[_tree.name_of(name)] = digest
+    stored = self._stored_digests.get(_tree.name_of(self.places[name]), digest)
+    if digest != stored:
       raise _source.DamagedError(
           f'Leaf {_tree.name_of(name)!r} of {self.source.metadata.path} is '
           f'damaged: its checksum is {digest}, but {stored} was stored with it.'
           ' Restore the checkpoint from a copy, or leave it out.'
       )
 
+  def _new_checksum(self, name: _tree.Path) -> _checksum.Checksum:
+    leaf = self.stored[name]
+    return _checksum.Checksum(leaf.dtype.itemsize * math.prod(leaf.shape))
+
   def content_hash(self) -> str | None:
     """A hash of the wanted leaves, if their checksums are known."""
-    stored = self.source.metadata.checksums
+    stored = self._stored_digests
     checksums = {
         _tree.name_of(name): stored[_tree.name_of(path)]
         for name, path in self.places.items()
@@ -118,10 +117,6 @@ class Checkpoint:
       return None
     leaves = {_tree.name_of(name): x for name, x in self.stored.items()}
     return _checksum.content_hash(leaves, checksums)
-
-
-def _bytes(leaf: Any) -> int:
-  return leaf.dtype.itemsize * math.prod(leaf.shape)
 
 
 def _places(

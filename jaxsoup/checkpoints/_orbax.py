@@ -258,7 +258,14 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
         'bare array. Rename the keys, or wrap it in a dict.'
     )
   by_name = {_tree.name_of(p): x for p, x in arrays.items()}
-  checksums = {name: _checksum_of(x) for name, x in by_name.items()}
+  checksums = {
+      name: (
+          _checksum.of(x)
+          if isinstance(x, np.ndarray)
+          else _checksum.of_shards(x)
+      )
+      for name, x in by_name.items()
+  }
   own = {
       'checksums': checksums,
       'content_hash': _checksum.content_hash(by_name, checksums),
@@ -282,13 +289,6 @@ def _savable(leaf: Any, path: _tree.Path) -> Any:
   if leaf.is_fully_addressable or leaf.is_fully_replicated:
     return np.asarray(jax.device_get(leaf))
   return leaf
-
-
-def _checksum_of(array: Any) -> str:
-  if isinstance(array, np.ndarray):
-    return _checksum.of(array)
-  sums = _checksum.sums_of_shards(array)
-  return _checksum.digest(_processes.summed(sums))
 
 
 def check_no_key(leaf: Any, path: _tree.Path) -> None:

@@ -7,7 +7,6 @@ import math
 import os
 import pathlib
 import struct
-import threading
 from typing import Any
 
 import jax
@@ -207,19 +206,18 @@ def write(
   try:
     # The checksums come last, and are as long as their placeholders.
     length = 8 + len(_header_bytes(rows, leaves, own_fn(), {}, num_more))
-    # A leaf without numbers has no pieces.
-    sums: dict[_tree.Path, Any] = dict.fromkeys(leaves, _checksum.NOTHING)
-    lock = threading.Lock()
+    sizes = {
+        p: math.prod(x.shape) * x.dtype.itemsize for p, x in leaves.items()
+    }
+    checksums = {p: _checksum.Checksum(size) for p, size in sizes.items()}
 
     def put(leaf_path, start, piece):
       place = length + rows['.'.join(leaf_path)]['data_offsets'][0] + start
       _write_all(number, piece, place)
-      piece_sums = _checksum.sums_of(piece, start)
-      with lock:
-        sums[leaf_path] = sums[leaf_path] + piece_sums
+      checksums[leaf_path].add(piece, start)
 
     fill_fn(put)
-    digests = {p: _checksum.digest(sums[p]) for p in leaves}
+    digests = {p: checksum.digest() for p, checksum in checksums.items()}
     header = _header_bytes(rows, leaves, own_fn(), digests)
     _write_all(number, np.frombuffer(_padded(header, length), np.uint8), 0)
     os.link(unfinished, path)  # Unlike a rename, it never overwrites a file.
@@ -229,7 +227,7 @@ def write(
 
 
 def _header_bytes(rows, leaves, own, digests, num_more=0) -> bytes:
-  unknown = _checksum.digest(_checksum.NOTHING)  # As long as any other.
+  unknown = _checksum.Checksum(0).digest()  # As long as any other.
   checksums = {_tree.name_of(p): digests.get(p, unknown) for p in leaves}
   by_name = {_tree.name_of(p): x for p, x in leaves.items()}
   content_hash = _checksum.content_hash(by_name, checksums)
