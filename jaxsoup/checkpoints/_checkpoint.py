@@ -1,6 +1,10 @@
 """One checkpoint: the paths of the wanted leaves, and their checksums."""
 
+from collections.abc import Container
+from collections.abc import Mapping
+from collections.abc import Sequence
 import math
+import pathlib
 from typing import Any
 
 from jaxsoup import _tree
@@ -25,9 +29,14 @@ class Checkpoint:
     places: paths in the file, by name.
   """
 
-  def __init__(self, source: _source.Source, abstract: _tree.Flat | None):
+  def __init__(
+      self,
+      source: _source.Source,
+      abstract: _tree.Flat | None,
+      item: str | None = None,
+  ):
     self.source = source
-    places = _places(source.metadata, abstract)
+    places = _places(source.metadata, abstract, item)
     leaves = source.metadata.leaves
     self.stored = {name: leaves[path] for name, path in places.items()}
     self.flat = abstract or _tree.flatten(_tree.nest(self.stored))
@@ -119,34 +128,94 @@ class Checkpoint:
     return _checksum.content_hash(leaves, checksums)
 
 
+def below(
+    source: _source.Metadata, item: str | None
+) -> dict[_tree.Path, _tree.Path]:
+  """The paths of the leaves below an item, by what follows its own keys.
+
+  Args:
+    source: the checkpoint.
+    item: keys of a subtree, joined by `/`. The first may be the directory of
+      the checkpoint. None: all leaves.
+
+  Returns:
+    Paths in the checkpoint.
+
+  Raises:
+    ValueError: there is no such subtree.
+  """
+  keys = tuple(item.split('/')) if item else ()
+  stored = list(source.leaves)
+  inside = lambda: {p[len(keys) :]: p for p in stored if p[: len(keys)] == keys}
+  if not inside() and keys[0] in pathlib.PurePath(source.path).parts:
+    keys = keys[1:]
+  if not inside():
+    raise ValueError(
+        f'{source.path} holds no item {item!r}; it holds '
+        f'{", ".join(sorted({p[0] for p in stored})[:8])}.'
+    )
+  return inside()
+
+
 def _places(
-    source: _source.Metadata, abstract: _tree.Flat | None
+    source: _source.Metadata, abstract: _tree.Flat | None, item: str | None
 ) -> dict[_tree.Path, _tree.Path]:
   """The path in the checkpoint of each wanted leaf."""
+  stored = below(source, item)
   if abstract is None:
-    paths = list(source.leaves)
-    inside = [path for path in paths if path[0] == 'params']
-    named = _orbax.without_value_keys(inside or paths)
-    return {n[1:] if inside else n: p for n, p in named.items()}
+    params = {p[1:]: q for p, q in stored.items() if p[:1] == ('params',)}
+    stored = params or stored
+    named = _orbax.without_value_keys(list(stored))
+    return {name: stored[p] for name, p in named.items()}
   wanted = dict(zip(abstract.paths, abstract.leaves))
-  best: dict[_tree.Path, _tree.Path] = {}
-  for prefix in _prefixes(source.leaves):
-    below = [p for p in source.leaves if p[: len(prefix)] == prefix]
-    named = _orbax.without_value_keys(below)
-    named = {name[len(prefix) :]: path for name, path in named.items()}
-    matched = {name: named[name] for name in wanted if name in named}
-    if len(matched) > len(best):
-      best = matched
-    if len(best) == len(wanted):
-      break
+  matches = _matches(stored, wanted)
+  fitting = {
+      prefix: places
+      for prefix, places in matches.items()
+      if len(places) == len(wanted)
+      and all(
+          source.leaves[places[n]].shape == x.shape for n, x in wanted.items()
+      )
+  }
+  chosen = _chosen(list(fitting))
+  if len(chosen) > 1:
+    names = [_tree.name_of(prefix) for prefix in chosen]
+    raise ValueError(
+        f'{source.path} holds the parameters in several places: '
+        f'{" and ".join(names[:6])}. Pass item=NAME (--item NAME), such as '
+        f'item={names[0]!r}.'
+    )
+  if chosen:
+    return fitting[chosen[0]]
+  best = max(matches.values(), key=len, default={})
   _check_fits(source, wanted, best)
   return best
 
 
-def _prefixes(paths) -> list[_tree.Path]:
-  """Every subtree, the shallow ones and those named params first."""
-  prefixes = {p[:n] for p in paths for n in range(len(p) + 1)}
-  return sorted(prefixes, key=lambda p: (len(p), 'params' not in p, p))
+def _matches(
+    stored: Mapping[_tree.Path, _tree.Path], wanted: Container[_tree.Path]
+) -> dict[_tree.Path, dict[_tree.Path, _tree.Path]]:
+  """The wanted leaves that are below each prefix, the shallow ones first."""
+  matches: dict[_tree.Path, dict[_tree.Path, _tree.Path]] = {}
+  for path, place in stored.items():
+    # `nnx.State` is stored with a last key that is not a part of the name.
+    name = path[:-1] if path[-1:] == ('value',) else path
+    for full in {path, name}:
+      for n in range(len(full) + 1):
+        if full[n:] in wanted:
+          matches.setdefault(full[:n], {})[full[n:]] = place
+  return dict(sorted(matches.items(), key=lambda item: len(item[0])))
+
+
+def _chosen(prefixes: Sequence[_tree.Path]) -> Sequence[_tree.Path]:
+  """The places that are meant: one, or several if nothing tells which."""
+  # Moments of an optimizer have the shapes of the parameters.
+  is_moment = lambda p: any(key.startswith('opt') for key in p)
+  outside = [p for p in prefixes if not is_moment(p)]
+  params = [p for p in outside if 'params' in p]
+  if () in prefixes:
+    return [()]
+  return params or outside or prefixes
 
 
 def _check_fits(source, wanted, places) -> None:

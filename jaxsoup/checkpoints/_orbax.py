@@ -40,7 +40,7 @@ def resolve(path: Any, item: str | None = None) -> epath.Path:
   Args:
     path: a checkpoint; a run directory, whose latest step is taken; or a step
       of a `CheckpointManager`.
-    item: which one, where a step holds several.
+    item: which one, where a step holds several; a subtree of it may follow.
 
   Raises:
     FileNotFoundError: there is no finished checkpoint.
@@ -97,8 +97,8 @@ def _resolve(path: epath.Path, item: str | None) -> epath.Path | None:
         'stopped) and is skipped. Delete it, or save that step again.',
         stacklevel=2,
     )
-  if item in children:
-    return children[item]
+  if item and item.partition('/')[0] in children:
+    return children[item.partition('/')[0]]
   steps = {
       int(match[1]): resolved
       for name, resolved in children.items()
