@@ -153,10 +153,7 @@ def test_parameters_in_several_places_are_an_error(tmp_path, ema, model):
       assert_equal(ingredients[0], tree)
       assert_equal(ingredients.unsharded()[0], tree)
       assert_equal(checkpoints.Ingredients([path], item=name)[0], tree)
-      arrays = checkpoints.Arrays(path, item=name)
-      assert sorted(x.rpartition('.')[2].rpartition('/')[2] for x in arrays) == [
-          'bias', 'kernel', 'kernel',
-      ]  # fmt: skip
+      assert len(checkpoints.Arrays(path, item=name)) == 3
     with pytest.raises(
         ValueError, match="no item 'other'; it holds .*opt_state"
     ):

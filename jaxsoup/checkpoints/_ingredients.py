@@ -37,6 +37,7 @@ class Ingredients(Sequence):
 
   Attributes:
     paths: the files or directories that hold the pytrees, as strings.
+    item: as given.
   """
 
   def __init__(
@@ -74,7 +75,7 @@ class Ingredients(Sequence):
     if isinstance(paths, (str, bytes)) or not hasattr(paths, '__len__'):
       raise TypeError(f'paths must be a list of paths, not {paths!r}.')
     self.paths = tuple(_formats.resolve(path, item) for path in paths)
-    self._item = item
+    self.item = item
     self._abstract = (
         None if abstract_params is None else _tree.flatten(abstract_params)
     )
@@ -198,11 +199,11 @@ class Ingredients(Sequence):
   def unsharded(self) -> 'Ingredients':
     """The same, for one process alone."""
     if self._abstract is None:  # Then extra leaves of others are mismatches.
-      return Ingredients(self.paths, item=self._item)
+      return Ingredients(self.paths, item=self.item)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.abstract_params
     )
-    return Ingredients(self.paths, shapes, item=self._item)
+    return Ingredients(self.paths, shapes, item=self.item)
 
   def _read(self, k: int) -> Params:
     return self._checkpoint(k).read()
@@ -211,6 +212,6 @@ class Ingredients(Sequence):
     if k not in self._checkpoints:
       source = _formats.open_source(self.paths[k])
       self._checkpoints[k] = _checkpoint.Checkpoint(
-          source, self._abstract, self._item
+          source, self._abstract, self.item
       )
     return self._checkpoints[k]
