@@ -709,3 +709,32 @@ def test_lines_read_the_first_of_a_row_once():
   for (i, j), path in paths.items():
     expected = landscape.line(square, model(i), model(j), num=5)
     np.testing.assert_array_equal(path.loss, expected.loss)
+
+
+def test_sharpness_of_complex_parameters(rng):
+  """As of their real and imaginary parts."""
+  matrix = rng.normal(size=(6, 6)).astype(np.float32)
+  of_parts = lambda x: jnp.sum(jnp.square(matrix @ x))
+  of_complex = lambda params: of_parts(
+      jnp.concatenate([params['z'].real, params['z'].imag])
+  )
+  z = rng.normal(size=3) + 1j * rng.normal(size=3)
+  found = landscape.sharpness(
+      of_complex, {'z': z.astype(np.complex64), 'step': np.int32(3)}
+  )
+  expected = 2 * np.linalg.eigvalsh(matrix.T @ matrix)[-1]
+  assert found.eigenvalue == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    'measure',
+    [
+        lambda x: landscape.angle(x, x, x),
+        lambda x: landscape.distances([x, x]),
+        lambda x: landscape.plane(square, x, x, x),
+        lambda x: landscape.sharpness(square, x),
+    ],
+)
+def test_parameters_without_floats_are_one_error(measure):
+  with pytest.raises(ValueError, match='The parameters have no floats'):
+    measure({'step': np.int32(3)})

@@ -370,6 +370,27 @@ def test_models_with_rows_in_another_order_are_no_duplicates(tmp_path):
   assert soup.info.duplicates == ()
 
 
+def test_complex_numbers_in_safetensors(tmp_path):
+  models = [{'z': np.complex64([1 + 2j, k - 1j])} for k in range(2)]
+  paths = [
+      checkpoints.save(tmp_path / f'{k}.safetensors', x)
+      for k, x in enumerate(models)
+  ]
+  np.testing.assert_array_equal(
+      safetensors.load_file(paths[0])['z'], models[0]['z']
+  )
+  soup = jaxsoup.uniform(checkpoints.Ingredients(paths))
+  np.testing.assert_array_equal(soup.params['z'], [1 + 2j, 0.5 - 1j])
+
+
+@pytest.mark.parametrize('dtype', [jnp.int4, jnp.float4_e2m1fn])
+def test_dtypes_that_safetensors_lacks_are_named(tmp_path, dtype):
+  params = {'body': {'w': jnp.ones(2, dtype)}}
+  with pytest.raises(TypeError, match="'body/w' has dtype .*4.*Orbax"):
+    checkpoints.save(tmp_path / 'a.safetensors', params)
+  assert not list(tmp_path.iterdir())
+
+
 # --- Averages -----------------------------------------------------------------
 
 

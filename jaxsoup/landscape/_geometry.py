@@ -32,7 +32,7 @@ def angle(theta_0: Params, theta_1: Params, theta_2: Params) -> float:
     Degrees, from 0 to 180; NaN where one of the two never moved.
 
   Raises:
-    ValueError: they do not fit (see `check_compatible`).
+    ValueError: they do not fit (see `check_compatible`), or have no floats.
 
   Example:
     >>> angle(np.zeros(2), np.array([2.0, 0]), np.array([1.0, 1]))
@@ -66,7 +66,8 @@ def angles(
     dicts of those, one for each group. Running statistics do not count.
 
   Raises:
-    ValueError: no ingredients, or they or theta_0 do not fit.
+    ValueError: no ingredients, or they or theta_0 do not fit, or have no
+      floats.
 
   Example:
     >>> models = [np.array([2.0, 0]), np.array([1.0, 1]), np.array([0, -1.0])]
@@ -74,6 +75,7 @@ def angles(
     [[0.0, 45.0, 90.0], [45.0, 0.0, 135.0], [90.0, 135.0, 0.0]]
   """
   checked = _checked.Checked(ingredients, non_float_from=0)
+  _checked.require_floats(checked.float_paths)
   start = _checked.fitting_leaves(checked, theta_0)
   products = _of_pairs(checked, lambda x, y: inner_products(x, y, start))
   return jax.tree.map(_degrees, _grouped(products, checked, depth))
@@ -96,7 +98,7 @@ def distances(
     do not count.
 
   Raises:
-    ValueError: no ingredients, or they do not fit.
+    ValueError: no ingredients, or they do not fit, or have no floats.
 
   Example:
     >>> models = [np.array([0.0, 0]), np.array([3.0, 4])]
@@ -104,6 +106,7 @@ def distances(
     [[0.0, 5.0], [5.0, 0.0]]
   """
   checked = _checked.Checked(ingredients, non_float_from=0)
+  _checked.require_floats(checked.float_paths)
   squares = _of_pairs(checked, lambda x, y: inner_products(x, x, y))
   return jax.tree.map(np.sqrt, _grouped(squares, checked, depth))
 
