@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxsoup import _checked
 from jaxsoup import _mixing
+from jaxsoup import _programs
 from jaxsoup import _tree
 from jaxsoup import evaluation
 from jaxsoup._soup import Params
@@ -145,12 +146,12 @@ def _ones(v: _Leaves) -> jax.Array:
   return _tree.numbers(np.ones(len(v)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_programs.jit_of(1)
 def _of_function(loss_fn, params, v):
   return _hessian_product(loss_fn, params, v)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_programs.jit_of(1)
 def _of_batch(step, params, v, batch):
   sum_fn = lambda p: step(p, batch)[0]
   return _hessian_product(sum_fn, params, v), step(params, batch)[1]

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxsoup import _checked
 from jaxsoup import _mixing
+from jaxsoup import _programs
 from jaxsoup import _tree
 from jaxsoup import evaluation
 from jaxsoup._soup import Params
@@ -375,13 +376,12 @@ def _run(jitted, loss_fn, params: Params) -> Any:
     ) from e
 
 
-# The function is static, so that a second line compiles nothing.
-@functools.partial(jax.jit, static_argnums=0)
+@_programs.jit_of(1)
 def _one(loss_fn, params):
   return _scalar(loss_fn(params))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_programs.jit_of(1)
 def _side_by_side(loss_fn, stacked):
   return jax.vmap(lambda params: _scalar(loss_fn(params)))(stacked)
 
