@@ -28,8 +28,10 @@ import numpy as np
 import optax
 
 import jaxsoup
+from jaxsoup import _memory
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
+from jaxsoup import landscape
 from jaxsoup import sharding
 
 assert jax.device_count() == 4 and jax.process_count() == num_processes
@@ -85,6 +87,12 @@ soups = {
     'streamed': learn(stream=True),
 }
 results = {'scores': {str(k): v for k, v in log.items()}}
+
+# The first process could hold all models, the other only one or two.
+_memory.free_bytes = lambda device: 10**9 if process == 0 else 2000
+soups['undecided'] = learn()
+results['is_streamed'] = soups['undecided'].info.plan.is_streamed
+results['distances'] = landscape.distances(ingredients).tolist()
 for name, soup in soups.items():
   for suffix in ('', '.safetensors'):
     path = folder / f'{name}{suffix}'

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxsoup import _checked
 from jaxsoup import _memory
+from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup._soup import Params
 
@@ -153,7 +154,8 @@ def _block_size(leaves: _Leaves) -> int:
   model_bytes = sum(x.nbytes for x in leaves)
   if device.platform != 'cpu':
     model_bytes = sum(x.addressable_data(0).nbytes for x in leaves)
-  return max(1, int(_memory.free_bytes(device) / 2 / max(model_bytes, 1)))
+  size = int(_memory.free_bytes(device) / 2 / max(model_bytes, 1))
+  return max(1, _processes.agreed_min(size, leaves[0]))
 
 
 def _grouped(products: np.ndarray, checked: _checked.Checked, depth) -> Any:
