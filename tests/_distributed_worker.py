@@ -42,7 +42,7 @@ shapes = {
     'b': jax.ShapeDtypeStruct((3,), np.float32),
     'bias': jax.ShapeDtypeStruct((8,), np.float32),
 }
-abstract = sharding.fsdp(shapes, mesh)
+abstract = sharding.fsdp(shapes, mesh, min_size=0)
 runs = sorted((folder / 'runs').iterdir())
 ingredients = checkpoints.Ingredients(runs, abstract)
 

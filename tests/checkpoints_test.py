@@ -303,7 +303,7 @@ def test_dtypes_come_back(tmp_path, dtype):
 @pytest.mark.parametrize('axis_type', (AxisType.Auto, AxisType.Explicit))
 def test_onto_a_mesh_and_back(tmp_path, runs, axis_type):
   mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(axis_type,))
-  abstract_params = sharding.fsdp(abstract_of(params_of()), mesh)
+  abstract_params = sharding.fsdp(abstract_of(params_of()), mesh, min_size=0)
   params = checkpoints.Ingredients(runs, abstract_params)[1]
   jax.tree.map(lambda x, a: _assert_sharded(x, a), params, abstract_params)
   assert_equal(params, params_of(1))
@@ -325,7 +325,7 @@ def _assert_sharded(x, abstract):
 
 def test_orbax_checkpoint_of_four_devices_is_read_on_one(tmp_path):
   mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
-  abstract_params = sharding.fsdp(abstract_of(params_of()), mesh)
+  abstract_params = sharding.fsdp(abstract_of(params_of()), mesh, min_size=0)
   spread = jax.tree.map(
       lambda x, a: jax.device_put(x, a.sharding), params_of(), abstract_params
   )
@@ -335,7 +335,7 @@ def test_orbax_checkpoint_of_four_devices_is_read_on_one(tmp_path):
 
 def test_reading_while_a_mesh_is_set(runs):
   mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
-  abstract_params = sharding.fsdp(abstract_of(params_of()), mesh)
+  abstract_params = sharding.fsdp(abstract_of(params_of()), mesh, min_size=0)
   with jax.set_mesh(mesh), jax.transfer_guard('disallow'):
     models = list(checkpoints.Ingredients(runs, abstract_params))
   for k, params in enumerate(models):

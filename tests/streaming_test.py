@@ -464,7 +464,9 @@ def test_each_shard_is_read_onto_its_device(
     mesh = jax.make_mesh(
         (num,), ('fsdp',), axis_types=(axis_type,), devices=jax.devices()[:num]
     )
-    abstract = sharding.fsdp(jax.eval_shape(lambda: params_of(0)), mesh)
+    abstract = sharding.fsdp(
+        jax.eval_shape(lambda: params_of(0)), mesh, min_size=0
+    )
     ingredients = checkpoints.Ingredients(paths, abstract)
     assert_equal(ingredients[1], params_of(1))
     soup = jaxsoup.uniform(ingredients)
@@ -489,7 +491,7 @@ def test_any_mesh_reads_what_another_wrote(tmp_path, saved_on, read_on):
         axis_types=(AxisType.Auto,),
         devices=jax.devices()[:num],
     )
-    return sharding.fsdp(jax.eval_shape(lambda: params_of(0)), mesh)
+    return sharding.fsdp(jax.eval_shape(lambda: params_of(0)), mesh, min_size=0)
 
   shardings = jax.tree.map(lambda x: x.sharding, on(saved_on))
   for name in ('orbax', 'file.safetensors'):
