@@ -98,9 +98,10 @@ class Checkpoint:
 
     Does nothing where this process read only a part of the leaf.
     """
-    digest = sums.pop(name, self._new_checksum(name)).digest()
-    if digest is None:
+    checksum = sums.pop(name, self._new_checksum(name))
+    if not checksum.is_complete:
       return
+    digest = checksum.digest()
     self._digests[_tree.name_of(name)] = digest
     stored = self._stored_digests.get(_tree.name_of(self.places[name]), digest)
     if digest != stored:

@@ -71,21 +71,23 @@ class Checksum:
       self._parts[block] = whole, count + len(part)
     return None
 
-  def digest(self) -> str | None:
-    """One short text; None if bytes are missing."""
-    if self._num_hashed < self._num_bytes:
-      return None
+  @property
+  def is_complete(self) -> bool:
+    return self._num_hashed == self._num_bytes
+
+  def digest(self) -> str:
+    """One short text for the array, if it is complete."""
     return f'{_PREFIX}{self._sum % 2**128:032x}'
 
 
-def of(array: np.ndarray) -> str | None:
+def of(array: np.ndarray) -> str:
   """The digest of a whole array."""
   checksum = Checksum(array.nbytes)
   checksum.add(array)
   return checksum.digest()
 
 
-def of_shards(array: jax.Array) -> str | None:
+def of_shards(array: jax.Array) -> str:
   """The digest of an array that is sharded over processes, which all call."""
   checksum = Checksum(array.nbytes)
   row_bytes = array.dtype.itemsize * math.prod(array.shape[1:])
