@@ -376,9 +376,9 @@ def test_complex_numbers_in_safetensors(tmp_path):
       checkpoints.save(tmp_path / f'{k}.safetensors', x)
       for k, x in enumerate(models)
   ]
-  np.testing.assert_array_equal(
-      safetensors.load_file(paths[0])['z'], models[0]['z']
-  )
+  if 'C64' in safetensors._TYPES:  # Not in 0.5.
+    by_others = safetensors.load_file(paths[0])
+    np.testing.assert_array_equal(by_others['z'], models[0]['z'])
   soup = jaxsoup.uniform(checkpoints.Ingredients(paths))
   np.testing.assert_array_equal(soup.params['z'], [1 + 2j, 0.5 - 1j])
 
