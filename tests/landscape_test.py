@@ -787,7 +787,9 @@ MEASURES = {
         lambda params: f(params) + params[0] ** 2, ENDS[1], max_steps=5
     ),
     'mean_of': lambda f: landscape.sharpness(
-        evaluation.mean_of(f.logits, [{'x': np.ones(2)}] * 4), ENDS[1], max_steps=2
+        evaluation.mean_of(f.logits, [{'x': np.ones(2)}] * 4),
+        ENDS[1],
+        max_steps=2,
     ),
     'theory': lambda f: landscape.soup_minus_ensemble(
         f.logits, *ENDS, [{'x': np.ones((2, 3))}] * 3, output_loss_fn=f.losses

@@ -47,7 +47,8 @@ machine (medians of nine and of seven).
 Tried: pieces of 1 MB fit the second cache with their sum, but cost more in
 Python than they gain; two threads in place of three, or another switching
 interval of the interpreter, change nothing. What would help next is fewer
-Python calls per piece, which hold the interpreter's lock. From zstd, decompression limits: both ways spend most of their time there.
+Python calls per piece, which hold the interpreter's lock. From zstd,
+decompression limits: both ways spend most of their time there.
 """
 
 import argparse
