@@ -28,8 +28,8 @@ jax.devices()
 # %% [markdown]
 # ## A mesh, and shardings on it
 #
-# `sharding.fsdp` splits each leaf along its largest axis. It works on abstract
-# shapes; no parameters exist yet.
+# `sharding.fsdp` splits each leaf along its largest axis, here also the small
+# ones. It works on abstract shapes; no parameters exist yet.
 
 # %%
 from flax import linen as nn
@@ -60,7 +60,7 @@ mesh = jax.make_mesh(
     (jax.device_count(),), ('fsdp',), axis_types=(AxisType.Auto,)
 )
 abstract_params = sharding.fsdp(
-    jax.eval_shape(init_fn, jax.random.key(0)), mesh
+    jax.eval_shape(init_fn, jax.random.key(0)), mesh, min_size=0
 )
 for path, leaf in jax.tree.leaves_with_path(abstract_params)[2:]:
   print(

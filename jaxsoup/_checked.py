@@ -117,6 +117,15 @@ def require_ingredients(ingredients: Any) -> None:
     )
 
 
+def require_floats(paths: Sequence[_tree.Path]) -> None:
+  """Raises unless some leaves are floats: only those can be learned or move."""
+  if not paths:
+    raise ValueError(
+        'The parameters have no floats: no leaf has a float or complex dtype. '
+        'Pass the parameters of a model, such as nnx.state(model, nnx.Param).'
+    )
+
+
 def _host_value(leaf: Any) -> np.ndarray:
   if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     leaf = jax.random.key_data(leaf)

@@ -41,13 +41,26 @@ def is_any(answer: bool) -> bool:
   return bool(np.any(multihost_utils.process_allgather(np.asarray(answer))))
 
 
-def summed(sums: np.ndarray) -> np.ndarray:
-  """`[...]` uint64, summed over the processes modulo 2^64."""
-  if jax.process_count() == 1:
-    return sums
+def agreed_min(value: int, array: jax.Array) -> int:
+  """The least value of the processes that hold an array, and all call this.
+
+  What a process sees alone, such as free memory, must not decide whether it
+  takes part in a collective: those that decide otherwise would wait for it.
+  """
+  if array.is_fully_addressable:
+    return value
   # As halves, because jax has no 64-bit integers unless they are switched on.
-  parts = multihost_utils.process_allgather(sums.view(np.uint32))
-  return np.asarray(parts).view(np.uint64).sum(axis=0, dtype=np.uint64)
+  halves = np.array([value], np.int64).view(np.uint32)
+  gathered = np.asarray(multihost_utils.process_allgather(halves))
+  return int(gathered.view(np.int64).min())
+
+
+def summed(array: np.ndarray) -> np.ndarray:
+  """The sum over the processes of arrays of one shape and dtype."""
+  if jax.process_count() == 1:
+    return array
+  # A broadcast adds what all sources pass.
+  return np.asarray(multihost_utils.broadcast_one_to_all(array, is_source=True))
 
 
 def gathered(leaf: Any) -> np.ndarray:

@@ -173,3 +173,13 @@ class StockInfo(NamedTuple):
   cosine: Any
   ratio: Any
   duplicates: tuple[Members, ...]
+
+
+class AdapterInfo(NamedTuple):
+  """Of `lora.average`.
+
+  Attributes:
+    residuals: of each layer `||dW - dW_r|| / ||dW||`, what the rank leaves out.
+  """
+
+  residuals: dict[str, float]

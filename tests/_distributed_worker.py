@@ -28,8 +28,10 @@ import numpy as np
 import optax
 
 import jaxsoup
+from jaxsoup import _memory
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
+from jaxsoup import landscape
 from jaxsoup import sharding
 
 assert jax.device_count() == 4 and jax.process_count() == num_processes
@@ -40,7 +42,7 @@ shapes = {
     'b': jax.ShapeDtypeStruct((3,), np.float32),
     'bias': jax.ShapeDtypeStruct((8,), np.float32),
 }
-abstract = sharding.fsdp(shapes, mesh)
+abstract = sharding.fsdp(shapes, mesh, min_size=0)
 runs = sorted((folder / 'runs').iterdir())
 ingredients = checkpoints.Ingredients(runs, abstract)
 
@@ -88,6 +90,12 @@ soups = {
 copies = [ingredients[k] for k in (0, 1, 0)]
 results = {'scores': {str(k): repr(v) for k, v in log.items()}}
 results['duplicates'] = jaxsoup.greedy(copies, eval_fn).info.duplicates
+
+# The first process could hold all models, the other only one or two.
+_memory.free_bytes = lambda device: 10**9 if process == 0 else 2000
+soups['undecided'] = learn()
+results['is_streamed'] = soups['undecided'].info.plan.is_streamed
+results['distances'] = landscape.distances(ingredients).tolist()
 for name, soup in soups.items():
   for suffix in ('', '.safetensors'):
     path = folder / f'{name}{suffix}'

@@ -1,5 +1,6 @@
 """Checkpoints of every layout, laziness, damage, and soups on disk."""
 
+import functools
 import gc
 import json
 import math
@@ -122,6 +123,85 @@ def test_params_inside_a_train_state(tmp_path, writer):
     assert_equal(ingredients[0], params)
 
 
+def _save_state(folder, state):
+  """The same train state as Orbax and as safetensors."""
+  return [
+      checkpoints.save(folder / 'orbax', state),
+      checkpoints.save(folder / 'state.safetensors', state),
+  ]
+
+
+@pytest.mark.parametrize(
+    'ema, model', [('ema_params', 'model'), ('ema/params', 'params')]
+)
+def test_parameters_in_several_places_are_an_error(tmp_path, ema, model):
+  trees = {ema: params_of(0), model: params_of(1)}
+  state: dict = {'opt_state': {'mu': params_of(2), 'nu': params_of(3)}}
+  for name, tree in trees.items():
+    *outer, last = name.split('/')
+    functools.reduce(lambda d, k: d.setdefault(k, {}), outer, state)[
+        last
+    ] = tree
+  abstract = abstract_of(params_of())
+  for path in _save_state(tmp_path, state):
+    with pytest.raises(ValueError, match='in several places') as e:
+      checkpoints.Ingredients([path], abstract)[0]
+    assert ema in str(e.value) and model in str(e.value)
+    assert 'item=' in str(e.value) and '--item' in str(e.value)
+    for name, tree in trees.items():
+      ingredients = checkpoints.Ingredients([path], abstract, item=name)
+      assert_equal(ingredients[0], tree)
+      assert_equal(ingredients.unsharded()[0], tree)
+      assert_equal(checkpoints.Ingredients([path], item=name)[0], tree)
+      assert len(checkpoints.Arrays(path, item=name)) == 3
+    with pytest.raises(
+        ValueError, match="no item 'other'; it holds .*opt_state"
+    ):
+      checkpoints.Ingredients([path], abstract, item='other')[0]
+
+
+@pytest.mark.parametrize(
+    'state, expected',
+    [
+        ({'params': 1, 'ema_params': 0}, 'params'),
+        ({'model': 1, 'opt_state': {'0': {'mu': 0, 'nu': 2}}}, 'model'),
+        ({'ema': 0, 'state': {'params': 1}}, 'state/params'),
+        ({'optimizer': 1}, 'optimizer'),
+        ({'body': 'own', 'head': 'own', 'ema': 0}, ''),
+    ],
+)
+def test_what_is_meant_among_several_places(tmp_path, state, expected):
+  filled = jax.tree.map(
+      lambda x: x if isinstance(x, str) else params_of(x), state
+  )
+  filled |= {k: params_of(1)[k] for k, x in state.items() if x == 'own'}
+  for path in _save_state(tmp_path, filled):
+    read = checkpoints.Ingredients([path], abstract_of(params_of()))
+    assert_equal(read[0], params_of(1))
+
+
+def test_places_of_other_shapes_do_not_count(tmp_path):
+  wider = jax.tree.map(lambda x: np.tile(x, 2), params_of(0))
+  state = {'teacher': wider, 'student': params_of(1)}
+  for path in _save_state(tmp_path, state):
+    read = checkpoints.Ingredients([path], abstract_of(params_of()))
+    assert_equal(read[0], params_of(1))
+
+
+def test_a_subtree_of_an_item(tmp_path):
+  state = {'ema': params_of(0), 'model': params_of(1)}
+  for item in ('state', 'other'):
+    checkpoints.save(tmp_path / 'run' / '3' / item, state)
+  abstract = abstract_of(params_of())
+  for k, name in enumerate(state):
+    ingredients = checkpoints.Ingredients(
+        [tmp_path / 'run'], abstract, item=f'state/{name}'
+    )
+    assert_equal(ingredients[0], params_of(k))
+  with pytest.raises(ValueError, match='ema and model'):
+    checkpoints.Ingredients([tmp_path / 'run'], abstract, item='state')[0]
+
+
 def test_run_directory_gives_the_latest_step(tmp_path):
   params = params_of()
   save_manager(tmp_path / 'run', params)
@@ -223,7 +303,7 @@ def test_dtypes_come_back(tmp_path, dtype):
 @pytest.mark.parametrize('axis_type', (AxisType.Auto, AxisType.Explicit))
 def test_onto_a_mesh_and_back(tmp_path, runs, axis_type):
   mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(axis_type,))
-  abstract_params = sharding.fsdp(abstract_of(params_of()), mesh)
+  abstract_params = sharding.fsdp(abstract_of(params_of()), mesh, min_size=0)
   params = checkpoints.Ingredients(runs, abstract_params)[1]
   jax.tree.map(lambda x, a: _assert_sharded(x, a), params, abstract_params)
   assert_equal(params, params_of(1))
@@ -245,7 +325,7 @@ def _assert_sharded(x, abstract):
 
 def test_orbax_checkpoint_of_four_devices_is_read_on_one(tmp_path):
   mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
-  abstract_params = sharding.fsdp(abstract_of(params_of()), mesh)
+  abstract_params = sharding.fsdp(abstract_of(params_of()), mesh, min_size=0)
   spread = jax.tree.map(
       lambda x, a: jax.device_put(x, a.sharding), params_of(), abstract_params
   )
@@ -255,7 +335,7 @@ def test_orbax_checkpoint_of_four_devices_is_read_on_one(tmp_path):
 
 def test_reading_while_a_mesh_is_set(runs):
   mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
-  abstract_params = sharding.fsdp(abstract_of(params_of()), mesh)
+  abstract_params = sharding.fsdp(abstract_of(params_of()), mesh, min_size=0)
   with jax.set_mesh(mesh), jax.transfer_guard('disallow'):
     models = list(checkpoints.Ingredients(runs, abstract_params))
   for k, params in enumerate(models):

@@ -685,3 +685,33 @@ def test_json_has_no_nan(world):
   assert loaded['verdict']['action'] == 'soup a subset'
   assert loaded['findings'][0]['names'] == ['ingredient 5']
   assert loaded['measured']['scores'][5] is None
+
+
+def test_imaginary_parts_are_parts_of_the_weights(rng):
+  real = rng.normal(size=(16, 8))
+  imaginary = lambda: 0.1 * rng.normal(size=(16, 8))
+  models = [
+      {'w': (real + 1j * imaginary()).astype(np.complex64)} for _ in range(3)
+  ]
+  found = diagnosis.diagnose(models)
+  assert not [f for f in found.findings if f.code == 'duplicate']
+  expected = [[np.linalg.norm(x['w'] - y['w']) for y in models] for x in models]
+  np.testing.assert_allclose(found.measured['distances'], expected, atol=1e-5)
+  again = diagnosis.diagnose([*models, models[0]])
+  assert [f.ingredients for f in again.findings if f.code == 'duplicate'] == [
+      (0, 3)
+  ]
+
+
+def test_permuted_complex_units(rng):
+  z = rng.normal(size=(64, 64)) + 1j * rng.normal(size=(64, 64))
+  noise = lambda: 0.01 * rng.normal(size=(64, 64))
+  models = [{'w': (z + noise()).astype(np.complex64)} for _ in range(3)]
+  models[2] = {'w': models[2]['w'][rng.permutation(64)]}
+  codes = {f.code: f.ingredients for f in diagnosis.diagnose(models).findings}
+  assert codes['permuted'] == (2,)
+
+
+def test_parameters_without_floats_are_an_error():
+  with pytest.raises(ValueError, match='The parameters have no floats'):
+    diagnosis.diagnose([{'step': np.int32(3)}] * 2)

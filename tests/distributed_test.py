@@ -19,7 +19,7 @@ from jaxsoup import checkpoints
 WORKER = pathlib.Path(__file__).parent / '_distributed_worker.py'
 DIGITS = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
 NUM = 4
-NAMES = ('uniform', 'greedy', 'learned', 'streamed')
+NAMES = ('uniform', 'greedy', 'learned', 'streamed', 'undecided')
 
 
 def _free_port() -> int:
@@ -84,6 +84,9 @@ def test_two_processes_find_what_one_finds(tmp_path):
     np.testing.assert_allclose(
         first[name]['alpha'], one[name]['alpha'], atol=1e-6
     )
+  # All stream where one of them has to.
+  assert first['is_streamed'] and not one['is_streamed']
+  np.testing.assert_allclose(first['distances'], one['distances'], rtol=1e-5)
   # Sums do not depend on the mesh; inner products are added in another order.
   for name in ('uniform', 'greedy'):
     assert first[name]['hash'] == one[name]['hash']

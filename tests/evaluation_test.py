@@ -177,7 +177,9 @@ def test_sharded_equals_single_device(axis_type):
   batches = evaluation.batched(data, 8)
   rows = NamedSharding(mesh, P('fsdp'))
   spread = [jax.device_put(batch, rows) for batch in batches]
-  abstract_params = sharding.fsdp(jax.eval_shape(lambda: model()), mesh)
+  abstract_params = sharding.fsdp(
+      jax.eval_shape(lambda: model()), mesh, min_size=0
+  )
   placed = jax.tree.map(
       lambda x, a: jax.device_put(x, a.sharding), model(), abstract_params
   )

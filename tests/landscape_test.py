@@ -1,7 +1,10 @@
 """Landscapes against closed forms, and what they share with NumPy."""
 
 import functools
+import gc
 import math
+from typing import NamedTuple
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -709,3 +712,114 @@ def test_lines_read_the_first_of_a_row_once():
   for (i, j), path in paths.items():
     expected = landscape.line(square, model(i), model(j), num=5)
     np.testing.assert_array_equal(path.loss, expected.loss)
+
+
+def test_sharpness_of_complex_parameters(rng):
+  """As of their real and imaginary parts."""
+  matrix = rng.normal(size=(6, 6)).astype(np.float32)
+  of_parts = lambda x: jnp.sum(jnp.square(matrix @ x))
+  of_complex = lambda params: of_parts(
+      jnp.concatenate([params['z'].real, params['z'].imag])
+  )
+  z = rng.normal(size=3) + 1j * rng.normal(size=3)
+  found = landscape.sharpness(
+      of_complex, {'z': z.astype(np.complex64), 'step': np.int32(3)}
+  )
+  expected = 2 * np.linalg.eigvalsh(matrix.T @ matrix)[-1]
+  assert found.eigenvalue == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    'measure',
+    [
+        lambda x: landscape.angle(x, x, x),
+        lambda x: landscape.distances([x, x]),
+        lambda x: landscape.plane(square, x, x, x),
+        lambda x: landscape.sharpness(square, x),
+    ],
+)
+def test_parameters_without_floats_are_one_error(measure):
+  with pytest.raises(ValueError, match='The parameters have no floats'):
+    measure({'step': np.int32(3)})
+
+
+# Functions of users.
+
+
+class _Loss:
+  """A loss with data in it, and a count of how often jax traces it."""
+
+  def __init__(self):
+    self.num_traced = 0
+    self.data = jnp.ones(3)
+
+  def __call__(self, params):
+    self.num_traced += 1
+    return jnp.sum(self.data * params**2)
+
+  def logits(self, params, batch):
+    return self(params) * batch['x']
+
+  def losses(self, logits, batch):
+    del batch
+    self.num_traced += 1
+    return logits.sum(-1)
+
+
+class _TupleLoss(NamedTuple):
+  """Python cannot refer to a tuple weakly."""
+
+  scale: float
+
+  def __call__(self, params):
+    return self.scale * jnp.sum(params**2)
+
+
+ENDS = np.zeros(3, 'f'), np.ones(3, 'f')
+MEASURES = {
+    'line': lambda f: landscape.line(f, *ENDS, num=9),
+    'chunks': lambda f: landscape.line(f, *ENDS, num=9, chunk_size=4),
+    'lines': lambda f: landscape.lines(
+        f, [*ENDS, 2 * ENDS[1]], [(0, 1), (0, 2), (1, 2)], num=5
+    ),
+    'plane': lambda f: landscape.plane(f, *np.eye(3, dtype='f'), num=3),
+    'sharpness': lambda f: landscape.sharpness(
+        lambda params: f(params) + params[0] ** 2, ENDS[1], max_steps=5
+    ),
+    'mean_of': lambda f: landscape.sharpness(
+        evaluation.mean_of(f.logits, [{'x': np.ones(2)}] * 4),
+        ENDS[1],
+        max_steps=2,
+    ),
+    'theory': lambda f: landscape.soup_minus_ensemble(
+        f.logits, *ENDS, [{'x': np.ones((2, 3))}] * 3, output_loss_fn=f.losses
+    ),
+}
+
+
+@pytest.mark.parametrize('measure', MEASURES.values(), ids=MEASURES)
+def test_functions_are_not_kept_alive(measure):
+  counts = []
+  for _ in range(2):
+    loss = _Loss()
+    measure(loss)
+    counts.append(loss.num_traced)
+    alive = weakref.ref(loss), weakref.ref(loss.data)
+    del loss
+    gc.collect()
+    assert [x() for x in alive] == [None, None]
+  # One trace calls it once for each term and derivative, whatever the batches.
+  assert counts[0] == counts[1] <= 8
+
+
+@pytest.mark.parametrize('name', ['line', 'chunks', 'lines', 'plane'])
+def test_functions_are_traced_once(name):
+  loss = _Loss()
+  MEASURES[name](loss)
+  MEASURES[name](loss)
+  assert loss.num_traced == 1
+
+
+def test_functions_without_weak_references():
+  path = landscape.line(_TupleLoss(2.0), *ENDS, num=3)
+  np.testing.assert_allclose(path.loss, [0, 1.5, 6])

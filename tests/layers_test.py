@@ -13,18 +13,28 @@ ROOT = pathlib.Path(jaxsoup.__file__).parent
 
 # From the bottom up. A module may import those of its own layer and below.
 LAYERS = (
-    ('_soup', '_json', '_memory', '_processes', '_tree', '_checked', '_mixing'),
+    (
+        '_soup',
+        '_json',
+        '_memory',
+        '_processes',
+        '_programs',
+        '_tree',
+        '_checked',
+        '_mixing',
+    ),
     (
         '_recipes',
         'evaluation',
         'metrics',
         'ensembles',
         'landscape',
+        'lora',
         'sharding',
         'statistics',
         'studies',
     ),
-    ('checkpoints', 'diagnosis', 'report', 'lora'),
+    ('checkpoints', 'diagnosis', 'report'),
     ('models', 'data'),
     ('experiments', 'cli', 'commands', 'doctor'),
 )
@@ -34,7 +44,7 @@ ALLOWED = (
     BASIC | {'optax', 'scipy'},
     BASIC
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'scipy', 'tensorstore'}
-    | {'torch'},
+    | {'torch', 'xxhash'},
     BASIC
     | {'PIL', 'flax', 'scipy', 'sentencepiece', 'sklearn'}
     | {'tensorflow_datasets', 'tokenizers'},

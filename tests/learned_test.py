@@ -290,3 +290,8 @@ def test_every_step_runs_one_program(placement, caplog, stream):
   expected = {'loss_of': 0, 'loss_at': 2} if stream else {}
   assert counts == {'loss_of': 1, 'loss_at': 1, '_updated': 1} | expected
   assert len(traces) == 2
+
+
+def test_parameters_without_floats_are_an_error():
+  with pytest.raises(ValueError, match='The parameters have no floats'):
+    fit([{'step': np.int32(3)}] * 2, {'step': np.int32(3)})

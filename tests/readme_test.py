@@ -102,7 +102,6 @@ def others(names):
   """Models and adapters as other libraries write them."""
   from safetensors import numpy as safetensors
 
-  from jaxsoup import lora
   from jaxsoup.models import vit
   from tests import _weights
 
@@ -121,11 +120,14 @@ def others(names):
     safetensors.save_file(arrays, f'{name}/model.safetensors')
     pathlib.Path(name, 'config.json').write_text(json.dumps(config))
   factors = lambda seed: {
-      'q': {'A': np.full((2, 4), seed, 'f'), 'B': np.ones((4, 2), 'f')}
+      'q': {
+          'lora_a': np.full((4, 2), seed, 'f'),
+          'lora_b': np.ones((2, 4), 'f'),
+      }
   }
   names['adapter_dirs'] = ['adapters/1', 'adapters/2']
   for seed, path in enumerate(names['adapter_dirs'], 1):
-    lora.save(path, lora.Adapter(factors(seed)))
+    checkpoints.save_adapter(path, factors(seed))
   # Two models, of which every leaf moved a little.
   moved = lambda params, step: jax.tree.map(lambda x: x + step, params)
   names['fine_tune'] = lambda params: [moved(params, s) for s in (0.01, -0.02)]

@@ -149,7 +149,9 @@ def test_on_a_mesh():
   image = _cnn.images(32, 4)
   expected = _cnn.apply(graphdef, params, image)
   mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
-  shardings = jax.tree.map(lambda x: x.sharding, sharding.fsdp(params, mesh))
+  shardings = jax.tree.map(
+      lambda x: x.sharding, sharding.fsdp(params, mesh, min_size=0)
+  )
   assert not all(x.is_fully_replicated for x in jax.tree.leaves(shardings))
   params = jax.device_put(params, shardings)
   image = jax.device_put(image, NamedSharding(mesh, PartitionSpec('fsdp')))

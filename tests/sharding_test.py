@@ -133,7 +133,7 @@ def test_fsdp_takes_the_largest_axis_that_fits(on_mesh):
   tree = {k: jax.ShapeDtypeStruct(v, 'bfloat16') for k, v in shapes.items()}
   specs = {
       k: tuple(x.sharding.spec)
-      for k, x in sharding.fsdp(tree, on_mesh.mesh).items()
+      for k, x in sharding.fsdp(tree, on_mesh.mesh, min_size=0).items()
   }
   assert specs == {
       'a': (None, 'fsdp'),
@@ -145,9 +145,30 @@ def test_fsdp_takes_the_largest_axis_that_fits(on_mesh):
 
 
 def test_fsdp_keeps_shape_and_dtype_of_arrays(on_mesh):
-  (leaf,) = sharding.fsdp([np.zeros((8, 2), np.float16)], on_mesh.mesh)
+  (leaf,) = sharding.fsdp(
+      [np.zeros((8, 2), np.float16)], on_mesh.mesh, min_size=0
+  )
   assert (leaf.shape, leaf.dtype) == ((8, 2), np.float16)
   assert leaf.sharding.spec == PartitionSpec('fsdp', None)
+
+
+@pytest.mark.parametrize(
+    'min_size, num_sharded', [(0, 4), (33, 2), (64, 2), (65, 1)]
+)
+def test_fsdp_replicates_small_leaves(on_mesh, min_size, num_sharded):
+  tree = [np.zeros(x, 'f') for x in ((64, 64), (8, 8), (4, 8), (8,), (3,))]
+  leaves = sharding.fsdp(tree, on_mesh.mesh, min_size=min_size)
+  is_sharded = [not x.sharding.is_fully_replicated for x in leaves]
+  assert is_sharded == [i < num_sharded for i in range(5)]
+
+
+def test_fsdp_replicates_biases_and_norms_of_a_transformer(on_mesh):
+  shapes = {'kernel': (384, 384), 'bias': (3072,), 'embedding': (512, 128)}
+  tree = {k: jax.ShapeDtypeStruct(v, 'float32') for k, v in shapes.items()}
+  placed = sharding.fsdp(tree, on_mesh.mesh)
+  assert [k for k, x in placed.items() if x.sharding.is_fully_replicated] == [
+      'bias'
+  ]
 
 
 def test_fsdp_names_the_axes(on_mesh):

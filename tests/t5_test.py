@@ -213,7 +213,8 @@ def test_sharded_over_a_mesh_the_logits_are_the_same():
   expected = jax.jit(model_fn, static_argnums=0)(graphdef, params, *inputs)
   params = stack(params)
   shardings = jax.tree.map(
-      lambda x: x.sharding, sharding.fsdp(jax.eval_shape(lambda: params), mesh)
+      lambda x: x.sharding,
+      sharding.fsdp(jax.eval_shape(lambda: params), mesh, min_size=0),
   )
   with jax.set_mesh(mesh):
     params = jax.device_put(params, shardings)

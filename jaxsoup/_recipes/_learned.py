@@ -128,8 +128,8 @@ def learned(
     logits by `soup.info.beta`; the prediction does not depend on it.
 
   Raises:
-    ValueError: no or mismatched ingredients, no batches, a loss that is NaN or
-      infinite, or patience that is negative or without `val_batches`.
+    ValueError: no or mismatched ingredients, no floats, no batches, a loss that
+      is NaN or infinite, or patience that is negative or without `val_batches`.
     MemoryError: the stack did not fit after all: pass `stream=True`.
 
   Example:
@@ -151,6 +151,7 @@ def learned(
     )
   checked = _checked.Checked(ingredients, non_float_from)
   first = checked[0]
+  _checked.require_floats(checked.float_paths)
   plan = _streamed.plan(
       first, len(checked), stream, is_cached=cache_dtype is not None
   )

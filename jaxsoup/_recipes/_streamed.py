@@ -20,6 +20,7 @@ import numpy as np
 from jaxsoup import _checked
 from jaxsoup import _memory
 from jaxsoup import _mixing
+from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup._soup import LearnedPlan
 
@@ -169,7 +170,7 @@ def plan(
   )
   if device.platform == 'cpu':  # Whose devices share one memory.
     model_bytes *= len(sharding.addressable_devices)
-  free = _memory.free_bytes(device)
+  free = _processes.agreed_min(_memory.free_bytes(device), leaves[0])
   needed, is_fitting = fits(num_ingredients, model_bytes, free)
   reason = (
       f'the stack of {num_ingredients} ingredients and three more models (one '

@@ -16,6 +16,9 @@ from jaxsoup.checkpoints._directories import is_directory as is_directory
 from jaxsoup.checkpoints._directories import save_directory as save_directory
 from jaxsoup.checkpoints._formats import metadata as metadata
 from jaxsoup.checkpoints._ingredients import Ingredients as Ingredients
+from jaxsoup.checkpoints._peft import Adapters as Adapters
+from jaxsoup.checkpoints._peft import load_adapters as load_adapters
+from jaxsoup.checkpoints._peft import save_adapter as save_adapter
 from jaxsoup.checkpoints._score_log import ScoreLog as ScoreLog
 from jaxsoup.checkpoints._soups import load as load
 from jaxsoup.checkpoints._soups import provenance as provenance

@@ -47,7 +47,7 @@ class Arrays(Mapping):
 
     Args:
       path: a file or directory, as for `Ingredients`.
-      item: which one, where a step holds several.
+      item: which one, where a step holds several; or which subtree.
 
     Raises:
       FileNotFoundError: there is no finished checkpoint.
@@ -56,10 +56,11 @@ class Arrays(Mapping):
     source = _formats.open_source(_formats.resolve(path, item))
     self.path = source.metadata.path
     self.metadata, self.separator = source.metadata, source.separator
-    leaves = source.metadata.leaves
-    paths = _orbax.without_value_keys(list(leaves))
-    everything = _tree.Flat([leaves[p] for p in paths.values()], [*paths], None)
-    self._checkpoint = _checkpoint.Checkpoint(source, everything)
+    stored = _checkpoint.below(source.metadata, item)
+    paths = _orbax.without_value_keys(list(stored))
+    leaves = [source.metadata.leaves[stored[p]] for p in paths.values()]
+    everything = _tree.Flat(leaves, [*paths], None)
+    self._checkpoint = _checkpoint.Checkpoint(source, everything, item)
     self._paths = {source.separator.join(p): p for p in paths}
     self.shapes: dict[str, jax.ShapeDtypeStruct] = dict(
         zip(self._paths, everything.leaves)

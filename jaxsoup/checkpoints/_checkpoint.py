@@ -1,10 +1,11 @@
 """One checkpoint: the paths of the wanted leaves, and their checksums."""
 
+from collections.abc import Container
+from collections.abc import Mapping
+from collections.abc import Sequence
 import math
-import threading
+import pathlib
 from typing import Any
-
-import numpy as np
 
 from jaxsoup import _tree
 from jaxsoup._soup import Params
@@ -14,8 +15,8 @@ from jaxsoup.checkpoints import _pieces
 from jaxsoup.checkpoints import _source
 
 
-class Sums(dict[_tree.Path, tuple[np.ndarray, int]]):
-  """Partial checksums: of each leaf the sums so far, and their bytes."""
+class Sums(dict[_tree.Path, _checksum.Checksum]):
+  """Checksums of the leaves that are being read."""
 
 
 class Checkpoint:
@@ -28,15 +29,24 @@ class Checkpoint:
     places: paths in the file, by name.
   """
 
-  def __init__(self, source: _source.Source, abstract: _tree.Flat | None):
+  def __init__(
+      self,
+      source: _source.Source,
+      abstract: _tree.Flat | None,
+      item: str | None = None,
+  ):
     self.source = source
-    places = _places(source.metadata, abstract)
+    places = _places(source.metadata, abstract, item)
     leaves = source.metadata.leaves
     self.stored = {name: leaves[path] for name, path in places.items()}
     self.flat = abstract or _tree.flatten(_tree.nest(self.stored))
     self.places = places
     self._digests: dict[str, str] = {}
-    self._lock = threading.Lock()
+    self._stored_digests = {
+        name: digest
+        for name, digest in source.metadata.checksums.items()
+        if _checksum.is_current(digest)
+    }
 
   def read(self) -> Params:
     """All wanted leaves, in their dtypes and shardings."""
@@ -73,12 +83,8 @@ class Checkpoint:
     def read_and_add(index):
       piece = read(index)
       if piece.shape[1:] == columns:  # Whole rows, one after another.
-        more = _checksum.sums_of(
-            piece, index[0].start * row_bytes if index else 0
-        )
-        with self._lock:
-          total, count = sums.get(name, (0, 0))
-          sums[name] = (more + total, count + piece.nbytes)
+        checksum = sums.setdefault(name, self._new_checksum(name))
+        checksum.add(piece, index[0].start * row_bytes if index else 0)
       return piece
 
     return read_and_add
@@ -92,23 +98,26 @@ class Checkpoint:
 
     Does nothing where this process read only a part of the leaf.
     """
-    total, count = sums.pop(name, (_checksum.NOTHING, 0))
-    if count < _bytes(self.stored[name]):
+    checksum = sums.pop(name, self._new_checksum(name))
+    if not checksum.is_complete:
       return
-    digest = self._digests[_tree.name_of(name)] = _checksum.digest(total)
-    stored = self.source.metadata.checksums.get(
-        _tree.name_of(self.places[name])
-    )
-    if stored is not None and _checksum.differ(digest, stored):
+    digest = checksum.digest()
+    self._digests[_tree.name_of(name)] = digest
+    stored = self._stored_digests.get(_tree.name_of(self.places[name]), digest)
+    if digest != stored:
       raise _source.DamagedError(
           f'Leaf {_tree.name_of(name)!r} of {self.source.metadata.path} is '
           f'damaged: its checksum is {digest}, but {stored} was stored with it.'
           ' Restore the checkpoint from a copy, or leave it out.'
       )
 
+  def _new_checksum(self, name: _tree.Path) -> _checksum.Checksum:
+    leaf = self.stored[name]
+    return _checksum.Checksum(leaf.dtype.itemsize * math.prod(leaf.shape))
+
   def content_hash(self) -> str | None:
     """A hash of the wanted leaves, if their checksums are known."""
-    stored = self.source.metadata.checksums
+    stored = self._stored_digests
     checksums = {
         _tree.name_of(name): stored[_tree.name_of(path)]
         for name, path in self.places.items()
@@ -120,38 +129,94 @@ class Checkpoint:
     return _checksum.content_hash(leaves, checksums)
 
 
-def _bytes(leaf: Any) -> int:
-  return leaf.dtype.itemsize * math.prod(leaf.shape)
+def below(
+    source: _source.Metadata, item: str | None
+) -> dict[_tree.Path, _tree.Path]:
+  """The paths of the leaves below an item, by what follows its own keys.
+
+  Args:
+    source: the checkpoint.
+    item: keys of a subtree, joined by `/`. The first may be the directory of
+      the checkpoint. None: all leaves.
+
+  Returns:
+    Paths in the checkpoint.
+
+  Raises:
+    ValueError: there is no such subtree.
+  """
+  keys = tuple(item.split('/')) if item else ()
+  stored = list(source.leaves)
+  inside = lambda: {p[len(keys) :]: p for p in stored if p[: len(keys)] == keys}
+  if not inside() and keys[0] in pathlib.PurePath(source.path).parts:
+    keys = keys[1:]
+  if not inside():
+    raise ValueError(
+        f'{source.path} holds no item {item!r}; it holds '
+        f'{", ".join(sorted({p[0] for p in stored})[:8])}.'
+    )
+  return inside()
 
 
 def _places(
-    source: _source.Metadata, abstract: _tree.Flat | None
+    source: _source.Metadata, abstract: _tree.Flat | None, item: str | None
 ) -> dict[_tree.Path, _tree.Path]:
   """The path in the checkpoint of each wanted leaf."""
+  stored = below(source, item)
   if abstract is None:
-    paths = list(source.leaves)
-    inside = [path for path in paths if path[0] == 'params']
-    named = _orbax.without_value_keys(inside or paths)
-    return {n[1:] if inside else n: p for n, p in named.items()}
+    params = {p[1:]: q for p, q in stored.items() if p[:1] == ('params',)}
+    stored = params or stored
+    named = _orbax.without_value_keys(list(stored))
+    return {name: stored[p] for name, p in named.items()}
   wanted = dict(zip(abstract.paths, abstract.leaves))
-  best: dict[_tree.Path, _tree.Path] = {}
-  for prefix in _prefixes(source.leaves):
-    below = [p for p in source.leaves if p[: len(prefix)] == prefix]
-    named = _orbax.without_value_keys(below)
-    named = {name[len(prefix) :]: path for name, path in named.items()}
-    matched = {name: named[name] for name in wanted if name in named}
-    if len(matched) > len(best):
-      best = matched
-    if len(best) == len(wanted):
-      break
+  matches = _matches(stored, wanted)
+  fitting = {
+      prefix: places
+      for prefix, places in matches.items()
+      if len(places) == len(wanted)
+      and all(
+          source.leaves[places[n]].shape == x.shape for n, x in wanted.items()
+      )
+  }
+  chosen = _chosen(list(fitting))
+  if len(chosen) > 1:
+    names = [_tree.name_of(prefix) for prefix in chosen]
+    raise ValueError(
+        f'{source.path} holds the parameters in several places: '
+        f'{" and ".join(names[:6])}. Pass item=NAME (--item NAME), such as '
+        f'item={names[0]!r}.'
+    )
+  if chosen:
+    return fitting[chosen[0]]
+  best = max(matches.values(), key=len, default={})
   _check_fits(source, wanted, best)
   return best
 
 
-def _prefixes(paths) -> list[_tree.Path]:
-  """Every subtree, the shallow ones and those named params first."""
-  prefixes = {p[:n] for p in paths for n in range(len(p) + 1)}
-  return sorted(prefixes, key=lambda p: (len(p), 'params' not in p, p))
+def _matches(
+    stored: Mapping[_tree.Path, _tree.Path], wanted: Container[_tree.Path]
+) -> dict[_tree.Path, dict[_tree.Path, _tree.Path]]:
+  """The wanted leaves that are below each prefix, the shallow ones first."""
+  matches: dict[_tree.Path, dict[_tree.Path, _tree.Path]] = {}
+  for path, place in stored.items():
+    # `nnx.State` is stored with a last key that is not a part of the name.
+    name = path[:-1] if path[-1:] == ('value',) else path
+    for full in {path, name}:
+      for n in range(len(full) + 1):
+        if full[n:] in wanted:
+          matches.setdefault(full[:n], {})[full[n:]] = place
+  return dict(sorted(matches.items(), key=lambda item: len(item[0])))
+
+
+def _chosen(prefixes: Sequence[_tree.Path]) -> Sequence[_tree.Path]:
+  """The places that are meant: one, or several if nothing tells which."""
+  # Moments of an optimizer have the shapes of the parameters.
+  is_moment = lambda p: any(key.startswith('opt') for key in p)
+  outside = [p for p in prefixes if not is_moment(p)]
+  params = [p for p in outside if 'params' in p]
+  if () in prefixes:
+    return [()]
+  return params or outside or prefixes
 
 
 def _check_fits(source, wanted, places) -> None:

@@ -37,6 +37,7 @@ class Ingredients(Sequence):
 
   Attributes:
     paths: the files or directories that hold the pytrees, as strings.
+    item: as given.
   """
 
   def __init__(
@@ -57,19 +58,24 @@ class Ingredients(Sequence):
       abstract_params: parameters as `jax.ShapeDtypeStruct` (from
         `jax.eval_shape`, see also `sharding.fsdp`): what to read, in which
         container, dtypes and shardings. Each process reads what its devices
-        hold. They may be inside a larger train state. None reads what is
-        below `params`, or all, as nested dicts.
+        hold. They may be inside a larger train state, where those below
+        `params` come first and those of an optimizer (`opt...`) last. None
+        reads what is below `params`, or all, as nested dicts.
       item: which item of a step that holds several; 'params', 'state' or
-        'default' is the default.
+        'default' is the default. Or which subtree of the checkpoint, such as
+        'ema_params', where the parameters fit into several; or both, as in
+        'state/ema_params'.
 
     Raises:
       FileNotFoundError: a path without a finished checkpoint.
-      ValueError: several checkpoints under one path.
+      ValueError: several checkpoints under one path. When one is read: the
+        parameters are in several places of it, or in none.
       TypeError: one path in place of a list.
     """
     if isinstance(paths, (str, bytes)) or not hasattr(paths, '__len__'):
       raise TypeError(f'paths must be a list of paths, not {paths!r}.')
     self.paths = tuple(_formats.resolve(path, item) for path in paths)
+    self.item = item
     self._abstract = (
         None if abstract_params is None else _tree.flatten(abstract_params)
     )
@@ -193,11 +199,11 @@ class Ingredients(Sequence):
   def unsharded(self) -> 'Ingredients':
     """The same, for one process alone."""
     if self._abstract is None:  # Then extra leaves of others are mismatches.
-      return Ingredients(self.paths)
+      return Ingredients(self.paths, item=self.item)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.abstract_params
     )
-    return Ingredients(self.paths, shapes)
+    return Ingredients(self.paths, shapes, item=self.item)
 
   def _read(self, k: int) -> Params:
     return self._checkpoint(k).read()
@@ -205,5 +211,7 @@ class Ingredients(Sequence):
   def _checkpoint(self, k: int) -> _checkpoint.Checkpoint:
     if k not in self._checkpoints:
       source = _formats.open_source(self.paths[k])
-      self._checkpoints[k] = _checkpoint.Checkpoint(source, self._abstract)
+      self._checkpoints[k] = _checkpoint.Checkpoint(
+          source, self._abstract, self.item
+      )
     return self._checkpoints[k]

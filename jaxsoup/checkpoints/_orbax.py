@@ -40,7 +40,7 @@ def resolve(path: Any, item: str | None = None) -> epath.Path:
   Args:
     path: a checkpoint; a run directory, whose latest step is taken; or a step
       of a `CheckpointManager`.
-    item: which one, where a step holds several.
+    item: which one, where a step holds several; a subtree of it may follow.
 
   Raises:
     FileNotFoundError: there is no finished checkpoint.
@@ -97,8 +97,8 @@ def _resolve(path: epath.Path, item: str | None) -> epath.Path | None:
         'stopped) and is skipped. Delete it, or save that step again.',
         stacklevel=2,
     )
-  if item in children:
-    return children[item]
+  if item and item.partition('/')[0] in children:
+    return children[item.partition('/')[0]]
   steps = {
       int(match[1]): resolved
       for name, resolved in children.items()
@@ -258,7 +258,14 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
         'bare array. Rename the keys, or wrap it in a dict.'
     )
   by_name = {_tree.name_of(p): x for p, x in arrays.items()}
-  checksums = {name: _checksum_of(x) for name, x in by_name.items()}
+  checksums = {
+      name: (
+          _checksum.of(x)
+          if isinstance(x, np.ndarray)
+          else _checksum.of_shards(x)
+      )
+      for name, x in by_name.items()
+  }
   own = {
       'checksums': checksums,
       'content_hash': _checksum.content_hash(by_name, checksums),
@@ -282,13 +289,6 @@ def _savable(leaf: Any, path: _tree.Path) -> Any:
   if leaf.is_fully_addressable or leaf.is_fully_replicated:
     return np.asarray(jax.device_get(leaf))
   return leaf
-
-
-def _checksum_of(array: Any) -> str:
-  if isinstance(array, np.ndarray):
-    return _checksum.of(array)
-  sums = _checksum.sums_of_shards(array)
-  return _checksum.digest(_processes.summed(sums))
 
 
 def check_no_key(leaf: Any, path: _tree.Path) -> None:

@@ -7,7 +7,6 @@ import math
 import os
 import pathlib
 import struct
-import threading
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ _DTYPES = {
     'BF16': jnp.bfloat16, 'F8_E4M3': jnp.float8_e4m3fn,
     'F8_E5M2': jnp.float8_e5m2, 'I64': np.int64, 'I32': np.int32,
     'I16': np.int16, 'I8': np.int8, 'U64': np.uint64, 'U32': np.uint32,
-    'U16': np.uint16, 'U8': np.uint8, 'BOOL': np.bool_,
+    'U16': np.uint16, 'U8': np.uint8, 'BOOL': np.bool_, 'C64': np.complex64,
 }  # fmt: skip
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _INDEX = '.safetensors.index.json'
@@ -139,6 +138,8 @@ def _header(
 
 
 def _tensor(file: str, start: int, row: Mapping[str, Any]) -> _raw.Array:
+  if row['dtype'] not in _DTYPES:
+    raise ValueError(f'dtype {row["dtype"]!r} is not supported')
   dtype = np.dtype(_DTYPES[row['dtype']])
   if not isinstance(row['shape'], list):
     raise TypeError(f'the shape {row["shape"]!r} is not a list')
@@ -187,12 +188,13 @@ def write(
 
   Raises:
     ValueError: two leaves would have one name.
+    TypeError: a dtype that the format does not have.
   """
   rows, num_bytes = {}, 0
   for p, x in leaves.items():
     end = num_bytes + math.prod(x.shape) * np.dtype(x.dtype).itemsize
     rows['.'.join(p)] = {
-        'dtype': _NAMES[np.dtype(x.dtype)],
+        'dtype': _dtype_name(x.dtype, p),
         'shape': list(x.shape),
         'data_offsets': [num_bytes, end],
     }
@@ -207,19 +209,18 @@ def write(
   try:
     # The checksums come last, and are as long as their placeholders.
     length = 8 + len(_header_bytes(rows, leaves, own_fn(), {}, num_more))
-    # A leaf without numbers has no pieces.
-    sums: dict[_tree.Path, Any] = dict.fromkeys(leaves, _checksum.NOTHING)
-    lock = threading.Lock()
+    sizes = {
+        p: math.prod(x.shape) * x.dtype.itemsize for p, x in leaves.items()
+    }
+    checksums = {p: _checksum.Checksum(size) for p, size in sizes.items()}
 
     def put(leaf_path, start, piece):
       place = length + rows['.'.join(leaf_path)]['data_offsets'][0] + start
       _write_all(number, piece, place)
-      piece_sums = _checksum.sums_of(piece, start)
-      with lock:
-        sums[leaf_path] = sums[leaf_path] + piece_sums
+      checksums[leaf_path].add(piece, start)
 
     fill_fn(put)
-    digests = {p: _checksum.digest(sums[p]) for p in leaves}
+    digests = {p: checksum.digest() for p, checksum in checksums.items()}
     header = _header_bytes(rows, leaves, own_fn(), digests)
     _write_all(number, np.frombuffer(_padded(header, length), np.uint8), 0)
     os.link(unfinished, path)  # Unlike a rename, it never overwrites a file.
@@ -228,8 +229,18 @@ def write(
     unfinished.unlink()
 
 
+def _dtype_name(dtype: Any, path: _tree.Path) -> str:
+  if dtype not in _NAMES:
+    raise TypeError(
+        f'Leaf {_tree.name_of(path)!r} has dtype {dtype}, which safetensors '
+        'files cannot hold. Convert it (x.astype), or save an Orbax checkpoint:'
+        ' a path without .safetensors.'
+    )
+  return _NAMES[dtype]
+
+
 def _header_bytes(rows, leaves, own, digests, num_more=0) -> bytes:
-  unknown = _checksum.digest(_checksum.NOTHING)  # As long as any other.
+  unknown = _checksum.Checksum(0).digest()  # As long as any other.
   checksums = {_tree.name_of(p): digests.get(p, unknown) for p in leaves}
   by_name = {_tree.name_of(p): x for p, x in leaves.items()}
   content_hash = _checksum.content_hash(by_name, checksums)

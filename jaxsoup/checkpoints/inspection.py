@@ -11,7 +11,6 @@ import math
 from typing import Any
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _checked
@@ -138,9 +137,9 @@ def _read_all(ingredients) -> tuple[list[float], list[str]]:
       problems.append(str(e))
       continue
     floats = [
-        (name, np.asarray(x, np.float64))
+        (name, np.abs(np.asarray(x)).astype(np.float64))
         for name, x in zip(flat.paths, flat.leaves)
-        if jnp.issubdtype(x.dtype, jnp.floating)
+        if _tree.is_float(x)
     ]
     norms.append(float(np.sqrt(sum(np.sum(x**2) for _, x in floats))))
     bad = [_tree.name_of(n) for n, x in floats if not np.isfinite(x).all()]

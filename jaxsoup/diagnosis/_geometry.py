@@ -124,7 +124,10 @@ def measure(
     if progress_fn is not None:
       progress_fn('weights', i / len(paths))
     has_start[i] = len(rows) > num
-    wide = np.stack([row.astype(np.float64) for row in rows])
+    # A complex number counts as two real ones.
+    is_complex = any(map(np.iscomplexobj, rows))
+    dtype = np.complex128 if is_complex else np.float64
+    wide = np.stack([row.astype(dtype) for row in rows]).view(np.float64)
     finite[i, : len(rows)] &= np.isfinite(wide).all(-1)
     wide[~np.isfinite(wide)] = 0
     wide += 0.0  # -0 is 0.

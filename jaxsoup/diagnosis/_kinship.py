@@ -125,6 +125,7 @@ def _share_moved(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def _unit_rows(x: np.ndarray) -> np.ndarray:
-  rows = np.asarray(x, np.float32).reshape(len(x), -1)
+  dtype = np.complex64 if np.iscomplexobj(x) else np.float32
+  rows = np.ascontiguousarray(x, dtype).view(np.float32).reshape(len(x), -1)
   norms = np.linalg.norm(rows, axis=1, keepdims=True)
   return rows / np.where(norms > 0, norms, 1)

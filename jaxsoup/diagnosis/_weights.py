@@ -54,6 +54,7 @@ def examine(
   members, findings = _structure(pool)
   leaves = pool.leaves[members[0]]
   paths = [p for p, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.inexact)]
+  _checked.require_floats(paths)
   findings += _dtypes(pool, members) + _counters(pool, members, leaves)
   geometry = _geometry.measure(pool, paths, members, progress_fn)
   members, geometry, more = _readable(pool, geometry, members)

@@ -102,7 +102,11 @@ class Ingredients(checkpoints.Ingredients):
   def onto(self, abstract_params: Any) -> 'Ingredients':
     """The same checkpoints, read with other shardings."""
     return Ingredients(
-        self.paths, abstract_params, stop=self._stop, saved=self._saved
+        self.paths,
+        abstract_params,
+        item=self.item,
+        stop=self._stop,
+        saved=self._saved,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxsoup import _checked
 from jaxsoup import _mixing
+from jaxsoup import _programs
 from jaxsoup import _tree
 from jaxsoup import evaluation
 from jaxsoup._soup import Params
@@ -50,7 +51,8 @@ def sharpness(
   Args:
     loss_fn: `loss_fn(params) -> scalar`, twice differentiable; or an
       `evaluation.mean_of` of a loss, which goes through batches.
-    params: where. Narrow floats are widened to float32.
+    params: where. Narrow floats are widened to float32. A complex number counts
+      as two real ones.
     tolerance: stop when the error is below this share of the eigenvalue.
     max_steps: stop then at the latest.
     seed: of the first v.
@@ -70,10 +72,9 @@ def sharpness(
   Source: Lanczos 1950; Golub and Van Loan, "Matrix computations", section 10.1.
   """
   checked = _checked.Checked([params], non_float_from=0)
-  if not checked.float_paths:
-    raise ValueError('params have no floats, so there is no Hessian.')
+  _checked.require_floats(checked.float_paths)
   leaves = _widened(checked[0])
-  widened = checked.replace(leaves)
+  widened, leaves = checked.replace(leaves), _reals(leaves)
   product_fn = functools.partial(_product, loss_fn, widened)
   eigenvalue, error, num = 0.0, np.inf, 0
   for diagonal, off_diagonal in _lanczos(product_fn, _random(leaves, seed)):
@@ -145,12 +146,12 @@ def _ones(v: _Leaves) -> jax.Array:
   return _tree.numbers(np.ones(len(v)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_programs.jit_of(1)
 def _of_function(loss_fn, params, v):
   return _hessian_product(loss_fn, params, v)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_programs.jit_of(1)
 def _of_batch(step, params, v, batch):
   sum_fn = lambda p: step(p, batch)[0]
   return _hessian_product(sum_fn, params, v), step(params, batch)[1]
@@ -161,20 +162,30 @@ def _hessian_product(loss_fn, params: Params, v: _Leaves) -> _Leaves:
   flat = _tree.flatten_in_place(params)
   floats = [x for x in flat.leaves if _tree.is_float(x)]
 
-  def loss(floats):
-    rows = iter(floats)
-    return loss_fn(
-        flat.replace(
-            next(rows) if _tree.is_float(x) else x for x in flat.leaves
-        )
-    )
+  def loss(reals):
+    rows = iter(reals)
 
-  return jax.jvp(jax.grad(loss), (floats,), (v,))[1]
+    def put(x):
+      if not _tree.is_float(x):
+        return x
+      return jax.lax.complex(*next(rows)) if jnp.iscomplexobj(x) else next(rows)
+
+    return loss_fn(flat.replace(map(put, flat.leaves)))
+
+  return jax.jvp(jax.grad(loss), (_reals(floats),), (v,))[1]
 
 
 @jax.jit
 def _widened(leaves: _Leaves) -> _Leaves:
   return [x.astype(_tree.wide_dtype(x.dtype)) for x in leaves]
+
+
+@jax.jit
+def _reals(leaves: _Leaves) -> _Leaves:
+  """Complex leaves as their real and imaginary parts, `[2, ...]`."""
+  return [
+      jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x for x in leaves
+  ]
 
 
 def _random(leaves: _Leaves, seed: int) -> _Leaves:

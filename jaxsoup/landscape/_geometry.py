@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxsoup import _checked
 from jaxsoup import _memory
+from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup._soup import Params
 
@@ -32,7 +33,7 @@ def angle(theta_0: Params, theta_1: Params, theta_2: Params) -> float:
     Degrees, from 0 to 180; NaN where one of the two never moved.
 
   Raises:
-    ValueError: they do not fit (see `check_compatible`).
+    ValueError: they do not fit (see `check_compatible`), or have no floats.
 
   Example:
     >>> angle(np.zeros(2), np.array([2.0, 0]), np.array([1.0, 1]))
@@ -66,7 +67,8 @@ def angles(
     dicts of those, one for each group. Running statistics do not count.
 
   Raises:
-    ValueError: no ingredients, or they or theta_0 do not fit.
+    ValueError: no ingredients, or they or theta_0 do not fit, or have no
+      floats.
 
   Example:
     >>> models = [np.array([2.0, 0]), np.array([1.0, 1]), np.array([0, -1.0])]
@@ -74,6 +76,7 @@ def angles(
     [[0.0, 45.0, 90.0], [45.0, 0.0, 135.0], [90.0, 135.0, 0.0]]
   """
   checked = _checked.Checked(ingredients, non_float_from=0)
+  _checked.require_floats(checked.float_paths)
   start = _checked.fitting_leaves(checked, theta_0)
   products = _of_pairs(checked, lambda x, y: inner_products(x, y, start))
   return jax.tree.map(_degrees, _grouped(products, checked, depth))
@@ -96,7 +99,7 @@ def distances(
     do not count.
 
   Raises:
-    ValueError: no ingredients, or they do not fit.
+    ValueError: no ingredients, or they do not fit, or have no floats.
 
   Example:
     >>> models = [np.array([0.0, 0]), np.array([3.0, 4])]
@@ -104,6 +107,7 @@ def distances(
     [[0.0, 5.0], [5.0, 0.0]]
   """
   checked = _checked.Checked(ingredients, non_float_from=0)
+  _checked.require_floats(checked.float_paths)
   squares = _of_pairs(checked, lambda x, y: inner_products(x, x, y))
   return jax.tree.map(np.sqrt, _grouped(squares, checked, depth))
 
@@ -150,7 +154,8 @@ def _block_size(leaves: _Leaves) -> int:
   model_bytes = sum(x.nbytes for x in leaves)
   if device.platform != 'cpu':
     model_bytes = sum(x.addressable_data(0).nbytes for x in leaves)
-  return max(1, int(_memory.free_bytes(device) / 2 / max(model_bytes, 1)))
+  size = int(_memory.free_bytes(device) / 2 / max(model_bytes, 1))
+  return max(1, _processes.agreed_min(size, leaves[0]))
 
 
 def _grouped(products: np.ndarray, checked: _checked.Checked, depth) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxsoup import _checked
 from jaxsoup import _mixing
+from jaxsoup import _programs
 from jaxsoup import _tree
 from jaxsoup import evaluation
 from jaxsoup._soup import Params
@@ -241,6 +242,7 @@ class _Basis:
   """
 
   def __init__(self, corners: _checked.Checked):
+    _checked.require_floats(corners.float_paths)
     self._corners = corners
     self._origin, *self._tasks = (corners[k] for k in range(3))
     gram = np.array([self._products(task)[:2] for task in self._tasks])
@@ -374,13 +376,12 @@ def _run(jitted, loss_fn, params: Params) -> Any:
     ) from e
 
 
-# The function is static, so that a second line compiles nothing.
-@functools.partial(jax.jit, static_argnums=0)
+@_programs.jit_of(1)
 def _one(loss_fn, params):
   return _scalar(loss_fn(params))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_programs.jit_of(1)
 def _side_by_side(loss_fn, stacked):
   return jax.vmap(lambda params: _scalar(loss_fn(params)))(stacked)
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from jaxsoup import _checked
+from jaxsoup import _programs
 from jaxsoup import _tree
 from jaxsoup import ensembles
 from jaxsoup import evaluation
@@ -231,7 +232,7 @@ def soup_minus_ensemble(
   return SoupMinusEnsemble(approximation, soup, ensemble, curvature, variance)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@_programs.jit_of(2)
 def _sums(logits_fn, output_loss_fn, theta_1, theta_2, numbers, batch):
   """Of one batch: the four terms, and the number of examples, `[5]`."""
   t, beta = numbers

@@ -1,0 +1,56 @@
+"""Compiled functions of users' functions, which are freed together.
+
+```
+@_programs.jit_of(1)
+def gradient(loss_fn, params):
+  return jax.grad(loss_fn)(params)
+
+gradient(loss_fn, params)              # Compiled once for each loss_fn.
+```
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+import weakref
+
+import jax
+
+
+def jit_of(num_fns: int) -> Callable[[Callable], Callable]:
+  """Like `jax.jit` of a function whose first arguments are functions.
+
+  As static arguments they, and the data in their closures, would be kept alive
+  for as long as the process runs. Here programs refer to them weakly.
+
+  Args:
+    num_fns: how many.
+
+  Returns:
+    A decorator.
+  """
+
+  def decorate(fn):
+    programs: dict[tuple[Any, ...], Any] = {}
+
+    def program(fns):
+      refs = tuple(map(weakref.ref, fns))
+      if refs not in programs:
+        call = lambda *args: fn(*(ref() for ref in refs), *args)
+        programs[refs] = jax.jit(functools.wraps(fn)(call))
+        for f in fns:
+          weakref.finalize(f, programs.pop, refs, None)
+      return programs[refs]
+
+    @functools.wraps(fn)
+    def jitted(*args):
+      fns, rest = args[:num_fns], args[num_fns:]
+      try:
+        compiled = program(fns)
+      except TypeError:  # Without a weak reference or a hash: not kept.
+        compiled = jax.jit(functools.partial(fn, *fns))
+      return compiled(*rest)
+
+    return jitted
+
+  return decorate
