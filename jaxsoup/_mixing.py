@@ -77,13 +77,13 @@ def _outer(alpha: jax.Array, x: jax.Array, stacked: Any) -> jax.Array:
 
 
 _mix_leaf = _bilinear(
-    'mix',
+    'jaxsoup_mix',
     _mix,
     lambda x, alpha, stacked: _inner_leaf(x, stacked).astype(alpha.aval.dtype),
     lambda x, alpha, stacked: _outer(alpha, x, stacked),
 )
 _inner_leaf = _bilinear(
-    'inner',
+    'jaxsoup_inner',
     _inner,
     lambda alpha, x, stacked: _mix_leaf(alpha, stacked).astype(x.aval.dtype),
     lambda alpha, x, stacked: _outer(alpha, x, stacked),

@@ -144,6 +144,8 @@ def _equation_flops(eqn: Any) -> float:
     shape = eqn.invars[0].aval.shape
     out = math.prod(eqn.outvars[0].aval.shape)
     return 2 * out * math.prod(shape[i] for i in contracted)
+  if eqn.primitive.name in ('jaxsoup_mix', 'jaxsoup_inner'):
+    return 2 * eqn.invars[1].aval.size  # Each number of the stack once.
   if eqn.primitive.name == 'conv_general_dilated':
     return _convolution_flops(eqn)
   if eqn.primitive.name == 'cond':
