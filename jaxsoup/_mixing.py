@@ -9,6 +9,7 @@ Sums are in float32 or wider, with one rounding at the end: sum and count, never
 a running mean.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -27,8 +28,12 @@ from jaxsoup import _checked
 from jaxsoup import _tree
 from jaxsoup._soup import Params
 
+BinaryFn = Callable[[jax.Array, jax.Array], jax.Array]
 
-def _bilinear(name: str, fn: Any, by_first: Any, by_second: Any) -> Any:
+
+def _bilinear(
+    name: str, fn: BinaryFn, by_first: Any, by_second: Any
+) -> BinaryFn:
   """A function that JAX knows to be linear in each of its two arguments.
 
   It has derivatives of any order and mode, with products that are written here:
@@ -76,13 +81,13 @@ def _outer(alpha: jax.Array, x: jax.Array, stacked: Any) -> jax.Array:
   return (alpha * x.astype(wide)).astype(stacked.aval.dtype)
 
 
-_mix_leaf = _bilinear(
+_mix_leaf: BinaryFn = _bilinear(
     'jaxsoup_mix',
     _mix,
     lambda x, alpha, stacked: _inner_leaf(x, stacked).astype(alpha.aval.dtype),
     lambda x, alpha, stacked: _outer(alpha, x, stacked),
 )
-_inner_leaf = _bilinear(
+_inner_leaf: BinaryFn = _bilinear(
     'jaxsoup_inner',
     _inner,
     lambda alpha, x, stacked: _mix_leaf(alpha, stacked).astype(x.aval.dtype),
