@@ -361,21 +361,25 @@ def test_without_learned_soups_there_is_no_word_of_them():
 
 @pytest.mark.slow
 def test_a_stack_that_does_not_fit_streams():
-  config, mesh, made = cpu_plan()
+  experiment, mesh, made = cpu_plan()
   before = {r.name: r for r in made.recipes}
   resident = before['learned, resident'].device
   streamed = before['learned, streamed'].device
   assert streamed < resident
   rows_at = lambda num_bytes, num=24: {
       r.name: r
-      for r in plan_recipes.of(config, mesh, num_bytes, num, made.programs)
+      for r in plan_recipes.of(experiment, mesh, num_bytes, num, made.programs)
   }
   between = rows_at((streamed + resident) // 2)
   assert not between['learned, resident'].fits
   assert between['learned, streamed'].fits
   # 27 models are more than two thirds, and 5 are not: the rule by which
   # `jaxsoup.learned` chooses, blind to activations.
-  share = made.model_bytes / 4
+  shapes = plan_programs.abstract_params(modeling.of(experiment), mesh)
+  share = sum(
+      x.dtype.itemsize * np.prod(x.sharding.shard_shape(x.shape))
+      for x in jax.tree.leaves(shapes)
+  )
   assert 5 * share < 2 / 3 * (streamed + resident) / 2 < 27 * share
   assert between['learned, resident'].note.endswith(
       'streamed fits: stream=None does that'
