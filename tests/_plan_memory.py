@@ -56,13 +56,13 @@ def _grown_by(lowered, compiled) -> int:
 def main(file: str, num_ingredients: int, *overrides: str):
   experiment = configs.load(file, overrides)
   mesh, _ = machines.cpu_mesh(4)
-  found = {}
+  peaks = {}
   for name, trace_fn in plan_programs.of(
       experiment, mesh, num_ingredients
   ).items():
     planned = plan_programs.compile_program(name, trace_fn, mesh)
-    found[name] = mesh.size * planned.peak, measured(trace_fn, mesh)
-  print(json.dumps(found))
+    peaks[name] = mesh.size * planned.peak, measured(trace_fn, mesh)
+  print(json.dumps(peaks))
 
 
 if __name__ == '__main__':

@@ -79,18 +79,18 @@ def test_three_kinds_of_statistics(tiny):
   params = params_of(tiny, 3.0)
   fns = fns_of(tiny)
   assert list(fns) == list(WAYS)
-  found = {way: fn(params) for way, fn in fns.items()}
-  for x in found.values():
+  by_way = {way: fn(params) for way, fn in fns.items()}
+  for x in by_way.values():
     for name in ('scale', 'bias'):
       np.testing.assert_array_equal(x['norm'][name], params['norm'][name])
     np.testing.assert_array_equal(x['head']['kernel'], params['head']['kernel'])
-  assert set(found['averaged']['norm']['mean'].tolist()) == {3.0}
-  assert set(found['first']['norm']['mean'].tolist()) == {5.0}
+  assert set(by_way['averaged']['norm']['mean'].tolist()) == {3.0}
+  assert set(by_way['first']['norm']['mean'].tolist()) == {5.0}
   # Two batches of eight, in the order of that seed, prepared.
   walk = sources.batches(images(20), 8, seed=0)
   seen = 2 * np.concatenate([batch['image'] for batch in walk]) - 1
   assert len(seen) == 16
-  norm = found['re-estimated']['norm']
+  norm = by_way['re-estimated']['norm']
   np.testing.assert_allclose(norm['mean'], seen.mean((0, 1, 2)), atol=1e-6)
   np.testing.assert_allclose(norm['var'], seen.var((0, 1, 2)), atol=1e-6)
   few = fns_of(tiny, num_batch_norm_batches=1)['re-estimated'](params)

@@ -90,12 +90,12 @@ def check_fine_tune_and_soup(names):
   assert_mean(soups['uniform'].params, names['singles'])
   assert_mean(names['nnx_soups']['uniform'].params, names['nnx_ingredients'])
   assert_equal(names['loaded'].params, soups['greedy'].params)
-  for scores, found, singles in (
+  for scores, some_soups, singles in (
       (accuracy, soups, names['singles']),
       (names['nnx_accuracy'], names['nnx_soups'], names['nnx_ingredients']),
   ):
     best = max(map(scores['held_out'], singles))
-    assert scores['held_out'](found['greedy'].params) >= best > 0.9
+    assert scores['held_out'](some_soups['greedy'].params) >= best > 0.9
   singles = [accuracy['noisy'](params) for params in names['singles']]
   assert accuracy['noisy'](soups['uniform'].params) > np.mean(singles)
 

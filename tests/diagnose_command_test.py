@@ -73,10 +73,10 @@ def test_findings_in_words_and_json():
   assert '1. [BREAKS THE SOUP] Not fine-tuned from the same' in (result.stdout)
   for word in ('Seen: ', 'Meaning: ', 'Do: '):
     assert f'  {word}' in result.stdout
-  found = json.loads(invoke(*runs, '--json').stdout)
-  assert found['verdict']['names'] == runs[:3]
-  assert found['findings'][0]['code'] == 'initialization'
-  assert found['findings'][0]['names'] == ['run3']
+  report = json.loads(invoke(*runs, '--json').stdout)
+  assert report['verdict']['names'] == runs[:3]
+  assert report['findings'][0]['code'] == 'initialization'
+  assert report['findings'][0]['names'] == ['run3']
 
 
 def test_with_data():
@@ -121,9 +121,9 @@ def test_a_page_of_it(tmp_path):
   options = ['--eval', 'judge:score', '--report', 'out/page.html']
   assert invoke(*runs, *options).exit_code == 1
   text = (tmp_path / 'out/page.html').read_text(encoding='utf-8')
-  found = json.loads(invoke(*runs, '--eval', 'judge:score', '--json').stdout)
-  assert found['verdict']['reason'] in text
-  for finding in found['findings']:
+  report = json.loads(invoke(*runs, '--eval', 'judge:score', '--json').stdout)
+  assert report['verdict']['reason'] in text
+  for finding in report['findings']:
     for key in ('title', 'meaning', 'remedy'):
       assert html.escape(finding[key]) in text
   assert (tmp_path / 'out/page/barrier_map.svg').is_file()

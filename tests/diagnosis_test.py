@@ -693,10 +693,10 @@ def test_imaginary_parts_are_parts_of_the_weights(rng):
   models = [
       {'w': (real + 1j * imaginary()).astype(np.complex64)} for _ in range(3)
   ]
-  found = diagnosis.diagnose(models)
-  assert not [f for f in found.findings if f.code == 'duplicate']
+  report = diagnosis.diagnose(models)
+  assert not [f for f in report.findings if f.code == 'duplicate']
   expected = [[np.linalg.norm(x['w'] - y['w']) for y in models] for x in models]
-  np.testing.assert_allclose(found.measured['distances'], expected, atol=1e-5)
+  np.testing.assert_allclose(report.measured['distances'], expected, atol=1e-5)
   again = diagnosis.diagnose([*models, models[0]])
   assert [f.ingredients for f in again.findings if f.code == 'duplicate'] == [
       (0, 3)

@@ -78,8 +78,10 @@ def test_the_reference_has_every_public_name(pages):
   from sphinx.util import inventory
 
   with (pages / 'objects.inv').open('rb') as file:
-    found = inventory.InventoryFile.load(file, '', lambda base, uri: uri)
-  described = {n for kind, of in found.items() if kind[:3] == 'py:' for n in of}
+    objects = inventory.InventoryFile.load(file, '', lambda base, uri: uri)
+  described = {
+      n for kind, of in objects.items() if kind[:3] == 'py:' for n in of
+  }
   names = _reference()
   assert len(names) > 300
   missing = [n for n in names if n not in described]
@@ -117,12 +119,12 @@ def _text(node: ast.AST) -> str:
 
 @pytest.fixture(scope='module')
 def texts() -> list[str]:
-  found = []
+  strings = []
   for path in ROOT.rglob('*.py'):
     for node in ast.walk(ast.parse(path.read_text())):
       if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)):
-        found.append(_text(node))
-  return found
+        strings.append(_text(node))
+  return strings
 
 
 @pytest.mark.parametrize('message', MESSAGES)

@@ -261,10 +261,10 @@ def test_stability_of_the_searches(uninterrupted, tmp_path):
       == json.loads((uninterrupted / 'results.json').read_text())['rows']
   )
   greedy = checkpoints.load(workdir / 'soups/greedy').info
-  found = results['stability']
-  assert found['greedy']['chosen'] == sorted(greedy.accepted)
-  assert len(found['greedy']['sizes']) == 3
-  stable = found['greedy ensemble']
+  stability = results['stability']
+  assert stability['greedy']['chosen'] == sorted(greedy.accepted)
+  assert len(stability['greedy']['sizes']) == 3
+  stable = stability['greedy ensemble']
   assert len(stable['sizes']) == 100
   assert sum(stable['frequency']) == pytest.approx(np.mean(stable['sizes']))
   # Of a single model that is chosen, and of an ensemble, from their logits.

@@ -119,8 +119,8 @@ def test_the_model_enlarges_and_standardizes(files):
   large = preparation.prepare(image, (42, 42, 3))
   expected = loaded.features(large)
   assert expected.shape == (3, 2 * 16)  # Class token, and mean of patches.
-  found = model.features_fn(params, {'image': image})
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  features = model.features_fn(params, {'image': image})
+  np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-5)
   logits = model.logits_fn(params, {'image': image})
   head = params['head']
   np.testing.assert_allclose(

@@ -65,9 +65,9 @@ def invoke(*args):
   return CliRunner().invoke(cli.app, [str(a) for a in args])
 
 
-def assert_equal(found, expected):
+def assert_equal(actual, expected):
   for x, y in zip(
-      jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+      jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
   ):
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
@@ -133,13 +133,13 @@ def test_train_state_comes_back(tmp_path):
   assert os.listdir(tmp_path / 'x') == ['10']
   (tmp_path / 'x' / '11.orbax-checkpoint-tmp').mkdir()
   saved = train_state.Saved(tmp_path / 'x', stop)
-  num_done, found = saved.restore(jax.tree.map(np.zeros_like, state))
+  num_done, restored = saved.restore(jax.tree.map(np.zeros_like, state))
   assert num_done == 10
-  assert jax.tree.structure(found) == jax.tree.structure(state)
-  assert [x.dtype for x in jax.tree.leaves(found)] == [
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  assert [x.dtype for x in jax.tree.leaves(restored)] == [
       x.dtype for x in jax.tree.leaves(state)
   ]
-  assert_equal(found, state)
+  assert_equal(restored, state)
   # Not due, and not asked for: nothing is written.
   saved.after(11, state)
   assert os.listdir(tmp_path / 'x') == ['10']
@@ -216,10 +216,10 @@ def test_soup_stopped_and_started_twice(tmp_path, runs, monkeypatch):
   assert num_known == (tmp_path / 'calls').stat().st_size > 0
   done = invoke(*args)
   assert done.exit_code == 0, done.output
-  found = checkpoints.load('out')
+  soup = checkpoints.load('out')
   expected = jaxsoup.greedy(checkpoints.Ingredients(runs), score)
-  assert found.info == expected.info
-  assert_equal(found.params, expected.params)
+  assert soup.info == expected.info
+  assert_equal(soup.params, expected.params)
   num_calls = (tmp_path / 'calls').stat().st_size
   assert num_calls == len(expected.info.scores) > num_known
   assert not list(tmp_path.glob('.*'))  # No lock is left.
@@ -396,9 +396,9 @@ def test_an_ingredient_vanishes_during_a_search(tmp_path, runs):
       assert 'estore' in str(e.value) or 'does not exist' in str(e.value)
       assert len(checkpoints.ScoreLog(tmp_path / 'log', ingredients)) >= 2
       (tmp_path / 'elsewhere').rename(runs[2])
-  found = jaxsoup.greedy(ingredients, score, scores=log)
-  assert found.info == expected.info
-  assert_equal(found.params, expected.params)
+  soup = jaxsoup.greedy(ingredients, score, scores=log)
+  assert soup.info == expected.info
+  assert_equal(soup.params, expected.params)
 
 
 def test_an_ingredient_is_rewritten_during_a_search(tmp_path, runs):
@@ -432,8 +432,8 @@ def test_unfinished_step_is_skipped_with_a_word(tmp_path, runs):
   shutil.copytree(runs[1], folder / '20.orbax-checkpoint-tmp')
   word = '20.orbax-checkpoint-tmp is unfinished'
   with pytest.warns(UserWarning, match=word):
-    found = checkpoints.Ingredients([folder])
-  assert_equal(found[0], params_of(0))
+    ingredients = checkpoints.Ingredients([folder])
+  assert_equal(ingredients[0], params_of(0))
   with warnings.catch_warnings():
     warnings.simplefilter('default')
     result = invoke('inspect', folder)

@@ -85,9 +85,9 @@ def stepped(run, num=4, **phase):
   return settings, state, batches
 
 
-def assert_close(found, expected, atol=2e-5):
+def assert_close(actual, expected, atol=2e-5):
   tree(
-      lambda x, y: np.testing.assert_allclose(x, y, atol=atol), found, expected
+      lambda x, y: np.testing.assert_allclose(x, y, atol=atol), actual, expected
   )
 
 
@@ -200,8 +200,8 @@ def test_a_probe_is_logistic_regression():
       num_epochs=60, batch_size=50, warmup=0.1, final=0.0,
       run={'learning_rate': 0.3},
   )  # fmt: skip
-  found = finetune.probe(model, phase, params, sources.Arrays(data))
-  assert found['scale'] == 2.0
+  trained = finetune.probe(model, phase, params, sources.Arrays(data))
+  assert trained['scale'] == 2.0
   batch = {'feature': 2.0 * data['feature'], 'label': data['label']}
   of_flat = lambda x: {'kernel': x[:-3].reshape(-1, 3), 'bias': x[-3:]}
 
@@ -215,7 +215,7 @@ def test_a_probe_is_logistic_regression():
 
   start_at = np.zeros((NUM_FEATURES + 1) * NUM_CLASSES)
   best = optimize.minimize(lambda x: loss(of_flat(x)), start_at, jac=jac)
-  assert best.fun <= loss(tree(np.asarray, found['head'])) < 1.02 * best.fun
+  assert best.fun <= loss(tree(np.asarray, trained['head'])) < 1.02 * best.fun
 
 
 def test_a_probe_needs_a_head():
@@ -421,12 +421,12 @@ def test_on_a_mesh_as_on_one_device(config, model, theta_0, data):
   phase = config.finetune.to_dict() | dict(ema=(0.9,), optimizer='sgd')
   assert jax.device_count() == 4
   kept, progress = {}, []
-  found = finetune.train(
+  trained = finetune.train(
       model, phase, theta_0, [run], source,
       keep_fn=keeper(kept), progress_fn=lambda *x: progress.append(x),
   )  # fmt: skip
   expected = streamed_steps(model, phase, theta_0, run, source)
-  assert_close(tree(lambda x: x[0], found), expected.params, atol=1e-5)
+  assert_close(tree(lambda x: x[0], trained), expected.params, atol=1e-5)
   assert_close(tree(lambda x: x[0], kept['ema_0.9']), expected.ema['ema_0.9'])
   assert [x[:2] for x in progress] == [(1, 2), (2, 2)]
 
@@ -508,14 +508,14 @@ def test_running_statistics_follow_and_are_not_trained(batch_norm):
       num_epochs=1, batch_size=8, warmup=0.0, final=1.0, batch_norm=batch_norm
   )
   run = {'learning_rate': 0.1, 'weight_decay': 0.5}
-  found = finetune.train_one(model, phase, params, run, data)
+  trained = finetune.train_one(model, phase, params, run, data)
   x = data.arrays['image'] @ params['dense']['kernel'] + params['dense']['bias']
   expected = {'mean': np.zeros(6), 'var': np.ones(6)}
   if batch_norm == 'train':
     expected = {'mean': 0.5 * x.mean(0), 'var': 0.5 + 0.5 * x.var(0)}
   for name, value in expected.items():
-    np.testing.assert_allclose(found['norm'][name], value, atol=1e-5)
-  assert abs(found['norm']['scale'] - 1).max() > 0.01
+    np.testing.assert_allclose(trained['norm'][name], value, atol=1e-5)
+  assert abs(trained['norm']['scale'] - 1).max() > 0.01
 
 
 def test_a_model_without_inputs_is_refused(config):
@@ -557,7 +557,7 @@ def test_a_text_model_by_its_config(config):
 
 @pytest.mark.slow
 def test_steps_one_by_one_are_those_of_the_loop(config, model, theta_0, data):
-  found, expected = (
+  stepped_params, expected = (
       finetune.train(
           model,
           config.finetune.to_dict() | {'is_scanned': is_scanned},
@@ -567,9 +567,9 @@ def test_steps_one_by_one_are_those_of_the_loop(config, model, theta_0, data):
       )
       for num, is_scanned in ((2, False), (2, True))
   )
-  for params in (found, expected):
+  for params in (stepped_params, expected):
     params['block_0']['attention']['key']['bias'] = 0  # Rounding, see above.
-  assert_close(found, expected, atol=1e-4)
+  assert_close(stepped_params, expected, atol=1e-4)
   losses = []
   finetune.train(
       model,
@@ -587,10 +587,10 @@ def test_batches_are_augmented_as_the_runs_were(config, model, data):
   walk = finetune.augmented_batches(model, config.finetune, runs, data, seed=3)
   order = list(sources.batches(data, 8, seed=3))
   assert len(order) == 2
-  for i, (found, batch) in enumerate(zip(walk, order, strict=True)):
+  for i, (augmented, batch) in enumerate(zip(walk, order, strict=True)):
     image = batch['image'][:, :, :: -1 if i else 1]
-    np.testing.assert_array_equal(found['image'], image)
-    np.testing.assert_array_equal(found['label'], batch['label'])
+    np.testing.assert_array_equal(augmented['image'], image)
+    np.testing.assert_array_equal(augmented['label'], batch['label'])
 
 
 # Teachers, and parts that are not trained.
@@ -606,14 +606,14 @@ def test_targets_of_a_teacher():
   np.testing.assert_allclose(source.arrays['target'], expected, rtol=1e-5)
   phase = dict(num_epochs=1, batch_size=8, warmup=0, final=1, optimizer='sgd')
   phase['momentum'] = 0.0
-  found = finetune.train_one(
+  trained = finetune.train_one(
       LINEAR, phase, tree(np.float32, start()), {'learning_rate': 0.5}, source
   )
   params = start()
   z = data['feature'] @ params['kernel'] + params['bias']
   error = (special.softmax(z, axis=-1) - expected) / 8
   grads = {'kernel': data['feature'].T @ error, 'bias': error.sum(0)}
-  assert_close(found, tree(lambda p, g: p - 0.5 * g, params, grads))
+  assert_close(trained, tree(lambda p, g: p - 0.5 * g, params, grads))
 
 
 def test_a_frozen_part_stays():
@@ -621,10 +621,10 @@ def test_a_frozen_part_stays():
   run = {'learning_rate': 0.3, 'weight_decay': 0.5}
   params = tree(np.float32, start())
   model = modeling.frozen(LINEAR, 'bias', params)
-  found = finetune.train_one(
+  trained = finetune.train_one(
       model, phase, params, run, sources.Arrays(features())
   )
-  np.testing.assert_array_equal(found['bias'], params['bias'])
-  assert np.abs(found['kernel'] - params['kernel']).max() > 0.1
+  np.testing.assert_array_equal(trained['bias'], params['bias'])
+  assert np.abs(trained['kernel'] - params['kernel']).max() > 0.1
   with pytest.raises(ValueError, match="No part 'head' to freeze: .*kernel"):
     modeling.frozen(LINEAR, 'head', params)

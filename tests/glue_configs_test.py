@@ -145,18 +145,18 @@ def test_t5_reads_the_task_and_scores_the_labels():
     score = np.zeros(3)
     for i in range(1, len(text)):
       said = np.tile(np.array(text[:i]), (3, 1))
-      found = next_fn(module, batch['input_ids'], said, batch['attention_mask'])
-      score += found[:, text[i]]
+      log_p = next_fn(module, batch['input_ids'], said, batch['attention_mask'])
+      score += log_p[:, text[i]]
     np.testing.assert_allclose(logits[:, c], score, rtol=1e-4)
 
 
 def _score(task, logits, label):
   """By scikit-learn, what `config.metric` names."""
-  found = logits.argmax(-1)
+  predicted = logits.argmax(-1)
   if task == 'cola':
-    return reference.matthews_corrcoef(label, found)
-  accuracy = reference.accuracy_score(label, found)
-  return (accuracy + reference.f1_score(label, found)) / 2
+    return reference.matthews_corrcoef(label, predicted)
+  accuracy = reference.accuracy_score(label, predicted)
+  return (accuracy + reference.f1_score(label, predicted)) / 2
 
 
 @pytest.mark.slow

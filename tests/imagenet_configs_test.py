@@ -52,9 +52,9 @@ def test_end_to_end(tmp_path, name):
     ]:
       source = splits.shifts[set_name]
       label = source[np.arange(len(source))]['label']
-      found = stored[set_name][:, list(classes)].argmax(-1) == label
+      is_right = stored[set_name][:, list(classes)].argmax(-1) == label
       expected = rows[stems[0]].shifts[set_name]
-      assert found.mean() == pytest.approx(expected)
+      assert is_right.mean() == pytest.approx(expected)
 
 
 @pytest.mark.slow
@@ -85,8 +85,8 @@ def test_full_size(name, num_parameters):
   mesh = jax.make_mesh((1,), ('fsdp',))
   with jax.set_mesh(mesh):
     params = jax.eval_shape(lambda: model.init_fn(jax.random.key(0)))
-  found = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-  assert found == pytest.approx(num_parameters, rel=4e-3)
+  num = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+  assert num == pytest.approx(num_parameters, rel=4e-3)
   sizes = experiment.config.data.sizes
   assert sizes.train + sizes.held_out == imagenet.NUM_TRAIN
 
@@ -114,12 +114,12 @@ def test_folders_in_place_of_tfds(tmp_path):
   both = sorted({*imagenet.R_CLASSES} & {*imagenet.A_CLASSES})[:2]
   shifted = [imagenet.wordnet_ids()[i] for i in both]
   sets = {'train': ids, 'validation': ids} | dict.fromkeys(SHIFTS, shifted)
-  found = mock.folders(tmp_path, sets, num_images=10)
+  folders = mock.folders(tmp_path, sets, num_images=10)
   experiment = load('imagenet_vit_b32_i21k:runlocal')
   config = experiment.config
   with config.unlocked():
     config.data.is_mock = False
-  config.data.folders.update(found)
+  config.data.folders.update(folders)
   splits = experiment.data_fn(config)
   assert len(splits.train) == 24 and len(splits.held_out) == 6
   labels = splits.test[np.arange(30)]['label']
@@ -131,11 +131,11 @@ def test_folders_in_place_of_tfds(tmp_path):
 
 def test_mocked_images_show_their_class(tmp_path):
   sets = {'train': ['a', 'b'], 'test': ['b', 'a']}
-  found = mock.folders(tmp_path, sets, num_images=3)
+  folders = mock.folders(tmp_path, sets, num_images=3)
   pixels = imagenet.Pixels(16)
 
   def mean_of(name, label):
-    files = sorted(pathlib.Path(found[name], label).iterdir())
+    files = sorted(pathlib.Path(folders[name], label).iterdir())
     assert len(files) == 3
     return np.mean([pixels.evaluated(file) for file in files], axis=0)
 
@@ -204,9 +204,9 @@ def start_of(name, folder, *overrides):
 @pytest.mark.slow
 def test_the_tower_of_a_file(clip_folder):
   folder, _, params = clip_folder
-  found = start_of('imagenet_clip_b32:runlocal', folder)
-  jax.tree.map(np.testing.assert_array_equal, found['image'], params['image'])
-  assert found['head']['kernel'].shape == (16, 2)
+  start = start_of('imagenet_clip_b32:runlocal', folder)
+  jax.tree.map(np.testing.assert_array_equal, start['image'], params['image'])
+  assert start['head']['kernel'].shape == (16, 2)
 
 
 @pytest.mark.slow
@@ -218,8 +218,8 @@ def test_a_head_of_names(tmp_path, clip_folder):
       f'zero_shot.{name}={tmp_path / name}' for name in ('classes', 'templates')
   ]
   name = 'imagenet_clip_b32:runlocal,zero_shot'
-  found = start_of(name, folder, *files, 'zero_shot.length=6')
-  assert found['head'].keys() == {'kernel'}
+  start = start_of(name, folder, *files, 'zero_shot.length=6')
+  assert start['head'].keys() == {'kernel'}
   model = nnx.merge(nnx.graphdef(kind.abstract()), params)
   unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
   for i, noun in enumerate((5, 6)):
@@ -227,7 +227,7 @@ def test_a_head_of_names(tmp_path, clip_folder):
     ids = np.array([[1, 2, 4, 1, noun, 7], [1, 3, 4, 1, noun, 7]])
     features = unit(np.asarray(model.text(ids)))
     np.testing.assert_allclose(
-        found['head']['kernel'][:, i],
+        start['head']['kernel'][:, i],
         100 * unit(features.mean(axis=0)),
         rtol=1e-4,
         atol=1e-3,
@@ -255,10 +255,10 @@ def test_weights_of_augreg_with_another_head(tmp_path):
   for stored in (arrays, arrays | more):
     np.savez(file, **stored)
     loaded = load('imagenet_vit_b32_i21k:runlocal', f'init={file}')
-    found = modeling.of(loaded).start_fn(jax.random.key(0))
-    assert found.pop('head')['kernel'].shape == (16, 1000)
+    start = modeling.of(loaded).start_fn(jax.random.key(0))
+    assert start.pop('head')['kernel'].shape == (16, 1000)
     expected = {k: x for k, x in params.items() if k != 'head'}
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, start, expected)
 
 
 @pytest.mark.slow

@@ -722,11 +722,11 @@ def test_sharpness_of_complex_parameters(rng):
       jnp.concatenate([params['z'].real, params['z'].imag])
   )
   z = rng.normal(size=3) + 1j * rng.normal(size=3)
-  found = landscape.sharpness(
+  sharpness = landscape.sharpness(
       of_complex, {'z': z.astype(np.complex64), 'step': np.int32(3)}
   )
   expected = 2 * np.linalg.eigvalsh(matrix.T @ matrix)[-1]
-  assert found.eigenvalue == pytest.approx(expected, rel=1e-3)
+  assert sharpness.eigenvalue == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,10 @@ def resolved(name):
   parts = name.split('.')
   for end in range(len(parts), 0, -1):
     try:
-      found = importlib.import_module('.'.join(parts[:end]))
+      target = importlib.import_module('.'.join(parts[:end]))
     except ModuleNotFoundError:
       continue
-    return functools.reduce(getattr, parts[end:], found)
+    return functools.reduce(getattr, parts[end:], target)
   raise AssertionError(f'{name} leads nowhere')
 
 
@@ -129,10 +129,10 @@ def on_shifts(problem, params):
 
 @pytest.mark.slow
 def test_every_experiment_found_something(made):
-  workdir, found = made
-  assert list(found) == list(range(1, 21))
+  workdir, rows_of = made
+  assert list(rows_of) == list(range(1, 21))
   text = (workdir / 'experiments.md').read_text()
-  for number, rows in found.items():
+  for number, rows in rows_of.items():
     assert rows and f'## {number}. ' in text
     values = [x for row in rows.values() for one in row.values() for x in one]
     assert all(isinstance(x, float) for x in values if x is not None), number
@@ -147,20 +147,20 @@ def test_every_experiment_found_something(made):
 
 @pytest.mark.slow
 def test_a_second_call_makes_nothing_anew(made):
-  workdir, found = made
+  workdir, rows_of = made
   made_once = (workdir / 'seed0').rglob('*')
   times = {p: p.stat().st_mtime_ns for p in made_once if p.is_file()}
-  assert paper.run(CONFIG, workdir, TINY) == found
+  assert paper.run(CONFIG, workdir, TINY) == rows_of
   assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
 @pytest.mark.slow
 def test_soups_against_numpy(made, problem):
   """One figure of each pool, from its checkpoints."""
-  workdir, found = made
+  workdir, rows_of = made
 
   def check(number, row, params):
-    scores = found[number][row]
+    scores = rows_of[number][row]
     assert scores['test, %'] == pytest.approx([accuracy(problem, params)], 1e-4)
     assert scores['shifts, %'] == pytest.approx([on_shifts(problem, params)])
 
@@ -185,10 +185,10 @@ def test_soups_against_numpy(made, problem):
 
 @pytest.mark.slow
 def test_barriers_against_numpy(made, problem):
-  workdir, found = made
+  workdir, rows_of = made
   models = pool_of(workdir, 'rates')
   t = np.linspace(0, 1, 11)
-  for k, (name, row) in enumerate(found[4].items()):
+  for k, (name, row) in enumerate(rows_of[4].items()):
     first, second = models[2 * k : 2 * k + 2]
     errors = [100 - accuracy(problem, mean_of(first, second, x)) for x in t]
     expected = landscape.barrier(landscape.Path(t, np.array(errors)))
@@ -203,7 +203,7 @@ def mean_of(first, second, t):
 
 @pytest.mark.slow
 def test_one_hyper_parameter_varies(made):
-  workdir, found = made
+  workdir, rows_of = made
   runs = [
       checkpoints.provenance(path)['metadata']['config']
       for path in sorted((workdir / 'seed0/one_factor/runs').iterdir())
@@ -213,7 +213,7 @@ def test_one_hyper_parameter_varies(made):
     varying = {n for n in group[0] if len({run[n] for run in group}) > 1}
     assert varying == {name}
   for name in pools.FACTORS:
-    rows = [found[8][f'{name} varies: {what}'] for what in ('best', 'mean')]
+    rows = [rows_of[8][f'{name} varies: {what}'] for what in ('best', 'mean')]
     for column in rows[0]:
       assert rows[0][column] >= rows[1][column]
 
@@ -254,8 +254,8 @@ def test_heads_and_data_sets(made):
 
 def test_figures_of_several_seeds_are_means(tmp_path):
   seeds = [{'soup': {'test, %': x, 'p': y}} for x, y in ((90, 0.5), (94, 0.1))]
-  found = {5: paper._stacked(seeds)}
-  paper._write(tmp_path, found)
+  rows_of = {5: paper._stacked(seeds)}
+  paper._write(tmp_path, rows_of)
   text = (tmp_path / 'experiments.md').read_text()
   # Deviations with one degree of freedom.
   assert '| soup | 92.0 ± 2.8 | 0.30 ± 0.28 |' in text
@@ -280,9 +280,9 @@ def test_usage(argv, text, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_figures_are_json(made):
-  workdir, found = made
+  workdir, rows_of = made
   for path in (workdir / 'seed0/experiments').glob('*.json'):
     rows = json.loads(path.read_text())
     assert {r: {k: [x] for k, x in row.items()} for r, row in rows.items()} == (
-        found[int(path.stem)]
+        rows_of[int(path.stem)]
     )

@@ -185,8 +185,8 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
   )
   x = jax.ShapeDtypeStruct((3, 5), 'float32')
   text = jax.jit(fn).lower(x).compile().as_text()
-  found = hlo.collectives_of(text)
-  assert found == {'all-reduce': hlo.Traffic(7, 7 * 3 * 5 * 4)}
+  traffic = hlo.collectives_of(text)
+  assert traffic == {'all-reduce': hlo.Traffic(7, 7 * 3 * 5 * 4)}
 
 
 # Memory, reads, evaluations and steps.
@@ -224,7 +224,7 @@ def test_peaks_are_those_of_the_process():
       capture_output=True,
       text=True,
   )
-  found = json.loads(result.stdout)
+  peaks = json.loads(result.stdout)
   # The others need less than what a process grows by from time to time.
   large = [
       'mix',
@@ -235,7 +235,7 @@ def test_peaks_are_those_of_the_process():
       'fine-tuning step',
   ]
   for name in large:
-    planned, measured = found[name]
+    planned, measured = peaks[name]
     assert planned > 100e6
     assert measured == pytest.approx(planned, rel=0.15), name
 
@@ -321,15 +321,15 @@ def test_recipes_read_evaluate_and_step_as_planned():
   assert list(runs) == [r.name for r in rows]
   for row in rows:
     ingredients = Counted(models)
-    found = runs[row.name](ingredients)
+    counts = runs[row.name](ingredients)
     planned = row.reads // made.model_bytes
     if row.name == 'Model Stock':
       planned -= 1  # That is theta_0.
     if row.name == 'pruned, one pass':  # At most.
       assert 2 * num <= ingredients.reads <= planned
-      assert num < found[0] <= row.evaluations
+      assert num < counts[0] <= row.evaluations
     else:
-      assert (ingredients.reads, *found) == (
+      assert (ingredients.reads, *counts) == (
           planned,
           row.evaluations,
           row.steps,
@@ -348,15 +348,15 @@ def test_without_learned_soups_there_is_no_word_of_them():
   mesh, _ = machines.cpu_mesh(4)
   names = plan_programs.of(experiment, mesh, 3)
   assert {'mix', 'evaluation step', 'fine-tuning step'} <= set(names)
-  found = plan_recipes.of(
+  rows = plan_recipes.of(
       experiment,
       mesh,
       GIB,
       3,
       tuple(plan_programs.Program(x, 8) for x in names),
   )
-  assert {'uniform', 'greedy', 'Model Stock'} <= {r.name for r in found}
-  assert not any('learned' in x for x in [*names, *(r.name for r in found)])
+  assert {'uniform', 'greedy', 'Model Stock'} <= {r.name for r in rows}
+  assert not any('learned' in x for x in [*names, *(r.name for r in rows)])
 
 
 @pytest.mark.slow
@@ -407,20 +407,20 @@ def test_the_learned_soup_of_the_paper_fits_on_a_small_pod():
   mesh, device_bytes = tpu_mesh('v5e:8x8')
   assert device_bytes == 16 * GIB
   name = 'learned step, resident'
-  found = plan_programs.compile_program(
+  program = plan_programs.compile_program(
       name, plan_programs.of(experiment, mesh, num)[name], mesh
   )
-  assert not found.problem
+  assert not program.problem
   num_parameters = 1.84e9  # Zhai et al. 2022, table 2, with 1000 classes.
   stack = num * num_parameters * 4 / 64
-  assert stack < found.arguments < 1.1 * stack + 20e6  # Tiles; a batch.
-  assert found.peak < 0.9 * device_bytes
+  assert stack < program.arguments < 1.1 * stack + 20e6  # Tiles; a batch.
+  assert program.peak < 0.9 * device_bytes
   # Forward, again, backward: nothing of the size of K is multiplied.
   forward = config.learned.batch_size * forward_flops(config.model)
-  assert 3 * forward < 64 * found.flops < 4 * forward
+  assert 3 * forward < 64 * program.flops < 4 * forward
   # Gathers of parameters in bfloat16, forward and backward; reductions of their
   # gradient. Above that activations would travel.
-  traffic = sum(t.num_bytes for t in found.collectives.values())
+  traffic = sum(t.num_bytes for t in program.collectives.values())
   assert 2 * 2 * num_parameters < traffic < 8 * 2 * num_parameters
 
 
@@ -439,17 +439,17 @@ def test_ingredients_that_are_sharded_alike_mix_alone(topology, hbm):
   def sent(name):
     with jax.set_mesh(mesh):
       text = lowerings[name]().lower().compile().as_text()
-    found = re.findall(
+    names = re.findall(
         r' ((?:all|reduce-scatter|collective|send|recv)[\w-]*)\(', text
     )
-    return [x.removesuffix('-start') for x in found if not x.endswith('-done')]
+    return [x.removesuffix('-start') for x in names if not x.endswith('-done')]
 
   assert sent('mix') == []
   assert sent('add to a sum') == []
   assert sent('gradient in alpha') == ['all-reduce']
   assert sent('inner products, streamed') == ['all-reduce']
-  found = plan_programs.compile_program('mix', lowerings['mix'], mesh)
-  assert found.collectives == {}
+  program = plan_programs.compile_program('mix', lowerings['mix'], mesh)
+  assert program.collectives == {}
 
 
 @pytest.mark.slow

@@ -204,16 +204,16 @@ def _commands(line: str) -> Iterator[list[str]]:
   """The programs of a line with their arguments, without redirections."""
   lexer = shlex.shlex(line, posix=True, punctuation_chars='&|;<>')
   lexer.whitespace_split = True
-  found: list[list[str]] = [[]]
+  commands: list[list[str]] = [[]]
   is_file = False
   for token in lexer:
     if is_file or set(token) & set('<>') and set(token) <= set('&<>'):
       is_file = not is_file
     elif set(token) <= set('&|;'):
-      found.append([])
-    elif found[-1] or token not in PREFIXES:
-      found[-1].append(token)
-  return (command for command in found if command)
+      commands.append([])
+    elif commands[-1] or token not in PREFIXES:
+      commands[-1].append(token)
+  return (command for command in commands if command)
 
 
 def _check(program: str, args: list[str], page: pathlib.Path) -> None:

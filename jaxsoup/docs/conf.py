@@ -112,14 +112,14 @@ def _signature(app, what, name, obj, options, signature, returns):
   if what == 'class' and (signature or '').startswith('(*args'):
     from sphinx.util import inspect  # Doctests run without sphinx.
 
-    found = inspect.signature(obj.__init__, bound_method=True)
+    shown = inspect.signature(obj.__init__, bound_method=True)
     parameters = [
         # A function's own text is no Python.
         p.replace(default=_Named(p.default)) if _is_function(p.default) else p
-        for p in found.parameters.values()
+        for p in shown.parameters.values()
     ]
-    found = found.replace(parameters=parameters)
-    signature = inspect.stringify_signature(found, unqualified_typehints=True)
+    shown = shown.replace(parameters=parameters)
+    signature = inspect.stringify_signature(shown, unqualified_typehints=True)
   return signature, returns
 
 

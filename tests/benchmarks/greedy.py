@@ -105,12 +105,12 @@ def main() -> None:
       status = pathlib.Path('/proc/self/status').read_text()
       print(int(status.partition('VmHWM:')[2].split()[0]) / 1024)
       return
-    found = measure(problem, args.repeats)
+    measured = measure(problem, args.repeats)
     for mode in MODES:
-      found[mode]['peak_mb'] = peak_memory(mode, args, workdir)
-  show(found)
+      measured[mode]['peak_mb'] = peak_memory(mode, args, workdir)
+  show(measured)
   if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(found, indent=2) + '\n')
+    pathlib.Path(args.json).write_text(json.dumps(measured, indent=2) + '\n')
 
 
 def finetuned(experiment, splits, workdir: pathlib.Path) -> list[str]:
@@ -272,15 +272,15 @@ def measure(problem: Problem, num_repeats: int) -> dict:
       row = runs[mode][-1]
       seconds = f'{row["singles_s"]:.2f} + {row["search_s"]:.2f} s'
       print(f'{mode}: singles and search {seconds}', file=sys.stderr)
-  found = {}
+  measured = {}
   for mode, results in runs.items():
-    found[mode] = dict(results[0])
+    measured[mode] = dict(results[0])
     for name in ('singles_s', 'search_s', 'rest_share'):
       if name in results[0]:
-        found[mode][name] = statistics.median(r[name] for r in results)
-  assert found['early']['accepted'] == found['full']['accepted']
-  assert found['early']['score'] == found['full']['score']
-  return found
+        measured[mode][name] = statistics.median(r[name] for r in results)
+  assert measured['early']['accepted'] == measured['full']['accepted']
+  assert measured['early']['score'] == measured['full']['score']
+  return measured
 
 
 def peak_memory(mode: str, args, workdir: pathlib.Path) -> float:
@@ -292,8 +292,8 @@ def peak_memory(mode: str, args, workdir: pathlib.Path) -> float:
   return float(done.stdout.split()[-1])
 
 
-def show(found: dict) -> None:
-  early, device = found['early'], jax.devices()[0]
+def show(measured: dict) -> None:
+  early, device = measured['early'], jax.devices()[0]
   shares = sorted(early['rejected_share'])
   print(
       f'{device.device_kind}: {early["num_trials"]} trials, '
@@ -303,7 +303,7 @@ def show(found: dict) -> None:
   )
   print('         search s   all s   rest of all      peak MB   soup of')
   for mode in MODES:
-    row = found[mode]
+    row = measured[mode]
     rest = f'{row["rest_share"]:.1%}' if 'rest_share' in row else ''
     print(
         f'{mode:8} {row["search_s"]:8.2f} '
@@ -311,7 +311,7 @@ def show(found: dict) -> None:
         f'{row["peak_mb"]:9.0f} {len(row["accepted"]):9}'
     )
   for mode in ('full', 'loop'):
-    row = found[mode]
+    row = measured[mode]
     search = row['search_s'] / early['search_s']
     whole = (row['search_s'] + row['singles_s']) / (
         early['search_s'] + early['singles_s']

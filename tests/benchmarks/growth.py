@@ -82,13 +82,13 @@ def case_of(mode, num, size, path):
   if mode == 'mix':
     stacked = jaxsoup.stack(ingredients)
     alpha = jnp.full(num, 1 / num)
-    found = {'step': _steps.of_call(lambda: jaxsoup.mix(stacked, alpha))}
+    figures = {'step': _steps.of_call(lambda: jaxsoup.mix(stacked, alpha))}
   else:
     batch = np.ones((8, abstract['layer_0'].shape[0]), np.float32)
-    found = _steps.of_learned(
+    figures = _steps.of_learned(
         ingredients, loss_fn, batch, num=5, stream=mode == 'streamed'
     )
-  return found | {'peak': _steps.peak_bytes() - start}
+  return figures | {'peak': _steps.peak_bytes() - start}
 
 
 def draw(rows, path) -> None:
@@ -134,10 +134,10 @@ def main():
       case = {'num': num, 'size': size, 'path': file.name}
       run(mode='write', **case)
       for mode in MODES:
-        found = rows[mode, (num, size)] = run(mode=mode, **case)
-        peak = found['peak']
+        figures = rows[mode, (num, size)] = run(mode=mode, **case)
+        peak = figures['peak']
         print(
-            f'{mode:8} {num:2} {size / 1e6:14.0f} {found["step"]:9.3f} '
+            f'{mode:8} {num:2} {size / 1e6:14.0f} {figures["step"]:9.3f} '
             f'{peak / 1e9:9.2f} {peak / size / 4:13.1f}',
             flush=True,
         )

@@ -80,11 +80,11 @@ def case_of(mode, num, dtype, batch_size, path):
   }
   ingredients = _steps.Files(path, abstract, num)
   start = _steps.peak_bytes()
-  found = {'gradient': _steps.of_gradient(ingredients[0], loss_fn, batch)}
-  found['gradient_peak'] = _steps.peak_bytes() - start
-  before = found['gradient']
+  measured = {'gradient': _steps.of_gradient(ingredients[0], loss_fn, batch)}
+  measured['gradient_peak'] = _steps.peak_bytes() - start
+  before = measured['gradient']
   if mode != 'gradient':
-    found |= _steps.of_learned(
+    measured |= _steps.of_learned(
         ingredients,
         loss_fn,
         batch,
@@ -94,9 +94,9 @@ def case_of(mode, num, dtype, batch_size, path):
     )
   # Again, because other programs may have come or gone.
   after = _steps.of_gradient(ingredients[0], loss_fn, batch)
-  found['gradient'] = (before + after) / 2
-  found['peak'] = _steps.peak_bytes() - start
-  return found
+  measured['gradient'] = (before + after) / 2
+  measured['peak'] = _steps.peak_bytes() - start
+  return measured
 
 
 def show_bandwidth() -> None:

@@ -124,19 +124,19 @@ def regrets(logits, label, size, rng):
   held_out, rest = order[:size], order[size:]
   accuracy = lambda x: 100 * metrics.correct(x, label[rest]).mean()
   singles = np.array([accuracy(x[rest]) for x in logits])
-  found = []
+  differences = []
   for metric in (metrics.correct, log_likelihood):
     score = lambda x: metric(x, label[held_out]).mean()  # noqa: B023
     of_singles = [score(x[held_out]) for x in logits]
     members = greedy(logits[:, held_out], score)
     ensemble = accuracy(logits[members][:, rest].mean(0))
-    found.append(
+    differences.append(
         (
             singles.max() - singles[int(np.argmax(of_singles))],
             singles.max() - ensemble,
         )
     )
-  return found
+  return differences
 
 
 def show(name, logits, label, sizes, draws, rng):
@@ -148,8 +148,12 @@ def show(name, logits, label, sizes, draws, rng):
   )
   print('held out | single: accuracy, NLL | greedy: accuracy, NLL | sd of mean')
   for size in sizes:
-    found = np.array([regrets(logits, label, size, rng) for _ in range(draws)])
-    mean, error = found.mean(0), found.std(0).max() / np.sqrt(draws)
+    draws_of_regret = np.array(
+        [regrets(logits, label, size, rng) for _ in range(draws)]
+    )
+    mean, error = draws_of_regret.mean(0), draws_of_regret.std(
+        0
+    ).max() / np.sqrt(draws)
     print(
         f'{size:8d} | {mean[0, 0]:.2f} {mean[1, 0]:.2f} | '
         f'{mean[0, 1]:+.2f} {mean[1, 1]:+.2f} | {error:.2f}',
