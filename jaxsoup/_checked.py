@@ -163,7 +163,8 @@ class Checked(Sequence):
     require_ingredients(ingredients)
     self._source = ingredients
     self._equal_non_floats = non_float_from is None
-    self._sums: dict[int, bytes] = {}
+    # None of those that are traced.
+    self._sums: dict[int, bytes | None] = {}
     self._duplicates: dict[int, int] = {}
     self._first: _tree.Flat | None = None
     if non_float_from is not None:
@@ -231,6 +232,13 @@ class Checked(Sequence):
     differences = mismatches(self.template, flat)
     if differences:
       raise mismatch_error(self.name(k), differences)
+    if _tree.is_traced(*flat.leaves, *self.template.leaves):
+      self._sums[k] = None
+    else:
+      self._check_values(k, flat)
+
+  def _check_values(self, k: int, flat: _tree.Flat) -> None:
+    """What cannot be checked under `jax.jit`."""
     self._check_non_floats(k, flat)
     leaves = dict(zip(flat.paths, flat.leaves))
     floats = [leaves[path] for path in self.float_paths]

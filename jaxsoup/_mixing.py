@@ -261,6 +261,8 @@ def stack_leaves(checked: _checked.Checked) -> list[jax.Array]:
 
 def _on_mesh_of(stacked: jax.Array, x: jax.Array) -> jax.Array:
   # jax 0.7 puts the stack of unsharded leaves on an Explicit mesh that is set.
+  if _tree.is_traced(stacked, x):
+    return x
   sharding = stacked.sharding
   if isinstance(sharding, NamedSharding) and not isinstance(
       x.sharding, NamedSharding
@@ -288,8 +290,14 @@ def _set_row(
 @jax.jit
 def scaled(leaves: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
   """`weight * theta`, in float32 or wider: how a running sum begins."""
+  wide = [x.astype(_tree.wide_dtype(x.dtype)) for x in leaves]
+  return [w.astype(x.dtype) * x for x, w in zip(wide, weights)]
+
+
+def _added(total, leaves, weights):
   return [
-      w * x.astype(_tree.wide_dtype(x.dtype)) for x, w in zip(leaves, weights)
+      t + w.astype(t.dtype) * x.astype(t.dtype)
+      for t, x, w in zip(total, leaves, weights)
   ]
 
 
@@ -298,7 +306,7 @@ def add(
     total: list[jax.Array], leaves: list[jax.Array], weights: jax.Array
 ) -> list[jax.Array]:
   """`total + weight * theta`, in place."""
-  return [t + w * x.astype(t.dtype) for t, x, w in zip(total, leaves, weights)]
+  return _added(total, leaves, weights)
 
 
 @jax.jit
@@ -310,15 +318,15 @@ def rounded_with(
 ) -> list[jax.Array]:
   """`(total + weight * theta) / count`: a candidate, the sum left as it is."""
   return [
-      ((t + w * x.astype(t.dtype)) / count).astype(x.dtype)
-      for t, x, w in zip(total, leaves, weights)
+      (t / count.astype(t.dtype)).astype(x.dtype)
+      for t, x in zip(_added(total, leaves, weights), leaves)
   ]
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def rounded(total: list[jax.Array], count: jax.Array, dtypes: tuple[Any, ...]):
   """`total / count`, rounded once to the dtypes of the ingredients."""
-  return [(t / count).astype(d) for t, d in zip(total, dtypes)]
+  return [(t / count.astype(t.dtype)).astype(d) for t, d in zip(total, dtypes)]
 
 
 def weighted_sum(
@@ -337,7 +345,9 @@ def weighted_sum(
     if alpha is None:
       weights = _tree.numbers(np.ones(len(leaves)))
     else:
-      rows = jax.device_get(_tree.alphas_of(alpha, checked.float_paths))
+      rows = _tree.alphas_of(alpha, checked.float_paths)
+      if not _tree.is_traced(*rows):
+        rows = jax.device_get(rows)
       weights = _tree.numbers([row[k] for row in rows])
     total = add(total, leaves, weights) if total else scaled(leaves, weights)
   return total

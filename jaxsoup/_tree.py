@@ -49,6 +49,11 @@ def wide_dtype(dtype: Any) -> Any:
   return jnp.float32 if dtype.itemsize < 4 else dtype
 
 
+def is_traced(*arrays: Any) -> bool:
+  """Whether some values are unknown, as under `jax.jit` or `jax.grad`."""
+  return any(isinstance(x, jax.core.Tracer) for x in arrays)
+
+
 class Flat(NamedTuple):
   """A pytree taken apart; `leaves` and `paths` are in the same order."""
 
@@ -88,9 +93,16 @@ def on_device(leaf: Any, path: Path = ()) -> Any:
   return jax.device_put(array)
 
 
-def numbers(values: Any, dtype: Any = np.float32) -> jax.Array:
-  """Numbers on the device, explicitly (see `on_device`)."""
-  return jax.device_put(np.asarray(values, dtype))
+def numbers(values: Any, dtype: Any = None) -> jax.Array:
+  """Numbers on the device, explicitly (see `on_device`); floats by default."""
+  if is_traced(*(values if isinstance(values, list) else [values])):
+    return jnp.asarray(values)
+  return jax.device_put(np.asarray(values, dtype or widest_float()))
+
+
+def widest_float() -> Any:
+  """float64 where jax has it, else float32."""
+  return jax.dtypes.canonicalize_dtype(np.float64)
 
 
 def group_of(path: Path, depth: float | None) -> Path:
@@ -165,13 +177,18 @@ def alphas_of(alpha: Any, paths: Sequence[Path]) -> list[jax.Array]:
 
 
 def checked_alpha(alpha: Any, num: int) -> Any:
-  """Coefficients as NumPy arrays `[num]`; raises if they are more or fewer."""
-  alpha = nest(
-      {
-          path: np.asarray(jax.device_get(x), np.float32)
-          for path, x in entries_of(alpha).items()
-      }
-  )
+  """Coefficients `[num]`, NumPy arrays unless they are traced.
+
+  Raises if they are more or fewer, or not finite.
+  """
+  entries: dict[Path, Any] = entries_of(alpha)
+  for path, x in entries.items():
+    if not is_traced(x):
+      entries[path] = np.asarray(jax.device_get(x))
+      if not np.isfinite(entries[path]).all():
+        where = f' of {name_of(path)!r}' if path else ''
+        raise ValueError(f'alpha{where} is {x}: expected finite numbers.')
+  alpha = nest(entries)
   lengths = {np.shape(x) for x in jax.tree.leaves(alpha)}
   if lengths != {(num,)}:
     raise ValueError(
@@ -194,4 +211,4 @@ def _vector(x: Any) -> jax.Array:
     return x
   if isinstance(x, (list, tuple)) and any(isinstance(a, jax.Array) for a in x):
     return jnp.stack(x)  # Perhaps traced ones, such as [1 - t, t].
-  return jax.device_put(np.asarray(x, np.float32))
+  return numbers(x)

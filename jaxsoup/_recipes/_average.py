@@ -83,9 +83,11 @@ def average(
   _checked.require_ingredients(ingredients)
   num = len(ingredients)
   alpha = _tree.checked_alpha(alpha, num)
-  used = np.any([x != 0 for x in jax.tree.leaves(alpha)], axis=0)
-  # Where all are zero, one is read: the template of the zeros.
-  order = np.flatnonzero(used).tolist() or [0]
+  order = list(range(num))
+  if not _tree.is_traced(*jax.tree.leaves(alpha)):
+    used = np.any([x != 0 for x in jax.tree.leaves(alpha)], axis=0)
+    # Where all are zero, one is read: the template of the zeros.
+    order = np.flatnonzero(used).tolist() or [0]
   params, duplicates = _mean(ingredients, alpha, order, 1, non_float_from)
   return Soup(params, alpha, AverageInfo(duplicates))
 

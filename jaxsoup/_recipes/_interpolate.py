@@ -9,6 +9,7 @@ accuracies = jax.vmap(accuracy)(curve.params)
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _checked
@@ -53,23 +54,31 @@ def interpolate(
 
   Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
   """
-  t = np.asarray(jax.device_get(t), np.float32)
-  if t.ndim > 1 or not np.isfinite(t).all():
+  t = t if isinstance(t, jax.Array) else _tree.numbers(t)
+  is_traced = _tree.is_traced(t)
+  if t.ndim > 1 or not (is_traced or np.isfinite(jax.device_get(t)).all()):
     raise ValueError(
         f't has shape {t.shape} and values {t}: expected a finite number '
         'or a vector of finite numbers.'
     )
   checked = _checked.Checked([theta_0, theta_1], non_float_from)
   stacked = _mixing.stack_leaves(checked)
-  alpha = np.stack([1 - t, t], axis=-1)
+  alpha = _ends(t)
   if t.ndim:
-    floats = _mixing.mix_many(_tree.numbers(alpha), stacked)
+    floats = _mixing.mix_many(alpha, stacked)
   else:
-    floats = _mixing.mix_leaves([_tree.numbers(alpha)] * len(stacked), stacked)
+    floats = _mixing.mix_leaves([alpha] * len(stacked), stacked)
   params = checked.replace(floats)
   if t.ndim:
     params = _with_repeated_non_floats(params, len(t))
+  alpha = alpha if is_traced else jax.device_get(alpha)
   return Soup(params, alpha, AverageInfo(checked.duplicates()))
+
+
+@jax.jit
+def _ends(t: jax.Array) -> jax.Array:
+  """The coefficients of the two models, `[..., 2]`."""
+  return jnp.stack([1 - t, t], axis=-1).astype(_tree.widest_float())
 
 
 def _with_repeated_non_floats(params: Params, num: int) -> Params:

@@ -65,10 +65,12 @@ def model_stock(
   for _, leaves in _checked.in_order(checked, range(num)):
     total, units = _add(total, units, leaves, start)
   floats, cosine, ratio = _towards_mean(total, units, start, num)
-  cosine, ratio = jax.device_get((cosine, ratio))
+  if not _tree.is_traced(*ratio):
+    cosine, ratio = jax.device_get((cosine, ratio))
   paths = checked.float_paths
   by_path = lambda values: _tree.nest(dict(zip(paths, values)))
-  alpha = by_path([np.full(num, t / num, np.float32) for t in ratio])
+  full = jnp.full if _tree.is_traced(*ratio) else np.full
+  alpha = by_path([full(num, t / num, np.float32) for t in ratio])
   info = StockInfo(by_path(cosine), by_path(ratio), checked.duplicates())
   return Soup(checked.replace(floats), alpha, info)
 
@@ -91,10 +93,11 @@ def _unit_vectors(leaves, start):
   """`(theta_k - theta_0) / |theta_k - theta_0|`, and 1; 0 and 0 if unmoved."""
   wide = lambda x: x.astype(_tree.wide_dtype(x.dtype))
   task = [wide(x) - wide(x_0) for x, x_0 in zip(leaves, start)]
-  norms = [jnp.sqrt(jnp.sum(jnp.abs(v) ** 2)) for v in task]
+  squares = [jnp.sum(jnp.abs(v) ** 2) for v in task]
+  # Of a root at zero the gradient would be NaN.
+  norms = [jnp.sqrt(jnp.where(s > 0, s, 1)) for s in squares]
   return [
-      (v / jnp.where(n > 0, n, 1), (n > 0).astype(n.dtype))
-      for v, n in zip(task, norms)
+      (v / n, (s > 0).astype(n.dtype)) for v, n, s in zip(task, norms, squares)
   ]
 
 
