@@ -214,9 +214,7 @@ def mix(stacked: Params, alpha: Any) -> Params:
   return flat.replace(mix_leaves(alphas, flat.leaves))
 
 
-def stack(
-    ingredients: Sequence[Params], *, non_float_from: int | None = None
-) -> Params:
+def stack(ingredients: Sequence[Params]) -> Params:
   """Stacks K models along a new first axis.
 
   At most one ingredient is held as well as the stack, so K checkpoints need
@@ -224,11 +222,10 @@ def stack(
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
-    non_float_from: the ingredient whose non-float leaves are taken; without it
-      they must be equal.
 
   Returns:
-    A pytree with leaves `[K, ...]`, in the container of the first ingredient.
+    A pytree with leaves `[K, ...]`, in the container of the first ingredient,
+    whose leaves that are not floats are repeated.
 
   Raises:
     ValueError: see `check_compatible`.
@@ -237,13 +234,13 @@ def stack(
     >>> stack([{'w': np.float32(1)}, {'w': np.float32(3)}])
     {'w': Array([1., 3.], dtype=float32)}
   """
-  checked = _checked.Checked(ingredients, non_float_from)
-  floats = iter(stack_leaves(checked))
-  flat = checked.template
-  return flat.replace(
-      next(floats) if _tree.is_float(x) else repeat([x], len(checked))[0]
-      for x in flat.leaves
-  )
+  checked = _checked.Checked(ingredients)
+  return with_rows(checked.template, stack_leaves(checked), len(checked))
+
+
+def with_rows(flat: _tree.Flat, floats: list[jax.Array], num: int) -> Params:
+  """The tree with floats `[num, ...]`, and the rest of it repeated."""
+  return flat.combine(floats, repeat(list(flat.others.values()), num))
 
 
 def stack_leaves(checked: _checked.Checked) -> list[jax.Array]:

@@ -58,13 +58,13 @@ def collect(
   Raises:
     ValueError: no ingredients, or they do not fit (see `check_compatible`).
   """
-  checked = _checked.Checked(ingredients, non_float_from=0)
+  checked = _checked.Checked(ingredients)
   run = evaluation.logits_of(logits_fn, batches)
   order = range(len(checked))
   return np.stack(
       [
-          run(checked.replace(leaves))
-          for _, leaves in _checked.in_order(checked, order)
+          run(checked.replace(leaves, k))
+          for k, leaves in _checked.in_order(checked, order)
       ]
   )
 

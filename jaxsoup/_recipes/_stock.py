@@ -23,8 +23,6 @@ from jaxsoup._soup import StockInfo
 def model_stock(
     ingredients: Sequence[Params],
     theta_0: Params,
-    *,
-    non_float_from: int | None = None,
 ) -> Soup:
   """Moves from the initialization towards the mean, tensor by tensor.
 
@@ -38,7 +36,6 @@ def model_stock(
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     theta_0: the parameters they were all fine-tuned from.
-    non_float_from: as in `uniform`.
 
   Returns:
     A `Soup` with alpha a nested dict of `[K]`, t/K each: the rest, 1 - t, is
@@ -58,7 +55,7 @@ def model_stock(
   Source: Jang et al. 2024, "Model Stock: All we need is just a few fine-tuned
   models", equations 3 and 5.
   """
-  checked = _checked.Checked(ingredients, non_float_from)
+  checked = _checked.Checked(ingredients)
   start = _checked.fitting_leaves(checked, theta_0)
   num = len(checked)
   total = units = None

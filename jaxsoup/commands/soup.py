@@ -55,15 +55,6 @@ def soup(
             metavar='A,B,...', help='average: mixing coefficient of each run.'
         ),
     ] = None,
-    non_float_from: Annotated[
-        int | None,
-        typer.Option(
-            metavar='K',
-            min=0,
-            help='Index of the run whose counters and other integers are '
-            'taken, from 0. Default: they must be equal. Not for learned.',
-        ),
-    ] = None,
     max_shard_size: Annotated[
         str,
         typer.Option(
@@ -171,11 +162,6 @@ def soup(
         'average needs mixing coefficients; no other recipe takes them.',
         param_hint='--alpha',
     )
-  if non_float_from is not None and non_float_from >= len(runs):
-    raise typer.BadParameter(
-        f'there are {len(runs)} runs, and 0 is the first.',
-        param_hint='--non-float-from',
-    )
   weights, max_shard_bytes = _weights(alpha), _num_bytes(max_shard_size)
   if out.exists():
     raise typer.BadParameter(
@@ -222,7 +208,6 @@ def soup(
           saved=saved,
           theta_0=init and checkpoints.Ingredients([init], item=item)[0],
           alpha=weights,
-          non_float_from=non_float_from,
           strict=strict,
           seed=seed,
           depth=math.inf if per_tensor else None,
@@ -240,7 +225,6 @@ def soup(
           # As the directories are that come in.
           is_directory=all(map(checkpoints.is_directory, runs)),
           alpha=weights,
-          non_float_from=non_float_from,
           max_shard_bytes=max_shard_bytes,
           metadata={'recipe': recipe, 'seed': seed},
       )
@@ -322,7 +306,6 @@ def _cook_and_save(
     is_average,
     is_directory,
     alpha,
-    non_float_from,
     max_shard_bytes,
     metadata,
 ):
@@ -339,7 +322,6 @@ def _cook_and_save(
         ingredients,
         made,
         alpha=alpha,
-        non_float_from=non_float_from,
         max_shard_bytes=max_shard_bytes,
         metadata=metadata,
     )
@@ -348,7 +330,6 @@ def _cook_and_save(
         out,
         ingredients,
         alpha,
-        non_float_from=non_float_from,
         metadata=metadata,
     )
   else:
@@ -375,7 +356,6 @@ def _cook(
     saved,
     theta_0,
     alpha,
-    non_float_from,
     strict,
     seed,
     depth,
@@ -398,9 +378,9 @@ def _cook(
     evaluation = user_code.identity(eval_name)
     log = checkpoints.ScoreLog(scores, ingredients, evaluation)
   if recipe == 'uniform':
-    return jaxsoup.uniform(ingredients, non_float_from=non_float_from)
+    return jaxsoup.uniform(ingredients)
   if recipe == 'average':
-    return jaxsoup.average(ingredients, alpha, non_float_from=non_float_from)
+    return jaxsoup.average(ingredients, alpha)
   if recipe == 'greedy':
     return jaxsoup.greedy(
         ingredients,
@@ -408,7 +388,6 @@ def _cook(
         key=None if seed is None else jax.random.key(seed),
         strict=strict,
         scores=log,
-        non_float_from=non_float_from,
     )
   if recipe == 'pruned':
     return jaxsoup.pruned(
@@ -416,7 +395,6 @@ def _cook(
         function,
         strict=strict,
         scores=log,
-        non_float_from=non_float_from,
     )
   if recipe == 'learned':
     loss_fn, batches, *val_batches = function()
@@ -432,9 +410,7 @@ def _cook(
         cache_dtype=cache_dtype,
         on_start=_show_plan if jax.process_index() == 0 else None,
     )
-  return jaxsoup.model_stock(
-      ingredients, theta_0, non_float_from=non_float_from
-  )
+  return jaxsoup.model_stock(ingredients, theta_0)
 
 
 def _show_soup(made, ingredients, out, recipe, as_json) -> None:

@@ -71,7 +71,7 @@ def sharpness(
 
   Source: Lanczos 1950; Golub and Van Loan, "Matrix computations", section 10.1.
   """
-  checked = _checked.Checked([params], non_float_from=0)
+  checked = _checked.Checked([params])
   _checked.require_floats(checked.float_paths)
   leaves = _widened(checked[0])
   widened, leaves = checked.replace(leaves), _reals(leaves)
