@@ -187,21 +187,12 @@ class Search:
     # Keys and counters must not depend on what was read: a log spares reads.
     return self._checked.replace(floats, min(members))
 
-  def _weights(self, sign: int) -> jax.Array:
-    return _tree.numbers(np.full(len(self._checked.float_paths), sign))
-
   def _candidate(self, leaves, sign, count):
-    if self._total is None:
-      return leaves
-    return _mixing.rounded_with(
-        self._total, leaves, self._weights(sign), _tree.numbers(count)
-    )
+    numbers = _tree.numbers(sign), _tree.numbers(count)
+    return _mixing.rounded_with(self._total, leaves, *numbers)
 
   def _change(self, leaves, sign) -> None:
-    if self._total is None:
-      self._total = _mixing.scaled(leaves, self._weights(sign))
-    else:
-      self._total = _mixing.add(self._total, leaves, self._weights(sign))
+    self._total = _mixing.add(self._total, leaves, _tree.numbers(sign))
 
   def _mean(self) -> list[jax.Array]:
     return _mixing.rounded(
