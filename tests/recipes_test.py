@@ -262,6 +262,58 @@ def test_traced(name):
   np.testing.assert_allclose(forward[1], difference, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda m: jaxsoup.uniform(m),
+        lambda m: jaxsoup.average(m, {'body': [1, 0], 'scale': [0.5, 0.5]}),
+        lambda m: jaxsoup.model_stock(m, m[1]),
+        lambda m: jaxsoup.greedy(m, lambda params: 0.5),
+    ],
+)
+def test_a_soup_is_a_pytree_of_its_parameters(make):
+  models = [linen(*m) for m in values(2, 'float32')[1]]
+  soup = make(models)
+  assert jax.tree.structure(jax.tree.leaves(soup)) == jax.tree.structure(
+      jax.tree.leaves(soup.params)
+  )
+  twice = lambda x: 2 * x
+  for fn in (
+      lambda s: jax.tree.map(twice, s),
+      jax.jit(lambda s: jax.tree.map(twice, s)),
+      lambda s: jax.tree.map(jnp.add, s, make(models)),
+  ):
+    double = fn(jax.device_put(soup))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        double.params,
+        jax.tree.map(twice, soup.params),
+    )
+    assert double.alpha is soup.alpha or isinstance(double.alpha, dict)
+    assert str(double.info) == str(soup.info)
+  other = jaxsoup.average(models, [2, 3])
+  with pytest.raises(ValueError):
+    jax.tree.map(jnp.add, soup, other)
+  seen = jax.jit(lambda s: jnp.asarray(jax.tree.leaves(s.alpha)[0]))
+  np.testing.assert_array_equal(seen(soup), jax.tree.leaves(soup.alpha)[0])
+  np.testing.assert_array_equal(seen(other), [2, 3])
+
+
+def test_a_recipe_under_jit_returns_a_soup():
+  models = [linen(*m) for m in values(2, 'float32')[1]]
+  alpha = jnp.array([0.25, 0.75])
+  soup = jax.jit(jaxsoup.average)(models, alpha)
+  expected = jaxsoup.average(models, alpha)
+  jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
+      (soup.params, soup.alpha),
+      (expected.params, expected.alpha),
+  )
+  assert soup.info == expected.info
+  stock = jax.jit(jaxsoup.model_stock)(models, models[1])
+  assert stock.info.ratio.keys() == {'body', 'scale'}
+
+
 def test_what_is_static_is_checked_under_jit():
   models = [{'w': jnp.zeros(2)}, {'w': jnp.zeros(3)}]
   with pytest.raises(ValueError, match=r'shape \(3,\), expected \(2,\)'):

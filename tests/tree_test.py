@@ -345,7 +345,7 @@ def test_state_is_that_of_the_first_ingredient():
       0: [jaxsoup.pruned(models, worst)],
   }
   for k, soups_of_k in soups.items():
-    for params, *_ in soups_of_k:
+    for params in [soup.params for soup in soups_of_k]:
       assert params['step'] == 10 * k
       assert params['old_key'].tolist() == [0, k]
       assert (params['key'] == jax.random.key(k)).all()
