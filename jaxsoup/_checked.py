@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 from typing import Any
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _tree
+from jaxsoup import _warnings
 from jaxsoup._soup import Members
 from jaxsoup._soup import Params
 
@@ -92,10 +92,9 @@ def warn_of_duplicates(
 ) -> None:
   """Warns of ingredients with equal parameters."""
   for group in groups:
-    warnings.warn(
+    _warnings.warn(
         f'{" and ".join(map(name_fn, group))} have equal parameters: the '
-        'same model counts more than once.',
-        stacklevel=5,
+        'same model counts more than once.'
     )
 
 

@@ -97,7 +97,7 @@ _inner_leaf: BinaryFn = _bilinear(
 
 def _by_platform(by_row, whole, x: jax.Array, stacked: jax.Array) -> jax.Array:
   """XLA:CPU makes a float32 copy of a whole stack of a narrow dtype."""
-  if stacked.dtype.itemsize not in _UNSIGNED:
+  if _bits(stacked) not in _UNSIGNED:
     return whole(x, stacked)
   return jax.lax.platform_dependent(x, stacked, cpu=by_row, default=whole)
 
@@ -117,7 +117,11 @@ def _mix_rows(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
   return mixed.astype(stacked.dtype)
 
 
-_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16}
+_UNSIGNED = {4: jnp.uint4, 8: jnp.uint8, 16: jnp.uint16}
+
+
+def _bits(x: jax.Array) -> int:
+  return jnp.finfo(x.dtype).bits
 
 
 def _row(stacked: jax.Array, k: Any) -> jax.Array:
@@ -127,7 +131,7 @@ def _row(stacked: jax.Array, k: Any) -> jax.Array:
   what does not depend on k out of a loop (the barrier makes it depend on k).
   """
   stacked, k = jax.lax.optimization_barrier((stacked, jnp.int32(k)))
-  bits = jax.lax.bitcast_convert_type(stacked, _UNSIGNED[stacked.itemsize])
+  bits = jax.lax.bitcast_convert_type(stacked, _UNSIGNED[_bits(stacked)])
   row = jax.lax.dynamic_index_in_dim(bits, k, keepdims=False)
   return jax.lax.bitcast_convert_type(row, stacked.dtype).astype(jnp.float32)
 
@@ -160,11 +164,13 @@ def _has_explicit_axes(x: jax.Array) -> bool:
 def mix_leaves(
     alphas: list[jax.Array], stacked: list[jax.Array]
 ) -> list[jax.Array]:
-  """`sum_k alpha_k theta_k` of every leaf; the first row of a non-float."""
-  return [
-      _mix_leaf(alpha, leaf) if _tree.is_float(leaf) else leaf[0]
-      for alpha, leaf in zip(alphas, stacked)
-  ]
+  """`sum_k alpha_k theta_k` of every leaf."""
+  return list(map(_mix_leaf, alphas, stacked))
+
+
+@jax.jit
+def first_rows(stacked: list[jax.Array]) -> list[jax.Array]:
+  return [x[0] for x in stacked]
 
 
 @jax.jit
@@ -203,15 +209,17 @@ def mix(stacked: Params, alpha: Any) -> Params:
   Source: Wortsman et al. 2022, section 2.
   """
   flat = _tree.flatten(stacked)
-  alphas = _tree.alphas_of(alpha, flat.paths)
-  for path, coefficients, leaf in zip(flat.paths, alphas, flat.leaves):
+  floats, others = flat.floats, flat.others
+  alphas = _tree.alphas_of(alpha, list(floats), others)
+  for coefficients, (path, leaf) in zip(alphas, floats.items()):
     if leaf.ndim < 1 or coefficients.shape != leaf.shape[:1]:
       raise ValueError(
           f'alpha has shape {coefficients.shape} and leaf '
           f'{_tree.name_of(path)!r} has shape {leaf.shape}: expected [K] and '
           '[K, ...]. Stack the ingredients with jaxsoup.stack.'
       )
-  return flat.replace(mix_leaves(alphas, flat.leaves))
+  mixed = mix_leaves(alphas, list(floats.values()))
+  return flat.combine(mixed, first_rows(list(others.values())))
 
 
 def stack(ingredients: Sequence[Params]) -> Params:
@@ -335,7 +343,9 @@ def weighted_sum(
   for k, leaves in _checked.in_order(checked, order):
     weights = _tree.numbers(1.0)
     if alpha is not None:
-      rows = _tree.alphas_of(alpha, checked.float_paths)
+      rows = _tree.alphas_of(
+          alpha, checked.float_paths, checked.template.others
+      )
       if not _tree.is_traced(*rows):
         rows = jax.device_get(rows)
       weights = _tree.numbers([row[k] for row in rows])

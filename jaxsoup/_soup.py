@@ -70,6 +70,9 @@ class _Static:
   def __hash__(self):
     return hash(self.structure)
 
+  def __repr__(self):  # What jax shows where two soups are mapped together.
+    return f'alpha and info {self.values}'
+
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,10 +10,12 @@ two `nnx.State` with different metadata are the same model, and so are an
 `nnx.Module` and another one that was built from another seed.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+import sys
 from typing import Any
 from typing import NamedTuple
 
@@ -27,13 +29,24 @@ Path = tuple[str, ...]
 
 
 def path_of(key_path: Sequence[Any]) -> Path:
-  """Keys of a leaf as strings; the `.value` of an nnx.Variable is left out."""
-  if key_path and key_path[-1] == jax.tree_util.GetAttrKey('value'):
-    key_path = key_path[:-1]
+  """Keys of a leaf as strings."""
   return tuple(
       jax.tree_util.keystr((key,), simple=True, separator='/')
       for key in key_path
   )
+
+
+def paths_of(tree: Any) -> list[Path]:
+  """The path of each leaf; the `.value` of an nnx.Variable is left out."""
+  nnx = sys.modules.get('flax.nnx')  # Without it there are no Variables.
+  is_variable = lambda x: nnx is not None and isinstance(x, nnx.Variable)
+  paths = []
+  for above, x in jax.tree_util.tree_leaves_with_path(
+      tree, is_leaf=is_variable
+  ):
+    for below, _ in jax.tree_util.tree_leaves_with_path(x):
+      paths.append(path_of((*above, *below[is_variable(x) :])))
+  return paths
 
 
 def name_of(path: Path) -> str:
@@ -107,9 +120,8 @@ def flatten(tree: Params) -> Flat:
 
 def flatten_in_place(tree: Params) -> Flat:
   """Takes a pytree apart, without moving its leaves."""
-  with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-  paths = [path_of(key_path) for key_path, _ in with_paths]
-  return Flat([leaf for _, leaf in with_paths], paths, treedef)
+  leaves, treedef = jax.tree.flatten(tree)
+  return Flat(leaves, paths_of(tree), treedef)
 
 
 def on_device(leaf: Any, path: Path = ()) -> Any:
@@ -139,11 +151,25 @@ def widest_float() -> Any:
   return jax.dtypes.canonicalize_dtype(np.float64)
 
 
-def group_of(path: Path, depth: float | None) -> Path:
-  """The group of a leaf: the first `depth` keys of its path."""
-  if depth is None:
-    return ()
-  return path if depth >= len(path) else path[: int(depth)]
+# The group of a leaf: how its path begins.
+GroupFn = Callable[[Path], Path]
+
+
+def whole(path: Path) -> Path:
+  """One group of all leaves."""
+  return path[:0]
+
+
+def groups_of(paths: Sequence[Path], group_fn: GroupFn) -> list[Path]:
+  """The group of each leaf; raises if it is not how its path begins."""
+  groups = [tuple(group_fn(path)) for path in paths]
+  for path, group in zip(paths, groups):
+    if path[: len(group)] != group:
+      raise ValueError(
+          f'group_fn({path}) is {group}: expected the first keys of the path, '
+          'such as path[:1] (by top-level module) or path (by tensor).'
+      )
+  return groups
 
 
 # Keys of running statistics, next to each other in the tree.
@@ -187,27 +213,39 @@ def nest(groups: Mapping[Path, Any]) -> Any:
   return tree
 
 
-def alphas_of(alpha: Any, paths: Sequence[Path]) -> list[jax.Array]:
-  """The coefficients of every leaf: the entry of alpha above its path."""
+def alphas_of(
+    alpha: Any, paths: Sequence[Path], others: Iterable[Path] = ()
+) -> list[jax.Array]:
+  """The coefficients of every leaf: the entry of alpha above its path.
+
+  Args:
+    alpha: a vector, or a prefix tree of those.
+    paths: of the leaves that are averaged.
+    others: of the leaves that are not, which may have an entry.
+
+  Returns:
+    Those of each of `paths`.
+  """
   entries = entries_of(alpha)
-  alphas = []
-  used = set()
-  for path in paths:
-    above = [path[:n] for n in range(len(path) + 1) if path[:n] in entries]
-    if not above:
+
+  def above(path):
+    starts = (path[:n] for n in range(len(path) + 1))
+    return next((start for start in starts if start in entries), None)
+
+  places = {path: above(path) for path in paths}
+  for path, place in places.items():
+    if place is None:
       raise ValueError(
           f'alpha has no entry for leaf {name_of(path)!r}; its entries are '
           f'{sorted(map(name_of, entries))}.'
       )
-    used.add(above[0])
-    alphas.append(entries[above[0]])
-  unused = entries.keys() - used
+  unused = entries.keys() - places.values() - set(map(above, others))
   if unused and paths:
     raise ValueError(
         f'alpha has entries {sorted(map(name_of, unused))} that match no leaf; '
         f'the leaves are {[name_of(p) for p in paths[:8]]}...'
     )
-  return alphas
+  return [entries[place] for place in places.values()]
 
 
 def checked_alpha(alpha: Any, num: int) -> Any:

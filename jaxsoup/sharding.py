@@ -101,8 +101,8 @@ def by_rules(
     (None, 'tensor')
   """
 
-  def sharded(key_path, leaf):
-    name = _tree.name_of(_tree.path_of(key_path))
+  def sharded(path, leaf):
+    name = _tree.name_of(path)
     matching = (rule for rule in rules if re.search(rule[0], name))
     pattern, spec = next(matching, ('', PartitionSpec()))
     try:
@@ -115,4 +115,5 @@ def by_rules(
       ) from e
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-  return jax.tree_util.tree_map_with_path(sharded, abstract_params)
+  flat = _tree.flatten_in_place(abstract_params)
+  return flat.replace(map(sharded, flat.paths, flat.leaves))

@@ -468,7 +468,8 @@ def wise_ft(
     score_fns: Mapping[str, Callable[[Params], Any]],
     *,
     num: int = 11,
-    chunk_size: int | None = 1,
+    chunk_size: int = 1,
+    is_traced: bool = True,
     sharding: NamedSharding | None = None,
 ) -> dict[str, Curve]:
   """Robust fine-tuning: scores on the line from the initialization.
@@ -481,6 +482,7 @@ def wise_ft(
     score_fns: by data set, as the loss in `landscape.line`.
     num: number of points, T.
     chunk_size: as in `landscape.line`.
+    is_traced: as in `landscape.line`.
     sharding: as in `landscape.line`.
 
   Returns:
@@ -501,6 +503,7 @@ def wise_ft(
             params,
             num,
             chunk_size=chunk_size,
+            is_traced=is_traced,
             sharding=sharding,
         )
         for data, score_fn in score_fns.items()

@@ -3,7 +3,6 @@
 import functools
 import gc
 import json
-import math
 import pathlib
 import shutil
 
@@ -640,14 +639,14 @@ def loss_fn(params, batch, beta):
 BATCHES = [np.full((2, 8), 0.1, np.float32), np.full((2, 8), -0.2, np.float32)]
 
 
-def learned(ingredients, depth):
+def learned(ingredients, num_keys):
   return jaxsoup.learned(
       ingredients,
       loss_fn,
       BATCHES,
       tx=optax.sgd(0.5),
       num_epochs=2,
-      depth=depth,
+      group_fn=lambda path: path[:num_keys],
       val_batches=BATCHES[:1],
   )
 
@@ -657,9 +656,9 @@ RECIPES = {
     'average': lambda x: jaxsoup.average(x, np.array([0.2, 0.5, 0.3])),
     'greedy': lambda x: jaxsoup.greedy(x, eval_fn),
     'pruned': lambda x: jaxsoup.pruned(x, eval_fn),
-    'learned': lambda x: learned(x, None),
+    'learned': lambda x: learned(x, 0),
     'learned by block': lambda x: learned(x, 1),
-    'learned by tensor': lambda x: learned(x, math.inf),
+    'learned by tensor': lambda x: learned(x, 9),
     'model_stock': lambda x: jaxsoup.model_stock(x, params_of(9)),
 }
 

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import math
 from typing import NamedTuple
 import weakref
 
@@ -97,12 +96,12 @@ def test_angles(dtype):
 
 def test_angles_of_groups():
   theta_0, models = model(0), [model(k) for k in range(1, 4)]
-  by_group = landscape.angles(models, theta_0, depth=1)
+  by_group = landscape.angles(models, theta_0, group_fn=lambda path: path[:1])
   for name in SHAPES:
     vectors = [flat(m[name]) - flat(theta_0[name]) for m in models]
     expected = angles_by_hand(np.stack(vectors))
     np.testing.assert_allclose(by_group[name], expected, atol=0.05)
-  by_leaf = landscape.distances(models, depth=math.inf)
+  by_leaf = landscape.distances(models, group_fn=lambda path: path)
   np.testing.assert_allclose(
       by_leaf['body']['bias'][0, 2],
       np.linalg.norm(models[0]['body']['bias'] - models[2]['body']['bias']),
@@ -191,7 +190,7 @@ def test_line_of_a_quadratic():
   assert rise == pytest.approx(distance**2 / 4, rel=1e-5)
 
 
-@pytest.mark.parametrize('chunk_size', [1, 2, 4, 7, 20, None])
+@pytest.mark.parametrize('chunk_size', [1, 2, 4, 7, 20])
 def test_chunks_change_nothing(chunk_size):
   first, second, told = model(1), model(2), []
   path = landscape.line(
@@ -206,8 +205,8 @@ def test_chunks_change_nothing(chunk_size):
       square(jaxsoup.interpolate(first, second, t).params) for t in path.t
   ]
   np.testing.assert_allclose(path.loss, expected, rtol=1e-5)
-  size = chunk_size or 1
-  assert told == [(min(n + size, 7), 7) for n in range(0, 7, size)]
+  ends = [min(n + chunk_size, 7) for n in range(0, 7, chunk_size)]
+  assert told == [(end, 7) for end in ends]
 
 
 def test_a_second_line_compiles_nothing():
@@ -240,8 +239,10 @@ def by_hand(params, x, label):
   return np.mean((hidden @ params['head']).argmax(-1) != label)
 
 
-@pytest.mark.parametrize('chunk_size', [1, 3, None])
-def test_line_over_batches(chunk_size):
+@pytest.mark.parametrize(
+    'options', [{}, {'chunk_size': 3}, {'is_traced': False}]
+)
+def test_line_over_batches(options):
   """The last batch is padded: the padding must not count."""
   x, label, batches = batched_problem()
   error_fn = evaluation.mean_of(
@@ -250,7 +251,7 @@ def test_line_over_batches(chunk_size):
       batches,
   )
   first, second = model(1), model(2)
-  path = landscape.line(error_fn, first, second, 5, chunk_size=chunk_size)
+  path = landscape.line(error_fn, first, second, 5, **options)
   mixed = [
       jax.tree.map(lambda a, b, t=t: (1 - t) * a + t * b, first, second)
       for t in path.t
@@ -263,9 +264,9 @@ def test_functions_that_cannot_be_traced():
   host_fn = lambda params: float(np.asarray(params['w']).sum())
   first, second = {'w': np.zeros(2, 'f')}, {'w': np.ones(2, 'f')}
   for chunk_size in (1, 2):
-    with pytest.raises(TypeError, match='chunk_size=None'):
+    with pytest.raises(TypeError, match='is_traced=False'):
       landscape.line(host_fn, first, second, 3, chunk_size=chunk_size)
-  path = landscape.line(host_fn, first, second, 3, chunk_size=None)
+  path = landscape.line(host_fn, first, second, 3, is_traced=False)
   np.testing.assert_allclose(path.loss, [0, 1, 2])
 
 

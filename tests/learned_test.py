@@ -73,27 +73,35 @@ def test_softmax_reaches_the_optimum_of_the_simplex(seed):
   assert (soup.alpha >= 0).all()
 
 
-def groups_of(depth):
-  return {
-      None: [[('a', 'x'), ('a', 'y'), ('b', 'z')]],
-      1: [[('a', 'x'), ('a', 'y')], [('b', 'z')]],
-      math.inf: [[('a', 'x')], [('a', 'y')], [('b', 'z')]],
-  }[depth]
+BY_MODULE = lambda path: path[:1]
+BY_TENSOR = lambda path: path
+GROUPS = {
+    'model': ({}, '*', [[('a', 'x'), ('a', 'y'), ('b', 'z')]]),
+    'module': (
+        {'group_fn': BY_MODULE},
+        {'a': '*', 'b': '*'},
+        [[('a', 'x'), ('a', 'y')], [('b', 'z')]],
+    ),
+    'tensor': (
+        {'group_fn': BY_TENSOR},
+        {'a': {'x': '*', 'y': '*'}, 'b': {'z': '*'}},
+        [[('a', 'x')], [('a', 'y')], [('b', 'z')]],
+    ),
+}
 
 
-@pytest.mark.parametrize('depth', [None, 1, math.inf])
-def test_each_group_has_its_own_optimum(rng, depth):
+@pytest.mark.parametrize('name', GROUPS)
+def test_each_group_has_its_own_optimum(rng, name):
+  options, expected_tree, groups = GROUPS[name]
   make = lambda: jax.tree.map(
       lambda _: rng.normal(size=4).astype(np.float32),
       {'a': {'x': 0, 'y': 0}, 'b': {'z': 0}},
   )
   models, target = [make() for _ in range(NUM)], make()
-  soup = fit(models, target, 800, alpha_fn=jaxsoup.hyperplane, depth=depth)
-  entries = {None: '*', 1: {'a': '*', 'b': '*'}}
-  expected_tree = entries.get(depth, {'a': {'x': '*', 'y': '*'}, 'b': {'z': 0}})
+  soup = fit(models, target, 800, alpha_fn=jaxsoup.hyperplane, **options)
   assert jax.tree.structure(soup.alpha) == jax.tree.structure(expected_tree)
   pick = lambda tree, group: np.concatenate([tree[i][j] for i, j in group])
-  for alpha, group in zip(jax.tree.leaves(soup.alpha), groups_of(depth)):
+  for alpha, group in zip(jax.tree.leaves(soup.alpha), groups):
     thetas = [pick(model, group) for model in models]
     expected = _reference.least_squares(thetas, pick(target, group))
     np.testing.assert_allclose(alpha, expected, atol=1e-3)
@@ -108,8 +116,14 @@ def test_a_finer_alpha_fits_no_worse(rng):
       for _ in range(NUM)
   ]
   target = {k: rng.normal(size=3).astype(np.float32) for k in 'ab'}
-  losses = [fit(models, target, depth=d).info.losses[-1] for d in (None, 1)]
-  assert losses[1] < losses[0]
+  whole = fit(models, target).info.losses[-1]
+  assert fit(models, target, group_fn=BY_MODULE).info.losses[-1] < whole
+
+
+def test_a_group_is_how_a_path_begins():
+  models = [{'a': {'x': np.float32(k)}} for k in range(2)]
+  with pytest.raises(ValueError, match=r"\('x',\): expected the first keys"):
+    fit(models, models[0], group_fn=lambda path: path[1:])
 
 
 def nll(params, batch, beta):

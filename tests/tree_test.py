@@ -1,6 +1,6 @@
 """The algebra of trees: check, stack, mix, prefix trees of alpha."""
 
-import math
+import dataclasses
 from typing import Any
 from typing import NamedTuple
 
@@ -103,16 +103,16 @@ PATHS = st.lists(
         p != q and p == q[: len(p)] for p in paths for q in paths
     )
 )
-DEPTH = st.sampled_from([None, 1, 2, math.inf])
+NUM_KEYS = st.sampled_from([0, 1, 2, 9])
 
 
-@hypothesis.given(PATHS, DEPTH)
-def test_alphas_of_finds_the_group(paths, depth):
-  groups = {_tree.group_of(path, depth) for path in paths}
-  numbered = {g: np.float32([i]) for i, g in enumerate(sorted(groups))}
+@hypothesis.given(PATHS, NUM_KEYS)
+def test_alphas_of_finds_the_group(paths, num_keys):
+  groups = _tree.groups_of(paths, lambda path: path[:num_keys])
+  numbered = {g: np.float32([i]) for i, g in enumerate(sorted(set(groups)))}
   alphas = _tree.alphas_of(_tree.nest(numbered), paths)
-  for path, alpha in zip(paths, alphas):
-    assert alpha == numbered[_tree.group_of(path, depth)]
+  for group, alpha in zip(groups, alphas):
+    assert alpha == numbered[group]
 
 
 @hypothesis.given(PATHS)
@@ -122,11 +122,72 @@ def test_nest_is_the_inverse_of_flatten(paths):
   assert dict(zip(flat.paths, flat.leaves)) == values
 
 
-@pytest.mark.parametrize('depth', [None, 1, 2, 9, math.inf])
-def test_groups(depth):
-  path = ('blocks', '0', 'kernel')
-  length = 0 if depth is None else min(depth, 3)
-  assert _tree.group_of(path, depth) == path[: int(length)]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Attention:
+  query: Any
+  key: Any
+  value: Any
+
+
+def test_a_field_may_be_called_value(rng):
+  models = [
+      {'attention': Attention(*rng.normal(size=(3, 4)).astype(np.float32))}
+      for _ in range(2)
+  ]
+  assert [path[-1] for path in _tree.flatten(models[0]).paths] == [
+      'query',
+      'key',
+      'value',
+  ]
+  soup = jaxsoup.model_stock(models, models[0])
+  assert soup.alpha['attention'].keys() == {'query', 'key', 'value'}
+  again = jaxsoup.average(
+      models, {'attention': {'query': [1, 0], 'key': [0, 1], 'value': [0, 1]}}
+  )
+  np.testing.assert_array_equal(
+      again.params['attention'].query, models[0]['attention'].query
+  )
+  np.testing.assert_array_equal(
+      again.params['attention'].value, models[1]['attention'].value
+  )
+
+
+def test_an_entry_of_alpha_may_stand_beside_integers():
+  models = [{'w': np.float32([k]), 'table': np.int8([3])} for k in (1, 3)]
+  for alpha in ({'w': [0.5, 0.5]}, {'w': [0.5, 0.5], 'table': [1, 0]}):
+    for params in (
+        jaxsoup.average(models, alpha).params,
+        jaxsoup.mix(jaxsoup.stack(models), alpha),
+    ):
+      assert (params['w'].item(), params['table'].item()) == (2, 3)
+  with pytest.raises(ValueError, match=r"entries \['other'\] that match no"):
+    jaxsoup.average(models, {'w': [0.5, 0.5], 'other': [1, 0]})
+
+
+@pytest.mark.parametrize('dtype', ['float4_e2m1fn', 'float8_e4m3fn', 'float16'])
+def test_narrow_floats(dtype):
+  models = [{'w': jnp.array(x, dtype)} for x in ([1, 2, 0.5], [2, 4, -0.5])]
+  for params in (
+      jaxsoup.uniform(models).params,
+      jaxsoup.mix(jaxsoup.stack(models), [0.5, 0.5]),
+  ):
+    assert params['w'].dtype == dtype
+    assert params['w'].astype(np.float32).tolist() == [1.5, 3, 0]
+
+
+@pytest.mark.parametrize(
+    'run',
+    [
+        jaxsoup.uniform,
+        jaxsoup.check_compatible,
+        lambda m: jaxsoup.greedy(m, lambda params: 0.0),
+    ],
+)
+def test_a_warning_points_at_the_caller(run):
+  with pytest.warns(UserWarning, match='equal parameters') as warned:
+    run([np.ones(2), np.ones(2)])
+  assert warned[0].filename == __file__
 
 
 def test_mix_by_prefix_tree():

@@ -57,7 +57,7 @@ def learned(
     *,
     tx: optax.GradientTransformation,
     num_epochs: int = 5,
-    depth: float | None = None,
+    group_fn: _tree.GroupFn = _tree.whole,
     alpha_fn: Callable[[jax.Array], jax.Array] = jax.nn.softmax,
     beta: float | None = None,
     val_batches: Iterable[Any] | None = None,
@@ -93,9 +93,10 @@ def learned(
     tx: any optimizer; the paper's authors use `optax.adamw(0.05,
       weight_decay=0.0)`.
     num_epochs: the maximal number of passes over the batches.
-    depth: None learns one alpha per model; a number n learns one for each group
-      of leaves whose paths share the first n keys (1: by top-level module);
-      `math.inf` learns one for each tensor.
+    group_fn: the group of a leaf, given its path: the first keys of it. Leaves
+      of one group share one alpha. `lambda path: path[:1]` learns one for each
+      top-level module, `lambda path: path` one for each tensor. By default
+      there is one for the whole model.
     alpha_fn: alpha `[K]` from unconstrained w `[K]`: `jax.nn.softmax`,
       `hyperplane`, or your own.
     beta: None learns the temperature from 1; a number keeps it fixed.
@@ -121,7 +122,7 @@ def learned(
     on_start: called with the `LearnedPlan` when one ingredient has been read.
 
   Returns:
-    A `Soup` with alpha `[K]` or, with a depth, nested dicts of `[K]`; and a
+    A `Soup` with alpha `[K]` or, with groups, nested dicts of `[K]`; and a
     `LearnedInfo` with beta and the losses. To use the temperature multiply the
     logits by `soup.info.beta`; the prediction does not depend on it.
 
@@ -155,7 +156,7 @@ def learned(
   )
   if on_start is not None:
     on_start(plan)
-  groups = [_tree.group_of(path, depth) for path in checked.float_paths]
+  groups = _tree.groups_of(checked.float_paths, group_fn)
   w = {g: _tree.numbers(np.zeros(len(checked))) for g in groups}
   # A fixed beta is not a variable, or weight decay would move it.
   variables = (w, _tree.numbers(1.0) if beta is None else None)

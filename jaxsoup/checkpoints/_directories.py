@@ -14,12 +14,12 @@ import os
 import pathlib
 import shutil
 from typing import Any
-import warnings
 
 import numpy as np
 
 from jaxsoup import _processes
 from jaxsoup import _tree
+from jaxsoup import _warnings
 from jaxsoup._soup import Soup
 from jaxsoup.checkpoints import _card
 from jaxsoup.checkpoints import _checkpoint
@@ -176,11 +176,10 @@ def _warn_of_configs(paths: Sequence[str]) -> None:
     keys = (configs[0].keys() | config.keys()) - _NOT_COMPARED
     odd = sorted(k for k in keys if configs[0].get(k) != config.get(k))
     if odd:
-      warnings.warn(
+      _warnings.warn(
           f'{folder / _CONFIG} differs from that of {folders[0]} in '
           f'{", ".join(odd[:5])}: the soup gets the latter. Check that the '
-          'outputs of the models have the same meaning.',
-          stacklevel=3,
+          'outputs of the models have the same meaning.'
       )
 
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import re
 from typing import Any
-import warnings
 
 from absl import logging
 from etils import epath
@@ -14,6 +13,7 @@ import tensorstore
 
 from jaxsoup import _processes
 from jaxsoup import _tree
+from jaxsoup import _warnings
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _source
 
@@ -92,10 +92,9 @@ def _resolve(path: epath.Path, item: str | None) -> epath.Path | None:
   }
   unfinished = [p.name for p in _directories(path) if _UNFINISHED in p.name]
   if children and unfinished:
-    warnings.warn(
+    _warnings.warn(
         f'{path}: {", ".join(unfinished)} is unfinished (its writer was '
-        'stopped) and is skipped. Delete it, or save that step again.',
-        stacklevel=2,
+        'stopped) and is skipped. Delete it, or save that step again.'
     )
   if item and item.partition('/')[0] in children:
     return children[item.partition('/')[0]]

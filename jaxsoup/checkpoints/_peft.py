@@ -16,12 +16,12 @@ import pathlib
 import re
 from typing import Any
 from typing import NamedTuple
-import warnings
 
 import jax
 import numpy as np
 
 from jaxsoup import _tree
+from jaxsoup import _warnings
 from jaxsoup._soup import Params
 from jaxsoup.checkpoints import _arrays
 from jaxsoup.checkpoints import _directories
@@ -76,10 +76,9 @@ def load_adapters(paths: Sequence[Any]) -> Adapters:
     values = [config.get(key) for config in configs]
     odd = [v for v in values if v != values[0]]
     if odd:
-      warnings.warn(
+      _warnings.warn(
           f'{key} is {values[0]!r} in one adapter and {odd[0]!r} in another: '
-          'do they have the same base model?',
-          stacklevel=2,
+          'do they have the same base model?'
       )
   params = [_load(pathlib.Path(p), c) for p, c in zip(paths, configs)]
   return Adapters(params, configs[0] if configs else {})

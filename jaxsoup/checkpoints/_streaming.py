@@ -44,7 +44,8 @@ class Average:
     floats = [n for n in flat.paths if _tree.is_float(self._template.stored[n])]
     rows: list[Any] = [None] * len(floats)
     if alpha is not None:
-      rows = jax.device_get(_tree.alphas_of(alpha, floats))
+      rows = _tree.alphas_of(alpha, floats, set(flat.paths) - set(floats))
+      rows = jax.device_get(rows)
     self._terms = {n: self._terms_of(n, row) for n, row in zip(floats, rows)}
 
   def params(self) -> Params:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import pathlib
 import re
 from typing import Annotated
@@ -210,7 +209,7 @@ def soup(
           alpha=weights,
           strict=strict,
           seed=seed,
-          depth=math.inf if per_tensor else None,
+          group_fn=(lambda path: path) if per_tensor else None,
           learning_rate=learning_rate,
           epochs=epochs,
           stream=stream,
@@ -358,7 +357,7 @@ def _cook(
     alpha,
     strict,
     seed,
-    depth,
+    group_fn,
     learning_rate,
     epochs,
     stream,
@@ -404,7 +403,7 @@ def _cook(
         preemption.Batches(batches, stop, saved),
         tx=optax.adamw(learning_rate, weight_decay=0.0),
         num_epochs=epochs,
-        depth=depth,
+        group_fn=group_fn,
         val_batches=val_batches[0] if val_batches else None,
         stream=stream,
         cache_dtype=cache_dtype,

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 import itertools
-import math
 from typing import Any
 
 import jax
@@ -100,7 +99,12 @@ def recipes(
           config, model, ingredients, held_out, sharding
       ),
       'learned by tensor': lambda: learned(
-          config, model, ingredients, held_out, sharding, depth=math.inf
+          config,
+          model,
+          ingredients,
+          held_out,
+          sharding,
+          group_fn=lambda path: path,
       ),
       'Model Stock': lambda: jaxsoup.model_stock(ingredients, theta_0),
   }

@@ -325,7 +325,7 @@ class Parts:
         self._ingredients,
         self._pairs,
         num,
-        chunk_size=None,
+        is_traced=False,
         on_points=lambda *_: on_points(next(done), num_all),
     )
     return {
@@ -356,7 +356,7 @@ class Parts:
             self._ingredients, [soup.params for soup in self._soups.values()]
         ),
         num=num,
-        chunk_size=None,
+        is_traced=False,
         on_points=on_points,
     )
     return {

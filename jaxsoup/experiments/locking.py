@@ -9,7 +9,8 @@ import os
 import pathlib
 import socket
 from typing import Any
-import warnings
+
+from jaxsoup import _warnings
 
 try:
   import fcntl
@@ -68,10 +69,9 @@ def _acquired(path: pathlib.Path, what: Any) -> int | None:
       os.close(file)
       if e.errno not in _NO_LOCKS:
         raise
-      warnings.warn(
+      _warnings.warn(
           f'The file system of {path} does not support locks: make sure that '
-          f'no other process uses {what}.',
-          stacklevel=4,
+          f'no other process uses {what}.'
       )
       return None
     # Its last holder may have deleted it between the two calls.

@@ -186,7 +186,7 @@ def _lines(pool: pools.Pool, members) -> dict[Any, landscape.Path]:
   """The test error between pairs."""
   sets = landscapes.Sets(pool.work, ['test'], len(pool.work.splits.test))
   error_fn = lambda params: 1 - sets.score(sets.logits_of(params), sets.labels)
-  return landscape.lines(error_fn, pool.models, members, 11, chunk_size=None)
+  return landscape.lines(error_fn, pool.models, members, 11, is_traced=False)
 
 
 def basin(bench: pools.Bench) -> Result:
@@ -495,7 +495,7 @@ def wise_ft(bench: pools.Bench) -> Result:
         of.logits_of(params), of.labels
     )
   curves = studies.wise_ft(
-      pool.theta_0, models, score_fns, num=11, chunk_size=None
+      pool.theta_0, models, score_fns, num=11, is_traced=False
   )
   figures: Figures = {}
   for name, curve in curves.items():

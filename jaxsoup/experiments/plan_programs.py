@@ -96,7 +96,7 @@ def of(
   def loss_at(floats, scale, batch):
     return cook.loss_fn_of(model.logits_fn)(flat.replace(floats), batch, scale)
 
-  groups = [_tree.group_of(path, None) for path in flat.paths]
+  groups = _tree.groups_of(flat.paths, _tree.whole)
   alphas = lambda w: {g: jax.nn.softmax(w[g]) for g in w}
   w = {groups[0]: alpha}
   resident = _learned.Resident(None, groups, alphas, loss_at)

@@ -158,11 +158,9 @@ class Pool:
         {name: x[members].mean(0) for name, x in self.logits.items()}
     )
 
-  def greedy(self, **options: Any) -> jaxsoup.Soup:
-    """The greedy soup; options as in `jaxsoup.greedy`."""
-    return jaxsoup.greedy(
-        self.models, self.eval_fn, scores=self.known, **options
-    )
+  def greedy(self) -> jaxsoup.Soup:
+    """The greedy soup."""
+    return jaxsoup.greedy(self.models, self.eval_fn, scores=self.known)
 
 
 def mean_scores(scores: Sequence[Scores]) -> Scores:

@@ -48,7 +48,7 @@ def angles(
     ingredients: Sequence[Params],
     theta_0: Params,
     *,
-    depth: float | None = None,
+    group_fn: _tree.GroupFn = _tree.whole,
 ) -> Any:
   """The angles at the initialization between all pairs of ingredients.
 
@@ -59,8 +59,8 @@ def angles(
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`, which
       are read once if they fit into memory together, else block by block.
     theta_0: parameters that they were fine-tuned from.
-    depth: None for whole models; or apart for groups of leaves, which share the
-      first `depth` keys of their paths (`math.inf`: each leaf).
+    group_fn: the groups of leaves that are compared apart, as in
+      `jaxsoup.learned`. By default whole models are compared.
 
   Returns:
     Degrees `[K, K]`, 0 on the diagonal and NaN for what never moved; or nested
@@ -79,11 +79,11 @@ def angles(
   _checked.require_floats(checked.float_paths)
   start = _checked.fitting_leaves(checked, theta_0)
   products = _of_pairs(checked, lambda x, y: inner_products(x, y, start))
-  return jax.tree.map(_degrees, _grouped(products, checked, depth))
+  return jax.tree.map(_degrees, _grouped(products, checked, group_fn))
 
 
 def distances(
-    ingredients: Sequence[Params], *, depth: float | None = None
+    ingredients: Sequence[Params], *, group_fn: _tree.GroupFn = _tree.whole
 ) -> Any:
   """The Euclidean distances between all pairs of ingredients.
 
@@ -92,7 +92,7 @@ def distances(
 
   Args:
     ingredients: as in `angles`.
-    depth: as in `angles`.
+    group_fn: as in `angles`.
 
   Returns:
     `[K, K]`, or nested dicts of those, one for each group. Running statistics
@@ -109,7 +109,7 @@ def distances(
   checked = _checked.Checked(ingredients)
   _checked.require_floats(checked.float_paths)
   squares = _of_pairs(checked, lambda x, y: inner_products(x, x, y))
-  return jax.tree.map(np.sqrt, _grouped(squares, checked, depth))
+  return jax.tree.map(np.sqrt, _grouped(squares, checked, group_fn))
 
 
 @jax.jit
@@ -158,11 +158,12 @@ def _block_size(leaves: _Leaves) -> int:
   return max(1, _processes.agreed_min(size, leaves[0]))
 
 
-def _grouped(products: np.ndarray, checked: _checked.Checked, depth) -> Any:
+def _grouped(
+    products: np.ndarray, checked: _checked.Checked, group_fn: _tree.GroupFn
+) -> Any:
   """Sums over the leaves of each group: nested dicts of `[K, K]`."""
   groups: dict[_tree.Path, np.ndarray] = {}
-  for i, path in enumerate(checked.float_paths):
-    group = _tree.group_of(path, depth)
+  for i, group in enumerate(_tree.groups_of(checked.float_paths, group_fn)):
     groups[group] = groups.get(group, 0) + products[..., i]
   return _tree.nest(groups)
 

@@ -62,7 +62,8 @@ def line(
     theta_2: Params,
     num: int = 21,
     *,
-    chunk_size: int | None = 1,
+    chunk_size: int = 1,
+    is_traced: bool = True,
     sharding: NamedSharding | None = None,
     on_points: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -77,8 +78,9 @@ def line(
     theta_2: parameters at t = 1. Leaves that are not floats are theta_1's.
     num: number of points, T, both ends included.
     chunk_size: points that are evaluated together, by `jax.vmap`: that many
-      models and their activations are in memory. None calls `loss_fn` as it is,
-      for functions that jax cannot trace, such as an `evaluation.score_of`.
+      models and their activations are in memory.
+    is_traced: False calls `loss_fn` as it is, with one model, for functions
+      that jax cannot trace, such as an `evaluation.score_of`.
     sharding: how the points of a chunk lie on a mesh, such as
       `NamedSharding(mesh, PartitionSpec('points'))`: each device then evaluates
       its own. Data of `loss_fn` must lie on that mesh, or be uncommitted.
@@ -103,7 +105,7 @@ def line(
   if num < 2:
     raise ValueError(f'num is {num}: a line needs at least 2 points.')
   t = np.linspace(0, 1, num)
-  grid = Grid([theta_1, theta_2], chunk_size, sharding, on_points)
+  grid = Grid([theta_1, theta_2], chunk_size, is_traced, sharding, on_points)
   return Path(t, grid.values(loss_fn, np.stack([1 - t, t], axis=1)))
 
 
@@ -112,7 +114,11 @@ def lines(
     ingredients: Sequence[Params],
     members: Iterable[tuple[int, int]],
     num: int = 21,
-    **options: Any,
+    *,
+    chunk_size: int = 1,
+    is_traced: bool = True,
+    sharding: NamedSharding | None = None,
+    on_points: Callable[[int, int], None] | None = None,
 ) -> dict[tuple[int, int], Path]:
   """The loss on the lines between pairs of ingredients.
 
@@ -125,7 +131,10 @@ def lines(
     members: the pairs. Of those in a row with the same first one it is read
       once.
     num: number of points of each.
-    **options: those of `line`.
+    chunk_size: as in `line`.
+    is_traced: as in `line`.
+    sharding: as in `line`.
+    on_points: as in `line`, for each pair.
 
   Returns:
     A `Path` for each pair.
@@ -134,10 +143,16 @@ def lines(
     ValueError: as in `line`.
   """
   first = functools.lru_cache(1)(ingredients.__getitem__)
-  return {
-      (i, j): line(loss_fn, first(i), ingredients[j], num, **options)
-      for i, j in members
-  }
+  loss_on_line = functools.partial(
+      line,
+      loss_fn,
+      num=num,
+      chunk_size=chunk_size,
+      is_traced=is_traced,
+      sharding=sharding,
+      on_points=on_points,
+  )
+  return {(i, j): loss_on_line(first(i), ingredients[j]) for i, j in members}
 
 
 def barrier(path: Path) -> float:
@@ -172,7 +187,8 @@ def plane(
     others: Sequence[Params] = (),
     num: int = 21,
     margin: float = 0.25,
-    chunk_size: int | None = 1,
+    chunk_size: int = 1,
+    is_traced: bool = True,
     sharding: NamedSharding | None = None,
     on_points: Callable[[int, int], None] | None = None,
 ) -> Plane:
@@ -193,6 +209,7 @@ def plane(
     margin: how far the grid goes beyond all projections, as a share of their
       extent.
     chunk_size: as in `line`.
+    is_traced: as in `line`.
     sharding: as in `line`.
     on_points: as in `line`.
 
@@ -213,7 +230,9 @@ def plane(
   """
   if num < 2:
     raise ValueError(f'num is {num}: an axis needs at least 2 points.')
-  grid = Grid([theta_0, theta_1, theta_2], chunk_size, sharding, on_points)
+  grid = Grid(
+      [theta_0, theta_1, theta_2], chunk_size, is_traced, sharding, on_points
+  )
   basis = _Basis(grid.models)
   projected = [basis.project(m) for m in (theta_0, theta_1, theta_2)]
   projected += [
@@ -285,13 +304,14 @@ class Grid:
   def __init__(
       self,
       models: Sequence[Params],
-      chunk_size: int | None = 1,
+      chunk_size: int = 1,
+      is_traced: bool = True,
       sharding: NamedSharding | None = None,
       on_points: Callable[[int, int], None] | None = None,
   ):
     self.models = _checked.Checked(models)
-    self._size = 1 if chunk_size is None else chunk_size
-    self._is_traced = chunk_size is not None
+    self._size = chunk_size if is_traced else 1
+    self._is_traced = is_traced
     self._sharding = sharding
     self._on_points = on_points or (lambda num_done, num: None)
     _check_chunks(self._size, sharding)
@@ -365,7 +385,7 @@ def _run(jitted, loss_fn, params: Params) -> Any:
   except jax.errors.JAXTypeError as e:
     raise TypeError(
         f'jax cannot trace loss_fn, {loss_fn!r}, which needs the values of '
-        'arrays. Pass chunk_size=None to call it as it is.'
+        'arrays. Pass is_traced=False to call it as it is.'
     ) from e
 
 

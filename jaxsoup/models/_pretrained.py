@@ -17,11 +17,11 @@ import pathlib
 import re
 from typing import Any
 from typing import NamedTuple
-import warnings
 
 from flax import nnx
 import jax
 
+from jaxsoup import _warnings
 from jaxsoup import checkpoints
 from jaxsoup.models import _names
 from jaxsoup.models import vit
@@ -377,11 +377,10 @@ def _write(path: Any, shapes, arrays, kind: Kind, like_file: str | None) -> str:
   weights = pathlib.Path(made, 'model.safetensors')
   config = pathlib.Path(made, 'config.json')
   if kind.names == 'hf' and weights.exists() and not config.exists():
-    warnings.warn(
+    _warnings.warn(
         f'{made} has no config.json, which from_pretrained needs: there is none'
         f' next to {like_file}. Copy it from the original model, or pass its '
-        'directory as like= (--like).',
-        stacklevel=3,
+        'directory as like= (--like).'
     )
   return made
 

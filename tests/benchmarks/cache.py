@@ -33,7 +33,6 @@ patience (3) ended learning after 4 epochs, and the first was the best of them.
 """
 
 import argparse
-import math
 import pathlib
 import tempfile
 
@@ -63,14 +62,14 @@ def lost(ingredients, theta_0, dtype) -> float:
   return float(np.mean(jax.device_get(ratios)))
 
 
-def learned(config, ingredients, model, splits, depth, dtype):
+def learned(config, ingredients, model, splits, group_fn, dtype):
   """The coefficients in a row, test accuracy and test NLL."""
   soup = cook.learned(
       config,
       model,
       ingredients,
       splits.held_out,
-      depth=depth,
+      group_fn=group_fn,
       stream=True,
       cache_dtype=dtype,
   )
@@ -94,8 +93,11 @@ def of_seed(seed: int, folder: pathlib.Path) -> None:
   theta_0 = checkpoints.Ingredients([workdir / 'theta_0'])[0]
   splits = experiment.data_fn(experiment.config)
   model = modeling.of(experiment)
-  for name, depth in (('model', None), ('tensor', math.inf)):
-    case = experiment.config, ingredients, model, splits, depth
+  for name, group_fn in (
+      ('model', lambda path: ()),
+      ('tensor', lambda path: path),
+  ):
+    case = experiment.config, ingredients, model, splits, group_fn
     exact, accuracy, nll = learned(*case, None)
     for dtype in (jnp.bfloat16, jnp.float16):
       alpha, narrow_accuracy, narrow_nll = learned(*case, dtype)
