@@ -185,7 +185,7 @@ def _counters(pool, members, leaves) -> list[Finding]:
           f'{_findings.listed(sorted(differ), range(len(differ)))}.',
           meaning='Steps, counters and keys cannot be averaged: a recipe must '
           'be told whose to keep.',
-          remedy='Pass non_float_from=0 (--non-float-from 0) to keep those of '
+          remedy='Pass non_float_from=0 to keep those of '
           'the first ingredient, or pass parameters only.',
           leaves=tuple(sorted(differ)),
       )

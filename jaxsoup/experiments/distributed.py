@@ -26,15 +26,22 @@ def start(
   Call it before any device is touched.
 
   Args:
-    coordinator: HOST:PORT of process 0; None where jax detects it
-      (Cloud TPU, Slurm, Open MPI, Kubernetes).
-    num_processes: how many there are; None as above.
-    process: which one this is, from 0; None as above.
+    coordinator: HOST:PORT of process 0. Default: JAX_COORDINATOR_ADDRESS, or
+      what jax detects (Cloud TPU, Slurm, Open MPI, Kubernetes).
+    num_processes: how many there are. Default: JAX_NUM_PROCESSES, or as above.
+    process: which one this is, from 0. Default: JAX_PROCESS_ID, or as above.
     timeout: seconds to wait.
 
   Raises:
-    ValueError: jax cannot detect it, or the address is malformed.
+    ValueError: jax cannot detect it, the address is malformed, or a variable
+      of the environment is not a number.
   """
+  # Of these, jax itself reads only the first.
+  coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS')
+  if num_processes is None:
+    num_processes = _number_in('JAX_NUM_PROCESSES')
+  if process is None:
+    process = _number_in('JAX_PROCESS_ID')
   done = threading.Event()
 
   # jax itself aborts with a stack trace that names no process.
@@ -60,11 +67,19 @@ def start(
     )
   except (RuntimeError, ValueError) as e:
     raise ValueError(
-        f'jax cannot join the other processes: {str(e).splitlines()[0]} Pass '
-        '--coordinator HOST:PORT --num-processes N --process I.'
+        f'jax cannot join the other processes: {str(e).splitlines()[0]} Set '
+        'JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES=N and '
+        'JAX_PROCESS_ID=I in the environment of each.'
     ) from e
   finally:
     done.set()
+
+
+def _number_in(variable: str) -> int | None:
+  text = os.environ.get(variable)
+  if text is None or text.isdecimal():
+    return None if text is None else int(text)
+  raise ValueError(f'{variable}={text!r} is not a number, such as 2.')
 
 
 def banner(place: Any) -> str:
