@@ -112,15 +112,20 @@ distributed.start = functools.partial(distributed.start, timeout=3)
 """
 
 
-def _start_soup(folder, port, process, code=MAIN):
-  runs = sorted((folder / 'runs').iterdir())
-  join = {
+def _joined(port, num_processes, process):
+  """What the environment says to one of the processes."""
+  return {
       'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
-      'JAX_NUM_PROCESSES': '2',
+      'JAX_NUM_PROCESSES': str(num_processes),
       'JAX_PROCESS_ID': str(process),
   }
+
+
+def _start_soup(folder, port, process, code=MAIN):
+  runs = sorted((folder / 'runs').iterdir())
   command = ['-c', code, 'soup', 'uniform', *runs, '--distributed']
-  return _start([*command, '--out', folder / 'soup'], env=os.environ | join)
+  environ = os.environ | _joined(port, 2, process)
+  return _start([*command, '--out', folder / 'soup'], env=environ)
 
 
 def test_the_command_in_two_processes(tmp_path):
@@ -224,9 +229,9 @@ def _experiment(folder, workdir, num_processes, *more):
   ]  # fmt: skip
   if num_processes == 1:
     return [_start(command, env=environ)]
-  join = [f'--coordinator=127.0.0.1:{port}', f'--num-processes={num_processes}']
+  command.append('--distributed')
   return [
-      _start([*command, *join, f'--process={i}'], env=environ)
+      _start(command, env=environ | _joined(port, num_processes, i))
       for i in range(num_processes)
   ]
 
@@ -287,7 +292,7 @@ def test_an_experiment_in_two_processes(tmp_path):
     'more, said',
     [
         (['--config.is_sharded=False'], 'config.is_sharded is True'),
-        (['--process=0'], 'Pass all of --coordinator'),
+        (['--process=0'], "Unknown command line flag 'process'"),
         (
             ['--workdir=gs://bucket/x'],
             'is not a local directory: mount the bucket',

@@ -1,7 +1,7 @@
 """Connects the processes of a distributed run.
 
 ```
-distributed.start('host0:1234', num_processes=2, process=0, timeout=300)
+distributed.start(timeout=300)
 distributed.banner(workdir)
 ```
 """
@@ -14,34 +14,25 @@ from typing import Any
 import jax
 
 
-def start(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process: int | None = None,
-    *,
-    timeout: int = 300,
-) -> None:
+def start(*, timeout: int = 300) -> None:
   """Waits for all processes of a run; exits with an error if one is missing.
 
-  Call it before any device is touched.
+  Call it before any device is touched. jax detects the others (Cloud TPU,
+  Slurm, Open MPI, Kubernetes), or the environment of each process says where
+  they are: JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES,
+  and JAX_PROCESS_ID, from 0.
 
   Args:
-    coordinator: HOST:PORT of process 0. Default: JAX_COORDINATOR_ADDRESS, or
-      what jax detects (Cloud TPU, Slurm, Open MPI, Kubernetes).
-    num_processes: how many there are. Default: JAX_NUM_PROCESSES, or as above.
-    process: which one this is, from 0. Default: JAX_PROCESS_ID, or as above.
     timeout: seconds to wait.
 
   Raises:
-    ValueError: jax cannot detect it, the address is malformed, or a variable
-      of the environment is not a number.
+    ValueError: jax cannot detect them, the address is malformed, or a variable
+      is not a number.
   """
-  # Of these, jax itself reads only the first.
-  coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS')
-  if num_processes is None:
-    num_processes = _number_in('JAX_NUM_PROCESSES')
-  if process is None:
-    process = _number_in('JAX_PROCESS_ID')
+  coordinator = os.environ.get('JAX_COORDINATOR_ADDRESS')
+  # These two jax does not read.
+  num_processes = _number_in('JAX_NUM_PROCESSES')
+  process = _number_in('JAX_PROCESS_ID')
   done = threading.Event()
 
   # jax itself aborts with a stack trace that names no process.
