@@ -41,6 +41,7 @@ if TYPE_CHECKING:
   from jaxsoup._recipes._learned import hyperplane as hyperplane
   from jaxsoup._recipes._learned import learned as learned
   from jaxsoup._recipes._pruned import pruned as pruned
+  from jaxsoup._recipes._running import running_average as running_average
   from jaxsoup._recipes._stock import model_stock as model_stock
   from jaxsoup._soup import AtMost as AtMost
   from jaxsoup._soup import Soup as Soup
@@ -56,6 +57,7 @@ _EXPORTS = {
     '_recipes._interpolate': ('interpolate',),
     '_recipes._learned': ('hyperplane', 'learned'),
     '_recipes._pruned': ('pruned',),
+    '_recipes._running': ('running_average',),
     '_recipes._stock': ('model_stock',),
     '_soup': ('AtMost', 'Soup', 'Trial'),
 }

@@ -25,8 +25,8 @@ from jaxsoup._soup import Params
 
 def mismatches(first: _tree.Flat, other: _tree.Flat) -> list[str]:
   """What differs between two trees, without looking at values."""
-  first_leaves = dict(zip(first.paths, first.leaves))
-  other_leaves = dict(zip(other.paths, other.leaves))
+  first_leaves = first.by_path
+  other_leaves = other.by_path
   differences = []
   for path in first_leaves.keys() - other_leaves.keys():
     differences.append(f'leaf {_tree.name_of(path)!r} is missing')
@@ -75,15 +75,15 @@ def not_finite_error(name: str, paths: Sequence[_tree.Path]) -> ValueError:
 
 
 def non_float_error(
-    name: str, path: _tree.Path, expected: np.ndarray, actual: np.ndarray
+    name: str, path: _tree.Path, expected: Any, actual: Any
 ) -> ValueError:
-  """The error for counters, steps or keys that are not equal."""
+  """The error for integers or booleans that are not equal."""
   return ValueError(
       f'{name}: leaf {_tree.name_of(path)!r} of dtype {actual.dtype} is '
       f'{_short(actual)}, but {_short(expected)} in the first ingredient. Only '
-      'floats are averaged. Pass non_float_from=k (--non-float-from K) to take '
-      'such leaves from ingredient k, or pass parameters only: '
-      'nnx.state(model, nnx.Param).'
+      'floats are averaged: quantized weights have to be converted to floats '
+      'first. Of the rest only PRNG keys and counters may differ; pass '
+      'parameters without such a leaf: nnx.state(model, nnx.Param).'
   )
 
 
@@ -126,12 +126,6 @@ def require_floats(paths: Sequence[_tree.Path]) -> None:
     )
 
 
-def _host_value(leaf: Any) -> np.ndarray:
-  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    leaf = jax.random.key_data(leaf)
-  return np.asarray(jax.device_get(leaf))
-
-
 @jax.jit
 def _summary(leaves: list[jax.Array]) -> tuple[list[jax.Array], ...]:
   """Whether each leaf is finite, and its sum: equal trees have equal sums."""
@@ -140,9 +134,15 @@ def _summary(leaves: list[jax.Array]) -> tuple[list[jax.Array], ...]:
   return finite, sums
 
 
+def _all_equal(leaves: list[jax.Array], others: list[jax.Array]) -> bool:
+  """Whether all leaves are equal; models may lie on different devices."""
+  others = jax.device_put(others, [x.sharding for x in leaves])
+  return bool(jax.device_get(_equal(leaves, others)))
+
+
 @jax.jit
-def _all_equal(leaves: list[jax.Array], others: list[jax.Array]) -> jax.Array:
-  """Whether all leaves are equal: a scalar, which every process has."""
+def _equal(leaves: list[jax.Array], others: list[jax.Array]) -> jax.Array:
+  """A scalar, which every process has."""
   equal = jnp.array(True)
   for x, y in zip(leaves, others):
     equal &= (x == y).all()
@@ -153,22 +153,18 @@ class Checked(Sequence):
   """Ingredients as flat lists of leaves, each checked when it is first read.
 
   The first one that is read is the template: the others must have its paths,
-  shapes and dtypes, finite values, and equal leaves where those are not floats.
-  Float leaves of the template are not kept.
+  shapes and dtypes, finite values, and equal leaves where those are neither
+  floats nor state (PRNG keys, steps, counters). Floats are not kept.
   """
 
-  def __init__(
-      self, ingredients: Sequence[Params], non_float_from: int | None = None
-  ):
+  def __init__(self, ingredients: Sequence[Params]):
     require_ingredients(ingredients)
     self._source = ingredients
-    self._equal_non_floats = non_float_from is None
     # None of those that are traced.
     self._sums: dict[int, bytes | None] = {}
+    self._others: dict[int, list[Any]] = {}
     self._duplicates: dict[int, int] = {}
     self._first: _tree.Flat | None = None
-    if non_float_from is not None:
-      self[non_float_from]  # The template: its non-float leaves are used.
 
   def __len__(self) -> int:
     return len(self._source)
@@ -182,7 +178,7 @@ class Checked(Sequence):
     if k not in self._sums:
       self._check(k, flat)
     # Sorted as the template is: a State may list its leaves in another order.
-    leaves = dict(zip(flat.paths, flat.leaves))
+    leaves = flat.by_path
     return [leaves[path] for path in self.float_paths]
 
   @property
@@ -204,20 +200,20 @@ class Checked(Sequence):
 
   @functools.cached_property
   def float_paths(self) -> list[_tree.Path]:
-    flat = self.template
-    return [p for p, x in zip(flat.paths, flat.leaves) if _tree.is_float(x)]
+    return list(self.template.floats)
 
   @functools.cached_property
   def float_dtypes(self) -> tuple[Any, ...]:
-    return tuple(x.dtype for x in self.template.leaves if _tree.is_float(x))
+    return tuple(x.dtype for x in self.template.floats.values())
 
-  def replace(self, floats: Iterable[jax.Array]) -> Params:
-    """The template's container with these leaves as its floats."""
-    flat = self.template
-    floats = iter(floats)
-    return flat.replace(
-        next(floats) if _tree.is_float(x) else x for x in flat.leaves
-    )
+  def replace(
+      self, floats: Iterable[jax.Array], k: int | None = None
+  ) -> Params:
+    """These floats in the template's container; the rest is ingredient k's.
+
+    Without k it is that of the template.
+    """
+    return self.template.combine(floats, None if k is None else self._others[k])
 
   def duplicates(self) -> tuple[Members, ...]:
     """Groups of equal ingredients among those read so far; warns of them."""
@@ -232,6 +228,12 @@ class Checked(Sequence):
     differences = mismatches(self.template, flat)
     if differences:
       raise mismatch_error(self.name(k), differences)
+    others, first = flat.others, self.template.others
+    self._others[k] = [
+        # Equal to the template's, which is in memory already.
+        others[path] if _tree.is_state(x) else x
+        for path, x in first.items()
+    ]
     if _tree.is_traced(*flat.leaves, *self.template.leaves):
       self._sums[k] = None
     else:
@@ -239,9 +241,8 @@ class Checked(Sequence):
 
   def _check_values(self, k: int, flat: _tree.Flat) -> None:
     """What cannot be checked under `jax.jit`."""
-    self._check_non_floats(k, flat)
-    leaves = dict(zip(flat.paths, flat.leaves))
-    floats = [leaves[path] for path in self.float_paths]
+    self._check_others(k, flat.others)
+    floats = [flat.by_path[path] for path in self.float_paths]
     finite, sums = jax.device_get(_summary(floats))
     bad = [path for path, ok in zip(self.float_paths, finite) if not ok]
     if bad:
@@ -249,15 +250,12 @@ class Checked(Sequence):
     sum_bytes = b''.join(np.asarray(s).tobytes() for s in sums)
     self._find_duplicate(k, floats, sum_bytes)
 
-  def _check_non_floats(self, k: int, flat: _tree.Flat) -> None:
-    if not self._equal_non_floats:
-      return
-    leaves = dict(zip(flat.paths, flat.leaves))
-    for path, expected in zip(self.template.paths, self.template.leaves):
-      if _tree.is_float(expected) or leaves[path] is expected:
+  def _check_others(self, k: int, others: dict[_tree.Path, Any]) -> None:
+    for path, expected in self.template.others.items():
+      actual = others[path]
+      if _tree.is_state(expected) or actual is expected:
         continue
-      expected, actual = _host_value(expected), _host_value(leaves[path])
-      if not np.array_equal(expected, actual):
+      if not _all_equal([expected], [actual]):
         raise non_float_error(self.name(k), path, expected, actual)
 
   def _find_duplicate(
@@ -265,12 +263,11 @@ class Checked(Sequence):
   ) -> None:
     # Equal sums are a hint; a permuted model has them too. So compare.
     for other, other_sums in self._sums.items():
-      if other_sums == sums and other not in self._duplicates:
-        # Models may lie on different devices.
-        others = jax.device_put(self[other], [x.sharding for x in floats])
-        if jax.device_get(_all_equal(floats, others)):
-          self._duplicates[k] = other
-          break
+      if other_sums != sums or other in self._duplicates:
+        continue
+      if _all_equal(floats, self[other]):
+        self._duplicates[k] = other
+        break
     self._sums[k] = sums
 
 
@@ -282,24 +279,25 @@ def _without_floats(flat: _tree.Flat) -> _tree.Flat:
   )
 
 
-def _short(value: np.ndarray) -> str:
-  return np.array2string(value, threshold=4, edgeitems=2)
+def _short(value: Any) -> str:
+  if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    return f'an array of shape {value.shape} on several processes'
+  return np.array2string(
+      np.asarray(jax.device_get(value)), threshold=4, edgeitems=2
+  )
 
 
-def check_compatible(
-    ingredients: Sequence[Params], *, non_float_from: int | None = None
-) -> tuple[Members, ...]:
+def check_compatible(ingredients: Sequence[Params]) -> tuple[Members, ...]:
   """Raises unless the ingredients can be averaged.
 
-  They must agree in the paths, shapes and dtypes of their leaves, all values
-  must be finite, and leaves that are not floats (steps, counters, PRNG keys)
-  must be equal. Every recipe checks each ingredient when it first reads it;
-  call this to know before you start.
+  They must agree in the paths, shapes and dtypes of their leaves, and all
+  values must be finite. Leaves that are not floats must be equal, except for
+  PRNG keys, steps and counters, which a soup takes from its first ingredient.
+  Every recipe checks each ingredient when it first reads it; call this to know
+  before you start.
 
   Args:
     ingredients: K pytrees.
-    non_float_from: the ingredient whose non-float leaves a recipe would take;
-      then they need not be equal.
 
   Returns:
     Groups of ingredients with equal parameters, which a `UserWarning` names.
@@ -317,7 +315,7 @@ has shape (3,), expected (2,). Only models of the same architecture can be \
 averaged. If only the heads differ, pass the part that is the same: \
 [p["backbone"] for p in ingredients].
   """
-  checked = Checked(ingredients, non_float_from)
+  checked = Checked(ingredients)
   for k in range(len(checked)):
     if k + 1 < len(checked):
       checked.prefetch(k + 1)
@@ -352,7 +350,8 @@ def fitting_leaves(
   """
   first = checked.replace(checked[0])
   try:
-    return Checked([first, params], non_float_from=0)[1]
+    _, leaves = Checked([first, params])
+    return leaves
   except ValueError as e:
     message = str(e).replace('ingredient 1', name)
     raise ValueError(

@@ -214,9 +214,7 @@ def mix(stacked: Params, alpha: Any) -> Params:
   return flat.replace(mix_leaves(alphas, flat.leaves))
 
 
-def stack(
-    ingredients: Sequence[Params], *, non_float_from: int | None = None
-) -> Params:
+def stack(ingredients: Sequence[Params]) -> Params:
   """Stacks K models along a new first axis.
 
   At most one ingredient is held as well as the stack, so K checkpoints need
@@ -224,11 +222,10 @@ def stack(
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
-    non_float_from: the ingredient whose non-float leaves are taken; without it
-      they must be equal.
 
   Returns:
-    A pytree with leaves `[K, ...]`, in the container of the first ingredient.
+    A pytree with leaves `[K, ...]`, in the container of the first ingredient,
+    whose leaves that are not floats are repeated.
 
   Raises:
     ValueError: see `check_compatible`.
@@ -237,13 +234,13 @@ def stack(
     >>> stack([{'w': np.float32(1)}, {'w': np.float32(3)}])
     {'w': Array([1., 3.], dtype=float32)}
   """
-  checked = _checked.Checked(ingredients, non_float_from)
-  floats = iter(stack_leaves(checked))
-  flat = checked.template
-  return flat.replace(
-      next(floats) if _tree.is_float(x) else repeat([x], len(checked))[0]
-      for x in flat.leaves
-  )
+  checked = _checked.Checked(ingredients)
+  return with_rows(checked.template, stack_leaves(checked), len(checked))
+
+
+def with_rows(flat: _tree.Flat, floats: list[jax.Array], num: int) -> Params:
+  """The tree with floats `[num, ...]`, and the rest of it repeated."""
+  return flat.combine(floats, repeat(list(flat.others.values()), num))
 
 
 def stack_leaves(checked: _checked.Checked) -> list[jax.Array]:
@@ -287,46 +284,40 @@ def _set_row(
   ]
 
 
-@jax.jit
-def scaled(leaves: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
-  """`weight * theta`, in float32 or wider: how a running sum begins."""
+def _added(total, leaves, weights, decay=1.0):
+  weights = weights if weights.ndim else [weights] * len(leaves)
   wide = [x.astype(_tree.wide_dtype(x.dtype)) for x in leaves]
-  return [w.astype(x.dtype) * x for x, w in zip(wide, weights)]
+  terms = [w.astype(x.real.dtype) * x for w, x in zip(weights, wide)]
+  if total is None:
+    return terms
+  kept = total if decay == 1 else [decay * t for t in total]
+  return [t + term for t, term in zip(kept, terms)]
 
 
-def _added(total, leaves, weights):
-  return [
-      t + w.astype(t.dtype) * x.astype(t.dtype)
-      for t, x, w in zip(total, leaves, weights)
-  ]
+# `decay * total + weight * theta` of every leaf, in float32 or wider: a running
+# sum, which begins as None. The weights are `[L]`, or one for all leaves.
+added = jax.jit(_added, static_argnums=3)
+add = jax.jit(_added, static_argnums=3, donate_argnums=0)  # In place.
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def add(
-    total: list[jax.Array], leaves: list[jax.Array], weights: jax.Array
+@functools.partial(jax.jit, static_argnums=2)
+def rounded(
+    total: list[jax.Array], count: jax.Array, dtypes: tuple[Any, ...]
 ) -> list[jax.Array]:
-  """`total + weight * theta`, in place."""
-  return _added(total, leaves, weights)
+  """`total / count`, rounded once to the dtypes of the ingredients."""
+  return [(t / count.astype(t.dtype)).astype(d) for t, d in zip(total, dtypes)]
 
 
 @jax.jit
 def rounded_with(
-    total: list[jax.Array],
+    total: list[jax.Array] | None,
     leaves: list[jax.Array],
-    weights: jax.Array,
+    weight: jax.Array,
     count: jax.Array,
 ) -> list[jax.Array]:
   """`(total + weight * theta) / count`: a candidate, the sum left as it is."""
-  return [
-      (t / count.astype(t.dtype)).astype(x.dtype)
-      for t, x in zip(_added(total, leaves, weights), leaves)
-  ]
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def rounded(total: list[jax.Array], count: jax.Array, dtypes: tuple[Any, ...]):
-  """`total / count`, rounded once to the dtypes of the ingredients."""
-  return [(t / count.astype(t.dtype)).astype(d) for t, d in zip(total, dtypes)]
+  dtypes = tuple(x.dtype for x in leaves)
+  return rounded(_added(total, leaves, weight), count, dtypes)
 
 
 def weighted_sum(
@@ -340,14 +331,13 @@ def weighted_sum(
   read.
   """
   order = range(len(checked)) if order is None else order
-  total: list[jax.Array] = []
+  total: Any = None
   for k, leaves in _checked.in_order(checked, order):
-    if alpha is None:
-      weights = _tree.numbers(np.ones(len(leaves)))
-    else:
+    weights = _tree.numbers(1.0)
+    if alpha is not None:
       rows = _tree.alphas_of(alpha, checked.float_paths)
       if not _tree.is_traced(*rows):
         rows = jax.device_get(rows)
       weights = _tree.numbers([row[k] for row in rows])
-    total = add(total, leaves, weights) if total else scaled(leaves, weights)
+    total = add(total, leaves, weights)
   return total

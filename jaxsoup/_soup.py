@@ -53,8 +53,32 @@ class AtMost:
 Scores = MutableMapping[Members, float | AtMost]
 
 
-class Soup(NamedTuple):
+class _Static:
+  """Values that are part of a pytree's structure, compared one by one."""
+
+  def __init__(self, structure: Any, values: list[Any]):
+    self.structure = structure
+    self.values = values
+
+  def __eq__(self, other):
+    return (
+        isinstance(other, _Static)
+        and self.structure == other.structure
+        and all(map(np.array_equal, self.values, other.values))
+    )
+
+  def __hash__(self):
+    return hash(self.structure)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Soup:
   """An average of K models, and how it was made.
+
+  A pytree whose leaves are those of `params`: `jax.tree.map`, `jax.device_put`
+  and `jax.jit` leave alpha and info as they are. (Where a recipe was traced,
+  they hold `jax.Array`s, and those are leaves too.)
 
   Attributes:
     params: `sum_k alpha_k theta_k`, in the container and dtypes of the
@@ -67,6 +91,21 @@ class Soup(NamedTuple):
   params: Params
   alpha: Any
   info: Any
+
+  def tree_flatten_with_keys(self):
+    values, structure = jax.tree.flatten((self.alpha, self.info))
+    is_array = [isinstance(x, jax.Array) for x in values]
+    arrays = [x if is_leaf else None for x, is_leaf in zip(values, is_array)]
+    static = [None if is_leaf else x for x, is_leaf in zip(values, is_array)]
+    keys = map(jax.tree_util.GetAttrKey, ('params', 'alpha_and_info'))
+    children = zip(keys, (self.params, arrays))
+    return tuple(children), _Static(structure, static)
+
+  @classmethod
+  def tree_unflatten(cls, aux: _Static, children: Any) -> 'Soup':
+    params, arrays = children
+    values = [s if a is None else a for s, a in zip(aux.values, arrays)]
+    return cls(params, *jax.tree.unflatten(aux.structure, values))
 
 
 class Trial(NamedTuple):

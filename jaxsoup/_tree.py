@@ -44,6 +44,16 @@ def is_float(leaf: Any) -> bool:
   return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
+def is_state(leaf: Any) -> bool:
+  """Whether it is a PRNG key, a step or a counter: each model has its own."""
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return True
+  # A key in the old style, or the counters of a scanned layer.
+  is_vector_of_rngs = leaf.ndim == 1 and leaf.dtype == np.uint32
+  is_integer = jnp.issubdtype(leaf.dtype, jnp.integer)
+  return is_integer and (leaf.ndim == 0 or is_vector_of_rngs)
+
+
 def wide_dtype(dtype: Any) -> Any:
   """The dtype of a sum: float32, or wider where the leaves are wider."""
   return jnp.float32 if dtype.itemsize < 4 else dtype
@@ -61,8 +71,32 @@ class Flat(NamedTuple):
   paths: list[Path]
   treedef: Any
 
+  @property
+  def by_path(self) -> dict[Path, Any]:
+    return dict(zip(self.paths, self.leaves))
+
+  @property
+  def floats(self) -> dict[Path, Any]:
+    """The leaves that are averaged."""
+    return {p: x for p, x in self.by_path.items() if is_float(x)}
+
+  @property
+  def others(self) -> dict[Path, Any]:
+    """The leaves that are not."""
+    return {p: x for p, x in self.by_path.items() if not is_float(x)}
+
   def replace(self, leaves: Iterable[Any]) -> Params:
     return jax.tree.unflatten(self.treedef, list(leaves))
+
+  def combine(
+      self, floats: Iterable[Any], others: Iterable[Any] | None = None
+  ) -> Params:
+    """The tree with these leaves, each kind in the order of `paths`."""
+    floats = iter(floats)
+    others = iter(self.others.values() if others is None else others)
+    return self.replace(
+        next(floats if is_float(x) else others) for x in self.leaves
+    )
 
 
 def flatten(tree: Params) -> Flat:

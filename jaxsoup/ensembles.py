@@ -24,6 +24,7 @@ from jaxsoup import evaluation
 from jaxsoup._recipes import _average
 from jaxsoup._recipes import _greedy
 from jaxsoup._soup import Params
+from jaxsoup._soup import Soup
 
 
 class Ensemble(NamedTuple):
@@ -58,13 +59,13 @@ def collect(
   Raises:
     ValueError: no ingredients, or they do not fit (see `check_compatible`).
   """
-  checked = _checked.Checked(ingredients, non_float_from=0)
+  checked = _checked.Checked(ingredients)
   run = evaluation.logits_of(logits_fn, batches)
   order = range(len(checked))
   return np.stack(
       [
-          run(checked.replace(leaves))
-          for _, leaves in _checked.in_order(checked, order)
+          run(checked.replace(leaves, k))
+          for k, leaves in _checked.in_order(checked, order)
       ]
   )
 
@@ -82,7 +83,7 @@ def uniform(logits: Any) -> Ensemble:
     >>> uniform(np.array([[[0.0, 1.0]], [[2.0, 1.0]]])).logits
     Array([[1., 1.]], dtype=float32)
   """
-  return Ensemble(*_average.uniform(_models(logits)))
+  return _of(_average.uniform(_models(logits)))
 
 
 def greedy(
@@ -101,7 +102,11 @@ def greedy(
 
   Source: Wortsman et al. 2022, appendix H; Caruana et al. 2004.
   """
-  return Ensemble(*_greedy.greedy(_models(logits), score_fn, **options))
+  return _of(_greedy.greedy(_models(logits), score_fn, **options))
+
+
+def _of(soup: Soup) -> Ensemble:
+  return Ensemble(soup.params, soup.alpha, soup.info)
 
 
 def _models(logits: Any) -> list[Any]:

@@ -139,7 +139,7 @@ def soup_scores(
     score = known.get(members)
     if score is None or isinstance(score, AtMost):
       alpha = _search.alpha_of(members, len(ingredients))
-      params = _average.average(ingredients, alpha, non_float_from=0).params
+      params = _average.average(ingredients, alpha).params
       known[members] = score = float(jax.device_get(eval_fn(params)))
     return score
 
@@ -174,9 +174,7 @@ def recipes(
 
   def greedy(members):
     order = ranked(members)
-    soup = _greedy.greedy(
-        ingredients, eval_fn, order=order, scores=known, non_float_from=0
-    )
+    soup = _greedy.greedy(ingredients, eval_fn, order=order, scores=known)
     return report_fn(soup.info.accepted)
 
   return {
@@ -268,9 +266,7 @@ def random_orders(
   num = len(ingredients)
   orders = [rng.permutation(num).tolist() for _ in range(num_orders)]
   return [
-      _greedy.greedy(
-          ingredients, eval_fn, order=order, scores=known, non_float_from=0
-      ).info
+      _greedy.greedy(ingredients, eval_fn, order=order, scores=known).info
       for order in orders
   ]
 

@@ -568,19 +568,27 @@ def test_another_dtype(world):
   assert report.verdict[:2] == ('soup a subset', (0, 1, 2))
 
 
-def test_counters_and_frozen_leaves(world, rng):
+def test_integers_that_differ(world):
+  codes_of = lambda k: np.int8([k == 2] * 8)
+  pool = [{**run, 'codes': codes_of(k)} for k, run in enumerate(world.runs)]
+  report = diagnosis.diagnose(pool)
+  finding = only(report, 'integers')
+  assert (finding.leaves, finding.ingredients) == (('codes',), (2,))
+
+
+def test_state_and_frozen_leaves(world, rng):
   fixed = rng.normal(size=(30, 4)).astype(np.float32)
   pool = [
       {**run, 'step': np.int32(k), 'fixed': fixed}
       for k, run in enumerate(world.runs)
   ]
   report = diagnosis.diagnose(pool)
-  assert codes(report) == ['counters', 'frozen']
-  assert report.findings[1].leaves == ('fixed',)
+  assert codes(report) == ['frozen']
+  assert report.findings[0].leaves == ('fixed',)
   assert report.verdict.action == 'soup all'
   # Without the start a common step of all looks frozen; with it, it is none.
   theta_0 = {**world.theta_0, 'fixed': fixed * 1.001}
-  assert codes(diagnosis.diagnose(pool, theta_0=theta_0)) == ['counters']
+  assert not codes(diagnosis.diagnose(pool, theta_0=theta_0))
 
 
 def test_some_that_trained_only_the_head(world):

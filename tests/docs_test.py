@@ -241,7 +241,9 @@ def _mean_of(metric_fn):
 RAISE = {
     '… does not match the first': lambda p: jaxsoup.uniform([W, {'v': W['w']}]),
     '… has NaN': lambda p: jaxsoup.uniform([W, {'w': W['w'] * np.nan}]),
-    '… Only floats are': lambda p: jaxsoup.uniform([{'n': 1}, {'n': 2}]),
+    '… Only floats are': lambda p: jaxsoup.uniform(
+        [{'n': np.int8([k])} for k in range(2)]
+    ),
     'Leaf … is a': lambda p: jaxsoup.uniform([{'w': 'text'}]),
     'ingredients must': lambda p: jaxsoup.uniform(x for x in [W]),
     'alpha has shape': lambda p: jaxsoup.average([W, W], [1.0]),

@@ -1,5 +1,6 @@
 """Early rejections decide as the full evaluation does."""
 
+import dataclasses
 import functools
 import json
 
@@ -377,7 +378,9 @@ def test_bounds_are_stored(tmp_path):
   eval_fn = evaluation.mean_of(right, evaluation.batched(held_out(60), 8))
   soup = jaxsoup.greedy(models(5, num=6), eval_fn)
   assert any(isinstance(t.score, AtMost) for t in soup.info.trials)
-  checkpoints.save(tmp_path / 'soup', soup._replace(params={'w': soup.params}))
+  checkpoints.save(
+      tmp_path / 'soup', dataclasses.replace(soup, params={'w': soup.params})
+  )
   assert checkpoints.load(tmp_path / 'soup').info == soup.info
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import jaxsoup
@@ -106,6 +107,21 @@ def _learned(ingredients, theta_0):
   return jaxsoup.learned(ingredients, loss_fn, batches, tx=tx, num_epochs=1)
 
 
+def _running(ingredients, theta_0):
+  average = jaxsoup.running_average()
+  update = jax.jit(average.update, donate_argnums=0)
+  state = average.init(theta_0)
+  for params, weight in zip(ingredients, ALPHA, strict=True):
+    before, state = state, update(state, params, weight)
+    for x in jax.tree.leaves(before.total):
+      assert x.is_deleted()
+    for x, like in zip(
+        jax.tree.leaves(state.total), jax.tree.leaves(params), strict=True
+    ):
+      assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+  return jaxsoup.Soup(average.value(state), ALPHA / ALPHA.sum(), None)
+
+
 def _expected_search(search):
   def expected(models, start):
     del start
@@ -144,6 +160,13 @@ RECIPES = {
     ),
     'model_stock': (jaxsoup.model_stock, _expected_stock),
     'learned': (_learned, None),
+    'running_average': (
+        _running,
+        lambda m, _: (
+            _reference.mix(m, ALPHA / sum(ALPHA)),
+            ALPHA / sum(ALPHA),
+        ),
+    ),
 }
 
 
@@ -237,6 +260,58 @@ def test_traced(name):
   close(jax.jacrev(total, (0, 1))(models, x), forward)
   difference = (total(models, x + 1e-2) - total(models, x - 1e-2)) / 2e-2
   np.testing.assert_allclose(forward[1], difference, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda m: jaxsoup.uniform(m),
+        lambda m: jaxsoup.average(m, {'body': [1, 0], 'scale': [0.5, 0.5]}),
+        lambda m: jaxsoup.model_stock(m, m[1]),
+        lambda m: jaxsoup.greedy(m, lambda params: 0.5),
+    ],
+)
+def test_a_soup_is_a_pytree_of_its_parameters(make):
+  models = [linen(*m) for m in values(2, 'float32')[1]]
+  soup = make(models)
+  assert jax.tree.structure(jax.tree.leaves(soup)) == jax.tree.structure(
+      jax.tree.leaves(soup.params)
+  )
+  twice = lambda x: 2 * x
+  for fn in (
+      lambda s: jax.tree.map(twice, s),
+      jax.jit(lambda s: jax.tree.map(twice, s)),
+      lambda s: jax.tree.map(jnp.add, s, make(models)),
+  ):
+    double = fn(jax.device_put(soup))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        double.params,
+        jax.tree.map(twice, soup.params),
+    )
+    assert double.alpha is soup.alpha or isinstance(double.alpha, dict)
+    assert str(double.info) == str(soup.info)
+  other = jaxsoup.average(models, [2, 3])
+  with pytest.raises(ValueError):
+    jax.tree.map(jnp.add, soup, other)
+  seen = jax.jit(lambda s: jnp.asarray(jax.tree.leaves(s.alpha)[0]))
+  np.testing.assert_array_equal(seen(soup), jax.tree.leaves(soup.alpha)[0])
+  np.testing.assert_array_equal(seen(other), [2, 3])
+
+
+def test_a_recipe_under_jit_returns_a_soup():
+  models = [linen(*m) for m in values(2, 'float32')[1]]
+  alpha = jnp.array([0.25, 0.75])
+  soup = jax.jit(jaxsoup.average)(models, alpha)
+  expected = jaxsoup.average(models, alpha)
+  jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
+      (soup.params, soup.alpha),
+      (expected.params, expected.alpha),
+  )
+  assert soup.info == expected.info
+  stock = jax.jit(jaxsoup.model_stock)(models, models[1])
+  assert stock.info.ratio.keys() == {'body', 'scale'}
 
 
 def test_what_is_static_is_checked_under_jit():
@@ -471,6 +546,66 @@ def test_ema_is_the_recursion(num, decay):
   np.testing.assert_allclose(alpha @ models, moving, atol=1e-6)
   assert alpha.sum() == pytest.approx(1)
   assert alpha.dtype == np.float32
+
+
+@pytest.mark.parametrize('decay', [0.0, 0.5, 0.9])
+def test_running_average_that_decays(decay):
+  models = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
+  average = jaxsoup.running_average(decay)
+  state = average.init(models[0])
+  started = average.update(state, models[0])
+  for model in models:
+    state = average.update(state, model)
+    started = average.update(started, model, 1 - decay)
+  weights = decay ** np.arange(5.0)[::-1]
+  np.testing.assert_allclose(
+      average.value(state), weights @ models / weights.sum(), rtol=1e-5
+  )
+  expected = jaxsoup.ema(6, decay=decay) @ [models[0], *models]
+  np.testing.assert_allclose(average.value(started), expected, rtol=1e-5)
+
+
+def test_running_average_of_a_window():
+  models = np.random.default_rng(1).normal(size=(9, 3)).astype(np.float32)
+  average = jaxsoup.running_average()
+  state = average.init(models[0])
+  for k, model in enumerate(models):
+    state = average.update(state, model)
+    if k >= 4:
+      state = average.update(state, models[k - 4], -1.0)
+  expected = jaxsoup.lawa(9, last=4) @ models
+  np.testing.assert_allclose(average.value(state), expected, rtol=1e-5)
+
+
+def test_running_average_in_a_scan_is_saved_and_continued(tmp_path):
+  models = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
+  tree = lambda x: {'w': x, 'step': jnp.int32(7), 'key': jax.random.key(3)}
+  average = jaxsoup.running_average()
+  first = tree(jnp.asarray(models[0]))
+  added = lambda state, x: (average.update(state, tree(x)), None)
+  state, _ = jax.lax.scan(added, average.init(first), models[:4])
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'state', state)
+    state = checkpointer.restore(tmp_path / 'state', average.init(first))
+  state, _ = jax.lax.scan(added, state, models[4:])
+  value = jax.jit(average.value)(state)
+  np.testing.assert_allclose(value['w'], models.mean(0), rtol=1e-6)
+  assert value['step'] == 7 and value['key'] == jax.random.key(3)
+  gradient = jax.grad(
+      lambda x: average.value(average.update(state, tree(x)))['w'].sum()
+  )(jnp.zeros(3))
+  np.testing.assert_allclose(gradient, np.full(3, 1 / 7), rtol=1e-6)
+
+
+def test_running_average_refuses():
+  average = jaxsoup.running_average()
+  state = average.init({'w': np.zeros(2)})
+  with pytest.raises(ValueError, match='add up to 0: call update'):
+    average.value(state)
+  with pytest.raises(ValueError, match=r"leaf 'w' has shape \(3,\), expected"):
+    jax.jit(average.update)(state, {'w': np.zeros(3)})
+  with pytest.raises(ValueError, match='decay is 1.5: expected a number from'):
+    jaxsoup.running_average(1.5)
 
 
 def test_swa_and_lawa():

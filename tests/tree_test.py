@@ -275,10 +275,10 @@ SAME = 'Only models of the same architecture'
             "infinite values in leaf 'a' and 1 more",
         ),
         (
-            {'w': np.float32(0), 'step': np.int32(100)},
-            {'w': np.float32(0), 'step': np.int32(200)},
-            "ingredient 1: leaf 'step' of dtype int32 is 200, but 100 in the "
-            'first ingredient.*non_float_from=k',
+            {'w': np.float32(0), 'codes': np.int8([100])},
+            {'w': np.float32(0), 'codes': np.int8([50])},
+            r"ingredient 1: leaf 'codes' of dtype int8 is \[50\], but \[100\] "
+            'in the first ingredient.*quantized weights have to be converted',
         ),
     ],
 )
@@ -319,47 +319,91 @@ def test_ingredients_must_be_a_sequence(ingredients):
     jaxsoup.check_compatible(ingredients)
 
 
-def with_counters(k):
+def with_state(k):
   return {
       'w': np.float32(k),
       'step': np.int32(10 * k),
-      'is_on': np.bool_(k % 2),
       'key': jax.random.key(k),
-      'table': np.arange(3) + k,
+      'old_key': jax.random.PRNGKey(k),
+      'is_on': np.bool_(True),
+      'table': np.arange(3),
   }
 
 
-@pytest.mark.parametrize('k', range(3))
-def test_non_floats_from_one_ingredient(k):
-  models = [with_counters(i) for i in range(3)]
-  runs = {
-      'uniform': jaxsoup.uniform,
-      'average': lambda m, **o: jaxsoup.average(m, [1 / 3] * 3, **o),
-      'greedy': lambda m, **o: jaxsoup.greedy(m, lambda params: 0.0, **o),
-      'pruned': lambda m, **o: jaxsoup.pruned(m, lambda p: float(p['w']), **o),
+def test_state_is_that_of_the_first_ingredient():
+  models = [with_state(k) for k in (1, 2, 0)]
+  worst = lambda params: -float(params['w'])
+  soups = {
+      1: [
+          jaxsoup.uniform(models),
+          jaxsoup.average(models, [0.5, 0.25, 0.25]),
+          jaxsoup.greedy(models, lambda params: 0.0),
+          jaxsoup.interpolate(*models[:2], 0.5),
+          jaxsoup.model_stock(models, with_state(5)),
+      ],
+      2: [jaxsoup.average(models, [0, 1, 1])],
+      0: [jaxsoup.pruned(models, worst)],
   }
-  for run in runs.values():
-    params = run(models, non_float_from=k).params
-    assert params['step'] == 10 * k
-    assert params['is_on'] == bool(k % 2)
-    assert params['table'].tolist() == [k, k + 1, k + 2]
-    key = jax.random.key_data(params['key'])
-    assert (key == jax.random.key_data(jax.random.key(k))).all()
-  stacked = jaxsoup.stack(models, non_float_from=k)
-  assert stacked['step'].tolist() == [10 * k] * 3
-  assert jaxsoup.mix(stacked, [0.5, 0.5, 0])['step'] == 10 * k
+  for k, soups_of_k in soups.items():
+    for params in [soup.params for soup in soups_of_k]:
+      assert params['step'] == 10 * k
+      assert params['old_key'].tolist() == [0, k]
+      assert (params['key'] == jax.random.key(k)).all()
+      assert params['is_on'] and params['table'].tolist() == [0, 1, 2]
+  stacked = jaxsoup.stack(models)
+  assert stacked['step'].tolist() == [10] * 3
+  assert jaxsoup.mix(stacked, [0.5, 0.5, 0])['step'] == 10
 
 
-def test_equal_non_floats_are_kept():
-  models = [{**with_counters(1), 'w': np.float32(k)} for k in (1, 2)]
-  params = jaxsoup.uniform(models).params
-  assert (params['w'], params['step']) == (1.5, 10)
+def test_state_does_not_depend_on_what_a_log_spares():
+  models = [with_state(k) for k in range(3)]
+  eval_fn = lambda params: -abs(float(params['w']) - 1.5)
+  log: dict[tuple[int, ...], float] = {}
+  first = jaxsoup.greedy(models, eval_fn, scores=log).params
+  again = jaxsoup.greedy(models, eval_fn, scores=log).params
+  assert first['step'] == again['step'] == 10
 
 
-@pytest.mark.parametrize('leaf', ['is_on', 'key', 'table'])
-def test_unequal_non_floats_of_any_kind(leaf):
-  models = [{'w': np.float32(k), leaf: with_counters(k)[leaf]} for k in (1, 2)]
-  with pytest.raises(ValueError, match=f"leaf '{leaf}' of dtype .* but "):
+class WithState(nnx.Module):
+
+  def __init__(self, rngs):
+    self.linear = nnx.Linear(3, 4, rngs=rngs)
+    self.norm = nnx.BatchNorm(4, momentum=0.5, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+  def __call__(self, x):
+    return self.dropout(self.norm(self.linear(x)))
+
+
+def test_whole_models_in_and_out(rng):
+  x = rng.normal(size=(5, 3)).astype(np.float32)
+  models = [WithState(nnx.Rngs(seed)) for seed in range(3)]
+  for k, model in enumerate(models):
+    for _ in range(k):
+      model(x)  # Moves counters and running statistics.
+    model.eval()
+  soups = [jaxsoup.uniform([nnx.state(m) for m in models]).params]
+  soups.append(nnx.state(jaxsoup.uniform([*models]).params))
+  for soup in soups:
+    assert soup['dropout']['rngs']['count'][...] == 0
+    kernel = np.mean([m.linear.kernel[...] for m in models], 0)
+    mean = np.mean([m.norm.mean[...] for m in models], 0)
+    var = np.mean([m.norm.var[...] for m in models], 0)
+    model = nnx.merge(nnx.graphdef(models[0]), soup)
+    np.testing.assert_allclose(
+        model(x),
+        (x @ kernel - mean) / np.sqrt(var + 1e-5),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize('dtype', ['int8', 'uint8', 'int32', 'bool', 'uint32'])
+def test_integers_and_booleans_must_be_equal(dtype):
+  models = [{'w': np.float32(k), 'x': np.eye(2, dtype=dtype)} for k in (1, 2)]
+  assert jaxsoup.uniform(models).params['x'].tolist() == [[1, 0], [0, 1]]
+  models[1]['x'] = (1 - np.eye(2)).astype(dtype)
+  with pytest.raises(ValueError, match="(?s)leaf 'x' of dtype .* but "):
     jaxsoup.uniform(models)
 
 

@@ -20,9 +20,7 @@ from jaxsoup._soup import Params
 from jaxsoup._soup import Soup
 
 
-def uniform(
-    ingredients: Sequence[Params], *, non_float_from: int | None = None
-) -> Soup:
+def uniform(ingredients: Sequence[Params]) -> Soup:
   """Averages all ingredients: the uniform soup.
 
   `theta = 1/K sum_k theta_k`, as one running sum in float32 (or wider), divided
@@ -30,8 +28,8 @@ def uniform(
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
-    non_float_from: the ingredient whose leaves that are not floats (steps,
-      counters, PRNG keys) are taken; without it they must be equal.
+      Floats are averaged, running statistics too. PRNG keys, steps and counters
+      are those of the first ingredient; other leaves must be equal.
 
   Returns:
     A `Soup` with alpha `[K]`, 1/K each, and an `AverageInfo`.
@@ -47,17 +45,12 @@ def uniform(
   """
   _checked.require_ingredients(ingredients)
   num = len(ingredients)
-  params, duplicates = _mean(ingredients, None, range(num), num, non_float_from)
+  params, duplicates = _mean(ingredients, None, range(num), num)
   alpha = np.full(num, 1 / num, np.float32)
   return Soup(params, alpha, AverageInfo(duplicates))
 
 
-def average(
-    ingredients: Sequence[Params],
-    alpha: Any,
-    *,
-    non_float_from: int | None = None,
-) -> Soup:
+def average(ingredients: Sequence[Params], alpha: Any) -> Soup:
   """Averages with given coefficients, one ingredient at a time.
 
   `theta = sum_k alpha_k theta_k`: what `mix` does, for models that do not fit
@@ -68,7 +61,6 @@ def average(
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     alpha: mixing coefficients `[K]`, such as those of `swa`, `ema` and `lawa`;
       or a prefix tree of those (see `mix`).
-    non_float_from: as in `uniform`.
 
   Returns:
     A `Soup` with this alpha and an `AverageInfo`.
@@ -88,7 +80,7 @@ def average(
     used = np.any([x != 0 for x in jax.tree.leaves(alpha)], axis=0)
     # Where all are zero, one is read: the template of the zeros.
     order = np.flatnonzero(used).tolist() or [0]
-  params, duplicates = _mean(ingredients, alpha, order, 1, non_float_from)
+  params, duplicates = _mean(ingredients, alpha, order, 1)
   return Soup(params, alpha, AverageInfo(duplicates))
 
 
@@ -178,12 +170,12 @@ def lawa(num: int, *, last: int) -> np.ndarray:
   return swa(num, start=num - last)
 
 
-def _mean(ingredients, alpha, order, count, non_float_from):
+def _mean(ingredients, alpha, order, count):
   """`sum_k alpha_k theta_k / count`, and groups of equal ingredients."""
   streamed_fn = getattr(ingredients, 'average', None)
   if streamed_fn is not None:  # Checkpoints, which are read in parallel.
-    return streamed_fn(order, alpha, count, non_float_from)
-  checked = _checked.Checked(ingredients, non_float_from)
+    return streamed_fn(order, alpha, count)
+  checked = _checked.Checked(ingredients)
   total = _mixing.weighted_sum(checked, alpha, order)
   floats = _mixing.rounded(total, _tree.numbers(count), checked.float_dtypes)
   return checked.replace(floats), checked.duplicates()

@@ -33,7 +33,6 @@ def greedy(
     max_ingredients: int | None = None,
     scores: Scores | None = None,
     on_trial: Callable[[Trial], None] | None = None,
-    non_float_from: int | None = None,
 ) -> Soup:
   """Adds ingredients one by one, and keeps each that does not hurt.
 
@@ -70,7 +69,6 @@ def greedy(
       dict, or `checkpoints.ScoreLog`. Of a candidate that was rejected early it
       holds an `AtMost`.
     on_trial: is called after each trial.
-    non_float_from: as in `uniform`.
 
   Returns:
     A `Soup` with alpha `[K]` and a `SearchInfo`. One ingredient alone is its
@@ -91,7 +89,7 @@ def greedy(
   Source: Wortsman et al. 2022, recipe 1. With replacement: Caruana et al. 2004,
   "Ensemble selection from libraries of models".
   """
-  checked = _checked.Checked(ingredients, non_float_from)
+  checked = _checked.Checked(ingredients)
   num_most = _num_most(max_ingredients, num_passes, len(checked))
   search = _search.Search(
       checked, eval_fn, strict=strict, log=scores, on_trial=on_trial

@@ -24,8 +24,6 @@ def interpolate(
     theta_0: Params,
     theta_1: Params,
     t: Any,
-    *,
-    non_float_from: int | None = None,
 ) -> Soup:
   """Interpolates linearly between two models.
 
@@ -37,8 +35,6 @@ def interpolate(
     theta_1: parameters at t = 1, of the same structure.
     t: a number, or `[T]` for a whole curve at once. Values below 0 or above 1
       extrapolate.
-    non_float_from: 0 or 1: the model whose non-float leaves are taken; without
-      it they must be equal.
 
   Returns:
     A `Soup` with alpha `[2]`, the coefficients of theta_0 and theta_1; or, for
@@ -61,16 +57,15 @@ def interpolate(
         f't has shape {t.shape} and values {t}: expected a finite number '
         'or a vector of finite numbers.'
     )
-  checked = _checked.Checked([theta_0, theta_1], non_float_from)
+  checked = _checked.Checked([theta_0, theta_1])
   stacked = _mixing.stack_leaves(checked)
   alpha = _ends(t)
   if t.ndim:
     floats = _mixing.mix_many(alpha, stacked)
+    params = _mixing.with_rows(checked.template, floats, len(t))
   else:
     floats = _mixing.mix_leaves([alpha] * len(stacked), stacked)
-  params = checked.replace(floats)
-  if t.ndim:
-    params = _with_repeated_non_floats(params, len(t))
+    params = checked.replace(floats)
   alpha = alpha if is_traced else jax.device_get(alpha)
   return Soup(params, alpha, AverageInfo(checked.duplicates()))
 
@@ -79,11 +74,3 @@ def interpolate(
 def _ends(t: jax.Array) -> jax.Array:
   """The coefficients of the two models, `[..., 2]`."""
   return jnp.stack([1 - t, t], axis=-1).astype(_tree.widest_float())
-
-
-def _with_repeated_non_floats(params: Params, num: int) -> Params:
-  flat = _tree.flatten(params)
-  return flat.replace(
-      x if _tree.is_float(x) else _mixing.repeat([x], num)[0]
-      for x in flat.leaves
-  )

@@ -65,7 +65,6 @@ def learned(
     stream: bool | None = None,
     cache_dtype: Any = None,
     on_start: Callable[[LearnedPlan], None] | None = None,
-    non_float_from: int | None = None,
 ) -> Soup:
   """Learns the mixing coefficients by gradient descent.
 
@@ -120,7 +119,6 @@ def learned(
       and 0.029 NLL. float16 moved alpha by 0.006 at most, and lost nothing.
       (`python tests/benchmarks/cache.py`.)
     on_start: called with the `LearnedPlan` when one ingredient has been read.
-    non_float_from: as in `uniform`.
 
   Returns:
     A `Soup` with alpha `[K]` or, with a depth, nested dicts of `[K]`; and a
@@ -149,7 +147,7 @@ def learned(
         f'patience is {patience}: it must be at least 0. None never stops '
         'early.'
     )
-  checked = _checked.Checked(ingredients, non_float_from)
+  checked = _checked.Checked(ingredients)
   first = checked[0]
   _checked.require_floats(checked.float_paths)
   plan = _streamed.plan(

@@ -26,7 +26,6 @@ def pruned(
     num_passes: int | None = None,
     scores: Scores | None = None,
     on_trial: Callable[[Trial], None] | None = None,
-    non_float_from: int | None = None,
 ) -> Soup:
   """Starts from the mean of all, and removes each that does not help.
 
@@ -49,7 +48,6 @@ def pruned(
       none.
     scores: remembered scores, as in `greedy`; one log may serve both.
     on_trial: is called after each trial.
-    non_float_from: as in `uniform`.
 
   Returns:
     A `Soup` with alpha `[K]` and a `SearchInfo`, whose trials are removals.
@@ -68,7 +66,7 @@ def pruned(
 
   Source: Dansereau et al. 2023, section 3.
   """
-  checked = _checked.Checked(ingredients, non_float_from)
+  checked = _checked.Checked(ingredients)
   search = _search.Search(
       checked, eval_fn, strict=strict, log=scores, on_trial=on_trial
   )

@@ -14,6 +14,7 @@ from jaxsoup import _tree
 from jaxsoup._soup import AtMost
 from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Members
+from jaxsoup._soup import Params
 from jaxsoup._soup import Scores
 from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
@@ -94,7 +95,7 @@ class Search:
         duplicates=self._checked.duplicates(),
     )
     alpha = alpha_of(self.accepted, len(self._checked))
-    return Soup(self._checked.replace(self._mean()), alpha, info)
+    return Soup(self._params(self._mean(), self.accepted), alpha, info)
 
   def _try(self, k: int, sign: int, accepted: Members, then) -> bool:
     @functools.cache
@@ -139,7 +140,7 @@ class Search:
     Exact if it reaches the bar, else maybe an `AtMost`.
     """
     if self._is_open(self._log.get(members), bar):
-      params = self._checked.replace(floats_fn())
+      params = self._params(floats_fn(), members)
       at_least = getattr(self._eval_fn, 'at_least', None)
       if bar == -np.inf or at_least is None:
         score = self._eval_fn(params)
@@ -182,21 +183,16 @@ class Search:
       )
     return float(value)
 
-  def _weights(self, sign: int) -> jax.Array:
-    return _tree.numbers(np.full(len(self._checked.float_paths), sign))
+  def _params(self, floats: list[jax.Array], members: Members) -> Params:
+    # Keys and counters must not depend on what was read: a log spares reads.
+    return self._checked.replace(floats, min(members))
 
   def _candidate(self, leaves, sign, count):
-    if self._total is None:
-      return leaves
-    return _mixing.rounded_with(
-        self._total, leaves, self._weights(sign), _tree.numbers(count)
-    )
+    numbers = _tree.numbers(sign), _tree.numbers(count)
+    return _mixing.rounded_with(self._total, leaves, *numbers)
 
   def _change(self, leaves, sign) -> None:
-    if self._total is None:
-      self._total = _mixing.scaled(leaves, self._weights(sign))
-    else:
-      self._total = _mixing.add(self._total, leaves, self._weights(sign))
+    self._total = _mixing.add(self._total, leaves, _tree.numbers(sign))
 
   def _mean(self) -> list[jax.Array]:
     return _mixing.rounded(

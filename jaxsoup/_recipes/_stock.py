@@ -7,6 +7,7 @@ soup = jaxsoup.model_stock(ingredients, theta_0)
 
 from collections.abc import Sequence
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,7 @@ from jaxsoup._soup import Soup
 from jaxsoup._soup import StockInfo
 
 
-def model_stock(
-    ingredients: Sequence[Params],
-    theta_0: Params,
-    *,
-    non_float_from: int | None = None,
-) -> Soup:
+def model_stock(ingredients: Sequence[Params], theta_0: Params) -> Soup:
   """Moves from the initialization towards the mean, tensor by tensor.
 
   `theta = t mean_k theta_k + (1 - t) theta_0`, with
@@ -38,7 +34,6 @@ def model_stock(
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     theta_0: the parameters they were all fine-tuned from.
-    non_float_from: as in `uniform`.
 
   Returns:
     A `Soup` with alpha a nested dict of `[K]`, t/K each: the rest, 1 - t, is
@@ -58,13 +53,13 @@ def model_stock(
   Source: Jang et al. 2024, "Model Stock: All we need is just a few fine-tuned
   models", equations 3 and 5.
   """
-  checked = _checked.Checked(ingredients, non_float_from)
+  checked = _checked.Checked(ingredients)
   start = _checked.fitting_leaves(checked, theta_0)
   num = len(checked)
-  total = units = None
+  sums: Any = None
   for _, leaves in _checked.in_order(checked, range(num)):
-    total, units = _add(total, units, leaves, start)
-  floats, cosine, ratio = _towards_mean(total, units, start, num)
+    sums = _add(sums, leaves, start)
+  floats, cosine, ratio = _towards_mean(sums, start, num)
   if not _tree.is_traced(*ratio):
     cosine, ratio = jax.device_get((cosine, ratio))
   paths = checked.float_paths
@@ -75,20 +70,13 @@ def model_stock(
   return Soup(checked.replace(floats), alpha, info)
 
 
-def _add(total, units, leaves, start):
-  if total is None:
-    ones = _tree.numbers(np.ones(len(leaves)))
-    return _mixing.scaled(leaves, ones), _unit_vectors(leaves, start)
-  return _add_in_place(total, units, leaves, start)
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(sums, leaves, start):
+  """Adds theta_k, its unit task vectors, and whether each tensor moved."""
+  units, moved = zip(*_unit_vectors(leaves, start))
+  return _mixing.added(sums, [*leaves, *units, *moved], jnp.float32(1))
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def _add_in_place(total, units, leaves, start):
-  total = [t + x.astype(t.dtype) for t, x in zip(total, leaves)]
-  return total, jax.tree.map(jnp.add, units, _unit_vectors(leaves, start))
-
-
-@jax.jit
 def _unit_vectors(leaves, start):
   """`(theta_k - theta_0) / |theta_k - theta_0|`, and 1; 0 and 0 if unmoved."""
   wide = lambda x: x.astype(_tree.wide_dtype(x.dtype))
@@ -101,10 +89,11 @@ def _unit_vectors(leaves, start):
   ]
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _towards_mean(total, units, start, num):
-  squares = [jnp.sum(jnp.abs(u) ** 2) for u, _ in units]
-  moved = [m for _, m in units]
+@functools.partial(jax.jit, static_argnums=2)
+def _towards_mean(sums, start, num):
+  size = len(start)
+  total, units, moved = (sums[i * size : (i + 1) * size] for i in range(3))
+  squares = [jnp.sum(jnp.abs(u) ** 2) for u in units]
   pairs = max(num * (num - 1), 1)
   cosines = [(s - m) / pairs for s, m in zip(squares, moved)]
   ratios = [_ratio(cos, m, num) for cos, m in zip(cosines, moved)]

@@ -117,14 +117,10 @@ class Streamed:
 
   def mixed(self, w: Any) -> list[jax.Array]:
     alpha = jax.device_get(self._alphas(w))
-    total: list[jax.Array] = []
+    total: Any = None
     for k, leaves in self._walk():
       weights = _tree.numbers([alpha[g][k] for g in self._groups])
-      total = (
-          _mixing.add(total, leaves, weights)
-          if total
-          else _mixing.scaled(leaves, weights)
-      )
+      total = _mixing.add(total, leaves, weights)
       # Otherwise reading could run ahead of adding, and fill the memory.
       jax.block_until_ready(total)
     return _mixing.rounded(total, _tree.numbers(1.0), self._dtypes)

@@ -168,7 +168,7 @@ def _places(
     stored = params or stored
     named = _orbax.without_value_keys(list(stored))
     return {name: stored[p] for name, p in named.items()}
-  wanted = dict(zip(abstract.paths, abstract.leaves))
+  wanted = abstract.by_path
   matches = _matches(stored, wanted)
   fitting = {
       prefix: places

@@ -74,7 +74,6 @@ def save_directory(
     soup: Soup | None = None,
     *,
     alpha: Any = None,
-    non_float_from: int | None = None,
     max_shard_bytes: int = 5_000_000_000,
     metadata: Mapping[str, Any] | None = None,
 ) -> str:
@@ -92,7 +91,6 @@ def save_directory(
     ingredients: of directories, see `is_directory`.
     soup: of these ingredients; None averages them here.
     alpha: as in `jaxsoup.average`; None is the uniform soup.
-    non_float_from: as in `jaxsoup.uniform`.
     max_shard_bytes: larger soups are several files with an index.
     metadata: as in `save`; `recipe` is named in the model card.
 
@@ -127,7 +125,7 @@ def save_directory(
   _warn_of_configs(ingredients.paths)
   if soup is None:
     ingredients = ingredients.unsharded()
-    streamed, soup_fn = _soups.streamed_soup(ingredients, alpha, non_float_from)
+    streamed, soup_fn = _soups.streamed_soup(ingredients, alpha)
     fill_fn: FillFn = streamed.put_all
   else:
     soup_fn = lambda: soup
@@ -195,7 +193,7 @@ def _config(file: pathlib.Path) -> dict[str, Any]:
 
 def _filler(params: Any, stored: Mapping[_tree.Path, Any]) -> FillFn:
   flat = _tree.flatten_in_place(params)
-  leaves = dict(zip(flat.paths, flat.leaves))
+  leaves = flat.by_path
 
   def fill(put_fn, names):
     for name in names:

@@ -170,7 +170,6 @@ class Ingredients(Sequence):
       order: Sequence[int],
       alpha: Any,
       count: float,
-      non_float_from: int | None,
   ) -> tuple[Params, tuple[Members, ...]]:
     """`sum_k w_k theta_k / count`, read in parallel, piece by piece.
 
@@ -180,21 +179,18 @@ class Ingredients(Sequence):
       order: the ingredients that are read.
       alpha: the weights, `[K]` or a prefix tree of those; None: all one.
       count: what the sum is divided by.
-      non_float_from: as in `jaxsoup.uniform`.
 
     Returns:
       The average, and groups of equal ingredients among those read.
     """
-    streamed = self.streamed(order, alpha, count, non_float_from)
+    streamed = self.streamed(order, alpha, count)
     params = self._reader.submit(streamed.params).result()
     return params, streamed.duplicates()
 
-  def streamed(self, order, alpha, count, non_float_from) -> _streaming.Average:
+  def streamed(self, order, alpha, count) -> _streaming.Average:
     """The same, not yet computed: it can go to a file instead."""
     opened = {k: self._checkpoint(k) for k in order}
-    if non_float_from is not None:
-      opened[non_float_from] = self._checkpoint(non_float_from)
-    return _streaming.Average(opened, order, alpha, count, non_float_from)
+    return _streaming.Average(opened, order, alpha, count)
 
   def unsharded(self) -> 'Ingredients':
     """The same, for one process alone."""

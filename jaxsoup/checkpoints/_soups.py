@@ -91,7 +91,7 @@ def save(
       put_fn(leaf_path, 0, _processes.gathered(leaf))
 
   path = new_path(path)
-  leaves = dict(zip(flat.paths, flat.leaves))
+  leaves = flat.by_path
   _processes.wait_for_all('every process has seen that the path is free')
   if _processes.is_main():
     with room_for(path):
@@ -107,7 +107,6 @@ def save_average(
     ingredients: _ingredients.Ingredients,
     alpha: Any = None,
     *,
-    non_float_from: int | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> str:
   """Averages checkpoints into a file, without holding a model in memory.
@@ -120,7 +119,6 @@ def save_average(
     path: a `.safetensors` file that does not exist yet.
     ingredients: the checkpoints.
     alpha: as in `jaxsoup.average`; None is the uniform soup.
-    non_float_from: as in `jaxsoup.uniform`.
     metadata: as in `save`.
 
   Returns:
@@ -143,7 +141,7 @@ def save_average(
   num = len(ingredients)
   path = new_path(path)
   ingredients = ingredients.unsharded()
-  streamed, soup_fn = streamed_soup(ingredients, alpha, non_float_from)
+  streamed, soup_fn = streamed_soup(ingredients, alpha)
   own_fn = lambda: own_of(soup_fn(), ingredients, metadata)
 
   # A hash of each ingredient, and duplicates, are known when all is read.
@@ -160,18 +158,17 @@ def save_average(
 def streamed_soup(
     ingredients: _ingredients.Ingredients,
     alpha: Any,
-    non_float_from: int | None,
 ) -> tuple[_streaming.Average, Callable[[], Soup]]:
   """An average that is not yet computed, and a function for its `Soup` without
   params, whose duplicates are known when all is read.
   """
   num = len(ingredients)
   if alpha is None:
-    streamed = ingredients.streamed(range(num), None, num, non_float_from)
+    streamed = ingredients.streamed(range(num), None, num)
     alpha = np.full(num, 1 / num, np.float32)
   else:
     alpha = _tree.checked_alpha(alpha, num)
-    streamed = ingredients.streamed(range(num), alpha, 1, non_float_from)
+    streamed = ingredients.streamed(range(num), alpha, 1)
 
   def soup_fn():
     return Soup(None, alpha, _soup.AverageInfo(streamed.duplicates()))

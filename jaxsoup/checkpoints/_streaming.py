@@ -31,16 +31,13 @@ class Average:
       order: Sequence[int],
       alpha: Any,
       count: float,
-      non_float_from: int | None,
   ):
     self._opened = opened
     self._order = order
     self._count = count
-    self._non_float_from = non_float_from
-    self._first = order[0] if non_float_from is None else non_float_from
-    self._template = opened[self._first]
+    self._template = opened[order[0]]
     flat = self._template.flat
-    self._wanted = dict(zip(flat.paths, flat.leaves))
+    self._wanted = flat.by_path
     for k in order:
       self._check_fits(k)
     self._sums = {k: _checkpoint.Sums() for k in opened}
@@ -165,10 +162,10 @@ class Average:
 
   def _non_float(self, name, index) -> np.ndarray:
     read = lambda k: self._opened[k].reader(name, self._sums[k])(index)
-    expected = read(self._first).copy()
-    if self._non_float_from is None:
-      for k in self._order[1:]:
-        actual = read(k)
-        if not np.array_equal(expected, actual):
-          raise _checked.non_float_error(self._name(k), name, expected, actual)
+    expected = read(self._order[0]).copy()
+    for k in self._order[1:]:
+      actual = read(k)
+      is_checked = not _tree.is_state(self._template.stored[name])
+      if is_checked and not np.array_equal(expected, actual):
+        raise _checked.non_float_error(self._name(k), name, expected, actual)
     return expected

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import contextlib
 import pathlib
-import re
 from typing import Annotated
 from typing import NoReturn
 import warnings
@@ -28,27 +27,6 @@ Runs = Annotated[
         show_default=False,
     ),
 ]
-
-
-SHARD_BYTES = 5 * 10**9
-
-
-def num_bytes(text: str | int) -> int:
-  """The value of an option such as 5GB, or its default."""
-  match = re.fullmatch(r'(\d+)\s*([KMGT]?)B?', str(text).strip().upper())
-  if match is None or not int(match[1]):
-    raise typer.BadParameter(f'{text!r} is not a size: write 5GB or 500MB.')
-  return int(match[1]) * 1000 ** ' KMGT'.index(match[2] or ' ')
-
-
-def floats(text: str) -> list[float]:
-  """The value of an option such as 0.5,0.3,0.2."""
-  try:
-    return [float(x) for x in text.split(',')]
-  except ValueError as e:
-    raise typer.BadParameter(
-        f'{text!r} is not a list of numbers: write 0.5,0.3,0.2.'
-    ) from e
 
 
 @contextlib.contextmanager

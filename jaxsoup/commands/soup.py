@@ -3,7 +3,6 @@
 Each recipe is a command, with its own options and those that all share.
 """
 
-import enum
 import pathlib
 from typing import Annotated
 from typing import Any
@@ -13,6 +12,7 @@ from typer import core
 
 from jaxsoup.commands import _common
 from jaxsoup.commands import _cook
+from jaxsoup.commands import _options
 from jaxsoup.experiments import user_code
 
 
@@ -45,81 +45,14 @@ app = typer.Typer(
 recipe_command = app.command(rich_help_panel='Recipes')
 
 
-def _new_path(path: pathlib.Path) -> pathlib.Path:
-  if path.exists():
-    raise typer.BadParameter(f'{path} exists: give another path.')
-  return path
-
-
-Out = Annotated[
-    pathlib.Path,
-    typer.Option(
-        callback=_new_path,
-        help='New file NAME.safetensors, or new directory: in Hugging Face '
-        'format if all runs are (config.json next to the weights), '
-        'otherwise Orbax.',
-    ),
-]
-MaxShardSize = Annotated[
-    int,
-    typer.Option(
-        metavar='SIZE',
-        parser=_common.num_bytes,
-        help='Hugging Face format: largest size of a file, such as 500MB; '
-        'larger soups are split. Default: 5GB.',
-        show_default=False,
-    ),
-]
-Shard = Annotated[
-    bool,
-    typer.Option(
-        '--shard',
-        help='Shard each model over all devices.',
-        rich_help_panel='Several devices',
-    ),
-]
-Distributed = Annotated[
-    bool,
-    typer.Option(
-        '--distributed',
-        help='Join the other processes of a TPU pod or Slurm job, and shard. '
-        'Elsewhere, set JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), '
-        'JAX_NUM_PROCESSES and JAX_PROCESS_ID.',
-        rich_help_panel='Several devices',
-    ),
-]
-Eval = Annotated[
-    str,
-    typer.Option(
-        '--eval',
-        metavar='MODULE:FUNCTION',
-        help='FUNCTION(params) returns the score on held-out data, higher is '
-        'better. params are nested dicts.',
-    ),
-]
-Strict = Annotated[
-    bool, typer.Option('--strict', help='Reject ties. Default: accept.')
-]
-Scores = Annotated[
-    pathlib.Path | None,
-    typer.Option(help='File of scores, from which a repeated command resumes.'),
-]
-
-
-class CacheDtype(enum.StrEnum):
-  BFLOAT16 = 'bfloat16'
-  FLOAT16 = 'float16'
-  FLOAT32 = 'float32'
-
-
 @recipe_command
 def uniform(
     runs: _common.Runs,
-    out: Out,
+    out: _options.Out,
     item: _common.Item = None,
-    max_shard_size: MaxShardSize = _common.SHARD_BYTES,
-    shard: Shard = False,
-    distributed: Distributed = False,
+    max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
+    shard: _options.Shard = False,
+    distributed: _options.Distributed = False,
     as_json: _common.Json = False,
 ) -> None:
   """Mean of all runs. Start here: it needs no data."""
@@ -132,19 +65,12 @@ def uniform(
 @recipe_command
 def average(
     runs: _common.Runs,
-    out: Out,
-    alpha: Annotated[
-        Any,
-        typer.Option(
-            metavar='A,B,...',
-            parser=_common.floats,
-            help='Mixing coefficient of each run.',
-        ),
-    ],
+    out: _options.Out,
+    alpha: _options.Alpha,
     item: _common.Item = None,
-    max_shard_size: MaxShardSize = _common.SHARD_BYTES,
-    shard: Shard = False,
-    distributed: Distributed = False,
+    max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
+    shard: _options.Shard = False,
+    distributed: _options.Distributed = False,
     as_json: _common.Json = False,
 ) -> None:
   """Weighted mean, if you know the mixing coefficients."""
@@ -158,7 +84,7 @@ def average(
 @recipe_command
 def model_stock(
     runs: _common.Runs,
-    out: Out,
+    out: _options.Out,
     init: Annotated[
         pathlib.Path,
         typer.Option(
@@ -166,9 +92,9 @@ def model_stock(
         ),
     ],
     item: _common.Item = None,
-    max_shard_size: MaxShardSize = _common.SHARD_BYTES,
-    shard: Shard = False,
-    distributed: Distributed = False,
+    max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
+    shard: _options.Shard = False,
+    distributed: _options.Distributed = False,
     as_json: _common.Json = False,
 ) -> None:
   """Mean, pulled to the start where runs disagree. For few runs, no data."""
@@ -190,18 +116,18 @@ def model_stock(
 @recipe_command
 def greedy(
     runs: _common.Runs,
-    out: Out,
-    eval_name: Eval,
-    strict: Strict = False,
+    out: _options.Out,
+    eval_name: _options.Eval,
+    strict: _options.Strict = False,
     seed: Annotated[
         int | None,
         typer.Option(help='Seed of a random order. Default: best score first.'),
     ] = None,
-    scores: Scores = None,
+    scores: _options.Scores = None,
     item: _common.Item = None,
-    max_shard_size: MaxShardSize = _common.SHARD_BYTES,
-    shard: Shard = False,
-    distributed: Distributed = False,
+    max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
+    shard: _options.Shard = False,
+    distributed: _options.Distributed = False,
     as_json: _common.Json = False,
 ) -> None:
   """Adds runs while the held-out score does not drop. The safe choice."""
@@ -231,14 +157,14 @@ def greedy(
 @recipe_command
 def pruned(
     runs: _common.Runs,
-    out: Out,
-    eval_name: Eval,
-    strict: Strict = False,
-    scores: Scores = None,
+    out: _options.Out,
+    eval_name: _options.Eval,
+    strict: _options.Strict = False,
+    scores: _options.Scores = None,
     item: _common.Item = None,
-    max_shard_size: MaxShardSize = _common.SHARD_BYTES,
-    shard: Shard = False,
-    distributed: Distributed = False,
+    max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
+    shard: _options.Shard = False,
+    distributed: _options.Distributed = False,
     as_json: _common.Json = False,
 ) -> None:
   """Removes runs while the score does not drop. For mostly good runs."""
@@ -264,7 +190,7 @@ def pruned(
 @recipe_command
 def learned(
     runs: _common.Runs,
-    out: Out,
+    out: _options.Out,
     loss_name: Annotated[
         str,
         typer.Option(
@@ -292,7 +218,7 @@ def learned(
         ),
     ] = None,
     cache_dtype: Annotated[
-        CacheDtype | None,
+        _options.CacheDtype | None,
         typer.Option(
             metavar='DTYPE',
             help='Where models are streamed: keep copies in host memory in '
@@ -300,9 +226,9 @@ def learned(
         ),
     ] = None,
     item: _common.Item = None,
-    max_shard_size: MaxShardSize = _common.SHARD_BYTES,
-    shard: Shard = False,
-    distributed: Distributed = False,
+    max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
+    shard: _options.Shard = False,
+    distributed: _options.Distributed = False,
     as_json: _common.Json = False,
 ) -> None:
   """Learns the coefficients. For a differentiable loss on held-out data."""

@@ -50,7 +50,7 @@ class Pool:
     self.start = {}
     if theta_0 is not None:
       flat = _tree.flatten_in_place(theta_0)
-      self.start = dict(zip(flat.paths, flat.leaves))
+      self.start = flat.by_path
     customs = [self._custom(k) for k in range(len(ingredients))]
     self.configs = [dict(c.get('config') or {}) for c in customs]
     self.copies = [
@@ -91,7 +91,7 @@ class Pool:
     """One leaf of one ingredient."""
     if not self._is_streamed:
       flat = _tree.flatten_in_place(self.ingredients[k])
-      return np.asarray(dict(zip(flat.paths, flat.leaves))[path])
+      return np.asarray(flat.by_path[path])
     pieces = self.ingredients.pieces(k, path, like=k)  # type: ignore[attr-defined]
     parts = [piece.copy() for piece in pieces]
     return np.concatenate(parts) if parts[0].ndim else parts[0]
@@ -117,7 +117,7 @@ class Pool:
       rows: dict[_tree.Path, list[np.ndarray]] = {path: [] for path in group}
       for k in members:
         flat = _tree.flatten_in_place(self.ingredients[k])
-        leaves = dict(zip(flat.paths, flat.leaves))
+        leaves = flat.by_path
         for path in group:
           rows[path].append(np.asarray(leaves[path]).reshape(-1))
       for path in group:

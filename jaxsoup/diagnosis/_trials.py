@@ -146,9 +146,7 @@ class Trials:
     alpha = np.zeros(len(self._pool), np.float32)
     alpha[list(members)] = 1 / len(members)
     # Ingredients with alpha 0 are not read, so they need not be compatible.
-    return _average.average(
-        self._pool.ingredients, alpha, non_float_from=members[0]
-    ).params
+    return _average.average(self._pool.ingredients, alpha).params
 
   def _singles(self, usable) -> np.ndarray:
     num = len(self._pool)
@@ -268,7 +266,7 @@ def between(
 ) -> Params:
   """`(1 - t) theta_1 + t theta_2` in some leaves (None: all), else theta_1."""
   first, second = _tree.flatten(theta_1), _tree.flatten(theta_2)
-  others = dict(zip(second.paths, second.leaves))
+  others = second.by_path
   rows = [
       i
       for i, (path, x) in enumerate(zip(first.paths, first.leaves))

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _checked
@@ -53,9 +51,9 @@ def examine(
   """Walks once over all ingredients, and says what is wrong with them."""
   members, findings = _structure(pool)
   leaves = pool.leaves[members[0]]
-  paths = [p for p, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.inexact)]
+  paths = [p for p, x in leaves.items() if _tree.is_float(x)]
   _checked.require_floats(paths)
-  findings += _dtypes(pool, members) + _counters(pool, members, leaves)
+  findings += _dtypes(pool, members) + _integers(pool, members, leaves)
   geometry = _geometry.measure(pool, paths, members, progress_fn)
   members, geometry, more = _readable(pool, geometry, members)
   findings += more
@@ -160,34 +158,35 @@ def _dtypes(pool, members) -> list[Finding]:
   ]
 
 
-def _counters(pool, members, leaves) -> list[Finding]:
-  def is_number(x):
-    return not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
-
+def _integers(pool, members, leaves) -> list[Finding]:
   paths = [
       p
       for p, x in leaves.items()
-      if is_number(x) and not jnp.issubdtype(x.dtype, jnp.inexact)
+      if not _tree.is_float(x) and not _tree.is_state(x)
   ]
-  differ = {
-      _tree.name_of(path)
-      for path, rows in pool.chunks(paths, members)
-      if any((row != rows[0]).any() for row in rows[1 : len(members)])
-  }
+  differ: set[str] = set()
+  others: set[int] = set()
+  for path, rows in pool.chunks(paths, members):
+    unequal = [k for k, row in zip(members, rows) if (row != rows[0]).any()]
+    if unequal:
+      differ.add(_tree.name_of(path))
+      others.update(unequal)
   if not differ:
     return []
   return [
       Finding(
-          severity='note',
-          code='counters',
-          title='Leaves that are not floats differ',
+          severity='error',
+          code='integers',
+          title='Integers or booleans differ',
           seen='The ingredients have different values of '
           f'{_findings.listed(sorted(differ), range(len(differ)))}.',
-          meaning='Steps, counters and keys cannot be averaged: a recipe must '
-          'be told whose to keep.',
-          remedy='Pass non_float_from=0 to keep those of '
-          'the first ingredient, or pass parameters only.',
+          meaning='Only floats are averaged, so a recipe refuses these models. '
+          'Integers that differ may be quantized weights, or masks.',
+          remedy='Convert quantized weights to floats, or pass parameters '
+          'without these leaves.',
+          ingredients=tuple(sorted(others)),
           leaves=tuple(sorted(differ)),
+          leave_out=tuple(sorted(others)),
       )
   ]
 

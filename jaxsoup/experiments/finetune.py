@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import evaluation
+from jaxsoup import running_average
 from jaxsoup.data import sources
 from jaxsoup.experiments import augmentation
 from jaxsoup.experiments import modeling
@@ -111,7 +112,7 @@ def train(
     after_fn(num_units, state)
   if keep_fn is not None:
     for name, copy in state.ema.items():
-      keep_fn(name, as_stacked(copy))
+      keep_fn(name, jax.vmap(running_average().value)(as_stacked(copy)))
   return as_stacked(state.params)
 
 

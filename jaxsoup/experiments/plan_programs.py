@@ -86,7 +86,6 @@ def of(
       (num_ingredients,), jnp.float32, sharding=replicated
   )
   stacked = [_stacked(x, num_ingredients) for x in flat.leaves]
-  each = [scalar] * len(flat.leaves)
   wide = [
       jax.ShapeDtypeStruct(
           x.shape, _tree.wide_dtype(x.dtype), sharding=x.sharding
@@ -122,7 +121,7 @@ def of(
       batches=(),
   )
   calls = {
-      'add to a sum': (_mixing.add, wide, flat.leaves, each),
+      'add to a sum': (_mixing.add, wide, flat.leaves, scalar),
       'mix': (_mixing.mix_leaves, [alpha] * len(stacked), stacked),
       'gradient in alpha': (gradient, alpha, stacked, flat.leaves),
       'evaluation step': (

@@ -6,6 +6,7 @@ rows = results.make(work, theta_0)
 """
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 import hashlib
 import json
@@ -274,7 +275,7 @@ def _soups(work, ingredients, theta_0, split, singles, fns, part):
         metadata = {'recipe': recipe_name, 'seed': config.seed}
         checkpoints.save(
             path,
-            soup._replace(params=fn(soup.params)),
+            dataclasses.replace(soup, params=fn(soup.params)),
             ingredients=ingredients,
             metadata=metadata | ({'batch_norm': way} if way else {}),
         )

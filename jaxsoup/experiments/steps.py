@@ -19,6 +19,8 @@ import ml_collections
 import numpy as np
 import optax
 
+from jaxsoup._recipes._running import AverageState
+from jaxsoup._recipes._running import running_average
 from jaxsoup.experiments import augmentation
 from jaxsoup.experiments import modeling
 
@@ -86,7 +88,7 @@ class State(NamedTuple):
 
   params: Params
   opt_state: Any
-  ema: dict[str, Params]
+  ema: dict[str, AverageState]
 
 
 OPTIMIZERS = {
@@ -243,8 +245,16 @@ def initial_state(settings, params, hyper) -> State:
   return State(
       params,
       make_tx(settings, hyper).init(params),
-      {f'ema_{decay}': params for decay in settings.ema},
+      {f'ema_{decay}': _ema(decay, params) for decay in settings.ema},
   )
+
+
+def _ema(decay: float, params: Params, state: Any = None) -> AverageState:
+  """A moving average that starts from theta_0."""
+  average = running_average(decay)
+  if state is None:
+    return average.update(average.init(params), params)
+  return average.update(state, params, 1 - decay)
 
 
 def train_step(
@@ -298,7 +308,7 @@ def train_step(
   updates = jax.tree.map(_where, mask, updates)  # No decay of statistics.
   params = _replaced(optax.apply_updates(state.params, updates), stats)
   ema = {
-      name: optax.incremental_update(params, copy, 1 - decay)
+      name: _ema(decay, params, copy)
       for decay, (name, copy) in zip(settings.ema, state.ema.items())
   }
   return State(params, opt_state, ema), loss

@@ -71,7 +71,7 @@ def sharpness(
 
   Source: Lanczos 1950; Golub and Van Loan, "Matrix computations", section 10.1.
   """
-  checked = _checked.Checked([params], non_float_from=0)
+  checked = _checked.Checked([params])
   _checked.require_floats(checked.float_paths)
   leaves = _widened(checked[0])
   widened, leaves = checked.replace(leaves), _reals(leaves)
@@ -132,18 +132,14 @@ def _product(loss_fn, params: Params, v: _Leaves) -> _Leaves:
   """`H v`; of a mean over batches the mean of their products."""
   if not isinstance(loss_fn, evaluation.MeanOf):
     return _of_function(loss_fn, params, v)
-  total: _Leaves = []
+  total: Any = None
   count = 0
   for batch in loss_fn.batches:
     batch = jax.tree.map(_tree.on_device, dict(batch))
     product, num = _of_batch(loss_fn.step, params, v, batch)
-    total = _mixing.add(total, product, _ones(v)) if total else product
+    total = _mixing.add(total, product, _tree.numbers(1.0))
     count += int(num)
   return _mixing.rounded(total, _tree.numbers(count), tuple(x.dtype for x in v))
-
-
-def _ones(v: _Leaves) -> jax.Array:
-  return _tree.numbers(np.ones(len(v)))
 
 
 @_programs.jit_of(1)

@@ -75,7 +75,7 @@ def angles(
     >>> angles(models, np.zeros(2)).tolist()
     [[0.0, 45.0, 90.0], [45.0, 0.0, 135.0], [90.0, 135.0, 0.0]]
   """
-  checked = _checked.Checked(ingredients, non_float_from=0)
+  checked = _checked.Checked(ingredients)
   _checked.require_floats(checked.float_paths)
   start = _checked.fitting_leaves(checked, theta_0)
   products = _of_pairs(checked, lambda x, y: inner_products(x, y, start))
@@ -106,7 +106,7 @@ def distances(
     >>> distances(models).tolist()
     [[0.0, 5.0], [5.0, 0.0]]
   """
-  checked = _checked.Checked(ingredients, non_float_from=0)
+  checked = _checked.Checked(ingredients)
   _checked.require_floats(checked.float_paths)
   squares = _of_pairs(checked, lambda x, y: inner_products(x, x, y))
   return jax.tree.map(np.sqrt, _grouped(squares, checked, depth))

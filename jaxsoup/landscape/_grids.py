@@ -289,7 +289,7 @@ class Grid:
       sharding: NamedSharding | None = None,
       on_points: Callable[[int, int], None] | None = None,
   ):
-    self.models = _checked.Checked(models, non_float_from=0)
+    self.models = _checked.Checked(models)
     self._size = 1 if chunk_size is None else chunk_size
     self._is_traced = chunk_size is not None
     self._sharding = sharding
@@ -318,19 +318,12 @@ class Grid:
       return [_value(loss_fn, params, self._is_traced)]
     alpha = jax.device_put(alpha.astype(np.float32), self._sharding)
     floats = _mixing.mix_many(alpha, stacked)
-    values = _values(loss_fn, self._repeated(floats))
+    models = _mixing.with_rows(self.models.template, floats, self._size)
+    values = _values(loss_fn, models)
     if self._sharding is not None:  # Each process wants all of them.
       everywhere = NamedSharding(self._sharding.mesh, PartitionSpec())
       values = jax.device_put(values, everywhere)
     return values
-
-  def _repeated(self, floats: list[jax.Array]) -> Params:
-    """Models `[n, ...]`, with n times the leaves that are not floats."""
-    flat, rows = self.models.template, iter(floats)
-    return flat.replace(
-        next(rows) if _tree.is_float(x) else _mixing.repeat([x], self._size)[0]
-        for x in flat.leaves
-    )
 
 
 def _check_chunks(size: int, sharding: NamedSharding | None) -> None:

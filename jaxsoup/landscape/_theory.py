@@ -102,7 +102,7 @@ def pairs(
   first = functools.lru_cache(1)(ingredients.__getitem__)
   measured = []
   for i, j in members:
-    soup = _average.uniform([first(i), ingredients[j]], non_float_from=0)
+    soup = _average.uniform([first(i), ingredients[j]])
     pair = Pair(
         members=(i, j),
         angle=float(angles[i, j]),
@@ -218,7 +218,7 @@ def soup_minus_ensemble(
 
   Source: Wortsman et al. 2022, section 4 and appendix.
   """
-  checked = _checked.Checked([theta_1, theta_2], non_float_from=0)
+  checked = _checked.Checked([theta_1, theta_2])
   models = [checked.replace(checked[k]) for k in range(2)]
   fns, numbers = (logits_fn, output_loss_fn), _tree.numbers([t, beta])
   sums = np.zeros(5)
