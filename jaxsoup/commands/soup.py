@@ -3,6 +3,7 @@
 Each recipe is a command, with its own options and those that all share.
 """
 
+import math
 import pathlib
 from typing import Annotated
 from typing import Any
@@ -234,8 +235,6 @@ def learned(
   """Learns the coefficients. For a differentiable loss on held-out data."""
 
   def recipe_fn(ingredients):
-    import math
-
     import jax
     import optax
 
