@@ -133,8 +133,7 @@ report.trials(ax, {'greedy': soups['greedy'].info})
 
 # %% [markdown]
 # `jaxsoup demo` runs the whole comparison, with all recipes and ensembles. To
-# average checkpoints that you have: `jaxsoup soup --recipe uniform RUN... --out
-# DIR`.
+# average checkpoints that you have: `jaxsoup soup uniform RUN... --out DIR`.
 #
 # Next: [your own training loop](02_fine_tune_and_soup.ipynb),
 # [many devices and big models](03_sharded_and_streamed.ipynb),

@@ -1,6 +1,9 @@
 """The `jaxsoup` command. Imports jax only when a command needs it."""
 
+from typing import Any
+
 import typer
+from typer import core
 
 from jaxsoup.commands import convert
 from jaxsoup.commands import demo
@@ -11,8 +14,17 @@ from jaxsoup.commands import plan
 from jaxsoup.commands import report
 from jaxsoup.commands import soup
 
+
+class _Commands(core.TyperGroup):
+  """Shows what makes soups first, then the rest in the order below."""
+
+  def list_commands(self, ctx: Any) -> list[str]:
+    return sorted(self.commands, key=lambda name: name not in ('demo', 'soup'))
+
+
 app = typer.Typer(
     name='jaxsoup',
+    cls=_Commands,
     help='Model soups: average fine-tuned models, get a better one.',
     no_args_is_help=True,
     add_completion=False,
@@ -20,10 +32,9 @@ app = typer.Typer(
     context_settings={'help_option_names': ['-h', '--help']},
 )
 
-# The order of the help.
+app.add_typer(soup.app)
 for command in (
     demo.demo,
-    soup.soup,
     inspect.inspect,
     diagnose.diagnose,
     plan.plan,

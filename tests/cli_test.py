@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -119,20 +120,19 @@ def assert_fails(result, code, text):
         ('greedy', ('--eval', 'mine:score'), 1.0),
         ('greedy', ('--eval', 'mine:score', '--seed', 3, '--strict'), None),
         ('pruned', ('--eval', 'mine:score', '--scores', 'log.jsonl'), 1.0),
-        ('learned', ('--eval', 'mine:loss', '--epochs', 2), None),
-        ('learned', ('--eval', 'mine:with_val', '--per-tensor'), None),
-        ('model_stock', ('--init', 'run0'), None),
+        ('learned', ('--loss', 'mine:loss', '--epochs', 2), None),
+        ('learned', ('--loss', 'mine:with_val', '--per-tensor'), None),
+        ('average', ('--alpha', '0.25,0.25,0.5'), 1.25),
+        ('model-stock', ('--init', 'start'), None),
     ],
 )
 def test_recipes(runs, recipe, options, expected):
-  if recipe == 'model_stock':
-    checkpoints.save('start', {'w': np.full(2, -1, np.float32)})
-    options = ('--init', 'start')
-  result = invoke(
-      'soup', *runs, '--recipe', recipe, '--out', 'out', *options, '--json'
-  )
+  checkpoints.save('start', {'w': np.full(2, -1, np.float32)})
+  result = invoke('soup', recipe, *runs, '--out', 'out', *options, '--json')
   assert result.exit_code == 0, (result.output, result.exception)
   printed = json.loads(result.stdout)
+  # What is recorded is its name in Python.
+  recipe = recipe.replace('-', '_')
   assert printed['recipe'] == recipe and printed['out'] == 'out'
   paths = [str(pathlib.Path(run).absolute()) for run in runs]
   assert list(printed['alpha']) == paths
@@ -150,15 +150,15 @@ def test_recipes(runs, recipe, options, expected):
 
 
 def test_best_single_is_said_if_all_were_scored(runs):
-  args = ('soup', *runs, '--recipe', 'greedy', '--eval', 'mine:score', '--out')
+  args = ('soup', 'greedy', *runs, '--eval', 'mine:score', '--out')
   assert ', best single -0.4000' in invoke(*args, 'a').stdout
   shuffled = invoke(*args, 'b', '--seed', 3).stdout
   assert 'held-out score' in shuffled and 'best single' not in shuffled
 
 
 def test_rejections_end_early(runs):
-  args = ('--recipe', 'greedy', '--out', 'out', '--eval', 'mine:early')
-  result = invoke('soup', *runs, *args, '--scores', 'log.jsonl')
+  args = ('greedy', *runs, '--eval', 'mine:early', '--scores', 'log.jsonl')
+  result = invoke('soup', *args, '--out', 'out')
   assert result.exit_code == 0, (result.output, result.exception)
   trials = checkpoints.load('out').info.trials
   num_early = sum(isinstance(t.score, jaxsoup.AtMost) for t in trials)
@@ -166,8 +166,7 @@ def test_rejections_end_early(runs):
   assert f'rejections, {num_early} of them early' in result.stdout
   assert pathlib.Path('log.jsonl').read_text().count('at_most') == num_early
   # Again, from the log.
-  args = (*args[:3], 'again', *args[4:], '--scores', 'log.jsonl', '--json')
-  again = invoke('soup', *runs, *args)
+  again = invoke('soup', *args, '--out', 'again', '--json')
   assert again.exit_code == 0
   assert json.loads(again.stdout)['score'] == checkpoints.load('out').info.score
 
@@ -185,26 +184,28 @@ def test_rejections_end_early(runs):
     ],
 )
 def test_learned_says_its_mode_before_it_starts(runs, options, mode):
-  args = ('--recipe', 'learned', '--out', 'out', '--eval', 'mine:loss')
-  result = invoke('soup', *runs, *args, *options, '--json')
+  args = ('learned', *runs, '--out', 'out', '--loss', 'mine:loss')
+  result = invoke('soup', *args, *options, '--json')
   assert result.exit_code == 0, (result.output, result.exception)
   assert result.stderr.startswith(f'learned: {mode}; ')
   assert checkpoints.load('out').info.plan.is_streamed == ('str' in mode[:3])
 
 
 def test_a_cache_of_what_is_no_float(runs):
-  args = ('--recipe', 'learned', '--out', 'out', '--eval', 'mine:loss')
-  result = invoke('soup', *runs, *args, '--cache-dtype', 'int8')
-  assert result.exit_code == 1
-  assert '--cache-dtype int8 is not a float dtype' in result.stderr
+  args = ('learned', *runs, '--out', 'out', '--loss', 'mine:loss')
+  result = invoke('soup', *args, '--cache-dtype', 'int8')
+  assert_fails(result, 2, "'int8' is not one of 'bfloat16', 'float16'")
 
 
 @pytest.mark.parametrize(
-    'recipe, name', [('greedy', 'score'), ('learned', 'loss')]
+    'recipe, options',
+    [
+        ('greedy', ('--eval', 'mine:score')),
+        ('learned', ('--loss', 'mine:loss')),
+    ],
 )
-def test_soup_as_text(runs, recipe, name):
-  args = ('--recipe', recipe, '--out', 'out', '--eval', f'mine:{name}')
-  result = invoke('soup', *runs, *args)
+def test_soup_as_text(runs, recipe, options):
+  result = invoke('soup', recipe, *runs, '--out', 'out', *options)
   assert result.exit_code == 0, (result.output, result.exception)
   assert result.stdout.count('run') == 3
   assert result.stdout.endswith('Soup: out\n')
@@ -214,91 +215,114 @@ def test_soup_as_text(runs, recipe, name):
 @pytest.mark.parametrize(
     'args, code, text',
     [
-        (('--recipe', 'best'), 2, 'not one of uniform, greedy'),
-        (('--recipe', 'greedy'), 2, '--eval package.module:function'),
-        (('--recipe', 'learned'), 2, '--eval package.module:function'),
-        (('--recipe', 'model_stock'), 2, 'needs the initialization'),
-        ((), 2, 'Missing option'),
-        (('--recipe', 'uniform', '--nonsense'), 2, 'No such option'),
+        (('best',), 2, "'best' is not a recipe. The recipe comes first: "),
+        (('model_stock',), 2, 'jaxsoup soup model-stock RUN... --out OUT.'),
+        (('--seed', '3'), 2, 'Recipes: uniform, average, model-stock, greedy,'),
+        (('greedy',), 2, "Missing option '--eval'"),
+        (('pruned',), 2, "Missing option '--eval'"),
+        (('learned',), 2, "Missing option '--loss'"),
+        (('model-stock',), 2, "Missing option '--init'"),
+        (('uniform', '--nonsense'), 2, 'No such option'),
+        (('uniform', '--seed', '3'), 2, 'No such option'),
         (
-            ('--recipe', 'greedy', '--eval', 'mine'),
+            ('greedy', '--eval', 'mine'),
             1,
             'package.module:function',
         ),
         (
-            ('--recipe', 'greedy', '--eval', 'no_such:f'),
+            ('greedy', '--eval', 'no_such:f'),
             1,
             'cannot import no_such',
         ),
-        (('--recipe', 'greedy', '--eval', 'broken:f'), 1, 'ZeroDivisionError'),
-        (('--recipe', 'greedy', '--eval', 'torn:f'), 1, 'SyntaxError'),
-        (('--recipe', 'greedy', '--eval', 'mine:g'), 1, 'no such function'),
+        (('greedy', '--eval', 'broken:f'), 1, 'ZeroDivisionError'),
+        (('greedy', '--eval', 'torn:f'), 1, 'SyntaxError'),
+        (('greedy', '--eval', 'mine:g'), 1, 'no such function'),
         (
-            ('--recipe', 'greedy', '--eval', 'mine:number'),
+            ('greedy', '--eval', 'mine:number'),
             1,
             'no such function',
         ),
         (
-            ('--recipe', 'greedy', '--eval', 'mine:raises'),
+            ('greedy', '--eval', 'mine:raises'),
             1,
             'mine.py, line 40',
         ),
-        (('--recipe', 'pruned', '--eval', 'mine:raises'), 1, 'raised KeyError'),
-        (('--recipe', 'greedy', '--eval', 'mine:nan'), 1, 'run0'),
-        (('--recipe', 'learned', '--eval', 'mine:score'), 1, 'mine:score'),
-        (('--recipe', 'learned', '--eval', 'mine:list'), 1, 'no such function'),
+        (('pruned', '--eval', 'mine:raises'), 1, 'raised KeyError'),
+        (('greedy', '--eval', 'mine:nan'), 1, 'run0'),
+        (('learned', '--loss', 'mine:score'), 1, 'mine:score'),
+        (('learned', '--loss', 'mine:list'), 1, '--loss mine:list: mine has'),
         (
-            ('--recipe', 'model_stock', '--init', 'gone'),
+            ('model-stock', '--init', 'gone'),
             1,
             'gone does not exist',
         ),
     ],
 )
 def test_mistakes(runs, args, code, text):
-  result = invoke('soup', *runs, '--out', 'out', *args)
+  result = invoke('soup', *args[:1], *runs, *args[1:], '--out', 'out')
   assert_fails(result, code, text)
   assert not pathlib.Path('out').exists()
 
 
 def test_wrong_paths(runs):
-  out = ('--recipe', 'uniform', '--out', 'out')
-  assert_fails(invoke('soup', 'gone', *out), 1, 'gone does not exist')
+  uniform = lambda *runs: invoke('soup', 'uniform', *runs, '--out', 'out')
+  assert_fails(uniform('gone'), 1, 'gone does not exist')
   pathlib.Path('empty').mkdir()
-  assert_fails(invoke('soup', 'empty', *out), 1, 'holds no Orbax checkpoint')
-  assert_fails(invoke('soup', *out), 2, 'Missing argument')
+  assert_fails(uniform('empty'), 1, 'holds no Orbax checkpoint')
+  assert_fails(uniform(), 2, 'Missing argument')
+
+
+@pytest.mark.parametrize(
+    'args',
+    [
+        ('run0', 'run1', '--recipe', 'greedy', '--out', 'out'),
+        ('--recipe', 'greedy', 'run0', 'run1', '--out', 'out'),
+    ],
+)
+def test_a_recipe_that_is_not_the_first_word(args):
+  said = f'{args[0]!r} is not a recipe. The recipe comes first: '
+  said += 'jaxsoup soup greedy RUN... --out OUT.'
+  assert_fails(invoke('soup', *args), 2, said)
 
 
 def test_out_that_exists_is_left_alone(runs):
   before = checkpoints.provenance(runs[0])
-  result = invoke('soup', *runs, '--recipe', 'uniform', '--out', runs[0])
+  result = invoke('soup', 'uniform', *runs, '--out', runs[0])
   assert_fails(result, 2, 'exists')
   assert checkpoints.provenance(runs[0]) == before
 
 
 def test_runs_that_do_not_fit(runs):
   checkpoints.save('odd', {'w': np.zeros(3, np.float32)})
-  result = invoke('soup', *runs, 'odd', '--recipe', 'uniform', '--out', 'out')
+  result = invoke('soup', 'uniform', *runs, 'odd', '--out', 'out')
   assert_fails(result, 1, "leaf 'w' has shape (3,), expected (2,)")
   assert not pathlib.Path('out').exists()
 
 
 def test_score_log_is_used_again(runs):
-  args = ('--recipe', 'greedy', '--scores', 'log.jsonl', '--eval')
-  assert invoke('soup', *runs, *args, 'mine:once', '--out', 'a').exit_code == 0
+  args = ('--scores', 'log.jsonl', '--eval')
+  assert (
+      invoke(
+          'soup', 'greedy', *runs, *args, 'mine:once', '--out', 'a'
+      ).exit_code
+      == 0
+  )
   # All scores are known, so the function is not called.
   pathlib.Path('scored').touch()
-  result = invoke('soup', *runs, *args, 'mine:once', '--out', 'b')
+  result = invoke('soup', 'greedy', *runs, *args, 'mine:once', '--out', 'b')
   assert result.exit_code == 0, result.output
   np.testing.assert_array_equal(
       checkpoints.load('a').params['w'], checkpoints.load('b').params['w']
   )
-  shorter = invoke('soup', *runs[:2], *args, 'mine:once', '--out', 'c')
+  shorter = invoke(
+      'soup', 'greedy', *runs[:2], *args, 'mine:once', '--out', 'c'
+  )
   assert_fails(shorter, 1, 'scores of other ingredients')
-  other = invoke('soup', *runs, *args, 'mine:score', '--out', 'c')
+  other = invoke('soup', 'greedy', *runs, *args, 'mine:score', '--out', 'c')
   assert_fails(other, 1, "'mine:once (")
   pathlib.Path('mine.py').write_text(HERE.replace('1.2', '1.8'))
   sys.modules.pop('mine')
-  changed = invoke('soup', *runs, *args, 'mine:once', '--out', 'c')
+  changed = invoke('soup', 'greedy', *runs, *args, 'mine:once', '--out', 'c')
   assert_fails(changed, 1, 'scores of another evaluation')
 
 
@@ -449,9 +473,18 @@ def python(*args, **kwargs):
   )
 
 
-def test_help_imports_nothing_heavy():
+@pytest.mark.parametrize(
+    'args, shown',
+    [
+        ([], ('demo', 'soup', 'inspect', 'doctor')),
+        (['soup'], ('uniform', 'model-stock', 'greedy', 'learned')),
+        (['soup', 'greedy'], ('--eval', '--scores', '--out')),
+    ],
+)
+def test_help_imports_nothing_heavy(args, shown):
   code = (
-      'import sys; from jaxsoup import cli; sys.argv = ["jaxsoup", "--help"]\n'
+      'import sys; from jaxsoup import cli\n'
+      f'sys.argv = ["jaxsoup", *{args}, "--help"]\n'
       'try: cli.main()\n'
       'except SystemExit as e: assert not e.code\n'
       'heavy = {"jax", "numpy", "flax", "orbax", "tensorflow", "matplotlib"}\n'
@@ -459,20 +492,31 @@ def test_help_imports_nothing_heavy():
   )
   result = python('-c', code)
   assert result.returncode == 0, result.stderr
-  for command in ('demo', 'soup', 'inspect', 'doctor'):
-    assert command in result.stdout
+  for word in shown:
+    assert word in result.stdout
 
 
 def test_help_is_shown_as_it_is_written():
   """Brackets would be markup, and their words lost."""
-  for command in typer.main.get_command(cli.app).commands.values():
+  commands = dict(typer.main.get_command(cli.app).commands)
+  recipes = commands.pop('soup').commands
+  commands |= {f'soup {name}': command for name, command in recipes.items()}
+  for name, command in commands.items():
     shown = testing.CliRunner().invoke(
-        cli.app, [command.name, '--help'], env={'COLUMNS': '200'}
+        cli.app, [*name.split(), '--help'], env={'COLUMNS': '200'}
     )
     text = ' '.join(shown.stdout.replace('│', ' ').split())
     for param in command.params:
       for word in (getattr(param, 'help', None) or '').split():
-        assert word in text, f'{command.name} {param.name}: {word}'
+        assert word in text, f'{name} {param.name}: {word}'
+
+
+def test_the_help_of_soup_says_what_each_recipe_is_for():
+  shown = testing.CliRunner().invoke(
+      cli.app, ['soup', '--help'], env={'COLUMNS': '200'}
+  )
+  for command in typer.main.get_command(cli.app).commands['soup'].commands:
+    assert re.search(rf'│ {command} +[A-Z].*\w+.*\.', shown.stdout), command
 
 
 def test_import_is_light():
@@ -491,16 +535,8 @@ def test_import_is_light():
 
 def test_a_whole_process(runs):
   main = ('-c', 'from jaxsoup import cli; cli.main()')
-  args = (
-      '--recipe',
-      'greedy',
-      '--eval',
-      'mine:score',
-      '--out',
-      'out',
-      '--json',
-  )
-  result = python(*main, 'soup', *runs, *args)
+  args = ('--eval', 'mine:score', '--out', 'out', '--json')
+  result = python(*main, 'soup', 'greedy', *runs, *args)
   assert result.returncode == 0, result.stderr
   assert json.loads(result.stdout)['score'] == pytest.approx(-0.4)
   result = python(*main, 'inspect', 'gone')

@@ -99,7 +99,7 @@ def invoke(*args):
 
 
 def uniform(*args):
-  return invoke(*args, '--recipe', 'uniform', '--out', 'soup')
+  return invoke('uniform', *args, '--out', 'soup')
 
 
 # --- Without transformers -----------------------------------------------------
@@ -119,8 +119,8 @@ def test_a_directory_like_those_that_came_in(runs):
 
 def test_given_weights(runs):
   weights = [0.5, 0.2, 0.3]
-  args = ('--recipe', 'average', '--alpha', '0.5,0.2,0.3', '--out', 'soup')
-  assert invoke(*runs, *args).exit_code == 0
+  args = ('average', *runs, '--alpha', '0.5,0.2,0.3', '--out', 'soup')
+  assert invoke(*args).exit_code == 0
   assert_near(read('soup'), mean([arrays_of(k) for k in range(3)], weights))
   np.testing.assert_allclose(checkpoints.load('soup').alpha, weights)
 
@@ -131,8 +131,8 @@ def test_recipes_that_hold_the_params(runs, monkeypatch):
       "  return -float(abs(params['shared']['weight']).sum())\n"
   )
   monkeypatch.setattr(sys, 'path', list(sys.path))
-  args = ('--recipe', 'greedy', '--eval', 'mine:score', '--out', 'soup')
-  assert invoke(*runs, *args).exit_code == 0
+  args = ('greedy', *runs, '--eval', 'mine:score', '--out', 'soup')
+  assert invoke(*args).exit_code == 0
   sys.modules.pop('mine')
   soup = checkpoints.load('soup')
   assert_near(read('soup'), mean([arrays_of(k) for k in range(3)], soup.alpha))
@@ -166,9 +166,7 @@ def test_shards(runs):
   assert index['metadata']['total_size'] == sum(sizes)
   assert_near(read('soup'), expected)
   # And as ingredients again, with their checksums.
-  again = invoke(
-      'soup', 'a', '--recipe', 'uniform', '--out', 'again.safetensors'
-  )
+  again = invoke('uniform', 'soup', 'a', '--out', 'again.safetensors')
   assert again.exit_code == 0, again.output
   first = mean([expected, arrays_of(0)])
   arrays = safetensors.numpy.load_file('again.safetensors')
@@ -258,26 +256,27 @@ def test_names_of_the_hub(tmp_path):
 
 
 def test_other_outputs(runs):
-  args = ('--recipe', 'uniform', '--out')
-  assert invoke(*runs, *args, 'x.safetensors').exit_code == 0
+  file = ('--out', 'x.safetensors')
+  assert invoke('uniform', *runs, *file).exit_code == 0
   assert pathlib.Path('x.safetensors').is_file()
   # One that is no directory: nothing to carry over.
-  assert invoke('a', 'b/model.safetensors', *args, 'orbax').exit_code == 0
+  mixed = ('a', 'b/model.safetensors')
+  assert invoke('uniform', *mixed, '--out', 'orbax').exit_code == 0
   assert pathlib.Path('orbax/_METADATA').exists()
 
 
 @pytest.mark.parametrize(
     'args, code, said',
     [
-        (('--recipe', 'average'), 2, 'needs mixing'),
-        (('--recipe', 'uniform', '--alpha', '1,2,3'), 2, 'no other recipe'),
-        (('--recipe', 'average', '--alpha', 'x'), 2, 'not a list of numbers'),
-        (('--recipe', 'average', '--alpha', '1,2'), 1, 'there are 3'),
-        (('--recipe', 'uniform', '--max-shard-size', '5 apples'), 2, '500MB'),
+        (('average',), 2, "Missing option '--alpha'"),
+        (('uniform', '--alpha', '1,2,3'), 2, 'No such option: --alpha'),
+        (('average', '--alpha', 'x'), 2, 'not a list of numbers'),
+        (('average', '--alpha', '1,2'), 1, 'there are 3'),
+        (('uniform', '--max-shard-size', '5 apples'), 2, '500MB'),
     ],
 )
 def test_wrong_usage(runs, args, code, said):
-  result = invoke(*runs, *args, '--out', 'soup')
+  result = invoke(args[0], *runs, *args[1:], '--out', 'soup')
   assert result.exit_code == code
   assert said in ' '.join(result.output.replace('│', ' ').split())
   assert sorted(os.listdir()) == runs
@@ -352,7 +351,7 @@ def test_a_full_disk(runs, tmp_path):
       'resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))\n'
       'from jaxsoup import cli; cli.main()'
   )
-  args = [*runs, '--recipe', 'uniform', '--out', 'soup']
+  args = ['uniform', *runs, '--out', 'soup']
   result = subprocess.run(
       [sys.executable, '-c', code, 'soup', *args],
       capture_output=True,
@@ -370,7 +369,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path, monkeypatch):
     rng = np.random.default_rng(k)
     arrays = {f'w{i}': rng.random((1024, 1024), 'f4') for i in range(16)}
     made(tmp_path / name, arrays)
-  command = [*COMMAND, 'a', 'b', '--recipe', 'uniform', '--out', 'soup']
+  command = [*COMMAND, 'uniform', 'a', 'b', '--out', 'soup']
   command += ['--max-shard-size', '4MB']
   process = subprocess.Popen(command, stderr=subprocess.PIPE)
   try:
@@ -594,7 +593,7 @@ def test_in_other_processes_with_a_tokenizer(tmp_path, monkeypatch):
     model = fine_tuned(torch, transformers, bert, k)
     model.half().save_pretrained(name)
     tokenizer.save_pretrained(name)
-  command = [*COMMAND, 'a', 'b', '--recipe', 'uniform', '--out', 'soup']
+  command = [*COMMAND, 'uniform', 'a', 'b', '--out', 'soup']
   subprocess.run(command, check=True)
   code = (
       'import transformers\n'

@@ -102,22 +102,36 @@ def test_two_processes_find_what_one_finds(tmp_path):
     assert own['content_hash'] == first[name]['hash']
 
 
-def _soup_command(folder, out, port, process, *more):
+MAIN = 'from jaxsoup import cli; cli.main()'
+# The command waits longer than a test does.
+IMPATIENT = f"""
+import functools
+from jaxsoup.experiments import distributed
+distributed.start = functools.partial(distributed.start, timeout=3)
+{MAIN}
+"""
+
+
+def _joined(port, num_processes, process):
+  """What the environment says to one of the processes."""
+  return {
+      'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+      'JAX_NUM_PROCESSES': str(num_processes),
+      'JAX_PROCESS_ID': str(process),
+  }
+
+
+def _start_soup(folder, port, process, code=MAIN):
   runs = sorted((folder / 'runs').iterdir())
-  return [
-      '-c', 'from jaxsoup import cli; cli.main()', 'soup', *runs,
-      '--recipe', 'uniform', '--out', folder / out,
-      '--coordinator', f'127.0.0.1:{port}', '--num-processes', 2,
-      '--process', process, *more,
-  ]  # fmt: skip
+  command = ['-c', code, 'soup', 'uniform', *runs, '--distributed']
+  environ = os.environ | _joined(port, 2, process)
+  return _start([*command, '--out', folder / 'soup'], env=environ)
 
 
 def test_the_command_in_two_processes(tmp_path):
   _save_runs(tmp_path)
   port = _free_port()
-  results = _finish(
-      [_start(_soup_command(tmp_path, 'soup', port, i)) for i in range(2)]
-  )
+  results = _finish([_start_soup(tmp_path, port, i) for i in range(2)])
   for i, (code, _, err) in enumerate(results):
     assert code == 0, err
     assert f'process {i} of 2' in err and str(tmp_path / 'soup') in err
@@ -133,13 +147,26 @@ def test_the_command_in_two_processes(tmp_path):
 @pytest.mark.parametrize('process', [0, 1])
 def test_a_peer_that_never_comes(tmp_path, process):
   _save_runs(tmp_path)
-  command = _soup_command(
-      tmp_path, 'soup', _free_port(), process, '--timeout', 3
-  )
-  ((code, _, err),) = _finish([_start(command)])
+  started = _start_soup(tmp_path, _free_port(), process, IMPATIENT)
+  ((code, _, err),) = _finish([started])
   assert code == 1
   assert f'Process {process} waited 3 s for the other processes' in err
   assert not (tmp_path / 'soup').exists()
+
+
+def test_an_environment_that_says_too_little(tmp_path):
+  _save_runs(tmp_path)
+  args = ['soup', 'uniform', tmp_path / 'runs' / '0', '--distributed']
+  command = ['-c', MAIN, *args, '--out', tmp_path / 'soup']
+  said = 'Set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES=N and'
+  wrong = "JAX_NUM_PROCESSES='two' is not a number"
+  address = {'JAX_COORDINATOR_ADDRESS': '127.0.0.1:1'}
+  processes = [
+      _start(command, env=os.environ | address),
+      _start(command, env=os.environ | {'JAX_NUM_PROCESSES': 'two'}),
+  ]
+  for (code, _, err), text in zip(_finish(processes), (said, wrong)):
+    assert code == 1 and text in err, err
 
 
 # --- Experiments --------------------------------------------------------------
@@ -202,9 +229,9 @@ def _experiment(folder, workdir, num_processes, *more):
   ]  # fmt: skip
   if num_processes == 1:
     return [_start(command, env=environ)]
-  join = [f'--coordinator=127.0.0.1:{port}', f'--num-processes={num_processes}']
+  command.append('--distributed')
   return [
-      _start([*command, *join, f'--process={i}'], env=environ)
+      _start(command, env=environ | _joined(port, num_processes, i))
       for i in range(num_processes)
   ]
 
@@ -265,7 +292,7 @@ def test_an_experiment_in_two_processes(tmp_path):
     'more, said',
     [
         (['--config.is_sharded=False'], 'config.is_sharded is True'),
-        (['--process=0'], 'Pass all of --coordinator'),
+        (['--process=0'], "Unknown command line flag 'process'"),
         (
             ['--workdir=gs://bucket/x'],
             'is not a local directory: mount the bucket',

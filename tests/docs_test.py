@@ -194,10 +194,10 @@ def _shard(text):
 
 
 def _adapter(path):
-  from jaxsoup.commands import soup
+  from jaxsoup.commands import _cook
 
   (path / 'adapter_config.json').write_text('{}')
-  soup._refuse_adapters([path])
+  _cook._refuse_adapters([path])
 
 
 def _no_family(path):

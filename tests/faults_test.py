@@ -198,7 +198,7 @@ def test_soup_stopped_and_started_twice(tmp_path, runs, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'mine.py').write_text(EVAL)
   (tmp_path / 'wait').touch()
-  args = ['soup', *runs, '--recipe', 'greedy', '--eval', 'mine:score']
+  args = ['soup', 'greedy', *runs, '--eval', 'mine:score']
   args += ['--out', 'out', '--scores', 'log']
   command = [sys.executable, '-c', 'from jaxsoup import cli; cli.main()']
   with started([*command, *map(str, args)]) as process:

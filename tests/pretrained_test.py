@@ -259,7 +259,7 @@ def test_what_no_family_knows(tmp_path):
   with pytest.raises(ValueError, match='matches no known family.*layer.weight'):
     models.load(path)
   (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
-  with pytest.raises(ValueError, match="'llama'.*jaxsoup soup"):
+  with pytest.raises(ValueError, match="'llama'.*jaxsoup soup uniform"):
     models.load(path)
 
 
@@ -342,7 +342,7 @@ def test_a_soup_of_our_files_knows_its_model(tmp_path, vit, out):
   other = jax.tree.map(lambda x: 3 * x, models.params_of(model))
   other = models.save(tmp_path / 'other.safetensors', other, like=path)
   made = tmp_path / out
-  result = run('soup', '--recipe', 'uniform', path, other, '--out', made)
+  result = run('soup', 'uniform', path, other, '--out', made)
   assert result.exit_code == 0, result.output
   expected = jax.tree.map(lambda x: 2 * x, models.params_of(model))
   actual = models.params_of(models.load(made))

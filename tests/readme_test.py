@@ -172,9 +172,10 @@ def test_files_named_in_the_readme_exist():
 @pytest.mark.parametrize(
     'line',
     [
-        'jaxsoup soup --recipe uniform --no-such-option runs/0',
+        'jaxsoup soup uniform --no-such-option runs/0 --out soup',
         'jaxsoup no_such_command',
-        'gcloud compute tpus tpu-vm ssh x --command="jaxsoup soup --recip x"',
+        'jaxsoup soup no_such_recipe runs/0 --out soup',
+        'gcloud compute tpus tpu-vm ssh x --command="jaxsoup soup unifrm"',
         'python -m jaxsoup.experiments.main --config=configs/digits.py '
         '--workdir=w --config.no_such=1',
         'pip install -e ".[no_such_extra]"',
@@ -238,9 +239,12 @@ def _check(program: str, args: list[str], page: pathlib.Path) -> None:
 
 def _run_ours(args: list[str], is_parsed: bool) -> None:
   if is_parsed:
-    command = typer.main.get_command(cli.app).commands[args[0]]
+    command = typer.main.get_command(cli.app)
     try:
-      command.make_context(args[0], args[1:])
+      while hasattr(command, 'commands'):
+        name, *args = args
+        command = command.commands[name]
+      command.make_context(name, args)
     except Exception as e:  # Of click, or of the copy that typer has.
       raise AssertionError(f'{args}: {e}') from e
     return

@@ -21,7 +21,11 @@ Item = Annotated[
 ]
 Runs = Annotated[
     list[pathlib.Path],
-    typer.Argument(help='Checkpoints or run directories.', show_default=False),
+    typer.Argument(
+        metavar='RUN',
+        help='Checkpoints or run directories.',
+        show_default=False,
+    ),
 ]
 
 

@@ -59,7 +59,6 @@ class Arguments(NamedTuple):
     overrides: such as '--config.seed=1'.
     num_seeds: how many seeds, from `config.seed` on.
     is_distributed: whether other processes take part.
-    join: arguments of `distributed.start`.
   """
 
   config: str
@@ -67,7 +66,6 @@ class Arguments(NamedTuple):
   overrides: list[str]
   num_seeds: int
   is_distributed: bool
-  join: dict[str, Any]
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -87,10 +85,6 @@ def parse(argv: Sequence[str]) -> Arguments:
   flags.DEFINE_string('workdir', None, '', flag_values=values)
   flags.DEFINE_integer('seeds', 1, '', lower_bound=1, flag_values=values)
   flags.DEFINE_bool('distributed', False, '', flag_values=values)
-  flags.DEFINE_string('coordinator', None, '', flag_values=values)
-  flags.DEFINE_integer('num-processes', None, '', flag_values=values)
-  flags.DEFINE_integer('process', None, '', flag_values=values)
-  flags.DEFINE_integer('timeout', 300, '', flag_values=values)
   is_override = lambda a: a.lstrip('-').startswith('config.')
   try:
     rest = values(['main', *(a for a in argv if not is_override(a))])
@@ -98,17 +92,6 @@ def parse(argv: Sequence[str]) -> Arguments:
     raise UsageError(f'{e}. Usage: {USAGE}') from e
   if rest[1:] or not values.config or not values.workdir:
     raise UsageError(f'{_missing(values, rest[1:])}. Usage: {USAGE}')
-  join = {
-      'coordinator': values.coordinator,
-      'num_processes': values['num-processes'].value,
-      'process': values.process,
-  }
-  given = [value is not None for value in join.values()]
-  if any(given) and not all(given):
-    raise UsageError(
-        'Pass all of --coordinator, --num-processes and --process, or, on a '
-        f'TPU pod or under Slurm, only --distributed. Usage: {USAGE}'
-    )
   if '://' in values.workdir:
     raise UsageError(
         f'{values.workdir} is not a local directory: mount the bucket '
@@ -120,16 +103,13 @@ def parse(argv: Sequence[str]) -> Arguments:
       values.workdir,
       [a for a in argv if is_override(a)],
       num_seeds=values.seeds,
-      is_distributed=values.distributed or any(given),
-      join={**join, 'timeout': values.timeout},
+      is_distributed=values.distributed,
   )
 
 
 USAGE = (
     'python -m jaxsoup.experiments.main --config=FILE[:ARG] --workdir=DIR '
-    '[--config.NAME=VALUE ...] [--seeds=N] [--distributed] '
-    '[--coordinator=HOST:PORT --num-processes=N --process=I] '
-    '[--timeout=SECONDS]'
+    '[--config.NAME=VALUE ...] [--seeds=N] [--distributed]'
 )
 
 

@@ -1,7 +1,7 @@
 """Connects the processes of a distributed run.
 
 ```
-distributed.start('host0:1234', num_processes=2, process=0, timeout=300)
+distributed.start(timeout=300)
 distributed.banner(workdir)
 ```
 """
@@ -14,27 +14,25 @@ from typing import Any
 import jax
 
 
-def start(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process: int | None = None,
-    *,
-    timeout: int = 300,
-) -> None:
+def start(*, timeout: int = 300) -> None:
   """Waits for all processes of a run; exits with an error if one is missing.
 
-  Call it before any device is touched.
+  Call it before any device is touched. jax detects the others (Cloud TPU,
+  Slurm, Open MPI, Kubernetes), or the environment of each process says where
+  they are: JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES,
+  and JAX_PROCESS_ID, from 0.
 
   Args:
-    coordinator: HOST:PORT of process 0; None where jax detects it
-      (Cloud TPU, Slurm, Open MPI, Kubernetes).
-    num_processes: how many there are; None as above.
-    process: which one this is, from 0; None as above.
     timeout: seconds to wait.
 
   Raises:
-    ValueError: jax cannot detect it, or the address is malformed.
+    ValueError: jax cannot detect them, the address is malformed, or a variable
+      is not a number.
   """
+  coordinator = os.environ.get('JAX_COORDINATOR_ADDRESS')
+  # These two jax does not read.
+  num_processes = _number_in('JAX_NUM_PROCESSES')
+  process = _number_in('JAX_PROCESS_ID')
   done = threading.Event()
 
   # jax itself aborts with a stack trace that names no process.
@@ -60,11 +58,19 @@ def start(
     )
   except (RuntimeError, ValueError) as e:
     raise ValueError(
-        f'jax cannot join the other processes: {str(e).splitlines()[0]} Pass '
-        '--coordinator HOST:PORT --num-processes N --process I.'
+        f'jax cannot join the other processes: {str(e).splitlines()[0]} Set '
+        'JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES=N and '
+        'JAX_PROCESS_ID=I in the environment of each.'
     ) from e
   finally:
     done.set()
+
+
+def _number_in(variable: str) -> int | None:
+  text = os.environ.get(variable)
+  if text is None or text.isdecimal():
+    return None if text is None else int(text)
+  raise ValueError(f'{variable}={text!r} is not a number, such as 2.')
 
 
 def banner(place: Any) -> str:

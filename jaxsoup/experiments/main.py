@@ -18,8 +18,8 @@ One run on all devices of several processes, such as those of a TPU pod, where
 `config.is_sharded` is true; all of them need the workdir on a shared disk:
 
 ```
-... --distributed        where jax detects the processes, else
-... --coordinator=HOST:PORT --num-processes=N --process=I
+... --distributed        where jax detects the processes, else with these set:
+JAX_COORDINATOR_ADDRESS=HOST:PORT JAX_NUM_PROCESSES=N JAX_PROCESS_ID=I
 ```
 
 What is in the workdir in the end:
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     workdir = asked.workdir
     configs.load(asked.config, asked.overrides)  # Errors before others wait.
     if asked.is_distributed:
-      distributed.start(**asked.join)
+      distributed.start()
     print(distributed.banner(workdir), file=sys.stderr)
     tables = run_seeds(asked.config, workdir, asked.overrides, asked.num_seeds)
   except (ImportError, OSError, TypeError, ValueError) as e:

@@ -109,9 +109,13 @@ class Ingredients(checkpoints.Ingredients):
         saved=self._saved,
     )
 
+  def stopping(self, batches: Iterable[Any]) -> '_Batches':
+    """Batches that look for a request to stop before each one."""
+    return _Batches(batches, self._stop, self._saved)
 
-class Batches:
-  """Batches that look for a request to stop before each one."""
+
+class _Batches:
+  """Unlike a generator, they can be read in every epoch."""
 
   def __init__(self, batches: Iterable[Any], stop: Stop, saved: str):
     self._batches = batches

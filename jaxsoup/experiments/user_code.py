@@ -22,7 +22,7 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
   """Imports the function that an option names.
 
   Args:
-    name: package.module:function; empty for recipes that need no data.
+    name: package.module:function.
     option: the option that names it, for messages.
 
   Returns:
@@ -33,8 +33,6 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
     UserCodeError: its module raised when it was imported.
   """
   module_name, _, function_name = name.partition(':')
-  if not name:
-    return lambda *_: None  # For recipes that need no data.
   if not function_name:
     raise ValueError(f'{option} {name}: write package.module:function.')
   sys.path.insert(0, '')

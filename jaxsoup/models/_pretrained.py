@@ -234,7 +234,7 @@ def identify(
       raise ValueError(
           f'{stored.path}: config.json has model_type {model_type!r}, expected '
           f'one of {", ".join(_FAMILIES)}. Other models can be averaged as '
-          'well: jaxsoup soup --recipe uniform.'
+          'well: jaxsoup soup uniform.'
       )
     names = names or 'hf'
   elif 'architecture' in config:  # Of timm: it tells padding and epsilon.

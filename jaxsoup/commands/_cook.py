@@ -1,0 +1,189 @@
+"""How one soup is made, saved and shown, whatever the recipe."""
+
+from collections.abc import Callable
+import contextlib
+import json
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+import typer
+
+from jaxsoup.commands import _common
+
+NOTHING_SAVED = 'nothing is saved, and the command starts from scratch'
+
+
+class Order(NamedTuple):
+  """What was asked for, whatever the recipe."""
+
+  runs: list[pathlib.Path]
+  out: pathlib.Path
+  item: str | None
+  max_shard_bytes: int
+  is_sharded: bool
+  is_distributed: bool
+  as_json: bool
+
+
+def cook(
+    order: Order,
+    recipe: str,
+    recipe_fn: Callable[[Any], Any] | None = None,
+    *,
+    alpha: list[float] | None = None,
+    seed: int | None = None,
+    saved: str = NOTHING_SAVED,
+) -> None:
+  """Makes a soup, saves it with its provenance, and shows it.
+
+  Args:
+    order: the ingredients, and where the soup goes.
+    recipe: its name in Python.
+    recipe_fn: `ingredients -> Soup`; None for an average, which is computed
+      from file to file where possible.
+    alpha: of an average; None for the mean.
+    seed: of the recipe, for the provenance.
+    saved: what a SIGTERM leaves.
+  """
+  with _common.failures():
+    if order.is_distributed:
+      from jaxsoup.experiments import distributed
+
+      distributed.start()
+      typer.echo(distributed.banner(order.out), err=True)
+    import jax
+
+    from jaxsoup.experiments import preemption
+
+    is_main = jax.process_index() == 0
+    held = _held(order.out) if is_main else contextlib.nullcontext()
+    with preemption.handled() as stop, held:
+      _refuse_adapters(order.runs)
+      ingredients = preemption.Ingredients(
+          order.runs, item=order.item, stop=stop, saved=saved
+      )
+      if order.is_sharded or order.is_distributed:
+        ingredients = ingredients.onto(_sharded(ingredients.abstract_params))
+      soup = _make_and_save(
+          order,
+          ingredients,
+          recipe_fn,
+          alpha,
+          metadata={'recipe': recipe, 'seed': seed},
+      )
+    if is_main:
+      _show(soup, ingredients, order, recipe)
+
+
+@contextlib.contextmanager
+def _held(out: pathlib.Path):
+  """Nobody else writes `out` meanwhile, and nobody has."""
+  from jaxsoup.experiments import locking
+
+  # Next to it, because it exists only when it is complete.
+  lock = out.absolute().parent / f'.{out.name}.lock'
+  with locking.locked(lock, out):
+    if out.exists():  # Since the options were parsed.
+      raise FileExistsError(f'{out} exists. Give another path.')
+    yield
+
+
+def _refuse_adapters(runs: list[pathlib.Path]) -> None:
+  """The average of LoRA factors is not the average of their products."""
+  for run in runs:
+    if (run / 'adapter_config.json').exists():
+      raise ValueError(
+          f'{run} is a LoRA adapter. Average adapters with jaxsoup.lora, or '
+          'merge each into its base model first.'
+      )
+
+
+def _sharded(abstract_params):
+  """The same shapes, sharded over all devices of all processes."""
+  import jax
+  from jax.sharding import AxisType
+
+  from jaxsoup import sharding
+
+  mesh = jax.make_mesh(
+      (jax.device_count(),), ('fsdp',), axis_types=(AxisType.Auto,)
+  )
+  return sharding.fsdp(abstract_params, mesh)
+
+
+def _make_and_save(order, ingredients, recipe_fn, alpha, metadata):
+  """Makes a soup and saves it, from file to file where that is possible."""
+  import jaxsoup
+  from jaxsoup import checkpoints
+
+  out = order.out
+  is_file = out.suffix == '.safetensors'
+  # As the directories are that come in.
+  is_directory = not is_file and all(map(checkpoints.is_directory, order.runs))
+  is_streamed = recipe_fn is None and (is_file or is_directory)
+  soup = None
+  if recipe_fn is not None:
+    soup = recipe_fn(ingredients)
+  elif not is_streamed:
+    soup = (
+        jaxsoup.uniform(ingredients)
+        if alpha is None
+        else jaxsoup.average(ingredients, alpha)
+    )
+  if is_directory:
+    checkpoints.save_directory(
+        out,
+        ingredients,
+        soup,
+        alpha=alpha,
+        max_shard_bytes=order.max_shard_bytes,
+        metadata=metadata,
+    )
+  elif is_streamed:
+    checkpoints.save_average(out, ingredients, alpha, metadata=metadata)
+  else:
+    checkpoints.save(out, soup, ingredients=ingredients, metadata=metadata)
+  if is_streamed:
+    own = checkpoints.provenance(out)
+    soup = jaxsoup.Soup(None, own['alpha'], own['info'])
+  return soup
+
+
+def _show(soup, ingredients, order, recipe) -> None:
+  import jax
+  import numpy as np
+
+  alpha = soup.alpha
+  if isinstance(alpha, dict):
+    alpha = np.mean(jax.tree.leaves(alpha), axis=0)
+  score = getattr(soup.info, 'score', None)
+  if order.as_json:
+    rows = dict(zip(ingredients.paths, map(float, alpha)))
+    content = {
+        'out': str(order.out), 'recipe': recipe, 'alpha': rows, 'score': score,
+    }  # fmt: skip
+    typer.echo(json.dumps(content))
+    return
+  for path, value in zip(ingredients.paths, alpha):
+    typer.echo(f'{value:8.4f}  {path}')
+  if isinstance(soup.alpha, dict):
+    typer.echo('(alpha: the mean over the tensors)')
+  if score is not None:
+    _show_search(soup.info, len(soup.alpha))
+  typer.echo(f'Soup: {order.out}')
+
+
+def _show_search(info, num) -> None:
+  import jaxsoup
+
+  singles = [v for m, v in info.scores.items() if len(m) == 1]
+  # In a random order not every model is scored alone.
+  best = f', best single {max(singles):.4f}' if len(singles) == num else ''
+  typer.echo(f'held-out score {info.score:.4f}{best}')
+  rejected = [t.score for t in info.trials if not t.accepted]
+  num_early = sum(isinstance(s, jaxsoup.AtMost) for s in rejected)
+  typer.echo(
+      f'{len(info.trials)} trials, {len(rejected)} rejections, '
+      f'{num_early} of them early'
+  )

@@ -1,0 +1,104 @@
+"""Options of `jaxsoup soup` that several recipes have, or that are parsed."""
+
+import enum
+import pathlib
+import re
+from typing import Annotated
+from typing import Any
+
+import typer
+
+SHARD_BYTES = 5 * 10**9
+
+
+def _new_path(path: pathlib.Path) -> pathlib.Path:
+  if path.exists():
+    raise typer.BadParameter(f'{path} exists: give another path.')
+  return path
+
+
+def _num_bytes(text: str | int) -> int:
+  """The value of an option such as 5GB, or its default."""
+  match = re.fullmatch(r'(\d+)\s*([KMGT]?)B?', str(text).strip().upper())
+  if match is None or not int(match[1]):
+    raise typer.BadParameter(f'{text!r} is not a size: write 5GB or 500MB.')
+  return int(match[1]) * 1000 ** ' KMGT'.index(match[2] or ' ')
+
+
+def _floats(text: str) -> list[float]:
+  try:
+    return [float(x) for x in text.split(',')]
+  except ValueError as e:
+    raise typer.BadParameter(
+        f'{text!r} is not a list of numbers: write 0.5,0.3,0.2.'
+    ) from e
+
+
+Out = Annotated[
+    pathlib.Path,
+    typer.Option(
+        callback=_new_path,
+        help='New file NAME.safetensors, or new directory: in Hugging Face '
+        'format if all runs are (config.json next to the weights), '
+        'otherwise Orbax.',
+    ),
+]
+MaxShardSize = Annotated[
+    int,
+    typer.Option(
+        metavar='SIZE',
+        parser=_num_bytes,
+        help='Hugging Face format: largest size of a file, such as 500MB; '
+        'larger soups are split. Default: 5GB.',
+        show_default=False,
+    ),
+]
+Shard = Annotated[
+    bool,
+    typer.Option(
+        '--shard',
+        help='Shard each model over all devices.',
+        rich_help_panel='Several devices',
+    ),
+]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        '--distributed',
+        help='Join the other processes of a TPU pod or Slurm job, and shard. '
+        'Elsewhere, set JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), '
+        'JAX_NUM_PROCESSES and JAX_PROCESS_ID.',
+        rich_help_panel='Several devices',
+    ),
+]
+Eval = Annotated[
+    str,
+    typer.Option(
+        '--eval',
+        metavar='MODULE:FUNCTION',
+        help='FUNCTION(params) returns the score on held-out data, higher is '
+        'better. params are nested dicts.',
+    ),
+]
+Strict = Annotated[
+    bool, typer.Option('--strict', help='Reject ties. Default: accept.')
+]
+Scores = Annotated[
+    pathlib.Path | None,
+    typer.Option(help='File of scores, from which a repeated command resumes.'),
+]
+# Of each run; a list of floats when it is parsed.
+Alpha = Annotated[
+    Any,
+    typer.Option(
+        metavar='A,B,...',
+        parser=_floats,
+        help='Mixing coefficient of each run.',
+    ),
+]
+
+
+class CacheDtype(enum.StrEnum):
+  BFLOAT16 = 'bfloat16'
+  FLOAT16 = 'float16'
+  FLOAT32 = 'float32'
