@@ -23,6 +23,7 @@ import optax
 
 import jaxsoup
 from jaxsoup import _memory
+from jaxsoup import _processes
 from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import metrics
@@ -223,7 +224,8 @@ def batches_of(
   if not hasattr(source, 'arrays'):
     row = source[np.arange(1)]
     size = len(source) * sum(x.nbytes for x in row.values())
-    if size > _memory.free_bytes(jax.local_devices()[0]) / 5:
+    free = _memory.free_bytes(jax.local_devices()[0])
+    if _processes.is_any(size > free / 5):
       return Batches(source, batch_size, sharding)
   data = sources.in_memory(source).arrays
   return evaluation.batched(data, batch_size, sharding=sharding)

@@ -29,6 +29,7 @@ import numpy as np
 
 from jaxsoup import _json
 from jaxsoup import _memory
+from jaxsoup import _processes
 from jaxsoup import checkpoints
 from jaxsoup import diagnosis
 from jaxsoup import evaluation
@@ -141,7 +142,8 @@ def _ingredients(work: stages.Work, theta_0: Any) -> checkpoints.Ingredients:
   """The runs; in memory if all together take a fifth of it at most."""
   runs = stages.ingredients(work, theta_0)
   size = len(runs) * sum(x.nbytes for x in jax.tree.leaves(theta_0))
-  if size > _memory.free_bytes(jax.local_devices()[0]) / 5:
+  free = _memory.free_bytes(jax.local_devices()[0])
+  if _processes.is_any(size > free / 5):
     return runs
   return Held(
       runs.paths,
