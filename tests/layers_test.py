@@ -16,6 +16,7 @@ LAYERS = (
     (
         '_soup',
         '_json',
+        '_masks',
         '_memory',
         '_processes',
         '_programs',
@@ -106,7 +107,7 @@ def test_models_and_data_know_nothing_of_soups():
     if path.relative_to(ROOT).parts[0] in ('models', 'data'):
       own = {n for n in _imports(path) if n.startswith('jaxsoup')}
       # Trees and files of arrays; nothing that chooses or mixes.
-      known = 'models', 'data', '_tree', 'checkpoints'
+      known = 'models', 'data', '_masks', '_tree', 'checkpoints'
       assert all(_own(n) in known for n in own), path
 
 
