@@ -2,13 +2,13 @@
 
 ```
 for batch in _masks.checked(batches):     # On the device.
-  weights = _masks.weights_of(batch, num)   # Traced or not.
+  weights = _masks.weights_of(batch, len(values))
   total += _masks.weighted_sum(values, weights)
 ```
 
 A mask is `[B]`: bool (keep or drop), or floats, which are weights: finite and
-not negative. A mean is weighted by them. Where rows are returned or a model
-looks at them, those of weight 0 are dropped and all others kept.
+not negative. Means are weighted by them. Where rows are returned, or BatchNorm
+reads them, those of weight 0 are dropped and all others count alike.
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ Batch = Mapping[str, Any]
 
 
 def checked(batches: Iterable[Batch]) -> Iterator[dict[str, jax.Array]]:
-  """Yields the batches on the device; raises where a mask is none."""
+  """Yields the batches on the device; raises where a mask is invalid."""
   for i, batch in enumerate(batches):
     if 'mask' in batch:
       _require_mask(batch['mask'], f'batch {i}')

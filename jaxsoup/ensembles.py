@@ -59,7 +59,7 @@ def collect(
 
   Raises:
     ValueError: no ingredients, they do not fit (see `check_compatible`), a mask
-      is none, or the order of the examples differs between walks.
+      is invalid, or the order of the examples differs between walks.
   """
   checked = _checked.Checked(ingredients, non_float_from=0)
   run = evaluation.logits_of(logits_fn, batches)

@@ -53,8 +53,9 @@ def batched(
       passes the same data, and holds its part of each batch.
 
   Returns:
-    Batches on the device, with leaves `[B, ...]` and `mask`, `[B]`: bool, or
-    that of the data, and False or 0 for the padding. They compile once, and are transferred once.
+    Batches on the device, with leaves `[B, ...]` and `mask`, `[B]`: True or the
+    mask of the data, and False or 0 for the padding. They compile once, and are
+    transferred once.
 
   Raises:
     ValueError: no examples, or arrays of different lengths.
@@ -125,8 +126,8 @@ def mean_of(
     `eval_fn(params) -> float`, with a method `at_least`.
 
   Raises:
-    ValueError: (when called) no example counts, a mask is neither of the two,
-      or `metric_fn` returned no vector.
+    ValueError: (when called) no example counts, a mask is invalid, or
+      `metric_fn` returned no vector.
 
   Example:
     >>> batches = batched({'x': np.array([1.0, 2.0, 6.0])}, 2)
@@ -406,11 +407,12 @@ class _HardFirst:
     parts = jax.device_get(parts)
     batch = {}
     for name, like in self._batches[0].items():
-      values = np.empty(like.shape, like.dtype)
-      for j, part in parts.items():
-        values[source == j] = part[name][: (source == j).sum()]
       if name == 'mask':
         values = np.arange(self._size) < len(rows)
+      else:
+        values = np.empty(like.shape, like.dtype)
+        for j, part in parts.items():
+          values[source == j] = part[name][: (source == j).sum()]
       # On a mesh only where the given ones are: a jitted function takes no
       # arrays that are committed to different devices.
       is_placed = isinstance(like, jax.Array) and like.committed
@@ -419,28 +421,31 @@ class _HardFirst:
 
 
 def _taken(batch: Batch, rows: np.ndarray) -> dict[str, Any]:
-  """Rows of a batch, the last one repeated up to a power of two.
+  """Rows of a batch but its mask, the last repeated up to a power of two.
 
   They are taken on the device: jax keeps what it copies to the host for as long
   as the array lives, which would be the whole data.
   """
   size = 1 << int(len(rows) - 1).bit_length()  # Few shapes to compile.
   rows = np.pad(rows, (0, size - len(rows)), 'edge').astype(np.int32)
-
-  def take(x):
-    if not isinstance(x, jax.Array):
-      return x[rows]
-    place = _tree.whole_beside(x)
-    is_on_mesh = isinstance(place, jax.sharding.NamedSharding)
-    index = jax.device_put(rows, place)
-    return _rows_of(x, index, place if is_on_mesh else None)
-
-  return {name: take(x) for name, x in batch.items()}
+  batch = {name: x for name, x in batch.items() if name != 'mask'}
+  arrays = {k: x for k, x in batch.items() if isinstance(x, jax.Array)}
+  places = [
+      p for p in map(_tree.whole_beside, arrays.values()) if p is not None
+  ]
+  place = places[0] if places else None
+  is_on_mesh = isinstance(place, jax.sharding.NamedSharding)
+  taken = _rows_of(
+      arrays, jax.device_put(rows, place), place if is_on_mesh else None
+  )
+  return {k: taken[k] if k in taken else x[rows] for k, x in batch.items()}
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _rows_of(x, rows, out_sharding):
-  return x.at[rows].get(out_sharding=out_sharding)
+def _rows_of(arrays, rows, out_sharding):
+  return jax.tree.map(
+      lambda x: x.at[rows].get(out_sharding=out_sharding), arrays
+  )
 
 
 def logits_of(
@@ -458,8 +463,8 @@ def logits_of(
     `fn(params) -> [N, ...]`, a NumPy array, or a pytree of those.
 
   Raises:
-    ValueError: (when called) no example counts, a mask is none, or the batches
-      are not those of the first call, of which the rows would not fit.
+    ValueError: (when called) no example counts, a mask is invalid, or the
+      examples are not those of the first call in the same order.
 
   Example:
     >>> batches = batched({'x': np.array([1.0, 2.0, 6.0])}, 2)
@@ -473,11 +478,14 @@ def logits_of(
     outputs, hashes = run(params)
     if not first:
       first.append(hashes)
-    if not np.array_equal(first[0], hashes):
+    num = min(len(first[0]), len(hashes))
+    is_same = [*(first[0][:num] == hashes[:num]), len(first[0]) == len(hashes)]
+    if not all(is_same):
       raise ValueError(
-          f'The batches had {len(first[0])} examples at first, and now have '
-          f'{len(hashes)} or the same in another order: the outputs of several '
-          'models would not fit. Pass a list, or do not shuffle.'
+          'The batches are not those of the first call: they differ from row '
+          f'{is_same.index(False)} on ({len(first[0])} examples then, '
+          f'{len(hashes)} now). Outputs of different models would not line up: '
+          'pass a list, or a loader that does not shuffle.'
       )
     return outputs
 

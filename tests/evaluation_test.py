@@ -133,6 +133,8 @@ def test_no_example_is_an_error(batches):
   eval_fn = evaluation.mean_of(lambda p, b: b['x'], batches)
   with pytest.raises(ValueError, match='no examples to score'):
     eval_fn(())
+  with pytest.raises(ValueError, match='no examples to score'):
+    evaluation.logits_of(lambda p, b: b['x'], batches)(())
 
 
 def test_used_up_iterator_is_an_error():
@@ -405,9 +407,9 @@ def test_outputs_in_another_order_are_an_error():
   data = dataset(num=30)
   run = evaluation.logits_of(logits_fn, Shuffled(data, 8))
   assert run(model()).shape == (30, 3)
-  with pytest.raises(ValueError, match='30 or the same in another order'):
+  with pytest.raises(ValueError, match='30 examples then, 30 now'):
     run(model())
-  with pytest.raises(ValueError, match='in another order'):
+  with pytest.raises(ValueError, match='differ from row'):
     ensembles.collect([model(0), model(1)], logits_fn, Shuffled(data, 8))
 
 
@@ -425,7 +427,7 @@ def test_one_order_is_recognized(axis_type):
   np.testing.assert_array_equal(run(()), run(()))
   for other in tokens[::-1], tokens[[0, 2, 1, 3]]:
     batch['tokens'] = jax.device_put(other, batch['tokens'].sharding)
-    with pytest.raises(ValueError, match='in another order'):
+    with pytest.raises(ValueError, match='differ from row'):
       run(())
 
 
@@ -467,7 +469,7 @@ def test_few_batches_are_in_flight(name):
 
 
 def test_batches_are_not_copied_to_the_host(monkeypatch):
-  """jax keeps the host copy of an array for as long as it lives."""
+  """An array on a device keeps its host copy for as long as it lives."""
   copied = []
   device_get = jax.device_get
 

@@ -62,8 +62,8 @@ def sharpness(
     A `Sharpness`; look at its `error`.
 
   Raises:
-    ValueError: params have no floats, or values that are not finite; or the
-      loss bends by a number that is not finite.
+    ValueError: params have no floats, or values that are not finite; a mask is
+      invalid; or the loss bends by a number that is not finite.
 
   Example:
     >>> loss_fn = lambda w: w[0] ** 2 + 3 * w[1] ** 2 - w[2] ** 2

@@ -72,7 +72,7 @@ def pairs(
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     theta_0: parameters that they were fine-tuned from.
     logits_fn: `logits_fn(params, batch) -> [B, C]`.
-    batches: as in `evaluation.mean_of`.
+    batches: as in `evaluation.logits_of`.
     metric: `metric(logits, labels) -> scalar`, higher is better.
     members: the pairs; by default all, of which there are K (K - 1) / 2.
     label: the key of the labels in a batch.
@@ -84,7 +84,8 @@ def pairs(
     One `Pair` for each.
 
   Raises:
-    ValueError: no ingredients, or they or theta_0 do not fit.
+    ValueError: no ingredients, they or theta_0 do not fit, a mask is invalid,
+      or the order of the examples differs between walks.
 
   Source: Wortsman et al. 2022, figures 3 and 4.
   """
@@ -207,7 +208,8 @@ def soup_minus_ensemble(
     activations of one forward pass, and no more models than three.
 
   Raises:
-    ValueError: the models do not fit, no example, or a loss that is not `[B]`.
+    ValueError: the models do not fit, no example, an invalid mask, or a loss
+      that is not `[B]`.
 
   Example:
     >>> batch = {'x': np.eye(2, dtype='f'), 'label': np.array([0, 1])}

@@ -57,7 +57,7 @@ def recalibrated(
 
   Raises:
     ValueError: there is no image, no BatchNorm, params of another structure,
-      or a mask that is none.
+      or an invalid mask.
 
   Example:
     >>> model = nnx.BatchNorm(1, use_running_average=True, rngs=nnx.Rngs(0))
