@@ -31,7 +31,14 @@ def checked(batches: Iterable[Batch]) -> Iterator[dict[str, jax.Array]]:
   for i, batch in enumerate(batches):
     if 'mask' in batch:
       _require_mask(batch['mask'], f'batch {i}')
-    yield {name: _tree.on_device(x, (name,)) for name, x in batch.items()}
+    yield {name: _on_device(name, x) for name, x in batch.items()}
+
+
+def _on_device(name: str, x: Any) -> Any:
+  # A list of numbers is one array; a dict is a part of the batch.
+  is_leaf = lambda leaf: not isinstance(leaf, Mapping)
+  put = lambda leaf: _tree.on_device(leaf, (name,))
+  return jax.tree.map(put, x, is_leaf=is_leaf)
 
 
 def weights_of(batch: Batch, num: int) -> jax.Array:

@@ -517,7 +517,7 @@ def _outputs_of(
 def _hashes(batch, num):
   """Numbers that tell the examples of a batch apart, `[B]` uint32."""
   total = jnp.zeros(num, jnp.uint32)
-  for x in batch.values():
+  for x in jax.tree.leaves(batch):
     is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
     if x.shape[:1] != (num,) or is_key:
       continue

@@ -126,6 +126,16 @@ def test_metric_that_returns_a_scalar_is_named():
     eval_fn(model())
 
 
+def test_batches_may_be_nested():
+  data = dataset()
+  batches = [{'input': {'x': data['x']}, 'mask': data['label'] > 0}]
+  kept = data['x'][data['label'] > 0, 0]
+  first = lambda params, batch: batch['input']['x'][:, 0]
+  got = evaluation.mean_of(first, batches)(())
+  assert got == pytest.approx(kept.mean(), rel=1e-5)
+  np.testing.assert_array_equal(evaluation.logits_of(first, batches)(()), kept)
+
+
 @pytest.mark.parametrize(
     'batches', ([], [{'x': np.ones(2), 'mask': np.zeros(2, bool)}])
 )
