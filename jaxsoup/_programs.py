@@ -17,7 +17,7 @@ import weakref
 import jax
 
 
-def jit_of(num_fns: int) -> Callable[[Callable], Callable]:
+def jit_of(num_fns: int, **options: Any) -> Callable[[Callable], Callable]:
   """Like `jax.jit` of a function whose first arguments are functions.
 
   As static arguments they, and the data in their closures, would be kept alive
@@ -25,6 +25,7 @@ def jit_of(num_fns: int) -> Callable[[Callable], Callable]:
 
   Args:
     num_fns: how many.
+    **options: of `jax.jit`, for the arguments after those.
 
   Returns:
     A decorator.
@@ -37,7 +38,7 @@ def jit_of(num_fns: int) -> Callable[[Callable], Callable]:
       refs = tuple(map(weakref.ref, fns))
       if refs not in programs:
         call = lambda *args: fn(*(ref() for ref in refs), *args)
-        programs[refs] = jax.jit(functools.wraps(fn)(call))
+        programs[refs] = jax.jit(functools.wraps(fn)(call), **options)
         for f in fns:
           weakref.finalize(f, programs.pop, refs, None)
       return programs[refs]
@@ -48,7 +49,7 @@ def jit_of(num_fns: int) -> Callable[[Callable], Callable]:
       try:
         compiled = program(fns)
       except TypeError:  # Without a weak reference or a hash: not kept.
-        compiled = jax.jit(functools.partial(fn, *fns))
+        compiled = jax.jit(functools.partial(fn, *fns), **options)
       return compiled(*rest)
 
     return jitted

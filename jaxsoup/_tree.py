@@ -139,6 +139,19 @@ def on_device(leaf: Any, path: Path = ()) -> Any:
   return jax.device_put(array)
 
 
+def whole_beside(x: jax.Array) -> jax.sharding.Sharding | None:
+  """Where to put what is used together with an array: on all its devices.
+
+  A jitted function takes no arrays that are committed to different devices.
+  """
+  if not x.committed:
+    return None
+  if isinstance(x.sharding, jax.sharding.NamedSharding):
+    whole = jax.sharding.PartitionSpec()
+    return jax.sharding.NamedSharding(x.sharding.mesh, whole)
+  return x.sharding
+
+
 def numbers(values: Any, dtype: Any = None) -> jax.Array:
   """Numbers on the device, explicitly (see `on_device`); floats by default."""
   if is_traced(*(values if isinstance(values, list) else [values])):

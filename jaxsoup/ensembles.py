@@ -43,31 +43,33 @@ class Ensemble(NamedTuple):
 
 def collect(
     ingredients: Sequence[Params],
-    logits_fn: Callable[[Params, Mapping[str, Any]], jax.Array],
+    logits_fn: Callable[[Params, Mapping[str, Any]], Any],
     batches: Any,
-) -> np.ndarray:
+) -> Any:
   """Runs every ingredient once over the data.
 
   Args:
     ingredients: K pytrees, or `checkpoints.Ingredients`.
-    logits_fn: `logits_fn(params, batch) -> [B, C]`.
-    batches: as in `evaluation.mean_of`.
+    logits_fn: `logits_fn(params, batch) -> [B, C]`, or a pytree of `[B, ...]`.
+    batches: as in `evaluation.logits_of`: every walk reads the same examples in
+      the same order.
 
   Returns:
-    Logits `[K, N, C]`; masked examples are dropped.
+    Logits `[K, N, C]`, or a pytree of `[K, N, ...]`; examples that are masked
+    or have weight 0 are dropped.
 
   Raises:
-    ValueError: no ingredients, or they do not fit (see `check_compatible`).
+    ValueError: no ingredients, they do not fit (see `check_compatible`), a mask
+      is invalid, or the order of the examples differs between walks.
   """
   checked = _checked.Checked(ingredients)
   run = evaluation.logits_of(logits_fn, batches)
   order = range(len(checked))
-  return np.stack(
-      [
-          run(checked.replace(leaves, k))
-          for k, leaves in _checked.in_order(checked, order)
-      ]
-  )
+  outputs = [
+      run(checked.replace(leaves, k))
+      for k, leaves in _checked.in_order(checked, order)
+  ]
+  return jax.tree.map(lambda *rows: np.stack(rows), *outputs)
 
 
 def uniform(logits: Any) -> Ensemble:

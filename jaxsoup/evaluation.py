@@ -17,12 +17,14 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import _masks
 from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup._soup import AtMost
@@ -30,6 +32,9 @@ from jaxsoup._soup import EvalFn
 from jaxsoup._soup import Params
 
 Batch = Mapping[str, Any]
+
+# Batches in flight: enough that the device does not wait for the host.
+_NUM_AHEAD = 3
 
 
 def batched(
@@ -41,15 +46,16 @@ def batched(
   """Cuts arrays into batches of one size, the last one padded and masked.
 
   Args:
-    data: arrays `[N, ...]` with one N.
+    data: arrays `[N, ...]` with one N; perhaps a `mask` `[N]`, as in `mean_of`.
     batch_size: number of examples in a batch, B.
     sharding: of a batch on a mesh, such as `NamedSharding(mesh,
       PartitionSpec('data'))`; B is rounded up to what it divides. Every process
       passes the same data, and holds its part of each batch.
 
   Returns:
-    Batches on the device, with leaves `[B, ...]` and `mask`, `[B]` bool: False
-    for the padding. They compile once, and are transferred once.
+    Batches on the device, with leaves `[B, ...]` and `mask`, `[B]`: True or the
+    mask of the data, and False or 0 for the padding. They compile once, and are
+    transferred once.
 
   Raises:
     ValueError: no examples, or arrays of different lengths.
@@ -73,7 +79,9 @@ def batched(
   for start in range(0, num, batch_size):
     rows = np.arange(start, start + batch_size)
     batch = {k: np.asarray(x)[rows.clip(max=num - 1)] for k, x in data.items()}
-    batch['mask'] = rows < num
+    # Padding has weight 0, whatever the mask of the data says.
+    mask = batch.get('mask', np.ones(len(rows), bool))
+    batch['mask'] = np.where(rows < num, mask, np.zeros_like(mask))
     batches.append({k: placed(x, sharding) for k, x in batch.items()})
   return batches
 
@@ -98,31 +106,36 @@ def mean_of(
 ) -> 'MeanOf':
   """The mean of a metric over all examples, as a function of the parameters.
 
-  `1/N sum_j metric(params, example_j)`. Compiled once, however many models it
-  scores. Sums of at most 2^24 right answers are exact.
+  `sum_j w_j metric(params, example_j) / sum_j w_j`. Compiled once, however many
+  models it scores. Sums of at most 2^24 right answers are exact.
 
   Where the metric is boolean (right or wrong, such as `metrics.correct`), the
   searches reject a candidate as soon as it has too many wrong answers, with the
-  decisions of the full evaluation: see `MeanOf`. For other metrics no bound
-  exists, and every evaluation runs in full: `repr(eval_fn)` says which it is.
+  decisions of the full evaluation: see `MeanOf`. For other metrics, and for
+  weighted examples, there is no bound, and every evaluation runs in full:
+  `repr(eval_fn)` says which it is.
 
   Args:
     metric_fn: `metric_fn(params, batch) -> [B]`, one number per example,
       higher is better. bool makes rejections cheap.
     batches: mappings of arrays `[B, ...]` that can be read any number of times.
-      Where a batch has a `mask` `[B]`, only those examples count.
+      A batch may have a `mask` `[B]`: bool, only those examples count; or
+      floats, the weights w of the examples, finite and not negative.
 
   Returns:
     `eval_fn(params) -> float`, with a method `at_least`.
 
   Raises:
-    ValueError: (when called) no example counts, or `metric_fn` returned no
-      vector.
+    ValueError: (when called) no example counts, a mask is invalid, or
+      `metric_fn` returned no vector.
 
   Example:
     >>> batches = batched({'x': np.array([1.0, 2.0, 6.0])}, 2)
     >>> mean_of(lambda params, batch: params * batch['x'], batches)(2.0)
     6.0
+    >>> weighted = {'x': np.array([1.0, 2.0]), 'mask': np.array([1.0, 0.25])}
+    >>> mean_of(lambda params, batch: batch['x'], [weighted])(())
+    1.2
   """
   return MeanOf(metric_fn, batches)
 
@@ -136,14 +149,16 @@ class MeanOf:
 
   The order changes no answer, if the answer to an example does not depend on
   its neighbours in the batch. Examples are put in order where `batches` is a
-  list of batches of one structure, all on this process; those in use are then
-  held a second time. Other batches are walked in the order given.
+  list of batches of one structure, all on this process. Of batches on a device,
+  those in use are then held there a second time. Other batches are walked in
+  the order given. At most three are in flight.
 
   Attributes:
-    num_seen: how many examples the last evaluation looked at.
+    num_seen: how many examples the last evaluation looked at, or their weight.
     batches: as given.
-    step: `step(params, batch)`, jitted: sum of the metric, number of examples,
-      and of a boolean metric who is wrong, `[B]`, else None.
+    step: `step(params, batch)`, jitted: sum of the metric, number of examples
+      or their weight, and who is wrong, `[B]`, where there is a bound, else
+      None.
   """
 
   def __init__(
@@ -166,20 +181,22 @@ class MeanOf:
     says = {
         None: 'no model scored yet',
         True: 'boolean: rejections end early',
-        False: 'not boolean: every evaluation runs in full',
+        False: 'not boolean, or weighted: every evaluation runs in full',
     }
     return f'mean_of({name}; {says[self._is_boolean]})'
 
   def __call__(self, params: Params) -> float:
     """The score of a model."""
     params = jax.tree.map(_tree.on_device, params)
-    parts = [self.step(params, _on_device(batch)) for batch in self.batches]
+    parts = _few_ahead(
+        self.step(params, batch) for batch in _masks.checked(self.batches)
+    )
     totals = jax.device_get([part[:2] for part in parts])
-    count = sum(int(n) for _, n in totals)
+    count = sum(n.item() for _, n in totals)
     _require_examples(count)
     wrong = [part[2] for part in parts]
     if not self._num:
-      self._is_boolean = wrong[0] is not None
+      self._is_boolean = all(x is not None for x in wrong)
       if self._is_boolean and _can_be_ordered(self.batches, wrong):
         self._hard_first = _HardFirst(list(self.batches))
     if self._hard_first is not None:
@@ -198,7 +215,10 @@ class MeanOf:
       `[n]` float64.
     """
     stacked = jax.tree.map(_tree.on_device, stacked)
-    parts = [self._steps(stacked, _on_device(b))[:2] for b in self.batches]
+    parts = _few_ahead(
+        self._steps(stacked, batch)[:2]
+        for batch in _masks.checked(self.batches)
+    )
     _require_examples(parts)
     totals, counts = np.sum(jax.device_get(parts), axis=0, dtype=float)
     _require_examples(counts.all())
@@ -265,8 +285,17 @@ class MeanOf:
     if self._hard_first is not None:
       yield from self._hard_first.batches()
     else:
-      for batch in self.batches:
-        yield None, _on_device(batch)
+      for batch in _masks.checked(self.batches):
+        yield None, batch
+
+
+def _few_ahead(results: Iterable[Any]) -> list[Any]:
+  """The results, few at a time: batches in flight take memory."""
+  done: list[Any] = []
+  for result in results:
+    done.append(result)
+    jax.block_until_ready(done[-_NUM_AHEAD:][0])
+  return done
 
 
 def _require_examples(num: Any) -> None:
@@ -278,7 +307,7 @@ def _require_examples(num: Any) -> None:
 
 
 def _sums(metric_fn, params, batch):
-  """Of one batch: sum and count, and of a boolean metric who is wrong."""
+  """Of one batch: sum, count, and where there is a bound, who is wrong."""
   values = metric_fn(params, batch)
   if values.ndim != 1:
     raise ValueError(
@@ -286,10 +315,9 @@ def _sums(metric_fn, params, batch):
         'per example. For a metric of the whole data set use '
         'evaluation.score_of.'
     )
-  mask = batch.get('mask', jnp.ones(values.shape, bool))
-  total = jnp.where(mask, values.astype(jnp.float32), 0).sum()
-  wrong = ~values if values.dtype == bool else None
-  return total, mask.sum(), wrong
+  weights = _masks.weights_of(batch, len(values))
+  wrong = ~values if values.dtype == weights.dtype == bool else None
+  return _masks.weighted_sum(values, weights), weights.sum(), wrong
 
 
 def _can_be_ordered(batches: Any, wrong: Sequence[jax.Array]) -> bool:
@@ -304,7 +332,12 @@ def _can_be_ordered(batches: Any, wrong: Sequence[jax.Array]) -> bool:
       # Rows on other processes are out of reach; keys have no host form.
       is_known = x.is_fully_addressable and hasattr(x.dtype, 'itemsize')
       is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
-      return is_known and not is_key and x.shape[:1] == (size,)
+      is_placed = isinstance(
+          x.sharding,
+          jax.sharding.NamedSharding | jax.sharding.SingleDeviceSharding,
+      )
+      shape_fits = x.shape[:1] == (size,)
+      return is_known and is_placed and not is_key and shape_fits
     return isinstance(x, np.ndarray) and x.shape[:1] == (size,)
 
   return (
@@ -326,10 +359,7 @@ class _HardFirst:
     self._batches = batches
     self._size = len(next(iter(batches[0].values())))
     num_rows = len(batches) * self._size
-    masks = [
-        jax.device_get(b.get('mask', np.ones(self._size, bool)))
-        for b in batches
-    ]
+    masks = [_masks.kept_rows(batch, self._size) for batch in batches]
     self._rows = np.flatnonzero(np.concatenate(masks))
     self._num_seen = np.zeros(num_rows, np.int64)
     self._num_wrong = np.zeros(num_rows, np.int64)
@@ -357,9 +387,11 @@ class _HardFirst:
     self._num_walks += 1
     for start in range(0, len(self._order), self._size):
       rows = self._order[start : start + self._size]
-      if start not in self._made:
-        self._made[start] = self._gather(rows)
-      yield rows, self._made[start]
+      batch = self._made.get(start) or self._gather(rows)
+      # What the user keeps on the host is not to fill the device.
+      if all(isinstance(x, jax.Array) for x in self._batches[0].values()):
+        self._made[start] = batch
+      yield rows, batch
 
   def _rates(self) -> np.ndarray:
     """How likely a wrong answer is; the mean, where nothing is known."""
@@ -368,16 +400,19 @@ class _HardFirst:
 
   def _gather(self, rows: np.ndarray) -> Batch:
     """A batch of these rows, shaped and placed as the first one given."""
-    batch = {}
     padded = np.pad(rows, (0, self._size - len(rows)), 'edge')
+    source, parts = padded // self._size, {}
+    for j in np.unique(source):
+      parts[j] = _taken(self._batches[j], padded[source == j] % self._size)
+    parts = jax.device_get(parts)
+    batch = {}
     for name, like in self._batches[0].items():
       if name == 'mask':
-        values = (np.arange(self._size) < len(rows)).astype(like.dtype)
+        values = np.arange(self._size) < len(rows)
       else:
-        given = [jax.device_get(b[name]) for b in self._batches]
-        values = np.stack(
-            [given[j // self._size][j % self._size] for j in padded]
-        )
+        values = np.empty(like.shape, like.dtype)
+        for j, part in parts.items():
+          values[source == j] = part[name][: (source == j).sum()]
       # On a mesh only where the given ones are: a jitted function takes no
       # arrays that are committed to different devices.
       is_placed = isinstance(like, jax.Array) and like.committed
@@ -385,41 +420,113 @@ class _HardFirst:
     return batch
 
 
+def _taken(batch: Batch, rows: np.ndarray) -> dict[str, Any]:
+  """Rows of a batch but its mask, the last repeated up to a power of two.
+
+  They are taken on the device: jax keeps what it copies to the host for as long
+  as the array lives, which would be the whole data.
+  """
+  size = 1 << int(len(rows) - 1).bit_length()  # Few shapes to compile.
+  rows = np.pad(rows, (0, size - len(rows)), 'edge').astype(np.int32)
+  batch = {name: x for name, x in batch.items() if name != 'mask'}
+  arrays = {k: x for k, x in batch.items() if isinstance(x, jax.Array)}
+  places = [
+      p for p in map(_tree.whole_beside, arrays.values()) if p is not None
+  ]
+  place = places[0] if places else None
+  is_on_mesh = isinstance(place, jax.sharding.NamedSharding)
+  taken = _rows_of(
+      arrays, jax.device_put(rows, place), place if is_on_mesh else None
+  )
+  return {k: taken[k] if k in taken else x[rows] for k, x in batch.items()}
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _rows_of(arrays, rows, out_sharding):
+  return jax.tree.map(
+      lambda x: x.at[rows].get(out_sharding=out_sharding), arrays
+  )
+
+
 def logits_of(
-    logits_fn: Callable[[Params, Batch], jax.Array], batches: Iterable[Batch]
-) -> Callable[[Params], np.ndarray]:
+    logits_fn: Callable[[Params, Batch], Any], batches: Iterable[Batch]
+) -> Callable[[Params], Any]:
   """The outputs of a model on all examples, for any number of metrics.
 
   Args:
-    logits_fn: `logits_fn(params, batch) -> [B, ...]`.
-    batches: as in `mean_of`; masked examples are dropped.
+    logits_fn: `logits_fn(params, batch) -> [B, ...]`, or a pytree of those: to
+      have the labels in the order of the logits, return both.
+    batches: as in `mean_of`, in one order in every walk. Masked examples, and
+      those of weight 0, are dropped; all others are returned as they are.
 
   Returns:
-    `fn(params) -> [N, ...]`, a NumPy array.
+    `fn(params) -> [N, ...]`, a NumPy array, or a pytree of those.
+
+  Raises:
+    ValueError: (when called) no example counts, a mask is invalid, or the
+      examples are not those of the first call in the same order.
 
   Example:
     >>> batches = batched({'x': np.array([1.0, 2.0, 6.0])}, 2)
     >>> logits_of(lambda params, batch: params * batch['x'], batches)(2.0)
     array([ 2.,  4., 12.], dtype=float32)
   """
-  compiled = jax.jit(logits_fn)
+  run = _outputs_of(logits_fn, batches)
+  first: list[np.ndarray] = []
 
-  def fn(params: Params) -> np.ndarray:
-    params = jax.tree.map(_tree.on_device, params)
-    rows = []
-    for batch in batches:
-      logits = _processes.gathered(compiled(params, _on_device(batch)))
-      mask = batch.get('mask')
-      keep = slice(None) if mask is None else _processes.gathered(mask)
-      rows.append(logits[keep])
-    if not rows:
+  def fn(params: Params) -> Any:
+    outputs, hashes = run(params)
+    if not first:
+      first.append(hashes)
+    num = min(len(first[0]), len(hashes))
+    is_same = [*(first[0][:num] == hashes[:num]), len(first[0]) == len(hashes)]
+    if not all(is_same):
       raise ValueError(
-          'There are no batches. An iterator can be read only once: pass a '
-          'list.'
+          'The batches are not those of the first call: they differ from row '
+          f'{is_same.index(False)} on ({len(first[0])} examples then, '
+          f'{len(hashes)} now). Outputs of different models would not line up: '
+          'pass a list, or a loader that does not shuffle.'
       )
-    return np.concatenate(rows)
+    return outputs
 
   return fn
+
+
+def _outputs_of(
+    logits_fn: Callable[[Params, Batch], Any], batches: Iterable[Batch]
+) -> Callable[[Params], tuple[Any, np.ndarray]]:
+  """As `logits_of`, in any order, and a hash of each example, `[N]`."""
+  compiled = jax.jit(logits_fn)
+
+  def fn(params: Params) -> tuple[Any, np.ndarray]:
+    params = jax.tree.map(_tree.on_device, params)
+    parts = []
+    for batch in _masks.checked(batches):
+      part = compiled(params, batch)
+      num = len(jax.tree.leaves(part)[0])
+      part = jax.tree.map(_processes.gathered, (part, _hashes(batch, num)))
+      keep = _masks.kept_rows(batch, num)
+      parts.append(jax.tree.map(lambda x: x[keep], part))  # noqa: B023
+    _require_examples(sum(len(hashes) for _, hashes in parts))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+  return fn
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _hashes(batch, num):
+  """Numbers that tell the examples of a batch apart, `[B]` uint32."""
+  total = jnp.zeros(num, jnp.uint32)
+  for x in jax.tree.leaves(batch):
+    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
+    if x.shape[:1] != (num,) or is_key:
+      continue
+    x = jnp.real(x).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    odd = 2 * jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32) + 1
+    bits = bits * odd.reshape(1, *x.shape[1:]) if x.ndim > 1 else bits
+    total = 31 * total + bits.sum(tuple(range(1, x.ndim)), dtype=jnp.uint32)
+  return total
 
 
 def score_of(
@@ -434,21 +541,19 @@ def score_of(
   Args:
     metric: `metric(logits, labels) -> scalar`, higher is better.
     logits_fn: `logits_fn(params, batch) -> [B, C]`.
-    batches: as in `mean_of`.
-    label: the key of the labels in a batch.
+    batches: as in `mean_of`; of weights it matters only which are 0: those
+      examples are dropped.
+    label: the key of the labels in a batch, read in the walk of the logits.
 
   Returns:
     `eval_fn(params) -> float`.
   """
-  all_logits = logits_of(logits_fn, batches)
-  all_labels = logits_of(lambda _, batch: batch[label], batches)
+  run = _outputs_of(
+      lambda params, batch: (logits_fn(params, batch), batch[label]), batches
+  )
 
   def eval_fn(params: Params) -> float:
-    score = metric(all_logits(params), all_labels(()))
-    return float(jax.device_get(score))
+    (logits, labels), _ = run(params)
+    return float(jax.device_get(metric(logits, labels)))
 
   return eval_fn
-
-
-def _on_device(batch: Batch) -> dict[str, jax.Array]:
-  return {name: _tree.on_device(x, (name,)) for name, x in batch.items()}

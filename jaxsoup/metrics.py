@@ -10,6 +10,8 @@ float32 scalar; `correct` and `log_likelihood` return one number per example,
 `[N]`, and `reliability` one per bin. Higher is better for those, `accuracy`,
 `top_k_accuracy`, `f1` and `matthews`; lower for the others: negate them to
 select on them.
+
+A row of logits with a NaN predicts no class: it is wrong.
 """
 
 import functools
@@ -30,33 +32,49 @@ def _metric(fn):
         x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x))
         for x in (logits, labels)
     )
-    is_sets = fn.__name__ == 'accuracy' and labels.dtype == bool
-    expected = logits.shape if is_sets else logits.shape[:1]
-    if logits.ndim != 2 or labels.shape != expected or not labels.size:
-      raise ValueError(
-          f'{fn.__name__}: logits have shape {logits.shape} and labels '
-          f'{labels.shape}: expected [N, C] and [N], with N at least 1.'
-      )
-    if not is_sets and not jnp.issubdtype(labels.dtype, jnp.integer):
-      raise TypeError(
-          f'{fn.__name__}: labels have dtype {labels.dtype}: expected '
-          'integers, not one-hot rows or probabilities.'
-      )
+    _require_fit(fn.__name__, logits, labels)
     return compiled(logits, labels, **kwargs)
 
   return wrapper
+
+
+def _require_fit(name: str, logits: jax.Array, labels: jax.Array) -> None:
+  is_sets = name in ('accuracy', 'correct') and labels.dtype == bool
+  expected = logits.shape if is_sets else logits.shape[:1]
+  if logits.ndim != 2 or labels.shape != expected or not labels.size:
+    raise ValueError(
+        f'{name}: logits have shape {logits.shape} and labels '
+        f'{labels.shape}: expected [N, C] and [N], with N at least 1.'
+    )
+  if not is_sets and not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise TypeError(
+        f'{name}: labels have dtype {labels.dtype}: expected '
+        'integers, not one-hot rows or probabilities.'
+    )
+
+
+def _is_prediction(logits: jax.Array) -> jax.Array:
+  """Which rows have no NaN, `[N]`; of NumPy arrays in NumPy."""
+  return (logits == logits).all(-1)
 
 
 def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Whether each prediction is right, `[N]` bool: for `evaluation.mean_of`.
 
   Where several labels are right they are bool, `[N, C]`: the class of the
-  largest logit has to be among them.
+  largest logit has to be among them. Where a logit is NaN the answer is wrong.
+
+  Raises:
+    ValueError: shapes that are not these.
+    TypeError: labels that are neither integers nor bool.
   """
+  _require_fit('correct', logits, labels)
   predicted = logits.argmax(-1)
   if labels.ndim == 1:
-    return predicted == labels
-  return jnp.take_along_axis(labels, predicted[:, None], axis=1)[:, 0]
+    is_right = predicted == labels
+  else:
+    is_right = jnp.take_along_axis(labels, predicted[:, None], axis=1)[:, 0]
+  return is_right & _is_prediction(logits)
 
 
 @_metric
@@ -78,7 +96,8 @@ def top_k_accuracy(
 ) -> jax.Array:
   """The share of examples whose label is among the k largest logits."""
   _, top = jax.lax.top_k(logits, min(k, logits.shape[-1]))
-  return (top == labels[:, None]).any(-1).mean(dtype=jnp.float32)
+  is_right = (top == labels[:, None]).any(-1) & _is_prediction(logits)
+  return is_right.mean(dtype=jnp.float32)
 
 
 @_metric
@@ -114,7 +133,8 @@ class Reliability(NamedTuple):
 
   Attributes:
     confidence: mean probability of the predicted class, `[B]`.
-    accuracy: share of right predictions, `[B]`.
+    accuracy: share of right predictions, `[B]`. Examples of one confidence
+      share it, so that their order does not matter.
     num: examples, `[B]` int32.
   """
 
@@ -155,9 +175,14 @@ def reliability(
       [len(b) for b in np.array_split(range(num), num_bins)], np.int32
   )
   bins = np.repeat(np.arange(num_bins), count)
-  mean = lambda x: jax.ops.segment_sum(x[order], bins, num_bins) / count
-  right = correct(logits, labels).astype(jnp.float32)
-  return Reliability(mean(confidence), mean(right), jnp.asarray(count))
+  mean = lambda x: jax.ops.segment_sum(x, bins, num_bins) / count
+  right = correct(logits, labels).astype(jnp.float32)[order]
+  confidence = confidence[order]
+  is_new = confidence[1:] != confidence[:-1]
+  ties = jnp.cumsum(jnp.pad(is_new, (1, 0)))  # Which of the confidences.
+  of_tie = lambda x: jax.ops.segment_sum(x, ties, num)[ties]
+  shared = of_tie(right) / of_tie(jnp.ones_like(right))
+  return Reliability(mean(confidence), mean(shared), jnp.asarray(count))
 
 
 @_metric
@@ -184,12 +209,12 @@ def expected_calibration_error(
 
 
 def _confusion(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Counts `[C, C]`: rows are labels, columns predictions."""
+  """Counts `[C, C + 1]`: rows are labels, columns predictions or none."""
   num_classes = logits.shape[-1]
-  predicted = logits.argmax(-1)
-  flat = labels.astype(jnp.int32) * num_classes + predicted
-  counts = jnp.bincount(flat, length=num_classes**2)
-  return counts.reshape(num_classes, num_classes).astype(jnp.float32)
+  predicted = jnp.where(_is_prediction(logits), logits.argmax(-1), num_classes)
+  flat = labels.astype(jnp.int32) * (num_classes + 1) + predicted
+  counts = jnp.bincount(flat, length=num_classes * (num_classes + 1))
+  return counts.reshape(num_classes, num_classes + 1)
 
 
 @_metric
@@ -198,11 +223,12 @@ def f1(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   `F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c)`: of class 1 where there are two
   classes (as GLUE asks), else the mean over the classes that occur among labels
-  or predictions (macro).
+  or predictions (macro). A row of logits with a NaN is an FN of its label.
   """
   counts = _confusion(logits, labels)
-  total = counts.sum(0) + counts.sum(1)
-  scores = 2 * jnp.diagonal(counts) / jnp.where(total > 0, total, 1)
+  total = counts.sum(0)[:-1] + counts.sum(1)
+  twice = 2 * jnp.diagonal(counts).astype(jnp.float32)
+  scores = twice / jnp.where(total > 0, total, 1).astype(jnp.float32)
   if logits.shape[-1] == 2:
     return scores[1]
   return scores.sum() / (total > 0).sum()
@@ -214,17 +240,23 @@ def matthews(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   `(c s - sum_k p_k t_k) / sqrt((s^2 - sum_k p_k^2) (s^2 - sum_k t_k^2))` with c
   the number of right predictions among s, and p_k, t_k how often class k was
-  predicted and true. Zero where one class only was predicted or true.
+  predicted and true. Zero where one class only was predicted or true. Rows of
+  logits with a NaN are a class of their own, which is never true.
 
   Source: Gorodkin 2004, "Comparing two K-category assignments by a K-category
   correlation coefficient".
   """
-  shares = _confusion(logits, labels) / labels.shape[0]
-  right, predicted, true = jnp.trace(shares), shares.sum(0), shares.sum(1)
-  variances = (1 - (predicted**2).sum()) * (1 - (true**2).sum())
-  covariance = right - (predicted * true).sum()
-  # One class only: the variance is zero up to rounding.
-  safe = variances > 1e-12
+  counts = _confusion(logits, labels)
+  s, predicted, true = counts.sum(), counts.sum(0), counts.sum(1)
+  # The same as sums over classes, without differences of large squares:
+  # TP TN - FP FN, and n_k (s - n_k). Counts are exact integers.
+  tp = jnp.diagonal(counts)
+  fp, fn = predicted[:-1] - tp, true - tp
+  product = lambda a, b: a.astype(jnp.float32) * b.astype(jnp.float32)
+  covariance = product(tp, s - tp - fp - fn) - product(fp, fn)
+  variance = lambda n: product(n, s - n).sum()
+  deviations = jnp.sqrt(variance(predicted) * variance(true))
+  is_defined = deviations > 0
   return jnp.where(
-      safe, covariance / jnp.sqrt(jnp.where(safe, variances, 1)), 0.0
+      is_defined, covariance.sum() / jnp.where(is_defined, deviations, 1), 0.0
   )

@@ -20,6 +20,7 @@ import jax
 if num_processes > 1:
   jax.distributed.initialize(f'127.0.0.1:{port}', num_processes, process)
 
+from flax import nnx
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
@@ -32,7 +33,9 @@ from jaxsoup import _memory
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
 from jaxsoup import landscape
+from jaxsoup import metrics
 from jaxsoup import sharding
+from jaxsoup.models import batch_norm
 
 assert jax.device_count() == 4 and jax.process_count() == num_processes
 mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
@@ -86,9 +89,31 @@ soups = {
     'learned': learn(),
     'streamed': learn(stream=True),
 }
+# Weights, of which some are 0, and rows that are brought to all processes.
+weighted = evaluation.batched(
+    {**data, 'mask': rng.random(50, np.float32) * (np.arange(50) % 3)},
+    18,
+    sharding=NamedSharding(mesh, PartitionSpec('fsdp')),
+)
+params = soups['uniform'].params
+run = evaluation.logits_of(logits_fn, weighted)
+norm_graph, norm = nnx.split(nnx.BatchNorm(16, rngs=nnx.Rngs(0)))
+statistics = batch_norm.recalibrated(
+    norm_graph,
+    nnx.to_pure_dict(norm),
+    weighted,
+    call=lambda norm, batch: norm(batch['x']),
+)
+weighted_results = [
+    evaluation.mean_of(correct, weighted)(params),
+    evaluation.score_of(metrics.matthews, logits_fn, weighted)(params),
+    *(float(np.abs(run(params)).sum()) for _ in range(2)),
+    *np.asarray(statistics['var'], float).tolist(),
+]
 # Equal sums, as of a copy: compared without bringing them to one host.
 copies = [ingredients[k] for k in (0, 1, 0)]
 results = {'scores': {str(k): repr(v) for k, v in log.items()}}
+results['weighted'] = weighted_results
 results['duplicates'] = jaxsoup.greedy(copies, eval_fn).info.duplicates
 
 # The first process could hold all models, the other only one or two.

@@ -78,6 +78,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
   first, second = _run(tmp_path / 'two', 2)
   assert first == second
   assert first['scores'] == one['scores'] and len(one['scores']) > NUM
+  assert first['weighted'] == pytest.approx(one['weighted'], rel=1e-5)
   assert first['duplicates'] == one['duplicates'] == [[0, 2]]
   for name in NAMES:
     assert first[name]['is_restored'] and one[name]['is_restored']

@@ -230,11 +230,19 @@ def _batches_twice(path):
   return score(W), score(W)
 
 
-def _mean_of(metric_fn):
-  batches = evaluation.batched({'x': np.ones(3)}, 3)
+def _mean_of(metric_fn, **batch):
+  batches = [{'x': np.ones(3), **batch}]
   return evaluation.mean_of(
       lambda params, batch: metric_fn(batch['x']), batches
   )(W)
+
+
+def _other_order(path):
+  batch = {'x': np.arange(3.0)}
+  run = evaluation.logits_of(lambda params, batch: batch['x'], [batch])
+  run(W)
+  batch['x'] = batch['x'][::-1]
+  run(W)
 
 
 # The beginning of a message of the guide: what raises it, given a folder.
@@ -273,6 +281,12 @@ RAISE = {
     ),
     'metric_fn returned': lambda p: _mean_of(lambda x: x.mean()),
     '… An iterator can be read': _batches_twice,
+    'The mask of … is': lambda p: _mean_of(abs, mask=np.ones(3, int)),
+    'The mask of … has': lambda p: _mean_of(abs, mask=-np.ones(3)),
+    'The batches are not': _other_order,
+    '… logits have shape': lambda p: metrics.correct(
+        np.eye(3), LABELS[:, None]
+    ),
     'The loss is': lambda p: _learned(
         lambda params, batch, beta: params['w'].sum() * batch,
         [np.float32('nan')],

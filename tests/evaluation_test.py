@@ -1,5 +1,8 @@
 """Scores on batches equal scores on the whole set."""
 
+import gc
+
+from flax import nnx
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,9 +14,12 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
+from jaxsoup import ensembles
 from jaxsoup import evaluation
+from jaxsoup import landscape
 from jaxsoup import metrics
 from jaxsoup import sharding
+from jaxsoup.models import batch_norm
 
 
 def dataset(num=23, width=4, num_classes=3):
@@ -120,6 +126,16 @@ def test_metric_that_returns_a_scalar_is_named():
     eval_fn(model())
 
 
+def test_batches_may_be_nested():
+  data = dataset()
+  batches = [{'input': {'x': data['x']}, 'mask': data['label'] > 0}]
+  kept = data['x'][data['label'] > 0, 0]
+  first = lambda params, batch: batch['input']['x'][:, 0]
+  got = evaluation.mean_of(first, batches)(())
+  assert got == pytest.approx(kept.mean(), rel=1e-5)
+  np.testing.assert_array_equal(evaluation.logits_of(first, batches)(()), kept)
+
+
 @pytest.mark.parametrize(
     'batches', ([], [{'x': np.ones(2), 'mask': np.zeros(2, bool)}])
 )
@@ -127,6 +143,8 @@ def test_no_example_is_an_error(batches):
   eval_fn = evaluation.mean_of(lambda p, b: b['x'], batches)
   with pytest.raises(ValueError, match='no examples to score'):
     eval_fn(())
+  with pytest.raises(ValueError, match='no examples to score'):
+    evaluation.logits_of(lambda p, b: b['x'], batches)(())
 
 
 def test_used_up_iterator_is_an_error():
@@ -205,3 +223,299 @@ def test_numpy_params_and_batches_pass_a_transfer_guard():
   with jax.transfer_guard('disallow'):
     got = score(model()), mean(model())
   assert got == expected
+
+
+# --- What a mask means --------------------------------------------------------
+
+THREE = np.array([10.0, 20.0, 30.0], np.float32)
+# Bool, or weights: which count, and how much.
+MASKS = {
+    'bool': np.array([True, True, False]),
+    'weights': np.array([1.0, 0.5, 0.0], np.float32),
+    'bfloat16': np.asarray(jnp.array([1.0, 0.5, 0.0], jnp.bfloat16)),
+}
+BAD_MASKS = {
+    'integers': (
+        np.array([1, 1, 0]),
+        r'batch 1 is int\w*\[3\].*astype\(bool\)',
+    ),
+    'a column': (np.ones((3, 1), bool), r'batch 1 is bool\[3, 1\]'),
+    'too short': (np.ones(2, bool), r'shape \(2,\).* 3 examples'),
+    'too short weights': (np.ones(2, 'f'), r'shape \(2,\).* 3 examples'),
+    'one for all': (np.ones(1, bool), r'shape \(1,\).* 3 examples'),
+    'NaN': (np.array([1, np.nan, 0], 'f'), 'batch 1 has weight nan at row 1'),
+    'infinite': (np.array([1, 0, np.inf], 'f'), 'weight inf at row 2'),
+    'negative': (np.array([1, 1, -0.5], 'f'), 'weight -0.5 at row 2.*or more'),
+}
+
+
+def column(params, batch):
+  return batch['x'] * params
+
+
+def is_above_15(params, batch):
+  return batch['x'] * params > 15
+
+
+def _at_least(batches):
+  eval_fn = evaluation.mean_of(is_above_15, [batches[0]])
+  eval_fn(np.float32(1))
+  eval_fn.batches, eval_fn._hard_first = batches, None
+  return eval_fn.at_least(np.float32(1), 0.1)
+
+
+# What reads the masks of batches of x and label.
+READERS = {
+    'mean_of': lambda b: evaluation.mean_of(column, b)(np.float32(1)),
+    'at_least': _at_least,
+    'of_many': lambda b: evaluation.mean_of(column, b).of_many(np.ones(2, 'f')),
+    'logits_of': lambda b: evaluation.logits_of(column, b)(np.float32(1)),
+    'score_of': lambda b: evaluation.score_of(
+        lambda x, y: np.mean(x), column, b, label='x'
+    )(np.float32(1)),
+    'collect': lambda b: ensembles.collect(np.ones(2, 'f'), column, b),
+    'sharpness': lambda b: landscape.sharpness(
+        evaluation.mean_of(
+            lambda params, batch: batch['x'] * (params**2).sum(), b
+        ),
+        np.ones(2, 'f'),
+    ),
+    'soup_minus_ensemble': lambda b: landscape.soup_minus_ensemble(
+        lambda params, batch: batch['x'][:, None] * params,
+        *np.ones((2, 1), 'f'),
+        b,
+        output_loss_fn=lambda z, batch: z[:, 0],
+    ),
+    'recalibrated': lambda b: recalibrated_statistics(b),
+}
+
+
+def recalibrated_statistics(batches):
+  graphdef, state = nnx.split(nnx.BatchNorm(1, rngs=nnx.Rngs(0)))
+  params = batch_norm.recalibrated(
+      graphdef,
+      nnx.to_pure_dict(state),
+      batches,
+      call=lambda norm, batch: norm(batch['x'][:, None]),
+  )
+  return float(params['mean'][0]), float(params['var'][0])
+
+
+@pytest.mark.parametrize('is_on_device', (False, True))
+@pytest.mark.parametrize('bad', BAD_MASKS)
+@pytest.mark.parametrize('reader', READERS)
+def test_a_mask_that_is_none_is_an_error(reader, bad, is_on_device):
+  mask, message = BAD_MASKS[bad]
+  batches = [{'x': THREE}, {'x': THREE, 'mask': mask}]
+  if is_on_device:
+    batches = jax.device_put(batches)
+  with pytest.raises(ValueError, match=message):
+    READERS[reader](batches)
+
+
+@pytest.mark.parametrize('mask', MASKS.values(), ids=MASKS)
+def test_a_mask_means_the_same_everywhere(mask):
+  padded = {'x': np.array([60, np.nan], 'f'), 'mask': mask[::2]}
+  batches = [{'x': THREE, 'mask': mask}, padded]
+  x, w = np.array([10.0, 20.0, 60.0]), np.array([*mask[:2], 1], np.float64)
+  mean = (w * x).sum() / w.sum()
+  assert READERS['mean_of'](batches) == pytest.approx(mean, rel=1e-6)
+  np.testing.assert_allclose(READERS['of_many'](batches), mean, rtol=1e-6)
+  # The Hessian of the weighted mean of x_j |theta|^2, and the mean of x_j.
+  finite = [{**batch, 'x': np.nan_to_num(batch['x'])} for batch in batches]
+  sharpness = READERS['sharpness'](finite)
+  assert sharpness.eigenvalue == pytest.approx(2 * mean, rel=1e-4)
+  difference = READERS['soup_minus_ensemble'](batches)
+  assert difference.soup == pytest.approx(mean, rel=1e-6)
+  # Where rows are returned, or seen by a model, a weight keeps or drops.
+  np.testing.assert_array_equal(READERS['logits_of'](batches), x)
+  np.testing.assert_array_equal(READERS['collect'](batches), [x, x])
+  assert READERS['score_of'](batches) == pytest.approx(x.mean())
+  statistics = READERS['recalibrated'](batches)
+  assert statistics == pytest.approx((x.mean(), x.var()), rel=1e-6)
+
+
+def test_weights_of_right_answers_have_no_bound():
+  rng = np.random.default_rng(0)
+  weights = rng.random(40).astype(np.float32)
+  data = {'x': 30 * rng.random(40).astype(np.float32), 'mask': weights}
+  eval_fn = evaluation.mean_of(is_above_15, evaluation.batched(data, 8))
+  expected = np.average(data['x'] > 15, weights=weights.astype(np.float64))
+  assert eval_fn(np.float32(1)) == pytest.approx(expected, rel=1e-6)
+  assert 'weighted: every evaluation runs in full' in repr(eval_fn)
+  assert eval_fn.at_least(np.float32(1), 0.99) == eval_fn(np.float32(1))
+  assert eval_fn.num_seen == pytest.approx(weights.sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize('dtype', (bool, np.float32, np.float16))
+def test_batched_keeps_the_mask_of_the_data(dtype):
+  mask = np.array([1, 0, 1, 1, 1]).astype(dtype)
+  batches = evaluation.batched({'x': np.arange(5.0), 'mask': mask}, 4)
+  got = np.concatenate([b['mask'] for b in batches])
+  np.testing.assert_array_equal(got, [*mask, 0, 0, 0])
+  assert got.dtype == dtype
+
+
+@pytest.mark.parametrize('axis_type', (AxisType.Auto, AxisType.Explicit))
+@pytest.mark.parametrize('dtype', (bool, np.float32))
+def test_masks_on_a_mesh(axis_type, dtype):
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(axis_type,))
+  rows = NamedSharding(mesh, P('fsdp'))
+  data = {
+      'x': np.random.default_rng(0).normal(size=11).astype(np.float32),
+      'mask': np.arange(11) % 3,
+  }
+  data['mask'] = data['mask'].astype(dtype)
+  batches = evaluation.batched(data, 8)
+  spread = evaluation.batched(data, 8, sharding=rows)
+  params = jax.device_put(np.float32(2), NamedSharding(mesh, P()))
+  for name in ('logits_of', 'mean_of'):
+    got = getattr(evaluation, name)(column, spread)(params)
+    np.testing.assert_allclose(got / 2, READERS[name](batches), rtol=1e-6)
+  if axis_type == AxisType.Auto:
+    statistics = READERS['recalibrated'](spread)
+    x = data['x'][data['mask'] > 0].astype(np.float64)
+    assert statistics == pytest.approx((x.mean(), x.var()), rel=1e-5)
+
+
+# --- One walk -----------------------------------------------------------------
+
+
+class Shuffled:
+  """A loader that reads the examples in another order each time."""
+
+  def __init__(self, data, batch_size):
+    self.data, self.batch_size = data, batch_size
+    self.rng = np.random.default_rng(0)
+
+  def __iter__(self):
+    order = self.rng.permutation(len(self.data['label']))
+    shuffled = {name: x[order] for name, x in self.data.items()}
+    return iter(evaluation.batched(shuffled, self.batch_size))
+
+
+def one_hot_problem():
+  label = np.arange(30) % 3
+  return {'x': np.eye(4, dtype='f')[label], 'label': label}
+
+
+@pytest.mark.parametrize('metric', (metrics.accuracy, metrics.matthews))
+def test_labels_are_read_in_the_walk_of_the_logits(metric):
+  batches = Shuffled(one_hot_problem(), 8)
+  params = {'w': np.eye(4, 3, dtype='f')}
+  assert evaluation.score_of(metric, logits_fn, batches)(params) == 1
+  both_fn = lambda p, b: {'logits': logits_fn(p, b), 'label': b['label']}
+  got = evaluation.logits_of(both_fn, batches)(params)
+  np.testing.assert_array_equal(got['logits'].argmax(-1), got['label'])
+  mean = evaluation.mean_of(
+      lambda p, b: metrics.correct(logits_fn(p, b), b['label']), batches
+  )
+  assert mean(params) == mean.at_least(params, 0.5) == 1
+
+
+def test_outputs_in_another_order_are_an_error():
+  data = dataset(num=30)
+  run = evaluation.logits_of(logits_fn, Shuffled(data, 8))
+  assert run(model()).shape == (30, 3)
+  with pytest.raises(ValueError, match='30 examples then, 30 now'):
+    run(model())
+  with pytest.raises(ValueError, match='differ from row'):
+    ensembles.collect([model(0), model(1)], logits_fn, Shuffled(data, 8))
+
+
+@pytest.mark.parametrize('axis_type', (AxisType.Auto, AxisType.Explicit))
+def test_one_order_is_recognized(axis_type):
+  """Whatever the examples are made of, and wherever they lie."""
+  mesh = jax.make_mesh((2, 2), ('d', 'e'), axis_types=(axis_type,) * 2)
+  tokens = np.array([[1, 2, 0, 3], [2, 1, 0, 3], [0, 2, 1, 3], [0, 0, 3, 3]])
+  batch = {
+      'tokens': jax.device_put(tokens, NamedSharding(mesh, P('d', 'e'))),
+      'key': jax.random.split(jax.random.key(0), 4),
+      'none': np.zeros((4, 0)),
+  }
+  run = evaluation.logits_of(lambda params, b: b['tokens'], [batch])
+  np.testing.assert_array_equal(run(()), run(()))
+  for other in tokens[::-1], tokens[[0, 2, 1, 3]]:
+    batch['tokens'] = jax.device_put(other, batch['tokens'].sharding)
+    with pytest.raises(ValueError, match='differ from row'):
+      run(())
+
+
+# --- What is in memory --------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ('step', '_steps'))
+def test_few_batches_are_in_flight(name):
+  def slow_fn(params, batch):
+    x = params * jnp.eye(100) + batch['x']
+    x = jax.lax.fori_loop(0, 200, lambda _, x: jnp.tanh(x @ x), x)
+    return 0 * x[0] + batch['x']
+
+  class Loader:
+    outputs, num_ahead = [], []
+
+    def __iter__(self):
+      for i in range(20):
+        # What was asked for before, and is not there yet.
+        is_there = [x.is_ready() for x in self.outputs]
+        self.num_ahead.append(is_there.count(False))
+        yield {'x': np.full(100, i, np.float32)}
+
+  loader = Loader()
+  eval_fn = evaluation.mean_of(slow_fn, loader)
+  step = getattr(eval_fn, name)
+
+  def recorded(params, batch):
+    result = step(params, batch)
+    loader.outputs.append(result[0])
+    return result
+
+  setattr(eval_fn, name, recorded)
+  if name == 'step':
+    assert eval_fn(np.float32(0.5)) == 9.5
+  else:
+    np.testing.assert_array_equal(eval_fn.of_many(np.float32([0, 1])), 9.5)
+  assert len(loader.num_ahead) == 20 and max(loader.num_ahead) < 3
+
+
+def test_batches_are_not_copied_to_the_host(monkeypatch):
+  """An array on a device keeps its host copy for as long as it lives."""
+  copied = []
+  device_get = jax.device_get
+
+  def recorded(tree):
+    copied.extend(id(x) for x in jax.tree.leaves(tree))
+    return device_get(tree)
+
+  data = dataset(num=64)
+  batches = evaluation.batched(data, 8)
+  eval_fn = evaluation.mean_of(
+      lambda p, b: metrics.correct(logits_fn(p, b), b['label']), batches
+  )
+  monkeypatch.setattr(jax, 'device_get', recorded)
+  for seed in range(6):
+    score = eval_fn(model(seed))
+    assert eval_fn.at_least(model(seed), 0.0) == score
+    right = (data['x'] @ model(seed)['w']).argmax(-1) == data['label']
+    assert score == np.mean(right)
+  given = {id(x) for b in batches for k, x in b.items() if k != 'mask'}
+  assert copied and not given & set(copied)
+
+
+def test_batches_on_the_host_stay_there():
+  data = dataset(num=64)
+  batches = [
+      {k: x[i : i + 8] for k, x in data.items()} for i in range(0, 64, 8)
+  ]
+  sizes = []
+
+  def metric_fn(params, batch):
+    return metrics.correct(logits_fn(params, batch), batch['label'])
+
+  eval_fn = evaluation.mean_of(metric_fn, batches)
+  score = eval_fn(model())
+  for _ in range(3):
+    assert eval_fn.at_least(model(), 0.0) == score
+    gc.collect()
+    sizes.append(sum(x.shape == (8, 4) for x in jax.live_arrays()))
+  assert sizes[0] <= 3 and sizes == sizes[:1] * 3

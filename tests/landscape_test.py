@@ -583,6 +583,22 @@ def test_pairs():
   assert only == [pairs[4]]
 
 
+def test_pairs_of_batches_in_another_order_each_time():
+  x, label, _ = batched_problem()
+  rng = np.random.default_rng(0)
+
+  class Shuffled:
+
+    def __iter__(self):
+      order = rng.permutation(len(label))
+      data = {'x': x[order], 'label': label[order]}
+      return iter(evaluation.batched(data, 20))
+
+  models = [model(1), model(2)]
+  with pytest.raises(ValueError, match='differ from row'):
+    landscape.pairs(models, model(0), logits_fn, Shuffled())
+
+
 # Sharpness.
 
 

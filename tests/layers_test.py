@@ -16,10 +16,12 @@ LAYERS = (
     (
         '_soup',
         '_json',
+        '_masks',
         '_memory',
         '_processes',
         '_programs',
         '_tree',
+        '_warnings',
         '_checked',
         '_mixing',
     ),
@@ -106,7 +108,8 @@ def test_models_and_data_know_nothing_of_soups():
     if path.relative_to(ROOT).parts[0] in ('models', 'data'):
       own = {n for n in _imports(path) if n.startswith('jaxsoup')}
       # Trees and files of arrays; nothing that chooses or mixes.
-      known = 'models', 'data', '_tree', 'checkpoints'
+      basic = '_masks', '_programs', '_tree', '_warnings', 'checkpoints'
+      known = ('models', 'data', *basic)
       assert all(_own(n) in known for n in own), path
 
 

@@ -259,3 +259,105 @@ def test_log_likelihood_is_a_score_of_models():
   for beta in (0.5, 2.0):
     expected = -sk.log_loss(label, softmax(beta * logits), labels=range(6))
     np.testing.assert_allclose(eval_fn(beta), expected, rtol=1e-5)
+
+
+def test_shapes_that_do_not_fit_are_no_answers():
+  logits, label = problem(0)
+  for bad in (label[:, None], label[:-1], label[None], label[0]):
+    with pytest.raises(ValueError, match=r'correct: .*\[N, C\] and \[N\]'):
+      metrics.correct(jnp.asarray(logits), jnp.asarray(bad))
+  with pytest.raises(ValueError, match=r'labels \(57, 6, 1\)'):
+    metrics.correct(logits, np.ones((57, 6, 1), bool))
+  with pytest.raises(TypeError, match='correct: .* expected integers'):
+    metrics.correct(logits, label.astype(np.float32))
+  batches = evaluation.batched({'x': logits, 'label': label[:, None]}, 20)
+  score = evaluation.mean_of(
+      lambda params, batch: metrics.correct(batch['x'], batch['label']), batches
+  )
+  with pytest.raises(ValueError, match=r'labels \(20, 1\)'):
+    score(())
+
+
+@pytest.mark.parametrize('num_classes', (2, 6))
+@pytest.mark.parametrize('part', (slice(None, 1), slice(None)))
+def test_a_row_with_nan_is_wrong(num_classes, part):
+  logits, label = problem(7, num_classes=num_classes)
+  rows = np.arange(0, 57, 3)
+  logits[rows, part] = np.nan
+  label[rows] = 0  # The class that argmax says of NaN.
+  # To scikit-learn a prediction that is no class.
+  predicted = np.where(np.isnan(logits).any(-1), num_classes, logits.argmax(-1))
+  right = predicted == label
+  assert 0 < right.sum() < len(label) - len(rows) + 1
+  for x in logits, jnp.asarray(logits):
+    np.testing.assert_array_equal(metrics.correct(x, label), right)
+  assert metrics.accuracy(logits, label) == pytest.approx(right.mean())
+  sets = np.eye(num_classes, dtype=bool)[label]
+  assert metrics.accuracy(logits, sets) == pytest.approx(right.mean())
+  top = metrics.top_k_accuracy(logits, label, k=num_classes)
+  assert top == pytest.approx(1 - len(rows) / 57)
+  classes = [1] if num_classes == 2 else range(num_classes)
+  expected = sk.f1_score(label, predicted, average='macro', labels=classes)
+  assert metrics.f1(logits, label) == pytest.approx(expected)
+  expected = sk.matthews_corrcoef(label, predicted)
+  assert metrics.matthews(logits, label) == pytest.approx(expected, abs=1e-6)
+
+
+def test_without_any_prediction_scores_are_the_worst():
+  nothing, label = np.full((4, 3), np.nan, 'f'), np.array([0, 1, 2, 0])
+  for fn in (metrics.accuracy, metrics.f1, metrics.matthews):
+    assert fn(nothing, label) == 0
+
+
+def matthews_by_hand(counts):
+  """In Python's integers and its 64-bit floats."""
+  counts = [[int(x) for x in row] for row in counts]
+  s = sum(map(sum, counts))
+  true, predicted = [sum(row) for row in counts], [*map(sum, zip(*counts))]
+  right = sum(row[k] for k, row in enumerate(counts))
+  covariance = right * s - sum(p * t for p, t in zip(predicted, true))
+  variances = [s * s - sum(n * n for n in m) for m in (predicted, true)]
+  return covariance / (variances[0] * variances[1]) ** 0.5
+
+
+@pytest.mark.parametrize(
+    'counts',
+    [
+        [[2_999_999, 0], [0, 1]],
+        [[2_999_990, 9], [0, 1]],
+        [[2_900_000, 99_999], [0, 1]],
+        [[1_500_000, 1_499_999], [0, 1]],
+        [[2_000_001, 1], [0, 0]],
+        [[1_999_998, 2, 0], [1, 0, 0], [0, 0, 3]],
+    ],
+)
+def test_matthews_of_rare_classes(counts):
+  counts = np.array(counts)
+  num_classes = len(counts)
+  label, predicted = np.repeat(
+      np.indices(counts.shape).reshape(2, -1), counts.ravel(), axis=1
+  )
+  logits = np.eye(num_classes, dtype=np.float32)[predicted]
+  got = metrics.matthews(logits, label.astype(np.int8))
+  if (counts.sum(0) > 0).sum() == 1 or (counts.sum(1) > 0).sum() == 1:
+    assert got == 0
+  else:
+    assert got == pytest.approx(matthews_by_hand(counts), rel=2e-6)
+
+
+@pytest.mark.parametrize('num_bins', (1, 4, 7, 30))
+def test_calibration_does_not_depend_on_the_order_of_ties(num_bins):
+  rng = np.random.default_rng(0)
+  p = rng.choice([0.6, 0.8, 1.0], 60)  # Three confidences.
+  label = (rng.random(60) > p).astype(int)
+  logits = np.log(np.stack([p, 1 - p + 1e-30], -1)).astype(np.float32)
+  orders = [rng.permutation(60) for _ in range(5)]
+  orders += [np.lexsort((label, p)), np.lexsort((-label, p))]
+  fn = metrics.expected_calibration_error
+  got = [fn(logits[o], label[o], num_bins=num_bins) for o in orders]
+  assert len({float(x) for x in got}) == 1
+  # The expectation over random orders: of ties each has their mean.
+  share = {x: np.mean(label[p == x] == 0) for x in set(p)}
+  bins = np.array_split(np.sort(p), num_bins)
+  gaps = [abs(np.mean([share[x] - x for x in b])) * len(b) for b in bins]
+  assert got[0] == pytest.approx(np.sum(gaps) / 60, rel=1e-4, abs=1e-6)

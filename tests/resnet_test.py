@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxsoup
+from jaxsoup import models
 from jaxsoup import sharding
 from jaxsoup.models import _names
 from jaxsoup.models import batch_norm
@@ -290,6 +291,61 @@ def test_batches_may_be_what_the_model_is_called_with():
   )
   for x, y in zip(*map(jax.tree.leaves, (params_again, expected)), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+class Net(nnx.Module):
+  """BatchNorm after Dropout, and what has random streams beside it."""
+
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(2, 2, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+    self.norm = nnx.BatchNorm(2, rngs=rngs)
+    self.rngs = rngs
+
+  def __call__(self, x):
+    return self.norm(self.dropout(self.dense(x)))
+
+
+@pytest.mark.parametrize('which', (models.params_of, nnx.state))
+def test_statistics_after_dropout_are_those_without_it(which):
+  net = Net(nnx.Rngs(0))
+  graphdef, params = nnx.graphdef(net), which(net)
+  if which is nnx.state:  # With the random streams.
+    params = nnx.to_pure_dict(params)
+  batches = np.random.default_rng(0).normal(size=(3, 8, 2)).astype(np.float32)
+  with jax.transfer_guard('disallow'):
+    estimated = batch_norm.recalibrated(graphdef, params, batches)
+  x = batches.reshape(-1, 2).astype(np.float64)
+  x = x @ np.asarray(params['dense']['kernel'])
+  np.testing.assert_allclose(estimated['norm']['mean'], x.mean(0), atol=1e-6)
+  np.testing.assert_allclose(estimated['norm']['var'], x.var(0), rtol=1e-5)
+  assert jax.tree.structure(estimated) == jax.tree.structure(params)
+
+
+def test_params_of_another_model_are_an_error():
+  graphdef = nnx.graphdef(Net(nnx.Rngs(0)))
+  params = models.params_of(Net(nnx.Rngs(0)))
+  del params['dense']['bias']
+  with pytest.raises(ValueError, match='leaves'):
+    batch_norm.recalibrated(graphdef, params, [np.ones((4, 2), 'f')])
+
+
+@pytest.mark.parametrize('dtype', (bool, np.float32))
+def test_padding_is_not_estimated(dtype):
+  graphdef, params = make()
+  image = _cnn.images(16, 7)
+  expected = batch_norm.recalibrated(graphdef, params, [image[:4], image[4:]])
+  masks = np.array([[1, 0.5, 2, 0], [0, 0, 0, 0]]).astype(dtype)
+  batches = [
+      {'image': image[:4]},
+      {'image': image[[4, 5, 6, 6]], 'mask': masks[0]},
+      {'image': 9 * image[:4], 'mask': masks[1]},  # Nothing but padding.
+  ]
+  padded = batch_norm.recalibrated(
+      graphdef, params, batches, call=lambda model, b: model(b['image'])
+  )
+  for x, y in zip(*map(jax.tree.leaves, (padded, expected)), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_to_estimate():

@@ -202,17 +202,14 @@ def _features(model, params, source, batch_size, sharding) -> sources.Arrays:
 
   def both_fn(params, batch):
     features = model.features_fn(params, batch).astype(jnp.float32)
-    return jnp.concatenate([features, batch['label'][:, None]], axis=1)
+    return {'feature': features, 'label': batch['label']}
 
   batches = (
       {name: evaluation.placed(x, sharding) for name, x in batch.items()}
       for batch in sources.batches(source, batch_size)
   )
-  rows = evaluation.logits_of(both_fn, batches)(params)
-  # Integers up to 2^24 are exact in float32.
-  return sources.Arrays(
-      {'feature': rows[:, :-1], 'label': rows[:, -1].astype(np.int32)}
-  )
+  arrays = evaluation.logits_of(both_fn, batches)(params)
+  return sources.Arrays({**arrays, 'label': arrays['label'].astype(np.int32)})
 
 
 def _without_bias(params, head):

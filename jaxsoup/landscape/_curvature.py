@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _checked
+from jaxsoup import _masks
 from jaxsoup import _mixing
 from jaxsoup import _programs
 from jaxsoup import _tree
@@ -61,8 +62,8 @@ def sharpness(
     A `Sharpness`; look at its `error`.
 
   Raises:
-    ValueError: params have no floats, or values that are not finite; or the
-      loss bends by a number that is not finite.
+    ValueError: params have no floats, or values that are not finite; a mask is
+      invalid; or the loss bends by a number that is not finite.
 
   Example:
     >>> loss_fn = lambda w: w[0] ** 2 + 3 * w[1] ** 2 - w[2] ** 2
@@ -133,12 +134,11 @@ def _product(loss_fn, params: Params, v: _Leaves) -> _Leaves:
   if not isinstance(loss_fn, evaluation.MeanOf):
     return _of_function(loss_fn, params, v)
   total: Any = None
-  count = 0
-  for batch in loss_fn.batches:
-    batch = jax.tree.map(_tree.on_device, dict(batch))
+  count = 0.0
+  for batch in _masks.checked(loss_fn.batches):
     product, num = _of_batch(loss_fn.step, params, v, batch)
     total = _mixing.add(total, product, _tree.numbers(1.0))
-    count += int(num)
+    count += float(jax.device_get(num))
   return _mixing.rounded(total, _tree.numbers(count), tuple(x.dtype for x in v))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from jaxsoup import _checked
+from jaxsoup import _masks
 from jaxsoup import _programs
 from jaxsoup import _tree
 from jaxsoup import ensembles
@@ -71,7 +72,7 @@ def pairs(
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     theta_0: parameters that they were fine-tuned from.
     logits_fn: `logits_fn(params, batch) -> [B, C]`.
-    batches: as in `evaluation.mean_of`.
+    batches: as in `evaluation.logits_of`.
     metric: `metric(logits, labels) -> scalar`, higher is better.
     members: the pairs; by default all, of which there are K (K - 1) / 2.
     label: the key of the labels in a batch.
@@ -83,7 +84,8 @@ def pairs(
     One `Pair` for each.
 
   Raises:
-    ValueError: no ingredients, or they or theta_0 do not fit.
+    ValueError: no ingredients, they or theta_0 do not fit, a mask is invalid,
+      or the order of the examples differs between walks.
 
   Source: Wortsman et al. 2022, figures 3 and 4.
   """
@@ -92,12 +94,12 @@ def pairs(
   members = (
       itertools.combinations(range(num), 2) if members is None else members
   )
-  run = evaluation.logits_of(logits_fn, batches)
-  labels = evaluation.logits_of(lambda _, batch: batch[label], batches)(())
-  score = lambda logits: float(jax.device_get(metric(logits, labels)))
+  both_fn = lambda params, batch: (logits_fn(params, batch), batch[label])
+  run = evaluation.logits_of(both_fn, batches)
+  score = lambda *both: float(jax.device_get(metric(*both)))
   angles = _geometry.angles(ingredients, theta_0)
-  logits = ensembles.collect(ingredients, logits_fn, batches)
-  singles = list(map(score, logits))
+  logits, labels = ensembles.collect(ingredients, both_fn, batches)
+  singles = list(map(score, logits, labels))
   # One of the two stays in memory for all pairs that it is the first of.
   first = functools.lru_cache(1)(ingredients.__getitem__)
   measured = []
@@ -107,8 +109,8 @@ def pairs(
         members=(i, j),
         angle=float(angles[i, j]),
         singles=(singles[i], singles[j]),
-        soup=score(run(prepare_fn(soup.params))),
-        ensemble=score((logits[i] + logits[j]) / 2),
+        soup=score(*run(prepare_fn(soup.params))),
+        ensemble=score((logits[i] + logits[j]) / 2, labels[i]),
     )
     measured.append(pair)
     if on_pair is not None:
@@ -206,7 +208,8 @@ def soup_minus_ensemble(
     activations of one forward pass, and no more models than three.
 
   Raises:
-    ValueError: the models do not fit, no example, or a loss that is not `[B]`.
+    ValueError: the models do not fit, no example, an invalid mask, or a loss
+      that is not `[B]`.
 
   Example:
     >>> batch = {'x': np.eye(2, dtype='f'), 'label': np.array([0, 1])}
@@ -222,8 +225,7 @@ def soup_minus_ensemble(
   models = [checked.replace(checked[k]) for k in range(2)]
   fns, numbers = (logits_fn, output_loss_fn), _tree.numbers([t, beta])
   sums = np.zeros(5)
-  for batch in batches:
-    batch = jax.tree.map(_tree.on_device, dict(batch))
+  for batch in _masks.checked(batches):
     sums += jax.device_get(_sums(*fns, *models, numbers, batch))
   if not sums[-1]:
     raise ValueError('batches have no example: none, or all are masked.')
@@ -234,7 +236,7 @@ def soup_minus_ensemble(
 
 @_programs.jit_of(2)
 def _sums(logits_fn, output_loss_fn, theta_1, theta_2, numbers, batch):
-  """Of one batch: the four terms, and the number of examples, `[5]`."""
+  """Of one batch: the four terms, and the weight of its examples, `[5]`."""
   t, beta = numbers
   outputs = lambda s: beta * logits_fn(_between(theta_1, theta_2, s), batch)
   loss = lambda z: output_loss_fn(z, batch)
@@ -252,9 +254,8 @@ def _sums(logits_fn, output_loss_fn, theta_1, theta_2, numbers, batch):
         f'output_loss_fn returned shape {terms.shape[1:]}: expected '
         f'[{soup.shape[0]}], one number per example.'
     )
-  mask = batch.get('mask', jnp.ones(terms.shape[1], bool))
-  sums = jnp.where(mask, terms.astype(jnp.float32), 0).sum(1)
-  return jnp.append(sums, mask.sum())
+  weights = _masks.weights_of(batch, terms.shape[1])
+  return jnp.append(_masks.weighted_sum(terms, weights), weights.sum())
 
 
 def _between(theta_1: Params, theta_2: Params, t: jax.Array) -> Params:

@@ -141,7 +141,7 @@ def regrets(logits, label, size, rng):
 
 def show(name, logits, label, sizes, draws, rng):
   """Prints a line a size."""
-  accuracy = metrics.correct(logits, label).mean(-1) * 100
+  accuracy = 100 * np.array([metrics.correct(x, label).mean() for x in logits])
   print(
       f'{name}: {len(logits)} models, accuracy {accuracy.min():.1f}-'
       f'{accuracy.max():.1f}, sd {accuracy.std():.2f}'

@@ -1,0 +1,116 @@
+"""What `mask` in a batch means: which of its examples count, and how much.
+
+```
+for batch in _masks.checked(batches):     # On the device.
+  weights = _masks.weights_of(batch, len(values))
+  total += _masks.weighted_sum(values, weights)
+```
+
+A mask is `[B]`: bool (keep or drop), or floats, which are weights: finite and
+not negative. Means are weighted by them. Where rows are returned, or BatchNorm
+reads them, those of weight 0 are dropped and all others count alike.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoup import _processes
+from jaxsoup import _tree
+
+Batch = Mapping[str, Any]
+
+
+def checked(batches: Iterable[Batch]) -> Iterator[dict[str, jax.Array]]:
+  """Yields the batches on the device; raises where a mask is invalid."""
+  for i, batch in enumerate(batches):
+    if 'mask' in batch:
+      _require_mask(batch['mask'], f'batch {i}')
+    yield {name: _on_device(name, x) for name, x in batch.items()}
+
+
+def _on_device(name: str, x: Any) -> Any:
+  # A list of numbers is one array; a dict is a part of the batch.
+  is_leaf = lambda leaf: not isinstance(leaf, Mapping)
+  put = lambda leaf: _tree.on_device(leaf, (name,))
+  return jax.tree.map(put, x, is_leaf=is_leaf)
+
+
+def weights_of(batch: Batch, num: int) -> jax.Array:
+  """The weights of the `num` examples of a batch: `[B]`, bool or float32."""
+  if 'mask' not in batch:
+    return jnp.ones(num, bool)
+  _require_rows(batch['mask'], num)
+  mask = batch['mask']
+  return mask if mask.dtype == bool else mask.astype(jnp.float32)
+
+
+def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
+  """`sum_j w_j x_j` over the last axis; what does not count may be NaN."""
+  values = jnp.where(weights > 0, values.astype(jnp.float32), 0)
+  return (values if weights.dtype == bool else values * weights).sum(-1)
+
+
+def kept_rows(batch: Batch, num: int) -> np.ndarray:
+  """Which of the `num` examples of a batch are not dropped, `[B]` bool."""
+  if 'mask' not in batch:
+    return np.ones(num, bool)
+  _require_rows(batch['mask'], num)
+  return _processes.gathered(batch['mask']) > 0
+
+
+def kept(batch: Any, where: str) -> Any:
+  """A batch, on the device, without the examples that its mask drops."""
+  if isinstance(batch, Mapping) and 'mask' in batch:
+    _require_mask(batch['mask'], where)
+  batch = jax.tree.map(_tree.on_device, batch)
+  if not isinstance(batch, Mapping) or 'mask' not in batch:
+    return batch
+  others = jax.tree.leaves({k: x for k, x in batch.items() if k != 'mask'})
+  rows = kept_rows(batch, len(others[0] if others else batch['mask']))
+  if rows.all():
+    return batch
+  return jax.tree.map(
+      # Whole: no sharding need divide the rows that are left.
+      lambda x: jax.device_put(
+          _processes.gathered(x)[rows], _tree.whole_beside(x)
+      ),
+      batch,
+  )
+
+
+def _require_rows(mask: jax.Array, num: int) -> None:
+  if mask.shape != (num,):
+    raise ValueError(
+        f'The mask has shape {mask.shape}, and its batch {num} examples: '
+        f'expected ({num},), one entry per example. Rename the entry if it is '
+        'an input of the model.'
+    )
+
+
+def _require_mask(mask: Any, where: str) -> None:
+  if not isinstance(mask, jax.Array):
+    mask = np.asarray(mask)
+  is_float = jnp.issubdtype(mask.dtype, jnp.floating)
+  if mask.ndim != 1 or not (is_float or mask.dtype == bool):
+    raise ValueError(
+        f'The mask of {where} is {mask.dtype}{list(mask.shape)}: expected bool '
+        '[B], which examples count, or floats [B], their weights. Convert it '
+        'with mask.astype(bool) if it holds 0 and 1; rename the entry if it is '
+        'an input of the model.'
+    )
+  if not is_float:
+    return
+  weights = np.asarray(_processes.gathered(mask), np.float32)
+  is_bad = ~(np.isfinite(weights) & (weights >= 0))
+  if is_bad.any():
+    row = int(is_bad.argmax())
+    raise ValueError(
+        f'The mask of {where} has weight {weights[row]} at row {row}: expected '
+        'finite weights, 0 or more. Use 0 for examples that do not count.'
+    )
