@@ -218,7 +218,9 @@ def mix(stacked: Params, alpha: Any) -> Params:
           f'{_tree.name_of(path)!r} has shape {leaf.shape}: expected [K] and '
           '[K, ...]. Stack the ingredients with jaxsoup.stack.'
       )
-  mixed = mix_leaves(alphas, list(floats.values()))
+  mixed = mix_leaves(
+      [_tree.on_device(a) for a in alphas], list(floats.values())
+  )
   return flat.combine(mixed, first_rows(list(others.values())))
 
 
@@ -340,14 +342,11 @@ def weighted_sum(
   """
   order = range(len(checked)) if order is None else order
   total: Any = None
+  weights = _tree.numbers(1.0)
   for k, leaves in _checked.in_order(checked, order):
-    weights = _tree.numbers(1.0)
     if alpha is not None:
-      rows = _tree.alphas_of(
-          alpha, checked.float_paths, checked.template.others
-      )
-      if not _tree.is_traced(*rows):
-        rows = jax.device_get(rows)
+      paths, others = checked.float_paths, checked.template.others
+      rows = _tree.alphas_of(alpha, paths, others)
       weights = _tree.numbers([row[k] for row in rows])
     total = add(total, leaves, weights)
   return total

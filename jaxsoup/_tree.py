@@ -228,7 +228,7 @@ def nest(groups: Mapping[Path, Any]) -> Any:
 
 def alphas_of(
     alpha: Any, paths: Sequence[Path], others: Iterable[Path] = ()
-) -> list[jax.Array]:
+) -> list[Any]:
   """The coefficients of every leaf: the entry of alpha above its path.
 
   Args:
@@ -237,7 +237,7 @@ def alphas_of(
     others: of the leaves that are not, which may have an entry.
 
   Returns:
-    Those of each of `paths`.
+    Those of each of `paths`, NumPy arrays unless they are traced.
   """
   entries = entries_of(alpha)
 
@@ -258,7 +258,8 @@ def alphas_of(
         f'alpha has entries {sorted(map(name_of, unused))} that match no leaf; '
         f'the leaves are {[name_of(p) for p in paths[:8]]}...'
     )
-  return [entries[place] for place in places.values()]
+  checked = {path: _finite(path, x) for path, x in entries.items()}
+  return [checked[place] for place in places.values()]
 
 
 def checked_alpha(alpha: Any, num: int) -> Any:
@@ -266,14 +267,7 @@ def checked_alpha(alpha: Any, num: int) -> Any:
 
   Raises if they are more or fewer, or not finite.
   """
-  entries: dict[Path, Any] = entries_of(alpha)
-  for path, x in entries.items():
-    if not is_traced(x):
-      entries[path] = np.asarray(jax.device_get(x))
-      if not np.isfinite(entries[path]).all():
-        where = f' of {name_of(path)!r}' if path else ''
-        raise ValueError(f'alpha{where} is {x}: expected finite numbers.')
-  alpha = nest(entries)
+  alpha = nest({p: _finite(p, x) for p, x in entries_of(alpha).items()})
   lengths = {np.shape(x) for x in jax.tree.leaves(alpha)}
   if lengths != {(num,)}:
     raise ValueError(
@@ -281,6 +275,17 @@ def checked_alpha(alpha: Any, num: int) -> Any:
         f'are {num} ingredients: expected ({num},).'
     )
   return alpha
+
+
+def _finite(path: Path, x: jax.Array) -> Any:
+  """An entry of alpha as a NumPy array, unless it is traced; raises if NaN."""
+  if is_traced(x):
+    return x
+  values = np.asarray(jax.device_get(x))
+  if not np.isfinite(values).all():
+    where = f' of {name_of(path)!r}' if path else ''
+    raise ValueError(f'alpha{where} is {values}: expected finite numbers.')
+  return values
 
 
 def entries_of(alpha: Any) -> dict[Path, jax.Array]:

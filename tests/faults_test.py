@@ -318,11 +318,17 @@ def test_two_writers_of_one_score_log(tmp_path):
 def room_for(num_bytes):
   """No file of this process may grow beyond that; writing more fails."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # What Python and jax keep is not to be cut off for the tests that come later.
+  was_off, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+  was_on = jax.config.jax_enable_compilation_cache
+  jax.config.update('jax_enable_compilation_cache', False)
   resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
   try:
     yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    jax.config.update('jax_enable_compilation_cache', was_on)
+    sys.dont_write_bytecode = was_off
 
 
 @pytest.mark.parametrize('num_bytes', (0, 200, 500))

@@ -326,6 +326,8 @@ def test_what_is_static_is_checked_under_jit():
 def test_alpha_is_finite(alpha):
   with pytest.raises(ValueError, match='expected finite numbers'):
     jaxsoup.average([{'w': np.ones(2)}] * 2, alpha)
+  with pytest.raises(ValueError, match='expected finite numbers'):
+    jaxsoup.mix({'w': np.ones((2, 2))}, alpha)
 
 
 def test_float64_coefficients_are_not_rounded():

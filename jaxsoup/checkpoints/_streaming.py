@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import math
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxsoup import _checked
@@ -45,7 +44,6 @@ class Average:
     rows: list[Any] = [None] * len(floats)
     if alpha is not None:
       rows = _tree.alphas_of(alpha, floats, set(flat.paths) - set(floats))
-      rows = jax.device_get(rows)
     self._terms = {n: self._terms_of(n, row) for n, row in zip(floats, rows)}
 
   def params(self) -> Params:
