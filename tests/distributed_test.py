@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import _xla
 import jax
 import numpy as np
 import pytest
@@ -193,9 +194,7 @@ def _experiment(folder, workdir, num_processes, *more):
   (folder / 'lazy.py').write_text(LAZY)
   port = _free_port()
   num_local = 4 // num_processes
-  flags = f'--xla_force_host_platform_device_count={num_local}'
-  fast = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-  environ = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'} | fast
+  environ = os.environ | {'XLA_FLAGS': _xla.flags(num_local)}
   command = [
       '-m', 'jaxsoup.experiments.main', f'--config={folder}/lazy.py',
       f'--workdir={workdir}', *more,
