@@ -39,6 +39,15 @@ hypothesis.settings.load_profile('jaxsoup')
 # The kernel's default limit on memory maps is 65,530 for each process, and XLA
 # aborts when it reaches it.
 MAX_MAPS = 30_000
+# Files whose tests take up to a minute. They come first, or at the end one
+# worker waits for another.
+LONG = (
+    'colabs_test.py',
+    'distributed_test.py',
+    'faults_test.py',
+    'imagenet_configs_test.py',
+    'plan_test.py',
+)
 _USAGES = pytest.StashKey[list[dict[str, int]]]()
 
 
@@ -76,6 +85,7 @@ def pytest_collection_modifyitems(config, items):
   if config.getoption('--first'):
     config.hook.pytest_deselected(items=others)
     items[:] = first.values()
+  items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(autouse=True, scope='module')

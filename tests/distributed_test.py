@@ -194,7 +194,8 @@ def _experiment(folder, workdir, num_processes, *more):
   (folder / 'lazy.py').write_text(LAZY)
   port = _free_port()
   num_local = 4 // num_processes
-  environ = os.environ | {'XLA_FLAGS': _xla.flags(num_local)}
+  flags = {'XLA_FLAGS': _xla.flags(num_local), 'JAX_PLATFORMS': 'cpu'}
+  environ = os.environ | flags
   command = [
       '-m', 'jaxsoup.experiments.main', f'--config={folder}/lazy.py',
       f'--workdir={workdir}', *more,
