@@ -9,10 +9,12 @@ import os
 import pathlib
 import sys
 
+import _xla
+
 folder = pathlib.Path(sys.argv[1])
 port, num_processes, process = map(int, sys.argv[2:])
 num_local = 4 // num_processes
-os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={num_local}'
+os.environ['XLA_FLAGS'] = _xla.flags(num_local)
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import jax

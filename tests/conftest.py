@@ -1,25 +1,18 @@
 """Four virtual devices, two processes, and placements for every recipe."""
 
-import importlib.metadata
 import os
 import pathlib
 
-# Before jax is imported, or it has no effect. Most of a test is compilation,
-# which takes half as long if nothing is optimized. What is given comes last.
-os.environ['XLA_FLAGS'] = ' '.join(
-    [
-        '--xla_backend_optimization_level=0',
-        '--xla_llvm_disable_expensive_passes=true',
-        os.environ.get('XLA_FLAGS', ''),
-        '--xla_force_host_platform_device_count=4',
-    ]
-)
+import _xla
+
+# Before jax is imported, or it has no effect.
+os.environ['XLA_FLAGS'] = _xla.flags(4, os.environ.get('XLA_FLAGS', ''))
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # What was compiled once is not compiled again: by other workers, by the
 # processes that tests start, or the next time.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-  _version = importlib.metadata.version('jax')
-  _cache = pathlib.Path(__file__).parent.parent / 'build' / f'jax-{_version}'
+  _root = pathlib.Path(__file__).parent.parent
+  _cache = _root / 'build' / f'jax-{_xla.JAX_VERSION}'
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_cache)
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
@@ -46,6 +39,15 @@ hypothesis.settings.load_profile('jaxsoup')
 # The kernel's default limit on memory maps is 65,530 for each process, and XLA
 # aborts when it reaches it.
 MAX_MAPS = 30_000
+# Files whose tests take up to a minute. They come first, or at the end one
+# worker waits for another.
+LONG = (
+    'colabs_test.py',
+    'distributed_test.py',
+    'faults_test.py',
+    'imagenet_configs_test.py',
+    'plan_test.py',
+)
 _USAGES = pytest.StashKey[list[dict[str, int]]]()
 
 
@@ -83,6 +85,7 @@ def pytest_collection_modifyitems(config, items):
   if config.getoption('--first'):
     config.hook.pytest_deselected(items=others)
     items[:] = first.values()
+  items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(autouse=True, scope='module')

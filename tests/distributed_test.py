@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import _xla
 import jax
 import numpy as np
 import pytest
@@ -221,9 +222,8 @@ def _experiment(folder, workdir, num_processes, *more):
   (folder / 'lazy.py').write_text(LAZY)
   port = _free_port()
   num_local = 4 // num_processes
-  flags = f'--xla_force_host_platform_device_count={num_local}'
-  fast = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-  environ = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'} | fast
+  flags = {'XLA_FLAGS': _xla.flags(num_local), 'JAX_PLATFORMS': 'cpu'}
+  environ = os.environ | flags
   command = [
       '-m', 'jaxsoup.experiments.main', f'--config={folder}/lazy.py',
       f'--workdir={workdir}', *more,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import _xla
 import jax
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def environment():
   return os.environ | {
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'PYTHONPATH': str(ROOT),
-      'XLA_FLAGS': '--xla_backend_optimization_level=0',
+      'XLA_FLAGS': _xla.flags(1),
   }
 
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import _xla
 import jax
 from jax.sharding import PartitionSpec
 import numpy as np
@@ -484,10 +485,13 @@ def test_a_machine_that_is_too_small_says_so_and_names_others(tmp_path):
 
 def run_command(*arguments):
   code = 'from jaxsoup.cli import main; main()'
-  env = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  env = os.environ | {
+      'XLA_FLAGS': _xla.flags(1),
+      'PYTHONPATH': str(HERE.parent),
+  }
   return subprocess.run(
       [sys.executable, '-c', code, 'plan', *arguments],
-      env={**env, 'PYTHONPATH': str(HERE.parent)},
+      env=env,
       capture_output=True,
       text=True,
   )

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 from jaxsoup.diagnosis import _findings
 from jaxsoup.diagnosis import _motion
@@ -189,6 +188,8 @@ def _rates(pool, rest, out, measured) -> str:
 
 def rate_correlation(pool: _pool.Pool, drops: np.ndarray) -> float:
   """Spearman's correlation of learning rates and mean drops, or NaN."""
+  from scipy import stats  # Takes a second; a diagnosis needs it at most once.
+
   rates = [config.get('learning_rate', np.nan) for config in pool.configs]
   known = [
       k

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from scipy.sparse import csgraph
 
 from jaxsoup import _tree
 from jaxsoup.diagnosis import _pool
@@ -179,6 +178,8 @@ def groups_of(related: np.ndarray) -> list[list[int]]:
     >>> groups_of(np.array([[1, 0, 0], [0, 1, 1], [0, 1, 1]], bool))
     [[1, 2], [0]]
   """
+  from scipy.sparse import csgraph
+
   num, labels = csgraph.connected_components(related, directed=False)
   groups = [np.flatnonzero(labels == i).tolist() for i in range(num)]
   return sorted(groups, key=lambda g: (-len(g), g))
