@@ -1,4 +1,4 @@
-"""Products of test parameters: pairs of values by default, triples if slow.
+"""Products of test parameters, of which every pair of values runs by default.
 
 ```
 @pytest.mark.parametrize('recipe, dtype, placement', _pairwise.product(
@@ -14,37 +14,25 @@ import pytest
 
 
 def product(*axes: Iterable[Any]) -> list[Any]:
-  """Combinations that hold every triple of values of three axes.
-
-  Those that are not needed for the pairs are `slow`. Of up to three axes that
-  is the whole product.
-  """
+  """All combinations; those that are not needed for the pairs are `slow`."""
   combinations = list(itertools.product(*map(list, axes)))
-  pairs = covering(combinations, 2)
-  triples = covering(combinations, min(3, len(axes)), pairs)
+  chosen = covering(combinations)
   return [
-      pytest.param(
-          *combinations[i], marks=() if i in pairs else pytest.mark.slow
-      )
-      for i in sorted(triples)
+      pytest.param(*c, marks=() if i in chosen else pytest.mark.slow)
+      for i, c in enumerate(combinations)
   ]
 
 
-def covering(
-    combinations: list[tuple[Any, ...]], num: int, given: Iterable[int] = ()
-) -> set[int]:
-  """Few indices of combinations that hold each `num` values of as many axes.
-
-  Those that are given are among them.
-  """
-  tuples = [
-      set(itertools.combinations(enumerate(map(repr, c)), num))
+def covering(combinations: list[tuple[Any, ...]]) -> set[int]:
+  """Few indices of combinations that hold every pair of values of two axes."""
+  pairs = [
+      {(a, b, repr(c[a]), repr(c[b])) for a in range(len(c)) for b in range(a)}
       for c in combinations
   ]
-  chosen = set(given)
-  missing = set().union(*tuples).difference(*(tuples[i] for i in chosen))
+  missing = set().union(*pairs)
+  chosen = set()
   while missing:
-    best = max(range(len(tuples)), key=lambda i: len(tuples[i] & missing))
+    best = max(range(len(pairs)), key=lambda i: len(pairs[i] & missing))
     chosen.add(best)
-    missing -= tuples[best]
+    missing -= pairs[best]
   return chosen
