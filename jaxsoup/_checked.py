@@ -241,7 +241,8 @@ class Checked(Sequence):
   def _check_values(self, k: int, flat: _tree.Flat) -> None:
     """What cannot be checked under `jax.jit`."""
     self._check_others(k, flat.others)
-    floats = [flat.by_path[path] for path in self.float_paths]
+    leaves = flat.by_path
+    floats = [leaves[path] for path in self.float_paths]
     finite, sums = jax.device_get(_summary(floats))
     bad = [path for path, ok in zip(self.float_paths, finite) if not ok]
     if bad:

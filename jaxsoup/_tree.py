@@ -36,10 +36,13 @@ def path_of(key_path: Sequence[Any]) -> Path:
   )
 
 
-def paths_of(tree: Any) -> list[Path]:
+def paths_of(tree: Any, key_paths: Sequence[Any]) -> list[Path]:
   """The path of each leaf; the `.value` of an nnx.Variable is left out."""
   nnx = sys.modules.get('flax.nnx')  # Without it there are no Variables.
-  is_variable = lambda x: nnx is not None and isinstance(x, nnx.Variable)
+  value = jax.tree_util.GetAttrKey('value')
+  if nnx is None or not any(value in key_path for key_path in key_paths):
+    return list(map(path_of, key_paths))
+  is_variable = lambda x: isinstance(x, nnx.Variable)
   paths = []
   for above, x in jax.tree_util.tree_leaves_with_path(
       tree, is_leaf=is_variable
@@ -120,8 +123,9 @@ def flatten(tree: Params) -> Flat:
 
 def flatten_in_place(tree: Params) -> Flat:
   """Takes a pytree apart, without moving its leaves."""
-  leaves, treedef = jax.tree.flatten(tree)
-  return Flat(leaves, paths_of(tree), treedef)
+  with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  paths = paths_of(tree, [key_path for key_path, _ in with_paths])
+  return Flat([leaf for _, leaf in with_paths], paths, treedef)
 
 
 def on_device(leaf: Any, path: Path = ()) -> Any:
