@@ -109,16 +109,8 @@ def learned(
       stack and three models more take over two thirds of the free memory.
     cache_dtype: where ingredients are streamed, keep a copy of all of them in
       the host's memory, in this dtype, so that each is read from its source
-      only twice: when first used, and for the soup itself, which is always
-      mixed from exact ingredients. Rounding changes alpha only. With the 24
-      fine-tuned models of configs/digits.py (three seeds) bfloat16 loses 2 % of
-      their task vectors (norms). It moved alpha by less than 0.005 in two seeds
-      and one alpha a tensor by up to 0.055 (of 0.4); test accuracy changed by
-      0.11 points at most, test NLL by 0.0001. But patience can amplify small
-      changes: in one seed two nearly equal losses on `val_batches` swapped
-      ranks, learning ended after 4 epochs instead of 10, and lost 0.45 points
-      and 0.029 NLL. float16 moved alpha by 0.006 at most, and lost nothing.
-      (`python tests/benchmarks/cache.py`.)
+      only twice. Rounding changes alpha only: the soup itself is always mixed
+      from exact ingredients.
     on_start: called with the `LearnedPlan` when one ingredient has been read.
 
   Returns:
