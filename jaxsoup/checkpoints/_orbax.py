@@ -80,9 +80,9 @@ def resolve(path: PathLike, item: str | None = None) -> epath.Path:
 
 def absolute(path: PathLike) -> epath.Path:
   """The path from the root, or in its bucket."""
+  given = epath.Path(path)
   # `absolute` would turn `gs://` paths into local ones.
-  is_url = '://' in str(path)
-  return epath.Path(path) if is_url else epath.Path(path).absolute()
+  return given if '://' in str(given) else given.absolute()
 
 
 def _resolve(path: epath.Path, item: str | None) -> epath.Path | None:

@@ -30,9 +30,6 @@ from jaxsoup.typing import PathLike
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
 
-if TYPE_CHECKING:
-  pass
-
 # Matplotlib's black, white and grid: the colours of the page, in either mode.
 _INK = {
     '#000000': 'currentColor',
