@@ -28,6 +28,7 @@ if TYPE_CHECKING:
   from jaxsoup import sharding as sharding
   from jaxsoup import statistics as statistics
   from jaxsoup import studies as studies
+  from jaxsoup import typing as typing
   from jaxsoup._checked import check_compatible as check_compatible
   from jaxsoup._mixing import mix as mix
   from jaxsoup._mixing import stack as stack
@@ -73,6 +74,7 @@ _MODULES = (
     'sharding',
     'statistics',
     'studies',
+    'typing',
 )
 __all__ = sorted([*sum(_EXPORTS.values(), ()), *_MODULES])
 

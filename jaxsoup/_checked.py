@@ -8,10 +8,12 @@ checked[0], checked.duplicates()
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,9 @@ import numpy as np
 
 from jaxsoup import _tree
 from jaxsoup import _warnings
-from jaxsoup._soup import Members
-from jaxsoup._soup import Params
+from jaxsoup.typing import Leaf
+from jaxsoup.typing import Members
+from jaxsoup.typing import Params
 
 
 def mismatches(first: _tree.Flat, other: _tree.Flat) -> list[str]:
@@ -75,7 +78,7 @@ def not_finite_error(name: str, paths: Sequence[_tree.Path]) -> ValueError:
 
 
 def non_float_error(
-    name: str, path: _tree.Path, expected: Any, actual: Any
+    name: str, path: _tree.Path, expected: Leaf, actual: Leaf
 ) -> ValueError:
   """The error for integers or booleans that are not equal."""
   return ValueError(
@@ -98,7 +101,7 @@ def warn_of_duplicates(
     )
 
 
-def require_ingredients(ingredients: Any) -> None:
+def require_ingredients(ingredients: Sequence[Params]) -> None:
   """Raises unless this is a sequence with at least one ingredient."""
   if not hasattr(ingredients, '__getitem__') or isinstance(
       ingredients, Mapping
@@ -148,7 +151,20 @@ def _equal(leaves: list[jax.Array], others: list[jax.Array]) -> jax.Array:
   return equal
 
 
-class Checked(Sequence):
+class Leaves(Protocol):
+  """The float leaves of ingredients, one ingredient at a time."""
+
+  def __len__(self) -> int:
+    ...
+
+  def __getitem__(self, k: int, /) -> list[jax.Array]:
+    ...
+
+  def prefetch(self, k: int, /) -> None:
+    ...
+
+
+class Checked:
   """Ingredients as flat lists of leaves, each checked when it is first read.
 
   The first one that is read is the template: the others must have its paths,
@@ -161,14 +177,14 @@ class Checked(Sequence):
     self._source = ingredients
     # None of those that are traced.
     self._sums: dict[int, bytes | None] = {}
-    self._others: dict[int, list[Any]] = {}
+    self._others: dict[int, list[Leaf]] = {}
     self._duplicates: dict[int, int] = {}
     self._first: _tree.Flat | None = None
 
   def __len__(self) -> int:
     return len(self._source)
 
-  def __getitem__(self, k):
+  def __getitem__(self, k: int) -> list[jax.Array]:
     """The leaves of ingredient k that are floats."""
     k = range(len(self))[k]
     flat = _tree.flatten(self._source[k])
@@ -202,7 +218,7 @@ class Checked(Sequence):
     return list(self.template.floats)
 
   @functools.cached_property
-  def float_dtypes(self) -> tuple[Any, ...]:
+  def float_dtypes(self) -> tuple[np.dtype[Any], ...]:
     return tuple(x.dtype for x in self.template.floats.values())
 
   def replace(
@@ -250,7 +266,7 @@ class Checked(Sequence):
     sum_bytes = b''.join(np.asarray(s).tobytes() for s in sums)
     self._find_duplicate(k, floats, sum_bytes)
 
-  def _check_others(self, k: int, others: dict[_tree.Path, Any]) -> None:
+  def _check_others(self, k: int, others: dict[_tree.Path, Leaf]) -> None:
     for path, expected in self.template.others.items():
       actual = others[path]
       if _tree.is_state(expected) or actual is expected:
@@ -279,7 +295,7 @@ def _without_floats(flat: _tree.Flat) -> _tree.Flat:
   )
 
 
-def _short(value: Any) -> str:
+def _short(value: Leaf) -> str:
   if isinstance(value, jax.Array) and not value.is_fully_addressable:
     return f'an array of shape {value.shape} on several processes'
   return np.array2string(
@@ -323,7 +339,9 @@ averaged. If only the heads differ, pass the part that is the same: \
   return checked.duplicates()
 
 
-def in_order(checked: Checked, order: Sequence[int]):
+def in_order(
+    checked: Leaves, order: Sequence[int]
+) -> Iterator[tuple[int, list[jax.Array]]]:
   """Pairs (k, leaves) in this order, the next one read ahead."""
   for i, k in enumerate(order):
     leaves = checked[k]
@@ -350,7 +368,8 @@ def fitting_leaves(
   """
   first = checked.replace(checked[0])
   try:
-    _, leaves = Checked([first, params])
+    pair = Checked([first, params])
+    _, leaves = pair[0], pair[1]
     return leaves
   except ValueError as e:
     message = str(e).replace('ingredient 1', name)

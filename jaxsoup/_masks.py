@@ -11,10 +11,8 @@ not negative. Means are weighted by them. Where rows are returned, or BatchNorm
 reads them, those of weight 0 are dropped and all others count alike.
 """
 
-from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +20,13 @@ import numpy as np
 
 from jaxsoup import _processes
 from jaxsoup import _tree
+from jaxsoup.typing import ArrayLike
+from jaxsoup.typing import Batch
+from jaxsoup.typing import Batches
+from jaxsoup.typing import Tree
 
-Batch = Mapping[str, Any]
 
-
-def checked(batches: Iterable[Batch]) -> Iterator[dict[str, jax.Array]]:
+def checked(batches: Batches) -> Iterator[dict[str, jax.Array]]:
   """Yields the batches on the device; raises where a mask is invalid."""
   for i, batch in enumerate(batches):
     if 'mask' in batch:
@@ -34,7 +34,7 @@ def checked(batches: Iterable[Batch]) -> Iterator[dict[str, jax.Array]]:
     yield {name: _on_device(name, x) for name, x in batch.items()}
 
 
-def _on_device(name: str, x: Any) -> Any:
+def _on_device(name: str, x: Tree) -> Tree:
   # A list of numbers is one array; a dict is a part of the batch.
   is_leaf = lambda leaf: not isinstance(leaf, Mapping)
   put = lambda leaf: _tree.on_device(leaf, (name,))
@@ -64,7 +64,7 @@ def kept_rows(batch: Batch, num: int) -> np.ndarray:
   return _processes.gathered(batch['mask']) > 0
 
 
-def kept(batch: Any, where: str) -> Any:
+def kept(batch: Tree, where: str) -> Tree:
   """A batch, on the device, without the examples that its mask drops."""
   if isinstance(batch, Mapping) and 'mask' in batch:
     _require_mask(batch['mask'], where)
@@ -93,7 +93,7 @@ def _require_rows(mask: jax.Array, num: int) -> None:
     )
 
 
-def _require_mask(mask: Any, where: str) -> None:
+def _require_mask(mask: ArrayLike, where: str) -> None:
   if not isinstance(mask, jax.Array):
     mask = np.asarray(mask)
   is_float = jnp.issubdtype(mask.dtype, jnp.floating)

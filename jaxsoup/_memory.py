@@ -5,9 +5,12 @@ amount(free_bytes(jax.devices()[0]))
 ```
 """
 
+from collections.abc import Iterator
+from collections.abc import Sequence
 import os
 import pathlib
-from typing import Any
+
+import jax
 
 
 def amount(number: float, unit: str = 'B') -> str:
@@ -23,7 +26,7 @@ def amount(number: float, unit: str = 'B') -> str:
   return f'{number:.0f} {unit}'.rstrip()
 
 
-def free_bytes(device: Any) -> int:
+def free_bytes(device: jax.Device) -> int:
   """Bytes free on a device; of a CPU, in the host's memory."""
   stats = {} if device.platform == 'cpu' else device.memory_stats() or {}
   if 'bytes_limit' in stats:
@@ -47,13 +50,13 @@ def host_free_bytes(root: str | pathlib.Path = '/') -> int:
   return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
-def _of_system(root: pathlib.Path):
+def _of_system(root: pathlib.Path) -> Iterator[int]:
   for line in _lines(root / 'proc/meminfo'):
     if line.startswith('MemAvailable:'):
       yield int(line.split()[1]) * 1024
 
 
-def _of_control_groups(root: pathlib.Path):
+def _of_control_groups(root: pathlib.Path) -> Iterator[int]:
   mount = root / 'sys/fs/cgroup'
   for line in _lines(root / 'proc/self/cgroup'):
     _, controllers, path = line.split(':', 2)
@@ -69,7 +72,9 @@ def _of_control_groups(root: pathlib.Path):
       yield from _of_folders(mount / 'memory', path, names)
 
 
-def _of_folders(mount: pathlib.Path, path: str, names):
+def _of_folders(
+    mount: pathlib.Path, path: str, names: Sequence[str]
+) -> Iterator[int]:
   """Groups above limit it too; a container sees only the mount."""
   own = mount / path.strip('/')
   for folder in [own, *own.parents]:

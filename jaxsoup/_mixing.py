@@ -26,13 +26,16 @@ import numpy as np
 
 from jaxsoup import _checked
 from jaxsoup import _tree
-from jaxsoup._soup import Params
+from jaxsoup.typing import Alpha
+from jaxsoup.typing import Params
 
 BinaryFn = Callable[[jax.Array, jax.Array], jax.Array]
+# One argument is known by its `aval` only.
+TransposeFn = Callable[[jax.Array, Any, Any], jax.Array]
 
 
 def _bilinear(
-    name: str, fn: BinaryFn, by_first: Any, by_second: Any
+    name: str, fn: BinaryFn, by_first: TransposeFn, by_second: TransposeFn
 ) -> BinaryFn:
   """A function that JAX knows to be linear in each of its two arguments.
 
@@ -95,7 +98,9 @@ _inner_leaf: BinaryFn = _bilinear(
 )
 
 
-def _by_platform(by_row, whole, x: jax.Array, stacked: jax.Array) -> jax.Array:
+def _by_platform(
+    by_row: BinaryFn, whole: BinaryFn, x: jax.Array, stacked: jax.Array
+) -> jax.Array:
   """XLA:CPU makes a float32 copy of a whole stack of a narrow dtype."""
   if _bits(stacked) not in _UNSIGNED:
     return whole(x, stacked)
@@ -124,7 +129,7 @@ def _bits(x: jax.Array) -> int:
   return jnp.finfo(x.dtype).bits
 
 
-def _row(stacked: jax.Array, k: Any) -> jax.Array:
+def _row(stacked: jax.Array, k: int | jax.Array) -> jax.Array:
   """Row k in float32, without XLA:CPU making a float32 copy of all rows.
 
   It widens the operand of a slice of bfloat16 (not of integers), and moves
@@ -180,7 +185,7 @@ def mix_many(alpha: jax.Array, stacked: list[jax.Array]) -> list[jax.Array]:
   return jax.vmap(mix)(alpha)
 
 
-def mix(stacked: Params, alpha: Any) -> Params:
+def mix(stacked: Params, alpha: Alpha) -> Params:
   """Mixes K stacked models into one.
 
   `theta = sum_k alpha_k theta_k`, summed in float32 (or wider), rounded once.
@@ -253,7 +258,7 @@ def with_rows(flat: _tree.Flat, floats: list[jax.Array], num: int) -> Params:
   return flat.combine(floats, repeat(list(flat.others.values()), num))
 
 
-def stack_leaves(checked: _checked.Checked) -> list[jax.Array]:
+def stack_leaves(checked: _checked.Leaves) -> list[jax.Array]:
   """The float leaves `[K, ...]` of all ingredients, read one after another."""
   num_ingredients = len(checked)
   stacked: list[jax.Array] = []
@@ -294,10 +299,15 @@ def _set_row(
   ]
 
 
-def _added(total, leaves, weights, decay=1.0):
-  weights = weights if weights.ndim else [weights] * len(leaves)
+def _added(
+    total: list[jax.Array] | None,
+    leaves: list[jax.Array],
+    weights: jax.Array,
+    decay: float = 1.0,
+) -> list[jax.Array]:
+  by_leaf = weights if weights.ndim else [weights] * len(leaves)
   wide = [x.astype(_tree.wide_dtype(x.dtype)) for x in leaves]
-  terms = [w.astype(x.real.dtype) * x for w, x in zip(weights, wide)]
+  terms = [w.astype(x.real.dtype) * x for w, x in zip(by_leaf, wide)]
   if total is None:
     return terms
   kept = total if decay == 1 else [decay * t for t in total]
@@ -312,7 +322,7 @@ add = jax.jit(_added, static_argnums=3, donate_argnums=0)  # In place.
 
 @functools.partial(jax.jit, static_argnums=2)
 def rounded(
-    total: list[jax.Array], count: jax.Array, dtypes: tuple[Any, ...]
+    total: list[jax.Array], count: jax.Array, dtypes: tuple[np.dtype[Any], ...]
 ) -> list[jax.Array]:
   """`total / count`, rounded once to the dtypes of the ingredients."""
   return [(t / count.astype(t.dtype)).astype(d) for t, d in zip(total, dtypes)]
@@ -332,7 +342,7 @@ def rounded_with(
 
 def weighted_sum(
     checked: _checked.Checked,
-    alpha: Any = None,
+    alpha: Alpha | None = None,
     order: Sequence[int] | None = None,
 ) -> list[jax.Array]:
   """`sum_k alpha_k theta_k` of the float leaves, one ingredient at a time.
@@ -341,7 +351,7 @@ def weighted_sum(
   read.
   """
   order = range(len(checked)) if order is None else order
-  total: Any = None
+  total: list[jax.Array] | None = None
   weights = _tree.numbers(1.0)
   for k, leaves in _checked.in_order(checked, order):
     if alpha is not None:
@@ -349,4 +359,5 @@ def weighted_sum(
       rows = _tree.alphas_of(alpha, paths, others)
       weights = _tree.numbers([row[k] for row in rows])
     total = add(total, leaves, weights)
+  assert total is not None
   return total

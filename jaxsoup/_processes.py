@@ -1,10 +1,10 @@
 """Several processes with one task: who writes, who waits, what is agreed on."""
 
-from typing import Any
-
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+
+from jaxsoup.typing import Leaf
 
 
 def is_main() -> bool:
@@ -63,7 +63,7 @@ def summed(array: np.ndarray) -> np.ndarray:
   return np.asarray(multihost_utils.broadcast_one_to_all(array, is_source=True))
 
 
-def gathered(leaf: Any) -> np.ndarray:
+def gathered(leaf: Leaf) -> np.ndarray:
   """A whole array on the host of every process."""
   if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
     return np.asarray(jax.device_get(leaf))

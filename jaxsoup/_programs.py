@@ -12,12 +12,17 @@ gradient(loss_fn, params)              # Compiled once for each loss_fn.
 from collections.abc import Callable
 import functools
 from typing import Any
+from typing import TypeVar
 import weakref
 
 import jax
 
+_T = TypeVar('_T')
 
-def jit_of(num_fns: int, **options: Any) -> Callable[[Callable], Callable]:
+
+def jit_of(
+    num_fns: int, **options: Any
+) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
   """Like `jax.jit` of a function whose first arguments are functions.
 
   As static arguments they, and the data in their closures, would be kept alive
@@ -31,10 +36,10 @@ def jit_of(num_fns: int, **options: Any) -> Callable[[Callable], Callable]:
     A decorator.
   """
 
-  def decorate(fn):
-    programs: dict[tuple[Any, ...], Any] = {}
+  def decorate(fn: Callable[..., _T]) -> Callable[..., _T]:
+    programs: dict[tuple[weakref.ref[Any], ...], Callable[..., _T]] = {}
 
-    def program(fns):
+    def program(fns: tuple[Any, ...]) -> Callable[..., _T]:
       refs = tuple(map(weakref.ref, fns))
       if refs not in programs:
         call = lambda *args: fn(*(ref() for ref in refs), *args)
@@ -44,7 +49,7 @@ def jit_of(num_fns: int, **options: Any) -> Callable[[Callable], Callable]:
       return programs[refs]
 
     @functools.wraps(fn)
-    def jitted(*args):
+    def jitted(*args: Any) -> _T:
       fns, rest = args[:num_fns], args[num_fns:]
       try:
         compiled = program(fns)

@@ -6,20 +6,19 @@ soup.params, soup.alpha, soup.info.trials
 ```
 """
 
-from collections.abc import Callable
 from collections.abc import MutableMapping
 import dataclasses
 from typing import Any
+from typing import Generic
 from typing import NamedTuple
+from typing import TypeVar
 
 import jax
 import numpy as np
 
-Params = Any  # A pytree of arrays: linen dicts, nnx.State, nnx.Module, ...
-Members = tuple[int, ...]  # Ingredients of one candidate, ascending.
-# Higher is better. May have a method `at_least`, see `AtMost`.
-EvalFn = Callable[[Params], float | jax.Array]
-LossFn = Callable[[Params, Any, jax.Array], jax.Array]
+from jaxsoup.typing import Members
+from jaxsoup.typing import Nested
+from jaxsoup.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,66 +48,8 @@ class AtMost:
   bound: float
 
 
-# Remembered scores, and bounds on those that were not computed.
+#: Remembered scores, and bounds on those that were not computed.
 Scores = MutableMapping[Members, float | AtMost]
-
-
-class _Static:
-  """Values that are part of a pytree's structure, compared one by one."""
-
-  def __init__(self, structure: Any, values: list[Any]):
-    self.structure = structure
-    self.values = values
-
-  def __eq__(self, other):
-    return (
-        isinstance(other, _Static)
-        and self.structure == other.structure
-        and all(map(np.array_equal, self.values, other.values))
-    )
-
-  def __hash__(self):
-    return hash(self.structure)
-
-  def __repr__(self):  # What jax shows where two soups are mapped together.
-    return f'alpha and info {self.values}'
-
-
-@jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, eq=False)
-class Soup:
-  """An average of K models, and how it was made.
-
-  A pytree whose leaves are those of `params`: `jax.tree.map`, `jax.device_put`
-  and `jax.jit` leave alpha and info as they are. (Where a recipe was traced,
-  they hold `jax.Array`s, and those are leaves too.)
-
-  Attributes:
-    params: `sum_k alpha_k theta_k`, in the container and dtypes of the
-      ingredients.
-    alpha: mixing coefficients, `[K]` float32; or nested dicts of those, one for
-      each group of leaves. `alpha[k]` belongs to the k-th ingredient as given.
-    info: what the recipe saw and did: one of the NamedTuples below.
-  """
-
-  params: Params
-  alpha: Any
-  info: Any
-
-  def tree_flatten_with_keys(self):
-    values, structure = jax.tree.flatten((self.alpha, self.info))
-    is_array = [isinstance(x, jax.Array) for x in values]
-    arrays = [x if is_leaf else None for x, is_leaf in zip(values, is_array)]
-    static = [None if is_leaf else x for x, is_leaf in zip(values, is_array)]
-    keys = map(jax.tree_util.GetAttrKey, ('params', 'alpha_and_info'))
-    children = zip(keys, (self.params, arrays))
-    return tuple(children), _Static(structure, static)
-
-  @classmethod
-  def tree_unflatten(cls, aux: _Static, children: Any) -> 'Soup':
-    params, arrays = children
-    values = [s if a is None else a for s, a in zip(aux.values, arrays)]
-    return cls(params, *jax.tree.unflatten(aux.structure, values))
 
 
 class Trial(NamedTuple):
@@ -212,8 +153,8 @@ class StockInfo(NamedTuple):
     duplicates: groups of ingredients with equal parameters.
   """
 
-  cosine: Any
-  ratio: Any
+  cosine: Nested
+  ratio: Nested
   duplicates: tuple[Members, ...]
 
 
@@ -225,3 +166,67 @@ class AdapterInfo(NamedTuple):
   """
 
   residuals: dict[str, float]
+
+
+#: What a recipe saw and did.
+Info = AverageInfo | SearchInfo | LearnedInfo | StockInfo | AdapterInfo
+InfoT = TypeVar('InfoT', bound=Info, covariant=True)
+
+
+class _Static:
+  """Values that are part of a pytree's structure, compared one by one."""
+
+  def __init__(self, structure: jax.tree_util.PyTreeDef, values: list[Any]):
+    self.structure = structure
+    self.values = values
+
+  def __eq__(self, other: object) -> bool:
+    return (
+        isinstance(other, _Static)
+        and self.structure == other.structure
+        and all(map(np.array_equal, self.values, other.values))
+    )
+
+  def __hash__(self) -> int:
+    return hash(self.structure)
+
+  def __repr__(self) -> str:
+    # What jax shows where two soups are mapped together.
+    return f'alpha and info {self.values}'
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Soup(Generic[InfoT]):
+  """An average of K models, and how it was made.
+
+  A pytree whose leaves are those of `params`: `jax.tree.map`, `jax.device_put`
+  and `jax.jit` leave alpha and info as they are. (Where a recipe was traced,
+  they hold `jax.Array`s, and those are leaves too.)
+
+  Attributes:
+    params: `sum_k alpha_k theta_k`, in the container and dtypes of the
+      ingredients.
+    alpha: mixing coefficients, `[K]` float32; or nested dicts of those, one for
+      each group of leaves. `alpha[k]` belongs to the k-th ingredient as given.
+    info: what the recipe saw and did: one of the NamedTuples above.
+  """
+
+  params: Params
+  alpha: Nested
+  info: InfoT
+
+  def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], _Static]:
+    values, structure = jax.tree.flatten((self.alpha, self.info))
+    is_array = [isinstance(x, jax.Array) for x in values]
+    arrays = [x if is_leaf else None for x, is_leaf in zip(values, is_array)]
+    static = [None if is_leaf else x for x, is_leaf in zip(values, is_array)]
+    keys = map(jax.tree_util.GetAttrKey, ('params', 'alpha_and_info'))
+    children = zip(keys, (self.params, arrays))
+    return tuple(children), _Static(structure, static)
+
+  @classmethod
+  def tree_unflatten(cls, aux: _Static, children: Any) -> 'Soup[Any]':
+    params, arrays = children
+    values = [s if a is None else a for s, a in zip(aux.values, arrays)]
+    return cls(params, *jax.tree.unflatten(aux.structure, values))

@@ -10,7 +10,6 @@ two `nnx.State` with different metadata are the same model, and so are an
 `nnx.Module` and another one that was built from another seed.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -23,9 +22,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoup._soup import Params
-
-Path = tuple[str, ...]
+from jaxsoup.typing import Alpha
+from jaxsoup.typing import Array
+from jaxsoup.typing import ArrayLike
+from jaxsoup.typing import DType
+from jaxsoup.typing import GroupFn
+from jaxsoup.typing import Leaf
+from jaxsoup.typing import Nested
+from jaxsoup.typing import Params
+from jaxsoup.typing import Path
+from jaxsoup.typing import ShapeDtype
 
 
 def path_of(key_path: Sequence[Any]) -> Path:
@@ -36,7 +42,9 @@ def path_of(key_path: Sequence[Any]) -> Path:
   )
 
 
-def paths_of(tree: Any, key_paths: Sequence[Any]) -> list[Path]:
+def paths_of(
+    tree: Params, key_paths: Sequence[jax.tree_util.KeyPath[Any]]
+) -> list[Path]:
   """The path of each leaf; the `.value` of an nnx.Variable is left out."""
   nnx = sys.modules.get('flax.nnx')  # Without it there are no Variables.
   value = jax.tree_util.GetAttrKey('value')
@@ -56,26 +64,26 @@ def name_of(path: Path) -> str:
   return '/'.join(path) or '(the tree itself)'
 
 
-def is_float(leaf: Any) -> bool:
+def is_float(leaf: ShapeDtype) -> bool:
   return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def is_state(leaf: Any) -> bool:
+def is_state(leaf: ShapeDtype) -> bool:
   """Whether it is a PRNG key, a step or a counter: each model has its own."""
   if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     return True
   # A key in the old style, or the counters of a scanned layer.
-  is_vector_of_rngs = leaf.ndim == 1 and leaf.dtype == np.uint32
+  is_vector_of_rngs = len(leaf.shape) == 1 and leaf.dtype == np.uint32
   is_integer = jnp.issubdtype(leaf.dtype, jnp.integer)
-  return is_integer and (leaf.ndim == 0 or is_vector_of_rngs)
+  return is_integer and (not leaf.shape or is_vector_of_rngs)
 
 
-def wide_dtype(dtype: Any) -> Any:
+def wide_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
   """The dtype of a sum: float32, or wider where the leaves are wider."""
-  return jnp.float32 if dtype.itemsize < 4 else dtype
+  return np.dtype(np.float32) if dtype.itemsize < 4 else dtype
 
 
-def is_traced(*arrays: Any) -> bool:
+def is_traced(*arrays: Leaf) -> bool:
   """Whether some values are unknown, as under `jax.jit` or `jax.grad`."""
   return any(isinstance(x, jax.core.Tracer) for x in arrays)
 
@@ -83,29 +91,29 @@ def is_traced(*arrays: Any) -> bool:
 class Flat(NamedTuple):
   """A pytree taken apart; `leaves` and `paths` are in the same order."""
 
-  leaves: list[Any]
+  leaves: list[Leaf]
   paths: list[Path]
-  treedef: Any
+  treedef: jax.tree_util.PyTreeDef
 
   @property
-  def by_path(self) -> dict[Path, Any]:
+  def by_path(self) -> dict[Path, Leaf]:
     return dict(zip(self.paths, self.leaves))
 
   @property
-  def floats(self) -> dict[Path, Any]:
+  def floats(self) -> dict[Path, Leaf]:
     """The leaves that are averaged."""
     return {p: x for p, x in self.by_path.items() if is_float(x)}
 
   @property
-  def others(self) -> dict[Path, Any]:
+  def others(self) -> dict[Path, Leaf]:
     """The leaves that are not."""
     return {p: x for p, x in self.by_path.items() if not is_float(x)}
 
-  def replace(self, leaves: Iterable[Any]) -> Params:
+  def replace(self, leaves: Iterable[Leaf]) -> Params:
     return jax.tree.unflatten(self.treedef, list(leaves))
 
   def combine(
-      self, floats: Iterable[Any], others: Iterable[Any] | None = None
+      self, floats: Iterable[Leaf], others: Iterable[Leaf] | None = None
   ) -> Params:
     """The tree with these leaves, each kind in the order of `paths`."""
     floats = iter(floats)
@@ -128,7 +136,7 @@ def flatten_in_place(tree: Params) -> Flat:
   return Flat([leaf for _, leaf in with_paths], paths, treedef)
 
 
-def on_device(leaf: Any, path: Path = ()) -> Any:
+def on_device(leaf: Leaf, path: Path = ()) -> Leaf:
   # Explicit, because `jax_transfer_guard='disallow'` forbids NumPy arrays and
   # Python scalars as arguments of a jitted function.
   if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
@@ -156,20 +164,16 @@ def whole_beside(x: jax.Array) -> jax.sharding.Sharding | None:
   return x.sharding
 
 
-def numbers(values: Any, dtype: Any = None) -> jax.Array:
+def numbers(values: ArrayLike, dtype: DType | None = None) -> jax.Array:
   """Numbers on the device, explicitly (see `on_device`); floats by default."""
   if is_traced(*(values if isinstance(values, list) else [values])):
     return jnp.asarray(values)
   return jax.device_put(np.asarray(values, dtype or widest_float()))
 
 
-def widest_float() -> Any:
+def widest_float() -> np.dtype[Any]:
   """float64 where jax has it, else float32."""
   return jax.dtypes.canonicalize_dtype(np.float64)
-
-
-# The group of a leaf: how its path begins.
-GroupFn = Callable[[Path], Path]
 
 
 def whole(path: Path) -> Path:
@@ -200,7 +204,7 @@ def statistics_of(paths: Sequence[Path]) -> np.ndarray:
     for parent, key in _places(path):
       siblings.setdefault(parent, set()).add(key)
 
-  def is_statistic(path):
+  def is_statistic(path: Path) -> bool:
     return any(
         key in names and names <= siblings[parent]
         for parent, key in _places(path)
@@ -218,7 +222,7 @@ def _places(path: Path) -> list[tuple[Path, str]]:
   return [((*path[:-1], stem), last)]
 
 
-def nest(groups: Mapping[Path, Any]) -> Any:
+def nest(groups: Mapping[Path, Any]) -> Nested:
   """Nested dicts from paths; the value itself where the only path is empty."""
   if () in groups:
     return groups[()]
@@ -231,8 +235,8 @@ def nest(groups: Mapping[Path, Any]) -> Any:
 
 
 def alphas_of(
-    alpha: Any, paths: Sequence[Path], others: Iterable[Path] = ()
-) -> list[Any]:
+    alpha: Alpha, paths: Sequence[Path], others: Iterable[Path] = ()
+) -> list[Array]:
   """The coefficients of every leaf: the entry of alpha above its path.
 
   Args:
@@ -245,7 +249,7 @@ def alphas_of(
   """
   entries = entries_of(alpha)
 
-  def above(path):
+  def above(path: Path) -> Path | None:
     starts = (path[:n] for n in range(len(path) + 1))
     return next((start for start in starts if start in entries), None)
 
@@ -263,10 +267,10 @@ def alphas_of(
         f'the leaves are {[name_of(p) for p in paths[:8]]}...'
     )
   checked = {path: _finite(path, x) for path, x in entries.items()}
-  return [checked[place] for place in places.values()]
+  return [checked[place] for place in places.values() if place is not None]
 
 
-def checked_alpha(alpha: Any, num: int) -> Any:
+def checked_alpha(alpha: Alpha, num: int) -> Nested:
   """Coefficients `[num]`, NumPy arrays unless they are traced.
 
   Raises if they are more or fewer, or not finite.
@@ -281,7 +285,7 @@ def checked_alpha(alpha: Any, num: int) -> Any:
   return alpha
 
 
-def _finite(path: Path, x: jax.Array) -> Any:
+def _finite(path: Path, x: jax.Array) -> Array:
   """An entry of alpha as a NumPy array, unless it is traced; raises if NaN."""
   if is_traced(x):
     return x
@@ -292,7 +296,7 @@ def _finite(path: Path, x: jax.Array) -> Any:
   return values
 
 
-def entries_of(alpha: Any) -> dict[Path, jax.Array]:
+def entries_of(alpha: Alpha) -> dict[Path, jax.Array]:
   """The groups of a prefix tree, with their coefficients on a device."""
   # A list of numbers is one [K], not a tree of K scalars.
   is_vector = lambda x: isinstance(x, (list, tuple))
@@ -300,7 +304,7 @@ def entries_of(alpha: Any) -> dict[Path, jax.Array]:
   return {path_of(key_path): _vector(x) for key_path, x in with_paths}
 
 
-def _vector(x: Any) -> jax.Array:
+def _vector(x: ArrayLike) -> jax.Array:
   if isinstance(x, jax.Array):
     return x
   if isinstance(x, (list, tuple)) and any(isinstance(a, jax.Array) for a in x):

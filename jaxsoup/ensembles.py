@@ -11,9 +11,8 @@ are the same functions, applied to logits: no ingredient is run twice.
 """
 
 from collections.abc import Callable
-from collections.abc import Mapping
 from collections.abc import Sequence
-from typing import Any
+from typing import Generic
 from typing import NamedTuple
 
 import jax
@@ -23,11 +22,19 @@ from jaxsoup import _checked
 from jaxsoup import evaluation
 from jaxsoup._recipes import _average
 from jaxsoup._recipes import _greedy
-from jaxsoup._soup import Params
+from jaxsoup._soup import AverageInfo
+from jaxsoup._soup import InfoT
+from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
+from jaxsoup.typing import Array
+from jaxsoup.typing import Batches
+from jaxsoup.typing import LogitsFn
+from jaxsoup.typing import Params
+from jaxsoup.typing import Scalar
+from jaxsoup.typing import Tree
 
 
-class Ensemble(NamedTuple):
+class Ensemble(NamedTuple, Generic[InfoT]):
   """Averaged logits.
 
   Attributes:
@@ -38,14 +45,14 @@ class Ensemble(NamedTuple):
 
   logits: jax.Array
   alpha: np.ndarray
-  info: Any
+  info: InfoT
 
 
 def collect(
     ingredients: Sequence[Params],
-    logits_fn: Callable[[Params, Mapping[str, Any]], Any],
-    batches: Any,
-) -> Any:
+    logits_fn: LogitsFn,
+    batches: Batches,
+) -> Tree:
   """Runs every ingredient once over the data.
 
   Args:
@@ -72,7 +79,7 @@ def collect(
   return jax.tree.map(lambda *rows: np.stack(rows), *outputs)
 
 
-def uniform(logits: Any) -> Ensemble:
+def uniform(logits: Array) -> Ensemble[AverageInfo]:
   """The mean of the logits of all models.
 
   Args:
@@ -89,15 +96,15 @@ def uniform(logits: Any) -> Ensemble:
 
 
 def greedy(
-    logits: Any,
-    score_fn: Callable[[jax.Array], Any],
+    logits: Array,
+    score_fn: Callable[[jax.Array], Scalar],
     *,
     order: Sequence[int] | None = None,
     strict: bool = False,
     num_passes: int = 1,
     with_replacement: bool = False,
     max_ingredients: int | None = None,
-) -> Ensemble:
+) -> Ensemble[SearchInfo]:
   """The greedy rule of recipe 1 over mean logits.
 
   Args:
@@ -128,11 +135,11 @@ def greedy(
   )
 
 
-def _of(soup: Soup) -> Ensemble:
+def _of(soup: Soup[InfoT]) -> Ensemble[InfoT]:
   return Ensemble(soup.params, soup.alpha, soup.info)
 
 
-def _models(logits: Any) -> list[Any]:
+def _models(logits: Array) -> list[Array]:
   if np.ndim(logits) != 3:
     raise ValueError(
         f'logits have shape {np.shape(logits)}: expected [K, N, C] for K '

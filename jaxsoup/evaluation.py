@@ -14,11 +14,12 @@ import bisect
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
+from collections.abc import Sized
 import functools
 import math
 from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +29,18 @@ from jaxsoup import _masks
 from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup._soup import AtMost
-from jaxsoup._soup import EvalFn
-from jaxsoup._soup import Params
+from jaxsoup.typing import Array
+from jaxsoup.typing import Batch
+from jaxsoup.typing import Batches
+from jaxsoup.typing import EvalFn
+from jaxsoup.typing import ExampleMetricFn
+from jaxsoup.typing import LogitsFn
+from jaxsoup.typing import MetricFn
+from jaxsoup.typing import OutputsFn
+from jaxsoup.typing import Params
+from jaxsoup.typing import Tree
 
-Batch = Mapping[str, Any]
-
+_T = TypeVar('_T')
 # Batches in flight: enough that the device does not wait for the host.
 _NUM_AHEAD = 3
 
@@ -101,9 +109,7 @@ def placed(x: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
   return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
 
-def mean_of(
-    metric_fn: Callable[[Params, Batch], jax.Array], batches: Iterable[Batch]
-) -> 'MeanOf':
+def mean_of(metric_fn: ExampleMetricFn, batches: Batches) -> 'MeanOf':
   """The mean of a metric over all examples, as a function of the parameters.
 
   `sum_j w_j metric(params, example_j) / sum_j w_j`. Compiled once, however many
@@ -163,8 +169,8 @@ class MeanOf:
 
   def __init__(
       self,
-      metric_fn: Callable[[Params, Batch], jax.Array],
-      batches: Iterable[Batch],
+      metric_fn: ExampleMetricFn,
+      batches: Batches,
   ):
     self.num_seen = 0
     self._metric_fn = metric_fn
@@ -265,7 +271,7 @@ class MeanOf:
     most, self.num_seen = self._num, 0
     for rows, batch in self._in_order():
       right, count, wrong = self.step(params, batch)
-      if self._hard_first is None:
+      if self._hard_first is None or rows is None:
         right, count = jax.device_get((right, count))
       else:
         right, count, wrong = jax.device_get((right, count, wrong))
@@ -281,7 +287,7 @@ class MeanOf:
       )
     return most / self._num
 
-  def _in_order(self) -> Iterator[tuple[Any, Batch]]:
+  def _in_order(self) -> Iterator[tuple[np.ndarray | None, Batch]]:
     if self._hard_first is not None:
       yield from self._hard_first.batches()
     else:
@@ -289,16 +295,16 @@ class MeanOf:
         yield None, batch
 
 
-def _few_ahead(results: Iterable[Any]) -> list[Any]:
+def _few_ahead(results: Iterable[_T]) -> list[_T]:
   """The results, few at a time: batches in flight take memory."""
-  done: list[Any] = []
+  done: list[_T] = []
   for result in results:
     done.append(result)
     jax.block_until_ready(done[-_NUM_AHEAD:][0])
   return done
 
 
-def _require_examples(num: Any) -> None:
+def _require_examples(num: Sized | float) -> None:
   if not num:
     raise ValueError(
         'There are no examples to score: no batches, or all are masked. An '
@@ -306,7 +312,9 @@ def _require_examples(num: Any) -> None:
     )
 
 
-def _sums(metric_fn, params, batch):
+def _sums(
+    metric_fn: ExampleMetricFn, params: Params, batch: dict[str, Any]
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """Of one batch: sum, count, and where there is a bound, who is wrong."""
   values = metric_fn(params, batch)
   if values.ndim != 1:
@@ -320,14 +328,14 @@ def _sums(metric_fn, params, batch):
   return _masks.weighted_sum(values, weights), weights.sum(), wrong
 
 
-def _can_be_ordered(batches: Any, wrong: Sequence[jax.Array]) -> bool:
+def _can_be_ordered(batches: Batches, wrong: Sequence[jax.Array]) -> bool:
   """Whether rows can be moved between these batches, of which each has B."""
   size = wrong[0].shape[0]
 
-  def shapes(batch):
+  def shapes(batch: Batch) -> dict[str, tuple[Any, ...]]:
     return {name: (x.shape, x.dtype) for name, x in batch.items()}
 
-  def is_movable(x):
+  def is_movable(x: Tree) -> bool:
     if isinstance(x, jax.Array):
       # Rows on other processes are out of reach; keys have no host form.
       is_known = x.is_fully_addressable and hasattr(x.dtype, 'itemsize')
@@ -420,7 +428,7 @@ class _HardFirst:
     return batch
 
 
-def _taken(batch: Batch, rows: np.ndarray) -> dict[str, Any]:
+def _taken(batch: Batch, rows: np.ndarray) -> dict[str, Array]:
   """Rows of a batch but its mask, the last repeated up to a power of two.
 
   They are taken on the device: jax keeps what it copies to the host for as long
@@ -442,15 +450,17 @@ def _taken(batch: Batch, rows: np.ndarray) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _rows_of(arrays, rows, out_sharding):
+def _rows_of(
+    arrays: dict[str, jax.Array],
+    rows: jax.Array,
+    out_sharding: jax.sharding.NamedSharding | None,
+) -> dict[str, jax.Array]:
   return jax.tree.map(
       lambda x: x.at[rows].get(out_sharding=out_sharding), arrays
   )
 
 
-def logits_of(
-    logits_fn: Callable[[Params, Batch], Any], batches: Iterable[Batch]
-) -> Callable[[Params], Any]:
+def logits_of(logits_fn: LogitsFn, batches: Batches) -> OutputsFn:
   """The outputs of a model on all examples, for any number of metrics.
 
   Args:
@@ -474,7 +484,7 @@ def logits_of(
   run = _outputs_of(logits_fn, batches)
   first: list[np.ndarray] = []
 
-  def fn(params: Params) -> Any:
+  def fn(params: Params) -> Tree:
     outputs, hashes = run(params)
     if not first:
       first.append(hashes)
@@ -493,12 +503,12 @@ def logits_of(
 
 
 def _outputs_of(
-    logits_fn: Callable[[Params, Batch], Any], batches: Iterable[Batch]
-) -> Callable[[Params], tuple[Any, np.ndarray]]:
+    logits_fn: LogitsFn, batches: Batches
+) -> Callable[[Params], tuple[Tree, np.ndarray]]:
   """As `logits_of`, in any order, and a hash of each example, `[N]`."""
   compiled = jax.jit(logits_fn)
 
-  def fn(params: Params) -> tuple[Any, np.ndarray]:
+  def fn(params: Params) -> tuple[Tree, np.ndarray]:
     params = jax.tree.map(_tree.on_device, params)
     parts = []
     for batch in _masks.checked(batches):
@@ -514,7 +524,7 @@ def _outputs_of(
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _hashes(batch, num):
+def _hashes(batch: Batch, num: int) -> jax.Array:
   """Numbers that tell the examples of a batch apart, `[B]` uint32."""
   total = jnp.zeros(num, jnp.uint32)
   for x in jax.tree.leaves(batch):
@@ -530,9 +540,9 @@ def _hashes(batch, num):
 
 
 def score_of(
-    metric: Callable[[Any, Any], Any],
-    logits_fn: Callable[[Params, Batch], jax.Array],
-    batches: Iterable[Batch],
+    metric: MetricFn,
+    logits_fn: LogitsFn,
+    batches: Batches,
     *,
     label: str = 'label',
 ) -> EvalFn:

@@ -12,23 +12,26 @@ soup.info.residuals                                  # what that costs, by layer
 
 from collections.abc import Mapping
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxsoup import _tree
 from jaxsoup._soup import AdapterInfo
-from jaxsoup._soup import Params
 from jaxsoup._soup import Soup
+from jaxsoup.typing import Alpha
+from jaxsoup.typing import Params
 
 # Of one layer, in float64: `[..., in, r]` and `[..., r, out]`.
 _Factors = tuple[np.ndarray, np.ndarray]
 
 
 def average(
-    adapters: Sequence[Params], alpha: Any = None, *, rank: int | None = None
-) -> Soup:
+    adapters: Sequence[Params],
+    alpha: Alpha | None = None,
+    *,
+    rank: int | None = None,
+) -> Soup[AdapterInfo]:
   """Averages what adapters of one base add to it.
 
   `dW = sum_k alpha_k A_k B_k = [A_1, ..., A_K] [alpha_1 B_1; ...; alpha_K B_K]`
@@ -166,7 +169,7 @@ def _in_container(
     factors: Mapping[_tree.Path, _Factors], flats: Sequence[_tree.Flat]
 ) -> Params:
   """The factors in the container of the first adapter, if it has all layers."""
-  leaves: dict[_tree.Path, Any] = {}
+  leaves: dict[_tree.Path, jax.Array] = {}
   dtypes = {p: x.dtype for f in flats[::-1] for p, x in zip(f.paths, f.leaves)}
   for layer, pair in factors.items():
     for key, x in zip(('lora_a', 'lora_b'), pair):

@@ -14,31 +14,45 @@ select on them.
 A row of logits with a NaN predicts no class: it is wrong.
 """
 
+from collections.abc import Callable
 import functools
+from typing import Concatenate
 from typing import NamedTuple
+from typing import ParamSpec
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup.typing import Array
+from jaxsoup.typing import ArrayLike
 
-def _metric(fn):
+_P = ParamSpec('_P')
+_T = TypeVar('_T')
+
+
+def _metric(
+    fn: Callable[Concatenate[jax.Array, jax.Array, _P], _T],
+) -> Callable[Concatenate[ArrayLike, ArrayLike, _P], _T]:
   """Compiles a metric; brings NumPy input to the device explicitly."""
   compiled = jax.jit(fn, static_argnames=tuple(fn.__kwdefaults__ or ()))
 
   @functools.wraps(fn)
-  def wrapper(logits, labels, **kwargs):
-    logits, labels = (
+  def wrapper(
+      logits: ArrayLike, labels: ArrayLike, *args: _P.args, **options: _P.kwargs
+  ) -> _T:
+    on_device = [
         x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x))
         for x in (logits, labels)
-    )
-    _require_fit(fn.__name__, logits, labels)
-    return compiled(logits, labels, **kwargs)
+    ]
+    _require_fit(fn.__name__, *on_device)
+    return compiled(*on_device, *args, **options)
 
   return wrapper
 
 
-def _require_fit(name: str, logits: jax.Array, labels: jax.Array) -> None:
+def _require_fit(name: str, logits: Array, labels: Array) -> None:
   is_sets = name in ('accuracy', 'correct') and labels.dtype == bool
   expected = logits.shape if is_sets else logits.shape[:1]
   if logits.ndim != 2 or labels.shape != expected or not labels.size:
@@ -53,12 +67,12 @@ def _require_fit(name: str, logits: jax.Array, labels: jax.Array) -> None:
     )
 
 
-def _is_prediction(logits: jax.Array) -> jax.Array:
+def _is_prediction(logits: Array) -> jax.Array:
   """Which rows have no NaN, `[N]`; of NumPy arrays in NumPy."""
   return (logits == logits).all(-1)
 
 
-def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def correct(logits: Array, labels: Array) -> jax.Array:
   """Whether each prediction is right, `[N]` bool: for `evaluation.mean_of`.
 
   Where several labels are right they are bool, `[N, C]`: the class of the

@@ -12,19 +12,19 @@ ingredients = checkpoints.Ingredients(run_dirs, abstract_params)
 from collections.abc import Sequence
 import math
 import re
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from jaxsoup import _tree
-from jaxsoup._soup import Params
+from jaxsoup.typing import Params
+from jaxsoup.typing import ShapeDtype
 
 
 def fsdp(
     abstract_params: Params,
-    mesh: Any,
+    mesh: jax.sharding.Mesh,
     *,
     axis: str = 'fsdp',
     min_size: int = 2**16,
@@ -63,7 +63,7 @@ def fsdp(
     )
   num_shards = mesh.shape[axis]
 
-  def sharded(leaf):
+  def sharded(leaf: ShapeDtype) -> jax.ShapeDtypeStruct:
     fitting = [i for i, n in enumerate(leaf.shape) if n and n % num_shards == 0]
     spec: list[str | None] = [None] * len(leaf.shape)
     if fitting and math.prod(leaf.shape) >= min_size:
@@ -75,7 +75,9 @@ def fsdp(
 
 
 def by_rules(
-    abstract_params: Params, mesh: Any, rules: Sequence[tuple[str, Any]]
+    abstract_params: Params,
+    mesh: jax.sharding.Mesh,
+    rules: Sequence[tuple[str, PartitionSpec]],
 ) -> Params:
   """Shards leaves by their paths: the first rule that matches decides.
 
@@ -101,7 +103,7 @@ def by_rules(
     (None, 'tensor')
   """
 
-  def sharded(path, leaf):
+  def sharded(path: _tree.Path, leaf: ShapeDtype) -> jax.ShapeDtypeStruct:
     name = _tree.name_of(path)
     matching = (rule for rule in rules if re.search(rule[0], name))
     pattern, spec = next(matching, ('', PartitionSpec()))

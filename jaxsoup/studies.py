@@ -37,13 +37,19 @@ from jaxsoup._recipes import _average
 from jaxsoup._recipes import _greedy
 from jaxsoup._recipes import _search
 from jaxsoup._soup import AtMost
-from jaxsoup._soup import EvalFn
-from jaxsoup._soup import Members
-from jaxsoup._soup import Params
 from jaxsoup._soup import Scores
 from jaxsoup._soup import SearchInfo
+from jaxsoup.typing import Array
+from jaxsoup.typing import ArrayLike
+from jaxsoup.typing import Config
+from jaxsoup.typing import CountFn
+from jaxsoup.typing import EvalFn
+from jaxsoup.typing import Members
+from jaxsoup.typing import ObjectiveFn
+from jaxsoup.typing import Params
+from jaxsoup.typing import Scalar
+from jaxsoup.typing import ScoreFn
 
-ScoreFn = Callable[[Members], Any]  # The score of a set of ingredients.
 # Up to this many models, all pairs are compared.
 _ALL_PAIRS = 12
 
@@ -112,9 +118,9 @@ class Curve(NamedTuple):
 
 def soup_scores(
     ingredients: Sequence[Params],
-    eval_fn: Callable[[Params], Any],
+    eval_fn: EvalFn,
     scores: Scores | None = None,
-) -> ScoreFn:
+) -> Callable[[Members], float]:
   """Scores of uniform soups of some ingredients, each computed once.
 
   Args:
@@ -169,10 +175,10 @@ def recipes(
   known: Scores = {} if scores is None else scores
   single_fn = soup_scores(ingredients, eval_fn, known)
 
-  def ranked(members):
+  def ranked(members: Members) -> list[int]:
     return sorted(members, key=lambda k: (-single_fn((k,)), k))
 
-  def greedy(members):
+  def greedy(members: Members) -> Scalar:
     order = ranked(members)
     soup = _greedy.greedy(ingredients, eval_fn, order=order, scores=known)
     return report_fn(soup.info.accepted)
@@ -191,7 +197,7 @@ def growth(
     nums: Iterable[int] | None = None,
     num_orders: int = 3,
     seed: int = 0,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: CountFn | None = None,
 ) -> Growth:
   """Scores of the first 1, 2, ... models, over random orders of them.
 
@@ -272,7 +278,7 @@ def random_orders(
 
 
 def groups(
-    configs: Sequence[Mapping[str, Any]], *, ignore: Iterable[str] = ('seed',)
+    configs: Sequence[Config], *, ignore: Iterable[str] = ('seed',)
 ) -> dict[str, list[Members]]:
   """Runs that differ in one hyper-parameter only.
 
@@ -295,7 +301,7 @@ def groups(
   members_of = {}
   for name in names:
     free = {name} if name in ignore else {name} | ignore
-    alike: dict[tuple, list[int]] = {}
+    alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for k, config in enumerate(configs):
       rest = sorted((n, repr(v)) for n, v in config.items() if n not in free)
       alike.setdefault(tuple(rest), []).append(k)
@@ -337,7 +343,7 @@ def connected_pairs(
 
 
 def one_varied(
-    configs: Sequence[Mapping[str, Any]],
+    configs: Sequence[Config],
     score_fn: ScoreFn,
     *,
     ignore: Iterable[str] = ('seed',),
@@ -372,9 +378,9 @@ def one_varied(
 
 
 def contributions(
-    configs: Sequence[Mapping[str, Any]],
-    scores: Any,
-    frequency: Any = None,
+    configs: Sequence[Config],
+    scores: Array | Sequence[float],
+    frequency: Array | Sequence[float] | None = None,
     *,
     ignore: Iterable[str] = ('seed',),
 ) -> list[Contribution]:
@@ -423,7 +429,9 @@ def contributions(
   return sorted(rows, key=strength, reverse=True)
 
 
-def _numeric(configs, ignore: set[str]) -> dict[str, np.ndarray]:
+def _numeric(
+    configs: Sequence[Config], ignore: set[str]
+) -> dict[str, np.ndarray]:
   names = sorted({name for config in configs for name in config} - ignore)
   columns = {name: [c.get(name) for c in configs] for name in names}
   number = (bool, int, float, np.number)
@@ -434,7 +442,7 @@ def _numeric(configs, ignore: set[str]) -> dict[str, np.ndarray]:
   }
 
 
-def rank_correlation(x: Any, y: Any) -> tuple[float, float]:
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:
   """Spearman's correlation: Pearson's, of the ranks.
 
   Args:
@@ -465,7 +473,7 @@ def rank_correlation(x: Any, y: Any) -> tuple[float, float]:
 def wise_ft(
     theta_0: Params,
     models: Mapping[str, Params],
-    score_fns: Mapping[str, Callable[[Params], Any]],
+    score_fns: Mapping[str, ObjectiveFn],
     *,
     num: int = 11,
     chunk_size: int = 1,

@@ -15,6 +15,7 @@ ROOT = pathlib.Path(jaxsoup.__file__).parent
 LAYERS = (
     (
         '_soup',
+        'typing',
         '_json',
         '_masks',
         '_memory',
@@ -108,7 +109,14 @@ def test_models_and_data_know_nothing_of_soups():
     if path.relative_to(ROOT).parts[0] in ('models', 'data'):
       own = {n for n in _imports(path) if n.startswith('jaxsoup')}
       # Trees and files of arrays; nothing that chooses or mixes.
-      basic = '_masks', '_programs', '_tree', '_warnings', 'checkpoints'
+      basic = (
+          '_masks',
+          '_programs',
+          '_tree',
+          '_warnings',
+          'checkpoints',
+          'typing',
+      )
       known = ('models', 'data', *basic)
       assert all(_own(n) in known for n in own), path
 

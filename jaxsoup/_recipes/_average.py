@@ -7,7 +7,6 @@ soup = jaxsoup.average(checkpoints_of_one_run, jaxsoup.swa(20, start=10))
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,11 +15,13 @@ from jaxsoup import _checked
 from jaxsoup import _mixing
 from jaxsoup import _tree
 from jaxsoup._soup import AverageInfo
-from jaxsoup._soup import Params
 from jaxsoup._soup import Soup
+from jaxsoup.typing import Alpha
+from jaxsoup.typing import Members
+from jaxsoup.typing import Params
 
 
-def uniform(ingredients: Sequence[Params]) -> Soup:
+def uniform(ingredients: Sequence[Params]) -> Soup[AverageInfo]:
   """Averages all ingredients: the uniform soup.
 
   `theta = 1/K sum_k theta_k`, as one running sum in float32 (or wider), divided
@@ -50,7 +51,7 @@ def uniform(ingredients: Sequence[Params]) -> Soup:
   return Soup(params, alpha, AverageInfo(duplicates))
 
 
-def average(ingredients: Sequence[Params], alpha: Any) -> Soup:
+def average(ingredients: Sequence[Params], alpha: Alpha) -> Soup[AverageInfo]:
   """Averages with given coefficients, one ingredient at a time.
 
   `theta = sum_k alpha_k theta_k`: what `mix` does, for models that do not fit
@@ -170,7 +171,12 @@ def lawa(num: int, *, last: int) -> np.ndarray:
   return swa(num, start=num - last)
 
 
-def _mean(ingredients, alpha, order, count):
+def _mean(
+    ingredients: Sequence[Params],
+    alpha: Alpha | None,
+    order: Sequence[int],
+    count: int,
+) -> tuple[Params, tuple[Members, ...]]:
   """`sum_k alpha_k theta_k / count`, and groups of equal ingredients."""
   streamed_fn = getattr(ingredients, 'average', None)
   if streamed_fn is not None:  # Checkpoints, which are read in parallel.

@@ -14,11 +14,12 @@ import numpy as np
 
 from jaxsoup import _checked
 from jaxsoup._recipes import _search
-from jaxsoup._soup import EvalFn
-from jaxsoup._soup import Params
 from jaxsoup._soup import Scores
+from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
+from jaxsoup.typing import EvalFn
+from jaxsoup.typing import Params
 
 
 def greedy(
@@ -33,7 +34,7 @@ def greedy(
     max_ingredients: int | None = None,
     scores: Scores | None = None,
     on_trial: Callable[[Trial], None] | None = None,
-) -> Soup:
+) -> Soup[SearchInfo]:
   """Adds ingredients one by one, and keeps each that does not hurt.
 
   ```
@@ -109,7 +110,9 @@ def greedy(
   return search.soup(given)
 
 
-def _num_most(max_ingredients, num_passes, num_ingredients) -> int:
+def _num_most(
+    max_ingredients: int | None, num_passes: int, num_ingredients: int
+) -> int:
   for name, value in [
       ('max_ingredients', max_ingredients),
       ('num_passes', num_passes),
@@ -121,7 +124,9 @@ def _num_most(max_ingredients, num_passes, num_ingredients) -> int:
   return max_ingredients
 
 
-def _given_order(order, key, num_ingredients: int) -> list[int] | None:
+def _given_order(
+    order: Sequence[int] | None, key: jax.Array | None, num_ingredients: int
+) -> list[int] | None:
   if key is not None and order is not None:
     raise ValueError(
         'Both order and key are given: pass the indices in the order of trial, '

@@ -6,8 +6,6 @@ accuracies = jax.vmap(accuracy)(curve.params)
 ```
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,15 +14,16 @@ from jaxsoup import _checked
 from jaxsoup import _mixing
 from jaxsoup import _tree
 from jaxsoup._soup import AverageInfo
-from jaxsoup._soup import Params
 from jaxsoup._soup import Soup
+from jaxsoup.typing import ArrayLike
+from jaxsoup.typing import Params
 
 
 def interpolate(
     theta_0: Params,
     theta_1: Params,
-    t: Any,
-) -> Soup:
+    t: ArrayLike,
+) -> Soup[AverageInfo]:
   """Interpolates linearly between two models.
 
   `theta(t) = (1 - t) theta_0 + t theta_1`. With theta_0 the zero-shot or

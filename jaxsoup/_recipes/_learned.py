@@ -8,9 +8,9 @@ soup.alpha, soup.info.beta
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,18 @@ from jaxsoup import _tree
 from jaxsoup._recipes import _streamed
 from jaxsoup._soup import LearnedInfo
 from jaxsoup._soup import LearnedPlan
-from jaxsoup._soup import LossFn
-from jaxsoup._soup import Params
 from jaxsoup._soup import Soup
+from jaxsoup.typing import AlphaFn
+from jaxsoup.typing import DType
+from jaxsoup.typing import GroupFn
+from jaxsoup.typing import LossFn
+from jaxsoup.typing import Params
+from jaxsoup.typing import Path
+from jaxsoup.typing import Tree
+
+ByGroup = _streamed.ByGroup
+Variables = _streamed.Variables
+_State = tuple[Variables, optax.OptState]
 
 
 def hyperplane(w: jax.Array) -> jax.Array:
@@ -53,19 +62,19 @@ def hyperplane(w: jax.Array) -> jax.Array:
 def learned(
     ingredients: Sequence[Params],
     loss_fn: LossFn,
-    batches: Iterable[Any],
+    batches: Iterable[Tree],
     *,
     tx: optax.GradientTransformation,
     num_epochs: int = 5,
-    group_fn: _tree.GroupFn = _tree.whole,
-    alpha_fn: Callable[[jax.Array], jax.Array] = jax.nn.softmax,
+    group_fn: GroupFn = _tree.whole,
+    alpha_fn: AlphaFn = jax.nn.softmax,
     beta: float | None = None,
-    val_batches: Iterable[Any] | None = None,
+    val_batches: Iterable[Tree] | None = None,
     patience: int | None = None,
     stream: bool | None = None,
-    cache_dtype: Any = None,
+    cache_dtype: DType | None = None,
     on_start: Callable[[LearnedPlan], None] | None = None,
-) -> Soup:
+) -> Soup[LearnedInfo]:
   """Learns the mixing coefficients by gradient descent.
 
   `min over w, beta of sum_j loss(beta f(x_j; sum_k alpha_k theta_k), y_j)` with
@@ -153,21 +162,23 @@ def learned(
   # A fixed beta is not a variable, or weight decay would move it.
   variables = (w, _tree.numbers(1.0) if beta is None else None)
 
-  def alphas(w):
+  def alphas(w: ByGroup) -> ByGroup:
     return {g: alpha_fn(w[g]) for g in w}
 
-  def loss_at(floats, scale, batch):
+  def loss_at(
+      floats: list[jax.Array], scale: jax.Array | None, batch: Tree
+  ) -> jax.Array:
     scale = jnp.float32(beta) if scale is None else scale
     return loss_fn(checked.replace(floats), batch, scale)
 
-  source: Any = _streamed.Source(
+  source = _streamed.Source(
       checked, first, cache_dtype if plan.is_streamed else None
   )
   shardings = [x.sharding for x in first]
   del first
   start = _on_mesh((variables, jax.jit(tx.init)(variables)), shardings)
   if plan.is_streamed:
-    model: Any = _streamed.Streamed(
+    model: _streamed.Streamed | Resident = _streamed.Streamed(
         source, groups, alphas, loss_at, checked.float_dtypes, shardings
     )
   else:
@@ -198,7 +209,9 @@ def learned(
   return Soup(checked.replace(floats), alpha, info)
 
 
-def _on_mesh(state, shardings):
+def _on_mesh(
+    state: _State, shardings: Sequence[jax.sharding.Sharding]
+) -> _State:
   """Places the state on the mesh of the ingredients, as each step does.
 
   Otherwise the second step would be compiled again.
@@ -210,7 +223,7 @@ def _on_mesh(state, shardings):
 
 
 @contextlib.contextmanager
-def _out_of_memory():
+def _out_of_memory() -> Iterator[None]:
   try:
     yield
   except jax.errors.JaxRuntimeError as e:
@@ -225,31 +238,49 @@ def _out_of_memory():
 class Resident:
   """The loss of a mix and its gradient, from the stack of all ingredients."""
 
-  def __init__(self, stacked, groups, alphas, loss_at):
+  def __init__(
+      self,
+      stacked: list[jax.Array],
+      groups: Sequence[Path],
+      alphas: _streamed.AlphasFn,
+      loss_at: _streamed.LossAt,
+  ):
     self._stacked = stacked
 
-    def mixed(w, stacked):
+    def mixed(w: ByGroup, stacked: list[jax.Array]) -> list[jax.Array]:
       alpha = alphas(w)
       return _mixing.mix_leaves([alpha[g] for g in groups], stacked)
 
-    def loss_of(variables, stacked, batch):
+    def loss_of(
+        variables: Variables, stacked: list[jax.Array], batch: Tree
+    ) -> jax.Array:
       w, scale = variables
       return loss_at(mixed(w, stacked), scale, batch)
 
     self._mixed = jax.jit(mixed)
     self.step = jax.jit(jax.value_and_grad(loss_of))
 
-  def mixed(self, w):
+  def mixed(self, w: ByGroup) -> list[jax.Array]:
     return self._mixed(w, self._stacked)
 
-  def value_and_grad(self, variables, batch):
+  def value_and_grad(
+      self, variables: Variables, batch: Tree
+  ) -> tuple[jax.Array, Variables]:
     return self.step(variables, self._stacked, batch)
 
 
 class _Fit:
   """Gradient descent with early stopping on a second split."""
 
-  def __init__(self, model, loss_at, tx, start, num_epochs, patience):
+  def __init__(
+      self,
+      model: _streamed.Streamed | Resident,
+      loss_at: _streamed.LossAt,
+      tx: optax.GradientTransformation,
+      start: _State,
+      num_epochs: int,
+      patience: int | None,
+  ):
     self.losses: list[float] = []
     self.val_losses: list[float] = []
     self.best_epoch = 0
@@ -261,7 +292,9 @@ class _Fit:
     self._loss = jax.jit(loss_at)
     self._update = jax.jit(self._updated)
 
-  def run(self, batches, val_batches):
+  def run(
+      self, batches: Iterable[Tree], val_batches: Iterable[Tree] | None
+  ) -> Variables:
     variables, opt_state = self._start
     best = variables
     if val_batches is not None:
@@ -285,11 +318,13 @@ class _Fit:
         break
     return best
 
-  def _updated(self, variables, opt_state, gradient):
+  def _updated(
+      self, variables: Variables, opt_state: optax.OptState, gradient: Variables
+  ) -> _State:
     updates, opt_state = self._tx.update(gradient, opt_state, variables)
     return optax.apply_updates(variables, updates), opt_state
 
-  def _mean_loss(self, variables, batches) -> float:
+  def _mean_loss(self, variables: Variables, batches: Iterable[Tree]) -> float:
     w, scale = variables
     floats = self._model.mixed(w)  # Once, for all batches.
     losses = [
@@ -298,21 +333,21 @@ class _Fit:
     ]
     return float(np.mean(_finite(losses, 'val_batches')))
 
-  def _record(self, losses, epoch) -> None:
+  def _record(self, losses: list[jax.Array], epoch: int) -> None:
     self.losses.extend(_finite(losses, f'batches, epoch {epoch}'))
 
 
-def _finite(losses, where: str) -> list[float]:
-  losses = [float(x) for x in jax.device_get(losses)]
-  if not losses:
+def _finite(losses: list[jax.Array], where: str) -> list[float]:
+  values = [float(x) for x in jax.device_get(losses)]
+  if not values:
     raise ValueError(
         f'There are no batches ({where}). An iterator can be read only once: '
         'pass a list, or an object whose __iter__ starts again.'
     )
-  bad = [i for i, x in enumerate(losses) if not np.isfinite(x)]
+  bad = [i for i, x in enumerate(values) if not np.isfinite(x)]
   if bad:
     raise ValueError(
-        f'The loss is {losses[bad[0]]} at batch {bad[0]} ({where}). Lower the '
+        f'The loss is {values[bad[0]]} at batch {bad[0]} ({where}). Lower the '
         'learning rate of tx (--learning-rate), or check loss_fn on that batch.'
     )
-  return losses
+  return values

@@ -11,11 +11,12 @@ import itertools
 
 from jaxsoup import _checked
 from jaxsoup._recipes import _search
-from jaxsoup._soup import EvalFn
-from jaxsoup._soup import Params
 from jaxsoup._soup import Scores
+from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
+from jaxsoup.typing import EvalFn
+from jaxsoup.typing import Params
 
 
 def pruned(
@@ -26,7 +27,7 @@ def pruned(
     num_passes: int | None = None,
     scores: Scores | None = None,
     on_trial: Callable[[Trial], None] | None = None,
-) -> Soup:
+) -> Soup[SearchInfo]:
   """Starts from the mean of all, and removes each that does not help.
 
   ```

@@ -9,6 +9,7 @@ soup = average.value(state)
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -21,7 +22,8 @@ import numpy as np
 from jaxsoup import _checked
 from jaxsoup import _mixing
 from jaxsoup import _tree
-from jaxsoup._soup import Params
+from jaxsoup.typing import ArrayLike
+from jaxsoup.typing import Params
 
 
 @functools.partial(
@@ -42,7 +44,7 @@ class AverageState:
 
   total: Params
   weight: jax.Array
-  dtypes: tuple[Any, ...]
+  dtypes: tuple[np.dtype[Any], ...]
 
 
 class RunningAverage(NamedTuple):
@@ -97,7 +99,9 @@ def running_average(decay: float = 1.0) -> RunningAverage:
   if not 0 <= decay <= 1:
     raise ValueError(f'decay is {decay}: expected a number from 0 to 1.')
 
-  def update(state, params, weight=1.0):
+  def update(
+      state: AverageState, params: Params, weight: ArrayLike = 1.0
+  ) -> AverageState:
     flat, total = _tree.flatten(params), _tree.flatten(state.total)
     _require_match(flat, total, state.dtypes)
     floats = flat.floats
@@ -130,7 +134,9 @@ def _zeros(x: jax.Array) -> jax.Array:
   return jnp.zeros(x.shape, _tree.wide_dtype(x.dtype), device=sharding)
 
 
-def _require_match(flat, total, dtypes) -> None:
+def _require_match(
+    flat: _tree.Flat, total: _tree.Flat, dtypes: Sequence[np.dtype[Any]]
+) -> None:
   """Raises if parameters differ from those of `init` in paths or shapes."""
   narrow = [
       jax.ShapeDtypeStruct(x.shape, dtype)

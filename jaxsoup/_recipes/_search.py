@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import functools
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,13 +11,14 @@ from jaxsoup import _checked
 from jaxsoup import _mixing
 from jaxsoup import _tree
 from jaxsoup._soup import AtMost
-from jaxsoup._soup import EvalFn
-from jaxsoup._soup import Members
-from jaxsoup._soup import Params
 from jaxsoup._soup import Scores
 from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
+from jaxsoup.typing import EvalFn
+from jaxsoup.typing import Members
+from jaxsoup.typing import Params
+from jaxsoup.typing import Scalar
 
 
 def alpha_of(members: Members, num_ingredients: int) -> np.ndarray:
@@ -82,7 +82,7 @@ class Search:
     """Tries to take ingredient k out."""
     return self._try(k, -1, tuple(m for m in self.accepted if m != k), then)
 
-  def soup(self, order: Sequence[int]) -> Soup:
+  def soup(self, order: Sequence[int]) -> Soup[SearchInfo]:
     """The current soup, and all trials."""
     info = SearchInfo(
         trials=tuple(self._trials),
@@ -97,9 +97,11 @@ class Search:
     alpha = alpha_of(self.accepted, len(self._checked))
     return Soup(self._params(self._mean(), self.accepted), alpha, info)
 
-  def _try(self, k: int, sign: int, accepted: Members, then) -> bool:
+  def _try(
+      self, k: int, sign: int, accepted: Members, then: int | None
+  ) -> bool:
     @functools.cache
-    def leaves():
+    def leaves() -> list[jax.Array]:
       read = self._checked[k]
       if then is not None:
         self._checked.prefetch(then)
@@ -143,10 +145,10 @@ class Search:
       params = self._params(floats_fn(), members)
       at_least = getattr(self._eval_fn, 'at_least', None)
       if bar == -np.inf or at_least is None:
-        score = self._eval_fn(params)
+        returned: Scalar | AtMost = self._eval_fn(params)
       else:
-        score = at_least(params, bar, strict=self._strict)
-      score = self._valid(score, members, 'eval_fn returned')
+        returned = at_least(params, bar, strict=self._strict)
+      score = self._valid(returned, members, 'eval_fn returned')
       if self._is_open(score, bar):
         raise ValueError(
             f'eval_fn returned {score!r}, not an exact score, and the bar is '
@@ -158,16 +160,23 @@ class Search:
       self._scores[members] = score
     return score
 
-  def _is_open(self, score: Any, bar: float = -np.inf) -> bool:
+  def _is_open(
+      self, score: Scalar | AtMost | None, bar: float = -np.inf
+  ) -> bool:
     """Whether a score does not tell if the candidate reaches the bar."""
     if isinstance(score, AtMost):
       return self._reaches(score.bound, bar)
     return score is None
 
-  def _valid(self, score: Any, members: Members, said: str) -> Any:
+  def _valid(
+      self, score: Scalar | AtMost, members: Members, said: str
+  ) -> float | AtMost:
     """The same as a float, or as an `AtMost` of a float."""
     if isinstance(score, AtMost):
-      return AtMost(self._valid(score.bound, members, said))
+      return AtMost(self._number(score.bound, members, said))
+    return self._number(score, members, said)
+
+  def _number(self, score: Scalar, members: Members, said: str) -> float:
     value = np.asarray(jax.device_get(score))
     who = ' + '.join(map(self._checked.name, members))
     # Small floats such as bfloat16 are of kind V.
@@ -187,11 +196,13 @@ class Search:
     # Keys and counters must not depend on what was read: a log spares reads.
     return self._checked.replace(floats, min(members))
 
-  def _candidate(self, leaves, sign, count):
+  def _candidate(
+      self, leaves: list[jax.Array], sign: int, count: int
+  ) -> list[jax.Array]:
     numbers = _tree.numbers(sign), _tree.numbers(count)
     return _mixing.rounded_with(self._total, leaves, *numbers)
 
-  def _change(self, leaves, sign) -> None:
+  def _change(self, leaves: list[jax.Array], sign: int) -> None:
     self._total = _mixing.add(self._total, leaves, _tree.numbers(sign))
 
   def _mean(self) -> list[jax.Array]:

@@ -7,7 +7,6 @@ soup = jaxsoup.model_stock(ingredients, theta_0)
 
 from collections.abc import Sequence
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,16 @@ import numpy as np
 from jaxsoup import _checked
 from jaxsoup import _mixing
 from jaxsoup import _tree
-from jaxsoup._soup import Params
 from jaxsoup._soup import Soup
 from jaxsoup._soup import StockInfo
+from jaxsoup.typing import Params
+
+_Leaves = list[jax.Array]
 
 
-def model_stock(ingredients: Sequence[Params], theta_0: Params) -> Soup:
+def model_stock(
+    ingredients: Sequence[Params], theta_0: Params
+) -> Soup[StockInfo]:
   """Moves from the initialization towards the mean, tensor by tensor.
 
   `theta = t mean_k theta_k + (1 - t) theta_0`, with
@@ -56,7 +59,7 @@ def model_stock(ingredients: Sequence[Params], theta_0: Params) -> Soup:
   checked = _checked.Checked(ingredients)
   start = _checked.fitting_leaves(checked, theta_0)
   num = len(checked)
-  sums: Any = None
+  sums: _Leaves | None = None
   for _, leaves in _checked.in_order(checked, range(num)):
     sums = _add(sums, leaves, start)
   floats, cosine, ratio = _towards_mean(sums, start, num)
@@ -71,13 +74,15 @@ def model_stock(ingredients: Sequence[Params], theta_0: Params) -> Soup:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add(sums, leaves, start):
+def _add(sums: _Leaves | None, leaves: _Leaves, start: _Leaves) -> _Leaves:
   """Adds theta_k, its unit task vectors, and whether each tensor moved."""
   units, moved = zip(*_unit_vectors(leaves, start))
   return _mixing.added(sums, [*leaves, *units, *moved], jnp.float32(1))
 
 
-def _unit_vectors(leaves, start):
+def _unit_vectors(
+    leaves: _Leaves, start: _Leaves
+) -> list[tuple[jax.Array, jax.Array]]:
   """`(theta_k - theta_0) / |theta_k - theta_0|`, and 1; 0 and 0 if unmoved."""
   wide = lambda x: x.astype(_tree.wide_dtype(x.dtype))
   task = [wide(x) - wide(x_0) for x, x_0 in zip(leaves, start)]
@@ -90,7 +95,9 @@ def _unit_vectors(leaves, start):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _towards_mean(sums, start, num):
+def _towards_mean(
+    sums: _Leaves, start: _Leaves, num: int
+) -> tuple[_Leaves, _Leaves, _Leaves]:
   size = len(start)
   total, units, moved = (sums[i * size : (i + 1) * size] for i in range(3))
   squares = [jnp.sum(jnp.abs(u) ** 2) for u in units]
@@ -104,7 +111,7 @@ def _towards_mean(sums, start, num):
   return floats, cosines, ratios
 
 
-def _ratio(cos, moved, num):
+def _ratio(cos: jax.Array, moved: jax.Array, num: int) -> jax.Array:
   cos = jnp.clip(cos, 0, 1)
   ratio = num * cos / (1 + (num - 1) * cos)
   # Not `square > 0`: the units of opposite task vectors sum to zero too.

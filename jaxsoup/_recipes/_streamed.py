@@ -7,6 +7,7 @@ loss, gradient = streamed.value_and_grad(variables, batch)
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import functools
 import math
@@ -23,6 +24,16 @@ from jaxsoup import _mixing
 from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup._soup import LearnedPlan
+from jaxsoup.typing import DType
+from jaxsoup.typing import Tree
+
+# Of each group `[K]`: w, alpha or a gradient.
+ByGroup = dict[_tree.Path, jax.Array]
+# w, and the temperature unless it is fixed.
+Variables = tuple[ByGroup, jax.Array | None]
+AlphasFn = Callable[[ByGroup], ByGroup]
+# The loss of float leaves and a temperature on a batch.
+LossAt = Callable[[list[jax.Array], jax.Array | None, Tree], jax.Array]
 
 
 class Source:
@@ -32,11 +43,11 @@ class Source:
       self,
       checked: _checked.Checked,
       first: list[jax.Array],
-      cache_dtype: Any = None,
+      cache_dtype: DType | None = None,
   ):
     self._checked = checked
     self._cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
-    self._cache: dict[int, list[tuple[np.ndarray, Any]]] = {}
+    self._cache: dict[int, list[tuple[np.ndarray, jax.sharding.Sharding]]] = {}
     self._last: tuple[int, list[jax.Array]] | None = 0, self._copied(0, first)
 
   def __len__(self) -> int:
@@ -67,7 +78,7 @@ class Source:
     return _widened(leaves, self._checked.float_dtypes)
 
 
-def _narrowed(x: jax.Array, dtype: Any) -> np.ndarray:
+def _narrowed(x: jax.Array, dtype: np.dtype[Any]) -> np.ndarray:
   is_wider = _is_real(x) and x.dtype.itemsize > dtype.itemsize
   # A copy, or on a CPU it would be the memory of the ingredient itself.
   return np.array(jax.device_get(x), dtype if is_wider else x.dtype)
@@ -78,7 +89,9 @@ def _is_real(x: jax.Array) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _widened(leaves: list[jax.Array], dtypes: tuple[Any, ...]):
+def _widened(
+    leaves: list[jax.Array], dtypes: tuple[np.dtype[Any], ...]
+) -> list[jax.Array]:
   return [x.astype(d) for x, d in zip(leaves, dtypes)]
 
 
@@ -93,12 +106,12 @@ class Streamed:
 
   def __init__(
       self,
-      source: Any,
+      source: _checked.Leaves,
       groups: Sequence[_tree.Path],
-      alphas: Callable[[Any], dict[_tree.Path, jax.Array]],
-      loss_at: Callable[..., jax.Array],
-      dtypes: tuple[Any, ...],
-      shardings: Sequence[Any],
+      alphas: AlphasFn,
+      loss_at: LossAt,
+      dtypes: tuple[np.dtype[Any], ...],
+      shardings: Sequence[jax.sharding.Sharding],
   ):
     self._source = source
     self._groups = groups
@@ -115,9 +128,9 @@ class Streamed:
     # The chain rule from alpha to w.
     self._pull = jax.jit(lambda w, inner: jax.vjp(alphas, w)[1](inner)[0])
 
-  def mixed(self, w: Any) -> list[jax.Array]:
+  def mixed(self, w: ByGroup) -> list[jax.Array]:
     alpha = jax.device_get(self._alphas(w))
-    total: Any = None
+    total: list[jax.Array] | None = None
     for k, leaves in self._walk():
       weights = _tree.numbers([alpha[g][k] for g in self._groups])
       total = _mixing.add(total, leaves, weights)
@@ -125,7 +138,9 @@ class Streamed:
       jax.block_until_ready(total)
     return _mixing.rounded(total, _tree.numbers(1.0), self._dtypes)
 
-  def value_and_grad(self, variables: Any, batch: Any):
+  def value_and_grad(
+      self, variables: Variables, batch: Tree
+  ) -> tuple[jax.Array, Variables]:
     """The loss, and its gradient in w and beta."""
     w, scale = variables
     loss, (gradient, scale_gradient) = self.step(self.mixed(w), scale, batch)
@@ -136,14 +151,16 @@ class Streamed:
     on_device = {g: _tree.numbers(x) for g, x in inner.items()}
     return loss, (self._pull(w, on_device), scale_gradient)
 
-  def _walk(self):
+  def _walk(self) -> Iterator[tuple[int, list[jax.Array]]]:
     order = self._order
     self._order = order[::-1]
     return _checked.in_order(self._source, order)
 
-  def _inner_products(self, gradient, leaves):
+  def _inner_products(
+      self, gradient: list[jax.Array], leaves: list[jax.Array]
+  ) -> ByGroup:
     """`<dL/dtheta, theta_k>` in each group; runs on Explicit axes as well."""
-    inner: dict[_tree.Path, jax.Array] = {}
+    inner: ByGroup = {}
     for group, g, x in zip(self._groups, gradient, leaves):
       wide = _tree.wide_dtype(x.dtype)
       product = jnp.real(jnp.sum(x.astype(wide) * g.astype(wide)))
@@ -159,7 +176,7 @@ def plan(
 ) -> LearnedPlan:
   """Resident if the stack fits as well as what a step needs, else streamed."""
   sharding = leaves[0].sharding
-  device: Any = next(iter(sharding.addressable_devices))
+  device: jax.Device = next(iter(sharding.addressable_devices))
   model_bytes = sum(
       math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
       for x in leaves

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 import pathlib
 import tempfile
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,9 +17,12 @@ from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _soups
 from jaxsoup.checkpoints import _source
+from jaxsoup.typing import Config
+from jaxsoup.typing import PathLike
+from jaxsoup.typing import ShapeDtype
 
 
-class Arrays(Mapping):
+class Arrays(Mapping[str, np.ndarray]):
   """Arrays of a checkpoint by their names in it, read when they are indexed.
 
   For files of other libraries, whose names are not those of our models:
@@ -42,7 +44,7 @@ class Arrays(Mapping):
     separator: of keys in the names of this format.
   """
 
-  def __init__(self, path: Any, *, item: str | None = None):
+  def __init__(self, path: PathLike, *, item: str | None = None):
     """Opens a checkpoint; reads no array.
 
     Args:
@@ -82,13 +84,13 @@ class Arrays(Mapping):
 
 
 def save_arrays(
-    path: Any,
-    shapes: Mapping[str, Any],
+    path: PathLike,
+    shapes: Mapping[str, ShapeDtype],
     arrays: Iterable[tuple[str, np.ndarray]],
     *,
     separator: str = '.',
-    like: Any = None,
-    metadata: Mapping[str, Any] | None = None,
+    like: PathLike | None = None,
+    metadata: Config | None = None,
 ) -> str:
   """Writes arrays under given names, with only one of them in memory.
 

@@ -1,17 +1,17 @@
 """The model card of a soup, in the form of the Hugging Face hub."""
 
-from collections.abc import Mapping
 from collections.abc import Sequence
 import json
 import pathlib
 import shlex
 import sys
-from typing import Any
 
 import jax
 import numpy as np
 
+from jaxsoup._soup import Info
 from jaxsoup._soup import Soup
+from jaxsoup.typing import Config
 
 _CARD = """\
 ---
@@ -43,8 +43,8 @@ Wortsman et al., [Model soups](https://arxiv.org/abs/2203.05482), 2022.
 def text(
     name: str,
     ingredients: Sequence[str],
-    soup: Soup,
-    metadata: Mapping[str, Any],
+    soup: Soup[Info],
+    metadata: Config,
 ) -> str:
   """The card: front matter in YAML, and a page in Markdown.
 
@@ -73,7 +73,7 @@ def text(
   )
 
 
-def _table(ingredients: Sequence[str], soup: Soup) -> str:
+def _table(ingredients: Sequence[str], soup: Soup[Info]) -> str:
   alpha = np.mean(jax.tree.leaves(jax.device_get(soup.alpha)), axis=0)
   scores = getattr(soup.info, 'scores', {})
   head = ['model', 'alpha'] + (['held-out score'] if scores else [])
@@ -85,7 +85,7 @@ def _table(ingredients: Sequence[str], soup: Soup) -> str:
   return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
-def _notes(soup: Soup) -> str:
+def _notes(soup: Soup[Info]) -> str:
   notes = []
   if isinstance(soup.alpha, dict):
     notes.append('Alpha differs between tensors; the table shows the mean.\n')

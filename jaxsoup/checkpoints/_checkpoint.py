@@ -8,11 +8,11 @@ import pathlib
 from typing import Any
 
 from jaxsoup import _tree
-from jaxsoup._soup import Params
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _pieces
 from jaxsoup.checkpoints import _source
+from jaxsoup.typing import Params
 
 
 class Sums(dict[_tree.Path, _checksum.Checksum]):

@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 from jaxsoup import _processes
+from jaxsoup.typing import ShapeDtype
 
 # Above 100 kB xxhash lets other threads of Python run meanwhile.
 _BLOCK_BYTES = 1 << 17
@@ -122,7 +123,7 @@ def is_current(digest: str) -> bool:
 
 
 def content_hash(
-    leaves: Mapping[str, Any], checksums: Mapping[str, str]
+    leaves: Mapping[str, ShapeDtype], checksums: Mapping[str, str]
 ) -> str:
   """One hash of a tree: of its names, dtypes, shapes and checksums.
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup import _warnings
+from jaxsoup._soup import Info
 from jaxsoup._soup import Soup
 from jaxsoup.checkpoints import _card
 from jaxsoup.checkpoints import _checkpoint
@@ -30,6 +31,13 @@ from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _soups
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _torch
+from jaxsoup.typing import Alpha
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+from jaxsoup.typing import Leaf
+from jaxsoup.typing import Params
+from jaxsoup.typing import PathLike
+from jaxsoup.typing import ShapeDtype
 
 _CONFIG = 'config.json'
 # Other weights, and files of a training run.
@@ -49,7 +57,7 @@ _NOT_COMPARED = {
 FillFn = Callable[[_safetensors.PutFn, Sequence[_tree.Path]], None]
 
 
-def is_directory(path: Any) -> bool:
+def is_directory(path: PathLike) -> bool:
   """Whether a path is a Hugging Face model: a config next to weights.
 
   Args:
@@ -69,13 +77,13 @@ def is_directory(path: Any) -> bool:
 
 
 def save_directory(
-    path: Any,
+    path: PathLike,
     ingredients: _ingredients.Ingredients,
-    soup: Soup | None = None,
+    soup: Soup[Info] | None = None,
     *,
-    alpha: Any = None,
+    alpha: Alpha | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Config | None = None,
 ) -> str:
   """Writes a soup as a directory that `from_pretrained` loads.
 
@@ -183,14 +191,14 @@ def _warn_of_configs(paths: Sequence[str]) -> None:
       )
 
 
-def _config(file: pathlib.Path) -> dict[str, Any]:
+def _config(file: pathlib.Path) -> Json:
   try:
     return dict(json.loads(file.read_text()))
   except (TypeError, ValueError) as e:
     raise _source.damaged(file, e) from e
 
 
-def _filler(params: Any, stored: Mapping[_tree.Path, Any]) -> FillFn:
+def _filler(params: Params, stored: Mapping[_tree.Path, ShapeDtype]) -> FillFn:
   flat = _tree.flatten_in_place(params)
   leaves = flat.by_path
 
@@ -204,10 +212,10 @@ def _filler(params: Any, stored: Mapping[_tree.Path, Any]) -> FillFn:
 
 
 def _shards(
-    leaves: Mapping[_tree.Path, Any], most: int
-) -> list[dict[_tree.Path, Any]]:
+    leaves: Mapping[_tree.Path, ShapeDtype], most: int
+) -> list[dict[_tree.Path, ShapeDtype]]:
   """Groups of leaves with at most `most` bytes; larger leaves are alone."""
-  shards: list[dict[_tree.Path, Any]] = [{}]
+  shards: list[dict[_tree.Path, ShapeDtype]] = [{}]
   total = 0
   for name, leaf in leaves.items():
     num_bytes = _num_bytes(leaf)
@@ -219,7 +227,7 @@ def _shards(
   return shards
 
 
-def _num_bytes(leaf: Any) -> int:
+def _num_bytes(leaf: Leaf) -> int:
   return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
 
 

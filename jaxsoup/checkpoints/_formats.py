@@ -1,7 +1,6 @@
 """Which format a path holds."""
 
 import pathlib
-from typing import Any
 
 from etils import epath
 
@@ -10,13 +9,14 @@ from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _torch
+from jaxsoup.typing import PathLike
 
 _FILES = {'.npz': _npz.open_source} | dict.fromkeys(
     _torch.SUFFIXES, _torch.open_source
 )
 
 
-def resolve(path: Any, item: str | None = None) -> str:
+def resolve(path: PathLike, item: str | None = None) -> str:
   """The file or directory that holds the pytree.
 
   Args:
@@ -35,7 +35,7 @@ def resolve(path: Any, item: str | None = None) -> str:
   return str(find(path) or _orbax.resolve(path, item))
 
 
-def find(path: Any) -> pathlib.Path | None:
+def find(path: PathLike) -> pathlib.Path | None:
   """The file to open, if the path is one or a directory of Hugging Face."""
   if '://' in str(path):
     return None
@@ -58,7 +58,7 @@ def open_source(resolved: str) -> _source.Source:
   return _orbax.open_source(epath.Path(resolved))
 
 
-def metadata(path: Any, item: str | None = None) -> _source.Metadata:
+def metadata(path: PathLike, item: str | None = None) -> _source.Metadata:
   """Shapes, dtypes and what was stored with them; reads no array.
 
   Args:

@@ -3,21 +3,22 @@
 from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent import futures
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxsoup import _tree
-from jaxsoup._soup import Members
-from jaxsoup._soup import Params
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _streaming
+from jaxsoup.typing import Alpha
+from jaxsoup.typing import Members
+from jaxsoup.typing import Params
+from jaxsoup.typing import PathLike
 
 
-class Ingredients(Sequence):
+class Ingredients(Sequence[Params]):
   """Parameters in checkpoints, read when they are indexed.
 
   Pass it to any recipe in place of a list. While a recipe works on one
@@ -42,7 +43,7 @@ class Ingredients(Sequence):
 
   def __init__(
       self,
-      paths: Sequence[Any],
+      paths: Sequence[PathLike],
       abstract_params: Params | None = None,
       *,
       item: str | None = None,
@@ -80,7 +81,7 @@ class Ingredients(Sequence):
         None if abstract_params is None else _tree.flatten(abstract_params)
     )
     self._checkpoints: dict[int, _checkpoint.Checkpoint] = {}
-    self._pending: tuple[int, futures.Future] | None = None
+    self._pending: tuple[int, futures.Future[Params]] | None = None
     # One thread: it also keeps the reads out of the caller's mesh context,
     # which has broken restores.
     self._reader = futures.ThreadPoolExecutor(1, 'jaxsoup-reader')
@@ -168,7 +169,7 @@ class Ingredients(Sequence):
   def average(
       self,
       order: Sequence[int],
-      alpha: Any,
+      alpha: Alpha | None,
       count: float,
   ) -> tuple[Params, tuple[Members, ...]]:
     """`sum_k w_k theta_k / count`, read in parallel, piece by piece.
@@ -187,7 +188,9 @@ class Ingredients(Sequence):
     params = self._reader.submit(streamed.params).result()
     return params, streamed.duplicates()
 
-  def streamed(self, order, alpha, count) -> _streaming.Average:
+  def streamed(
+      self, order: Sequence[int], alpha: Alpha | None, count: float
+  ) -> _streaming.Average:
     """The same, not yet computed: it can go to a file instead."""
     opened = {k: self._checkpoint(k) for k in order}
     return _streaming.Average(opened, order, alpha, count)

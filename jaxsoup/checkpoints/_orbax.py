@@ -16,6 +16,11 @@ from jaxsoup import _tree
 from jaxsoup import _warnings
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _source
+from jaxsoup.typing import Array
+from jaxsoup.typing import Json
+from jaxsoup.typing import Leaf
+from jaxsoup.typing import Params
+from jaxsoup.typing import PathLike
 
 # A directory with this file holds one pytree, written by Orbax v0, by v1
 # (below `state/`) or a CheckpointManager (below `STEP/ITEM/`).
@@ -30,11 +35,11 @@ class OnDisk(np.memmap):
   while it writes.
   """
 
-  def __deepcopy__(self, memo: Any) -> 'OnDisk':
+  def __deepcopy__(self, memo: object) -> 'OnDisk':
     return self
 
 
-def resolve(path: Any, item: str | None = None) -> epath.Path:
+def resolve(path: PathLike, item: str | None = None) -> epath.Path:
   """The directory that holds the pytree, of a step, run or manager directory.
 
   Args:
@@ -46,38 +51,38 @@ def resolve(path: Any, item: str | None = None) -> epath.Path:
     FileNotFoundError: there is no finished checkpoint.
     ValueError: there are several, and nothing tells which is meant.
   """
-  path = absolute(path)
-  if not path.exists():
+  root = absolute(path)
+  if not root.exists():
     raise FileNotFoundError(
-        f'{path} does not exist.{_siblings(path)} Give a checkpoint or a run '
+        f'{root} does not exist.{_siblings(root)} Give a checkpoint or a run '
         'directory.'
     )
-  if not path.is_dir():
+  if not root.is_dir():
     raise ValueError(
-        f'{path} is a file; an Orbax checkpoint is a directory. Give a '
+        f'{root} is a file; an Orbax checkpoint is a directory. Give a '
         'checkpoint or a run directory.'
     )
-  resolved = _resolve(path, item)
+  resolved = _resolve(root, item)
   if resolved is None:
-    if _UNFINISHED in path.name or any(
-        _UNFINISHED in p.name for p in _directories(path)
+    if _UNFINISHED in root.name or any(
+        _UNFINISHED in p.name for p in _directories(root)
     ):
       raise FileNotFoundError(
-          f'{path} holds only an unfinished checkpoint (its writer was '
+          f'{root} holds only an unfinished checkpoint (its writer was '
           'stopped). Delete it, and save that run again.'
       )
     raise FileNotFoundError(
-        f'{path} holds no Orbax checkpoint: neither it nor a directory below it'
+        f'{root} holds no Orbax checkpoint: neither it nor a directory below it'
         f' has a file {_PYTREE_FILE}. Give a checkpoint or a run directory.'
     )
   return resolved
 
 
-def absolute(path: Any) -> epath.Path:
+def absolute(path: PathLike) -> epath.Path:
   """The path from the root, or in its bucket."""
-  path = epath.Path(path)
+  given = epath.Path(path)
   # `absolute` would turn `gs://` paths into local ones.
-  return path if '://' in str(path) else path.absolute()
+  return given if '://' in str(given) else given.absolute()
 
 
 def _resolve(path: epath.Path, item: str | None) -> epath.Path | None:
@@ -195,7 +200,7 @@ def _open_arrays(path, layout, leaf_paths) -> dict[_tree.Path, Any]:
   opened = {}
   for leaf_path in leaf_paths:
     name = '.'.join(leaf_path)
-    spec: dict[str, Any] = {
+    spec: Json = {
         'driver': 'zarr3' if layout.get('use_zarr3') else 'zarr',
         'kvstore': (
             {'driver': 'ocdbt', 'base': _kvstore(path), 'path': f'{name}/'}
@@ -209,14 +214,14 @@ def _open_arrays(path, layout, leaf_paths) -> dict[_tree.Path, Any]:
   return {p: future.result() for p, future in opened.items()}
 
 
-def _kvstore(path: epath.Path) -> Any:
+def _kvstore(path: epath.Path) -> str | dict[str, str]:
   """A directory for tensorstore: of a bucket by its URL."""
   if '://' in str(path):
     return f'{path}/'
   return {'driver': 'file', 'path': f'{path}/'}
 
 
-def _describe(path: epath.Path) -> dict[str, Any]:
+def _describe(path: epath.Path) -> Json:
   """`_CHECKPOINT_METADATA`, which a manager writes one level up."""
   for directory in (path, path.parent):
     file = directory / '_CHECKPOINT_METADATA'
@@ -234,15 +239,15 @@ def without_value_keys(paths: list[_tree.Path]) -> dict[_tree.Path, _tree.Path]:
   return {path: path for path in paths}
 
 
-def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
+def write(path: PathLike, params: Params, custom: Json) -> epath.Path:
   """Writes a tree as nested dicts, with a checksum for each leaf.
 
   It gets its name only when it is complete.
   """
-  path = absolute(path)
-  if path.exists():
+  root = absolute(path)
+  if root.exists():
     raise FileExistsError(
-        f'{path} exists and is not overwritten. Delete it, or give another '
+        f'{root} exists and is not overwritten. Delete it, or give another '
         'path.'
     )
   import orbax.checkpoint as ocp  # Slow to import, not needed for reading.
@@ -274,12 +279,12 @@ def write(path: Any, params: Any, custom: dict[str, Any]) -> epath.Path:
   with quiet():
     # Compression saves 7 % of the bytes and takes most of the time.
     ocp.PyTreeCheckpointer(use_compression=False).save(
-        path, _tree.nest(arrays), custom_metadata={'jaxsoup': own, **custom}
+        root, _tree.nest(arrays), custom_metadata={'jaxsoup': own, **custom}
     )
-  return path
+  return root
 
 
-def _savable(leaf: Any, path: _tree.Path) -> Any:
+def _savable(leaf: Leaf, path: _tree.Path) -> Array:
   """On the host, unless it is sharded over processes, which all write."""
   if isinstance(leaf, OnDisk):
     return leaf
@@ -290,7 +295,7 @@ def _savable(leaf: Any, path: _tree.Path) -> Any:
   return leaf
 
 
-def check_no_key(leaf: Any, path: _tree.Path) -> None:
+def check_no_key(leaf: Leaf, path: _tree.Path) -> None:
   """Raises for a PRNG key, which no format can hold."""
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     raise TypeError(

@@ -14,7 +14,6 @@ import json
 import math
 import pathlib
 import re
-from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -22,10 +21,13 @@ import numpy as np
 
 from jaxsoup import _tree
 from jaxsoup import _warnings
-from jaxsoup._soup import Params
 from jaxsoup.checkpoints import _arrays
 from jaxsoup.checkpoints import _directories
 from jaxsoup.checkpoints import _soups
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+from jaxsoup.typing import Params
+from jaxsoup.typing import PathLike
 
 _CONFIG = 'adapter_config.json'
 _WEIGHTS = 'adapter_model.safetensors'
@@ -52,10 +54,10 @@ class Adapters(NamedTuple):
   """
 
   params: list[Params]
-  config: Mapping[str, Any]
+  config: Config
 
 
-def load_adapters(paths: Sequence[Any]) -> Adapters:
+def load_adapters(paths: Sequence[PathLike]) -> Adapters:
   """Reads LoRA adapters, for `lora.average`.
 
   Args:
@@ -84,7 +86,7 @@ def load_adapters(paths: Sequence[Any]) -> Adapters:
   return Adapters(params, configs[0] if configs else {})
 
 
-def _config_of(path: pathlib.Path) -> dict[str, Any]:
+def _config_of(path: pathlib.Path) -> Json:
   if not (path / _CONFIG).is_file():
     raise FileNotFoundError(
         f'{path} has no {_CONFIG}. Give a directory that PEFT saved.'
@@ -94,7 +96,7 @@ def _config_of(path: pathlib.Path) -> dict[str, Any]:
   return config
 
 
-def _load(path: pathlib.Path, config: Mapping[str, Any]) -> Params:
+def _load(path: pathlib.Path, config: Config) -> Params:
   file = path / _WEIGHTS
   arrays = _arrays.Arrays(file if file.exists() else file.with_suffix('.bin'))
   params: dict[str, dict[str, np.ndarray]] = {}
@@ -121,7 +123,7 @@ def _load(path: pathlib.Path, config: Mapping[str, Any]) -> Params:
   return params
 
 
-def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+def _check_config(path: pathlib.Path, config: Config) -> None:
   odd = [key for key in _REFUSED if config.get(key)]
   if config.get('bias', 'none') != 'none':
     odd.append('bias')
@@ -137,7 +139,7 @@ def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     )
 
 
-def _scaling(config: Mapping[str, Any], layer: str, rank: int) -> np.float32:
+def _scaling(config: Config, layer: str, rank: int) -> np.float32:
   alpha = config.get('lora_alpha', rank)
   for pattern, value in (config.get('alpha_pattern') or {}).items():
     if re.match(rf'(.*\.)?({pattern})$', layer):  # As PEFT does.
@@ -148,7 +150,7 @@ def _scaling(config: Mapping[str, Any], layer: str, rank: int) -> np.float32:
 
 
 def save_adapter(
-    path: Any, params: Params, config: Mapping[str, Any] | None = None
+    path: PathLike, params: Params, config: Config | None = None
 ) -> str:
   """Writes a directory that PEFT loads.
 
@@ -191,9 +193,7 @@ def save_adapter(
   return str(path)
 
 
-def _config(
-    ranks: Mapping[str, int], config: Mapping[str, Any]
-) -> dict[str, Any]:
+def _config(ranks: Mapping[str, int], config: Config) -> Json:
   most = collections.Counter(ranks.values()).most_common(1)
   rank = most[0][0] if most else 1
   # PEFT looks for these as ends of names, unless they begin with ^.

@@ -14,12 +14,13 @@ from concurrent import futures
 import math
 import os
 import threading
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxsoup.checkpoints._source import Index
+from jaxsoup.typing import DType
+from jaxsoup.typing import ShapeDtype
 
 # Small enough for the caches of a core, large enough that Python costs little.
 _PIECE_BYTES = 1 << 21
@@ -27,7 +28,7 @@ _PIECE_BYTES = 1 << 21
 _BUDGET_BYTES = 128 << 20
 
 
-def box_of(abstract: Any) -> Index:
+def box_of(abstract: ShapeDtype) -> Index:
   """The smallest box with all that this process needs of an array."""
   sharding = getattr(abstract, 'sharding', None)
   if sharding is None:
@@ -40,7 +41,7 @@ def box_of(abstract: Any) -> Index:
   return tuple(box)
 
 
-def plan(abstract: Any, dtype: Any, num_rows: int) -> list[Index]:
+def plan(abstract: ShapeDtype, dtype: DType, num_rows: int) -> list[Index]:
   """Cuts the box of an array into pieces along its first axis.
 
   Args:
@@ -64,12 +65,12 @@ def _sizes(index: Index) -> list[int]:
   return [s.stop - s.start for s in index]
 
 
-def num_bytes(index: Index, dtype: Any) -> int:
+def num_bytes(index: Index, dtype: DType) -> int:
   """Bytes of a piece."""
   return np.dtype(dtype).itemsize * math.prod(_sizes(index))
 
 
-def empty_box(abstract: Any) -> np.ndarray:
+def empty_box(abstract: ShapeDtype) -> np.ndarray:
   """Memory for the box of an array, aligned so that no device copies it."""
   shape = _sizes(box_of(abstract))
   size = np.dtype(abstract.dtype).itemsize * math.prod(shape)
@@ -78,7 +79,9 @@ def empty_box(abstract: Any) -> np.ndarray:
   return memory[start : start + size].view(abstract.dtype).reshape(shape)
 
 
-def put(array: np.ndarray, abstract: Any, index: Index, piece: Any) -> None:
+def put(
+    array: np.ndarray, abstract: ShapeDtype, index: Index, piece: np.ndarray
+) -> None:
   """Writes a piece into the memory of its box."""
   box = box_of(abstract)
   array[_relative(index, box)] = piece
@@ -90,7 +93,7 @@ def _relative(index: Index, box: Index) -> Index:
   )
 
 
-def placed(array: np.ndarray, abstract: Any) -> jax.Array:
+def placed(array: np.ndarray, abstract: ShapeDtype) -> jax.Array:
   """The box on the devices, in the sharding that was asked for."""
   sharding = getattr(abstract, 'sharding', None)
   if sharding is None:
@@ -119,7 +122,9 @@ def run(
     The number of each array when all of its pieces are done, in order.
   """
   budget = _Budget()
-  running: collections.deque[tuple[int, list]] = collections.deque()
+  running: collections.deque[tuple[int, list[futures.Future[None]]]] = (
+      collections.deque()
+  )
   pool = futures.ThreadPoolExecutor(num_threads or (os.cpu_count() or 1) + 1)
 
   def work(i, index, size):
@@ -142,7 +147,7 @@ def run(
     pool.shutdown(cancel_futures=True)
 
 
-def _result(entry: tuple[int, list]) -> int:
+def _result(entry: tuple[int, list[futures.Future[None]]]) -> int:
   for future in entry[1]:
     future.result()
   return entry[0]

@@ -7,7 +7,6 @@ import math
 import os
 import pathlib
 import struct
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,10 @@ from jaxsoup import _tree
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _raw
 from jaxsoup.checkpoints import _source
+from jaxsoup.typing import Config
+from jaxsoup.typing import DType
+from jaxsoup.typing import Json
+from jaxsoup.typing import ShapeDtype
 
 _DTYPES = {
     'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
@@ -54,7 +57,7 @@ def open_source(path: pathlib.Path) -> _source.Source:
   tensors: dict[str, _raw.Array] = {}
   texts: dict[str, str] = {}
   checksums: dict[str, str] = {}
-  own: dict[str, Any] = {}
+  own: Json = {}
   for file, wanted in files.items():
     arrays, texts_of_file, own = _header(file)
     texts |= texts_of_file
@@ -110,7 +113,7 @@ def _files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
 
 def _header(
     file: pathlib.Path,
-) -> tuple[dict[str, _raw.Array], dict[str, str], dict[str, Any]]:
+) -> tuple[dict[str, _raw.Array], dict[str, str], Json]:
   """The tensors of one file, checked against its size; metadata of others,
   and our own.
   """
@@ -137,7 +140,7 @@ def _header(
   return tensors, metadata, own
 
 
-def _tensor(file: str, start: int, row: Mapping[str, Any]) -> _raw.Array:
+def _tensor(file: str, start: int, row: Config) -> _raw.Array:
   if row['dtype'] not in _DTYPES:
     raise ValueError(f'dtype {row["dtype"]!r} is not supported')
   dtype = np.dtype(_DTYPES[row['dtype']])
@@ -169,8 +172,8 @@ PutFn = Callable[[_tree.Path, int, np.ndarray], None]
 
 def write(
     path: pathlib.Path,
-    leaves: Mapping[_tree.Path, Any],
-    own_fn: Callable[[], Mapping[str, Any]],
+    leaves: Mapping[_tree.Path, ShapeDtype],
+    own_fn: Callable[[], Config],
     fill_fn: Callable[[PutFn], None],
     num_more: int = 0,
 ) -> None:
@@ -229,7 +232,7 @@ def write(
     unfinished.unlink()
 
 
-def _dtype_name(dtype: Any, path: _tree.Path) -> str:
+def _dtype_name(dtype: DType, path: _tree.Path) -> str:
   if dtype not in _NAMES:
     raise TypeError(
         f'Leaf {_tree.name_of(path)!r} has dtype {dtype}, which safetensors '

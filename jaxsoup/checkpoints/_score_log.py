@@ -9,10 +9,13 @@ from typing import Any
 
 from jaxsoup import _processes
 from jaxsoup._soup import AtMost
-from jaxsoup._soup import Members
+from jaxsoup.checkpoints import _ingredients
+from jaxsoup.typing import Json
+from jaxsoup.typing import Members
+from jaxsoup.typing import PathLike
 
 
-class ScoreLog(MutableMapping):
+class ScoreLog(MutableMapping[Members, float | AtMost]):
   """Remembered scores, one JSON line each, which make a search resumable.
 
   Pass it as `scores=` to `jaxsoup.greedy` and `jaxsoup.pruned`. Each score is
@@ -31,7 +34,10 @@ class ScoreLog(MutableMapping):
   """
 
   def __init__(
-      self, path: Any, ingredients: Any = None, evaluation: Any = None
+      self,
+      path: PathLike,
+      ingredients: _ingredients.Ingredients | None = None,
+      evaluation: Any = None,
   ):
     """Opens a log, or starts one.
 
@@ -50,7 +56,7 @@ class ScoreLog(MutableMapping):
       TypeError: `evaluation` is not JSON.
     """
     self._path = pathlib.Path(path)
-    head: dict[str, Any] = {}
+    head: Json = {}
     if ingredients is not None:
       num = len(ingredients)
       head['ingredients'] = [ingredients.identity(k) for k in range(num)]
@@ -90,7 +96,7 @@ class ScoreLog(MutableMapping):
   def __len__(self) -> int:
     return len(self._scores)
 
-  def _append(self, row: dict[str, Any]) -> None:
+  def _append(self, row: Json) -> None:
     line = (json.dumps(row) + '\n').encode()
     with self._path.open('ab', buffering=0) as file:
       num_written = 0
@@ -134,7 +140,7 @@ class ScoreLog(MutableMapping):
       for head in heads or [{}]:
         self._check(head)
 
-  def _check(self, head: dict[str, Any]) -> None:
+  def _check(self, head: Json) -> None:
     """Raises unless the scores in the file belong to this log."""
     then, now = head.get('ingredients'), self._head.get('ingredients')
     if now not in (None, then):
@@ -152,7 +158,7 @@ class ScoreLog(MutableMapping):
       )
 
 
-def _parse(row: dict[str, Any]) -> dict[Members, float | AtMost]:
+def _parse(row: Json) -> dict[Members, float | AtMost]:
   """The score or the bound that a line holds."""
   members = tuple(int(k) for k in row['members'])
   if 'at_most' in row:

@@ -19,7 +19,6 @@ import jaxsoup
 from jaxsoup import _processes
 from jaxsoup import _soup
 from jaxsoup import _tree
-from jaxsoup._soup import Params
 from jaxsoup._soup import Soup
 from jaxsoup.checkpoints import _disk
 from jaxsoup.checkpoints import _formats
@@ -27,6 +26,11 @@ from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _streaming
+from jaxsoup.typing import Alpha
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+from jaxsoup.typing import Params
+from jaxsoup.typing import PathLike
 
 _FILE = '.safetensors'
 SIDECAR_FILE = 'soup.json'  # In a Hugging Face directory.
@@ -38,11 +42,11 @@ _NAMED_TUPLES = {
 
 
 def save(
-    path: Any,
-    params: Params | Soup,
+    path: PathLike,
+    params: Params | Soup[_soup.Info],
     *,
-    ingredients: Any = None,
-    metadata: Mapping[str, Any] | None = None,
+    ingredients: _ingredients.Ingredients | None = None,
+    metadata: Config | None = None,
 ) -> str:
   """Writes a soup with its provenance, or plain parameters.
 
@@ -103,11 +107,11 @@ def save(
 
 
 def save_average(
-    path: Any,
+    path: PathLike,
     ingredients: _ingredients.Ingredients,
-    alpha: Any = None,
+    alpha: Alpha | None = None,
     *,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Config | None = None,
 ) -> str:
   """Averages checkpoints into a file, without holding a model in memory.
 
@@ -157,8 +161,8 @@ def save_average(
 
 def streamed_soup(
     ingredients: _ingredients.Ingredients,
-    alpha: Any,
-) -> tuple[_streaming.Average, Callable[[], Soup]]:
+    alpha: Alpha | None,
+) -> tuple[_streaming.Average, Callable[[], Soup[_soup.Info]]]:
   """An average that is not yet computed, and a function for its `Soup` without
   params, whose duplicates are known when all is read.
   """
@@ -176,7 +180,7 @@ def streamed_soup(
   return streamed, soup_fn
 
 
-def new_path(path: Any) -> pathlib.Path:
+def new_path(path: PathLike) -> pathlib.Path:
   path = pathlib.Path(path).absolute()
   if path.exists():
     raise FileExistsError(
@@ -188,7 +192,7 @@ def new_path(path: Any) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def room_for(path: Any) -> Iterator[None]:
+def room_for(path: PathLike) -> Iterator[None]:
   """Turns errors of a full disk into one that says what to do."""
   try:
     yield
@@ -202,9 +206,13 @@ def room_for(path: Any) -> Iterator[None]:
     ) from e
 
 
-def own_of(soup, ingredients, metadata) -> dict[str, Any]:
+def own_of(
+    soup: Soup[_soup.Info] | None,
+    ingredients: _ingredients.Ingredients | None,
+    metadata: Config | None,
+) -> Json:
   """What is stored in addition to the arrays."""
-  own: dict[str, Any] = {
+  own: Json = {
       'metadata': _to_json(_model_of(ingredients) | dict(metadata or {}))
   }
   if soup is not None:
@@ -217,7 +225,7 @@ def own_of(soup, ingredients, metadata) -> dict[str, Any]:
   }
 
 
-def _model_of(ingredients: Any) -> dict[str, Any]:
+def _model_of(ingredients: _ingredients.Ingredients | None) -> Json:
   """The stored architecture of the first ingredient, which the soup has too."""
   if ingredients is None:
     return {}
@@ -226,7 +234,7 @@ def _model_of(ingredients: Any) -> dict[str, Any]:
   return {} if model is None else {'model': model}
 
 
-def load(path: Any, abstract_params: Params | None = None) -> Soup:
+def load(path: PathLike, abstract_params: Params | None = None) -> Soup[Any]:
   """Reads a soup that `save` wrote.
 
   Args:
@@ -251,7 +259,7 @@ def load(path: Any, abstract_params: Params | None = None) -> Soup:
   return Soup(params, own['alpha'], own['info'])
 
 
-def provenance(path: Any) -> dict[str, Any]:
+def provenance(path: PathLike) -> Json:
   """What `save` stored in addition to the arrays; reads no array.
 
   Args:
@@ -270,7 +278,7 @@ def provenance(path: Any) -> dict[str, Any]:
   return _from_json(own)
 
 
-def _describe(ingredients: Any) -> list[dict[str, Any]]:
+def _describe(ingredients: _ingredients.Ingredients | None) -> list[Json]:
   if ingredients is None:
     return []
   return [

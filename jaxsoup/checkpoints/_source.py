@@ -6,13 +6,15 @@ from collections.abc import Sequence
 import math
 import os
 import threading
-from typing import Any
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxsoup import _tree
+from jaxsoup.typing import DType
+from jaxsoup.typing import Json
+from jaxsoup.typing import PathLike
 
 Index = tuple[slice, ...]
 ReadFn = Callable[[Index], np.ndarray]
@@ -31,7 +33,7 @@ class Metadata(NamedTuple):
 
   path: str
   leaves: dict[_tree.Path, jax.ShapeDtypeStruct]
-  custom: dict[str, Any]
+  custom: Json
   checksums: dict[str, str]
   identity: str
 
@@ -56,7 +58,7 @@ class Source(NamedTuple):
 _scratch = threading.local()
 
 
-def scratch(name: str, shape: Sequence[int], dtype: Any) -> np.ndarray:
+def scratch(name: str, shape: Sequence[int], dtype: DType) -> np.ndarray:
   """Memory of this thread that is reused: fresh pages are slow.
 
   Args:
@@ -88,7 +90,7 @@ class DamagedError(ValueError):
   """A checkpoint that cannot be read, or whose values changed."""
 
 
-def damaged(path: Any, why: Any) -> DamagedError:
+def damaged(path: PathLike, why: object) -> DamagedError:
   """The error for a checkpoint that cannot be read.
 
   Args:
@@ -105,7 +107,7 @@ def damaged(path: Any, why: Any) -> DamagedError:
   )
 
 
-def state_of(*files: Any) -> str:
+def state_of(*files: PathLike) -> str:
   """Sizes and times of files: changes when they are rewritten."""
   stats = [os.stat(file) for file in files]
   return ' '.join(f'{s.st_size}-{s.st_mtime_ns}' for s in stats)

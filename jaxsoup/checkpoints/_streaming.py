@@ -10,11 +10,13 @@ import numpy as np
 
 from jaxsoup import _checked
 from jaxsoup import _tree
-from jaxsoup._soup import Members
-from jaxsoup._soup import Params
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _pieces
 from jaxsoup.checkpoints import _source
+from jaxsoup.typing import Alpha
+from jaxsoup.typing import Members
+from jaxsoup.typing import Params
+from jaxsoup.typing import ShapeDtype
 
 
 class Average:
@@ -28,7 +30,7 @@ class Average:
       self,
       opened: Mapping[int, _checkpoint.Checkpoint],
       order: Sequence[int],
-      alpha: Any,
+      alpha: Alpha | None,
       count: float,
   ):
     self._opened = opened
@@ -84,7 +86,7 @@ class Average:
       self._verify(names[i])
 
   @property
-  def leaves(self) -> dict[_tree.Path, Any]:
+  def leaves(self) -> dict[_tree.Path, ShapeDtype]:
     """Shape and dtype of each leaf of the result."""
     return self._wanted
 

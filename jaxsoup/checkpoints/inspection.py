@@ -8,7 +8,6 @@ inspected.problems
 
 from collections.abc import Sequence
 import math
-from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,8 @@ from jaxsoup import _memory
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _source
+from jaxsoup.typing import Json
+from jaxsoup.typing import PathLike
 
 
 class Inspection(NamedTuple):
@@ -39,7 +40,7 @@ class Inspection(NamedTuple):
   norms: tuple[float, ...]
   problems: tuple[str, ...]
 
-  def as_json(self) -> dict[str, Any]:
+  def as_json(self) -> Json:
     """A dict for `json.dumps`; JSON has no NaN, so such a norm is None."""
     norms = [x if math.isfinite(x) else None for x in self.norms]
     return {**self._asdict(), 'norms': norms}
@@ -68,7 +69,7 @@ class Inspection(NamedTuple):
 
 
 def inspect(
-    paths: Sequence[Any], *, item: str | None = None, deep: bool = False
+    paths: Sequence[PathLike], *, item: str | None = None, deep: bool = False
 ) -> Inspection:
   """Compares checkpoints by their metadata, or by their values.
 

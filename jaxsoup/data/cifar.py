@@ -12,7 +12,6 @@ The sets of TFDS download themselves: `tfds build cifar100
 """
 
 from collections.abc import Sequence
-import os
 import pathlib
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from jaxsoup.data import imagenet
 from jaxsoup.data import sources
 from jaxsoup.data import tfds
+from jaxsoup.typing import PathLike
 
 # Labels before the pixels of an image (the last one counts), and the files.
 FILES: dict[int, dict[str, tuple[str, ...]]] = {
@@ -45,8 +45,8 @@ CORRUPTIONS = (
 def splits(
     num_classes: int,
     *,
-    data_dir: str | os.PathLike | None = None,
-    folder: str | os.PathLike | None = None,
+    data_dir: PathLike | None = None,
+    folder: PathLike | None = None,
     shifts: Sequence[str] = (),
     share: float = 0.1,
     seed: int = 0,
@@ -93,9 +93,7 @@ def splits(
   )
 
 
-def read(
-    num_classes: int, split: str, folder: str | os.PathLike
-) -> sources.Arrays:
+def read(num_classes: int, split: str, folder: PathLike) -> sources.Arrays:
   """Images and labels of the binary version.
 
   A record is the label (of CIFAR-100 the coarse label, then the fine one, which
@@ -153,7 +151,7 @@ def _tfds_name(shift: str, num_classes: int) -> str:
 
 
 def _read_tfds(
-    name: str, split: str, data_dir: str | os.PathLike | None
+    name: str, split: str, data_dir: PathLike | None
 ) -> sources.Arrays:
   source = tfds.source(name, split, _example, data_dir=data_dir)
   return sources.in_memory(source)

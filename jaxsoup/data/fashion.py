@@ -14,7 +14,6 @@ is the folder, or of the authors; TFDS has the set as `fashion_mnist`.
 from collections.abc import Callable
 from collections.abc import Mapping
 import gzip
-import os
 import pathlib
 
 import numpy as np
@@ -23,8 +22,9 @@ from jaxsoup.data import shifts
 from jaxsoup.data import sources
 from jaxsoup.data import tfds
 from jaxsoup.data.digits import Dataset
+from jaxsoup.typing import PathLike
 
-Folder = str | os.PathLike[str] | None
+Folder = PathLike | None
 
 FOLDER = '/usr/share/datasets/fashion-mnist'
 CLASSES = (

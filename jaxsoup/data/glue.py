@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import csv
-import os
 import pathlib
 from typing import Any
 from typing import NamedTuple
@@ -27,6 +26,7 @@ import numpy as np
 
 from jaxsoup.data import sources
 from jaxsoup.data import tfds
+from jaxsoup.typing import PathLike
 
 # N texts, and N second texts of pairs or None, to arrays [N, ...].
 Tokenize = Callable[
@@ -98,8 +98,8 @@ def read(
     task: str,
     split: str,
     *,
-    folder: str | os.PathLike | None = None,
-    data_dir: str | os.PathLike | None = None,
+    folder: PathLike | None = None,
+    data_dir: PathLike | None = None,
 ) -> Texts:
   """The texts of a task.
 
@@ -138,8 +138,8 @@ def splits(
     task: str,
     tokenize: Tokenize,
     *,
-    folder: str | os.PathLike | None = None,
-    data_dir: str | os.PathLike | None = None,
+    folder: PathLike | None = None,
+    data_dir: PathLike | None = None,
     share: float = 0.1,
     seed: int = 0,
     is_prefixed: bool = False,

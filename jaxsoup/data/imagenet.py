@@ -48,6 +48,7 @@ import numpy as np
 
 from jaxsoup.data import sources
 from jaxsoup.data import tfds
+from jaxsoup.typing import PathLike
 
 NUM_CLASSES = 1000
 NUM_TRAIN = 1_281_167
@@ -243,9 +244,9 @@ NATURAL = ('ImageNet-V2', 'ImageNet-R', 'ImageNet-Sketch', 'ImageNet-A')
 def splits(
     pixels: Pixels,
     *,
-    data_dir: str | os.PathLike | None = None,
-    folders: Mapping[str, str | os.PathLike] | None = None,
-    objectnet: str | os.PathLike | None = None,
+    data_dir: PathLike | None = None,
+    folders: Mapping[str, PathLike] | None = None,
+    objectnet: PathLike | None = None,
     shifts: Sequence[str] = NATURAL,
     share: float = 0.02,
     seed: int = 0,
@@ -294,7 +295,7 @@ def splits(
       name: _shift(pixels, SHIFTS[name], folders.get(name), options)
       for name in shifts
   }
-  views: dict[str, Callable] = {
+  views: dict[str, Callable[..., Any]] = {
       name: functools.partial(_sliced, classes=np.array(classes))
       for name in shifts
       if (classes := SHIFTS[name].classes) is not None
@@ -313,7 +314,7 @@ def splits(
   )
 
 
-def train_labels(data_dir: str | os.PathLike | None = None) -> np.ndarray:
+def train_labels(data_dir: PathLike | None = None) -> np.ndarray:
   """Labels of TFDS's training set by row, int32; one pass over its files."""
   records = tfds.features('imagenet2012', 'train', ['label'], data_dir=data_dir)
   return np.fromiter((record['label'] for record in records), np.int32)
@@ -329,7 +330,7 @@ def wordnet_ids() -> tuple[str, ...]:
 
 def _train(
     pixels: Pixels,
-    folder: str | os.PathLike | None,
+    folder: PathLike | None,
     share: float,
     seed: int,
     labels: np.ndarray | None,
@@ -399,7 +400,7 @@ def _consecutive(
 def _shift(
     pixels: Pixels,
     shift: Shift,
-    folder: str | os.PathLike | None,
+    folder: PathLike | None,
     options: dict[str, Any],
 ) -> Any:
   example_fn = functools.partial(
@@ -428,7 +429,7 @@ def _shift(
 
 
 def _folder(
-    path: str | os.PathLike,
+    path: PathLike,
     example_fn: sources.ExampleFn,
     classes: tuple[int, ...] | None,
     num_threads: int | None,
@@ -445,7 +446,7 @@ def _folder(
 
 def _example(
     pixels: Pixels,
-    label_fn: Callable,
+    label_fn: Callable[..., Any],
     record: Mapping[str, Any],
     rng: np.random.Generator | None,
 ) -> dict[str, Any]:
@@ -459,7 +460,7 @@ def _example(
 
 def _training_example(
     pixels: Pixels,
-    label_fn: Callable,
+    label_fn: Callable[..., Any],
     record: Mapping[str, Any],
     rng: np.random.Generator | None,
 ) -> dict[str, Any]:
@@ -497,8 +498,8 @@ def _largest(logits: Any, groups: np.ndarray) -> Any:
 
 
 def read_objectnet(
-    path: str | os.PathLike, pixels: Pixels, *, num_threads: int | None = None
-) -> tuple[sources.Source, Callable]:
+    path: PathLike, pixels: Pixels, *, num_threads: int | None = None
+) -> tuple[sources.Source, sources.ExampleFn]:
   """The 113 classes of ObjectNet that ImageNet also has.
 
   logit of a class = max over the ImageNet classes that its files map to it

@@ -14,19 +14,19 @@ and nothing else.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import itertools
-import os
 import pathlib
 import zlib
 
 import numpy as np
 
 from jaxsoup.data import glue as real
+from jaxsoup.typing import PathLike
 
 WORDS = [a + b for a, b in itertools.product('bdfgklmnprst', 'aeiou')]
 
 
 def glue(
-    folder: str | os.PathLike[str],
+    folder: PathLike,
     task: str,
     sizes: Mapping[str, int],
     seed: int = 0,

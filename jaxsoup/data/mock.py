@@ -9,14 +9,15 @@ path = mock.folders(
 
 from collections.abc import Mapping
 from collections.abc import Sequence
-import os
 import pathlib
 
 import numpy as np
 
+from jaxsoup.typing import PathLike
+
 
 def folders(
-    root: str | os.PathLike,
+    root: PathLike,
     sets: Mapping[str, Sequence[str]],
     *,
     num_images: int = 4,

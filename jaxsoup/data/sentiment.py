@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import html
 import io
-import os
 import pathlib
 import re
 import tarfile
@@ -30,6 +29,7 @@ import zipfile
 import numpy as np
 
 from jaxsoup.data import sources
+from jaxsoup.typing import PathLike
 
 Dataset = dict[str, Any]
 
@@ -44,9 +44,7 @@ SETS = {
 }
 
 
-def load(
-    path: str | os.PathLike[str], *, band: float = 0.5
-) -> dict[str, Dataset]:
+def load(path: PathLike, *, band: float = 0.5) -> dict[str, Dataset]:
   """Reads the four sets, without the sentences that people rated neutral.
 
   The ratings are means over ten people or more, from -4 to 4, and a sentence
@@ -88,7 +86,7 @@ def load(
 
 
 def splits(
-    path: str | os.PathLike[str],
+    path: PathLike,
     tokenize: Callable[[Sequence[str]], Mapping[str, np.ndarray]],
     sizes: Mapping[str, int],
     seed: int,

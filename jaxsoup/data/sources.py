@@ -29,6 +29,8 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxsoup.typing import PathLike
+
 Batch = dict[str, np.ndarray]
 # One record, and a generator where it is trained on (None: evaluation).
 ExampleFn = Callable[[Any, np.random.Generator | None], Mapping[str, Any]]
@@ -84,7 +86,7 @@ class Splits(NamedTuple):
   test: Source
   shifts: Mapping[str, Source] = {}
   pretrain: Source | None = None
-  views: Mapping[str, Callable] = {}
+  views: Mapping[str, Callable[..., Any]] = {}
   rules: Mapping[str, Mapping[str, Any]] = {}
   pools: Mapping[str, float] = {}
 
@@ -187,7 +189,7 @@ class Folder(Examples):
 
   def __init__(
       self,
-      path: str | os.PathLike,
+      path: PathLike,
       example_fn: ExampleFn,
       *,
       classes: Sequence[str] | None = None,

@@ -12,10 +12,11 @@ pairs = tokenize(premises, hypotheses)  # one text of two, as in GLUE
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
-import os
 import pathlib
 
 import numpy as np
+
+from jaxsoup.typing import PathLike
 
 # The first of these that exists in a folder is read.
 FILES = ('tokenizer.json', 'spiece.model', 'sentencepiece.model', 'vocab.txt')
@@ -85,7 +86,7 @@ class Tokenizer:
     }
 
 
-def tokenizer(path: str | os.PathLike[str], length: int) -> Tokenizer:
+def tokenizer(path: PathLike, length: int) -> Tokenizer:
   """Reads the vocabulary of a pre-trained model.
 
   Args:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxsoup.data import sources
+from jaxsoup.typing import PathLike
 
 
 def source(
@@ -24,7 +25,7 @@ def source(
     split: str,
     example_fn: sources.ExampleFn,
     *,
-    data_dir: str | os.PathLike | None = None,
+    data_dir: PathLike | None = None,
     num_threads: int | None = None,
 ) -> 'sources.Examples | Stream':
   """A prepared set of TensorFlow Datasets.
@@ -69,7 +70,7 @@ def features(
     split: str,
     names: Sequence[str],
     *,
-    data_dir: str | os.PathLike | None = None,
+    data_dir: PathLike | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Some features of every record in order; no image is decoded.
 
@@ -112,7 +113,7 @@ def _encoded_images(builder: Any) -> dict[str, Any]:
   }
 
 
-def _builder(name: str, data_dir: str | os.PathLike | None) -> Any:
+def _builder(name: str, data_dir: PathLike | None) -> Any:
   import tensorflow_datasets
 
   where = None if data_dir is None else os.fspath(data_dir)

@@ -1,18 +1,20 @@
 """The diagnosis: findings from the weights, then from data, and a verdict."""
 
-from collections.abc import Callable
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from jaxsoup._soup import EvalFn
-from jaxsoup._soup import Params
 from jaxsoup.diagnosis import _evidence
 from jaxsoup.diagnosis import _findings
 from jaxsoup.diagnosis import _pool
 from jaxsoup.diagnosis import _trials
 from jaxsoup.diagnosis import _weights
+from jaxsoup.typing import EvalFn
+from jaxsoup.typing import Json
+from jaxsoup.typing import OutputsFn
+from jaxsoup.typing import Params
+from jaxsoup.typing import ParamsFn
+from jaxsoup.typing import ProgressFn
 
 Verdict = _findings.Verdict
 
@@ -22,11 +24,11 @@ def diagnose(
     *,
     theta_0: Params | None = None,
     eval_fn: EvalFn | None = None,
-    logits_fn: Callable[[Params], Any] | None = None,
-    recalibrate_fn: Callable[[Params], Params] | None = None,
+    logits_fn: OutputsFn | None = None,
+    recalibrate_fn: ParamsFn | None = None,
     tolerance: float = 0.02,
     names: Sequence[str] | None = None,
-    progress_fn: Callable[[str, float], None] | None = None,
+    progress_fn: ProgressFn | None = None,
 ) -> _findings.Diagnosis:
   """Says what is wrong with ingredients, and which of them to soup.
 
@@ -157,7 +159,7 @@ def _by_scores(pool, trials, tolerance) -> Verdict:
   return Verdict('soup a subset', subset, reason)
 
 
-def _figures(pool, trials) -> dict[str, Any]:
+def _figures(pool: _pool.Pool, trials: _trials.Measured) -> Json:
   return {
       'scores': trials.scores,
       'barriers': trials.drops,

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 import textwrap
-from typing import Any
 from typing import NamedTuple
 
 from jaxsoup import _json
+from jaxsoup.typing import Json
 
 SEVERITIES = ('error', 'warning', 'note')
 MARKS = {'error': 'BREAKS THE SOUP', 'warning': 'WARNING', 'note': 'NOTE'}
@@ -69,9 +69,9 @@ class Diagnosis(NamedTuple):
   names: tuple[str, ...]
   findings: tuple[Finding, ...]
   verdict: Verdict
-  measured: dict[str, Any]
+  measured: Json
 
-  def as_json(self) -> dict[str, Any]:
+  def as_json(self) -> Json:
     """A dict for `json.dumps`; JSON has no NaN, so those are None."""
     return {
         'names': list(self.names),
@@ -111,7 +111,9 @@ def ranked(findings: Sequence[Finding]) -> tuple[Finding, ...]:
   return tuple(sorted(findings, key=key))
 
 
-def listed(names: Sequence[Any], members: Sequence[int], most: int = 6) -> str:
+def listed(
+    names: Sequence[object], members: Sequence[int], most: int = 6
+) -> str:
   """Names in a sentence.
 
   Example:

@@ -6,9 +6,7 @@ geometry.squares().sum(0)                  # |theta_i - theta_j|^2, [K, K]
 ```
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence
-from typing import Any
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +14,8 @@ import numpy as np
 
 from jaxsoup import _tree
 from jaxsoup.diagnosis import _pool
+from jaxsoup.typing import Leaf
+from jaxsoup.typing import ProgressFn
 
 # Of an ulp the rounding error is uniform: ulp / sqrt(12), and the mean over
 # mantissas in [1, 2) that are log-uniform.
@@ -96,7 +96,7 @@ def measure(
     pool: _pool.Pool,
     paths: Sequence[_tree.Path],
     members: Sequence[int],
-    progress_fn: Callable[[str, float], None] | None = None,
+    progress_fn: ProgressFn | None = None,
 ) -> Geometry:
   """Walks once over all ingredients.
 
@@ -162,7 +162,7 @@ def _spacings(pool, paths, members, narrow) -> np.ndarray:
   for i, k in enumerate(members):
     sizes: dict[float, int] = {}
     for path, is_narrow in zip(paths, narrow[:, i]):
-      leaf: Any = pool.leaves[k][path]
+      leaf: Leaf = pool.leaves[k][path]
       # Vectors of ones and zeros fit any dtype.
       if len(leaf.shape) > 1:
         eps = 2.0**-7 if is_narrow else float(jnp.finfo(leaf.dtype).eps)

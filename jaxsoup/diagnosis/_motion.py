@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import itertools
-from typing import Any
 
 import numpy as np
 
@@ -10,6 +9,7 @@ from jaxsoup import _tree
 from jaxsoup.diagnosis import _findings
 from jaxsoup.diagnosis import _geometry
 from jaxsoup.diagnosis import _pool
+from jaxsoup.typing import Json
 
 Finding = _findings.Finding
 
@@ -55,7 +55,7 @@ def examine(
 
 
 def fill(
-    measured: dict[str, Any],
+    measured: Json,
     geometry: _geometry.Geometry,
     members: Sequence[int],
 ) -> None:
@@ -156,16 +156,17 @@ def rates_text(
     pool: _pool.Pool, ks: Sequence[int], others: Sequence[int]
 ) -> str:
   """The learning rates of some and of others, where runs carry them."""
-  mine, theirs = (
-      [pool.configs[k].get('learning_rate') for k in group]
-      for group in (ks, others)
-  )
-  if not mine or not theirs or None in mine or None in theirs:
+  configs = [[pool.configs[k] for k in group] for group in (ks, others)]
+  if not all(
+      group and all(c.get('learning_rate') is not None for c in group)
+      for group in configs
+  ):
     return ''
+  mine, theirs = ([c['learning_rate'] for c in group] for group in configs)
   return f' Learning rate: {_range(mine)}; of the others: {_range(theirs)}.'
 
 
-def _range(values: Sequence[Any]) -> str:
+def _range(values: Sequence[float]) -> str:
   low, high = min(values), max(values)
   return f'{low:.2g}' if low == high else f'{low:.2g} to {high:.2g}'
 

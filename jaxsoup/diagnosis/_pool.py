@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import math
 import os
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxsoup import _checked
 from jaxsoup import _tree
-from jaxsoup._soup import Params
 from jaxsoup.diagnosis import _findings
+from jaxsoup.typing import Json
+from jaxsoup.typing import Leaf
+from jaxsoup.typing import Params
 
 # Numbers of each ingredient that are compared at a time.
 _CHUNK = 1 << 17
@@ -96,13 +97,13 @@ class Pool:
     parts = [piece.copy() for piece in pieces]
     return np.concatenate(parts) if parts[0].ndim else parts[0]
 
-  def _abstract(self, k: int) -> dict[_tree.Path, Any]:
+  def _abstract(self, k: int) -> dict[_tree.Path, Leaf]:
     if self._is_streamed:
       return self.ingredients.stored(k)  # type: ignore[attr-defined]
     flat = _tree.flatten_in_place(self.ingredients[k])
     return dict(zip(flat.paths, map(_shape_of, flat.leaves, flat.paths)))
 
-  def _custom(self, k: int) -> dict[str, Any]:
+  def _custom(self, k: int) -> Json:
     if not hasattr(self.ingredients, 'metadata'):
       return {}
     custom = self.ingredients.metadata(k).custom or {}
@@ -163,7 +164,7 @@ class Pool:
     return None if piece is None else np.array(piece).reshape(-1)
 
 
-def _shape_of(leaf: Any, path: _tree.Path) -> jax.ShapeDtypeStruct:
+def _shape_of(leaf: Leaf, path: _tree.Path) -> jax.ShapeDtypeStruct:
   if not isinstance(leaf, (np.ndarray, jax.Array)):
     leaf = _tree.on_device(leaf, path)
   # As recipes see it: float64 is float32 without x64.
@@ -171,11 +172,11 @@ def _shape_of(leaf: Any, path: _tree.Path) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
-def _num_bytes(leaf: Any) -> int:
+def _num_bytes(leaf: Leaf) -> int:
   return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
 
 
-def _like(leaf: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+def _like(leaf: Leaf, shape: tuple[int, ...]) -> np.ndarray | None:
   """A leaf of theta_0, flat, if it has this shape."""
   if leaf is None or np.shape(leaf) != tuple(shape):
     return None

@@ -8,11 +8,9 @@ measured.drops                                  # [K, K], fall below the chord
 ```
 """
 
-from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Sequence
 import itertools
-from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -21,12 +19,12 @@ import numpy as np
 from jaxsoup import _tree
 from jaxsoup import studies
 from jaxsoup._recipes import _average
-from jaxsoup._soup import EvalFn
-from jaxsoup._soup import Params
 from jaxsoup.diagnosis import _pool
-
-ParamsFn = Callable[[Params], Params]
-Progress = Callable[[str, float], None]
+from jaxsoup.typing import EvalFn
+from jaxsoup.typing import OutputsFn
+from jaxsoup.typing import Params
+from jaxsoup.typing import ParamsFn
+from jaxsoup.typing import ProgressFn
 
 # What a diagnosis does, one after another, and about how long each takes; all
 # but the first need data.
@@ -92,8 +90,8 @@ class Trials:
       *,
       tolerance: float,
       recalibrate_fn: ParamsFn | None = None,
-      logits_fn: Callable[[Params], Any] | None = None,
-      progress_fn: Progress | None = None,
+      logits_fn: OutputsFn | None = None,
+      progress_fn: ProgressFn | None = None,
   ):
     self._pool = pool
     self._paths = paths
@@ -164,7 +162,7 @@ class Trials:
 
   def _pairs(self, usable: Sequence[int]) -> None:
     pairs = sorted(studies.connected_pairs(self.scores, usable))
-    held: tuple[int, Any] | None = None
+    held: tuple[int, Params] | None = None
     for n, (i, j) in enumerate(pairs):
       self._progress_fn('pairs', n / len(pairs))
       if held is None or held[0] != i:

@@ -6,7 +6,6 @@ examined.findings, examined.sound
 ```
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -20,6 +19,8 @@ from jaxsoup.diagnosis import _geometry
 from jaxsoup.diagnosis import _kinship
 from jaxsoup.diagnosis import _motion
 from jaxsoup.diagnosis import _pool
+from jaxsoup.typing import Json
+from jaxsoup.typing import ProgressFn
 
 Finding = _findings.Finding
 
@@ -42,11 +43,11 @@ class Examined(NamedTuple):
   sound: list[int]
   paths: list[_tree.Path]
   has_batch_norm: bool
-  measured: dict[str, Any]
+  measured: Json
 
 
 def examine(
-    pool: _pool.Pool, progress_fn: Callable[[str, float], None] | None = None
+    pool: _pool.Pool, progress_fn: ProgressFn | None = None
 ) -> Examined:
   """Walks once over all ingredients, and says what is wrong with them."""
   members, findings = _structure(pool)
@@ -241,7 +242,7 @@ def _readable(pool, geometry, members):
 
 def _distinct(pool, geometry, members):
   """Each model once, and none that is theta_0."""
-  groups: dict[tuple, list[int]] = {}
+  groups: dict[tuple[Any, ...], list[int]] = {}
   for i in range(len(members)):
     groups.setdefault(tuple(geometry.same[:, i]), []).append(i)
   findings = []

@@ -3,9 +3,14 @@
 sphinx-build -W -q jaxsoup/docs build/docs
 """
 
+import ast
+from collections.abc import Mapping
+import inspect
 import re
+import textwrap
 
 import jaxsoup
+from jaxsoup import typing
 
 project = 'jaxsoup'
 copyright = 'the jaxsoup authors, Apache-2.0'
@@ -33,11 +38,17 @@ python_maximum_signature_line_length = 78
 napoleon_use_ivar = True
 napoleon_attr_annotations = False  # The signature has them.
 
+_CALLED = ('function', 'method', 'class', 'exception')
+# All that it defines.
+_TYPES = re.findall(
+    r'^(?:class )?([A-Z]\w+)(?: = |\()', inspect.getsource(typing), re.M
+)
 _FENCE = re.compile(r'^( *)```\w*\n(.*?)\n *```$', re.DOTALL | re.MULTILINE)
 _TABLE = re.compile(r'^((?: *\|.*\|\n)+)', re.MULTILINE)
 _CODE = re.compile(r'(?<!`)`([^`]+)`(?!`)(\w?)')
 # Here napoleon takes what is before a colon for a type.
 _RETURNS = re.compile(r'^((?:Returns|Yields):\n +)', re.MULTILINE)
+_TYPE = re.compile(rf'(?<![\w.])(?:{"|".join(_TYPES)})\b')
 _OBJECT = re.compile(r'[A-Za-z_][\w.]*')
 
 
@@ -53,7 +64,7 @@ def _table(text: str) -> str:
   return f'.. csv-table::\n  :header: {rows[0]}\n\n{body}\n'
 
 
-def _inline(match: re.Match) -> str:
+def _inline(match: re.Match[str]) -> str:
   """`code`, which links where it names something of ours."""
   text = ' '.join(match[1].split())
   code = f':py:obj:`{text}`' if _OBJECT.fullmatch(text) else f'``{text}``'
@@ -94,33 +105,48 @@ def _skip(app, what, name, obj, would_skip, options) -> bool | None:
   return True if is_field else None
 
 
-class _Named:
+def _written(function) -> ast.FunctionDef | None:
+  """A function's own lines; None if it has none, as of a NamedTuple."""
+  try:
+    node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+  except (OSError, TypeError):
+    return None
+  if not isinstance(node, ast.FunctionDef):
+    return None
+  for x in (node, *ast.walk(node.args)):
+    field = 'returns' if x is node else 'annotation'
+    if isinstance(getattr(x, field, None), ast.Constant):  # 'Name'.
+      name = ast.parse(str(getattr(x, field).value), mode='eval').body
+      setattr(x, field, name)
+  return node
 
-  def __init__(self, function):
-    self._name = function.__name__
 
-  def __repr__(self) -> str:
-    return self._name
+def _linked(node: ast.AST, names: Mapping[str, object]) -> str:
+  def link(match: re.Match[str]) -> str:
+    is_ours = names.get(match[0]) is getattr(typing, match[0])
+    return f'jaxsoup.typing.{match[0]}' if is_ours else match[0]
 
-
-def _is_function(x) -> bool:
-  return callable(x) and not isinstance(x, type)
+  return _TYPE.sub(link, ast.unparse(node))
 
 
 def _signature(app, what, name, obj, options, signature, returns):
-  """Of nnx modules, whose metaclass takes anything: that of `__init__`."""
-  if what == 'class' and (signature or '').startswith('(*args'):
-    from sphinx.util import inspect  # Doctests run without sphinx.
-
-    shown = inspect.signature(obj.__init__, bound_method=True)
-    parameters = [
-        # A function's own text is no Python.
-        p.replace(default=_Named(p.default)) if _is_function(p.default) else p
-        for p in shown.parameters.values()
-    ]
-    shown = shown.replace(parameters=parameters)
-    signature = inspect.stringify_signature(shown, unqualified_typehints=True)
-  return signature, returns
+  """As in the source: with names of types, not what they stand for."""
+  function = obj
+  if what == 'class':
+    is_protocol = getattr(obj, '_is_protocol', False)
+    function = vars(obj).get('__call__') if is_protocol else obj.__init__
+    signature = '' if is_protocol else signature
+  node = _written(function) if what in _CALLED else None
+  if node is None:
+    return signature, returns
+  positional = node.args.posonlyargs or node.args.args
+  if positional and positional[0].arg in ('self', 'cls'):
+    positional.pop(0)
+  names = inspect.unwrap(function).__globals__
+  returns = None
+  if node.returns and node.name != '__init__':
+    returns = _linked(node.returns, names)
+  return f'({_linked(node.args, names)})', returns
 
 
 def setup(app) -> None:

@@ -20,8 +20,9 @@ import ml_collections
 from ml_collections import config_flags
 
 from jaxsoup import _processes
+from jaxsoup.typing import Json
 
-Run = dict[str, Any]
+Run = Json
 # Fields that only affect the analysis after all models are trained.
 LATER = ('landscape.', 'stability.')
 
@@ -196,8 +197,8 @@ def _explain(overrides, config, error) -> str:
   return f'{first} ({"; ".join(types)})' if types else first
 
 
-def _flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  flat: dict[str, Any] = {}
+def _flat(config: ml_collections.ConfigDict) -> Json:
+  flat: Json = {}
   for key, value in config.items():
     if isinstance(value, ml_collections.ConfigDict):
       flat |= {f'{key}.{k}': v for k, v in _flat(value).items()}
@@ -255,7 +256,7 @@ def check_unchanged(
     )
 
 
-def _store(fields: dict[str, Any], file: pathlib.Path) -> None:
+def _store(fields: Json, file: pathlib.Path) -> None:
   if not _processes.is_main():
     return
   file.parent.mkdir(parents=True, exist_ok=True)
@@ -264,6 +265,6 @@ def _store(fields: dict[str, Any], file: pathlib.Path) -> None:
   unfinished.replace(file)
 
 
-def _lasting(fields: dict[str, Any]) -> dict[str, Any]:
+def _lasting(fields: Json) -> Json:
   """The fields that cannot change in a workdir."""
   return {k: v for k, v in fields.items() if not k.startswith(LATER)}

@@ -27,20 +27,26 @@ from jaxsoup import _processes
 from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import metrics
-from jaxsoup._soup import EvalFn
+from jaxsoup._soup import Info
+from jaxsoup._soup import LearnedInfo
+from jaxsoup._soup import Scores
+from jaxsoup._soup import Soup
 from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import finetune
 from jaxsoup.experiments import modeling
 from jaxsoup.experiments import steps
 from jaxsoup.report import Row
+from jaxsoup.typing import EvalFn
+from jaxsoup.typing import LogitsFn
+from jaxsoup.typing import MetricFn
+from jaxsoup.typing import Params
+from jaxsoup.typing import ParamsFn
 
 Dataset = Mapping[str, np.ndarray]
-LogitsFn = Callable[[Any, Any], jax.Array]
-ParamsFn = Callable[[Any], Any]
 
 # The names that `config.metric` may have, and what they are.
-METRICS: dict[str, Callable[[Any, Any], Any]] = {
+METRICS: dict[str, MetricFn] = {
     'accuracy': metrics.accuracy,
     'f1': metrics.f1,
     'accuracy and f1': lambda logits, label: (
@@ -51,7 +57,7 @@ METRICS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def metric_of(config: ml_collections.ConfigDict) -> Callable[[Any, Any], Any]:
+def metric_of(config: ml_collections.ConfigDict) -> MetricFn:
   """The metric that scores a model: `config.metric`, accuracy by default."""
   return METRICS[config.get('metric', 'accuracy')]
 
@@ -59,14 +65,14 @@ def metric_of(config: ml_collections.ConfigDict) -> Callable[[Any, Any], Any]:
 def recipes(
     config: ml_collections.ConfigDict,
     model: modeling.Model,
-    ingredients: Sequence[Any],
-    theta_0: Any,
+    ingredients: Sequence[Params],
+    theta_0: Params,
     held_out: sources.Source,
-    scores: Any,
+    scores: Scores | None,
     sharding: NamedSharding | None = None,
     *,
     prepare_fn: ParamsFn | None = None,
-) -> dict[str, Callable[[], jaxsoup.Soup]]:
+) -> dict[str, Callable[[], Soup[Info]]]:
   """The recipes by name, each a function that makes its soup.
 
   Args:
@@ -92,7 +98,7 @@ def recipes(
   if prepare_fn is not None:
     eval_fn = _prepared(eval_fn, prepare_fn)
 
-  made = {
+  made: dict[str, Callable[[], Soup[Info]]] = {
       'uniform': lambda: jaxsoup.uniform(ingredients),
       'greedy': lambda: jaxsoup.greedy(ingredients, eval_fn, scores=scores),
       'pruned': lambda: jaxsoup.pruned(ingredients, eval_fn, scores=scores),
@@ -117,7 +123,7 @@ def recipes(
   return {name: made[name] for name in wanted}
 
 
-def _prepared(eval_fn: EvalFn, prepare_fn: ParamsFn) -> Any:
+def _prepared(eval_fn: EvalFn, prepare_fn: ParamsFn) -> EvalFn:
   """`eval_fn` of what `prepare_fn` returns; it still rejects early."""
 
   def prepared_fn(params):
@@ -305,11 +311,11 @@ def loss_fn_of(logits_fn: LogitsFn) -> Callable[..., jax.Array]:
 def learned(
     config: ml_collections.ConfigDict,
     model: modeling.Model,
-    ingredients: Sequence[Any],
+    ingredients: Sequence[Params],
     held_out: sources.Source,
     sharding: NamedSharding | None = None,
     **options: Any,
-) -> jaxsoup.Soup:
+) -> Soup[LearnedInfo]:
   """The learned soup of an experiment; options as in `jaxsoup.learned`."""
   batches, val_batches = learning_batches(config, held_out, sharding)
   return jaxsoup.learned(

@@ -16,7 +16,6 @@ bits, on the number of runs in the call; the same call gives the same bits.
 
 from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 import json
@@ -34,6 +33,7 @@ from jaxsoup.experiments import modeling
 from jaxsoup.experiments import steps
 from jaxsoup.experiments import streaming
 from jaxsoup.experiments import train_state
+from jaxsoup.typing import Config
 
 # Epochs done, epochs, losses [K].
 Progress = Callable[[int, int, np.ndarray], None]
@@ -43,7 +43,7 @@ Keep = Callable[[str, steps.Params], None]
 
 def train(
     model: modeling.Model,
-    phase: Mapping[str, Any],
+    phase: Config,
     params: steps.Params,
     runs: Sequence[steps.Run],
     source: sources.Source,
@@ -116,7 +116,7 @@ def train(
   return as_stacked(state.params)
 
 
-def distilled(source: sources.Arrays, logits: Any) -> sources.Arrays:
+def distilled(source: sources.Arrays, logits: np.ndarray) -> sources.Arrays:
   """Training data whose targets are the predictions of a teacher.
 
   Args:
@@ -140,7 +140,7 @@ def distilled(source: sources.Arrays, logits: Any) -> sources.Arrays:
 
 def train_one(
     model: modeling.Model,
-    phase: Mapping[str, Any],
+    phase: Config,
     params: steps.Params,
     run: steps.Run,
     source: sources.Source,
@@ -153,7 +153,7 @@ def train_one(
 
 def probe(
     model: modeling.Model,
-    phase: Mapping[str, Any],
+    phase: Config,
     params: steps.Params,
     source: sources.Source,
     *,
@@ -221,7 +221,7 @@ def _without_bias(params, head):
   return {name: x for name, x in head.items() if name in params['head']}
 
 
-def names_of(phase: Mapping[str, Any]) -> list[str]:
+def names_of(phase: Config) -> list[str]:
   """Names of the copies that a run leaves: '' is the last one."""
   return [
       '',
@@ -232,7 +232,7 @@ def names_of(phase: Mapping[str, Any]) -> list[str]:
 
 def augmented_batches(
     model: modeling.Model,
-    phase: Mapping[str, Any],
+    phase: Config,
     runs: Sequence[steps.Run],
     source: sources.Source,
     *,

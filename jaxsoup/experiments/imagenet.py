@@ -12,7 +12,6 @@ import atexit
 from collections.abc import Sequence
 import functools
 import tempfile
-from typing import Any
 
 import ml_collections
 import numpy as np
@@ -21,6 +20,7 @@ from jaxsoup.data import imagenet
 from jaxsoup.data import mock
 from jaxsoup.data import preparation
 from jaxsoup.data import sources
+from jaxsoup.typing import Json
 
 # 2 % of the training set are held out.
 SIZES = dict(train=1_255_544, held_out=25_623, test=50_000)
@@ -33,7 +33,7 @@ def data_config(
     mean: Sequence[float] = preparation.IMAGENET_MEAN,
     std: Sequence[float] = preparation.IMAGENET_STD,
     is_mock: bool = False,
-) -> dict[str, Any]:
+) -> Json:
   """What `config.data` holds.
 
   Args:

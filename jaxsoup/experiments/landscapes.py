@@ -41,6 +41,10 @@ from jaxsoup.experiments import cook
 from jaxsoup.experiments import preemption
 from jaxsoup.experiments import progress
 from jaxsoup.experiments import stages
+from jaxsoup.typing import Array
+from jaxsoup.typing import Json
+from jaxsoup.typing import Params
+from jaxsoup.typing import ParamsFn
 
 # How much is done, and the total.
 OnPoints = Callable[[float, float], None]
@@ -61,7 +65,7 @@ class Part(NamedTuple):
 
   name: str
   num: int
-  make_fn: Callable[[OnPoints], dict[str, Any]]
+  make_fn: Callable[[OnPoints], Json]
 
 
 class Sets:
@@ -93,11 +97,11 @@ class Sets:
     self._views = views
     self._metric = cook.metric_of(work.config)
 
-  def score(self, logits: Any, labels: Any) -> float:
+  def score(self, logits: Array, labels: Array) -> float:
     """The experiment's metric, the mean over the sets."""
     return self._mean(self._metric, logits, labels)
 
-  def loss(self, logits: Any, labels: Any) -> float:
+  def loss(self, logits: Array, labels: Array) -> float:
     """The negative log-likelihood, the mean over the sets."""
     return self._mean(metrics.negative_log_likelihood, logits, labels)
 
@@ -123,7 +127,7 @@ class Held(preemption.Ingredients):
 
   def __init__(self, *args: Any, **options: Any):
     super().__init__(*args, **options)
-    self._held: dict[int, Any] = {}
+    self._held: dict[int, Params] = {}
 
   def __getitem__(self, k):
     if isinstance(k, slice):
@@ -138,7 +142,7 @@ class Held(preemption.Ingredients):
       super().prefetch(k)
 
 
-def _ingredients(work: stages.Work, theta_0: Any) -> checkpoints.Ingredients:
+def _ingredients(work: stages.Work, theta_0: Params) -> checkpoints.Ingredients:
   """The runs; in memory if all together take a fifth of it at most."""
   runs = stages.ingredients(work, theta_0)
   size = len(runs) * sum(x.nbytes for x in jax.tree.leaves(theta_0))
@@ -153,10 +157,10 @@ def _ingredients(work: stages.Work, theta_0: Any) -> checkpoints.Ingredients:
   )
 
 
-class Models(Sequence):
+class Models(Sequence[Params]):
   """Ingredients, and soups in memory."""
 
-  def __init__(self, ingredients: Sequence[Any], soups: Sequence[Any]):
+  def __init__(self, ingredients: Sequence[Params], soups: Sequence[Params]):
     self._ingredients, self._soups = ingredients, soups
 
   def __len__(self) -> int:
@@ -169,10 +173,10 @@ class Models(Sequence):
 
 def make(
     work: stages.Work,
-    theta_0: Any,
-    soups: Mapping[str, Any],
+    theta_0: Params,
+    soups: Mapping[str, Params],
     scores: Sequence[float],
-    prepare_fn: Callable[[Any], Any] | None = None,
+    prepare_fn: ParamsFn | None = None,
 ) -> None:
   """Makes what is missing of `landscape/`.
 
@@ -272,11 +276,11 @@ class Parts:
   def _sets(self, names: Sequence[str]) -> Sets:
     return Sets(self._work, names, self._settings.num_examples)
 
-  def _angles(self, on_points: OnPoints) -> dict[str, Any]:
+  def _angles(self, on_points: OnPoints) -> Json:
     del on_points  # One pass over the ingredients.
     return {'angles': landscape.angles(self._ingredients, self._theta_0)}
 
-  def _diagnosis(self, on_points: OnPoints) -> dict[str, Any]:
+  def _diagnosis(self, on_points: OnPoints) -> Json:
     held_out = self._sets(['held_out'])
     score = lambda params: held_out.score(
         held_out.logits_of(params), held_out.labels
@@ -298,7 +302,7 @@ class Parts:
     )
     return report.as_json()
 
-  def _pairs_part(self, on_points: OnPoints) -> dict[str, Any]:
+  def _pairs_part(self, on_points: OnPoints) -> Json:
     where = {'test': ['test'], 'mean of shifts': list(self._work.splits.shifts)}
     where = {name: sets for name, sets in where.items() if sets}
     done, num = itertools.count(1), len(where) * len(self._pairs)
@@ -318,7 +322,7 @@ class Parts:
       by_name[name] = [pair._asdict() for pair in pairs]
     return by_name
 
-  def _lines(self, on_points: OnPoints) -> dict[str, Any]:
+  def _lines(self, on_points: OnPoints) -> Json:
     test = self._sets(['test'])
     num = self._settings.num_points
     done, num_all = itertools.count(1), num * len(self._pairs)
@@ -336,7 +340,7 @@ class Parts:
         'error': [path.loss for path in paths.values()],
     }
 
-  def _plane(self, on_points: OnPoints) -> dict[str, Any]:
+  def _plane(self, on_points: OnPoints) -> Json:
     corners = self._corners()
     if corners is None:
       return {}
@@ -368,7 +372,7 @@ class Parts:
         'loss': {k: np.reshape(v, (num, num)) for k, v in values.items()},
     }
 
-  def _surfaces(self) -> dict[str, Callable[[Any], float]]:
+  def _surfaces(self) -> dict[str, Callable[[Params], float]]:
     """What is drawn on the plane: as figure 2 of the paper."""
     train, test = self._sets(['train']), self._sets(['test'])
     surfaces = {
@@ -382,7 +386,7 @@ class Parts:
       surfaces['mean error on shifts'] = self._error_fn(shifts)
     return surfaces
 
-  def _error_fn(self, sets: Sets) -> Callable[[Any], float]:
+  def _error_fn(self, sets: Sets) -> Callable[[Params], float]:
     """`params -> 1 - score`."""
     return lambda params: 1 - sets.score(
         sets.logits_of(self._prepare_fn(params)), sets.labels

@@ -8,9 +8,10 @@ import json
 import os
 import pathlib
 import socket
-from typing import Any
 
 from jaxsoup import _warnings
+from jaxsoup.typing import Json
+from jaxsoup.typing import PathLike
 
 try:
   import fcntl
@@ -26,7 +27,7 @@ class InUseError(OSError):
 
 
 @contextlib.contextmanager
-def locked(path: Any, what: Any) -> Iterator[None]:
+def locked(path: PathLike, what: object) -> Iterator[None]:
   """Holds a lock, or fails immediately.
 
   Args:
@@ -51,7 +52,7 @@ def locked(path: Any, what: Any) -> Iterator[None]:
       os.close(file)
 
 
-def _acquired(path: pathlib.Path, what: Any) -> int | None:
+def _acquired(path: pathlib.Path, what: object) -> int | None:
   while True:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -83,7 +84,7 @@ def _acquired(path: pathlib.Path, what: Any) -> int | None:
   return file
 
 
-def _self() -> dict[str, Any]:
+def _self() -> Json:
   now = datetime.datetime.now(datetime.UTC)
   return {
       'host': socket.gethostname(),

@@ -42,7 +42,6 @@ import importlib.util
 import pathlib
 import shutil
 import sys
-from typing import Any
 
 import jax
 
@@ -58,6 +57,7 @@ from jaxsoup.experiments import preemption
 from jaxsoup.experiments import progress
 from jaxsoup.experiments import results
 from jaxsoup.experiments import stages
+from jaxsoup.typing import PathLike
 
 # The stages, and about how long each takes.
 STAGES = {
@@ -71,7 +71,7 @@ STAGES = {
 
 def run(
     experiment: configs.Experiment,
-    workdir: Any,
+    workdir: PathLike,
     progress_fn: progress.ProgressFn = progress.silent,
     stop: preemption.Stop | None = None,
 ) -> list[report.Row]:
@@ -185,7 +185,10 @@ def opened(
 
 
 def run_seeds(
-    path: str, workdir: Any, overrides: Sequence[str] = (), num_seeds: int = 1
+    path: str,
+    workdir: PathLike,
+    overrides: Sequence[str] = (),
+    num_seeds: int = 1,
 ) -> list[list[report.Row]]:
   """Runs an experiment with several seeds, a progress bar and SIGTERM handling.
 
@@ -253,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
-def show(tables: Sequence[Sequence[report.Row]], workdir: Any) -> None:
+def show(tables: Sequence[Sequence[report.Row]], workdir: PathLike) -> None:
   """Prints a table, the mean over the seeds, and where the files are."""
   from rich import console
 

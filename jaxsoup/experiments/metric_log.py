@@ -15,12 +15,13 @@ import time
 from typing import Any
 
 from jaxsoup import _processes
+from jaxsoup.typing import PathLike
 
 
 class MetricLog:
   """Appends a line a report; process 0 alone writes."""
 
-  def __init__(self, path: Any, *, tensorboard: Any = None):
+  def __init__(self, path: PathLike, *, tensorboard: Any = None):
     """Opens nothing yet.
 
     Args:

@@ -64,7 +64,7 @@ class Model:
   init_fn: Callable[[jax.Array], Params]
   start_fn: Callable[[jax.Array], Params]
   logits_fn: Callable[[Params, Batch], jax.Array]
-  train_fn: Callable[[Params, Batch], tuple[jax.Array, dict]]
+  train_fn: Callable[[Params, Batch], tuple[jax.Array, Params]]
   features_fn: Callable[[Params, Batch], jax.Array] | None
   inputs: Mapping[str, jax.ShapeDtypeStruct]
   num_classes: int

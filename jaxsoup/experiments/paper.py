@@ -28,6 +28,7 @@ from jaxsoup.experiments import paper_studies
 from jaxsoup.experiments import pools
 from jaxsoup.experiments import preemption
 from jaxsoup.experiments import progress
+from jaxsoup.typing import PathLike
 
 Figures = paper_studies.Figures
 _STAGE = 'experiments'
@@ -35,7 +36,7 @@ _STAGE = 'experiments'
 
 def run(
     path: str,
-    workdir: Any,
+    workdir: PathLike,
     overrides: Sequence[str] = (),
     *,
     num_seeds: int = 1,

@@ -16,7 +16,6 @@ works on any machine.
 from collections.abc import Callable
 from collections.abc import Mapping
 import math
-from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from jaxsoup.experiments import configs
 from jaxsoup.experiments import modeling
 from jaxsoup.experiments import plan_programs
 from jaxsoup.experiments import plan_recipes
+from jaxsoup.typing import Json
 
 
 class Plan(NamedTuple):
@@ -166,7 +166,7 @@ def _batch_sizes(config: ml_collections.ConfigDict) -> dict[str, int]:
   return {**sizes, 'fine-tuning': config.finetune.batch_size}
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: Plan) -> Json:
   """The plan as nested dicts, bytes and FLOPs as numbers."""
   return {
       **plan._asdict(),

@@ -33,6 +33,7 @@ from jaxsoup.experiments import cook
 from jaxsoup.experiments import hlo
 from jaxsoup.experiments import modeling
 from jaxsoup.experiments import steps
+from jaxsoup.typing import Params
 
 
 class Program(NamedTuple):
@@ -66,7 +67,7 @@ def of(
     experiment: configs.Experiment,
     mesh: jax.sharding.Mesh,
     num_ingredients: int,
-) -> dict[str, functools.partial]:
+) -> dict[str, functools.partial[Any]]:
   """The programs that the recipes and the training run, ready to be lowered.
 
   Args:
@@ -99,9 +100,10 @@ def of(
   groups = _tree.groups_of(flat.paths, _tree.whole)
   alphas = lambda w: {g: jax.nn.softmax(w[g]) for g in w}
   w = {groups[0]: alpha}
-  resident = _learned.Resident(None, groups, alphas, loss_at)
+  resident = _learned.Resident([], groups, alphas, loss_at)
+  source: Any = range(num_ingredients)  # Counted; nothing is read.
   streamed = _streamed.Streamed(
-      range(num_ingredients),
+      source,
       groups,
       alphas,
       loss_at,
@@ -222,7 +224,7 @@ def _fine_tuning(experiment, model, mesh, params):
   )
 
 
-def abstract_params(model: modeling.Model, mesh: jax.sharding.Mesh) -> Any:
+def abstract_params(model: modeling.Model, mesh: jax.sharding.Mesh) -> Params:
   """Shapes and shardings of one ingredient."""
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(lambda: model.init_fn(jax.random.key(0)))
@@ -256,7 +258,7 @@ def sweep_flops(
 
 
 def compile_program(
-    name: str, trace_fn: functools.partial, mesh: jax.sharding.Mesh
+    name: str, trace_fn: functools.partial[Any], mesh: jax.sharding.Mesh
 ) -> Program:
   """Compiles for the devices of the mesh, and reads what the compiler says."""
   start = time.monotonic()

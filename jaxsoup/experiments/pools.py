@@ -11,6 +11,7 @@ Each pool is a separate workdir in `workdir`, in which everything resumes.
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import copy
@@ -28,6 +29,7 @@ import numpy as np
 import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup import ensembles
+from jaxsoup._soup import SearchInfo
 from jaxsoup.data import shifts
 from jaxsoup.data import sources
 from jaxsoup.experiments import configs
@@ -39,6 +41,8 @@ from jaxsoup.experiments import preemption
 from jaxsoup.experiments import progress
 from jaxsoup.experiments import results
 from jaxsoup.experiments import stages
+from jaxsoup.typing import Params
+from jaxsoup.typing import PathLike
 
 # Hyper-parameters that `one_factor` varies, each in `NUM_VALUES` runs.
 FACTORS = ('seed', 'learning_rate', 'mixup', 'affine')
@@ -72,7 +76,7 @@ class Variant(NamedTuple):
   """
 
   runs: list[configs.Run]
-  start_fn: Callable[[stages.Work, Any], Any] | None = lambda work, x: x
+  start_fn: Callable[[stages.Work, Params], Params] | None = lambda work, x: x
   change_fn: Callable[[ml_collections.ConfigDict], Any] = lambda config: None
   data_fn: Callable[[Any, sources.Splits], sources.Splits] = lambda _, x: x
   frozen: str = ''
@@ -91,7 +95,7 @@ class Pool:
     eval_fn: the score on the held-out data.
   """
 
-  def __init__(self, work: stages.Work, theta_0: Any):
+  def __init__(self, work: stages.Work, theta_0: Params):
     self.work, self.theta_0 = work, theta_0
     stages.finetune_all(work, theta_0)
     paths = [path for _, _, path in work.copies()]
@@ -112,7 +116,7 @@ class Pool:
   def __len__(self) -> int:
     return len(self.models)
 
-  def scores_of(self, logits: Any) -> Scores:
+  def scores_of(self, logits: Mapping[str, np.ndarray]) -> Scores:
     """Of logits `[N, C]` by data set."""
     metric = cook.metric_of(self.work.config)
     scores = {
@@ -122,7 +126,7 @@ class Pool:
     shifted = [scores[name] for name in self.work.splits.shifts]
     return Scores(scores['held_out'], scores['test'], float(np.mean(shifted)))
 
-  def of(self, params: Any) -> Scores:
+  def of(self, params: Params) -> Scores:
     """Of any parameters."""
     return self.scores_of(self.work.logits(params))
 
@@ -158,7 +162,7 @@ class Pool:
         {name: x[members].mean(0) for name, x in self.logits.items()}
     )
 
-  def greedy(self) -> jaxsoup.Soup:
+  def greedy(self) -> jaxsoup.Soup[SearchInfo]:
     """The greedy soup."""
     return jaxsoup.greedy(self.models, self.eval_fn, scores=self.known)
 
@@ -235,7 +239,7 @@ class Bench:
 @contextlib.contextmanager
 def opened(
     experiment: configs.Experiment,
-    workdir: Any,
+    workdir: PathLike,
     progress_fn: progress.ProgressFn = progress.silent,
     stop: preemption.Stop | None = None,
 ) -> Iterator[Bench]:
@@ -282,7 +286,7 @@ def _one_factor(bench: Bench) -> Variant:
   centre = middle(bench.config)
   runs = []
   for name in FACTORS:
-    values: Sequence[Any] = range(1, NUM_VALUES + 1)
+    values: Sequence[float] = range(1, NUM_VALUES + 1)
     if name != 'seed':
       low, high = bench.config.sweep[name]
       values = _spread(low, high, NUM_VALUES).tolist()
@@ -364,7 +368,7 @@ def _random_head(bench: Bench) -> Variant:
   return Variant(bench.runs[:NUM_RUNS], start_fn=_new_head)
 
 
-def _new_head(work: stages.Work, theta_0: Any) -> Any:
+def _new_head(work: stages.Work, theta_0: Params) -> Params:
   drawn = work.model.init_fn(jax.random.key(work.config.seed + 1))
   return {**theta_0, 'head': drawn['head']}
 

@@ -19,6 +19,8 @@ import threading
 from typing import Any
 
 from jaxsoup import checkpoints
+from jaxsoup.typing import Params
+from jaxsoup.typing import Tree
 
 EXIT_CODE = 128 + signal.SIGTERM
 
@@ -99,7 +101,7 @@ class Ingredients(checkpoints.Ingredients):
     self._stop.check(self._saved)
     return super().__getitem__(k)
 
-  def onto(self, abstract_params: Any) -> 'Ingredients':
+  def onto(self, abstract_params: Params) -> 'Ingredients':
     """The same checkpoints, read with other shardings."""
     return Ingredients(
         self.paths,
@@ -109,7 +111,7 @@ class Ingredients(checkpoints.Ingredients):
         saved=self._saved,
     )
 
-  def stopping(self, batches: Iterable[Any]) -> '_Batches':
+  def stopping(self, batches: Iterable[Tree]) -> '_Batches':
     """Batches that look for a request to stop before each one."""
     return _Batches(batches, self._stop, self._saved)
 
@@ -117,7 +119,7 @@ class Ingredients(checkpoints.Ingredients):
 class _Batches:
   """Unlike a generator, they can be read in every epoch."""
 
-  def __init__(self, batches: Iterable[Any], stop: Stop, saved: str):
+  def __init__(self, batches: Iterable[Tree], stop: Stop, saved: str):
     self._batches = batches
     self._stop = stop
     self._saved = saved

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxsoup.typing import Json
+
 
 def runs(
     ranges: Mapping[str, Any],
@@ -27,7 +29,7 @@ def runs(
     uniform: Sequence[str] = (),
     integer: Sequence[str] = (),
     sometimes: Mapping[str, float] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
   """Draws the runs of a sweep.
 
   Args:
@@ -56,7 +58,7 @@ def runs(
   rng = np.random.default_rng([seed + 1000 * ranges['draw'], *b'sweep'])
 
   def run_fn():
-    run: dict[str, Any] = {'seed': int(rng.integers(2**31))}
+    run: Json = {'seed': int(rng.integers(2**31))}
     for name in log_uniform:
       run[name] = float(np.exp(rng.uniform(*np.log(ranges[name]))))
     for name in uniform:

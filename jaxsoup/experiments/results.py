@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import pathlib
-from typing import Any
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -29,6 +28,9 @@ from jaxsoup.data import sources
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import landscapes
 from jaxsoup.experiments import stages
+from jaxsoup.typing import Json
+from jaxsoup.typing import MetricFn
+from jaxsoup.typing import Params
 
 
 class Models(NamedTuple):
@@ -70,7 +72,7 @@ class Split(NamedTuple):
     }
 
 
-def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
+def make(work: stages.Work, theta_0: Params) -> list[report.Row]:
   """Makes every soup, writes tables and pictures.
 
   Args:
@@ -84,9 +86,9 @@ def make(work: stages.Work, theta_0: Any) -> list[report.Row]:
   logits = stages.all_logits(work, ingredients.__getitem__)
   labels = work.labels
   tables: list[list[report.Row]] = []
-  first: dict[str, Any] = {}
-  around: dict[str, Any] = {}
-  calibration: dict[str, Any] = {}
+  first: Json = {}
+  around: Json = {}
+  calibration: Json = {}
   all_splits = splits(work)
   for i, split in enumerate(all_splits):
     scores = _scores(work, split, logits)
@@ -151,7 +153,7 @@ def splits(work: stages.Work) -> list[Split]:
   ]
 
 
-def stability(work, ingredients, split, logits, prepare_fn) -> dict[str, Any]:
+def stability(work, ingredients, split, logits, prepare_fn) -> Json:
   """How far greedy's choice depends on the held-out examples.
 
   Args:
@@ -186,7 +188,7 @@ def stability(work, ingredients, split, logits, prepare_fn) -> dict[str, Any]:
   return _stability(work, split, values_fn, len(singles), num_resamples)
 
 
-def stability_of_ensemble(work, split, logits) -> dict[str, Any]:
+def stability_of_ensemble(work, split, logits) -> Json:
   """The same for the greedy ensemble, from the logits alone.
 
   Args:
@@ -205,10 +207,10 @@ def stability_of_ensemble(work, split, logits) -> dict[str, Any]:
   return _stability(work, split, mean_fn, len(singles), num_resamples)
 
 
-def _stability(work, split, logits_fn, num, num_resamples) -> dict[str, Any]:
+def _stability(work, split, logits_fn, num, num_resamples) -> Json:
   """Stability by `logits_fn` of members; {} if the score is not a mean."""
   label = split.of(work.labels)['held_out']
-  of_logits = metrics.correct
+  of_logits: MetricFn = metrics.correct
   if work.config.get('select_by', 'metric') == 'nll':
     of_logits = metrics.log_likelihood
   elif work.config.get('metric', 'accuracy') != 'accuracy':
@@ -300,7 +302,7 @@ def _models(work, ingredients, soups, logits, split, labels) -> Models:
   return models
 
 
-def _calibration(work, models: Models, split, rows) -> dict[str, Any]:
+def _calibration(work, models: Models, split, rows) -> Json:
   """Reliability on test data: of the best single, soups and ensembles."""
   view = work.splits.views.get('test', lambda x: x)
   label = split.of(work.labels)['test']
@@ -367,9 +369,9 @@ def roles(work: stages.Work) -> dict[str, dict[str, int]]:
   }
 
 
-def record(work: stages.Work) -> dict[str, Any]:
+def record(work: stages.Work) -> Json:
   """Which examples these were: numbers, contents in memory, and rules."""
-  entries: dict[str, Any] = {}
+  entries: Json = {}
   for name, source in {'train': work.splits.train, **work.data}.items():
     entries[name] = {'num': len(source)}
     if hasattr(source, 'arrays'):
@@ -390,7 +392,7 @@ def _write(work, tables, soups, calibration, stable) -> None:
       workdir / 'test_against_shifts.png',
       size=(7.2, 4.2),
   )
-  searches: dict[str, Any] = {}
+  searches: Json = {}
   for name, soup in soups.items():
     if (recipe := name.partition(',')[0]) in ('greedy', 'pruned'):
       searches.setdefault(recipe, soup.info)

@@ -42,6 +42,7 @@ from jaxsoup.experiments import progress
 from jaxsoup.experiments import steps
 from jaxsoup.experiments import streaming
 from jaxsoup.experiments import train_state
+from jaxsoup.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Work:
     """The labels of each data set."""
     return {name: cook.labels_of(source) for name, source in self.data.items()}
 
-  def logits(self, params: Any) -> dict[str, np.ndarray]:
+  def logits(self, params: Params) -> dict[str, np.ndarray]:
     """Logits `[N, C]` of a model on each data set."""
     return {name: fn(params) for name, fn in self._logits_fns.items()}
 
@@ -137,7 +138,7 @@ def check_roles(work: Work) -> None:
   )
 
 
-def theta_0(work: Work) -> Any:
+def theta_0(work: Work) -> Params:
   """The start of all runs: from a file or from scratch, then pre-trained by
   `config.pretrain`, then with a probed head by `config.probe`.
 
@@ -175,7 +176,7 @@ def _alone(work: Work, path: pathlib.Path) -> Iterator[None]:
       time.sleep(1.0)
 
 
-def _start(work: Work) -> Any:
+def _start(work: Work) -> Params:
   config, model = work.config, work.model
   params = model.start_fn(jax.random.key(config.seed))
   if jax.process_count() > 1:
@@ -235,7 +236,7 @@ def shard_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
   return int(i), int(n)
 
 
-def finetune_all(work: Work, start: Any) -> bool:
+def finetune_all(work: Work, start: Params) -> bool:
   """Fine-tunes those runs of this shard that are not there yet.
 
   Args:
@@ -349,7 +350,7 @@ def _write_logits(work: Work, path: pathlib.Path, arrays) -> None:
   _processes.wait_for_all('the logits are written')
 
 
-def ingredients(work: Work, start: Any) -> preemption.Ingredients:
+def ingredients(work: Work, start: Params) -> preemption.Ingredients:
   """The fine-tuned runs, on the devices that `config.is_sharded` asks for."""
   return preemption.Ingredients(
       [path for _, _, path in work.copies()],
@@ -359,7 +360,7 @@ def ingredients(work: Work, start: Any) -> preemption.Ingredients:
   )
 
 
-def abstract(config: ml_collections.ConfigDict, params: Any) -> Any:
+def abstract(config: ml_collections.ConfigDict, params: Params) -> Params:
   """Shapes of the parameters, with shardings if the experiment is sharded."""
   shapes = jax.eval_shape(lambda: params)
   if not config.get('is_sharded', False):
@@ -367,7 +368,9 @@ def abstract(config: ml_collections.ConfigDict, params: Any) -> Any:
   return sharding.fsdp(shapes, streaming.mesh())
 
 
-def mesh_of(config: ml_collections.ConfigDict) -> Any:
+def mesh_of(
+    config: ml_collections.ConfigDict,
+) -> contextlib.AbstractContextManager[Any]:
   """The context in which a sharded experiment runs: its mesh is set."""
   if not config.get('is_sharded', False):
     return contextlib.nullcontext()

@@ -23,6 +23,7 @@ from jaxsoup._recipes._running import AverageState
 from jaxsoup._recipes._running import running_average
 from jaxsoup.experiments import augmentation
 from jaxsoup.experiments import modeling
+from jaxsoup.typing import Config
 
 Params = dict[str, Any]
 Run = Mapping[str, Any]
@@ -107,7 +108,7 @@ def grouped(runs: Sequence[Run], size: int) -> list[list[int]]:
     >>> grouped([{}, {'num_epochs': 3}, {}, {}], 2)
     [[0, 2], [3], [1]]
   """
-  alike: dict[tuple, list[int]] = {}
+  alike: dict[tuple[Any, ...], list[int]] = {}
   for i, run in enumerate(runs):
     alike.setdefault(tuple(run.get(k) for k in STATIC), []).append(i)
   return [
@@ -118,7 +119,7 @@ def grouped(runs: Sequence[Run], size: int) -> list[list[int]]:
 
 
 def settings_of(
-    phase: Mapping[str, Any], runs: Sequence[Run], num_examples: int
+    phase: Config, runs: Sequence[Run], num_examples: int
 ) -> Settings:
   """The settings of a phase, for runs that train together.
 
@@ -325,7 +326,7 @@ def _where(is_kept: bool, x: jax.Array) -> jax.Array:
   return x if is_kept else jnp.zeros_like(x)
 
 
-def _replaced(params: Any, new: Any) -> Any:
+def _replaced(params: Params, new: Any) -> Any:
   """`params` with those leaves that the nested dict `new` holds."""
   if not isinstance(new, dict):
     return new

@@ -11,7 +11,6 @@ saved.after(num_done + 1, state)
 import pathlib
 import shutil
 import time
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -19,6 +18,9 @@ from jax.sharding import NamedSharding
 from jaxsoup import _processes
 from jaxsoup import checkpoints
 from jaxsoup.experiments import preemption
+from jaxsoup.typing import Leaf
+from jaxsoup.typing import PathLike
+from jaxsoup.typing import Tree
 
 
 class Saved:
@@ -32,7 +34,7 @@ class Saved:
   """
 
   def __init__(
-      self, folder: Any, stop: preemption.Stop, *, minutes: float = 10.0
+      self, folder: PathLike, stop: preemption.Stop, *, minutes: float = 10.0
   ):
     """Deletes what a killed process left unfinished.
 
@@ -50,7 +52,7 @@ class Saved:
         shutil.rmtree(path)
     _processes.wait_for_all('unfinished states are deleted')
 
-  def restore(self, state: Any) -> tuple[int, Any]:
+  def restore(self, state: Tree) -> tuple[int, Tree]:
     """How much is done, and the state after it.
 
     Args:
@@ -72,7 +74,7 @@ class Saved:
           'to restart that training from scratch.'
       ) from e
 
-  def after(self, num_done: int, state: Any) -> None:
+  def after(self, num_done: int, state: Tree) -> None:
     """Saves the state where it is due.
 
     Args:
@@ -110,7 +112,7 @@ class Saved:
     return self._folder / str(num_done)
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+def _abstract(x: Leaf) -> jax.ShapeDtypeStruct:
   """Shape and dtype, and the sharding of an array on a mesh."""
   sharding = getattr(x, 'sharding', None)
   is_spread = isinstance(sharding, NamedSharding)

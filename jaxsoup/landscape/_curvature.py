@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import functools
-from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -16,7 +15,11 @@ from jaxsoup import _mixing
 from jaxsoup import _programs
 from jaxsoup import _tree
 from jaxsoup import evaluation
-from jaxsoup._soup import Params
+from jaxsoup.typing import Batch
+from jaxsoup.typing import Leaf
+from jaxsoup.typing import ObjectiveFn
+from jaxsoup.typing import Params
+from jaxsoup.typing import Scalar
 
 _Leaves = list[jax.Array]
 
@@ -36,7 +39,7 @@ class Sharpness(NamedTuple):
 
 
 def sharpness(
-    loss_fn: Callable[[Params], Any],
+    loss_fn: ObjectiveFn,
     params: Params,
     *,
     tolerance: float = 1e-3,
@@ -91,7 +94,9 @@ def sharpness(
   return Sharpness(eigenvalue, error, num)
 
 
-def _lanczos(product_fn, v: _Leaves) -> Iterator[tuple[list, list]]:
+def _lanczos(
+    product_fn: Callable[[_Leaves], _Leaves], v: _Leaves
+) -> Iterator[tuple[list[float], list[float]]]:
   """Yields the tridiagonal matrix of H, one row longer each time.
 
   `b_j v_{j+1} = H v_j - a_j v_j - b_{j-1} v_{j-1}`. The v_j lose their
@@ -108,7 +113,9 @@ def _lanczos(product_fn, v: _Leaves) -> Iterator[tuple[list, list]]:
 
 
 @jax.jit
-def _next(product: _Leaves, v: _Leaves, before: _Leaves, last: jax.Array):
+def _next(
+    product: _Leaves, v: _Leaves, before: _Leaves, last: jax.Array
+) -> tuple[_Leaves, _Leaves, jax.Array, jax.Array]:
   a = _inner(product, v)
   rest = [
       p - a.astype(p.dtype) * x - last.astype(p.dtype) * y
@@ -129,11 +136,11 @@ def _largest(
   return float(values[-1]), float(abs(off_diagonal[-1] * vectors[-1, -1]))
 
 
-def _product(loss_fn, params: Params, v: _Leaves) -> _Leaves:
+def _product(loss_fn: ObjectiveFn, params: Params, v: _Leaves) -> _Leaves:
   """`H v`; of a mean over batches the mean of their products."""
   if not isinstance(loss_fn, evaluation.MeanOf):
     return _of_function(loss_fn, params, v)
-  total: Any = None
+  total: _Leaves | None = None
   count = 0.0
   for batch in _masks.checked(loss_fn.batches):
     product, num = _of_batch(loss_fn.step, params, v, batch)
@@ -143,25 +150,32 @@ def _product(loss_fn, params: Params, v: _Leaves) -> _Leaves:
 
 
 @_programs.jit_of(1)
-def _of_function(loss_fn, params, v):
+def _of_function(loss_fn: ObjectiveFn, params: Params, v: _Leaves) -> _Leaves:
   return _hessian_product(loss_fn, params, v)
 
 
 @_programs.jit_of(1)
-def _of_batch(step, params, v, batch):
+def _of_batch(
+    step: Callable[..., tuple[jax.Array, ...]],
+    params: Params,
+    v: _Leaves,
+    batch: Batch,
+) -> tuple[_Leaves, jax.Array]:
   sum_fn = lambda p: step(p, batch)[0]
   return _hessian_product(sum_fn, params, v), step(params, batch)[1]
 
 
-def _hessian_product(loss_fn, params: Params, v: _Leaves) -> _Leaves:
+def _hessian_product(
+    loss_fn: ObjectiveFn, params: Params, v: _Leaves
+) -> _Leaves:
   """`d/ds grad L(theta + s v)` at s = 0."""
   flat = _tree.flatten_in_place(params)
   floats = [x for x in flat.leaves if _tree.is_float(x)]
 
-  def loss(reals):
+  def loss(reals: _Leaves) -> Scalar:
     rows = iter(reals)
 
-    def put(x):
+    def put(x: Leaf) -> Leaf:
       if not _tree.is_float(x):
         return x
       return jax.lax.complex(*next(rows)) if jnp.iscomplexobj(x) else next(rows)

@@ -1,13 +1,14 @@
 """Whether models see the same in their inputs."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
+from jaxsoup.typing import ArrayLike
 
-def cka(features: Sequence[Any]) -> np.ndarray:
+
+def cka(features: Sequence[ArrayLike]) -> np.ndarray:
   """Linear centered kernel alignment between features of K models.
 
   `|X_i^T X_j|^2 / (|X_i^T X_i| |X_j^T X_j|)`, Frobenius norms of features with

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,9 @@ from jaxsoup import _checked
 from jaxsoup import _memory
 from jaxsoup import _processes
 from jaxsoup import _tree
-from jaxsoup._soup import Params
+from jaxsoup.typing import GroupFn
+from jaxsoup.typing import Nested
+from jaxsoup.typing import Params
 
 _Leaves = list[jax.Array]
 
@@ -48,8 +49,8 @@ def angles(
     ingredients: Sequence[Params],
     theta_0: Params,
     *,
-    group_fn: _tree.GroupFn = _tree.whole,
-) -> Any:
+    group_fn: GroupFn = _tree.whole,
+) -> Nested:
   """The angles at the initialization between all pairs of ingredients.
 
   Inner products are summed in float32 (or wider) within a leaf and in float64
@@ -83,8 +84,8 @@ def angles(
 
 
 def distances(
-    ingredients: Sequence[Params], *, group_fn: _tree.GroupFn = _tree.whole
-) -> Any:
+    ingredients: Sequence[Params], *, group_fn: GroupFn = _tree.whole
+) -> Nested:
   """The Euclidean distances between all pairs of ingredients.
 
   `|theta_i - theta_j|`: an ingredient that is far from all others comes from
@@ -116,7 +117,7 @@ def distances(
 def inner_products(x: _Leaves, y: _Leaves, origin: _Leaves) -> jax.Array:
   """`<x - origin, y - origin>` of each leaf, `[L]`."""
 
-  def product(a, b, o):
+  def product(a: jax.Array, b: jax.Array, o: jax.Array) -> jax.Array:
     wide = _tree.wide_dtype(a.dtype)
     a, b, o = (v.astype(wide) for v in (a, b, o))
     return jnp.real(jnp.sum((a - o) * jnp.conj(b - o)))
@@ -125,7 +126,8 @@ def inner_products(x: _Leaves, y: _Leaves, origin: _Leaves) -> jax.Array:
 
 
 def _of_pairs(
-    checked: _checked.Checked, product_fn: Callable[[_Leaves, _Leaves], Any]
+    checked: _checked.Checked,
+    product_fn: Callable[[_Leaves, _Leaves], jax.Array],
 ) -> np.ndarray:
   """`product(theta_i, theta_j)`, `[K, K, L]`, for as few reads as fit.
 
@@ -150,7 +152,7 @@ def _of_pairs(
 
 def _block_size(leaves: _Leaves) -> int:
   """How many models may stay: half of what is free, for one more is read."""
-  device: Any = next(iter(leaves[0].sharding.addressable_devices))
+  device: jax.Device = next(iter(leaves[0].sharding.addressable_devices))
   model_bytes = sum(x.nbytes for x in leaves)
   if device.platform != 'cpu':
     model_bytes = sum(x.addressable_data(0).nbytes for x in leaves)
@@ -159,8 +161,8 @@ def _block_size(leaves: _Leaves) -> int:
 
 
 def _grouped(
-    products: np.ndarray, checked: _checked.Checked, group_fn: _tree.GroupFn
-) -> Any:
+    products: np.ndarray, checked: _checked.Checked, group_fn: GroupFn
+) -> Nested:
   """Sums over the leaves of each group: nested dicts of `[K, K]`."""
   groups: dict[_tree.Path, np.ndarray] = {}
   for i, group in enumerate(_tree.groups_of(checked.float_paths, group_fn)):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import functools
 from typing import Any
 from typing import NamedTuple
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,14 @@ from jaxsoup import _mixing
 from jaxsoup import _programs
 from jaxsoup import _tree
 from jaxsoup import evaluation
-from jaxsoup._soup import Params
 from jaxsoup.landscape import _geometry
+from jaxsoup.typing import Array
+from jaxsoup.typing import CountFn
+from jaxsoup.typing import ObjectiveFn
+from jaxsoup.typing import Params
+from jaxsoup.typing import Scalar
+
+_T = TypeVar('_T')
 
 
 class Path(NamedTuple):
@@ -57,7 +64,7 @@ class Plane(NamedTuple):
 
 
 def line(
-    loss_fn: Callable[[Params], Any],
+    loss_fn: ObjectiveFn,
     theta_1: Params,
     theta_2: Params,
     num: int = 21,
@@ -65,7 +72,7 @@ def line(
     chunk_size: int = 1,
     is_traced: bool = True,
     sharding: NamedSharding | None = None,
-    on_points: Callable[[int, int], None] | None = None,
+    on_points: CountFn | None = None,
 ) -> Path:
   """The loss on the line between two models.
 
@@ -110,7 +117,7 @@ def line(
 
 
 def lines(
-    loss_fn: Callable[[Params], Any],
+    loss_fn: ObjectiveFn,
     ingredients: Sequence[Params],
     members: Iterable[tuple[int, int]],
     num: int = 21,
@@ -118,7 +125,7 @@ def lines(
     chunk_size: int = 1,
     is_traced: bool = True,
     sharding: NamedSharding | None = None,
-    on_points: Callable[[int, int], None] | None = None,
+    on_points: CountFn | None = None,
 ) -> dict[tuple[int, int], Path]:
   """The loss on the lines between pairs of ingredients.
 
@@ -179,7 +186,7 @@ def barrier(path: Path) -> float:
 
 
 def plane(
-    loss_fn: Callable[[Params], Any],
+    loss_fn: ObjectiveFn,
     theta_0: Params,
     theta_1: Params,
     theta_2: Params,
@@ -190,7 +197,7 @@ def plane(
     chunk_size: int = 1,
     is_traced: bool = True,
     sharding: NamedSharding | None = None,
-    on_points: Callable[[int, int], None] | None = None,
+    on_points: CountFn | None = None,
 ) -> Plane:
   """The loss on the plane through three models, and where others lie on it.
 
@@ -280,7 +287,9 @@ class _Basis:
     tasks = points @ np.linalg.inv(self._coordinates)
     return np.concatenate([1 - tasks.sum(1, keepdims=True), tasks], axis=1)
 
-  def project(self, params: Params, name: str = 'theta_0') -> Any:
+  def project(
+      self, params: Params, name: str = 'theta_0'
+  ) -> tuple[np.ndarray, Scalar]:
     """Coordinates `[2]` of a model, and its distance from the plane."""
     leaves = _checked.fitting_leaves(self._corners, params, name)
     *along, square = self._products(leaves)
@@ -307,7 +316,7 @@ class Grid:
       chunk_size: int = 1,
       is_traced: bool = True,
       sharding: NamedSharding | None = None,
-      on_points: Callable[[int, int], None] | None = None,
+      on_points: CountFn | None = None,
   ):
     self.models = _checked.Checked(models)
     self._size = chunk_size if is_traced else 1
@@ -316,7 +325,7 @@ class Grid:
     self._on_points = on_points or (lambda num_done, num: None)
     _check_chunks(self._size, sharding)
 
-  def values(self, loss_fn: Callable[[Params], Any], alpha: Any) -> np.ndarray:
+  def values(self, loss_fn: ObjectiveFn, alpha: np.ndarray) -> np.ndarray:
     """The loss at each point, `[P]`, from alpha `[P, M]`."""
     stacked = _mixing.stack_leaves(self.models)
     if self._sharding is not None:
@@ -331,7 +340,9 @@ class Grid:
       self._on_points(start + len(rows), len(alpha))
     return np.concatenate(losses)
 
-  def _chunk(self, loss_fn, alpha, stacked) -> Any:
+  def _chunk(
+      self, loss_fn: ObjectiveFn, alpha: np.ndarray, stacked: list[jax.Array]
+  ) -> Array | list[Scalar]:
     if self._size == 1:
       one = [_tree.numbers(alpha[0])] * len(stacked)
       params = self.models.replace(_mixing.mix_leaves(one, stacked))
@@ -359,27 +370,33 @@ def _check_chunks(size: int, sharding: NamedSharding | None) -> None:
     ) from e
 
 
-def _on_mesh(x: jax.Array, mesh: Any) -> jax.Array:
+def _on_mesh(
+    x: jax.Array, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> jax.Array:
   if isinstance(x.sharding, NamedSharding):
     return x
   return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
 
 
-def _value(loss_fn, params: Params, is_traced: bool) -> Any:
+def _value(loss_fn: ObjectiveFn, params: Params, is_traced: bool) -> Scalar:
   """The loss of one model."""
   if not is_traced or isinstance(loss_fn, evaluation.MeanOf):
     return loss_fn(params)
   return _run(_one, loss_fn, params)
 
 
-def _values(loss_fn, stacked: Params) -> Any:
+def _values(loss_fn: ObjectiveFn, stacked: Params) -> Array:
   """The losses of n models, `[n]`."""
   if isinstance(loss_fn, evaluation.MeanOf):
     return loss_fn.of_many(stacked)
   return _run(_side_by_side, loss_fn, stacked)
 
 
-def _run(jitted, loss_fn, params: Params) -> Any:
+def _run(
+    jitted: Callable[[ObjectiveFn, Params], _T],
+    loss_fn: ObjectiveFn,
+    params: Params,
+) -> _T:
   try:
     return jitted(loss_fn, params)
   except jax.errors.JAXTypeError as e:
@@ -390,12 +407,12 @@ def _run(jitted, loss_fn, params: Params) -> Any:
 
 
 @_programs.jit_of(1)
-def _one(loss_fn, params):
+def _one(loss_fn: ObjectiveFn, params: Params) -> jax.Array:
   return _scalar(loss_fn(params))
 
 
 @_programs.jit_of(1)
-def _side_by_side(loss_fn, stacked):
+def _side_by_side(loss_fn: ObjectiveFn, stacked: Params) -> jax.Array:
   return jax.vmap(lambda params: _scalar(loss_fn(params)))(stacked)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 import itertools
@@ -22,10 +21,17 @@ from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import metrics
 from jaxsoup._recipes import _average
-from jaxsoup._soup import Params
 from jaxsoup.landscape import _geometry
+from jaxsoup.typing import Batch
+from jaxsoup.typing import Batches
+from jaxsoup.typing import Leaf
+from jaxsoup.typing import LogitsFn
+from jaxsoup.typing import MetricFn
+from jaxsoup.typing import Params
+from jaxsoup.typing import ParamsFn
 
-Batch = Mapping[str, Any]
+# Of logits and their batch, `[B]`.
+OutputLossFn = Callable[[jax.Array, dict[str, Any]], jax.Array]
 
 
 class Pair(NamedTuple):
@@ -54,13 +60,13 @@ class Pair(NamedTuple):
 def pairs(
     ingredients: Sequence[Params],
     theta_0: Params,
-    logits_fn: Callable[[Params, Batch], jax.Array],
-    batches: Iterable[Batch],
+    logits_fn: LogitsFn,
+    batches: Batches,
     *,
-    metric: Callable[[Any, Any], Any] = metrics.accuracy,
+    metric: MetricFn = metrics.accuracy,
     members: Iterable[tuple[int, int]] | None = None,
     label: str = 'label',
-    prepare_fn: Callable[[Params], Params] | None = None,
+    prepare_fn: ParamsFn | None = None,
     on_pair: Callable[[Pair], None] | None = None,
 ) -> list[Pair]:
   """What each pair of models gains, against its angle and its ensemble.
@@ -143,14 +149,14 @@ def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
 
 
 def soup_minus_ensemble(
-    logits_fn: Callable[[Params, Batch], jax.Array],
+    logits_fn: LogitsFn,
     theta_1: Params,
     theta_2: Params,
-    batches: Iterable[Batch],
+    batches: Batches,
     *,
     t: float = 0.5,
     beta: float = 1.0,
-    output_loss_fn: Callable[[jax.Array, Batch], jax.Array] = cross_entropy,
+    output_loss_fn: OutputLossFn = cross_entropy,
 ) -> SoupMinusEnsemble:
   """How much worse a soup of two is than their ensemble, from the soup alone.
 
@@ -235,7 +241,14 @@ def soup_minus_ensemble(
 
 
 @_programs.jit_of(2)
-def _sums(logits_fn, output_loss_fn, theta_1, theta_2, numbers, batch):
+def _sums(
+    logits_fn: LogitsFn,
+    output_loss_fn: OutputLossFn,
+    theta_1: Params,
+    theta_2: Params,
+    numbers: tuple[jax.Array, jax.Array],
+    batch: dict[str, Any],
+) -> jax.Array:
   """Of one batch: the four terms, and the weight of its examples, `[5]`."""
   t, beta = numbers
   outputs = lambda s: beta * logits_fn(_between(theta_1, theta_2, s), batch)
@@ -261,7 +274,7 @@ def _sums(logits_fn, output_loss_fn, theta_1, theta_2, numbers, batch):
 def _between(theta_1: Params, theta_2: Params, t: jax.Array) -> Params:
   """`theta_1 + t (theta_2 - theta_1)`, in float32: narrow ones do not bend."""
 
-  def move(x, y):
+  def move(x: Leaf, y: Leaf) -> Leaf:
     if not _tree.is_float(x):
       return x
     wide = _tree.wide_dtype(x.dtype)

@@ -7,11 +7,13 @@ table = TABLES['open_clip'](**arguments('open_clip', arrays.shapes, config))
 
 from collections.abc import Callable
 from collections.abc import Mapping
-from typing import Any
 
 from jaxsoup.models import _names
 from jaxsoup.models import _torch
 from jaxsoup.models import _vit_names
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+from jaxsoup.typing import ShapeDtype
 
 _HF_ATTENTION = {
     'query': 'q_proj',
@@ -25,9 +27,9 @@ _row = _names.Layout(lambda x, shape: x.reshape(shape), lambda x: x[0])
 
 def _hf(
     *,
-    image: Mapping[str, Any],
-    text: Mapping[str, Any] | None = None,
-    **_: Any,
+    image: Config,
+    text: Config | None = None,
+    **_: object,
 ) -> _names.Table:
   """CLIPModel of Hugging Face; CLIPVisionModelWithProjection without text."""
   vision = 'vision_model.'
@@ -80,9 +82,9 @@ def _hf_blocks(tower: str, prefix: str, depth: int) -> list[_names.Rule]:
 
 def _open_clip(
     *,
-    image: Mapping[str, Any],
-    text: Mapping[str, Any] | None = None,
-    **_: Any,
+    image: Config,
+    text: Config | None = None,
+    **_: object,
 ) -> _names.Table:
   """OpenAI's own names, which open_clip keeps."""
   rules = [
@@ -127,7 +129,7 @@ def _open_clip_blocks(tower: str, prefix: str, depth: int) -> list[_names.Rule]:
   return rules
 
 
-def _embed(theirs: str, image: Mapping[str, Any]) -> _names.Rule:
+def _embed(theirs: str, image: Config) -> _names.Rule:
   layout = _names.patches(image['patch_size'])
   return _names.Rule('image/embed/kernel', f'{theirs}.weight', layout)
 
@@ -145,8 +147,8 @@ TABLES: dict[str, Callable[..., _names.Table]] = {
 
 
 def arguments(
-    naming: str, shapes: Mapping[str, Any], config: Mapping[str, Any]
-) -> dict[str, Any]:
+    naming: str, shapes: Mapping[str, ShapeDtype], config: Config
+) -> Json:
   """The arguments of `CLIP` for a file.
 
   Without a config the heads are those of the named sizes of `vit.size`, else of
@@ -171,7 +173,7 @@ def arguments(
   return _open_clip_arguments(shapes, config.get('model_cfg', config))
 
 
-def _hf_arguments(shapes, config) -> dict[str, Any]:
+def _hf_arguments(shapes, config) -> Json:
   # What a config leaves out is the default of its class.
   heads = {'vision': 12, 'text': 8} if config else {}
   vision = config.get('vision_config', config)
@@ -211,7 +213,7 @@ def _hf_arguments(shapes, config) -> dict[str, Any]:
   )
 
 
-def _open_clip_arguments(shapes, config) -> dict[str, Any]:
+def _open_clip_arguments(shapes, config) -> Json:
   vision, text_config = config.get('vision_cfg', {}), config.get('text_cfg', {})
   head_width = vision.get('head_width', 64 if vision else None)
   image, embed_width = _image(
@@ -247,7 +249,7 @@ def _open_clip_arguments(shapes, config) -> dict[str, Any]:
 
 def _image(
     shapes, *, embed, position, mlp, blocks, projection, size, num_heads
-) -> tuple[dict[str, Any], int]:
+) -> tuple[Json, int]:
   """Arguments of the image tower, and the size of the joint space."""
   shape_of = lambda name: _vit_names.shape_of(shapes, name)
   width, channels, patch_size, _ = shape_of(embed)
@@ -266,7 +268,7 @@ def _image(
   return tower, shape_of(name)[axis]
 
 
-def _text(shapes, *, embed, position, mlp, blocks, num_heads) -> dict[str, Any]:
+def _text(shapes, *, embed, position, mlp, blocks, num_heads) -> Json:
   """Arguments of the text tower."""
   shape_of = lambda name: _vit_names.shape_of(shapes, name)
   vocab_size, width = shape_of(embed)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoup.models import _names
+from jaxsoup.typing import DType
 
 # A dense layer that the file holds as a convolution of size 1, [out, in, 1, 1].
 pointwise = _names.Layout(
@@ -75,7 +76,7 @@ def conv(
     num_groups: int = 1,
     is_same_padded: bool = False,
     is_standardized: bool = False,
-    dtype: Any = None,
+    dtype: DType | None = None,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
   """A convolution without bias, `[B, H, W, num_in] -> [B, H', W', num_out]`.
@@ -125,7 +126,7 @@ def batch_norm(
     *,
     epsilon: float,
     momentum: float,
-    dtype: Any = None,
+    dtype: DType | None = None,
     rngs: nnx.Rngs,
 ) -> nnx.BatchNorm:
   """BatchNorm by its running statistics, until `model.train()`."""

@@ -19,16 +19,19 @@ import difflib
 import functools
 import math
 import re
-from typing import Any
 from typing import NamedTuple
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _tree
+from jaxsoup.typing import Array
+from jaxsoup.typing import Leaf
+from jaxsoup.typing import Params
+from jaxsoup.typing import ShapeDtype
 
-Params = Any  # A nested dict of arrays.
 Shape = tuple[int, ...]
 
 
@@ -41,7 +44,7 @@ class Layout(NamedTuple):
   """
 
   read: Callable[[np.ndarray, Shape], np.ndarray]
-  write: Callable[[Any], Any]
+  write: Callable[[Array], Array]
 
 
 same = Layout(lambda x, shape: x, lambda x: x)
@@ -132,10 +135,23 @@ class Table(NamedTuple):
     return name
 
 
+class Stored(Protocol):
+  """Arrays of a file, read when they are asked for: a `checkpoints.Arrays`."""
+
+  path: str
+
+  @property
+  def shapes(self) -> Mapping[str, ShapeDtype]:
+    ...
+
+  def __getitem__(self, name: str, /) -> np.ndarray:
+    ...
+
+
 class _Aliased:
   """Arrays of a file by the names of the rules."""
 
-  def __init__(self, stored: Any, table: Table):
+  def __init__(self, stored: Stored, table: Table):
     self.path, self._stored = stored.path, stored
     self._names = {table.alias(name): name for name in stored.shapes}
     self.shapes = {n: stored.shapes[name] for n, name in self._names.items()}
@@ -162,7 +178,7 @@ class _Leaves:
   def __contains__(self, path: str) -> bool:
     return self.place(path)[0] in self._leaves
 
-  def __getitem__(self, path: str) -> Any:
+  def __getitem__(self, path: str) -> Leaf:
     place, row = self.place(path)
     leaf = self._leaves[place]
     if row is None:
@@ -175,13 +191,13 @@ class _Leaves:
     return iter(self._leaves)
 
 
-def leaves_of(tree: Params) -> dict[str, Any]:
+def leaves_of(tree: Params) -> dict[str, Leaf]:
   """Leaves of nested dicts by their paths, such as 'head/kernel'."""
   flat_tree = _tree.flatten_in_place(tree)
   return dict(zip(map(_tree.name_of, flat_tree.paths), flat_tree.leaves))
 
 
-def stored_shape(rule: Rule, leaves: Any) -> Shape:
+def stored_shape(rule: Rule, leaves: _Leaves) -> Shape:
   """The shape that a rule's array has in a file."""
   first, *others = [
       jax.eval_shape(
@@ -198,7 +214,7 @@ LeafFn = Callable[[str], np.ndarray]
 
 
 def reader(
-    stored: Any,
+    stored: Stored,
     wanted: Params,
     table: Table,
     *,
@@ -243,7 +259,7 @@ def reader(
 
 
 def read(
-    stored: Any,
+    stored: Stored,
     wanted: Params,
     table: Table,
     *,
@@ -333,7 +349,7 @@ def shapes(params: Params, table: Table) -> dict[str, jax.ShapeDtypeStruct]:
   }
 
 
-def with_dtypes_of(stored: Any, wanted: Params, table: Table) -> Params:
+def with_dtypes_of(stored: Stored, wanted: Params, table: Table) -> Params:
   """Abstract parameters in the dtypes that a file has."""
   stored = _Aliased(stored, table)
   dtypes = {
@@ -421,7 +437,7 @@ def _listed(title: str, lines: Sequence[str], most: int = 20) -> str:
   return '\n  '.join([f'{title}:', *lines[:most], *more])
 
 
-def matches(stored: Mapping[str, Any], table: Table) -> float:
+def matches(stored: Mapping[str, ShapeDtype], table: Table) -> float:
   """The share of a table's names that a file has: which table is it?"""
   names = {table.alias(name) for name in stored}
   return np.mean([rule.theirs in names for rule in table.rules]).item()

@@ -25,8 +25,10 @@ from jaxsoup import _warnings
 from jaxsoup import checkpoints
 from jaxsoup.models import _names
 from jaxsoup.models import vit
-
-Params = Any  # A nested dict of arrays.
+from jaxsoup.typing import Json
+from jaxsoup.typing import Leaf
+from jaxsoup.typing import Params
+from jaxsoup.typing import PathLike
 
 _FAMILIES = {
     'vit': 'ViT',
@@ -56,10 +58,10 @@ class Kind(NamedTuple):
 
   family: str
   names: str
-  arguments: dict[str, Any]
+  arguments: Json
   separator: str = '.'
 
-  def as_json(self) -> dict[str, Any]:
+  def as_json(self) -> Json:
     """What is stored with the arrays."""
     return {
         'family': self.family,
@@ -67,7 +69,7 @@ class Kind(NamedTuple):
         'arguments': self.arguments,
     }
 
-  def make(self, key: Any) -> nnx.Module:
+  def make(self, key: jax.Array | int) -> nnx.Module:
     module = importlib.import_module(f'jaxsoup.models.{self.family}')
     model_class = getattr(module, _FAMILIES[self.family])
     return model_class(**self.arguments, rngs=nnx.Rngs(key))
@@ -115,7 +117,7 @@ def params_of(model: nnx.Module) -> Params:
 
 
 def load(
-    path: Any,
+    path: PathLike,
     *,
     without: Sequence[str] = (),
     family: str | None = None,
@@ -194,7 +196,7 @@ def _initial(kind: Kind, without: Sequence[str], seed: int):
   return jax.jit(start)(jax.random.key(seed))
 
 
-def _replaced(params: Params, leaves: Mapping[str, Any]) -> Params:
+def _replaced(params: Params, leaves: Mapping[str, Leaf]) -> Params:
   for path, leaf in leaves.items():
     *parents, last = path.split('/')
     node = params
@@ -275,7 +277,7 @@ def _fitting(stored, family, names, config) -> Iterator[tuple[float, Kind]]:
     yield share, kind
 
 
-def _config_next_to(path: str) -> dict[str, Any]:
+def _config_next_to(path: str) -> Json:
   """The config of Hugging Face, timm or open_clip next to weights, or {}."""
   file = pathlib.Path(path)
   name = 'open_clip_config.json' if 'open_clip' in file.name else 'config.json'
@@ -291,7 +293,7 @@ def _config_next_to(path: str) -> dict[str, Any]:
     raise ValueError(f'{config} is not valid JSON: {e}.') from e
 
 
-def save(path: Any, params: Any, *, like: Any) -> str:
+def save(path: PathLike, params: Params, *, like: PathLike) -> str:
   """Writes parameters under the names that they have in another file.
 
   Args:
@@ -318,12 +320,12 @@ def save(path: Any, params: Any, *, like: Any) -> str:
 
 
 def convert(
-    source: Any,
-    path: Any,
+    source: PathLike,
+    path: PathLike,
     *,
     names: str | None = None,
     is_orbax: bool | None = None,
-    like: Any = None,
+    like: PathLike | None = None,
     family: str | None = None,
     from_names: str | None = None,
 ) -> str:
@@ -365,7 +367,9 @@ def convert(
   return _write(path, *arrays, new, like_file)
 
 
-def _write(path: Any, shapes, arrays, kind: Kind, like_file: str | None) -> str:
+def _write(
+    path: PathLike, shapes, arrays, kind: Kind, like_file: str | None
+) -> str:
   made = checkpoints.save_arrays(
       path,
       shapes,
@@ -385,14 +389,14 @@ def _write(path: Any, shapes, arrays, kind: Kind, like_file: str | None) -> str:
   return made
 
 
-def _is_orbax(path: Any, kind: Kind, is_orbax: bool | None) -> bool:
+def _is_orbax(path: PathLike, kind: Kind, is_orbax: bool | None) -> bool:
   if str(path).endswith('.safetensors'):
     return False
   return kind.names == _OWN if is_orbax is None else is_orbax
 
 
 def _for_path(
-    path: Any, kind: Kind, is_orbax: bool | None = None
+    path: PathLike, kind: Kind, is_orbax: bool | None = None
 ) -> tuple[Kind, _names.Table]:
   """The kind as it will be in a file, and its table."""
   known = [_OWN, *_tables(kind.family)]

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxsoup.typing import DType
+
 Activation = Callable[[jax.Array], jax.Array]
 
 
@@ -49,7 +51,7 @@ class Mlp(nnx.Module):
       mlp_width: int,
       *,
       activation: Activation = gelu,
-      dtype: Any = None,
+      dtype: DType | None = None,
       rngs: nnx.Rngs,
   ):
     self.activation = activation
@@ -73,7 +75,12 @@ class SwiGlu(nnx.Module):
   """
 
   def __init__(
-      self, width: int, mlp_width: int, *, dtype: Any = None, rngs: nnx.Rngs
+      self,
+      width: int,
+      mlp_width: int,
+      *,
+      dtype: DType | None = None,
+      rngs: nnx.Rngs,
   ):
     self.dense_gate = nnx.Linear(width, mlp_width, dtype=dtype, rngs=rngs)
     self.dense_in = nnx.Linear(width, mlp_width, dtype=dtype, rngs=rngs)
@@ -111,7 +118,7 @@ class Block(nnx.Module):
       activation: Activation = gelu,
       has_layer_scale: bool = False,
       is_gated: bool = False,
-      dtype: Any = None,
+      dtype: DType | None = None,
       rngs: nnx.Rngs,
   ):
     self.has_layer_scale = has_layer_scale
@@ -189,7 +196,9 @@ class Stack(nnx.Module):
       for i in range(depth):
         setattr(self, f'block_{i}', make_block(rngs))
 
-  def through_blocks(self, x: jax.Array, *others: Any) -> jax.Array:
+  def through_blocks(
+      self, x: jax.Array, *others: jax.Array | None
+  ) -> jax.Array:
     """`block_i(x, *others)`, one block after another."""
     if self.is_scanned:
       split = [nnx.split(self.blocks)]
@@ -226,7 +235,9 @@ class Stack(nnx.Module):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(self.batch_axis))
 
 
-def _stacked(make_block: Callable[[nnx.Rngs], nnx.Module], keys: Any) -> Any:
+def _stacked(
+    make_block: Callable[[nnx.Rngs], nnx.Module], keys: jax.Array
+) -> Any:
   """One block with leaves [depth, ...], traced once."""
   split = lambda key: nnx.split(make_block(nnx.Rngs(key)), nnx.Param)
   graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))

@@ -15,6 +15,9 @@ from typing import Any
 
 from jaxsoup.models import _names
 from jaxsoup.models import _torch
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+from jaxsoup.typing import ShapeDtype
 
 # Width, depth, number of heads, width of the MLP.
 SIZES = {
@@ -44,7 +47,7 @@ def _hf(
     num_classes: int,
     has_layer_scale: bool = False,
     is_gated: bool = False,
-    **_: Any,
+    **_: object,
 ) -> _names.Table:
   """Hugging Face's ViT; with LayerScale its DINOv2.
 
@@ -144,7 +147,7 @@ def _timm(
     is_gated: bool = False,
     is_pooled_first: bool = False,
     pool: str | None = None,
-    **_: Any,
+    **_: object,
 ) -> _names.Table:
   """VisionTransformer of timm."""
   rules = [
@@ -189,7 +192,7 @@ def _augreg(
     depth: int = 4,
     num_classes: int,
     has_cls_token: bool = False,
-    **_: Any,
+    **_: object,
 ) -> _names.Table:
   """The npz files of the ViT and AugReg papers."""
   position = 'Transformer/posembed_input/pos_embedding'
@@ -213,7 +216,7 @@ def _big_vision(
     num_classes: int,
     has_cls_token: bool = False,
     pool: str | None = None,
-    **_: Any,
+    **_: object,
 ) -> _names.Table:
   """The npz files of big_vision, with blocks apart or stacked."""
   rules = _flax_ends(
@@ -309,8 +312,8 @@ TABLES: dict[str, Callable[..., _names.Table]] = {
 
 
 def arguments(
-    naming: str, shapes: Mapping[str, Any], config: Mapping[str, Any]
-) -> dict[str, Any]:
+    naming: str, shapes: Mapping[str, ShapeDtype], config: Config
+) -> Json:
   """The arguments of `ViT` for a file.
 
   Where a file does not say how many heads there are (`hf` without a config,
@@ -341,7 +344,7 @@ def arguments(
   return _flax_arguments(naming, shapes)
 
 
-def _hf_arguments(shapes, config) -> dict[str, Any]:
+def _hf_arguments(shapes, config) -> Json:
   prefixes = ('dinov2.', 'vit.', '')
   prefix = next(p for p in prefixes if any(n.startswith(p) for n in shapes))
   layer = f'{prefix}encoder.layer.0.'
@@ -374,7 +377,7 @@ def _hf_arguments(shapes, config) -> dict[str, Any]:
   )
 
 
-def _timm_arguments(shapes, config) -> dict[str, Any]:
+def _timm_arguments(shapes, config) -> Json:
   width, channels, patch_size, _ = shape_of(shapes, 'patch_embed.proj.weight')
   has_cls_token = 'cls_token' in shapes
   size = config.get('pretrained_cfg', {}).get('input_size', [None])[1:]
@@ -405,7 +408,7 @@ def _timm_arguments(shapes, config) -> dict[str, Any]:
   )
 
 
-def _flax_arguments(naming, shapes) -> dict[str, Any]:
+def _flax_arguments(naming, shapes) -> Json:
   is_augreg, is_scanned = naming == 'augreg', naming == 'big_vision_scanned'
   prefix = '' if is_augreg else 'params/'
   position = 'Transformer/posembed_input/' if is_augreg else ''
@@ -440,7 +443,7 @@ def _flax_arguments(naming, shapes) -> dict[str, Any]:
   )
 
 
-def shape_of(shapes: Mapping[str, Any], name: str) -> tuple[int, ...]:
+def shape_of(shapes: Mapping[str, ShapeDtype], name: str) -> tuple[int, ...]:
   if name not in shapes:
     raise ValueError(
         f'This is not a vision transformer: {name!r} is missing among '
@@ -459,12 +462,12 @@ def activation_of(name: str) -> str:
   return ACTIVATION_NAMES[name]
 
 
-def depth_of(shapes: Mapping[str, Any], pattern: str) -> int:
+def depth_of(shapes: Mapping[str, ShapeDtype], pattern: str) -> int:
   matches = [re.fullmatch(pattern, name) for name in shapes]
   return 1 + max(int(m[1]) for m in matches if m)
 
 
-def _num_classes(shapes: Mapping[str, Any], name: str, axis: int) -> int:
+def _num_classes(shapes: Mapping[str, ShapeDtype], name: str, axis: int) -> int:
   return shapes[name].shape[axis] if name in shapes else 0
 
 

@@ -18,20 +18,20 @@ import numpy as np
 from jaxsoup import _masks
 from jaxsoup import _programs
 from jaxsoup import _tree
+from jaxsoup.typing import Params
+from jaxsoup.typing import Tree
 
-Params = Any
 
-
-def _call(model: Any, batch: Any) -> Any:
+def _call(model: Any, batch: Tree) -> Tree:
   return model(batch)
 
 
 def recalibrated(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[Any],
     params: Params,
-    images: Iterable[Any],
+    images: Iterable[Tree],
     *,
-    call: Callable[[Any, Any], Any] = _call,
+    call: Callable[[Any, Tree], Tree] = _call,
 ) -> Params:
   """Replaces running means and variances with those of some images.
 

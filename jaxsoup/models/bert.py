@@ -10,7 +10,6 @@ sentences = bert.mean_pooled(tokens, attention_mask)  # [B, 768]
 
 from collections.abc import Mapping
 import re
-from typing import Any
 
 from flax import nnx
 import jax
@@ -18,6 +17,10 @@ import jax.numpy as jnp
 
 from jaxsoup.models import _names
 from jaxsoup.models import _transformer
+from jaxsoup.typing import Config
+from jaxsoup.typing import DType
+from jaxsoup.typing import Json
+from jaxsoup.typing import ShapeDtype
 
 
 class Block(nnx.Module):
@@ -43,7 +46,7 @@ class Block(nnx.Module):
       num_heads: int,
       *,
       epsilon: float = 1e-12,
-      dtype: Any = None,
+      dtype: DType | None = None,
       rngs: nnx.Rngs,
   ):
     norm = lambda: nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
@@ -294,7 +297,11 @@ def _block(ours: str, theirs: str) -> list[Rule]:
 
 
 def hf_table(
-    *, num_classes: int = 0, depth: int = 12, has_pooler: bool = True, **_: Any
+    *,
+    num_classes: int = 0,
+    depth: int = 12,
+    has_pooler: bool = True,
+    **_: object,
 ) -> _names.Table:
   """Names of Hugging Face's `BertForSequenceClassification` or `BertModel`.
 
@@ -333,8 +340,8 @@ TABLES = {'hf': hf_table}
 
 
 def arguments(
-    naming: str, shapes: Mapping[str, Any], config: Mapping[str, Any]
-) -> dict[str, Any]:
+    naming: str, shapes: Mapping[str, ShapeDtype], config: Config
+) -> Json:
   """The arguments of `Bert` for a file.
 
   Args:
@@ -380,7 +387,7 @@ def arguments(
   }
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
+def _check_config(config: Config) -> None:
   for name, expected in {
       'hidden_act': 'gelu',
       'position_embedding_type': 'absolute',

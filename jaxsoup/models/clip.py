@@ -7,7 +7,6 @@ logits = model(image, text)  # [B, H, W, C], [N, T] -> [B, N]
 """
 
 from collections.abc import Callable
-from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 from typing import Any
@@ -20,6 +19,8 @@ from jaxsoup.models import _transformer
 from jaxsoup.models import vit
 from jaxsoup.models._clip_names import TABLES as TABLES
 from jaxsoup.models._clip_names import arguments as arguments
+from jaxsoup.typing import ArrayLike
+from jaxsoup.typing import Config
 
 
 class ImageTower(_transformer.Stack):
@@ -235,8 +236,8 @@ class CLIP(nnx.Module):
       self,
       *,
       embed_width: int,
-      image: Mapping[str, Any],
-      text: Mapping[str, Any] | None = None,
+      image: Config,
+      text: Config | None = None,
       rngs: nnx.Rngs,
       **both: Any,
   ):
@@ -295,7 +296,7 @@ class ImageClassifier(nnx.Module):
       num_classes: int,
       *,
       embed_width: int,
-      image: Mapping[str, Any],
+      image: Config,
       has_bias: bool = False,
       rngs: nnx.Rngs,
       **others: Any,
@@ -326,7 +327,7 @@ def zero_shot_head(
     text_features_fn: Callable[[jax.Array], jax.Array],
     class_names: Sequence[str],
     templates: Sequence[str],
-    tokenize_fn: Callable[[Sequence[str]], Any],
+    tokenize_fn: Callable[[Sequence[str]], ArrayLike],
     *,
     scale: float = 100.0,
 ) -> jax.Array:

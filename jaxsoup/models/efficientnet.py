@@ -22,6 +22,9 @@ import jax
 from jaxsoup.models import _convolution
 from jaxsoup.models import _names
 from jaxsoup.models import _transformer
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+from jaxsoup.typing import ShapeDtype
 
 
 class Size(NamedTuple):
@@ -424,8 +427,8 @@ _ONLY = {
 
 
 def arguments(
-    naming: str, shapes: Mapping[str, Any], config: Mapping[str, Any]
-) -> dict[str, Any]:
+    naming: str, shapes: Mapping[str, ShapeDtype], config: Config
+) -> Json:
   """The constructor's arguments for a file.
 
   Padding and epsilon cannot be seen in a file. Files of timm are taken for
@@ -470,11 +473,11 @@ def arguments(
   }
 
 
-def _size_of(naming: str, shapes: Mapping[str, Any]) -> Size:
+def _size_of(naming: str, shapes: Mapping[str, ShapeDtype]) -> Size:
   """The size whose convolutions a file has, each with its channels."""
   held = {x for x in shapes if not x.endswith('num_batches_tracked')}
   for size in _SIZES.values():
-    factors: dict[str, Any] = size._asdict()
+    factors: Json = size._asdict()
     del factors['resolution']
     rules = _table(naming, 0, **factors).rules
     theirs = {str(rule.ours): rule.theirs for rule in rules}

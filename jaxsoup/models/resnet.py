@@ -21,6 +21,9 @@ import jax.numpy as jnp
 from jaxsoup.models import _convolution
 from jaxsoup.models import _names
 from jaxsoup.models import _transformer
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+from jaxsoup.typing import ShapeDtype
 
 _SIZES = {
     18: ((2, 2, 2, 2), False),
@@ -31,7 +34,7 @@ _SIZES = {
 }
 
 
-def size(num_layers: int) -> dict[str, Any]:
+def size(num_layers: int) -> Json:
   """The arguments of a ResNet with a number of layers.
 
   Args:
@@ -416,8 +419,8 @@ _ONLY = {
 
 
 def arguments(
-    naming: str, shapes: Mapping[str, Any], config: Mapping[str, Any]
-) -> dict[str, Any]:
+    naming: str, shapes: Mapping[str, ShapeDtype], config: Config
+) -> Json:
   """The constructor's arguments for a file.
 
   Args:

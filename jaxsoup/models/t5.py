@@ -10,7 +10,6 @@ texts = t5.greedy_decode(model, input_ids, attention_mask, num_tokens=8)
 
 from collections.abc import Mapping
 import re
-from typing import Any
 
 from flax import nnx
 import jax
@@ -19,6 +18,10 @@ import numpy as np
 
 from jaxsoup.models import _names
 from jaxsoup.models import _transformer
+from jaxsoup.typing import Config
+from jaxsoup.typing import DType
+from jaxsoup.typing import Json
+from jaxsoup.typing import ShapeDtype
 
 
 class Attention(nnx.Module):
@@ -40,7 +43,7 @@ class Attention(nnx.Module):
       num_heads: int,
       head_width: int,
       *,
-      dtype: Any = None,
+      dtype: DType | None = None,
       rngs: nnx.Rngs,
   ):
     heads = num_heads, head_width
@@ -112,7 +115,7 @@ class Mlp(nnx.Module):
       mlp_width: int,
       *,
       is_gated: bool,
-      dtype: Any = None,
+      dtype: DType | None = None,
       rngs: nnx.Rngs,
   ):
     self.is_gated = is_gated
@@ -160,7 +163,7 @@ class Block(nnx.Module):
       is_decoder: bool,
       is_gated: bool,
       epsilon: float,
-      dtype: Any = None,
+      dtype: DType | None = None,
       rngs: nnx.Rngs,
   ):
     norm = lambda: nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
@@ -218,9 +221,9 @@ class Tower(_transformer.Stack):
       num_buckets: int,
       max_distance: int,
       epsilon: float,
-      dtype: Any,
-      block: Mapping[str, Any],
-      stack: Mapping[str, Any],
+      dtype: DType,
+      block: Config,
+      stack: Config,
       rngs: nnx.Rngs,
   ):
     self.is_decoder, self.max_distance = is_decoder, max_distance
@@ -647,7 +650,7 @@ def hf_table(
     decoder_depth: int | None = None,
     is_gated: bool = False,
     is_tied: bool = True,
-    **_: Any,
+    **_: object,
 ) -> _names.Table:
   """Names of Hugging Face's `T5ForConditionalGeneration`.
 
@@ -680,8 +683,8 @@ TABLES = {'hf': hf_table}
 
 
 def arguments(
-    naming: str, shapes: Mapping[str, Any], config: Mapping[str, Any]
-) -> dict[str, Any]:
+    naming: str, shapes: Mapping[str, ShapeDtype], config: Config
+) -> Json:
   """The arguments of `T5` for a file.
 
   Args:
@@ -738,6 +741,6 @@ def arguments(
   }
 
 
-def _depth(tower: str, shapes: Mapping[str, Any]) -> int:
+def _depth(tower: str, shapes: Mapping[str, ShapeDtype]) -> int:
   blocks = [re.match(rf'{tower}\.block\.(\d+)\.', name) for name in shapes]
   return 1 + max(int(block[1]) for block in blocks if block)

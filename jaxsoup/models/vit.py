@@ -20,6 +20,9 @@ from jaxsoup.models import _transformer
 from jaxsoup.models._vit_names import SIZES
 from jaxsoup.models._vit_names import TABLES as TABLES
 from jaxsoup.models._vit_names import arguments as arguments
+from jaxsoup.typing import Config
+from jaxsoup.typing import DType
+from jaxsoup.typing import Json
 
 _ACTIVATIONS = {
     'gelu': _transformer.gelu,
@@ -89,7 +92,7 @@ class MapHead(nnx.Module):
       *,
       epsilon: float = 1e-6,
       activation: _transformer.Activation = _transformer.gelu,
-      dtype: Any = None,
+      dtype: DType | None = None,
       rngs: nnx.Rngs,
   ):
     normal = nnx.initializers.normal(width**-0.5)
@@ -389,9 +392,9 @@ def _bicubic(num: int, new_num: int) -> np.ndarray:
 
 def at_resolution(
     params: Mapping[str, Any],
-    arguments: Mapping[str, Any],
+    arguments: Config,
     image_shape: Sequence[int],
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], Json]:
   """The same model for images of another size.
 
   Args:

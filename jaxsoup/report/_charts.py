@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
 
@@ -9,6 +10,10 @@ import numpy as np
 
 from jaxsoup.report import _plots
 from jaxsoup.report._tables import Row
+from jaxsoup.typing import Config
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
 
 _GREY = '#8c8c8c'
 _MAX_LABELS = 24  # More would overlap.
@@ -51,7 +56,7 @@ def line_fit(rows: Sequence[Row]) -> LineFit | None:
   return LineFit(float(slope), float(intercept), float(r_squared))
 
 
-def figure_1(ax: Any, rows: Sequence[Row]) -> None:
+def figure_1(ax: 'Axes', rows: Sequence[Row]) -> None:
   """The scatter of `_plots.scatter`, its line, and the legend below."""
   _plots.scatter(ax, rows)
   fit = line_fit(rows)
@@ -70,7 +75,7 @@ def figure_1(ax: Any, rows: Sequence[Row]) -> None:
   _plots.legend_below(ax, 2)
 
 
-def alphas(ax: Any, alpha: Mapping[str, np.ndarray]) -> None:
+def alphas(ax: 'Axes', alpha: Mapping[str, np.ndarray]) -> None:
   """A row of bars for each soup: how much it takes of every model.
 
   Each row has its own scale; its largest coefficient is written next to it.
@@ -97,11 +102,11 @@ def alphas(ax: Any, alpha: Mapping[str, np.ndarray]) -> None:
   ax.set_ylim(-0.2, len(names))
   ax.set_xlim(-0.7, num - 0.3)
   ax.set_xlabel('model')
-  ax.xaxis.get_major_locator().set_params(integer=True)
+  ax.locator_params(axis='x', integer=True)
   ax.spines[['top', 'right', 'left']].set_visible(False)
 
 
-def alpha_map(ax: Any, paths: Sequence[str], alpha: np.ndarray) -> None:
+def alpha_map(ax: 'Axes', paths: Sequence[str], alpha: np.ndarray) -> None:
   """Mixing coefficients of each tensor (rows) and model (columns).
 
   Args:
@@ -125,10 +130,10 @@ def alpha_map(ax: Any, paths: Sequence[str], alpha: np.ndarray) -> None:
   ticks = ticks[:: -(-len(ticks) // _MAX_LABELS)]
   ax.set_yticks(ticks, [labels[i] for i in ticks], fontsize=8)
   ax.set_xlabel('model')
-  ax.xaxis.get_major_locator().set_params(integer=True)
+  ax.locator_params(axis='x', integer=True)
 
 
-def reliability(ax: Any, curves: Mapping[str, Mapping[str, Any]]) -> None:
+def reliability(ax: 'Axes', curves: Mapping[str, Config]) -> None:
   """Accuracy against confidence: a reliability diagram.
 
   Args:
@@ -157,7 +162,7 @@ def reliability(ax: Any, curves: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def frequencies(
-    ax: Any, frequency: Sequence[float], chosen: Sequence[int]
+    ax: 'Axes', frequency: Sequence[float], chosen: Sequence[int]
 ) -> None:
   """How often resamples of the held-out set choose each model.
 
@@ -179,13 +184,13 @@ def frequencies(
   ax.set_xlabel('model')
   ax.set_ylabel('resamples that choose it (%)')
   ax.set_ylim(0, 100)
-  ax.xaxis.get_major_locator().set_params(integer=True)
+  ax.locator_params(axis='x', integer=True)
   _plots.tidy(ax)
   _plots.legend_below(ax, 2)
 
 
 def against(
-    ax: Any,
+    ax: 'Axes',
     name: str,
     values: Sequence[Any],
     scores: Sequence[float],

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import functools
 import json
 import pathlib
-from typing import Any
 
 import numpy as np
 
@@ -20,16 +19,20 @@ from jaxsoup import landscape
 from jaxsoup import studies
 from jaxsoup.report import _landscapes
 from jaxsoup.report._page import Labelled
+from jaxsoup.report._page import Part
 from jaxsoup.report._page import Picture
 from jaxsoup.report._page import Section
 from jaxsoup.report._page import Table
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+from jaxsoup.typing import PathLike
 
 # On the plane a loss is a number, an error a share.
 _SCALES = {'training loss': 1}
 _RATE = 'learning_rate'
 
 
-def read_landscape(workdir: Any) -> dict[str, Any]:
+def read_landscape(workdir: PathLike) -> Json:
   """The parts of `WORKDIR/landscape` by name; empty if there are none.
 
   Raises:
@@ -47,9 +50,7 @@ def read_landscape(workdir: Any) -> dict[str, Any]:
   return parts
 
 
-def plane_sections(
-    measured: Mapping[str, Any], names: Sequence[str]
-) -> list[Section]:
+def plane_sections(measured: Config, names: Sequence[str]) -> list[Section]:
   """Loss and error around the start and two models; empty without a plane.
 
   Args:
@@ -124,9 +125,9 @@ def _number(value: float, scale: float) -> str:
 
 
 def barrier_sections(
-    measured: Mapping[str, Any],
+    measured: Config,
     names: Sequence[str],
-    settings: Sequence[Mapping[str, Any]],
+    settings: Sequence[Config],
 ) -> list[Section]:
   """The error on lines between two models; empty without lines.
 
@@ -197,7 +198,7 @@ def _above_chord(path: landscape.Path, t: float) -> float:
   return float(np.interp(t, path.t, path.loss) - chord)
 
 
-def _median(values: Mapping[Any, float]) -> float:
+def _median(values: Mapping[tuple[int, ...], float]) -> float:
   return 100 * float(np.median(list(values.values())))
 
 
@@ -206,7 +207,7 @@ def _pair(pair: Sequence[int], names: Sequence[str]) -> str:
 
 
 def pair_rates(
-    pairs: Sequence[Sequence[int]], settings: Sequence[Mapping[str, Any]]
+    pairs: Sequence[Sequence[int]], settings: Sequence[Config]
 ) -> list[float] | None:
   """The mean learning rate of each pair; None where it is not known."""
   if not all(_RATE in setting for setting in settings):
@@ -217,10 +218,10 @@ def pair_rates(
 
 
 def angle_sections(
-    measured: Mapping[str, Any],
-    pairs: Mapping[str, Any],
+    measured: Config,
+    pairs: Config,
     names: Sequence[str],
-    settings: Sequence[Mapping[str, Any]],
+    settings: Sequence[Config],
     *,
     metric: str = 'accuracy',
 ) -> list[Section]:
@@ -242,7 +243,7 @@ def angle_sections(
       f'{np.nanmax(apart):.0f} degrees apart (median '
       f'{np.nanmedian(apart):.0f}); unrelated ones are at 90.'
   )
-  parts: list[Any] = [text]
+  parts: list[Part] = [text]
   pictures = [
       Picture(
           'angles',
@@ -333,7 +334,7 @@ def _pair_pictures(where, pairs, settings, metric) -> list[Picture]:
   ]
 
 
-def diagnosis_sections(report: Mapping[str, Any]) -> list[Section]:
+def diagnosis_sections(report: Config) -> list[Section]:
   """What is wrong, and what to do; empty without a diagnosis.
 
   Args:
@@ -342,7 +343,7 @@ def diagnosis_sections(report: Mapping[str, Any]) -> list[Section]:
   if 'verdict' not in report:
     return []
   verdict = report['verdict']
-  parts: list[Any] = [
+  parts: list[Part] = [
       Labelled(f'{_sentence(verdict["action"])}:', verdict['reason'])
   ]
   if verdict['action'] == 'soup a subset':

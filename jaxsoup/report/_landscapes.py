@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ from jaxsoup.studies import Contribution
 from jaxsoup.studies import Curve
 from jaxsoup.studies import Growth
 from jaxsoup.studies import Varied
+from jaxsoup.typing import ArrayLike
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
 
 # From dark to light it is read without its hues, too.
 _MAP = 'viridis'
@@ -25,7 +30,7 @@ _MAX_NUMBERS = 12  # A heat map of more models has no room for its numbers.
 
 
 def plane(
-    ax: Any,
+    ax: 'Axes',
     surface: Plane,
     names: Sequence[str],
     *,
@@ -120,7 +125,7 @@ def _levels(loss: np.ndarray, num: int) -> np.ndarray:
 
 
 def lines(
-    ax: Any,
+    ax: 'Axes',
     paths: Mapping[Any, Path],
     *,
     values: Mapping[Any, float] | None = None,
@@ -160,7 +165,7 @@ def lines(
 
 
 def angles_and_gains(
-    ax: Any,
+    ax: 'Axes',
     pairs: Sequence[Pair],
     *,
     values: Sequence[float] | None = None,
@@ -188,7 +193,7 @@ def angles_and_gains(
 
 
 def against_ensembles(
-    ax: Any,
+    ax: 'Axes',
     pairs: Sequence[Pair],
     *,
     values: Sequence[float] | None = None,
@@ -216,7 +221,7 @@ def against_ensembles(
 
 
 def theory(
-    ax: Any,
+    ax: 'Axes',
     terms: Sequence[SoupMinusEnsemble],
     *,
     values: Sequence[float] | None = None,
@@ -241,7 +246,7 @@ def theory(
 
 
 def growth(
-    ax: Any,
+    ax: 'Axes',
     grown: Growth,
     *,
     label: str = 'accuracy (%)',
@@ -273,7 +278,7 @@ def growth(
     )
   ax.set_xlabel('number of models')
   ax.set_ylabel(label)
-  ax.xaxis.get_major_locator().set_params(integer=True)
+  ax.locator_params(axis='x', integer=True)
   _plots.tidy(ax)
   ax.legend(frameon=False, fontsize=8)
 
@@ -284,7 +289,7 @@ def _standard_error(rows: np.ndarray) -> np.ndarray:
 
 
 def varied(
-    ax: Any,
+    ax: 'Axes',
     groups: Sequence[Varied],
     *,
     label: str = 'accuracy (%)',
@@ -311,7 +316,7 @@ def varied(
 
 
 def compared(
-    ax: Any,
+    ax: 'Axes',
     scores: Mapping[str, Mapping[str, Sequence[float]]],
     *,
     label: str = '',
@@ -366,7 +371,7 @@ def _finish_rows(ax, label: str) -> None:
   _plots.legend_below(ax, 3)
 
 
-def contributions(ax: Any, effects: Sequence[Contribution]) -> None:
+def contributions(ax: 'Axes', effects: Sequence[Contribution]) -> None:
   """Spearman's correlation of every hyper-parameter with scores and choices.
 
   Args:
@@ -412,7 +417,7 @@ def contributions(ax: Any, effects: Sequence[Contribution]) -> None:
 
 
 def wise_ft(
-    ax: Any,
+    ax: 'Axes',
     curves: Mapping[str, Curve],
     *,
     x: str = 'test',
@@ -462,7 +467,12 @@ def wise_ft(
 
 
 def matrix(
-    ax: Any, values: Any, names: Sequence[str], *, label: str, fmt: str = '.0f'
+    ax: 'Axes',
+    values: ArrayLike,
+    names: Sequence[str],
+    *,
+    label: str,
+    fmt: str = '.0f',
 ) -> None:
   """A number for each pair of models: angles, distances, alignments.
 
@@ -501,7 +511,7 @@ def matrix(
 
 
 def _colours(
-    ax: Any, values: Mapping[Any, float] | None, label: str
+    ax: 'Axes', values: Mapping[Any, float] | None, label: str
 ) -> dict[Any, Any] | None:
   """A colour for each value, and the bar that tells which."""
   if values is None:
@@ -525,7 +535,7 @@ def _norm(values: Iterable[float]) -> Any:
   return colors.Normalize(low, high)
 
 
-def _scatter(ax: Any, x, y, values, label: str) -> None:
+def _scatter(ax: 'Axes', x, y, values, label: str) -> None:
   if values is None:
     ax.scatter(x, y, s=26, color=_plots.COLOURS[0], linewidths=0, alpha=0.8)
   else:
@@ -536,6 +546,6 @@ def _scatter(ax: Any, x, y, values, label: str) -> None:
   _plots.tidy(ax)
 
 
-def _diagonal(ax: Any, x: Sequence[float], y: Sequence[float]) -> None:
+def _diagonal(ax: 'Axes', x: Sequence[float], y: Sequence[float]) -> None:
   ends = [min(*x, *y), max(*x, *y)]
   ax.plot(ends, ends, color='black', linewidth=0.8, linestyle=':', zorder=1)

@@ -19,10 +19,16 @@ import io
 import itertools
 import pathlib
 import re
+from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
 
 from jaxsoup.report import _plots
+from jaxsoup.typing import Config
+from jaxsoup.typing import PathLike
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
 
 # Matplotlib's black, white and grid: the colours of the page, in either mode.
 _INK = {
@@ -70,6 +76,9 @@ class Table(NamedTuple):
   is_folded: bool = False
 
 
+DrawFn = Callable[['Axes'], None]
+
+
 class Picture(NamedTuple):
   """A picture, with a description in words.
 
@@ -85,10 +94,13 @@ class Picture(NamedTuple):
   """
 
   name: str
-  draw: Callable[[Any], None]
+  draw: DrawFn
   alt: str
   caption: str = ''
   size: tuple[float, float] = (4.8, 3.6)
+
+
+Part = str | Labelled | Table | Picture
 
 
 class Section(NamedTuple):
@@ -104,12 +116,12 @@ class Section(NamedTuple):
   """
 
   title: str
-  parts: Sequence[Any]
-  data: Mapping[str, Sequence[Mapping[str, Any]]] = {}
+  parts: Sequence[Part]
+  data: Mapping[str, Sequence[Config]] = {}
 
 
 def write_page(
-    path: Any, title: str, sections: Sequence[Section], *, intro: str = ''
+    path: PathLike, title: str, sections: Sequence[Section], *, intro: str = ''
 ) -> list[pathlib.Path]:
   """Writes a page, and next to it its pictures and the numbers behind them.
 
@@ -219,7 +231,8 @@ def _section(section: Section) -> str:
   is_picture = lambda part: isinstance(part, Picture)
   for are_pictures, group in itertools.groupby(section.parts, is_picture):
     if are_pictures:
-      lines += ['<div class="pictures">', *map(_figure, group), '</div>']
+      figures = [_figure(part) for part in group if isinstance(part, Picture)]
+      lines += ['<div class="pictures">', *figures, '</div>']
     else:
       lines += map(_part, group)
   return '\n'.join([*lines, '</section>'])

@@ -1,8 +1,10 @@
 """Pictures that take an Axes."""
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import pathlib
+from typing import TYPE_CHECKING
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,10 @@ from jaxsoup._soup import AtMost
 from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Trial
 from jaxsoup.report._tables import Row
+from jaxsoup.typing import PathLike
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
@@ -20,7 +26,9 @@ _TRIALS = {'accepted': 'o', 'rejected': 'o', 'rejected early, at most': 'v'}
 AREAS = (190, 90, 90, 60, 80, 80)
 
 
-def scatter(ax: Any, rows: Sequence[Row], *, label: str | None = None) -> None:
+def scatter(
+    ax: 'Axes', rows: Sequence[Row], *, label: str | None = None
+) -> None:
   """Test against shifted score of every model and soup.
 
   Args:
@@ -79,7 +87,7 @@ def scatter(ax: Any, rows: Sequence[Row], *, label: str | None = None) -> None:
 
 
 def trials(
-    ax: Any,
+    ax: 'Axes',
     infos: Mapping[str, SearchInfo],
     *,
     label: str = 'held-out accuracy (%)',
@@ -121,12 +129,12 @@ def trials(
       mark(ax, [], marker, edgecolors='black', facecolors=face, label=outcome)
   ax.set_xlabel('trial')
   ax.set_ylabel(label)
-  ax.xaxis.get_major_locator().set_params(integer=True)
+  ax.locator_params(axis='x', integer=True)
   tidy(ax)
   ax.legend(frameon=False, fontsize=8)
 
 
-def mark(ax: Any, points: Sequence[Any], marker: str, **kwargs) -> None:
+def mark(ax: 'Axes', points: Sequence[Any], marker: str, **kwargs) -> None:
   x, y = zip(*points) if points else ((), ())
   ax.scatter(x, y, s=30, marker=marker, linewidths=1.1, zorder=3, **kwargs)
 
@@ -142,7 +150,12 @@ def _outcome(trial: Trial) -> str:
   return 'rejected early, at most' if is_bound else 'rejected'
 
 
-def save(draw: Any, path: Any, *, size: tuple[float, float] = (6.4, 4)) -> None:
+def save(
+    draw: Callable[['Axes'], None],
+    path: PathLike,
+    *,
+    size: tuple[float, float] = (6.4, 4),
+) -> None:
   """Draws into a new figure and writes it, without a display.
 
   Args:
@@ -159,13 +172,13 @@ def save(draw: Any, path: Any, *, size: tuple[float, float] = (6.4, 4)) -> None:
   fig.savefig(path, dpi=160)
 
 
-def tidy(ax: Any) -> None:
+def tidy(ax: 'Axes') -> None:
   ax.spines[['top', 'right']].set_visible(False)
   ax.grid(color='#e6e6e6', linewidth=0.6, zorder=0)
   ax.set_axisbelow(True)
 
 
-def legend_below(ax: Any, ncols: int) -> None:
+def legend_below(ax: 'Axes', ncols: int) -> None:
   """A legend outside of the axes, so that it hides nothing."""
   ax.legend(
       frameon=False,

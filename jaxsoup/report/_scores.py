@@ -6,7 +6,6 @@ rows, settings = report.read_scores('scores.csv')
 """
 
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 import csv
 import difflib
@@ -17,6 +16,9 @@ import pathlib
 from typing import Any
 
 from jaxsoup.report._tables import Row
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+from jaxsoup.typing import PathLike
 
 KINDS = ('single', 'soup', 'ensemble')
 _NAMES = ('name', 'model_name', 'model')
@@ -24,12 +26,12 @@ _NOT_SETTINGS = {*_NAMES, 'kind', 'metric', 'nll', 'ece', 'cost'}
 
 
 def read_scores(
-    path: Any,
+    path: PathLike,
     *,
     held_out: str = 'held_out',
     test: str = 'test',
     shifts: Sequence[str] | None = None,
-) -> tuple[list[Row], list[dict[str, Any]]]:
+) -> tuple[list[Row], list[Json]]:
   """Reads a table of scores: JSON lines, a JSON list, or CSV.
 
   A row is a model. Its columns are data sets, with scores in 0..1, and
@@ -132,12 +134,12 @@ def _row(where, record, number, held_out, test, shifts) -> Row:
   )
 
 
-def _is_there(record: Mapping[str, Any], column: str) -> bool:
+def _is_there(record: Config, column: str) -> bool:
   value = record.get(column)
   return value not in ('', None) and value == value  # NaN is unlike itself.
 
 
-def _score(where: str, record: Mapping[str, Any], column: str) -> float:
+def _score(where: str, record: Config, column: str) -> float:
   value = _number(where, record, column)
   if abs(value) > 1:
     raise ValueError(
@@ -147,7 +149,7 @@ def _score(where: str, record: Mapping[str, Any], column: str) -> float:
   return value
 
 
-def _number(where: str, record: Mapping[str, Any], column: str) -> float:
+def _number(where: str, record: Config, column: str) -> float:
   value = record.get(column, '')
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
   if is_number and not math.isnan(value):
@@ -158,7 +160,7 @@ def _number(where: str, record: Mapping[str, Any], column: str) -> float:
   )
 
 
-def _records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _records(path: pathlib.Path) -> Iterator[Json]:
   """Flat records: what is nested has a dotted name."""
   if path.suffix not in ('.csv', '.json', '.jsonl'):
     raise ValueError(
@@ -209,7 +211,7 @@ def _parsed(where: str, text: str) -> Any:
     raise ValueError(f'{where} is not valid JSON: {e}.') from e
 
 
-def _flat(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flat(record: Config) -> Iterator[tuple[str, Any]]:
   for key, value in record.items():
     if isinstance(value, dict):
       yield from ((f'{key}.{name}', x) for name, x in _flat(value))

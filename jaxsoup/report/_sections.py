@@ -9,10 +9,10 @@ sections = [
 ```
 """
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
-from typing import Any
 
 import numpy as np
 
@@ -21,13 +21,16 @@ from jaxsoup._soup import SearchInfo
 from jaxsoup.report import _charts
 from jaxsoup.report import _plots
 from jaxsoup.report import _tables
+from jaxsoup.report._page import Part
 from jaxsoup.report._page import Picture
 from jaxsoup.report._page import Section
 from jaxsoup.report._page import Strong
 from jaxsoup.report._page import Table
 from jaxsoup.report._tables import Row
+from jaxsoup.typing import Config
+from jaxsoup.typing import Nested
 
-Settings = Sequence[Mapping[str, Any]]
+Settings = Sequence[Config]
 
 
 def table_section(
@@ -94,7 +97,7 @@ def _listed(names: Sequence[str]) -> str:
   return ', '.join(names) if names else 'none'
 
 
-def _record(row: Row, setting: Mapping[str, Any] | None = None):
+def _record(row: Row, setting: Config | None = None):
   """A row as `read_scores` reads it."""
   record = row._asdict()
   gains, shifts = record.pop('gains'), record.pop('shifts')
@@ -195,7 +198,7 @@ def _columns(score: float | AtMost) -> dict[str, float | None]:
   return {'score': score, 'at_most': None}
 
 
-def alpha_sections(alphas: Mapping[str, Any]) -> list[Section]:
+def alpha_sections(alphas: Mapping[str, Nested]) -> list[Section]:
   """The mixing coefficients of each soup; empty without soups.
 
   Args:
@@ -245,7 +248,7 @@ def alpha_sections(alphas: Mapping[str, Any]) -> list[Section]:
       'with that concentration. Where the sum is below one, the rest is the '
       'initialization.'
   )
-  parts = [Table(header, body), legend, *pictures]
+  parts: list[Part] = [Table(header, body), legend, *pictures]
   return [Section('Mixing coefficients', parts, {'alpha': records})]
 
 
@@ -266,7 +269,7 @@ def _alpha_map(name: str, paths: list[str], values: np.ndarray) -> Picture:
   )
 
 
-def _paths(tree: Any, prefix: str = '') -> dict[str, np.ndarray]:
+def _paths(tree: Nested, prefix: str = '') -> dict[str, np.ndarray]:
   if not isinstance(tree, Mapping):
     return {prefix.rstrip('/'): np.asarray(tree, float)}
   return {
@@ -286,7 +289,7 @@ def _largest(alpha: np.ndarray, num: int = 3) -> str:
 
 
 def calibration_sections(
-    curves: Mapping[str, Mapping[str, Any]],
+    curves: Mapping[str, Config],
 ) -> list[Section]:
   """Whether models are calibrated; empty without curves.
 
@@ -304,7 +307,7 @@ def calibration_sections(
       '; '.join(f'{line[0]} {line[1]} %, {line[2]} %' for line in body)
   )
   num_bins = len(next(iter(curves.values()))['num'])
-  parts = [
+  parts: list[Part] = [
       Table(['', 'confidence', 'accuracy', 'ECE'], body),
       'In per cent, on test data.',
       Picture(
@@ -324,7 +327,7 @@ def calibration_sections(
   return [Section('Calibration', parts, {'calibration': records})]
 
 
-def _calibration(curve: Mapping[str, Any]) -> tuple[float, float, float]:
+def _calibration(curve: Config) -> tuple[float, float, float]:
   """Mean confidence, accuracy, expected calibration error."""
   confidence, accuracy = np.array(curve['confidence']), curve['accuracy']
   gap = np.abs(confidence - accuracy)
@@ -395,7 +398,7 @@ def _setting(name, values, rows, chosen) -> Picture:
 
 
 def stability_sections(
-    searches: Mapping[str, Mapping[str, Any]],
+    searches: Mapping[str, Config],
 ) -> list[Section]:
   """How stable the choice of a search is; empty without resamples.
 
@@ -405,7 +408,7 @@ def stability_sections(
   return [_stability_section(name, stable) for name, stable in searches.items()]
 
 
-def _stability_section(name: str, stable: Mapping[str, Any]) -> Section:
+def _stability_section(name: str, stable: Config) -> Section:
   frequency, chosen = stable['frequency'], stable['chosen']
   sizes = np.asarray(stable['sizes'])
   text = (
@@ -441,6 +444,6 @@ def _percent(value: float) -> str:
   return f'{100 * value:.1f} %'
 
 
-def _range(values: Any) -> str:
+def _range(values: Iterable[float]) -> str:
   values = list(values)
   return f'{100 * min(values):.1f} to {100 * max(values):.1f} %'

@@ -15,6 +15,10 @@ import numpy as np
 from jaxsoup import metrics
 from jaxsoup import statistics
 from jaxsoup.statistics import Comparison
+from jaxsoup.typing import Array
+from jaxsoup.typing import Config
+from jaxsoup.typing import MetricFn
+from jaxsoup.typing import PathLike
 
 # The name that `summary` gives to the best single model on held-out data.
 _BEST = 'best single'
@@ -81,13 +85,13 @@ _SCORES = {
 }
 
 
-def read_rows(path: Any) -> list[Row]:
+def read_rows(path: PathLike) -> list[Row]:
   """Reads the rows of `results.json`, or of any JSON list of such rows."""
   content = json.loads(pathlib.Path(path).read_text())
   return rows_of(content['rows'] if isinstance(content, dict) else content)
 
 
-def rows_of(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+def rows_of(rows: Sequence[Config]) -> list[Row]:
   """Rows from what JSON keeps of them."""
   return [
       Row(**row)._replace(
@@ -99,10 +103,10 @@ def rows_of(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 def with_gains(
     rows: Sequence[Row],
-    logits: Sequence[Mapping[str, Any]],
-    label: Mapping[str, Any],
+    logits: Sequence[Mapping[str, Array]],
+    label: Mapping[str, Array],
     *,
-    metric: statistics.Metric | None = metrics.correct,
+    metric: MetricFn | None = metrics.correct,
     num_resamples: int = 5000,
 ) -> list[Row]:
   """Rows with their gains over the best single model, and intervals of those.
@@ -134,7 +138,7 @@ def with_gains(
     return list(rows)
   _refuse_twice(logits[best])
 
-  def gains_of(first: Mapping[str, Any]) -> dict[str, Comparison]:
+  def gains_of(first: Mapping[str, Array]) -> dict[str, Comparison]:
     second = logits[best]
     compare = lambda a, b, y: statistics.compare(
         a, b, y, metric=metric, num_resamples=num_resamples
@@ -157,7 +161,7 @@ def with_gains(
   ]
 
 
-def _refuse_twice(logits: Mapping[str, Any]) -> None:
+def _refuse_twice(logits: Mapping[str, Array]) -> None:
   held_out = logits.get('held_out', ())
   for name, x in logits.items():
     # Answers that are right or wrong may agree by chance; logits do not.

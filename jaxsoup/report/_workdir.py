@@ -25,6 +25,9 @@ from jaxsoup.report._page import Code
 from jaxsoup.report._page import Section
 from jaxsoup.report._page import Table
 from jaxsoup.report._tables import Row
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+from jaxsoup.typing import PathLike
 
 _MAIN = 'jaxsoup.experiments.main'
 
@@ -42,16 +45,16 @@ class Contents(NamedTuple):
   """
 
   rows: list[Row]
-  settings: list[dict[str, Any]]
+  settings: list[Json]
   tables: list[list[Row]]
-  soups: dict[str, dict[str, Any]]
-  results: dict[str, Any]
-  landscape: dict[str, Any] = {}
+  soups: dict[str, Json]
+  results: Json
+  landscape: Json = {}
 
 
 def write_report(
-    source: Any,
-    out: Any = None,
+    source: PathLike,
+    out: PathLike | None = None,
     *,
     further: Sequence[Section] = (),
     **columns: Any,
@@ -101,7 +104,7 @@ def write_report(
   )
 
 
-def read_workdir(workdir: Any) -> Contents:
+def read_workdir(workdir: PathLike) -> Contents:
   """Reads what the report of an experiment is about; no parameters.
 
   Raises:
@@ -141,9 +144,9 @@ def read_workdir(workdir: Any) -> Contents:
   )
 
 
-def _settings(rows: Sequence[Row], runs) -> list[dict[str, Any]]:
+def _settings(rows: Sequence[Row], runs) -> list[Json]:
   """Hyper-parameters of each row, by the number that its name begins with."""
-  settings: list[dict[str, Any]] = []
+  settings: list[Json] = []
   for row in rows:
     number, _, copy = row.name.partition('_')
     known = row.kind == 'single' and number.isdecimal()
@@ -241,9 +244,9 @@ def _around(contents: Contents) -> list[Section]:
   ]
 
 
-def _first_of_each(soups: Mapping[str, Any]) -> dict[str, Any]:
+def _first_of_each(soups: Mapping[str, Config]) -> Json:
   """One soup a recipe: those with other running statistics are one mixture."""
-  first: dict[str, Any] = {}
+  first: Json = {}
   for name, value in soups.items():
     first.setdefault(name.partition(',')[0], value)
   return first
@@ -252,7 +255,7 @@ def _first_of_each(soups: Mapping[str, Any]) -> dict[str, Any]:
 def _origin(contents: Contents) -> Section:
   """Command, versions, config, runs, data, soups."""
   results, soups = contents.results, contents.soups
-  parts: list[Any] = []
+  parts: list[_page.Part] = []
   owns = [own for own in soups.values() if own.get('command')]
   commands = dict.fromkeys(_command(own['command']) for own in owns)
   if commands:
@@ -288,7 +291,7 @@ def _command(argv: Sequence[str]) -> str:
   return shlex.join([*words, *rest])
 
 
-def _data(record: Mapping[str, Mapping[str, Any]]) -> Table:
+def _data(record: Mapping[str, Config]) -> Table:
   body = [
       [
           name,
@@ -324,11 +327,11 @@ def _models(contents: Contents) -> Table:
   )
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
   return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
-def _provenance(soups: Mapping[str, Mapping[str, Any]]) -> Table:
+def _provenance(soups: Mapping[str, Config]) -> Table:
   body = []
   for name, own in soups.items():
     info = own.get('info')

@@ -28,7 +28,6 @@ also where temperatures are off by a factor of 1.3 or so
 """
 
 from jaxsoup.statistics._comparisons import Comparison as Comparison
-from jaxsoup.statistics._comparisons import Metric as Metric
 from jaxsoup.statistics._comparisons import compare as compare
 from jaxsoup.statistics._comparisons import mcnemar as mcnemar
 from jaxsoup.statistics._comparisons import optimism as optimism

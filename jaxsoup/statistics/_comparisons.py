@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from jaxsoup import metrics
+from jaxsoup.typing import ArrayLike
+from jaxsoup.typing import MetricFn
 
-# Maps logits `[N, C]` and labels `[N]` to one number, or to one an example.
-Metric = Callable[[Any, Any], Any]
 _NUM_AT_ONCE = 100
 
 
@@ -51,7 +51,7 @@ class Comparison(NamedTuple):
 
 
 def mcnemar(
-    correct_a: Any, correct_b: Any, *, level: float = 0.95
+    correct_a: ArrayLike, correct_b: ArrayLike, *, level: float = 0.95
 ) -> Comparison:
   """Whether two models are right equally often, by the same examples.
 
@@ -134,11 +134,11 @@ def _lower_end(num_a: int, num_b: int, num: int, tail: float) -> float:
 
 
 def paired_bootstrap(
-    metric: Metric | None,
-    a: Any,
-    b: Any,
+    metric: MetricFn | None,
+    a: ArrayLike | Mapping[str, ArrayLike],
+    b: ArrayLike | Mapping[str, ArrayLike],
     *,
-    label: Any = None,
+    label: ArrayLike | Mapping[str, ArrayLike] | None = None,
     num_resamples: int = 5000,
     seed: int = 0,
     level: float = 0.95,
@@ -216,11 +216,11 @@ def paired_bootstrap(
 
 
 def compare(
-    a: Any,
-    b: Any,
-    label: Any = None,
+    a: ArrayLike | Mapping[str, ArrayLike],
+    b: ArrayLike | Mapping[str, ArrayLike],
+    label: ArrayLike | Mapping[str, ArrayLike] | None = None,
     *,
-    metric: Metric | None = metrics.correct,
+    metric: MetricFn | None = metrics.correct,
     num_resamples: int = 5000,
     seed: int = 0,
     level: float = 0.95,
@@ -267,7 +267,7 @@ def compare(
 
 
 def over_repeats(
-    gains: Any, *, share: float = 0.0, level: float = 0.95
+    gains: ArrayLike, *, share: float = 0.0, level: float = 0.95
 ) -> Comparison:
   """The mean gain over repeats, such as seeds or splits, and its interval.
 
@@ -388,7 +388,9 @@ def optimism(held_out_gain: Comparison, report_gain: Comparison) -> Comparison:
   )
 
 
-def _two_sided(mean: float, error: float, cdf: Callable[[float], Any]) -> float:
+def _two_sided(
+    mean: float, error: float, cdf: Callable[[float], np.floating[Any]]
+) -> float:
   """The p-value of a mean with a standard error; of no error 0 or 1."""
   if error == 0:
     return float(mean == 0)
@@ -450,7 +452,7 @@ def _answers(metric, x, label) -> np.ndarray:
 
 
 def _of_same_examples(sets: Sequence[_Set]) -> list[list[_Set]]:
-  groups: dict[Any, list[_Set]] = {}
+  groups: dict[tuple[int, bytes | None], list[_Set]] = {}
   for s in sets:
     key = len(s.a), None if s.label is None else s.label.tobytes()
     groups.setdefault(key, []).append(s)

@@ -9,6 +9,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+from jaxsoup.typing import Rows
+
 _NOT_INPUTS = ('label', 'mask')
 _NUM_AT_ONCE = 1024
 
@@ -22,7 +26,7 @@ class Split(NamedTuple):
   """
 
   rows: dict[str, np.ndarray]
-  record: dict[str, Any]
+  record: Json
 
 
 def split(
@@ -30,7 +34,7 @@ def split(
     sizes: Mapping[str, int],
     seed: int,
     *,
-    record: Mapping[str, Any] | None = None,
+    record: Config | None = None,
 ) -> Split:
   """Draws disjoint rows for each role.
 
@@ -78,7 +82,7 @@ def split(
   return Split(rows, made)
 
 
-def shared_rows(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
+def shared_rows(a: Rows, b: Rows) -> tuple[np.ndarray, np.ndarray]:
   """Which examples two data sets have in common, by content.
 
   Args:
@@ -99,7 +103,7 @@ def shared_rows(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
   return _shared(*hashes)
 
 
-def check_disjoint(**sets: Any) -> None:
+def check_disjoint(**sets: Rows) -> None:
   """Refuses data sets of different roles that share examples.
 
   What chose must not report: pass what each role sees, before it is augmented.
@@ -152,12 +156,12 @@ def _shared(a: list[bytes], b: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
   return in_a, in_b
 
 
-def _parts(data: Any) -> list[Any]:
+def _parts(data: Rows) -> list[Rows]:
   parts = data if isinstance(data, list | tuple) else [data]
   return [getattr(part, 'arrays', part) for part in parts]
 
 
-def _row_hashes(data: Any) -> Iterator[bytes]:
+def _row_hashes(data: Rows) -> Iterator[bytes]:
   for part in _parts(data):
     for inputs in _in_chunks(part):
       for row in zip(*map(_row_bytes, inputs)):
@@ -167,7 +171,7 @@ def _row_hashes(data: Any) -> Iterator[bytes]:
         yield digest.digest()
 
 
-def _in_chunks(data: Any) -> Iterator[list[np.ndarray]]:
+def _in_chunks(data: Rows) -> Iterator[list[np.ndarray]]:
   """The inputs of a data set, sorted by name, some rows at a time."""
   if isinstance(data, Mapping):
     num = len(next(iter(data.values())))

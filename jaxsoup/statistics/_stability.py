@@ -3,15 +3,19 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxsoup._recipes import _greedy
-from jaxsoup._soup import Members
+from jaxsoup._soup import AtMost
+from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
+from jaxsoup.typing import ArrayLike
+from jaxsoup.typing import Members
+from jaxsoup.typing import Params
 
 
 class Stability(NamedTuple):
@@ -34,13 +38,13 @@ class Stability(NamedTuple):
 
 
 def stability(
-    values_fn: Callable[[Members], Any],
+    values_fn: Callable[[Members], ArrayLike],
     num_models: int,
     *,
-    recipe: Callable[..., Soup] = _greedy.greedy,
+    recipe: Callable[..., Soup[SearchInfo]] = _greedy.greedy,
     num_resamples: int = 100,
     seed: int = 0,
-    answers: MutableMapping[Members, Any] | None = None,
+    answers: MutableMapping[Members, np.ndarray] | None = None,
 ) -> Stability:
   """Repeats a search on resampled held-out examples.
 
@@ -105,12 +109,17 @@ def stability(
   )
 
 
-def _choice(recipe, ingredients, known, counts) -> set[int]:
+def _choice(
+    recipe: Callable[..., Soup[SearchInfo]],
+    ingredients: Sequence[Params],
+    known: '_Answers',
+    counts: np.ndarray,
+) -> set[int]:
   scores = _Scores(known, counts)
   return set(recipe(ingredients, _never, scores=scores).info.accepted)
 
 
-def _never(params: Any) -> float:
+def _never(params: Params) -> float:
   raise AssertionError('Every score is known.')
 
 
@@ -119,8 +128,8 @@ class _Answers:
 
   def __init__(
       self,
-      values_fn: Callable[[Members], Any],
-      answers: MutableMapping[Members, Any],
+      values_fn: Callable[[Members], ArrayLike],
+      answers: MutableMapping[Members, np.ndarray],
   ):
     self.num_evaluated = 0
     self._values_fn = values_fn
@@ -139,7 +148,7 @@ class _Answers:
     return self._answers[members]
 
 
-class _Scores(MutableMapping):
+class _Scores(MutableMapping[Members, float | AtMost]):
   """A score log that knows every candidate: the mean of resampled answers."""
 
   def __init__(self, answers: _Answers, counts: np.ndarray):
@@ -156,7 +165,7 @@ class _Scores(MutableMapping):
     # Sums of right answers are exact, so that ties stay ties.
     return float(self._counts @ values.astype(float) / self._counts.sum())
 
-  def __setitem__(self, members: Members, score: float) -> None:
+  def __setitem__(self, members: Members, score: float | AtMost) -> None:
     raise TypeError(f'The score of {members} follows from the answers.')
 
   def __delitem__(self, members: Members) -> None:
