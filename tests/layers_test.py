@@ -14,6 +14,7 @@ ROOT = pathlib.Path(jaxsoup.__file__).parent
 # From the bottom up. A module may import those of its own layer and below.
 LAYERS = (
     (
+        '_files',
         '_soup',
         'typing',
         '_json',

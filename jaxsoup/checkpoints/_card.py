@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import json
 import pathlib
+import re
 import shlex
 import sys
 
@@ -59,18 +60,37 @@ def text(
   """
   import jaxsoup
 
-  command = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
   return _CARD.format(
       # JSON strings are YAML strings.
       base_models='\n'.join(f'- {json.dumps(n)}' for n in ingredients),
-      name=name,
+      name=_escaped(name),
       num=len(ingredients),
       recipe=metadata.get('recipe') or 'given alpha',
       table=_table(ingredients, soup),
       notes=_notes(soup),
       version=jaxsoup.__version__,
-      command=shlex.join(command),
+      command=shlex.join(command()),
   )
+
+
+def command() -> list[str]:
+  """The command of this process, as it may be stored and published.
+
+  Of other programs than ours only the name: their arguments may hold secrets.
+  Of addresses a user and a password are left out.
+  """
+  name = pathlib.Path(sys.argv[0])
+  is_ours = name.name == 'jaxsoup' or name.parts[-3:-1] == (
+      'jaxsoup',
+      'experiments',
+  )
+  arguments = sys.argv[1:] if is_ours else []
+  return [name.name, *(re.sub(r'//[^/@\s]*@', '//', x) for x in arguments)]
+
+
+def _escaped(name: str) -> str:
+  """Text that Markdown and HTML show as it is, on one line."""
+  return re.sub(r'[^\w ./-]', lambda m: f'&#{ord(m[0])};', name)
 
 
 def _table(ingredients: Sequence[str], soup: Soup[Info]) -> str:
@@ -81,7 +101,8 @@ def _table(ingredients: Sequence[str], soup: Soup[Info]) -> str:
   for k, name in enumerate(ingredients):
     score = scores.get((k,))
     known = [f'{score:.4f}' if score is not None else ''] if scores else []
-    rows.append([f'`{name}`', f'{alpha[k]:.4f}', *known])
+    shown = f'<code>{_escaped(name)}</code>'
+    rows.append([shown, f'{alpha[k]:.4f}', *known])
   return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
+import fnmatch
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup import _warnings
@@ -40,15 +42,15 @@ from jaxsoup.typing import PathLike
 from jaxsoup.typing import ShapeDtype
 
 _CONFIG = 'config.json'
-# Other weights, and files of a training run.
-_LEFT_SUFFIXES = {
-    '.bin', '.ckpt', '.gguf', '.h5', '.log', '.lock', '.msgpack', '.npz',
-    '.onnx', '.pt', '.pth', '.safetensors',
-}  # fmt: skip
-_LEFT_NAMES = {'README.md', _soups.SIDECAR_FILE, 'trainer_state.json'}
-_LEFT_ENDS = ('.index.json',)
-_LEFT_STARTS = ('.', 'events.out.', 'optimizer', 'rng_state', 'scheduler')
-_MOST_BYTES = 100_000_000  # Of a file without weights.
+# Files without weights that belong to a model. Others may be private.
+_OF_A_MODEL = (
+    'config.json', '*_config.json', 'modules.json', 'LICENSE*', 'NOTICE*',
+    'tokenizer*.json', 'tokenizer.model', 'spiece.model', '*.tiktoken',
+    'sentencepiece*.model', 'vocab.*', 'merges.txt', 'special_tokens_map.json',
+    'added_tokens.json', 'chat_template*', 'configuration_*.py',
+    'modeling_*.py', 'tokenization_*.py', '*processing_*.py',
+)  # fmt: skip
+_MOST_BYTES = 100_000_000
 # What may differ between the configs of one model.
 _NOT_COMPARED = {
     '_name_or_path', 'dtype', 'torch_dtype', 'transformers_version'
@@ -285,7 +287,7 @@ def _write_json(file: pathlib.Path, content: Any) -> None:
 @contextlib.contextmanager
 def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A directory that gets its name when it is complete, else is deleted."""
-  folder = path.with_name(f'{path.name}.unfinished-{os.getpid()}')
+  folder = _files.unfinished_beside(path)
   folder.mkdir()
   try:
     yield folder
@@ -299,20 +301,22 @@ def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def copy_other_files(weights: pathlib.Path, folder: pathlib.Path) -> None:
-  """Copies config, tokenizer, preprocessor etc. of the first ingredient."""
-  for file in sorted(weights.parent.iterdir()):
-    if file.is_file() and not _is_left(file):
+  """Copies config, tokenizer, preprocessor etc. of the first ingredient.
+
+  A link is followed within the directory only, or within that of the model in
+  the cache of the hub: it could lead to any file of this machine.
+  """
+  own = weights.parent
+  cached = [p for p in own.parents if p.name.startswith('models--')]
+  model = (cached or [own])[0].resolve()
+  for file in sorted(own.iterdir()):
+    if (
+        any(fnmatch.fnmatch(file.name, pattern) for pattern in _OF_A_MODEL)
+        and file.resolve().is_relative_to(model)
+        and file.is_file()
+        and file.stat().st_size <= _MOST_BYTES
+    ):
       shutil.copyfile(file, folder / file.name)
-
-
-def _is_left(file: pathlib.Path) -> bool:
-  return (
-      file.suffix in _LEFT_SUFFIXES
-      or file.name in _LEFT_NAMES
-      or file.name.endswith(_LEFT_ENDS)
-      or file.name.startswith(_LEFT_STARTS)
-      or file.stat().st_size > _MOST_BYTES
-  )
 
 
 def _names_of(paths: Sequence[str]) -> list[str]:

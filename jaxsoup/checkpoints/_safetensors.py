@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _raw
@@ -207,8 +208,8 @@ def write(
         "Two leaves would have the same name: keys contain dots, such as 'a.b' "
         "and {'a': {'b'}}. Rename the keys."
     )
-  unfinished = path.with_name(f'{path.name}.unfinished-{os.getpid()}')
-  number = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+  unfinished = _files.unfinished_beside(path)
+  number = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
   try:
     # The checksums come last, and are as long as their placeholders.
     length = 8 + len(_header_bytes(rows, leaves, own_fn(), {}, num_more))

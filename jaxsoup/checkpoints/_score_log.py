@@ -2,10 +2,17 @@
 
 from collections.abc import Iterator
 from collections.abc import MutableMapping
+import contextlib
 import json
 import os
 import pathlib
+from typing import IO
 from typing import Any
+
+try:
+  import fcntl
+except ImportError:  # Windows.
+  fcntl = None  # type: ignore[assignment]
 
 from jaxsoup import _processes
 from jaxsoup._soup import AtMost
@@ -13,6 +20,9 @@ from jaxsoup.checkpoints import _ingredients
 from jaxsoup.typing import Json
 from jaxsoup.typing import Members
 from jaxsoup.typing import PathLike
+
+# What a line begins with.
+_BEGINNINGS = (b'{"members": ', b'{"ingredients": ', b'{"evaluation": ')
 
 
 class ScoreLog(MutableMapping[Members, float | AtMost]):
@@ -98,11 +108,10 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
 
   def _append(self, row: Json) -> None:
     line = (json.dumps(row) + '\n').encode()
-    with self._path.open('ab', buffering=0) as file:
+    with self._path.open('ab', buffering=0) as file, _held(file):
       num_written = 0
       try:
-        # One call, so that two processes cannot mix their lines. If there is
-        # room for only a part, the second call raises the reason.
+        # If there is room for only a part, the second call raises the reason.
         num_written = file.write(line)
         if num_written < len(line):
           num_written += file.write(line[num_written:])
@@ -118,11 +127,8 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
 
   def _read(self, content: bytes) -> None:
     lines = content.splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b'\n'):
-      # The writer was stopped in the middle of a line: that score is lost.
-      lines.pop()
-      if _processes.is_main():
-        os.truncate(self._path, sum(map(len, lines)))
+    # The writer was stopped in the middle of a line: that score is lost.
+    cut = lines.pop() if lines and not lines[-1].endswith(b'\n') else b''
     heads = []
     for number, line in enumerate(lines, 1):
       try:
@@ -134,11 +140,25 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
       except (KeyError, TypeError, ValueError) as e:
         raise ValueError(
             f'{self._path}, line {number} is unreadable: {line[:80]!r}. Delete '
-            'that line; its score will be computed again.'
+            'that line; its score will be computed again. If this is no log of '
+            'scores, give another path: it is left as it is.'
         ) from e
+    if not any(begin.startswith(cut[: len(begin)]) for begin in _BEGINNINGS):
+      raise ValueError(
+          f'{self._path} is no log of scores: it ends with {cut[:80]!r}. It is '
+          'left as it is: give another path.'
+      )
     if lines:
       for head in heads or [{}]:
         self._check(head)
+    if cut and _processes.is_main():
+      self._cut_off(cut)
+
+  def _cut_off(self, cut: bytes) -> None:
+    """Removes a part of a line, unless somebody has gone on writing."""
+    with self._path.open('rb+') as file, _held(file):
+      if file.read().endswith(cut):
+        file.truncate(file.tell() - len(cut))
 
   def _check(self, head: Json) -> None:
     """Raises unless the scores in the file belong to this log."""
@@ -156,6 +176,15 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
           f'{self._path} holds scores of another evaluation: {then!r} then, '
           f'{now!r} now. Delete it, or give another path.'
       )
+
+
+@contextlib.contextmanager
+def _held(file: IO[bytes]) -> Iterator[None]:
+  """Two processes with one log neither mix nor cut off their lines."""
+  if fcntl is not None:
+    with contextlib.suppress(OSError):  # Where the file system has no locks.
+      fcntl.flock(file, fcntl.LOCK_EX)
+  yield  # Closing the file ends it.
 
 
 def _parse(row: Json) -> dict[Members, float | AtMost]:

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import pathlib
 import platform
-import sys
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jaxsoup import _processes
 from jaxsoup import _soup
 from jaxsoup import _tree
 from jaxsoup._soup import Soup
+from jaxsoup.checkpoints import _card
 from jaxsoup.checkpoints import _disk
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
@@ -220,7 +220,7 @@ def own_of(
   return own | {
       'ingredients': _describe(ingredients),
       'versions': _versions(),
-      'command': sys.argv,
+      'command': _card.command(),
       'time': datetime.datetime.now(datetime.UTC).isoformat(),
   }
 

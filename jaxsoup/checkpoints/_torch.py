@@ -19,7 +19,12 @@ from jaxsoup.checkpoints import _source
 
 SUFFIXES = ('.pth', '.pt', '.bin')
 IN_DIRECTORY = 'pytorch_model.bin'  # Of Hugging Face, before safetensors.
-_REFUSED = ('Unsupported global', 'Unsupported class', 'TorchScript')
+# What torch says of a pickle that would call functions.
+_REFUSED = re.compile(
+    r'unsupported (?:global|class).*?(?= was not| whose module|$)'
+    r'|TorchScript archive',
+    re.IGNORECASE | re.MULTILINE,
+)
 _WRAPPERS = ('state_dict', 'model')
 # dtypes that NumPy lacks, and integers of their size.
 _VIEWS = {
@@ -76,21 +81,16 @@ def _loaded(path: pathlib.Path) -> Any:
   # The unpickler raises all kinds of errors on invalid bytes.
   except Exception as e:
     said = str(e)
-    if any(words in said for words in _REFUSED):
+    if refused := _REFUSED.search(said):
       raise ValueError(
-          f'{path} holds more than tensors: {_reason(said)}. It is not loaded '
-          'because that could run code. If you trust the file, save only its '
-          'tensors: torch.save(model.state_dict(), path).'
+          f'{path} is refused because it would run code when it is loaded '
+          f'({refused[0]}). If you trust its author, load it yourself, and '
+          'save only the tensors: torch.save(model.state_dict(), path).'
       ) from e
-    raise _source.damaged(path, _reason(said) or e) from e
-
-
-def _reason(said: str) -> str:
-  """What was wrong, from torch's page of advice."""
-  match = re.search(
-      r'Unsupported .*?(?= was not|$)|TorchScript archive', said, re.MULTILINE
-  )
-  return match[0] if match else said
+    # The rest of torch's page says how to switch the protection off.
+    is_page = 'weights_only' in said
+    reason = 'its pickle is invalid' if is_page else said or e
+    raise _source.damaged(path, reason) from e
 
 
 def _state_dict(content: Any) -> Any:

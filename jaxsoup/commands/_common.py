@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import pathlib
+import re
 from typing import Annotated
 from typing import NoReturn
 import warnings
@@ -43,10 +44,18 @@ def failures() -> Iterator[None]:
     _fail(str(e), code=getattr(e, 'exit_code', 1))
 
 
+def echo(text: object, err: bool = False) -> None:
+  """Prints text; names in it may hold control sequences of terminals."""
+  shown = lambda m: m[0].encode('unicode_escape').decode()
+  typer.echo(
+      re.sub(r'[^\n\t\x20-\x7e\xa0-\U0010ffff]', shown, str(text)), err=err
+  )
+
+
 def _show_warning(message, *_, **__) -> None:
-  typer.echo(f'Warning: {message}', err=True)
+  echo(f'Warning: {message}', err=True)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-  typer.echo(f'Error: {message}', err=True)
+  echo(f'Error: {message}', err=True)
   raise typer.Exit(code)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import typer
 
+from jaxsoup import _files
 from jaxsoup.commands import _common
 
 NOTHING_SAVED = 'nothing is saved, and the command starts from scratch'
@@ -51,7 +52,7 @@ def cook(
       from jaxsoup.experiments import distributed
 
       distributed.start()
-      typer.echo(distributed.banner(order.out), err=True)
+      _common.echo(distributed.banner(order.out), err=True)
     import jax
 
     from jaxsoup.experiments import preemption
@@ -84,6 +85,7 @@ def _held(out: pathlib.Path):
   # Next to it, because it exists only when it is complete.
   lock = out.absolute().parent / f'.{out.name}.lock'
   with locking.locked(lock, out):
+    _files.clear_leftovers(out)
     if out.exists():  # Since the options were parsed.
       raise FileExistsError(f'{out} exists. Give another path.')
     yield
@@ -166,12 +168,12 @@ def _show(soup, ingredients, order, recipe) -> None:
     typer.echo(json.dumps(content))
     return
   for path, value in zip(ingredients.paths, alpha):
-    typer.echo(f'{value:8.4f}  {path}')
+    _common.echo(f'{value:8.4f}  {path}')
   if isinstance(soup.alpha, dict):
-    typer.echo('(alpha: the mean over the tensors)')
+    _common.echo('(alpha: the mean over the tensors)')
   if score is not None:
     _show_search(soup.info, len(soup.alpha))
-  typer.echo(f'Soup: {order.out}')
+  _common.echo(f'Soup: {order.out}')
 
 
 def _show_search(info, num) -> None:
@@ -180,10 +182,10 @@ def _show_search(info, num) -> None:
   singles = [v for m, v in info.scores.items() if len(m) == 1]
   # In a random order not every model is scored alone.
   best = f', best single {max(singles):.4f}' if len(singles) == num else ''
-  typer.echo(f'held-out score {info.score:.4f}{best}')
+  _common.echo(f'held-out score {info.score:.4f}{best}')
   rejected = [t.score for t in info.trials if not t.accepted]
   num_early = sum(isinstance(s, jaxsoup.AtMost) for s in rejected)
-  typer.echo(
+  _common.echo(
       f'{len(info.trials)} trials, {len(rejected)} rejections, '
       f'{num_early} of them early'
   )

@@ -78,6 +78,11 @@ def diagnose(
     from jaxsoup import diagnosis
     from jaxsoup.experiments import progress
 
+    if report_file is not None:  # Before the minutes that a diagnosis takes.
+      from jaxsoup import report
+
+      report.check_out(report_file)
+
     functions = {
         'eval_fn': _load(eval_name, '--eval'),
         'logits_fn': _load(logits_name, '--logits'),
@@ -96,15 +101,13 @@ def diagnose(
           **functions,
       )
     if report_file is not None:
-      from jaxsoup import report
-
       sections = report.diagnosis_sections(diagnosed.as_json())
       title = f'Diagnosis of {len(runs)} runs'
       report.write_page(report_file, title, sections)
   text = diagnosed.as_text()
   if as_json:
     text = json.dumps(diagnosed.as_json(), allow_nan=False)
-  typer.echo(text)
+  _common.echo(text)
   if any(f.severity == 'error' for f in diagnosed.findings):
     raise typer.Exit(1)
 

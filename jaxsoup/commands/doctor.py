@@ -16,6 +16,6 @@ def doctor(as_json: _common.Json = False) -> None:
     if as_json:
       typer.echo(json.dumps(summary))
     else:
-      typer.echo(doctor_lib.as_text(summary))
+      _common.echo(doctor_lib.as_text(summary))
   if summary['problems']:
     raise typer.Exit(1)

@@ -29,9 +29,6 @@ def inspect(
     if as_json:
       typer.echo(json.dumps(inspected.as_json()))
     else:
-      from rich import console
-
-      text = inspected.as_text()
-      console.Console().print(text, highlight=False, soft_wrap=True)
+      _common.echo(inspected.as_text())
   if inspected.problems:
     raise typer.Exit(1)

@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
+import jaxsoup
+from jaxsoup import _files
 from jaxsoup.commands import _common
+
+# What a plan of ours begins with.
+_MARKER = '"jaxsoup": '
 
 
 def plan(
@@ -61,6 +66,8 @@ def plan(
       f'{os.environ.get("XLA_FLAGS", "")} {flag}={devices or 1}'.strip()
   )
   with _common.failures():
+    if json_file is not None:
+      _files.require_ours(json_file, _MARKER)
     import jax
 
     jax.config.update('jax_platforms', 'cpu')
@@ -83,10 +90,12 @@ def plan(
         device_bytes,
         num_ingredients=ingredients or len(experiment.runs),
         machine=topology or 'CPU',
-        on_program=lambda p: typer.echo(
+        on_program=lambda p: _common.echo(
             f'{p.name}: compiled in {p.seconds:.1f} s', err=True
         ),
     )
     if json_file is not None:
-      json_file.write_text(json.dumps(plan_lib.as_json(made), indent=1))
-  typer.echo(plan_text.as_text(made))
+      content = {'jaxsoup': jaxsoup.__version__, **plan_lib.as_json(made)}
+      with _files.replaced(json_file, _MARKER) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1))
+  _common.echo(plan_text.as_text(made))

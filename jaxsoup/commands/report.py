@@ -78,5 +78,7 @@ def report(
   if as_json:
     typer.echo(json.dumps({'out': files[0], 'files': files[1:]}))
   else:
-    typer.echo(f'Report: {files[0]}')
-    typer.echo(f'Figures and numbers: {pathlib.Path(files[0]).with_suffix("")}')
+    _common.echo(f'Report: {files[0]}')
+    _common.echo(
+        f'Figures and numbers: {pathlib.Path(files[0]).with_suffix("")}'
+    )

@@ -278,4 +278,4 @@ def _saved(scores: pathlib.Path | None) -> str:
 def _show_plan(plan) -> None:
   mode = 'streamed' if plan.is_streamed else 'resident'
   reads = f'{plan.reads_per_step} reads per step'
-  typer.echo(f'learned: {mode}, {reads}; {plan.reason}.', err=True)
+  _common.echo(f'learned: {mode}, {reads}; {plan.reason}.', err=True)

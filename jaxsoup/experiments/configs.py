@@ -19,6 +19,7 @@ from absl import flags
 import ml_collections
 from ml_collections import config_flags
 
+from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup.typing import Json
 
@@ -230,6 +231,7 @@ def check_unchanged(
   now = _lasting(json.loads(json.dumps(_flat(config))))
   now.pop('sweep.shard', None)  # It decides where a run is trained, not what.
   if not file.exists():
+    require_new(file.parent)
     _store(now, file)
     return
   try:
@@ -256,13 +258,25 @@ def check_unchanged(
     )
 
 
+def require_new(workdir: pathlib.Path) -> None:
+  """Raises if a workdir in which nothing was started yet holds something."""
+  if not workdir.is_dir():
+    return
+  is_lock = lambda name: name.startswith('.lock')
+  names = sorted(p.name for p in workdir.iterdir() if not is_lock(p.name))
+  if names:
+    raise UsageError(
+        f'{workdir} holds {", ".join(names[:5])}, and no experiment was '
+        'started in it. Give another workdir, so that nothing is overwritten.'
+    )
+
+
 def _store(fields: Json, file: pathlib.Path) -> None:
   if not _processes.is_main():
     return
   file.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = file.with_suffix('.tmp')
-  unfinished.write_text(json.dumps(fields, indent=2))
-  unfinished.replace(file)
+  with _files.replaced(file) as unfinished:
+    unfinished.write_text(json.dumps(fields, indent=2))
 
 
 def _lasting(fields: Json) -> Json:

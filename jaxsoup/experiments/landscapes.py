@@ -27,6 +27,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _memory
 from jaxsoup import _processes
@@ -227,9 +228,8 @@ def _make_once(path: pathlib.Path, settings, make_fn, on_points) -> None:
     return
   content = _json.plain({'settings': settings, **make_fn(on_points)})
   path.parent.mkdir(exist_ok=True)
-  unfinished = path.with_suffix('.tmp')
-  unfinished.write_text(json.dumps(content, allow_nan=False))
-  unfinished.replace(path)
+  with _files.replaced(path) as unfinished:
+    unfinished.write_text(json.dumps(content, allow_nan=False))
 
 
 def _is_made(path: pathlib.Path, settings) -> bool:

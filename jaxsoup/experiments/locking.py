@@ -54,7 +54,7 @@ def locked(path: PathLike, what: object) -> Iterator[None]:
 
 def _acquired(path: pathlib.Path, what: object) -> int | None:
   while True:
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    file = _opened(path)
     try:
       if fcntl is None:
         raise OSError(errno.ENOSYS, 'no flock')
@@ -79,9 +79,38 @@ def _acquired(path: pathlib.Path, what: object) -> int | None:
     if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
       break
     os.close(file)
+  if not _is_lock(file):
+    os.close(file)
+    raise FileExistsError(
+        f'{path} would be the lock of {what}, but holds something else, and is '
+        'left as it is. Move it elsewhere.'
+    )
   os.ftruncate(file, 0)
   os.write(file, json.dumps(_self()).encode())
   return file
+
+
+def _opened(path: pathlib.Path) -> int:
+  flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0)
+  try:
+    return os.open(path, flags, 0o644)
+  except OSError as e:
+    if not path.is_symlink():
+      raise
+    raise FileExistsError(
+        f'{path} is a symbolic link, not a lock: what it leads to is left as '
+        'it is. Remove the link.'
+    ) from e
+
+
+def _is_lock(file: int) -> bool:
+  """Whether it is new, or one of ours whose holder died."""
+  content = os.pread(file, 1000, 0)
+  try:
+    return not content or {'host', 'pid'} <= set(json.loads(content))
+  except (TypeError, ValueError):
+    # One that was cut off as it was written.
+    return b'{"host": '.startswith(content[:9])
 
 
 def _self() -> Json:

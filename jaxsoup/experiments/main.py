@@ -203,6 +203,8 @@ def run_seeds(
     A table a seed, as of `run`.
   """
   workdir = pathlib.Path(workdir)
+  if num_seeds > 1 and not any(workdir.glob('seed*/config.json')):
+    configs.require_new(workdir)
   first = configs.load(path, overrides).config.seed
   tables = []
   for seed in range(first, first + num_seeds):

@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import report
 from jaxsoup.experiments import configs
@@ -94,9 +95,8 @@ def _once(bench: pools.Bench, number: int) -> Figures:
   if result.draw is not None:
     report.save(result.draw, path.with_suffix('.png'), size=(6.4, 4.4))
   path.parent.mkdir(exist_ok=True)
-  unfinished = path.with_suffix('.tmp')
-  unfinished.write_text(json.dumps(_json.plain(result.figures), indent=1))
-  unfinished.replace(path)
+  with _files.replaced(path) as unfinished:
+    unfinished.write_text(json.dumps(_json.plain(result.figures), indent=1))
   return json.loads(path.read_text())
 
 
@@ -129,7 +129,8 @@ def _write(workdir: pathlib.Path, figures) -> None:
       draw = functools.partial(report.compared, scores=_drawn(rows))
       path = workdir / 'experiments' / f'{number:02d}.png'
       report.save(draw, path, size=(6.4, 1.6 + 0.3 * len(rows)))
-  (workdir / 'experiments.md').write_text('\n'.join(lines))
+  with _files.replaced(workdir / 'experiments.md', lines[0]) as unfinished:
+    unfinished.write_text('\n'.join(lines))
 
 
 def _table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsoup
+from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup import checkpoints
@@ -428,6 +429,5 @@ def _write(work, tables, soups, calibration, stable) -> None:
   content['stability'] = {name: x for name, x in stable.items() if x}
   if len(tables) > 1:
     content['splits'] = [[r._asdict() for r in table] for table in tables]
-  unfinished = workdir / 'results.tmp'
-  unfinished.write_text(json.dumps(content, indent=1))
-  unfinished.replace(workdir / 'results.json')
+  with _files.replaced(workdir / 'results.json') as unfinished:
+    unfinished.write_text(json.dumps(content, indent=1))

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 import ml_collections
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
@@ -344,9 +345,8 @@ def _write_logits(work: Work, path: pathlib.Path, arrays) -> None:
   if _processes.is_main():
     file = _logits_file(work, path)
     file.parent.mkdir(exist_ok=True)
-    unfinished = file.with_name(f'.{file.name}')
-    np.savez(unfinished, **arrays)
-    unfinished.replace(file)
+    with _files.replaced(file) as unfinished, unfinished.open('wb') as f:
+      np.savez(f, **arrays)
   _processes.wait_for_all('the logits are written')
 
 

@@ -30,6 +30,7 @@ from jaxsoup.report._page import Picture as Picture
 from jaxsoup.report._page import Section as Section
 from jaxsoup.report._page import Strong as Strong
 from jaxsoup.report._page import Table as Table
+from jaxsoup.report._page import check_out as check_out
 from jaxsoup.report._page import page as page
 from jaxsoup.report._page import write_page as write_page
 from jaxsoup.report._plots import save as save

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
 
+from jaxsoup import _files
 from jaxsoup.report import _plots
 from jaxsoup.typing import Config
 from jaxsoup.typing import PathLike
@@ -36,6 +37,10 @@ _INK = {
     '#ffffff': 'var(--page)',
     '#e6e6e6': 'var(--grid)',
 }
+
+
+# What a page of ours begins with.
+_MARKER = '<meta name="generator" content="jaxsoup">'
 
 
 class Strong(str):
@@ -155,6 +160,7 @@ def write_page(
           f'{sorted(twice)} would be written twice into {folder}: give each '
           'picture and each table of numbers its own name.'
       )
+  check_out(path)
   folder.mkdir(parents=True, exist_ok=True)
   files = [path]
   for picture in pictures:
@@ -164,10 +170,21 @@ def write_page(
   for name, records in data:
     files.append(folder / f'{name}.csv')
     _write_csv(files[-1], records)
-  unfinished = path.with_suffix('.tmp')
-  unfinished.write_text(page(title, sections, intro=intro), encoding='utf-8')
-  unfinished.replace(path)
+  text = page(title, sections, intro=intro)
+  with _files.replaced(path, _MARKER) as unfinished:
+    unfinished.write_text(text, encoding='utf-8')
   return files
+
+
+def check_out(path: pathlib.Path) -> None:
+  """Raises if a page at `path` would take the place of something else."""
+  _files.require_ours(path, _MARKER)
+  folder = path.with_suffix('')
+  if folder.exists() and not path.exists() and any(folder.iterdir()):
+    raise FileExistsError(
+        f'{folder} is not empty, and the pictures and numbers of {path} would '
+        'go into it. Give another path.'
+    )
 
 
 def _write_csv(path: pathlib.Path, records) -> None:
@@ -203,6 +220,7 @@ def page(title: str, sections: Sequence[Section], *, intro: str = '') -> str:
       '<html lang="en">',
       '<head>',
       '<meta charset="utf-8">',
+      _MARKER,
       '<meta name="viewport" content="width=device-width, initial-scale=1">',
       '<meta name="color-scheme" content="light dark">',
       f'<title>{html.escape(title)}</title>',

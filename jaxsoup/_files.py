@@ -1,0 +1,76 @@
+"""Files that appear when they are complete, and never in place of a user's.
+
+```
+with _files.replaced(path, marker='<meta name="generator"') as unfinished:
+  unfinished.write_text(text)
+```
+"""
+
+from collections.abc import Iterator
+import contextlib
+import pathlib
+import secrets
+import shutil
+
+_UNFINISHED = '.unfinished-'
+# Within as many bytes a file of ours has its marker.
+_START = 1024
+
+
+def unfinished_beside(path: pathlib.Path) -> pathlib.Path:
+  """A name that no other process has: ids repeat, in containers above all."""
+  return path.with_name(f'{path.name}{_UNFINISHED}{secrets.token_hex(6)}')
+
+
+def clear_leftovers(path: pathlib.Path) -> None:
+  """Deletes what killed processes left that were to write `path`.
+
+  Only under a lock on `path`, or it may belong to a process that writes now.
+  """
+  names = (f'{path.name}{_UNFINISHED}', f'{path.name}.orbax-checkpoint-tmp')
+  for leftover in path.parent.iterdir():
+    if leftover.name.startswith(names):
+      if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover)
+      else:
+        leftover.unlink()
+
+
+def require_ours(path: pathlib.Path, marker: str) -> None:
+  """Raises if something is there that does not begin with what we write."""
+  if path.is_file():
+    with path.open('rb') as file:
+      if marker.encode() in file.read(_START):
+        return
+  if path.exists() or path.is_symlink():
+    raise FileExistsError(
+        f'{path} exists, and this command did not write it: it is left as it '
+        'is. Give another path.'
+    )
+
+
+@contextlib.contextmanager
+def replaced(
+    path: pathlib.Path, marker: str | None = None
+) -> Iterator[pathlib.Path]:
+  """A new file to write, which gets its name when it is complete.
+
+  Args:
+    path: the name. A file that is there is replaced.
+    marker: what a file of ours begins with; others are not replaced. None: all
+      files of that folder are ours.
+
+  Yields:
+    The path to write to.
+
+  Raises:
+    FileExistsError: the file is a user's.
+  """
+  if marker is not None:
+    require_ours(path, marker)
+  unfinished = unfinished_beside(path)
+  try:
+    yield unfinished
+    unfinished.replace(path)
+  finally:
+    unfinished.unlink(missing_ok=True)
