@@ -1,8 +1,26 @@
 """Values as JSON can hold them."""
 
+import json
+import pathlib
 from typing import Any
 
 import numpy as np
+
+
+def parsed(text: str | bytes) -> Any:
+  """`json.loads`; whatever is wrong with the text is a ValueError."""
+  try:
+    return json.loads(text)
+  except RecursionError as e:
+    raise ValueError('it is nested too deeply') from e
+
+
+def read(path: pathlib.Path) -> Any:
+  """The content of a JSON file; a ValueError names it."""
+  try:
+    return parsed(path.read_bytes())
+  except ValueError as e:
+    raise ValueError(f'{path} is not valid JSON: {e}.') from e
 
 
 def plain(value: Any) -> Any:

@@ -1,10 +1,13 @@
 """The `jaxsoup` command. Imports jax only when a command needs it."""
 
+import os
+from typing import Annotated
 from typing import Any
 
 import typer
 from typer import core
 
+from jaxsoup.commands import _common
 from jaxsoup.commands import convert
 from jaxsoup.commands import demo
 from jaxsoup.commands import diagnose
@@ -31,6 +34,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={'help_option_names': ['-h', '--help']},
 )
+
+
+@app.callback()
+def options(
+    traceback: Annotated[
+        bool,
+        typer.Option(
+            '--traceback',
+            envvar=_common.TRACEBACK,
+            help='Where a command fails, also print the traceback.',
+        ),
+    ] = False,
+) -> None:
+  if traceback:
+    os.environ[_common.TRACEBACK] = '1'
+
 
 app.add_typer(soup.app)
 for command in (

@@ -27,6 +27,23 @@ def alpha_of(members: Members, num_ingredients: int) -> np.ndarray:
   return (counts / len(members)).astype(np.float32)
 
 
+def number(score: Scalar, said: str, who: str) -> float:
+  """A score as a float; raises unless it is one finite number."""
+  value = np.asarray(jax.device_get(score))
+  # Small floats such as bfloat16 are of kind V.
+  if value.ndim or value.dtype.kind not in 'fiubV':
+    raise TypeError(
+        f'{said} {value.dtype}{list(value.shape)} for {who}; a score is one '
+        'number, higher is better.'
+    )
+  if not np.isfinite(float(value)):
+    raise ValueError(
+        f'{said} {float(value)} for {who}; scores must be finite. Leave that '
+        "ingredient out, or return the metric's worst value instead."
+    )
+  return float(value)
+
+
 class Search:
   """A soup that changes by one ingredient at a time.
 
@@ -172,25 +189,10 @@ class Search:
       self, score: Scalar | AtMost, members: Members, said: str
   ) -> float | AtMost:
     """The same as a float, or as an `AtMost` of a float."""
-    if isinstance(score, AtMost):
-      return AtMost(self._number(score.bound, members, said))
-    return self._number(score, members, said)
-
-  def _number(self, score: Scalar, members: Members, said: str) -> float:
-    value = np.asarray(jax.device_get(score))
     who = ' + '.join(map(self._checked.name, members))
-    # Small floats such as bfloat16 are of kind V.
-    if value.ndim or value.dtype.kind not in 'fiubV':
-      raise TypeError(
-          f'{said} {value.dtype}{list(value.shape)} for {who}; a score is one '
-          'number, higher is better.'
-      )
-    if not np.isfinite(float(value)):
-      raise ValueError(
-          f'{said} {float(value)} for {who}; scores must be finite. Leave that '
-          "ingredient out, or return the metric's worst value instead."
-      )
-    return float(value)
+    if isinstance(score, AtMost):
+      return AtMost(number(score.bound, said, who))
+    return number(score, said, who)
 
   def _params(self, floats: list[jax.Array], members: Members) -> Params:
     # Keys and counters must not depend on what was read: a log spares reads.

@@ -1,6 +1,8 @@
 """Reads and writes Orbax checkpoints: layouts, metadata, checksums."""
 
+from collections.abc import Iterator
 import contextlib
+import itertools
 import json
 import re
 from typing import Any
@@ -26,6 +28,9 @@ from jaxsoup.typing import PathLike
 # (below `state/`) or a CheckpointManager (below `STEP/ITEM/`).
 _PYTREE_FILE = '_METADATA'
 _UNFINISHED = '.orbax-checkpoint-tmp'
+_COMMITTED = 'commit_success.txt'
+# What is looked at before a directory is too large to be a run's.
+_MOST_DIRECTORIES = 10_000
 
 
 class OnDisk(np.memmap):
@@ -62,7 +67,7 @@ def resolve(path: PathLike, item: str | None = None) -> epath.Path:
         f'{root} is a file; an Orbax checkpoint is a directory. Give a '
         'checkpoint or a run directory.'
     )
-  resolved = _resolve(root, item)
+  resolved = _resolve(root, item, itertools.count())
   if resolved is None:
     if _UNFINISHED in root.name or any(
         _UNFINISHED in p.name for p in _directories(root)
@@ -85,15 +90,23 @@ def absolute(path: PathLike) -> epath.Path:
   return given if '://' in str(given) else given.absolute()
 
 
-def _resolve(path: epath.Path, item: str | None) -> epath.Path | None:
+def _resolve(
+    path: epath.Path, item: str | None, counter: Iterator[int]
+) -> epath.Path | None:
+  """The checkpoint at or below a directory; raises where it is too large."""
   if _UNFINISHED in path.name:
     return None
+  if next(counter) > _MOST_DIRECTORIES:
+    raise ValueError(
+        f'{path} lies below more than {_MOST_DIRECTORIES:,} directories, none '
+        'of which is a checkpoint. Give the path of a checkpoint or of a run.'
+    )
   if (path / _PYTREE_FILE).exists():
     return path
   children = {
       child.name: resolved
       for child in _directories(path)
-      if (resolved := _resolve(child, item)) is not None
+      if (resolved := _resolve(child, item, counter)) is not None
   }
   unfinished = [p.name for p in _directories(path) if _UNFINISHED in p.name]
   if children and unfinished:
@@ -109,7 +122,10 @@ def _resolve(path: epath.Path, item: str | None) -> epath.Path | None:
       if (match := re.fullmatch(r'(?:.*[_-])?(\d+)', name))
   }
   if steps and len(steps) == len(children):
-    return steps[max(steps)]
+    # Where a step has the file that Orbax writes last in a bucket, steps that
+    # lack it are not finished, for Orbax neither.
+    marked = {n for n in steps if (path / str(n) / _COMMITTED).exists()}
+    return steps[max(marked or steps)]
   for usual in ('params', 'state', 'default'):
     if usual in children and item is None:
       return children[usual]
@@ -122,7 +138,10 @@ def _resolve(path: epath.Path, item: str | None) -> epath.Path | None:
 
 
 def _directories(path: epath.Path) -> list[epath.Path]:
-  return sorted(p for p in path.iterdir() if p.is_dir())
+  try:
+    return sorted(p for p in path.iterdir() if p.is_dir())
+  except PermissionError:
+    return []
 
 
 def _siblings(path: epath.Path) -> str:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxsoup import _json
 from jaxsoup import _tree
 from jaxsoup import _warnings
 from jaxsoup.checkpoints import _arrays
@@ -91,7 +92,7 @@ def _config_of(path: pathlib.Path) -> Json:
     raise FileNotFoundError(
         f'{path} has no {_CONFIG}. Give a directory that PEFT saved.'
     )
-  config = json.loads((path / _CONFIG).read_text())
+  config = _json.read(path / _CONFIG)
   _check_config(path, config)
   return config
 

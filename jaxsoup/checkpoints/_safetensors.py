@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _files
+from jaxsoup import _json
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _raw
@@ -126,9 +127,9 @@ def _header(
       raise _source.damaged(file, f'its header declares {length:,} bytes')
     header = f.read(length)
   try:
-    rows = json.loads(header)
+    rows = _json.parsed(header)
     metadata = dict(rows.pop('__metadata__', None) or {})
-    own = dict(json.loads(metadata.pop('jaxsoup', '{}')))
+    own = dict(_json.parsed(metadata.pop('jaxsoup', '{}')))
     if not all(isinstance(s, str) for s in own.get('checksums', {}).values()):
       raise TypeError('a checksum is not a string')
     tensors = {n: _tensor(str(file), 8 + length, r) for n, r in rows.items()}

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 import contextlib
+import os
 import pathlib
 import re
+import traceback
 from typing import Annotated
 from typing import NoReturn
 import warnings
@@ -11,6 +13,9 @@ import warnings
 import typer
 
 from jaxsoup.experiments import user_code
+
+# The variable that stands for --traceback.
+TRACEBACK = 'JAXSOUP_TRACEBACK'
 
 Json = Annotated[bool, typer.Option('--json', help='Print the result as JSON.')]
 Item = Annotated[
@@ -20,10 +25,24 @@ Item = Annotated[
         'or the subtree that holds the parameters, such as ema_params.'
     ),
 ]
+
+
+def local_path(text: str | pathlib.Path) -> pathlib.Path:
+  """A path of this machine: `gs://...` would become a folder of that name."""
+  if '://' in str(text):
+    raise typer.BadParameter(
+        f'{text} is an address: commands read and write local paths. Copy it '
+        'here, or read a bucket (gs://) from Python: '
+        'jaxsoup.checkpoints.Ingredients.'
+    )
+  return pathlib.Path(text)
+
+
 Runs = Annotated[
     list[pathlib.Path],
     typer.Argument(
         metavar='RUN',
+        parser=local_path,
         help='Checkpoints or run directories.',
         show_default=False,
     ),
@@ -37,11 +56,23 @@ def failures() -> Iterator[None]:
     with warnings.catch_warnings():
       warnings.showwarning = _show_warning
       yield
-  except (
-      ImportError, MemoryError, OSError, TypeError, ValueError,
-      user_code.UserCodeError,
-  ) as e:  # fmt: skip
-    _fail(str(e), code=getattr(e, 'exit_code', 1))
+  except typer.Exit:
+    raise
+  except Exception as e:
+    if os.environ.get(TRACEBACK):
+      traceback.print_exc()
+    _fail(_message(e), code=getattr(e, 'exit_code', 1))
+
+
+def _message(error: Exception) -> str:
+  known = ImportError, MemoryError, OSError, TypeError, ValueError
+  if isinstance(error, (*known, user_code.UserCodeError)):
+    return str(error)
+  return (
+      f'{user_code.described(error)}. This should not happen: a file may be '
+      'damaged in a way that is not recognized. jaxsoup --traceback COMMAND... '
+      'shows more.'
+  )
 
 
 def echo(text: object, err: bool = False) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 
 import typer
 
+from jaxsoup.commands import _common
+
 SHARD_BYTES = 5 * 10**9
 
 
-def _new_path(path: pathlib.Path) -> pathlib.Path:
+def _new_path(text: str) -> pathlib.Path:
+  path = _common.local_path(text)
   if path.exists():
     raise typer.BadParameter(f'{path} exists: give another path.')
   return path
@@ -37,7 +40,7 @@ def _floats(text: str) -> list[float]:
 Out = Annotated[
     pathlib.Path,
     typer.Option(
-        callback=_new_path,
+        parser=_new_path,
         help='New file NAME.safetensors, or new directory: in Hugging Face '
         'format if all runs are (config.json next to the weights), '
         'otherwise Orbax.',

@@ -19,6 +19,7 @@ import numpy as np
 from jaxsoup import _tree
 from jaxsoup import studies
 from jaxsoup._recipes import _average
+from jaxsoup._recipes import _search
 from jaxsoup.diagnosis import _pool
 from jaxsoup.typing import EvalFn
 from jaxsoup.typing import OutputsFn
@@ -132,7 +133,7 @@ class Trials:
     )  # fmt: skip
 
   def _score(self, params: Params) -> float:
-    return float(jax.device_get(self._eval_fn(params)))
+    return _search.number(self._eval_fn(params), 'eval_fn returned', 'a model')
 
   def _of_soup(self, params: Params) -> float:
     """The score of an average, with re-estimated running statistics."""

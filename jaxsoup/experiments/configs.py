@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import sys
 from typing import Any
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from ml_collections import config_flags
 
 from jaxsoup import _files
 from jaxsoup import _processes
+from jaxsoup.experiments import user_code
 from jaxsoup.typing import Json
 
 Run = Json
@@ -152,10 +154,18 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     raise UsageError(
         f'{file} has no function {", ".join(missing)}: see configs/digits.py.'
     )
+  call = lambda name: user_code.guarded(
+      getattr(module, name), module.__file__, f'{path}: {name}'
+  )
   try:
-    config = module.get_config(arg or None)
-  except ValueError as e:
-    raise UsageError(f'{path}: {e}') from e
+    config = call('get_config')(arg or None)
+  except user_code.UserCodeError as e:
+    raise UsageError(str(e)) from e
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UsageError(
+        f'{path}: get_config returned {type(config).__name__}: expected an '
+        'ml_collections.ConfigDict, see configs/digits.py.'
+    )
   # Not DEFINE_config_file, which imports in a way that Python deprecates.
   values = flags.FlagValues()
   argv = ['main', *overrides]
@@ -170,7 +180,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     ) from e
   return Experiment(
       values.config,
-      list(module.sweep(values.config)),
+      list(call('sweep')(values.config)),
       getattr(module, 'data', None),
       getattr(module, 'model', None),
   )
@@ -212,7 +222,8 @@ def _module(file: str) -> Any:
   spec = importlib.util.spec_from_file_location('jaxsoup_config', file)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  sys.modules[spec.name] = module  # Where dataclasses look it up.
+  user_code.guarded(spec.loader.exec_module, file, file)(module)
   return module
 
 

@@ -57,6 +57,7 @@ from jaxsoup.experiments import preemption
 from jaxsoup.experiments import progress
 from jaxsoup.experiments import results
 from jaxsoup.experiments import stages
+from jaxsoup.experiments import user_code
 from jaxsoup.typing import PathLike
 
 # The stages, and about how long each takes.
@@ -243,7 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       distributed.start()
     print(distributed.banner(workdir), file=sys.stderr)
     tables = run_seeds(asked.config, workdir, asked.overrides, asked.num_seeds)
-  except (ImportError, OSError, TypeError, ValueError) as e:
+  except (
+      ImportError, OSError, TypeError, ValueError, user_code.UserCodeError
+  ) as e:  # fmt: skip
     print(f'Error: {e}', file=sys.stderr)
     return getattr(e, 'exit_code', 1)
   if not _processes.is_main():

@@ -6,12 +6,18 @@ function = user_code.load('package.module:function')
 """
 
 from collections.abc import Callable
+import functools
 import hashlib
 import importlib
+import os
 import pathlib
 import sys
 import traceback
 from typing import Any
+
+# A user's code may raise anything; `sys.exit(0)` in it must not look like
+# success. Only Ctrl-C is left alone.
+_ANYTHING = (Exception, SystemExit)
 
 
 class UserCodeError(Exception):
@@ -43,42 +49,57 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
         f'{option} {name}: cannot import {module_name}: {e}. Modules are '
         'imported from the current directory and from installed packages.'
     ) from e
-  except Exception as e:
-    # A module runs when it is imported, and may raise anything.
+  except _ANYTHING as e:
     raise UserCodeError(
-        f'{option} {name}: importing {module_name} raised '
-        f'{type(e).__name__}: {e}'
+        f'{option} {name}: importing {module_name} raised {described(e)}'
     ) from e
   function = getattr(module, function_name, None)
   if not callable(function):
     raise ValueError(f'{option} {name}: {module_name} has no such function.')
 
-  called = _guarded(function, module, name)
+  file = getattr(module, '__file__', None)
+  called = guarded(function, file, name)
   if hasattr(function, 'at_least'):
-    called.at_least = _guarded(function.at_least, module, name)
+    called.at_least = guarded(function.at_least, file, name)
   return called
 
 
 def identity(name: str) -> str:
   """The name of a loaded function, with a hash of the file of its module."""
-  module = sys.modules[name.partition(':')[0]]
-  source = pathlib.Path(str(module.__file__)).read_bytes()
+  file = getattr(sys.modules[name.partition(':')[0]], '__file__', None)
+  if file is None:  # Part of Python itself.
+    return name
+  source = pathlib.Path(file).read_bytes()
   return f'{name} (sha256 {hashlib.sha256(source).hexdigest()[:16]})'
 
 
-def _guarded(function, module, name: str) -> Any:
-  """A function of the user, whose errors say where they were raised."""
+def guarded(function: Any, file: str | None, name: str) -> Any:
+  """A function of the user, whose errors say where they were raised.
 
+  It cannot end the program in silence, nor change its working directory.
+  """
+
+  @functools.wraps(function)
   def call(*args, **kwargs):
+    here = os.getcwd()
     try:
       return function(*args, **kwargs)
-    except Exception as e:
-      frames = traceback.extract_tb(e.__traceback__)
-      theirs = [f for f in frames if f.filename == module.__file__]
-      last = (theirs or frames)[-1]
-      raise UserCodeError(
-          f'{name} raised {type(e).__name__}: {e} ({last.filename}, line '
-          f'{last.lineno})'
-      ) from e
+    except UserCodeError:
+      raise
+    except _ANYTHING as e:
+      raise UserCodeError(f'{name} raised {described(e, file)}') from e
+    finally:
+      os.chdir(here)
 
   return call
+
+
+def described(error: BaseException, file: str | None = None) -> str:
+  """An error in one line, with the line of a file that raised it."""
+  frames = traceback.extract_tb(error.__traceback__)
+  theirs = [f for f in frames if f.filename == file]
+  text = f'{type(error).__name__}: {error}'.splitlines()[0]
+  if isinstance(error, SyntaxError):  # It names the place itself.
+    return text
+  last = (theirs or frames)[-1]
+  return f'{text} ({last.filename}, line {last.lineno})'

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import importlib
-import json
 import pathlib
 import re
 from typing import Any
@@ -21,6 +20,7 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 
+from jaxsoup import _json
 from jaxsoup import _warnings
 from jaxsoup import checkpoints
 from jaxsoup.models import _names
@@ -288,7 +288,7 @@ def _config_next_to(path: str) -> Json:
   ):
     return {}
   try:
-    return json.loads(config.read_text())
+    return _json.read(config)
   except ValueError as e:
     raise ValueError(f'{config} is not valid JSON: {e}.') from e
 

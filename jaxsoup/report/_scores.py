@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import csv
 import difflib
 import io
-import json
 import math
 import pathlib
 from typing import Any
 
+from jaxsoup import _json
 from jaxsoup.report._tables import Row
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
@@ -169,7 +169,7 @@ def _records(path: pathlib.Path) -> Iterator[Json]:
     )
   text = path.read_text(encoding='utf-8-sig')
   if path.suffix == '.csv':
-    for record in csv.DictReader(io.StringIO(text, newline='')):
+    for record in _csv_records(path, text):
       if None in record or None in record.values():
         raise ValueError(
             f'{path}: a row has more or fewer cells than the header: {record}.'
@@ -189,6 +189,13 @@ def _records(path: pathlib.Path) -> Iterator[Json]:
     yield dict(_flat(record))
 
 
+def _csv_records(path: pathlib.Path, text: str) -> Iterator[Any]:
+  try:
+    yield from csv.DictReader(io.StringIO(text, newline=''))
+  except csv.Error as e:
+    raise ValueError(f'{path} is not valid CSV: {e}.') from e
+
+
 def _objects(path: pathlib.Path, text: str) -> Iterator[tuple[str, Any]]:
   if path.suffix == '.json':
     content = _parsed(str(path), text)
@@ -206,7 +213,7 @@ def _objects(path: pathlib.Path, text: str) -> Iterator[tuple[str, Any]]:
 
 def _parsed(where: str, text: str) -> Any:
   try:
-    return json.loads(text)
+    return _json.parsed(text)
   except ValueError as e:
     raise ValueError(f'{where} is not valid JSON: {e}.') from e
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-import json
 import pathlib
 import shutil
 from typing import Any
@@ -12,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxsoup import _json
 from jaxsoup import metrics
 from jaxsoup import statistics
 from jaxsoup.statistics import Comparison
@@ -87,7 +87,7 @@ _SCORES = {
 
 def read_rows(path: PathLike) -> list[Row]:
   """Reads the rows of `results.json`, or of any JSON list of such rows."""
-  content = json.loads(pathlib.Path(path).read_text())
+  content = _json.read(pathlib.Path(path))
   return rows_of(content['rows'] if isinstance(content, dict) else content)
 
 
