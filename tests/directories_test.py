@@ -203,7 +203,7 @@ def test_the_card(runs):
       'tags': ['model-soup'],
   }
   assert page.startswith('\n# soup\n')
-  assert '| `b` | 0.3333 |' in page and 'Recipe: uniform.' in page
+  assert '| <code>b</code> | 0.3333 |' in page and 'Recipe: uniform.' in page
 
 
 def test_what_is_carried_over(tmp_path, monkeypatch):

@@ -503,9 +503,9 @@ def test_inspect_deep_names_damage(tmp_path, runs):
 def test_score_log_that_is_none(tmp_path):
   # Each with the file's name; `{}` and garbage with the line and a way out.
   path = tmp_path / 'log'
-  for content, num in ((b'', 0), (b'\x00\xff\xfe', 0)):  # Cut in line 1.
+  for content in (b'', b'{"mem'):  # Cut in line 1.
     path.write_bytes(content)
-    assert len(checkpoints.ScoreLog(path)) == num
+    assert not checkpoints.ScoreLog(path)
   for line in (b'\x00\xff\xfe', b'{}', b'null', b'"x"', b''):
     good = b'{"members": [0], "score": 0.5}\n'
     path.write_bytes(good + line + b'\n')

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import itertools
 import json
+import os
 import re
 from typing import Any
 
@@ -98,8 +100,9 @@ def _resolve(
     return None
   if next(counter) > _MOST_DIRECTORIES:
     raise ValueError(
-        f'{path} lies below more than {_MOST_DIRECTORIES:,} directories, none '
-        'of which is a checkpoint. Give the path of a checkpoint or of a run.'
+        f'There are more than {_MOST_DIRECTORIES:,} directories, down to '
+        f'{path.name}, and none is a checkpoint. Give the path of a checkpoint '
+        'or of a run.'
     )
   if (path / _PYTREE_FILE).exists():
     return path
@@ -138,10 +141,15 @@ def _resolve(
 
 
 def _directories(path: epath.Path) -> list[epath.Path]:
-  try:
+  if '://' in str(path):
     return sorted(p for p in path.iterdir() if p.is_dir())
-  except PermissionError:
-    return []
+  try:
+    with os.scandir(path) as entries:  # Tells without asking for each.
+      return sorted(epath.Path(e.path) for e in entries if e.is_dir())
+  except OSError as e:
+    if e.errno in (errno.EACCES, errno.ELOOP, errno.ENOENT, errno.EPERM):
+      return []
+    raise
 
 
 def _siblings(path: epath.Path) -> str:

@@ -183,7 +183,7 @@ def _counts(config, num_ingredients) -> dict[str, tuple[int, int, int]]:
       'pruned, one pass': (3 * k + 1, 2 * k + 1, 0),
       **learned,
       'Model Stock': (k + 2, 0, 0),
-      'ensembles': (k + 1, k, 0),
+      'ensembles': (k, k, 0),
   }
 
 
