@@ -111,6 +111,7 @@ def test_models_and_data_know_nothing_of_soups():
       own = {n for n in _imports(path) if n.startswith('jaxsoup')}
       # Trees and files of arrays; nothing that chooses or mixes.
       basic = (
+          '_json',
           '_masks',
           '_programs',
           '_tree',

@@ -42,6 +42,7 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
   if not function_name:
     raise ValueError(f'{option} {name}: write package.module:function.')
   sys.path.insert(0, '')
+  importlib.invalidate_caches()  # The file may be new.
   try:
     module = importlib.import_module(module_name)
   except ImportError as e:
