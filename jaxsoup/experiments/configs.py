@@ -7,6 +7,7 @@ splits = experiment.data_fn(experiment.config)
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import difflib
 import importlib.util
@@ -178,12 +179,52 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     raise UsageError(
         _explain(overrides, module.get_config(arg or None), e)
     ) from e
+  if problems := list(_problems(_flat(values.config))):
+    raise UsageError(f'{path}: {"; ".join(problems)}.')
   return Experiment(
       values.config,
       list(call('sweep')(values.config)),
       getattr(module, 'data', None),
       getattr(module, 'model', None),
   )
+
+
+# What fields may hold, by the last part of their name.
+_POSITIVE = {
+    'batch_size', 'depth', 'group_size', 'mlp_width', 'num_accumulated',
+    'num_classes', 'num_epochs', 'num_heads', 'num_runs',
+    'num_splits', 'patch_size', 'width',
+}  # fmt: skip
+_SHARES = {
+    'ema',
+    'final',
+    'label_smoothing',
+    'momentum',
+    'val_fraction',
+    'warmup',
+}
+
+
+def _problems(fields: Json) -> Iterator[str]:
+  """Fields with values that no experiment can have, and what is allowed."""
+  for key, value in fields.items():
+    section, _, name = key.rpartition('.')
+    numbers = value if isinstance(value, (tuple, list)) else [value]
+    if not all(type(x) in (int, float) for x in numbers):
+      continue
+    expected = ''
+    if name in _POSITIVE and min(numbers, default=1) < 1:
+      expected = '1 or more'
+    elif name in _SHARES and not all(0 <= x <= 1 for x in numbers):
+      expected = 'between 0 and 1'
+    elif section == 'sweep' and len(numbers) == 2 and numbers[0] > numbers[1]:
+      expected = 'a range, low before high'
+    elif name == 'keep_epochs':
+      last = fields.get(f'{section}.num_epochs', 1)
+      if not all(1 <= x <= last for x in numbers):
+        expected = f'epochs from 1 to {last}, which is num_epochs'
+    if expected:
+      yield f'config.{key} is {value!r}: expected {expected}'
 
 
 def _explain(overrides, config, error) -> str:

@@ -1,0 +1,73 @@
+"""A config that cannot work is refused before anything runs, and says why."""
+
+import pathlib
+
+import pytest
+
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import main
+
+CONFIG = pathlib.Path(__file__).parent.parent / '_digits_mlp.py'
+
+VALUES = {
+    'sweep.group_size=-1': 'sweep.group_size is -1: expected 1 or more',
+    'sweep.num_runs=0': 'sweep.num_runs is 0: expected 1 or more',
+    'finetune.num_epochs=-1': 'num_epochs is -1: expected 1 or more',
+    'finetune.batch_size=0': 'finetune.batch_size is 0: expected 1 or more',
+    'batch_size=0': 'config.batch_size is 0: expected 1 or more',
+    'finetune.ema=(2.0,)': 'ema is (2.0,): expected between 0 and 1',
+    'finetune.keep_epochs=(99,)': '(99,): expected epochs from 1',
+    'sweep.learning_rate=(0.1,0.01)': 'expected a range, low before high',
+}
+
+
+@pytest.mark.parametrize('override', VALUES)
+def test_values_out_of_range(tmp_path, capsys, override):
+  workdir = tmp_path / 'workdir'
+  argv = [f'--config={CONFIG}', f'--workdir={workdir}', f'--config.{override}']
+  assert main.main(argv) == 2
+  error = capsys.readouterr().err
+  assert VALUES[override] in error and 'Traceback' not in error
+  assert not workdir.exists()
+
+
+REST = """
+def sweep(config):
+  return [{}]
+
+def data(config):
+  return None
+"""
+FILES = {
+    'def get_config(:\n': 'SyntaxError',
+    'raise KeyError(3)\n': 'KeyError: 3',
+    'import sys\nsys.exit(0)\n': 'SystemExit: 0',
+    'def get_config(arg):\n  raise KeyError("a")\n': "KeyError: 'a'",
+    'def get_config(arg):\n  return None\n': 'get_config returned NoneType',
+    'def get_config():\n  pass\n': 'TypeError',
+}
+
+
+@pytest.mark.parametrize('content', FILES)
+def test_config_files_that_fail(tmp_path, capsys, content):
+  path = tmp_path / 'mine.py'
+  path.write_text(content + REST)
+  assert main.main([f'--config={path}', f'--workdir={tmp_path / "w"}']) in (
+      1,
+      2,
+  )
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1 and error.startswith('Error: ')
+  assert FILES[content] in error and 'mine.py' in error
+  assert not (tmp_path / 'w').exists()
+
+
+def test_a_config_with_a_dataclass(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+      'from __future__ import annotations\nimport dataclasses\n'
+      'import ml_collections\n\n@dataclasses.dataclass\nclass A:\n'
+      '  x: int = 3\n\ndef get_config(arg):\n'
+      '  return ml_collections.ConfigDict({"seed": A().x})\n' + REST
+  )
+  assert configs.load(str(path)).config.seed == 3
