@@ -148,7 +148,25 @@ def on_device(leaf: Leaf, path: Path = ()) -> Leaf:
         'Pass parameters only: nnx.state(model, nnx.Param), '
         "variables['params']; or convert the leaves with jax.tree.map."
     )
+  require_integers_fit(array, array.dtype, path)
   return jax.device_put(array)
+
+
+def require_integers_fit(array: np.ndarray, dtype: DType, path: Path) -> None:
+  """Raises if integers lose their upper half on a device, in silence."""
+  target = jax.dtypes.canonicalize_dtype(dtype)
+  is_longer = array.dtype.itemsize > target.itemsize
+  if array.dtype.kind not in 'iu' or target.kind not in 'iu' or not is_longer:
+    return
+  info = np.iinfo(target)
+  for value in (array.min(), array.max()) if array.size else ():
+    if not info.min <= value <= info.max:
+      raise ValueError(
+          f'Leaf {name_of(path)!r} of dtype {array.dtype} holds {value}, which '
+          f'{target} cannot hold. jax has 64-bit integers only with '
+          "jax.config.update('jax_enable_x64', True); an average from file to "
+          'file (checkpoints.save_average, jaxsoup soup uniform) keeps them.'
+      )
 
 
 def whole_beside(x: jax.Array) -> jax.sharding.Sharding | None:

@@ -59,6 +59,7 @@ class Checkpoint:
 
     def piece_fn(i, index):
       piece = reads[i](index)
+      _tree.require_integers_fit(piece, wanted[i].dtype, names[i])
       _pieces.put(boxes[i], wanted[i], index, piece.astype(wanted[i].dtype))
 
     for i in _pieces.run([self.plan(n) for n in names], piece_fn):

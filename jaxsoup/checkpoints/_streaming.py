@@ -55,6 +55,7 @@ class Average:
 
     def piece_fn(i, index):
       piece = self._piece(flat.paths[i], index)
+      _tree.require_integers_fit(piece, piece.dtype, flat.paths[i])
       _pieces.put(boxes[i], flat.leaves[i], index, piece)
 
     for i in _pieces.run([self._plan(n) for n in flat.paths], piece_fn):
