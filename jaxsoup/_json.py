@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 
-def parsed(text: str | bytes) -> Any:
+def parsed(text: str | bytes, **options: Any) -> Any:
   """`json.loads`; whatever is wrong with the text is a ValueError."""
   try:
-    return json.loads(text)
+    return json.loads(text, **options)
   except RecursionError as e:
     raise ValueError('it is nested too deeply') from e
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxsoup import _files
+from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup import _warnings
@@ -195,7 +196,7 @@ def _warn_of_configs(paths: Sequence[str]) -> None:
 
 def _config(file: pathlib.Path) -> Json:
   try:
-    return dict(json.loads(file.read_text()))
+    return dict(_json.parsed(file.read_bytes()))
   except (TypeError, ValueError) as e:
     raise _source.damaged(file, e) from e
 

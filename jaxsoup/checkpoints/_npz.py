@@ -6,6 +6,7 @@ are pickles, which can run code: they are refused.
 
 import ast
 from collections.abc import Iterator
+import operator
 import pathlib
 import struct
 from typing import Any
@@ -178,9 +179,10 @@ def _header(name: str, member) -> tuple[tuple[int, ...], np.dtype, bool, int]:
         f'{name!r} holds pickled objects, which are not read because that can '
         'run code'
     )
-  if dtype.kind not in 'biufc' and dtype.str[1:] != _BFLOAT16:
+  is_bfloat16 = dtype.str[1:] == _BFLOAT16 and dtype.names is None
+  if dtype.kind not in 'biufc' and not is_bfloat16:
     raise ValueError(f'{name!r} has dtype {dtype}, not numbers')
-  shape = tuple(int(n) for n in fields['shape'])
+  shape = tuple(map(operator.index, fields['shape']))
   if min((*shape, 0)) < 0:
     raise ValueError(f'{name!r} has shape {shape}')
   return shape, dtype, bool(fields['fortran_order']), 8 + size + length

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import json
 import math
+import operator
 import os
 import pathlib
 import struct
@@ -64,6 +65,10 @@ def open_source(path: pathlib.Path) -> _source.Source:
     arrays, texts_of_file, own = _header(file)
     texts |= texts_of_file
     checksums |= own.get('checksums', {})
+    # A name that was changed by damage has no checksum.
+    named = {n.replace('/', '.') for n in own.get('checksums', arrays)}
+    if odd := [n for n in arrays if n.replace('/', '.') not in named]:
+      raise _source.damaged(file, f'{odd[0]!r} is not among its checksums')
     missing = sorted(set(wanted or ()) - arrays.keys())
     if missing:
       raise _source.damaged(
@@ -127,7 +132,7 @@ def _header(
       raise _source.damaged(file, f'its header declares {length:,} bytes')
     header = f.read(length)
   try:
-    rows = _json.parsed(header)
+    rows = _json.parsed(header, object_pairs_hook=_without_repeats)
     metadata = dict(rows.pop('__metadata__', None) or {})
     own = dict(_json.parsed(metadata.pop('jaxsoup', '{}')))
     if not all(isinstance(s, str) for s in own.get('checksums', {}).values()):
@@ -142,13 +147,19 @@ def _header(
   return tensors, metadata, own
 
 
+def _without_repeats(pairs: list[tuple[str, object]]) -> Json:
+  if len(dict(pairs)) < len(pairs):
+    raise ValueError('two of its entries have the same name')
+  return dict(pairs)
+
+
 def _tensor(file: str, start: int, row: Config) -> _raw.Array:
   if row['dtype'] not in _DTYPES:
     raise ValueError(f'dtype {row["dtype"]!r} is not supported')
   dtype = np.dtype(_DTYPES[row['dtype']])
   if not isinstance(row['shape'], list):
     raise TypeError(f'the shape {row["shape"]!r} is not a list')
-  shape = tuple(int(n) for n in row['shape'])
+  shape = tuple(map(operator.index, row['shape']))
   begin, end = (int(n) for n in row['data_offsets'])
   if min((*shape, 0)) < 0 or math.prod(shape) * dtype.itemsize != end - begin:
     raise ValueError(

@@ -1,0 +1,159 @@
+"""Files that are damaged, or made to mislead: an error says what is wrong."""
+
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+from typer import testing
+
+from jaxsoup import checkpoints
+from jaxsoup import cli
+
+DEEP = '{"a":' * 50_000 + '1' + '}' * 50_000
+
+
+def _safetensors(header, body=bytes(8)):
+  text = header if isinstance(header, str) else json.dumps(header)
+  return struct.pack('<Q', len(text)) + text.encode() + body
+
+
+def _row(shape, end=8, **more):
+  return {'dtype': 'F32', 'shape': shape, 'data_offsets': [0, end], **more}
+
+
+ROW = json.dumps(_row([2]))
+FILES = {
+    'fractional shape': (
+        _safetensors({'w': _row([2.0])}),
+        'its header is wrong',
+    ),
+    'half an entry': (_safetensors({'w': _row([2.5])}), 'its header is wrong'),
+    'negative shape': (_safetensors({'w': _row([-2])}), 'its header is wrong'),
+    'repeated name': (
+        _safetensors(f'{{"w": {ROW}, "w": {ROW}}}'),
+        'two of its entries have the same name',
+    ),
+    'deep header': (_safetensors(DEEP), 'it is nested too deeply'),
+    'deep metadata': (
+        _safetensors({'__metadata__': {'jaxsoup': DEEP}, 'w': _row([2])}),
+        'it is nested too deeply',
+    ),
+    'long header': (
+        struct.pack('<Q', 2**62) + b'{}',
+        'its header declares 4,6',
+    ),
+    'list': (_safetensors([1]), 'its header is wrong'),
+    'metadata is a list': (
+        _safetensors({'__metadata__': [1], 'w': _row([2])}),
+        'its header is wrong',
+    ),
+    'unknown dtype': (
+        _safetensors({'w': _row([2]) | {'dtype': 'F99'}}),
+        "dtype 'F99' is not supported",
+    ),
+    'another name': (
+        _safetensors(
+            {
+                '__metadata__': {'jaxsoup': '{"checksums": {"v": "0"}}'},
+                'w': _row([2]),
+            }
+        ),
+        "'w' is not among its checksums",
+    ),
+}
+
+
+def inspect(path):
+  result = testing.CliRunner().invoke(cli.app, ['inspect', str(path)])
+  assert 'Traceback' not in result.output
+  return result.exit_code, ' '.join(result.output.split())
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_safetensors(tmp_path, name):
+  content, words = FILES[name]
+  path = tmp_path / 'x.safetensors'
+  path.write_bytes(content)
+  code, said = inspect(path)
+  assert code == 1 and str(path) in said and words in said
+
+
+def test_a_changed_name_of_our_own_file(tmp_path):
+  path = tmp_path / 'x.safetensors'
+  checkpoints.save(path, {'head': np.ones(2, np.float32)})
+  content = path.read_bytes()
+  begin = content.index(b'"head":')
+  path.write_bytes(content[:begin] + b'"hEad"' + content[begin + 6 :])
+  code, said = inspect(path)
+  assert code == 1 and "'hEad' is not among its checksums" in said
+
+
+def test_structs_are_not_bfloat16(tmp_path):
+  path = tmp_path / 'x.npz'
+  np.savez(path, w=np.zeros(3, [('a', 'u1'), ('b', 'u1')]))
+  code, said = inspect(path)
+  assert code == 1 and "'w' has dtype" in said and 'not numbers' in said
+
+
+@pytest.mark.parametrize('name', ['fifo', 'fifo.safetensors', 'fifo.npz'])
+def test_a_pipe_does_not_hang(tmp_path, name):
+  os.mkfifo(tmp_path / name)
+  code, said = inspect(tmp_path / name)
+  assert code == 1 and 'is a file; an Orbax checkpoint is a directory' in said
+
+
+def test_directories_that_link_to_themselves(tmp_path):
+  (tmp_path / 'run' / 'a').mkdir(parents=True)
+  for name in ('b', 'a/c'):
+    (tmp_path / 'run' / name).symlink_to('.')
+  code, said = inspect(tmp_path / 'run')
+  assert code == 1 and 'holds no Orbax checkpoint' in said
+
+
+def test_too_many_directories(tmp_path, monkeypatch):
+  monkeypatch.setattr('jaxsoup.checkpoints._orbax._MOST_DIRECTORIES', 20)
+  for i in range(30):
+    (tmp_path / f'd{i}').mkdir()
+  code, said = inspect(tmp_path)
+  assert code == 1 and 'There are more than 20 directories' in said
+
+
+@pytest.mark.parametrize('address', ['gs://b/x', 's3://b', 'https://a/b.npz'])
+def test_addresses_are_no_local_paths(tmp_path, monkeypatch, address):
+  monkeypatch.chdir(tmp_path)
+  for command in (
+      ['inspect', address],
+      ['soup', 'uniform', 'a', 'b', '--out', address],
+  ):
+    result = testing.CliRunner().invoke(cli.app, command)
+    said = ' '.join(result.output.replace('│', ' ').split())
+    assert result.exit_code == 2 and f'{address} is an address' in said
+  assert not os.listdir()
+
+
+def test_deep_json_beside_weights(tmp_path):
+  path = tmp_path / 'model'
+  checkpoints.save(path / 'model.safetensors', {'w': np.ones(2, np.float32)})
+  (path / 'config.json').write_text(DEEP)
+  result = testing.CliRunner().invoke(
+      cli.app,
+      ['soup', 'uniform', str(path), str(path), '--out', str(tmp_path / 'o')],
+  )
+  assert result.exit_code == 1 and 'nested too deeply' in result.output
+  assert not (tmp_path / 'o').exists()
+
+
+@pytest.mark.parametrize(
+    'name, content, words',
+    [
+        ('s.csv', 'held_out,test\n' + 'x' * 200_000 + ',1\n', 'not valid CSV'),
+        ('s.jsonl', DEEP, 's.jsonl:1 is not valid JSON: it is nested'),
+        ('s.json', DEEP, 's.json is not valid JSON: it is nested'),
+    ],
+)
+def test_scores(tmp_path, name, content, words):
+  (tmp_path / name).write_text(content)
+  result = testing.CliRunner().invoke(cli.app, ['report', str(tmp_path / name)])
+  assert result.exit_code == 1 and words in result.output
