@@ -5,6 +5,7 @@ import os
 import struct
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from typer import testing
 
@@ -157,3 +158,18 @@ def test_scores(tmp_path, name, content, words):
   (tmp_path / name).write_text(content)
   result = testing.CliRunner().invoke(cli.app, ['report', str(tmp_path / name)])
   assert result.exit_code == 1 and words in result.output
+
+
+def test_a_step_without_the_mark_of_orbax(tmp_path):
+  path = tmp_path / 'run'
+  with ocp.CheckpointManager(path) as manager:
+    for step in (1, 2):
+      params = {'w': np.full(2, step, np.float32)}
+      manager.save(step, args=ocp.args.StandardSave(params))
+  read = lambda: checkpoints.Ingredients([path])[0]['w'].tolist()
+  assert read() == [2, 2]
+  for step in (1, 2):
+    (path / str(step) / 'commit_success.txt').touch()
+  assert read() == [2, 2]
+  (path / '2' / 'commit_success.txt').unlink()
+  assert read() == [1, 1]
