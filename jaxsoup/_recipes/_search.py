@@ -201,6 +201,8 @@ class Search:
   def _candidate(
       self, leaves: list[jax.Array], sign: int, count: int
   ) -> list[jax.Array]:
+    if self._total is None:  # It is the ingredient itself.
+      return leaves
     numbers = _tree.numbers(sign), _tree.numbers(count)
     return _mixing.rounded_with(self._total, leaves, *numbers)
 
