@@ -244,10 +244,9 @@ class Checked:
     if differences:
       raise mismatch_error(self.name(k), differences)
     others, first = flat.others, self.template.others
+    # What is no state has to be equal: only the template's is kept.
     self._others[k] = [
-        # Equal to the template's, which is in memory already.
-        others[path] if _tree.is_state(x) else x
-        for path, x in first.items()
+        others[path] if _tree.is_state(x) else x for path, x in first.items()
     ]
     if _tree.is_traced(*flat.leaves, *self.template.leaves):
       self._sums[k] = None

@@ -17,8 +17,8 @@ _UNFINISHED = '.unfinished-'
 _START = 1024
 
 
-def unfinished_beside(path: pathlib.Path) -> pathlib.Path:
-  """A name that no other process has: ids repeat, in containers above all."""
+def unfinished_name(path: pathlib.Path) -> pathlib.Path:
+  """A name that no other process has: process ids repeat in containers."""
   return path.with_name(f'{path.name}{_UNFINISHED}{secrets.token_hex(6)}')
 
 
@@ -68,7 +68,7 @@ def replaced(
   """
   if marker is not None:
     require_ours(path, marker)
-  unfinished = unfinished_beside(path)
+  unfinished = unfinished_name(path)
   try:
     yield unfinished
     unfinished.replace(path)

@@ -78,7 +78,7 @@ def kept(batch: Tree, where: str) -> Tree:
   return jax.tree.map(
       # Whole: no sharding need divide the rows that are left.
       lambda x: jax.device_put(
-          _processes.gathered(x)[rows], _tree.whole_beside(x)
+          _processes.gathered(x)[rows], _tree.replicated_like(x)
       ),
       batch,
   )

@@ -330,7 +330,7 @@ def rounded(
 
 @jax.jit
 def rounded_with(
-    total: list[jax.Array] | None,
+    total: list[jax.Array],
     leaves: list[jax.Array],
     weight: jax.Array,
     count: jax.Array,

@@ -169,8 +169,8 @@ def require_integers_fit(array: np.ndarray, dtype: DType, path: Path) -> None:
       )
 
 
-def whole_beside(x: jax.Array) -> jax.sharding.Sharding | None:
-  """Where to put what is used together with an array: on all its devices.
+def replicated_like(x: jax.Array) -> jax.sharding.Sharding | None:
+  """A sharding that copies an array to all devices of another one.
 
   A jitted function takes no arrays that are committed to different devices.
   """

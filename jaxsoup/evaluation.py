@@ -439,7 +439,7 @@ def _taken(batch: Batch, rows: np.ndarray) -> dict[str, Array]:
   batch = {name: x for name, x in batch.items() if name != 'mask'}
   arrays = {k: x for k, x in batch.items() if isinstance(x, jax.Array)}
   places = [
-      p for p in map(_tree.whole_beside, arrays.values()) if p is not None
+      p for p in map(_tree.replicated_like, arrays.values()) if p is not None
   ]
   place = places[0] if places else None
   is_on_mesh = isinstance(place, jax.sharding.NamedSharding)

@@ -288,7 +288,7 @@ def _write_json(file: pathlib.Path, content: Any) -> None:
 @contextlib.contextmanager
 def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A directory that gets its name when it is complete, else is deleted."""
-  folder = _files.unfinished_beside(path)
+  folder = _files.unfinished_name(path)
   folder.mkdir()
   try:
     yield folder

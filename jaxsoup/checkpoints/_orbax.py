@@ -100,9 +100,9 @@ def _resolve(
     return None
   if next(counter) > _MOST_DIRECTORIES:
     raise ValueError(
-        f'There are more than {_MOST_DIRECTORIES:,} directories, down to '
-        f'{path.name}, and none is a checkpoint. Give the path of a checkpoint '
-        'or of a run.'
+        f'There is no checkpoint in the first {_MOST_DIRECTORIES:,} '
+        f'directories that were searched, the last one {path.name}. Give the '
+        'path of a checkpoint or of a run.'
     )
   if (path / _PYTREE_FILE).exists():
     return path

@@ -220,7 +220,7 @@ def write(
         "Two leaves would have the same name: keys contain dots, such as 'a.b' "
         "and {'a': {'b'}}. Rename the keys."
     )
-  unfinished = _files.unfinished_beside(path)
+  unfinished = _files.unfinished_name(path)
   number = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
   try:
     # The checksums come last, and are as long as their placeholders.

@@ -118,7 +118,7 @@ def test_too_many_directories(tmp_path, monkeypatch):
   for i in range(30):
     (tmp_path / f'd{i}').mkdir()
   code, said = inspect(tmp_path)
-  assert code == 1 and 'There are more than 20 directories' in said
+  assert code == 1 and 'no checkpoint in the first 20 directories' in said
 
 
 @pytest.mark.parametrize('address', ['gs://b/x', 's3://b', 'https://a/b.npz'])
