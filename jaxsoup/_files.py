@@ -8,13 +8,45 @@ with _files.replaced(path, marker='<meta name="generator"') as unfinished:
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import pathlib
 import secrets
 import shutil
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Orbax and tensorstore write in their own threads, and raise ValueError.
+_SAID = ('No space left', 'File too large', 'quota exceeded')
 _UNFINISHED = '.unfinished-'
 # Within as many bytes a file of ours has its marker.
 _START = 1024
+
+
+class FullDiskError(OSError):
+  """There was no room left: on the disk, in a quota, in a file."""
+
+
+@contextlib.contextmanager
+def room_for(
+    path: object,
+    advice: str = 'Nothing was saved: free some space, and save again.',
+) -> Iterator[None]:
+  """Where the disk is full, one line says which file, and what to do.
+
+  Args:
+    path: what is written, for the message.
+    advice: what is kept, and what to do.
+  """
+  try:
+    yield
+  except (OSError, RuntimeError, ValueError) as e:
+    is_full = isinstance(e, OSError) and e.errno in _FULL
+    if not is_full and not any(words in str(e) for words in _SAID):
+      raise
+    reason = e.__cause__ if isinstance(e, FullDiskError) else e
+    raise FullDiskError(
+        f'{path} could not be written because the disk is full: '
+        f'{str(reason).splitlines()[0][:200]}. {advice}'
+    ) from reason
 
 
 def unfinished_name(path: pathlib.Path) -> pathlib.Path:
@@ -70,7 +102,8 @@ def replaced(
     require_ours(path, marker)
   unfinished = unfinished_name(path)
   try:
-    yield unfinished
+    with room_for(path):
+      yield unfinished
     unfinished.replace(path)
   finally:
     unfinished.unlink(missing_ok=True)

@@ -5,6 +5,13 @@ import pathlib
 from typing import Any
 
 import numpy as np
+import xxhash
+
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+
+_CHECKSUM = 'checksum'
+_PREFIX = 'xxh3:'
 
 
 def parsed(text: str | bytes, **options: Any) -> Any:
@@ -16,11 +23,40 @@ def parsed(text: str | bytes, **options: Any) -> Any:
 
 
 def read(path: pathlib.Path) -> Any:
-  """The content of a JSON file; a ValueError names it."""
+  """The content of a JSON file, sealed or not; a ValueError names it."""
   try:
-    return parsed(path.read_bytes())
+    content = parsed(path.read_bytes())
+    return unsealed(content) if isinstance(content, dict) else content
   except ValueError as e:
-    raise ValueError(f'{path} is not valid JSON: {e}.') from e
+    raise ValueError(f'{path} is not valid: {e}.') from e
+
+
+def sealed(content: Config) -> Json:
+  """A JSON object with a checksum of it."""
+  content = json.loads(json.dumps(content))  # As it will be read.
+  return {**content, _CHECKSUM: _hash(content)}
+
+
+def unsealed(content: Config) -> Json:
+  """The same without its checksum; a ValueError if it was changed.
+
+  What has none, of another program or an older version, is returned as it is.
+  """
+  rest = {key: value for key, value in content.items() if key != _CHECKSUM}
+  stored = content.get(_CHECKSUM)
+  if not str(stored).startswith(_PREFIX):
+    return dict(content)
+  if stored != (actual := _hash(rest)):
+    raise ValueError(
+        f'it was changed after it was written: its checksum is {actual}, but '
+        f'{stored} was stored with it'
+    )
+  return rest
+
+
+def _hash(content: Config) -> str:
+  text = json.dumps(content, sort_keys=True)
+  return f'{_PREFIX}{xxhash.xxh3_128_hexdigest(text.encode())}'
 
 
 def plain(value: Any) -> Any:

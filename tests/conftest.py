@@ -57,6 +57,13 @@ def pytest_addoption(parser):
       action='store_true',
       help='run each test with its first parameters only',
   )
+  parser.addoption(
+      '--soak',
+      type=int,
+      default=20,
+      help='how many processes hostile/soak_test.py kills; it flips ten times '
+      'as many bytes',
+  )
 
 
 @pytest.hookimpl(tryfirst=True)

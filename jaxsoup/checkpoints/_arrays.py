@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import pathlib
-import tempfile
+import shutil
 
 import jax
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _directories
@@ -122,7 +123,7 @@ def save_arrays(
   """
   path = _soups.new_path(path)
   own = _soups.own_of(None, None, metadata)
-  with _soups.room_for(path):
+  with _files.room_for(path):
     if path.name.endswith('.safetensors'):
       _write_file(path, shapes, arrays, own)
     elif like is not None:
@@ -154,14 +155,17 @@ def _write_file(path, shapes, arrays, own) -> None:
 
 def _write_orbax(path, arrays, separator, own) -> None:
   """Orbax takes whole trees: of arrays in temporary files next to it."""
-  prefix = f'.{path.name}-'
-  with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
+  folder = _files.unfinished_name(path)
+  folder.mkdir()
+  try:
     tree = {}
     for i, (name, array) in enumerate(arrays):
-      file = pathlib.Path(folder) / str(i)
+      file = folder / str(i)
       file.write_bytes(array.reshape(-1).view(np.uint8).data)
       if array.nbytes:  # An empty file cannot be mapped.
         mapped = _orbax.OnDisk(file, np.uint8, 'r')
         array = mapped.view(array.dtype).reshape(array.shape)
       tree[tuple(name.split(separator))] = array
     _orbax.write(path, _tree.nest(tree), {'jaxsoup': own})
+  finally:
+    shutil.rmtree(folder)

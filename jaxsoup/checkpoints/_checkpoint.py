@@ -51,6 +51,7 @@ class Checkpoint:
   def read(self) -> Params:
     """All wanted leaves, in their dtypes and shardings."""
     names, wanted = self.flat.paths, self.flat.leaves
+    _tree.warn_of_rounding(wanted, self.source.metadata.path)
     boxes: list[Any] = [_pieces.empty_box(x) for x in wanted]
 
     sums = Sums()
@@ -103,13 +104,20 @@ class Checkpoint:
     if not checksum.is_complete:
       return
     digest = checksum.digest()
-    self._digests[_tree.name_of(name)] = digest
+    first = self._digests.setdefault(_tree.name_of(name), digest)
     stored = self._stored_digests.get(_tree.name_of(self.places[name]), digest)
     if digest != stored:
       raise _source.DamagedError(
           f'Leaf {_tree.name_of(name)!r} of {self.source.metadata.path} is '
           f'damaged: its checksum is {digest}, but {stored} was stored with it.'
           ' Restore the checkpoint from a copy, or leave it out.'
+      )
+    if digest != first:
+      raise _source.DamagedError(
+          f'Leaf {_tree.name_of(name)!r} of {self.source.metadata.path} '
+          f'changed while it was in use: its checksum was {first} and is '
+          f'{digest}. Scores of it no longer hold: see what writes to it, and '
+          'start again.'
       )
 
   def _new_checksum(self, name: _tree.Path) -> _checksum.Checksum:

@@ -27,6 +27,7 @@ from jaxsoup._soup import Info
 from jaxsoup._soup import Soup
 from jaxsoup.checkpoints import _card
 from jaxsoup.checkpoints import _checkpoint
+from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _pieces
@@ -148,15 +149,16 @@ def save_directory(
       for shard in shards:
         fill_fn(lambda *_: None, list(shard))
   else:
-    with _soups.room_for(path), atomic_directory(path) as folder:
+    with atomic_directory(path) as folder:
       _write_weights(folder, first, shards, fill_fn)
       made = soup_fn()
-      own = _soups.own_of(made, ingredients, metadata)
-      _write_json(folder / _soups.SIDECAR_FILE, own)
       names = _names_of(ingredients.paths)
       card = _card.text(path.name, names, made, metadata or {})
       (folder / 'README.md').write_text(card)
       copy_other_files(pathlib.Path(first.source.metadata.path), folder)
+      own = _soups.own_of(made, ingredients, metadata)
+      own['files'] = {file.name: _digest(file) for file in _of_model(folder)}
+      _write_json(folder / _soups.SIDECAR_FILE, _json.sealed(own))
   _processes.wait_for_all('the directory is written')
   return str(path)
 
@@ -289,9 +291,10 @@ def _write_json(file: pathlib.Path, content: Any) -> None:
 def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A directory that gets its name when it is complete, else is deleted."""
   folder = _files.unfinished_name(path)
-  folder.mkdir()
   try:
-    yield folder
+    with _files.room_for(path):
+      folder.mkdir()
+      yield folder
     if path.exists():  # An empty directory would be replaced.
       raise FileExistsError(
           f'{path} exists now and is not overwritten. Give another path.'
@@ -302,12 +305,17 @@ def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def copy_other_files(weights: pathlib.Path, folder: pathlib.Path) -> None:
-  """Copies config, tokenizer, preprocessor etc. of the first ingredient.
+  """Copies config, tokenizer, preprocessor etc. of the first ingredient."""
+  for file in _of_model(weights.parent):
+    shutil.copyfile(file, folder / file.name)
+
+
+def _of_model(own: pathlib.Path) -> Iterator[pathlib.Path]:
+  """The files of a directory that belong to a model, without its weights.
 
   A link is followed within the directory only, or within that of the model in
   the cache of the hub: it could lead to any file of this machine.
   """
-  own = weights.parent
   cached = [p for p in own.parents if p.name.startswith('models--')]
   model = (cached or [own])[0].resolve()
   for file in sorted(own.iterdir()):
@@ -317,7 +325,31 @@ def copy_other_files(weights: pathlib.Path, folder: pathlib.Path) -> None:
         and file.is_file()
         and file.stat().st_size <= _MOST_BYTES
     ):
-      shutil.copyfile(file, folder / file.name)
+      yield file
+
+
+def _digest(file: pathlib.Path) -> str:
+  return _checksum.of(np.frombuffer(file.read_bytes(), np.uint8))
+
+
+def verify_others(folder: pathlib.Path) -> tuple[list[str], list[str]]:
+  """The files of a model without weights that changed, or cannot be verified.
+
+  Args:
+    folder: that of the weights.
+
+  Returns:
+    Names of those that differ from when `save_directory` wrote them, and of
+    those of which it stored no checksum.
+  """
+  stored = _soups.sidecar_of(folder).get('files', {})
+  own = {file.name for file in _of_model(folder)}
+  changed = [
+      name
+      for name, digest in stored.items()
+      if not (folder / name).is_file() or _digest(folder / name) != digest
+  ]
+  return changed, sorted(own - stored.keys())
 
 
 def _names_of(paths: Sequence[str]) -> list[str]:

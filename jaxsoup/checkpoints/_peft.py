@@ -41,6 +41,10 @@ _REFUSED = (
     'alora_invocation_tokens',
 )  # fmt: skip
 
+# Settings that say what the factors are multiplied with.
+_OF_SCALING = (
+    'r', 'lora_alpha', 'rank_pattern', 'alpha_pattern', 'use_rslora'
+)  # fmt: skip
 # Initializations that also change the base.
 _CHANGES_BASE = ('pissa', 'olora', 'corda', 'loftq', 'lora_ga')
 
@@ -100,6 +104,13 @@ def _config_of(path: pathlib.Path) -> Json:
 def _load(path: pathlib.Path, config: Config) -> Params:
   file = path / _WEIGHTS
   arrays = _arrays.Arrays(file if file.exists() else file.with_suffix('.bin'))
+  own = arrays.metadata.custom.get('jaxsoup', {}).get('metadata', {})
+  then, now = own.get('scaling', _scaling_of(config)), _scaling_of(config)
+  if then != now:
+    raise ValueError(
+        f'{path / _CONFIG} was changed: it has {now}, but the weights were '
+        f'written with {then}. Restore it from a copy.'
+    )
   params: dict[str, dict[str, np.ndarray]] = {}
   for name, shape in arrays.shapes.items():
     match = _NAME.fullmatch(name)
@@ -140,8 +151,12 @@ def _check_config(path: pathlib.Path, config: Config) -> None:
     )
 
 
+def _scaling_of(config: Config) -> Json:
+  return {key: config.get(key) for key in _OF_SCALING}
+
+
 def _scaling(config: Config, layer: str, rank: int) -> np.float32:
-  alpha = config.get('lora_alpha', rank)
+  alpha = config.get('lora_alpha', 8)  # PEFT's default.
   for pattern, value in (config.get('alpha_pattern') or {}).items():
     if re.match(rf'(.*\.)?({pattern})$', layer):  # As PEFT does.
       alpha = value
@@ -187,10 +202,11 @@ def save_adapter(
     arrays[f'{_PREFIX}{layer}.{name}'] = np.ascontiguousarray(factor.T)
     if leaf_path[-1] == 'lora_a':
       ranks[layer] = factor.shape[1]
-  text = json.dumps(_config(ranks, config or {}), indent=2) + '\n'
+  config = _config(ranks, config or {})
+  metadata = {'scaling': _scaling_of(config)}
   with _directories.atomic_directory(path) as folder:
-    _soups.save(folder / _WEIGHTS, arrays)
-    (folder / _CONFIG).write_text(text)
+    _soups.save(folder / _WEIGHTS, arrays, metadata=metadata)
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + '\n')
   return str(path)
 
 

@@ -134,7 +134,7 @@ def _header(
   try:
     rows = _json.parsed(header, object_pairs_hook=_without_repeats)
     metadata = dict(rows.pop('__metadata__', None) or {})
-    own = dict(_json.parsed(metadata.pop('jaxsoup', '{}')))
+    own = _json.unsealed(_json.parsed(metadata.pop('jaxsoup', '{}')))
     if not all(isinstance(s, str) for s in own.get('checksums', {}).values()):
       raise TypeError('a checksum is not a string')
     tensors = {n: _tensor(str(file), 8 + length, r) for n, r in rows.items()}
@@ -261,7 +261,7 @@ def _header_bytes(rows, leaves, own, digests, num_more=0) -> bytes:
   by_name = {_tree.name_of(p): x for p, x in leaves.items()}
   content_hash = _checksum.content_hash(by_name, checksums)
   own = {**own, 'checksums': checksums, 'content_hash': content_hash}
-  metadata = {'format': 'pt', 'jaxsoup': json.dumps(own)}
+  metadata = {'format': 'pt', 'jaxsoup': json.dumps(_json.sealed(own))}
   header = json.dumps({'__metadata__': metadata, **rows}).encode()
   return header + b' ' * (num_more + -(len(header) + num_more) % 8)
 

@@ -14,6 +14,7 @@ try:
 except ImportError:  # Windows.
   fcntl = None  # type: ignore[assignment]
 
+from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup._soup import AtMost
 from jaxsoup.checkpoints import _ingredients
@@ -107,7 +108,7 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
     return len(self._scores)
 
   def _append(self, row: Json) -> None:
-    line = (json.dumps(row) + '\n').encode()
+    line = (json.dumps(_json.sealed(row)) + '\n').encode()
     with self._path.open('ab', buffering=0) as file, _held(file):
       num_written = 0
       try:
@@ -132,7 +133,7 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
     heads = []
     for number, line in enumerate(lines, 1):
       try:
-        row = json.loads(line)
+        row = _json.unsealed(_json.parsed(line))
         if 'members' not in row and {'ingredients', 'evaluation'} & set(row):
           heads.append(row)
         else:

@@ -1,12 +1,9 @@
 """Soups on disk: parameters, alpha, and provenance."""
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
-import contextlib
 import datetime
 import importlib.metadata
-import json
 import pathlib
 import platform
 from typing import Any
@@ -15,12 +12,13 @@ import jax
 import numpy as np
 
 import jaxsoup
+from jaxsoup import _files
+from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup import _soup
 from jaxsoup import _tree
 from jaxsoup._soup import Soup
 from jaxsoup.checkpoints import _card
-from jaxsoup.checkpoints import _disk
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
@@ -85,20 +83,18 @@ def save(
   params = params.params if isinstance(params, Soup) else params
   own = own_of(soup, ingredients, metadata)
   if not str(path).endswith(_FILE):
-    with room_for(path):
+    with _files.room_for(path):
       return str(_orbax.write(path, params, {'jaxsoup': own}))
-  flat = _tree.flatten(params)
+  leaves = _orbax.savable(params)
 
   def fill_fn(put_fn):
-    for leaf_path, leaf in zip(flat.paths, flat.leaves):
-      _orbax.check_no_key(leaf, leaf_path)
+    for leaf_path, leaf in leaves.items():
       put_fn(leaf_path, 0, _processes.gathered(leaf))
 
   path = new_path(path)
-  leaves = flat.by_path
   _processes.wait_for_all('every process has seen that the path is free')
   if _processes.is_main():
-    with room_for(path):
+    with _files.room_for(path):
       _safetensors.write(path, leaves, lambda: own, fill_fn)
   else:
     fill_fn(lambda *_: None)
@@ -153,7 +149,7 @@ def save_average(
   leaves, fill_fn = streamed.leaves, streamed.put_all
   _processes.wait_for_all('every process has seen that the path is free')
   if _processes.is_main():
-    with room_for(path):
+    with _files.room_for(path):
       _safetensors.write(path, leaves, own_fn, fill_fn, num_more)
   _processes.wait_for_all('the file is written')
   return str(path)
@@ -189,21 +185,6 @@ def new_path(path: PathLike) -> pathlib.Path:
     )
   path.parent.mkdir(parents=True, exist_ok=True)
   return path
-
-
-@contextlib.contextmanager
-def room_for(path: PathLike) -> Iterator[None]:
-  """Turns errors of a full disk into one that says what to do."""
-  try:
-    yield
-  except (OSError, RuntimeError, ValueError) as e:
-    if not _disk.is_full(e):
-      raise
-    raise OSError(
-        f'{path} could not be saved because the disk is full: '
-        f'{str(e).splitlines()[0][:200]}. Nothing was saved: free some space, '
-        'and save again.'
-    ) from e
 
 
 def own_of(
@@ -272,10 +253,13 @@ def provenance(path: PathLike) -> Json:
     `alpha` and `info`. Empty for checkpoints of other programs.
   """
   own = _formats.metadata(path).custom.get('jaxsoup', {})
-  sidecar = pathlib.Path(path) / SIDECAR_FILE
-  if sidecar.is_file():
-    own = {**json.loads(sidecar.read_text()), **own}
-  return _from_json(own)
+  return _from_json({**sidecar_of(pathlib.Path(path)), **own})
+
+
+def sidecar_of(folder: pathlib.Path) -> Json:
+  """What is stored next to the weights of a Hugging Face directory."""
+  file = folder / SIDECAR_FILE
+  return dict(_json.read(file)) if file.is_file() else {}
 
 
 def _describe(ingredients: _ingredients.Ingredients | None) -> list[Json]:

@@ -7,7 +7,9 @@ inspected.problems
 """
 
 from collections.abc import Sequence
+from collections.abc import Sized
 import math
+import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +17,8 @@ import numpy as np
 from jaxsoup import _checked
 from jaxsoup import _memory
 from jaxsoup import _tree
+from jaxsoup.checkpoints import _checksum
+from jaxsoup.checkpoints import _directories
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Json
@@ -31,6 +35,8 @@ class Inspection(NamedTuple):
     num_bytes: bytes of each checkpoint.
     norms: Euclidean norm of the floats of each; empty unless read.
     problems: what does not match, or is damaged.
+    unverified: what was read but has no checksum, so that damage would not be
+      seen; empty unless read.
   """
 
   paths: tuple[str, ...]
@@ -39,6 +45,7 @@ class Inspection(NamedTuple):
   num_bytes: tuple[int, ...]
   norms: tuple[float, ...]
   problems: tuple[str, ...]
+  unverified: tuple[str, ...]
 
   def as_json(self) -> Json:
     """A dict for `json.dumps`; JSON has no NaN, so such a norm is None."""
@@ -60,6 +67,7 @@ class Inspection(NamedTuple):
           f'{_memory.amount(self.num_bytes[k])}{norm}  {path}'
       )
     lines.append('')
+    lines += [f'Not verified: {part}' for part in self.unverified]
     lines += [f'Problem: {problem}' for problem in self.problems]
     if not self.problems:
       lines.append(
@@ -89,9 +97,14 @@ def inspect(
   sources = [ingredients.metadata(k) for k in range(len(ingredients))]
   problems = _mismatches(sources)
   norms: list[float] = []
+  unverified: list[str] = []
   if deep:
     norms, problems_of_values = _read_all(ingredients)
     problems += problems_of_values
+    for k, source in enumerate(sources):
+      changed, unknown = _verify_others(source, ingredients.stored(k))
+      problems += changed
+      unverified += unknown
   return Inspection(
       paths=ingredients.paths,
       leaves=tuple(
@@ -104,7 +117,38 @@ def inspect(
       num_bytes=tuple(sum(map(_bytes, s.leaves.values())) for s in sources),
       norms=tuple(norms),
       problems=tuple(problems),
+      unverified=tuple(unverified),
   )
+
+
+def _verify_others(
+    source: _source.Metadata, read: Sized
+) -> tuple[list[str], list[str]]:
+  """Problems of what is stored with the arrays, and what has no checksum."""
+  names = [_tree.name_of(path) for path in source.leaves]
+  known = source.checksums
+  bare = [n for n in names if not _checksum.is_current(known.get(n, ''))]
+  unknown = []
+  if bare:
+    more = f' and {len(bare) - 1} more' if len(bare) > 1 else ''
+    unknown.append(
+        f'{source.path}: no checksums of {bare[0]!r}{more} are stored there'
+    )
+  if len(read) < len(names):
+    unknown.append(
+        f'{source.path}: {len(names) - len(read)} arrays outside of the '
+        'parameters were not read'
+    )
+  folder = pathlib.Path(source.path).parent
+  if not _directories.is_directory(folder):
+    return [], unknown
+  changed, others = _directories.verify_others(folder)
+  if others:
+    unknown.append(f'{folder}: no checksums of {", ".join(others)}')
+  return [
+      f'{folder / name} was changed after the soup was written.'
+      for name in changed
+  ], unknown
 
 
 def _mismatches(sources: Sequence[_source.Metadata]) -> list[str]:

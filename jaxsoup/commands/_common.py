@@ -12,6 +12,7 @@ import warnings
 
 import typer
 
+from jaxsoup import _files
 from jaxsoup.experiments import user_code
 
 # The variable that stands for --traceback.
@@ -62,6 +63,20 @@ def failures() -> Iterator[None]:
     if os.environ.get(TRACEBACK):
       traceback.print_exc()
     _fail(_message(e), code=getattr(e, 'exit_code', 1))
+
+
+@contextlib.contextmanager
+def held(out: pathlib.Path) -> Iterator[None]:
+  """Nobody else writes `out` meanwhile, and nobody has."""
+  from jaxsoup.experiments import locking
+
+  # Next to it, because it exists only when it is complete.
+  lock = out.absolute().parent / f'.{out.name}.lock'
+  with locking.locked(lock, out):
+    _files.clear_leftovers(out)
+    if out.exists():  # Since the options were parsed.
+      raise FileExistsError(f'{out} exists. Give another path.')
+    yield
 
 
 def _message(error: Exception) -> str:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import typer
 
-from jaxsoup import _files
 from jaxsoup.commands import _common
 
 NOTHING_SAVED = 'nothing is saved, and the command starts from scratch'
@@ -58,7 +57,7 @@ def cook(
     from jaxsoup.experiments import preemption
 
     is_main = jax.process_index() == 0
-    held = _held(order.out) if is_main else contextlib.nullcontext()
+    held = _common.held(order.out) if is_main else contextlib.nullcontext()
     with preemption.handled() as stop, held:
       _refuse_adapters(order.runs)
       ingredients = preemption.Ingredients(
@@ -75,20 +74,6 @@ def cook(
       )
     if is_main:
       _show(soup, ingredients, order, recipe)
-
-
-@contextlib.contextmanager
-def _held(out: pathlib.Path):
-  """Nobody else writes `out` meanwhile, and nobody has."""
-  from jaxsoup.experiments import locking
-
-  # Next to it, because it exists only when it is complete.
-  lock = out.absolute().parent / f'.{out.name}.lock'
-  with locking.locked(lock, out):
-    _files.clear_leftovers(out)
-    if out.exists():  # Since the options were parsed.
-      raise FileExistsError(f'{out} exists. Give another path.')
-    yield
 
 
 def _refuse_adapters(runs: list[pathlib.Path]) -> None:

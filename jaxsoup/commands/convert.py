@@ -69,7 +69,7 @@ def convert(
         'an Orbax checkpoint is a directory: give a name without .safetensors.',
         param_hint='OUT',
     )
-  with _common.failures():
+  with _common.failures(), _common.held(out):
     from jaxsoup import models
 
     made = models.convert(

@@ -45,9 +45,9 @@ import sys
 
 import jax
 
+from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup import report
-from jaxsoup.checkpoints import _disk
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import distributed
 from jaxsoup.experiments import locking
@@ -101,15 +101,12 @@ def run(
         'matplotlib is not installed: pip install "jaxsoup[demo]"'
     )
   workdir = pathlib.Path(workdir).absolute()
-  try:
+  with _files.room_for(
+      workdir,
+      'Finished work is kept: free some space, and run the same command again '
+      'to continue.',
+  ):
     return _run(experiment, workdir, progress_fn, stop or preemption.Stop())
-  except OSError as e:
-    if not _disk.is_full(e):
-      raise
-    raise OSError(
-        f'{workdir}: {e} Finished work is kept: free some space, and run the '
-        'same command again to continue.'
-    ) from e
 
 
 def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:

@@ -430,4 +430,4 @@ def _write(work, tables, soups, calibration, stable) -> None:
   if len(tables) > 1:
     content['splits'] = [[r._asdict() for r in table] for table in tables]
   with _files.replaced(workdir / 'results.json') as unfinished:
-    unfinished.write_text(json.dumps(content, indent=1))
+    unfinished.write_text(json.dumps(_json.sealed(content), indent=1))

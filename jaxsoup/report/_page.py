@@ -161,6 +161,13 @@ def write_page(
           'picture and each table of numbers its own name.'
       )
   check_out(path)
+  with _files.room_for(path):
+    return _write(path, page(title, sections, intro=intro), pictures, data)
+
+
+def _write(path, text, pictures, data) -> list[pathlib.Path]:
+  """The page comes last: a folder without one is not finished."""
+  folder = path.with_suffix('')
   folder.mkdir(parents=True, exist_ok=True)
   files = [path]
   for picture in pictures:
@@ -170,7 +177,6 @@ def write_page(
   for name, records in data:
     files.append(folder / f'{name}.csv')
     _write_csv(files[-1], records)
-  text = page(title, sections, intro=intro)
   with _files.replaced(path, _MARKER) as unfinished:
     unfinished.write_text(text, encoding='utf-8')
   return files

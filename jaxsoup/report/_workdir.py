@@ -13,6 +13,7 @@ import shlex
 from typing import Any
 from typing import NamedTuple
 
+from jaxsoup import _json
 from jaxsoup import checkpoints
 from jaxsoup._soup import LearnedInfo
 from jaxsoup._soup import SearchInfo
@@ -125,7 +126,7 @@ def read_workdir(workdir: PathLike) -> Contents:
         )
     )
   try:
-    results = {'config': {}, 'runs': [], **json.loads(path.read_text())}
+    results = {'config': {}, 'runs': [], **_json.read(path)}
     rows = _tables.read_rows(path)
     tables = [_tables.rows_of(table) for table in results.get('splits', [])]
   except (KeyError, TypeError, ValueError) as e:
