@@ -22,7 +22,7 @@ import numpy as np
 
 import jaxsoup
 
-ingredients = [{'w': np.array([1.0, 2.0])}, {'w': np.array([3.0, 6.0])}]
+ingredients = [{'w': np.float32([1, 2])}, {'w': np.float32([3, 6])}]
 jaxsoup.uniform(ingredients).params
 
 # %%

@@ -125,6 +125,7 @@ def test_given_weights(runs):
   np.testing.assert_allclose(checkpoints.load('soup').alpha, weights)
 
 
+@pytest.mark.filterwarnings('ignore:.*holds float64')
 def test_recipes_that_hold_the_params(runs, monkeypatch):
   pathlib.Path('mine.py').write_text(
       'def score(params):\n'

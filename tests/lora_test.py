@@ -163,7 +163,12 @@ def test_dtypes_stay_and_soups_are_saved(tmp_path):
 
 
 def test_an_average_of_nothing_has_no_residual():
-  zero = {'head': {'lora_a': np.ones((6, 2)), 'lora_b': np.zeros((2, 3))}}
+  zero = {
+      'head': {
+          'lora_a': np.ones((6, 2), 'f4'),
+          'lora_b': np.zeros((2, 3), 'f4'),
+      }
+  }
   soup = lora.average([zero, zero], rank=1)
   assert soup.info.residuals == {'head': 0.0}
   np.testing.assert_array_equal(lora.dense(soup.params)['head'], 0)
@@ -179,7 +184,8 @@ def test_mistakes():
     lora.average([])
   with pytest.raises(ValueError, match='rank is 0'):
     lora.average([first], rank=0)
-  head = lambda a, b: {'head': {'lora_a': np.ones(a), 'lora_b': np.ones(b)}}
+  ones = lambda shape: np.ones(shape, np.float32)
+  head = lambda a, b: {'head': {'lora_a': ones(a), 'lora_b': ones(b)}}
   with pytest.raises(ValueError, match=r"adapter 1: .*'head' .*\(2, 6\)"):
     lora.average([first, head((2, 1), (1, 6))])
   with pytest.raises(
@@ -187,10 +193,10 @@ def test_mistakes():
   ):
     lora.average([first, head((6, 1), (2, 3))])
   with pytest.raises(ValueError, match="'head' has .*'lora_a'.*expected"):
-    lora.average([{'head': {'lora_a': np.ones((3, 1))}}])
+    lora.average([{'head': {'lora_a': ones((3, 1))}}])
   with pytest.raises(ValueError, match="'head/kernel' .* no factor"):
-    lora.average([{'head': {**first['head'], 'kernel': np.ones((3, 6))}}])
-  bad = {'lora_a': np.full((3, 1), np.nan), 'lora_b': np.ones((1, 6))}
+    lora.average([{'head': {**first['head'], 'kernel': ones((3, 6))}}])
+  bad = {'lora_a': ones((3, 1)) * np.nan, 'lora_b': ones((1, 6))}
   with pytest.raises(ValueError, match='head/lora_a.* NaN or infinite values'):
     lora.average([first, {'head': bad}])
 

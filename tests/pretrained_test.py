@@ -459,7 +459,7 @@ def test_convert_says_what_is_wrong(tmp_path, vit):
       ((path, out, '--to', 'orbax'), 'is a directory', 2),
       ((path, out, '--to', 'pickle'), 'is not a format', 2),
       ((tmp_path / 'none', out), 'does not exist', 1),
-      ((path, path), 'exists and is not overwritten', 1),
+      ((path, path), 'exists. Give another path', 1),
   ]:
     result = run('convert', *arguments)
     text = ' '.join(result.output.replace('│', ' ').split())

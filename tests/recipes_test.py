@@ -325,9 +325,9 @@ def test_what_is_static_is_checked_under_jit():
 @pytest.mark.parametrize('alpha', [[1.0, np.nan], {'w': [np.inf, 0.0]}])
 def test_alpha_is_finite(alpha):
   with pytest.raises(ValueError, match='expected finite numbers'):
-    jaxsoup.average([{'w': np.ones(2)}] * 2, alpha)
+    jaxsoup.average([{'w': np.ones(2, 'f4')}] * 2, alpha)
   with pytest.raises(ValueError, match='expected finite numbers'):
-    jaxsoup.mix({'w': np.ones((2, 2))}, alpha)
+    jaxsoup.mix({'w': np.ones((2, 2), 'f4')}, alpha)
 
 
 def test_float64_coefficients_are_not_rounded():
@@ -491,8 +491,9 @@ def test_model_stock_stays_where_models_disagree():
 
 
 def test_model_stock_leaves_unmoved_tensors():
-  start = {'a': np.ones(3), 'b': np.ones(3)}
-  models = [{'a': np.ones(3), 'b': np.ones(3) + k} for k in (1, 2)]
+  ones = np.ones(3, np.float32)
+  start = {'a': ones, 'b': ones}
+  models = [{'a': ones, 'b': ones + np.float32(k)} for k in (1, 2)]
   soup = jaxsoup.model_stock(models, start)
   assert soup.params['a'].tolist() == [1, 1, 1]
   assert soup.info.ratio['a'] == 1
@@ -506,9 +507,9 @@ def test_model_stock_counts_an_unmoved_task_vector_as_orthogonal():
 
 
 def test_model_stock_names_theta_0():
-  models = [{'w': np.ones(2)}, {'w': np.zeros(2)}]
+  models = [{'w': np.ones(2, 'f4')}, {'w': np.zeros(2, 'f4')}]
   with pytest.raises(ValueError, match=r"theta_0 .* 'w' has shape \(3,\)"):
-    jaxsoup.model_stock(models, {'w': np.zeros(3)})
+    jaxsoup.model_stock(models, {'w': np.zeros(3, 'f4')})
 
 
 def test_average_skips_what_counts_nothing():
@@ -601,11 +602,11 @@ def test_running_average_in_a_scan_is_saved_and_continued(tmp_path):
 
 def test_running_average_refuses():
   average = jaxsoup.running_average()
-  state = average.init({'w': np.zeros(2)})
+  state = average.init({'w': np.zeros(2, 'f4')})
   with pytest.raises(ValueError, match='add up to 0: call update'):
     average.value(state)
   with pytest.raises(ValueError, match=r"leaf 'w' has shape \(3,\), expected"):
-    jax.jit(average.update)(state, {'w': np.zeros(3)})
+    jax.jit(average.update)(state, {'w': np.zeros(3, 'f4')})
   with pytest.raises(ValueError, match='decay is 1.5: expected a number from'):
     jaxsoup.running_average(1.5)
 

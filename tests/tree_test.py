@@ -186,7 +186,7 @@ def test_narrow_floats(dtype):
 )
 def test_a_warning_points_at_the_caller(run):
   with pytest.warns(UserWarning, match='equal parameters') as warned:
-    run([np.ones(2), np.ones(2)])
+    run([np.ones(2, 'f4'), np.ones(2, 'f4')])
   assert warned[0].filename == __file__
 
 
@@ -355,8 +355,8 @@ def test_mismatches_are_named(first, other, message):
 
 
 def test_many_mismatches_are_counted():
-  first = {str(i): np.zeros(2) for i in range(9)}
-  other = {str(i): np.zeros(3) for i in range(9)}
+  first = {str(i): np.zeros(2, 'f4') for i in range(9)}
+  other = {str(i): np.zeros(3, 'f4') for i in range(9)}
   with pytest.raises(ValueError, match=r'\(and 4 more\)'):
     jaxsoup.check_compatible([first, other])
 

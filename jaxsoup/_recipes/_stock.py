@@ -48,8 +48,8 @@ def model_stock(
     ValueError: no ingredients, or they or theta_0 do not fit.
 
   Example:
-    >>> models = [{'w': np.array([2.0, 0])}, {'w': np.array([2.0, 2.0])}]
-    >>> soup = model_stock(models, {'w': np.zeros(2)})
+    >>> models = [{'w': np.float32([2, 0])}, {'w': np.float32([2, 2])}]
+    >>> soup = model_stock(models, {'w': np.float32([0, 0])})
     >>> soup.info.ratio['w'].item(), soup.params['w'].tolist()
     (0.828, [1.657, 0.828])
 

@@ -39,7 +39,7 @@ class Checkpoint:
     places = _places(source.metadata, abstract, item)
     leaves = source.metadata.leaves
     self.stored = {name: leaves[path] for name, path in places.items()}
-    self.flat = abstract or _tree.flatten(_tree.nest(self.stored))
+    self.flat = abstract or _tree.flatten_in_place(_tree.nest(self.stored))
     self.places = places
     self._digests: dict[str, str] = {}
     self._stored_digests = {

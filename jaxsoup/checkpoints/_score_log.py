@@ -133,7 +133,7 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
     heads = []
     for number, line in enumerate(lines, 1):
       try:
-        row = _json.unsealed(_json.parsed(line))
+        row = _json.unsealed(dict(_json.parsed(line)))
         if 'members' not in row and {'ingredients', 'evaluation'} & set(row):
           heads.append(row)
         else:

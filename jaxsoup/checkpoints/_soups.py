@@ -74,10 +74,10 @@ def save(
   Example:
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + '/soup'
-    >>> soup = jaxsoup.uniform([{'w': np.ones(2)}, {'w': np.zeros(2)}])
+    >>> soup = jaxsoup.uniform([{'w': np.float32([x])} for x in (1, 2)])
     >>> _ = save(path, soup, metadata={'seed': 0})
     >>> load(path).params, provenance(path)['metadata']
-    ({'w': Array([0.5, 0.5], dtype=float32)}, {'seed': 0})
+    ({'w': Array([1.5], dtype=float32)}, {'seed': 0})
   """
   soup = params if isinstance(params, Soup) else None
   params = params.params if isinstance(params, Soup) else params

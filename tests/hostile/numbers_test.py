@@ -61,3 +61,26 @@ def test_what_fits_is_taken():
   model = {'w': np.ones(2, np.float32), 'step': np.int64(2**31 - 1)}
   params = jaxsoup.average([model], [1.0]).params
   assert params['step'] == 2**31 - 1 and isinstance(params['step'], jax.Array)
+
+
+WIDE = {'w': np.array([1 / 3, 2 / 3])}
+
+
+@pytest.mark.parametrize('suffix', ['', '.safetensors'])
+def test_float64_is_kept_by_files_and_rounded_with_a_word(tmp_path, suffix):
+  path = checkpoints.save(tmp_path / f'x{suffix}', WIDE)
+  stored = checkpoints.Arrays(path)['w']
+  assert stored.dtype == np.float64 and stored.tolist() == WIDE['w'].tolist()
+  words = 'holds float64, which becomes float32'
+  with pytest.warns(UserWarning, match=f'x{suffix} {words}'):
+    assert checkpoints.Ingredients([path])[0]['w'].dtype == np.float32
+  for run in (jaxsoup.uniform, jaxsoup.stack, jaxsoup.check_compatible):
+    with pytest.warns(UserWarning, match=words) as warned:
+      run([WIDE])
+    assert warned[0].filename == __file__
+  with _x64.x64():
+    params = jaxsoup.uniform([WIDE]).params
+    assert params['w'].tolist() == WIDE['w'].tolist()
+  out = tmp_path / 'soup.safetensors'
+  checkpoints.save_average(out, checkpoints.Ingredients([path]))
+  assert checkpoints.Arrays(out)['w'].tolist() == WIDE['w'].tolist()

@@ -232,7 +232,9 @@ def write_all(folder):
           checkpoints.load_adapters([path]).params
       ),
       str(folder / 'scores.jsonl'): scores_of,
-      str(results): lambda path: _json.read(pathlib.Path(path)),
+      str(results): lambda path: {
+          key: _json.read(pathlib.Path(path))[key] for key in content
+      },
   }
 
 
