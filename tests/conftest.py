@@ -61,8 +61,8 @@ def pytest_addoption(parser):
       '--soak',
       type=int,
       default=20,
-      help='how many processes hostile/soak_test.py kills; it flips ten times '
-      'as many bytes',
+      help='how many processes hostile/soak_test.py kills; of bytes it flips a '
+      'hundred times as many',
   )
 
 

@@ -341,7 +341,10 @@ def test_digests_of_another_kind_are_not_compared(tmp_path):
   params = {'w': np.arange(9.0, dtype=np.float32)}
   path = checkpoints.save(tmp_path / 'a.safetensors', params)
   stored = _checksum.of(params['w'])
-  content = pathlib.Path(path).read_bytes()
+  # Not sealed, as by an older version.
+  content = (
+      pathlib.Path(path).read_bytes().replace(b'checksum\\', b'an_entry\\')
+  )
   for digest, is_read in (('509:1f2e3d4c', True), ('xxh3:' + '0' * 32, False)):
     other = pathlib.Path(tmp_path / f'{is_read}.safetensors')
     other.write_bytes(

@@ -340,10 +340,12 @@ def verify_others(folder: pathlib.Path) -> tuple[list[str], list[str]]:
 
   Returns:
     Names of those that differ from when `save_directory` wrote them, and of
-    those of which it stored no checksum.
+    those of which it stored no checksum; none where it is no directory of
+    Hugging Face.
   """
   stored = _soups.sidecar_of(folder).get('files', {})
-  own = {file.name for file in _of_model(folder)}
+  is_model = is_directory(folder)
+  own = {file.name for file in _of_model(folder)} if is_model else set()
   changed = [
       name
       for name, digest in stored.items()

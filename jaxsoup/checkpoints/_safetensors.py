@@ -64,11 +64,11 @@ def open_source(path: pathlib.Path) -> _source.Source:
   for file, wanted in files.items():
     arrays, texts_of_file, own = _header(file)
     texts |= texts_of_file
-    checksums |= own.get('checksums', {})
+    stored = own.get('checksums', {})
     # A name that was changed by damage has no checksum.
-    named = {n.replace('/', '.') for n in own.get('checksums', arrays)}
-    if odd := [n for n in arrays if n.replace('/', '.') not in named]:
+    if odd := [n for n in arrays if stored and n not in stored]:
       raise _source.damaged(file, f'{odd[0]!r} is not among its checksums')
+    checksums |= stored
     missing = sorted(set(wanted or ()) - arrays.keys())
     if missing:
       raise _source.damaged(
@@ -78,19 +78,23 @@ def open_source(path: pathlib.Path) -> _source.Source:
         n: a for n, a in arrays.items() if wanted is None or n in wanted
     }
   paths = _source.paths_of(tensors, '.')
+  by_path = dict(zip(paths, tensors.values()))
+  checksums = {
+      _tree.name_of(p): checksums[n]
+      for p, n in zip(paths, tensors)
+      if n in checksums
+  }
   if len(files) != 1:  # What we store with the arrays is for each file.
     own = {'checksums': checksums} if checksums else {}
   metadata = _source.Metadata(
       path=str(path),
       leaves={
-          p: jax.ShapeDtypeStruct(t.shape, t.dtype)
-          for p, t in zip(paths, tensors.values())
+          p: jax.ShapeDtypeStruct(t.shape, t.dtype) for p, t in by_path.items()
       },
       custom={**texts, **({'jaxsoup': own} if own else {})},
       checksums=checksums,
       identity=own.get('content_hash') or _source.state_of(path, *files),
   )
-  by_path = dict(zip(paths, tensors.values()))
   opened = {file: _raw.File(file) for file in map(str, files)}
   return _source.Source(
       metadata,
@@ -257,10 +261,16 @@ def _dtype_name(dtype: DType, path: _tree.Path) -> str:
 
 def _header_bytes(rows, leaves, own, digests, num_more=0) -> bytes:
   unknown = _checksum.Checksum(0).digest()  # As long as any other.
-  checksums = {_tree.name_of(p): digests.get(p, unknown) for p in leaves}
-  by_name = {_tree.name_of(p): x for p, x in leaves.items()}
-  content_hash = _checksum.content_hash(by_name, checksums)
-  own = {**own, 'checksums': checksums, 'content_hash': content_hash}
+  checksums = {p: digests.get(p, unknown) for p in leaves}
+  by_name = lambda values: {_tree.name_of(p): x for p, x in values.items()}
+  own = {
+      **own,
+      'checksums': {'.'.join(p): digest for p, digest in checksums.items()},
+      # The same in all formats.
+      'content_hash': _checksum.content_hash(
+          by_name(leaves), by_name(checksums)
+      ),
+  }
   metadata = {'format': 'pt', 'jaxsoup': json.dumps(_json.sealed(own))}
   header = json.dumps({'__metadata__': metadata, **rows}).encode()
   return header + b' ' * (num_more + -(len(header) + num_more) % 8)

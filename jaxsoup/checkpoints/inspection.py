@@ -140,8 +140,6 @@ def _verify_others(
         'parameters were not read'
     )
   folder = pathlib.Path(source.path).parent
-  if not _directories.is_directory(folder):
-    return [], unknown
   changed, others = _directories.verify_others(folder)
   if others:
     unknown.append(f'{folder}: no checksums of {", ".join(others)}')

@@ -166,9 +166,11 @@ def write_page(
 
 
 def _write(path, text, pictures, data) -> list[pathlib.Path]:
-  """The page comes last: a folder without one is not finished."""
+  """The page comes first: whole without the folder, which it marks as ours."""
   folder = path.with_suffix('')
   folder.mkdir(parents=True, exist_ok=True)
+  with _files.replaced(path, _MARKER) as unfinished:
+    unfinished.write_text(text, encoding='utf-8')
   files = [path]
   for picture in pictures:
     for ending in ('svg', 'png'):
@@ -177,8 +179,6 @@ def _write(path, text, pictures, data) -> list[pathlib.Path]:
   for name, records in data:
     files.append(folder / f'{name}.csv')
     _write_csv(files[-1], records)
-  with _files.replaced(path, _MARKER) as unfinished:
-    unfinished.write_text(text, encoding='utf-8')
   return files
 
 

@@ -2,13 +2,16 @@
 
 import json
 import os
+import pathlib
 import struct
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
 from typer import testing
 
+import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup import cli
 
@@ -173,3 +176,78 @@ def test_a_step_without_the_mark_of_orbax(tmp_path):
   assert read() == [2, 2]
   (path / '2' / 'commit_success.txt').unlink()
   assert read() == [1, 1]
+
+
+@pytest.mark.parametrize('ending', ['.safetensors', '.npz'])
+def test_an_ingredient_that_changes_in_its_place(tmp_path, ending):
+  # Its scores would be those of other values than the soup's.
+  paths = [tmp_path / f'{k}{ending}' for k in range(2)]
+  save = safetensors.numpy.save_file if ending == '.safetensors' else None
+  for k, path in enumerate(paths):
+    arrays = {'w': np.full(4, k, np.float32)}
+    save(arrays, path) if save else np.savez(path, **arrays)
+  scored = []
+
+  def score(params):
+    scored.append(params)
+    if len(scored) == 2:
+      content = paths[0].read_bytes()
+      with paths[0].open('rb+') as file:  # Of the same size, as rsync would.
+        begin = content.rindex(np.zeros(4, np.float32).tobytes())
+        file.seek(begin)
+        file.write(np.float32([5]).tobytes())
+    return float(params['w'].sum())
+
+  words = f"Leaf 'w' of {paths[0]} changed while it was in use"
+  with pytest.raises(ValueError, match=words):
+    jaxsoup.greedy(checkpoints.Ingredients(paths), score)
+
+
+@pytest.fixture
+def directory(tmp_path):
+  """A soup like a directory of Hugging Face, which it was made of."""
+  for name in ('a', 'b'):
+    (tmp_path / name).mkdir()
+    arrays = {'w': np.ones(3, np.float32)}
+    safetensors.numpy.save_file(arrays, tmp_path / name / 'model.safetensors')
+    (tmp_path / name / 'config.json').write_text('{"model_type": "mine"}')
+    (tmp_path / name / 'tokenizer.json').write_text('{}')
+  ingredients = checkpoints.Ingredients([tmp_path / 'a', tmp_path / 'b'])
+  with pytest.warns(UserWarning, match='equal parameters'):
+    return checkpoints.save_directory(tmp_path / 'soup', ingredients)
+
+
+def inspect_deep(path):
+  result = testing.CliRunner().invoke(cli.app, ['inspect', '--deep', str(path)])
+  return result.exit_code, ' '.join(result.output.split())
+
+
+def test_what_is_stored_about_a_soup_was_changed(directory):
+  code, said = inspect_deep(directory)
+  assert code == 0 and 'Not verified' not in said
+  sidecar = pathlib.Path(directory) / 'soup.json'
+  content = sidecar.read_text()
+  assert content.count('0.5') == 2
+  sidecar.write_text(content.replace('0.5', '0.6', 1))
+  with pytest.raises(ValueError, match=f'{sidecar} is not valid: .* changed'):
+    checkpoints.load(directory)
+  code, said = inspect_deep(directory)
+  assert code == 1 and f'{sidecar} is not valid' in said
+
+
+@pytest.mark.parametrize('name', ['config.json', 'tokenizer.json'])
+def test_another_file_of_a_soup_was_changed(directory, name):
+  file = pathlib.Path(directory) / name
+  file.write_text('{"model_type": "yours"}')
+  code, said = inspect_deep(directory)
+  assert code == 1 and f'{file} was changed after the soup was written' in said
+  file.unlink()
+  code, said = inspect_deep(directory)
+  assert code == 1 and f'{file} was changed' in said
+
+
+def test_what_cannot_be_verified_is_listed(directory):
+  code, said = inspect_deep(pathlib.Path(directory).parent / 'a')
+  assert code == 0
+  assert "a/model.safetensors: no checksums of 'w' are stored there" in said
+  assert 'a: no checksums of config.json, tokenizer.json' in said

@@ -1,7 +1,7 @@
 """Killed at random moments, and with bytes flipped at random: nothing is lost.
 
 `pytest -m slow tests/hostile/soak_test.py --soak 200` kills 200 processes and
-flips 2,000 bytes; by default a tenth of that.
+flips 20,000 bytes; by default a tenth of that.
 """
 
 import contextlib
@@ -246,7 +246,7 @@ def test_flipped(tmp_path, folder, request):
   expected = {path: read(path) for path, read in written.items()}
   rng = random.Random(0)
   num_refused = 0
-  for _ in range(10 * request.config.getoption('--soak')):
+  for _ in range(100 * request.config.getoption('--soak')):
     path = rng.choice(sorted(written))
     place = pathlib.Path(path)
     file = rng.choice(files_of(place) if place.is_dir() else [place])
