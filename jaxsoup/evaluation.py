@@ -29,7 +29,6 @@ from jaxsoup import _masks
 from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup._soup import AtMost
-from jaxsoup.typing import Array
 from jaxsoup.typing import Batch
 from jaxsoup.typing import Batches
 from jaxsoup.typing import EvalFn
@@ -63,7 +62,7 @@ def batched(
   Returns:
     Batches on the device, with leaves `[B, ...]` and `mask`, `[B]`: True or the
     mask of the data, and False or 0 for the padding. They compile once, and are
-    transferred once.
+    transferred once. The data stay on the host as well, for `mean_of`.
 
   Raises:
     ValueError: no examples, or arrays of different lengths.
@@ -83,15 +82,36 @@ def batched(
     )
   while sharding is not None and not _divides(sharding, batch_size):
     batch_size += 1
-  batches = []
-  for start in range(0, num, batch_size):
-    rows = np.arange(start, start + batch_size)
-    batch = {k: np.asarray(x)[rows.clip(max=num - 1)] for k, x in data.items()}
+  return _Batched(
+      {k: np.asarray(x) for k, x in data.items()}, num, batch_size, sharding
+  )
+
+
+class _Batched(list[dict[str, jax.Array]]):
+  """Batches of arrays, which stay on the host, to make other batches of."""
+
+  def __init__(
+      self,
+      data: dict[str, np.ndarray],
+      num: int,
+      size: int,
+      sharding: jax.sharding.Sharding | None,
+  ):
+    self.num, self.size = num, size
+    self._data, self._sharding = data, sharding
+    super().__init__(
+        map(self.of, np.split(np.arange(num), range(size, num, size)))
+    )
+
+  def of(self, rows: np.ndarray) -> dict[str, jax.Array]:
+    """A batch of at most B rows of the data, padded."""
+    padded = np.pad(rows, (0, self.size - len(rows)), 'edge')
+    batch = {k: x[padded] for k, x in self._data.items()}
     # Padding has weight 0, whatever the mask of the data says.
-    mask = batch.get('mask', np.ones(len(rows), bool))
-    batch['mask'] = np.where(rows < num, mask, np.zeros_like(mask))
-    batches.append({k: placed(x, sharding) for k, x in batch.items()})
-  return batches
+    mask = batch.get('mask', np.ones(self.size, bool))
+    is_row = np.arange(self.size) < len(rows)
+    batch['mask'] = np.where(is_row, mask, np.zeros_like(mask))
+    return {k: placed(x, self._sharding) for k, x in batch.items()}
 
 
 def _divides(sharding: jax.sharding.Sharding, batch_size: int) -> bool:
@@ -154,9 +174,8 @@ class MeanOf:
   answers come early. The smaller the batches, the earlier it can stop.
 
   The order changes no answer, if the answer to an example does not depend on
-  its neighbours in the batch. Examples are put in order where `batches` is a
-  list of batches of one structure, all on this process. Of batches on a device,
-  those in use are then held there a second time. Other batches are walked in
+  its neighbours in the batch. Batches of `batched` are put in that order, and
+  those in use are held on the device a second time; other batches are walked in
   the order given. At most three are in flight.
 
   Attributes:
@@ -203,10 +222,10 @@ class MeanOf:
     wrong = [part[2] for part in parts]
     if not self._num:
       self._is_boolean = all(x is not None for x in wrong)
-      if self._is_boolean and _can_be_ordered(self.batches, wrong):
-        self._hard_first = _HardFirst(list(self.batches))
+      if self._is_boolean and isinstance(self.batches, _Batched):
+        self._hard_first = _HardFirst(self.batches)
     if self._hard_first is not None:
-      self._hard_first.saw_all(jax.device_get(wrong))
+      self._hard_first.saw_all([_processes.gathered(x) for x in wrong])
     self._num = self.num_seen = count
     return float(sum(float(s) for s, _ in totals) / count)
 
@@ -271,10 +290,9 @@ class MeanOf:
     most, self.num_seen = self._num, 0
     for rows, batch in self._in_order():
       right, count, wrong = self.step(params, batch)
-      if self._hard_first is None or rows is None:
-        right, count = jax.device_get((right, count))
-      else:
-        right, count, wrong = jax.device_get((right, count, wrong))
+      right, count = jax.device_get((right, count))
+      if self._hard_first is not None and rows is not None:
+        wrong = _processes.gathered(wrong)
         self._hard_first.saw(rows, wrong[: len(rows)])
       self.num_seen += int(count)
       most -= int(count) - int(right)
@@ -328,49 +346,15 @@ def _sums(
   return _masks.weighted_sum(values, weights), weights.sum(), wrong
 
 
-def _can_be_ordered(batches: Batches, wrong: Sequence[jax.Array]) -> bool:
-  """Whether rows can be moved between these batches, of which each has B."""
-  size = wrong[0].shape[0]
-
-  def shapes(batch: Batch) -> dict[str, tuple[Any, ...]]:
-    return {name: (x.shape, x.dtype) for name, x in batch.items()}
-
-  def is_movable(x: Tree) -> bool:
-    if isinstance(x, jax.Array):
-      # Rows on other processes are out of reach; keys have no host form.
-      is_known = x.is_fully_addressable and hasattr(x.dtype, 'itemsize')
-      is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
-      is_placed = isinstance(
-          x.sharding,
-          jax.sharding.NamedSharding | jax.sharding.SingleDeviceSharding,
-      )
-      shape_fits = x.shape[:1] == (size,)
-      return is_known and is_placed and not is_key and shape_fits
-    return isinstance(x, np.ndarray) and x.shape[:1] == (size,)
-
-  return (
-      isinstance(batches, Sequence)
-      # Else other processes hold a part of the answers.
-      and wrong[0].is_fully_addressable
-      and all(is_movable(x) for batch in batches for x in batch.values())
-      and all(shapes(batch) == shapes(batches[0]) for batch in batches)
-  )
-
-
 class _HardFirst:
-  """Examples in the order of how many models got them wrong.
+  """Examples in the order of how many models got them wrong."""
 
-  A row is a number over all batches: `rows // B` is its batch.
-  """
-
-  def __init__(self, batches: Sequence[Batch]):
+  def __init__(self, batches: _Batched):
     self._batches = batches
-    self._size = len(next(iter(batches[0].values())))
-    num_rows = len(batches) * self._size
-    masks = [_masks.kept_rows(batch, self._size) for batch in batches]
+    masks = [_processes.gathered(batch['mask']) for batch in batches]
     self._rows = np.flatnonzero(np.concatenate(masks))
-    self._num_seen = np.zeros(num_rows, np.int64)
-    self._num_wrong = np.zeros(num_rows, np.int64)
+    self._num_seen = np.zeros(batches.num, np.int64)
+    self._num_wrong = np.zeros(batches.num, np.int64)
     self._num_walks = self._num_ordered = 0
     self._order = self._rows
     self._made: dict[int, Batch] = {}
@@ -393,71 +377,17 @@ class _HardFirst:
       self._order = self._rows[np.argsort(-self._rates(), kind='stable')]
       self._made = {}
     self._num_walks += 1
-    for start in range(0, len(self._order), self._size):
-      rows = self._order[start : start + self._size]
-      batch = self._made.get(start) or self._gather(rows)
-      # What the user keeps on the host is not to fill the device.
-      if all(isinstance(x, jax.Array) for x in self._batches[0].values()):
-        self._made[start] = batch
-      yield rows, batch
+    size = self._batches.size
+    for start in range(0, len(self._order), size):
+      rows = self._order[start : start + size]
+      if start not in self._made:
+        self._made[start] = self._batches.of(rows)
+      yield rows, self._made[start]
 
   def _rates(self) -> np.ndarray:
     """How likely a wrong answer is; the mean, where nothing is known."""
     seen, wrong = self._num_seen[self._rows], self._num_wrong[self._rows]
     return (wrong + wrong.sum() / max(seen.sum(), 1)) / (seen + 1)
-
-  def _gather(self, rows: np.ndarray) -> Batch:
-    """A batch of these rows, shaped and placed as the first one given."""
-    padded = np.pad(rows, (0, self._size - len(rows)), 'edge')
-    source, parts = padded // self._size, {}
-    for j in np.unique(source):
-      parts[j] = _taken(self._batches[j], padded[source == j] % self._size)
-    parts = jax.device_get(parts)
-    batch = {}
-    for name, like in self._batches[0].items():
-      if name == 'mask':
-        values = np.arange(self._size) < len(rows)
-      else:
-        values = np.empty(like.shape, like.dtype)
-        for j, part in parts.items():
-          values[source == j] = part[name][: (source == j).sum()]
-      # On a mesh only where the given ones are: a jitted function takes no
-      # arrays that are committed to different devices.
-      is_placed = isinstance(like, jax.Array) and like.committed
-      batch[name] = jax.device_put(values, like.sharding if is_placed else None)
-    return batch
-
-
-def _taken(batch: Batch, rows: np.ndarray) -> dict[str, Array]:
-  """Rows of a batch but its mask, the last repeated up to a power of two.
-
-  They are taken on the device: jax keeps what it copies to the host for as long
-  as the array lives, which would be the whole data.
-  """
-  size = 1 << int(len(rows) - 1).bit_length()  # Few shapes to compile.
-  rows = np.pad(rows, (0, size - len(rows)), 'edge').astype(np.int32)
-  batch = {name: x for name, x in batch.items() if name != 'mask'}
-  arrays = {k: x for k, x in batch.items() if isinstance(x, jax.Array)}
-  places = [
-      p for p in map(_tree.replicated_like, arrays.values()) if p is not None
-  ]
-  place = places[0] if places else None
-  is_on_mesh = isinstance(place, jax.sharding.NamedSharding)
-  taken = _rows_of(
-      arrays, jax.device_put(rows, place), place if is_on_mesh else None
-  )
-  return {k: taken[k] if k in taken else x[rows] for k, x in batch.items()}
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _rows_of(
-    arrays: dict[str, jax.Array],
-    rows: jax.Array,
-    out_sharding: jax.sharding.NamedSharding | None,
-) -> dict[str, jax.Array]:
-  return jax.tree.map(
-      lambda x: x.at[rows].get(out_sharding=out_sharding), arrays
-  )
 
 
 def logits_of(logits_fn: LogitsFn, batches: Batches) -> OutputsFn:
