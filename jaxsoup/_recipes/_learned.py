@@ -306,6 +306,7 @@ class _Fit:
         loss, gradient = self._model.value_and_grad(variables, batch)
         variables, opt_state = self._update(variables, opt_state, gradient)
         losses.append(loss)
+        _wait(losses)
       self._record(losses, epoch)
       if val_batches is None:
         self.best_epoch, best = epoch, variables
@@ -327,14 +328,21 @@ class _Fit:
   def _mean_loss(self, variables: Variables, batches: Iterable[Tree]) -> float:
     w, scale = variables
     floats = self._model.mixed(w)  # Once, for all batches.
-    losses = [
-        self._loss(floats, scale, jax.tree.map(_tree.on_device, batch))
-        for batch in batches
-    ]
+    losses: list[jax.Array] = []
+    for batch in batches:
+      batch = jax.tree.map(_tree.on_device, batch)
+      losses.append(self._loss(floats, scale, batch))
+      _wait(losses)
     return float(np.mean(_finite(losses, 'val_batches')))
 
   def _record(self, losses: list[jax.Array], epoch: int) -> None:
     self.losses.extend(_finite(losses, f'batches, epoch {epoch}'))
+
+
+def _wait(losses: list[jax.Array]) -> None:
+  """Waits for all but the last two: batches in flight take memory."""
+  if len(losses) > 2:
+    losses[-3].block_until_ready()
 
 
 def _finite(losses: list[jax.Array], where: str) -> list[float]:
