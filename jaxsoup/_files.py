@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import pathlib
+import re
 import secrets
 import shutil
 
@@ -17,6 +18,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Orbax and tensorstore write in their own threads, and raise ValueError.
 _SAID = ('No space left', 'File too large', 'quota exceeded')
 _UNFINISHED = '.unfinished-'
+_LEFTOVER = re.compile(
+    r'(.+)\.(?:unfinished-[0-9a-f]+|orbax-checkpoint-tmp.*)', re.DOTALL
+)
 # Within as many bytes a file of ours has its marker.
 _START = 1024
 
@@ -54,18 +58,23 @@ def unfinished_name(path: pathlib.Path) -> pathlib.Path:
   return path.with_name(f'{path.name}{_UNFINISHED}{secrets.token_hex(6)}')
 
 
-def clear_leftovers(path: pathlib.Path) -> None:
-  """Deletes what killed processes left that were to write `path`.
+def clear_leftovers(folder: pathlib.Path, name: str = '') -> None:
+  """Deletes what killed processes left that were to write a file.
 
-  Only under a lock on `path`, or it may belong to a process that writes now.
+  Only under a lock, or it may belong to a process that writes now.
+
+  Args:
+    folder: where it was to be.
+    name: its name; '' is any.
   """
-  names = (f'{path.name}{_UNFINISHED}', f'{path.name}.orbax-checkpoint-tmp')
-  for leftover in path.parent.iterdir():
-    if leftover.name.startswith(names):
-      if leftover.is_dir() and not leftover.is_symlink():
-        shutil.rmtree(leftover)
-      else:
-        leftover.unlink()
+  for path in folder.iterdir() if folder.is_dir() else ():
+    match = _LEFTOVER.fullmatch(path.name)
+    if match is None or name not in ('', match[1]):
+      continue
+    if path.is_dir() and not path.is_symlink():
+      shutil.rmtree(path)
+    else:
+      path.unlink()
 
 
 def require_ours(path: pathlib.Path, marker: str) -> None:

@@ -1,17 +1,17 @@
 """Values as JSON can hold them."""
 
+import hashlib
 import json
 import pathlib
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 
 _CHECKSUM = 'checksum'
-_PREFIX = 'xxh3:'
+_PREFIX = 'blake2b:'
 
 
 def parsed(text: str | bytes, **options: Any) -> Any:
@@ -55,8 +55,8 @@ def unsealed(content: Config) -> Json:
 
 
 def _hash(content: Config) -> str:
-  text = json.dumps(content, sort_keys=True)
-  return f'{_PREFIX}{xxhash.xxh3_128_hexdigest(text.encode())}'
+  text = json.dumps(content, sort_keys=True).encode()
+  return f'{_PREFIX}{hashlib.blake2b(text, digest_size=16).hexdigest()}'
 
 
 def plain(value: Any) -> Any:

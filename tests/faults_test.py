@@ -369,7 +369,8 @@ def test_no_room_for_an_experiment(tmp_path, uninterrupted):
   )
   assert done.returncode == 1
   error = done.stderr.splitlines()[-1]
-  assert error.startswith(f'Error: {workdir}: ') and 'free some space' in error
+  assert error.startswith(f'Error: {workdir} could not be written because')
+  assert 'Finished work is kept: free some space' in error
   assert not (workdir / 'results.json').exists()
   experiment_test.finish(workdir)
   experiment_test.assert_same(workdir, uninterrupted)

@@ -350,7 +350,7 @@ def _cleared(root: epath.Path) -> Iterator[None]:
     yield
   except Exception:
     if '://' not in str(root) and _processes.is_main():
-      _files.clear_leftovers(pathlib.Path(root))
+      _files.clear_leftovers(pathlib.Path(root).parent, root.name)
     raise
 
 

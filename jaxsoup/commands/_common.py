@@ -73,7 +73,7 @@ def held(out: pathlib.Path) -> Iterator[None]:
   # Next to it, because it exists only when it is complete.
   lock = out.absolute().parent / f'.{out.name}.lock'
   with locking.locked(lock, out):
-    _files.clear_leftovers(out)
+    _files.clear_leftovers(out.absolute().parent, out.name)
     if out.exists():  # Since the options were parsed.
       raise FileExistsError(f'{out} exists. Give another path.')
     yield

@@ -163,7 +163,13 @@ def opened(
       else contextlib.nullcontext()
   )
   with held, stages.mesh_of(config):
+    is_alone = _processes.is_main() and num_shards == 1
+    if is_alone:
+      _files.clear_leftovers(workdir, 'config.json')
     configs.check_unchanged(config, workdir / 'config.json')
+    if is_alone:  # It is ours.
+      for name in ('.', 'runs', 'soups', 'logits', 'landscape'):
+        _files.clear_leftovers(workdir / name)
     progress_fn('pre-training', 0.0)
     has_board = config.get('tensorboard', False)
     work = stages.Work(

@@ -184,6 +184,11 @@ def test_killed(folder, server, name, request):
       assert server.status() == 0, server.stop()
       assert made(folder, name) == expected
       assert sorted(os.listdir(folder)) == names
+      assert not [
+          path
+          for path in folder.rglob('*')
+          if '.unfinished-' in path.name or 'checkpoint-tmp' in path.name
+      ]
     if num_killed == num_kills:
       return
   raise AssertionError(f'It was killed only {num_killed} times.')
