@@ -10,6 +10,9 @@ import time
 
 import _xla
 import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
@@ -212,6 +215,30 @@ def test_too_few_held_out_examples_to_learn_on(override):
   held_out = sources.Arrays({'label': np.zeros(80, np.int32)})
   with pytest.raises(ValueError, match='Of 80 held-out .* has no batch'):
     cook.learning_batches(config, held_out)
+
+
+def test_early_stopping_takes_batches_of_the_size_that_is_planned():
+  # All of it as one batch, on every device, would be the largest of all arrays.
+  overrides = [*TINY, '--config.learned.batch_size=8']
+  config = configs.load(CONFIG, overrides).config
+  held_out = sources.Arrays({'label': np.arange(80, dtype=np.int32)})
+  mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
+  sharding = NamedSharding(mesh, PartitionSpec('data'))
+  parts = cook.learning_batches(config, held_out, sharding)
+  assert [len(part) for part in parts] == [7, 2]  # 60 and 20 examples.
+  seen = []
+  for part in parts:
+    first, again = list(part), list(part)
+    for x, y in zip(first, again, strict=True):
+      np.testing.assert_array_equal(x['label'], y['label'])
+      assert x['label'].shape == (8,)
+      assert x['label'].addressable_shards[0].data.shape == (2,)
+      seen += x['label'].tolist()
+  assert len(set(seen)) == len(seen) == 72
+  config.learned.batch_size = 30
+  first, last = cook.learning_batches(config, held_out, sharding)
+  assert [len(b['label']) for b in first] == [30, 30]
+  assert [len(b['label']) for b in last] == [20]
 
 
 def test_metrics_of_the_training(uninterrupted):

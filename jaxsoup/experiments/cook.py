@@ -334,10 +334,11 @@ def learning_batches(
     config: ml_collections.ConfigDict,
     held_out: sources.Source,
     sharding: NamedSharding | None = None,
-) -> tuple[list[Any], list[Any]]:
+) -> tuple['Rows', 'Rows']:
   """Two parts of the held-out set, in batches: to learn, and to stop early.
 
-  A batch that the mesh does not divide is on every device.
+  Both in batches of `learned.batch_size`, which are read when they are used; a
+  part that fills none is one batch. What is left over is not used.
 
   Raises:
     ValueError: one of them would be empty.
@@ -346,8 +347,7 @@ def learning_batches(
   order = np.random.default_rng(config.seed).permutation(num)
   num_val = int(num * config.learned.val_fraction)
   size = config.learned.batch_size
-  full = (num - num_val) // size * size
-  if not full or not num_val:
+  if num - num_val < size or not num_val:
     raise ValueError(
         f'Of {num} held-out examples, {num_val} are for early stopping and '
         f'{num - num_val} for learning in batches of {size}: one part has no '
@@ -355,16 +355,38 @@ def learning_batches(
         'learned.val_fraction.'
     )
 
-  def batch_of(rows):
-    lies = sharding
-    if lies is not None and len(rows) % lies.num_devices:
-      lies = NamedSharding(lies.mesh, PartitionSpec())
-    batch = held_out[rows].items()
-    return {name: evaluation.placed(x, lies) for name, x in batch}
+  return (
+      Rows(held_out, order[num_val:], size, sharding),
+      Rows(held_out, order[:num_val], size, sharding),
+  )
 
-  starts = range(num_val, num_val + full, size)
-  batches = [batch_of(order[i : i + size]) for i in starts]
-  return batches, [batch_of(order[:num_val])]
+
+class Rows:
+  """Batches of some rows of a source, all of one size, read in each pass.
+
+  A batch that the mesh does not divide is on every device.
+  """
+
+  def __init__(
+      self,
+      source: sources.Source,
+      rows: np.ndarray,
+      size: int,
+      sharding: NamedSharding | None,
+  ):
+    size = min(size, len(rows))
+    if sharding is not None and size % sharding.num_devices:
+      sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    self._source, self._sharding = source, sharding
+    self._rows = rows[: len(rows) // size * size].reshape(-1, size)
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+    for rows in self._rows:
+      batch = self._source[rows].items()
+      yield {name: evaluation.placed(x, self._sharding) for name, x in batch}
 
 
 def row(
