@@ -217,6 +217,17 @@ def test_too_few_held_out_examples_to_learn_on(override):
     cook.learning_batches(config, held_out)
 
 
+def test_a_sweep_that_was_edited_is_refused(tmp_path, uninterrupted):
+  # Else the first run is reported with a learning rate that it did not have.
+  shutil.copytree(uninterrupted, tmp_path / 'w')
+  experiment = configs.load(CONFIG, TINY)
+  then = experiment.runs[1]['learning_rate']
+  experiment.runs[1]['learning_rate'] = 0.5
+  words = f'runs/01 was trained with learning_rate {then} .now 0.5.: sweep'
+  with pytest.raises(configs.UsageError, match=words):
+    main.run(experiment, tmp_path / 'w')
+
+
 def test_early_stopping_takes_batches_of_the_size_that_is_planned():
   # All of it as one batch, on every device, would be the largest of all arrays.
   overrides = [*TINY, '--config.learned.batch_size=8']

@@ -246,7 +246,11 @@ def finetune_all(work: Work, start: Params) -> bool:
 
   Returns:
     Whether all runs of all shards are there.
+
+  Raises:
+    UsageError: a run that is there was trained with other hyper-parameters.
   """
+  _check_trained(work)
   size = work.config.sweep.group_size
   groups = steps.grouped(work.experiment.runs, size)
   shard, num_shards = shard_of(work.config)
@@ -264,6 +268,25 @@ def finetune_all(work: Work, start: Params) -> bool:
   if is_complete and _processes.is_main():
     shutil.rmtree(work.workdir / 'unfinished', ignore_errors=True)
   return is_complete
+
+
+def _check_trained(work: Work) -> None:
+  """Raises if a run is there that `sweep(config)` now describes otherwise."""
+  for run, _, path in work.copies():
+    if not path.exists():
+      continue
+    now = dict(work.experiment.runs[run])
+    then = checkpoints.provenance(path)['metadata']['config']
+    differing = [
+        f'{key} {then.get(key)!r} (now {now.get(key)!r})'
+        for key in sorted(then.keys() | now.keys())
+        if not np.array_equal(then.get(key), now.get(key))
+    ]
+    if differing:
+      raise configs.UsageError(
+          f'{path} was trained with {", ".join(differing)}: sweep(config) was '
+          'changed since. Undo that, or use another workdir.'
+      )
 
 
 def _part(work, group, num_done, num_runs, epoch, num_epochs, losses) -> None:
