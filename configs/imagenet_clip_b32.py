@@ -107,7 +107,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       batch_axis='fsdp',
   )
   pixels = dict(mean=preparation.CLIP_MEAN, std=preparation.CLIP_STD)
-  config.data = imagenet.data_config(size, is_mock=is_short, **pixels)
+  # CLIP was evaluated on the whole shorter side.
+  config.data = imagenet.data_config(size, crop=1.0, is_mock=is_short, **pixels)
   if is_zero_shot:
     config.zero_shot = dict(
         classes='classes.txt', templates='templates.txt', length=77

@@ -32,6 +32,7 @@ def data_config(
     *,
     mean: Sequence[float] = preparation.IMAGENET_MEAN,
     std: Sequence[float] = preparation.IMAGENET_STD,
+    crop: float = 0.875,
     is_mock: bool = False,
 ) -> Json:
   """What `config.data` holds.
@@ -40,6 +41,7 @@ def data_config(
     size: of the images.
     mean: of the pixels that the model was pre-trained on, of each channel.
     std: of them, as well.
+    crop: share of the shorter side that an evaluation sees.
     is_mock: whether to use random images instead of ImageNet's.
 
   Returns:
@@ -50,7 +52,7 @@ def data_config(
   """
   return dict(
       is_mock=is_mock,
-      pixels=dict(size=size, mean=tuple(mean), std=tuple(std)),
+      pixels=dict(size=size, mean=tuple(mean), std=tuple(std), crop=crop),
       sizes=MOCK_SIZES if is_mock else SIZES,
       path='',
       folders=dict.fromkeys(('train', 'validation', *imagenet.NATURAL), ''),
