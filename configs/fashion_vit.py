@@ -55,100 +55,53 @@ from jaxsoup import models
 from jaxsoup.data import fashion
 from jaxsoup.data import preparation
 from jaxsoup.data import sources
+from jaxsoup.experiments import defaults
 from jaxsoup.experiments import modeling
 from jaxsoup.experiments import random_search
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """Returns the experiment.
-
-  Args:
-    arg: None, or 'runlocal' for a short version: four runs on few examples.
-
-  Returns:
-    The config; `sweep(config)` draws its runs.
-
-  Raises:
-    ValueError: `arg` is something else.
-  """
-  if arg not in (None, '', 'runlocal'):
-    raise ValueError(f"Unknown argument {arg!r}: use 'runlocal' or none.")
-  is_short = arg == 'runlocal'
-  config = ml_collections.ConfigDict()
-  config.seed = 0
-
+  """The experiment; 'runlocal' makes it short: four runs, few examples."""
+  is_short = defaults.is_short(arg)
+  config = defaults.config()
   config.init = 'dinov2-small.safetensors'
   config.model = dict(
       image_shape=(42, 42, 3),
       num_classes=len(fashion.CLASSES),
       patch_size=14,
-      width=384,
-      depth=12,
-      num_heads=6,
-      mlp_width=1536,
       has_cls_token=True,
       has_layer_scale=True,
       pool='cls+mean',
+      **defaults.SMALL,
   )
   config.data = dict(
       path=fashion.FOLDER,
-      sizes=dict(
-          train=128 if is_short else 800,
-          held_out=100 if is_short else 400,
-          test=100 if is_short else 600,
-      ),
+      sizes=dict(train=128, held_out=100, test=100)
+      if is_short
+      else dict(train=800, held_out=400, test=600),
       shift_size=50 if is_short else 100,
   )
   # Severities of kinds that training does not draw.
   config.shifts = dict(
-      noise=0.2,
-      impulse=0.1,
-      blur=1.5,
-      contrast=0.6,
-      occlusion=0.4,
+      noise=0.2, impulse=0.1, blur=1.5, contrast=0.6, occlusion=0.4
   )
-  config.probe = dict(
-      num_epochs=40,
-      batch_size=64,
-      warmup=0.1,
-      final=0.0,
-      run=dict(learning_rate=1e-3),
+  config.probe = defaults.training(
+      num_epochs=40, batch_size=64, run=dict(learning_rate=1e-3)
   )
-  config.finetune = dict(
-      num_epochs=1 if is_short else 2,
-      batch_size=32,
-      warmup=0.1,
-      final=0.0,
-      clip=1.0,
+  config.finetune = defaults.training(
+      num_epochs=1 if is_short else 2, batch_size=32, clip=1.0
   )
-  config.sweep = dict(
-      draw=0,
+  config.sweep = defaults.sweep(
       num_runs=4 if is_short else 16,
-      group_size=1,
-      shard='0/1',
       learning_rate=(2e-5, 1e-4),
       weight_decay=(1e-3, 0.5),
       label_smoothing=(0.0, 0.2),
       mixup=(0.0, 0.9),
       affine=(0.0, 1.0),
   )
-  config.learned = dict(
-      learning_rate=0.05,
-      num_epochs=3,
-      batch_size=50,
-      val_fraction=0.25,
-      patience=2,
-  )
+  config.learned = defaults.learned()
   config.batch_size = 100
-  config.num_splits = 1
-  # Resamples of the held-out set, to see how stable a choice is.
-  config.stability = dict(greedy=0, greedy_ensemble=100)
-  # What the analysis of the landscape covers; 0 leaves a part out. It can be
-  # changed in a workdir that is finished.
-  config.landscape = dict(
-      num_points=0, num_pairs=0, num_examples=200, is_diagnosed=not is_short
-  )
-  config.save_every_minutes = 10.0
+  config.landscape.is_diagnosed = not is_short
   return config
 
 

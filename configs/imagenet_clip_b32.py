@@ -49,7 +49,6 @@ can distort pretrained features and underperform out-of-distribution", ICLR
 """
 
 import pathlib
-from typing import Any
 
 from flax import nnx
 import jax
@@ -58,23 +57,19 @@ import ml_collections
 from jaxsoup import models
 from jaxsoup.data import imagenet as imagenet_data
 from jaxsoup.data import preparation
-from jaxsoup.data import sources
 from jaxsoup.data import text
+from jaxsoup.experiments import defaults
 from jaxsoup.experiments import imagenet
 from jaxsoup.experiments import modeling
-from jaxsoup.experiments import random_search
 from jaxsoup.models import clip
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """Returns the experiment.
+  """The experiment.
 
   Args:
     arg: None; 'runlocal', for a small model on random images; 'zero_shot', to
       start from a head of class names; or both, 'runlocal,zero_shot'.
-
-  Returns:
-    The config; `sweep(config)` draws its runs.
 
   Raises:
     ValueError: `arg` is something else.
@@ -86,10 +81,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         'or none.'
     )
   is_short, is_zero_shot = 'runlocal' in args, 'zero_shot' in args
-  config = ml_collections.ConfigDict()
-  config.seed = 0
-
   size = 32 if is_short else 224
+  config = imagenet.config(
+      size,
+      mean=preparation.CLIP_MEAN,
+      std=preparation.CLIP_STD,
+      crop=1.0,  # CLIP was evaluated on the whole shorter side.
+      is_short=is_short,
+  )
   config.init = '' if is_short else 'clip-vit-base-patch32'
   config.model = dict(
       num_classes=imagenet_data.NUM_CLASSES,
@@ -97,87 +96,25 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       image=dict(
           image_shape=(size, size, 3),
           patch_size=8 if is_short else 32,
-          width=16 if is_short else 768,
-          depth=2 if is_short else 12,
-          num_heads=2 if is_short else 12,
-          mlp_width=32 if is_short else 3072,
+          **(imagenet.TINY if is_short else defaults.BASE),
       ),
       has_bias=not is_zero_shot,
       dtype='bfloat16',
       batch_axis='fsdp',
   )
-  pixels = dict(mean=preparation.CLIP_MEAN, std=preparation.CLIP_STD)
-  config.data = imagenet.data_config(size, is_mock=is_short, **pixels)
   if is_zero_shot:
     config.zero_shot = dict(
         classes='classes.txt', templates='templates.txt', length=77
     )
   else:
     # Features are of length one: the kernel has to become large.
-    config.probe = dict(
-        num_epochs=10,
-        batch_size=16 if is_short else 1024,
-        warmup=0.05,
-        final=0.0,
-        run=dict(learning_rate=3e-2),
-    )
-  config.finetune = dict(
-      num_epochs=10,
-      batch_size=16 if is_short else 512,
-      warmup=0.05,
-      final=0.0,
-      clip=1.0,
-      augmentation=dict(rand=pixels),
-  )
-  # One run at a time, on the whole mesh.
-  config.sweep = dict(
-      draw=0,
-      num_runs=3 if is_short else 72,
-      group_size=1,
-      shard='0/1',
-      learning_rate=(1e-6, 1e-4),
-      weight_decay=(8e-5, 0.5),
-      num_epochs=(1, 2) if is_short else (4, 16),
-      label_smoothing=(0.0, 0.25),
-      mixup=(0.0, 0.9),
-      rand=(0.0, 1.0),
-  )
-  config.learned = dict(
-      learning_rate=0.05,
-      num_epochs=2 if is_short else 5,
-      batch_size=4 if is_short else 256,
-      val_fraction=0.25,
-      patience=3,
-  )
-  config.batch_size = 16 if is_short else 1024
-  config.is_sharded = True
-  # What the analysis of the landscape covers; 0 leaves a part out. It can be
-  # changed in a workdir that is finished.
-  config.landscape = dict(
-      num_points=0, num_pairs=0, num_examples=1000, is_diagnosed=False
-  )
-  config.save_every_minutes = 10.0
+    config.probe = imagenet.probe(is_short, learning_rate=3e-2)
   return config
 
 
-def sweep(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
-  """Draws the runs by random search, by `config.seed` and `sweep.draw`.
-
-  RandAugment is on in 44 of 71 runs, as in the paper.
-  """
-  return random_search.runs(
-      config.sweep,
-      config.seed,
-      log_uniform=['learning_rate', 'weight_decay'],
-      uniform=['label_smoothing', 'mixup'],
-      sometimes={'rand': 44 / 71},
-      integer=['num_epochs'],
-  )
-
-
-def data(config: ml_collections.ConfigDict) -> sources.Splits:
-  """ImageNet and its natural shifts."""
-  return imagenet.splits(config)
+# Random search as in the paper; ImageNet and its natural shifts.
+sweep = imagenet.sweep
+data = imagenet.splits
 
 
 def model(config: ml_collections.ConfigDict) -> modeling.Model:

@@ -44,88 +44,45 @@ import ml_collections
 
 from jaxsoup.data import imagenet as imagenet_data
 from jaxsoup.data import preparation
-from jaxsoup.data import sources
+from jaxsoup.experiments import defaults
 from jaxsoup.experiments import imagenet
 from jaxsoup.experiments import random_search
 
+G = dict(width=1664, depth=48, num_heads=16, mlp_width=8192)
+
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """Returns the experiment.
-
-  Args:
-    arg: None, or 'runlocal' for a small model on random images.
-
-  Returns:
-    The config; `sweep(config)` draws its runs.
-
-  Raises:
-    ValueError: `arg` is something else.
-  """
-  if arg not in (None, '', 'runlocal'):
-    raise ValueError(f"Unknown argument {arg!r}: use 'runlocal' or none.")
-  is_short = arg == 'runlocal'
-  config = ml_collections.ConfigDict()
-  config.seed = 0
-
+  """The experiment; 'runlocal' makes it a small model on random images."""
+  is_short = defaults.is_short(arg)
+  size = 28 if is_short else 518
+  config = imagenet.config(
+      size, mean=preparation.HALF, std=preparation.HALF, is_short=is_short
+  )
   # Scanned and rematerialized: 48 blocks compile as one, and of the activations
   # only the inputs of the blocks are kept.
-  size = 28 if is_short else 518
   config.init = ''
   config.model = dict(
       image_shape=(size, size, 3),
       num_classes=imagenet_data.NUM_CLASSES,
       patch_size=14,
-      width=16 if is_short else 1664,
-      depth=2 if is_short else 48,
-      num_heads=2 if is_short else 16,
-      mlp_width=32 if is_short else 8192,
       has_cls_token=False,
       dtype='bfloat16',
       is_scanned=True,
       is_rematerialized=True,
       batch_axis='fsdp',
+      **(imagenet.TINY if is_short else G),
   )
-  pixels = dict(mean=preparation.HALF, std=preparation.HALF)
-  config.data = imagenet.data_config(size, is_mock=is_short, **pixels)
-  config.finetune = dict(
+  config.finetune.update(
       num_epochs=1 if is_short else 8,
-      batch_size=16 if is_short else 512,
       warmup=0.1,
-      final=0.0,
-      clip=1.0,
       optimizer='adafactor',
       ema=(0.999, 0.9999),
-      augmentation=dict(rand=pixels),
   )
   # Copies to soup: '' is the last parameters of a run, 'ema_...' an average.
   config.ingredients = ('ema_0.999',)
-  # One run at a time: each fills the mesh.
-  config.sweep = dict(
-      draw=0,
-      num_runs=3 if is_short else 58,
-      group_size=1,
-      shard='0/1',
-      learning_rate=(1e-6, 1e-4),
-      weight_decay=(1e-4, 1e-1),
-      label_smoothing=(0.0, 0.25),
-      mixup=(0.0, 0.9),
-      rand=(0.0, 1.0),
-  )
-  config.learned = dict(
-      learning_rate=0.05,
-      num_epochs=2 if is_short else 5,
-      batch_size=4 if is_short else 256,
-      val_fraction=0.25,
-      patience=3,
-  )
+  config.sweep.update(num_runs=3 if is_short else 58, weight_decay=(1e-4, 1e-1))
+  del config.sweep.num_epochs  # The same for all runs.
   config.batch_size = 16 if is_short else 512
-  config.is_sharded = True
-  # What the analysis of the landscape covers; 0 leaves a part out. It can be
-  # changed in a workdir that is finished.
-  config.landscape = dict(
-      num_points=0, num_pairs=0, num_examples=1000, is_diagnosed=False
-  )
-  config.save_every_minutes = 10.0
   return config
 
 
@@ -140,6 +97,5 @@ def sweep(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
   )
 
 
-def data(config: ml_collections.ConfigDict) -> sources.Splits:
-  """ImageNet and its natural shifts."""
-  return imagenet.splits(config)
+# ImageNet and its natural shifts.
+data = imagenet.splits

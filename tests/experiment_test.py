@@ -22,6 +22,7 @@ from jaxsoup.data import digits
 from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
+from jaxsoup.experiments import defaults
 from jaxsoup.experiments import main
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -411,6 +412,34 @@ def test_overrides_that_do_not_fit(override, text, tmp_path, capsys):
   assert error.startswith('Error: ') and text in error
   assert error.count('\n') == 1
   assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize(
+    'file', sorted((ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem
+)
+def test_a_copy_of_a_config_works_in_any_folder(file, tmp_path, monkeypatch):
+  original = configs.load(f'{file}:runlocal')
+  monkeypatch.chdir(tmp_path)
+  shutil.copy(file, 'mine.py')
+  copy = configs.load('mine.py:runlocal')
+  assert copy.config == original.config and copy.runs == original.runs
+  assert copy.data_fn is not None
+
+
+def test_changed_settings_do_not_change_the_defaults():
+  before = defaults.config(), defaults.learned(), defaults.sweep(3)
+  config = defaults.config()
+  config.landscape.num_points = 7
+  config.learned = defaults.learned(patience=9)
+  config.sweep = defaults.sweep(4, group_size=2, mixup=(0.0, 0.5))
+  config.sweep.draw = 1
+  assert config.sweep.to_dict() == dict(
+      draw=1, num_runs=4, group_size=2, shard='0/1', mixup=(0.0, 0.5)
+  )
+  training = defaults.training(2, 8, warmup=0.3, run=dict(learning_rate=1.0))
+  assert training['warmup'] == 0.3 and training['final'] == 0.0
+  assert before == (defaults.config(), defaults.learned(), defaults.sweep(3))
+  assert defaults.package_folder('no_such_package') is None
 
 
 def test_data_are_disjoint():

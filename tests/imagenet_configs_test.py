@@ -7,6 +7,7 @@ import pathlib
 from flax import nnx
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 from safetensors import numpy as safetensors
 
@@ -14,6 +15,7 @@ from jaxsoup import checkpoints
 from jaxsoup import models
 from jaxsoup.data import imagenet
 from jaxsoup.data import mock
+from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import main
 from jaxsoup.experiments import modeling
@@ -127,6 +129,52 @@ def test_folders_in_place_of_tfds(tmp_path):
   image = splits.test[np.arange(1)]['image']
   assert image.shape == (1, 32, 32, 3) and image.min() < -0.2 < 0.2
   assert splits.rules['held_out']['rule'] == 'per class'
+
+
+@pytest.mark.parametrize(
+    'name, overrides, crop',
+    [
+        # Resize(224), CenterCrop(224), as in the code of CLIP.
+        ('imagenet_clip_b32', [], 1.0),
+        ('imagenet_clip_b32', ['data.pixels.crop=0.875'], 0.875),
+        ('imagenet_vit_b32_i21k', [], 0.875),
+        ('imagenet_vit_g14', [], 0.875),
+    ],
+)
+def test_what_of_an_image_an_evaluation_sees(name, overrides, crop, tmp_path):
+  full_size = load(name, *overrides).config
+  assert full_size.data.pixels.crop == crop
+  ids = [imagenet.wordnet_ids()[i] for i in (0, 7)]
+  shifted = [imagenet.wordnet_ids()[imagenet.R_CLASSES[0]]]
+  a_class = [imagenet.wordnet_ids()[imagenet.A_CLASSES[0]]]
+  sets = dict.fromkeys(('train', 'validation'), ids)
+  sets |= dict.fromkeys(SHIFTS, shifted) | {'ImageNet-A': a_class}
+  folders = mock.folders(tmp_path, sets, num_images=5)
+  framed = np.zeros((64, 64, 3), np.uint8)
+  framed[[0, 1, -2, -1]] = framed[:, [0, 1, -2, -1]] = 255
+  for file in tmp_path.rglob('*.*'):
+    Image.fromarray(framed).save(file)
+
+  def data_of(*more):
+    experiment = load(f'{name}:runlocal', *overrides, *more)
+    with experiment.config.unlocked():
+      experiment.config.data.is_mock = False
+    experiment.config.data.folders.update(folders)
+    return experiment.data_fn(experiment.config)
+
+  splits = data_of()
+  for source in (splits.held_out, splits.test, *splits.shifts.values()):
+    image = source[np.arange(1)]['image'][0]
+    middle = len(image) // 2
+    contrast = np.ptp(image[middle, :, 0])
+    # The frame is seen, or cut away.
+    assert contrast > 1 if crop == 1 else contrast < 0.1
+  # Training images do not depend on it.
+  others = data_of('data.pixels.crop=0.5')
+  first, second = (
+      next(iter(sources.batches(x.train, 8, seed=0))) for x in (splits, others)
+  )
+  np.testing.assert_array_equal(first['image'], second['image'])
 
 
 def test_mocked_images_show_their_class(tmp_path):

@@ -13,12 +13,14 @@ RANGES = dict(
     label_smoothing=(0.1, 0.25),
     mixup=(0.2, 0.9),
     num_epochs=(4, 16),
+    batch_size=(16, 32, 128),
 )
 NAMES = dict(
     log_uniform=['learning_rate'],
     uniform=['label_smoothing'],
     integer=['num_epochs'],
     sometimes={'mixup': 0.6},
+    choice=['batch_size'],
 )
 
 
@@ -35,6 +37,9 @@ def test_distributions():
   epochs = column('num_epochs')
   counts = np.bincount(epochs - 4, minlength=13)
   assert len(counts) == 13 and stats.chisquare(counts).pvalue > 0.01
+  sizes, counts = np.unique(column('batch_size'), return_counts=True)
+  assert sizes.tolist() == [16, 32, 128]
+  assert stats.chisquare(counts).pvalue > 0.01
   mixup = column('mixup')
   is_on = mixup > 0
   assert stats.binomtest(is_on.sum(), 400, 0.6).pvalue > 0.01
@@ -66,3 +71,4 @@ def test_the_order_of_what_is_drawn():
         pytest.approx(0.2 + 0.7 * rng.random()) if is_on else 0
     )
     assert run['num_epochs'] == rng.integers(4, 17)
+    assert run['batch_size'] == rng.choice([16, 32, 128])

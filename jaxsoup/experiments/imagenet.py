@@ -1,10 +1,8 @@
-"""The data of the experiments on ImageNet, real or mocked.
+"""What the experiments on ImageNet share: settings, sweep and data.
 
 ```
-config.data = imagenet.data_config(size=224, is_mock=arg == 'runlocal')
-
-def data(config):
-  return imagenet.splits(config)
+config = imagenet.config(224, mean=preparation.HALF, std=preparation.HALF)
+splits = imagenet.splits(config)
 ```
 """
 
@@ -18,45 +16,108 @@ import numpy as np
 
 from jaxsoup.data import imagenet
 from jaxsoup.data import mock
-from jaxsoup.data import preparation
 from jaxsoup.data import sources
+from jaxsoup.experiments import defaults
+from jaxsoup.experiments import random_search
 from jaxsoup.typing import Json
 
 # 2 % of the training set are held out.
 SIZES = dict(train=1_255_544, held_out=25_623, test=50_000)
 MOCK_SIZES = dict(train=64, held_out=16, test=40)
+# A ViT for images of few pixels.
+TINY = dict(width=16, depth=2, num_heads=2, mlp_width=32)
 
 
-def data_config(
+def config(
     size: int,
     *,
-    mean: Sequence[float] = preparation.IMAGENET_MEAN,
-    std: Sequence[float] = preparation.IMAGENET_STD,
-    is_mock: bool = False,
-) -> Json:
-  """What `config.data` holds.
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop: float = 0.875,
+    is_short: bool = False,
+) -> ml_collections.ConfigDict:
+  """The settings of the paper's sweep of ViT-B/32; a config adds the model.
 
   Args:
     size: of the images.
     mean: of the pixels that the model was pre-trained on, of each channel.
     std: of them, as well.
-    is_mock: whether to use random images instead of ImageNet's.
+    crop: share of the shorter side that an evaluation sees.
+    is_short: three runs on random images instead of ImageNet's.
 
   Returns:
-    `pixels`; `sizes`, which a plan counts with; and where the data lie: `path`,
-    the folder of TFDS, empty for its default; `folders` of images in its place;
-    `objectnet`, empty leaves that set out; `labels`, an .npy file of those of
-    the training set, of each class of which a share is then held out.
+    A config whose `data` hold `pixels`; `sizes`, which a plan counts with; and
+    where the data lie: `path`, the folder of TFDS, empty for its default;
+    `folders` of images in its place; `objectnet`, empty leaves that set out;
+    `labels`, an .npy file of those of the training set, of each class of which
+    a share is then held out.
   """
-  return dict(
-      is_mock=is_mock,
-      pixels=dict(size=size, mean=tuple(mean), std=tuple(std)),
-      sizes=MOCK_SIZES if is_mock else SIZES,
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  pixels = dict(mean=tuple(mean), std=tuple(std))
+  config.data = dict(
+      is_mock=is_short,
+      pixels=dict(size=size, crop=crop, **pixels),
+      sizes=MOCK_SIZES if is_short else SIZES,
       path='',
       folders=dict.fromkeys(('train', 'validation', *imagenet.NATURAL), ''),
       objectnet='',
       labels='',
-      share=0.2 if is_mock else 0.02,
+      share=0.2 if is_short else 0.02,
+  )
+  config.finetune = defaults.training(
+      num_epochs=10,
+      batch_size=16 if is_short else 512,
+      warmup=0.05,
+      clip=1.0,
+      augmentation=dict(rand=pixels),
+  )
+  # One run at a time, on the whole mesh.
+  config.is_sharded = True
+  config.sweep = defaults.sweep(
+      3 if is_short else 72,
+      learning_rate=(1e-6, 1e-4),
+      weight_decay=(8e-5, 0.5),
+      num_epochs=(1, 2) if is_short else (4, 16),
+      label_smoothing=(0.0, 0.25),
+      mixup=(0.0, 0.9),
+      rand=(0.0, 1.0),
+  )
+  config.learned = defaults.learned(
+      num_epochs=2 if is_short else 5,
+      batch_size=4 if is_short else 256,
+      patience=3,
+  )
+  config.batch_size = 16 if is_short else 1024
+  config.landscape = dict(
+      num_points=0, num_pairs=0, num_examples=1000, is_diagnosed=False
+  )
+  config.save_every_minutes = 10.0
+  return config
+
+
+def probe(is_short: bool, learning_rate: float) -> Json:
+  """The linear probe before the fine-tuning, for `config.probe`."""
+  return defaults.training(
+      num_epochs=10,
+      batch_size=16 if is_short else 1024,
+      warmup=0.05,
+      run=dict(learning_rate=learning_rate),
+  )
+
+
+def sweep(config: ml_collections.ConfigDict) -> list[Json]:
+  """Draws the runs by random search, by `config.seed` and `sweep.draw`.
+
+  RandAugment is on in 44 of 71 runs, as in the paper.
+  """
+  return random_search.runs(
+      config.sweep,
+      config.seed,
+      log_uniform=['learning_rate', 'weight_decay'],
+      uniform=['label_smoothing', 'mixup'],
+      sometimes={'rand': 44 / 71},
+      integer=['num_epochs'],
   )
 
 
@@ -64,7 +125,7 @@ def splits(config: ml_collections.ConfigDict) -> sources.Splits:
   """ImageNet with its held-out set, and the natural shifts of the paper.
 
   Args:
-    config: the experiment, with `seed` and the `data` of `data_config`.
+    config: the experiment, with `seed` and the `data` of `config`.
 
   Returns:
     See `jaxsoup.data.imagenet.splits`.

@@ -29,6 +29,7 @@ def runs(
     uniform: Sequence[str] = (),
     integer: Sequence[str] = (),
     sometimes: Mapping[str, float] | None = None,
+    choice: Sequence[str] = (),
 ) -> list[Json]:
   """Draws the runs of a sweep.
 
@@ -41,6 +42,7 @@ def runs(
     integer: names that are uniform among integers, both ends included.
     sometimes: by name, how often it is on; it is 0 in the other runs, and
       uniform in these.
+    choice: names of which one of the listed integers is drawn.
 
   Returns:
     `num_runs` dicts, each with its own `seed`; fewer are always the first of
@@ -69,6 +71,8 @@ def runs(
     for name in integer:
       low, high = ranges[name]
       run[name] = int(rng.integers(low, high, endpoint=True))
+    for name in choice:
+      run[name] = int(rng.choice(ranges[name]))
     return run
 
   return [run_fn() for _ in range(ranges['num_runs'])]

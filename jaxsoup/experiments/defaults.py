@@ -1,0 +1,85 @@
+"""Settings that most configs have alike: each passes what is particular to it.
+
+```
+config = defaults.config()
+config.finetune = defaults.training(num_epochs=2, batch_size=32, clip=1.0)
+config.sweep = defaults.sweep(16, learning_rate=(2e-5, 1e-4))
+```
+"""
+
+import importlib.util
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from jaxsoup.typing import Json
+
+# Sizes of transformers.
+SMALL = dict(width=384, depth=12, num_heads=6, mlp_width=1536)
+BASE = dict(width=768, depth=12, num_heads=12, mlp_width=3072)
+
+
+def is_short(arg: str | None) -> bool:
+  """Whether the argument of a config is 'runlocal'.
+
+  Raises:
+    ValueError: it is something else.
+  """
+  if arg not in (None, '', 'runlocal'):
+    raise ValueError(f"Unknown argument {arg!r}: use 'runlocal' or none.")
+  return arg == 'runlocal'
+
+
+def config() -> ml_collections.ConfigDict:
+  """A config without model, data, training and sweep."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  # How many times the held-out set is drawn, and how often it is resampled to
+  # see how stable the choice of a search is.
+  config.num_splits = 1
+  config.stability = dict(greedy=0, greedy_ensemble=100)
+  # What the analysis of the landscape covers, see `experiments/landscapes.py`;
+  # 0 leaves a part out. It can be changed in a workdir that is finished.
+  config.landscape = dict(
+      num_points=0, num_pairs=0, num_examples=200, is_diagnosed=False
+  )
+  # The state of a training is saved at this interval, and on SIGTERM.
+  config.save_every_minutes = 10.0
+  return config
+
+
+def training(num_epochs: int, batch_size: int, **others: Any) -> Json:
+  """A training, of `config.finetune`, `config.probe` or `config.pretrain`.
+
+  The rate rises for a tenth of the steps, then falls to zero.
+
+  Args:
+    num_epochs: over the training set.
+    batch_size: examples of a step.
+    **others: more fields, or other values.
+  """
+  fixed = dict(warmup=0.1, final=0.0)
+  return dict(num_epochs=num_epochs, batch_size=batch_size, **(fixed | others))
+
+
+def sweep(num_runs: int, **others: Any) -> Json:
+  """What `config.sweep` holds, with the ranges in `others`, low to high."""
+  return dict(draw=0, num_runs=num_runs, group_size=1, shard='0/1') | others
+
+
+def learned(**others: Any) -> Json:
+  """What `config.learned` holds, of which `others` change some.
+
+  A quarter of the held-out examples decides when to stop learning.
+  """
+  fixed = dict(learning_rate=0.05, num_epochs=3, batch_size=50)
+  return fixed | dict(val_fraction=0.25, patience=2) | others
+
+
+def package_folder(name: str) -> pathlib.Path | None:
+  """The folder of an installed package that holds weights, or None."""
+  spec = importlib.util.find_spec(name)
+  if spec is None or not spec.submodule_search_locations:
+    return None
+  return pathlib.Path(spec.submodule_search_locations[0])
