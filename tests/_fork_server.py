@@ -102,7 +102,9 @@ if __name__ == '__main__':
   # jax says that it has threads, which it starts with its devices only.
   warnings.filterwarnings('ignore', 'os.fork')
   for name in sys.argv[1:]:
-    importlib.import_module(name)
+    # What cannot be imported is missed by those that need it.
+    with contextlib.suppress(Exception):
+      importlib.import_module(name)
   gc.freeze()  # Or each process copies the pages of all objects.
   request = _request()
   os.chdir(request['directory'])
