@@ -53,17 +53,16 @@ def _grown_by(lowered, compiled) -> int:
   return status('VmHWM') - before
 
 
-def main(file: str, num_ingredients: int, *overrides: str):
+def main(file: str, num_ingredients: int, names: list[str], *overrides: str):
   experiment = configs.load(file, overrides)
   mesh, _ = machines.cpu_mesh(4)
+  programs = plan_programs.of(experiment, mesh, num_ingredients)
   peaks = {}
-  for name, trace_fn in plan_programs.of(
-      experiment, mesh, num_ingredients
-  ).items():
-    planned = plan_programs.compile_program(name, trace_fn, mesh)
-    peaks[name] = mesh.size * planned.peak, measured(trace_fn, mesh)
+  for name in names:
+    planned = plan_programs.compile_program(name, programs[name], mesh)
+    peaks[name] = mesh.size * planned.peak, measured(programs[name], mesh)
   print(json.dumps(peaks))
 
 
 if __name__ == '__main__':
-  main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+  main(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), *sys.argv[4:])

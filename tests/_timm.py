@@ -8,15 +8,16 @@ import functools
 import json
 import os
 import pathlib
-import subprocess
 import sys
 from typing import NamedTuple
 
+import _forked
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-WORKER = pathlib.Path(__file__).parent / '_timm_worker.py'
+MODULES = ('_timm_worker', 'timm', 'open_clip')
+CODE = 'import sys, _timm_worker; _timm_worker.main(*sys.argv[1:])'
 
 
 class Reference(NamedTuple):
@@ -40,8 +41,8 @@ def run(name, folder, *, seed=0, given=None, **arguments) -> Reference:
   folder.mkdir(parents=True, exist_ok=True)
   if given is not None:
     safetensors.save_file(given, folder / 'given.safetensors')
-  command = [python, WORKER, name, str(seed), folder, json.dumps(arguments)]
-  done = subprocess.run(command, capture_output=True, text=True)
+  command = ['-c', CODE, name, seed, folder, json.dumps(arguments)]
+  done = _forked.run([python, *command], modules=MODULES)
   assert not done.returncode, done.stderr
   with np.load(folder / 'data.npz') as data:
     return Reference(folder / 'model.safetensors', dict(data))
@@ -49,5 +50,5 @@ def run(name, folder, *, seed=0, given=None, **arguments) -> Reference:
 
 @functools.cache
 def _has_timm(python: str) -> bool:
-  command = [python, WORKER, 'probe']
-  return not subprocess.run(command, capture_output=True).returncode
+  command = [python, '-c', 'import _timm_worker, timm']
+  return not _forked.run(command, modules=MODULES).returncode

@@ -4,8 +4,8 @@
 python tests/_timm_worker.py resnet50 0 /tmp/out '{"num_classes": 5}'
 ```
 
-MODEL is a name of timm; `open_clip` takes the arguments of its CLIP class; and
-`probe` only imports. Every parameter and buffer is moved off its initial value.
+MODEL is a name of timm; `open_clip` takes the arguments of its CLIP class.
+Every parameter and buffer is moved off its initial value.
 Writes into OUT:
   model.safetensors: the state dict.
   data.npz: `image` [B, C, H, W], `logits` and `logits_float64`; of open_clip
@@ -110,7 +110,4 @@ def main(name: str, seed: str, out: str, arguments: str = '{}') -> None:
 
 
 if __name__ == '__main__':
-  if sys.argv[1] == 'probe':
-    import timm  # noqa: F401
-  else:
-    main(*sys.argv[1:])
+  main(*sys.argv[1:])

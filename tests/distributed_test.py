@@ -5,10 +5,10 @@ import os
 import pathlib
 import signal
 import socket
-import subprocess
 import sys
 import time
 
+import _forked
 import _xla
 import jax
 import numpy as np
@@ -29,14 +29,8 @@ def _free_port() -> int:
     return s.getsockname()[1]
 
 
-def _start(command, **options) -> subprocess.Popen:
-  return subprocess.Popen(
-      [sys.executable, *map(str, command)],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      **options,
-  )
+def _start(command, **options) -> _forked.Process:
+  return _forked.Process([sys.executable, *command], **options)
 
 
 def _finish(processes):

@@ -4,10 +4,10 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import time
 
+import _forked
 import _xla
 import jax
 from jax.sharding import AxisType
@@ -62,24 +62,14 @@ def environment():
 
 
 def finish(workdir, *overrides):
-  done = subprocess.run(
-      command(workdir, *overrides),
-      env=environment(),
-      capture_output=True,
-      text=True,
-  )
+  done = _forked.run(command(workdir, *overrides), env=environment())
   assert done.returncode == 0, done.stderr
   return done
 
 
 def kill_when(reached, workdir):
   """Starts the experiment and kills it at the first moment that fits."""
-  process = subprocess.Popen(
-      command(workdir),
-      env=environment(),
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
-  )
+  process = _forked.Process(command(workdir), env=environment())
   try:
     while not reached(workdir) and process.poll() is None:
       time.sleep(0.002)
@@ -136,12 +126,8 @@ def test_killed_and_resumed_is_the_same(tmp_path, uninterrupted):
 def test_parts_of_the_sweep_make_the_same(tmp_path, uninterrupted):
   """As two machines would, at the same time; then one makes the soups."""
   parts = [
-      subprocess.Popen(
-          command(tmp_path, f'--config.sweep.shard={i}/2'),
-          env=environment(),
-          stdout=subprocess.PIPE,
-          stderr=subprocess.PIPE,
-          text=True,
+      _forked.Process(
+          command(tmp_path, f'--config.sweep.shard={i}/2'), env=environment()
       )
       for i in range(2)
   ]

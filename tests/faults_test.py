@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 
+import _forked
 import experiment_test
 import jax
 import numpy as np
@@ -76,18 +77,12 @@ def wait_for(reached, process):
   """Waits for files, not for time: a slow machine gives the same moment."""
   while not reached() and process.poll() is None:
     time.sleep(0.002)
-  assert process.poll() is None, process.stderr.read()
+  assert process.poll() is None, process.stderr
 
 
 @contextlib.contextmanager
 def started(args):
-  process = subprocess.Popen(
-      args,
-      env=experiment_test.environment(),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-  )
+  process = _forked.Process(args, env=experiment_test.environment())
   try:
     yield process
   finally:

@@ -1,5 +1,6 @@
 """The experiments on ImageNet: end to end on mocked data, at tiny width."""
 
+import functools
 import json
 import math
 import pathlib
@@ -33,20 +34,33 @@ def load(name, *overrides):
   return configs.load(path, [f'--config.{x}' for x in overrides])
 
 
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """By name: the experiment, its workdir and what it returned; made once."""
+
+  @functools.cache
+  def of(name):
+    experiment = load(f'{name}:runlocal', 'sweep.num_runs=2')
+    workdir = tmp_path_factory.mktemp(name)
+    return experiment, workdir, main.run(experiment, workdir)
+
+  return of
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FILES)
-def test_end_to_end(tmp_path, name):
-  experiment = load(f'{name}:runlocal', 'sweep.num_runs=2')
-  rows = {row.name: row for row in main.run(experiment, tmp_path)}
+def test_end_to_end(finished, name):
+  experiment, workdir, made = finished(name)
+  rows = {row.name: row for row in made}
   assert {'uniform', 'greedy', 'learned', 'ensemble'} <= rows.keys()
-  assert (tmp_path / 'table.md').exists()
+  assert (workdir / 'table.md').exists()
   copies = experiment.config.get('ingredients', [''])
   stems = [f'0{i}_{c}' if c else f'0{i}' for i in range(2) for c in copies]
-  assert sorted(p.name for p in (tmp_path / 'runs').glob('0*')) == stems
+  assert sorted(p.name for p in (workdir / 'runs').glob('0*')) == stems
   # What the rows say of a run, from its logits.
   splits = experiment.data_fn(experiment.config)
   assert set(splits.shifts) == set(SHIFTS)
-  with np.load(tmp_path / 'logits' / f'{stems[0]}.npz') as stored:
+  with np.load(workdir / 'logits' / f'{stems[0]}.npz') as stored:
     for set_name, classes in [
         ('ImageNet-R', imagenet.R_CLASSES),
         ('ImageNet-A', imagenet.A_CLASSES),
@@ -60,11 +74,10 @@ def test_end_to_end(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_second_call_makes_nothing_again(tmp_path):
-  experiment = load('imagenet_vit_g14:runlocal', 'sweep.num_runs=2')
-  rows = main.run(experiment, tmp_path)
-  before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'runs').rglob('*')}
-  assert main.run(experiment, tmp_path) == rows
+def test_a_second_call_makes_nothing_again(finished):
+  experiment, workdir, rows = finished('imagenet_vit_g14')
+  before = {p: p.stat().st_mtime_ns for p in (workdir / 'runs').rglob('*')}
+  assert main.run(experiment, workdir) == rows
   assert before == {p: p.stat().st_mtime_ns for p in before}
 
 

@@ -4,18 +4,17 @@
 flips 20,000 bytes; by default a tenth of that.
 """
 
-import contextlib
 import json
 import os
 import pathlib
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
 
+import _forked
 import experiment_test
 import numpy as np
 import pretrained_test
@@ -29,7 +28,6 @@ from jaxsoup.models import _pretrained
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 SCORE = """
 def score(params):
   return -abs(float(params['a'].sum()) - 3)
@@ -90,41 +88,22 @@ def arrays_of(path):
 # --- Killed -------------------------------------------------------------------
 
 
-class Server:
-  """Starts commands in processes that have imported everything."""
-
-  def __init__(self, folder):
-    self._process = subprocess.Popen(
-        [sys.executable, str(ROOT / 'tests' / '_fork_server.py')],
-        cwd=folder,
-        env=experiment_test.environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-  def start(self, arguments):
-    self._process.stdin.write(json.dumps(arguments) + '\n')
-    self._process.stdin.flush()
-    return int(self._process.stdout.readline())
-
-  def status(self):
-    """How the process ended that was started last."""
-    return os.waitstatus_to_exitcode(int(self._process.stdout.readline()))
-
-  def stop(self):
-    self._process.kill()
-    return self._process.communicate()[1]
+def started(folder, name):
+  first, *others = COMMANDS[name]
+  if first == 'experiment':
+    command = ['-m', 'jaxsoup.experiments.main', *others]
+  else:
+    command = ['-c', 'from jaxsoup import cli; cli.main()', first, *others]
+  return _forked.Process(
+      [sys.executable, *command],
+      cwd=folder,
+      env=experiment_test.environment(),
+  )
 
 
-@pytest.fixture(scope='module')
-def server(folder):
-  server = Server(folder)
-  server.start(['--help'])
-  server.status()  # Now everything is imported.
-  yield server
-  server.stop()
+def finished(folder, name):
+  process = started(folder, name)
+  assert process.wait() == 0, process.stderr
 
 
 def made(folder, name):
@@ -152,14 +131,14 @@ def inputs(folder):
 
 
 @pytest.mark.parametrize('name', COMMANDS)
-def test_killed(folder, server, name, request):
+def test_killed(folder, name, request):
   """After each kill: inputs as they were, and nothing or all of the output."""
   rng = random.Random(name)
   before = inputs(folder)
   clear(folder)
+  _forked.run([sys.executable, '-c', ''])  # Now everything is imported.
   begin = time.monotonic()
-  server.start(COMMANDS[name])
-  assert server.status() == 0, server.stop()
+  finished(folder, name)
   seconds = time.monotonic() - begin
   expected, names = made(folder, name), sorted(os.listdir(folder))
   num_kills = request.config.getoption('--soak') // len(COMMANDS) + 1
@@ -170,18 +149,16 @@ def test_killed(folder, server, name, request):
     # Ten in a row on what the others left, then to the end.
     if attempt % 10 == 0 or is_done():
       clear(folder)
-    pid = server.start(COMMANDS[name])
+    process = started(folder, name)
     time.sleep(rng.uniform(0, seconds))
-    with contextlib.suppress(ProcessLookupError):  # It has ended.
-      os.kill(pid, signal.SIGKILL)
-    num_killed += server.status() == -signal.SIGKILL
+    process.kill()
+    num_killed += process.wait() == -signal.SIGKILL
     assert made(folder, name) in (None, expected)
     assert inputs(folder) == before
     if attempt % 10 == 9 or num_killed == num_kills:
       if is_done():
         clear(folder)
-      server.start(COMMANDS[name])
-      assert server.status() == 0, server.stop()
+      finished(folder, name)
       assert made(folder, name) == expected
       assert sorted(os.listdir(folder)) == names
       assert not [
