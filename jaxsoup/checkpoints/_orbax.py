@@ -4,7 +4,6 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -177,7 +176,7 @@ def open_source(path: epath.Path) -> _source.Source:
     ValueError: the metadata are damaged.
   """
   try:
-    layout = json.loads((path / _PYTREE_FILE).read_text())
+    layout = _json.parsed((path / _PYTREE_FILE).read_bytes())
     rows = list(layout['tree_metadata'].values())
     stored = {
         tuple(str(key['key']) for key in row['key_metadata'])
@@ -186,7 +185,7 @@ def open_source(path: epath.Path) -> _source.Source:
     }
     described = _describe(path)
     custom = dict(described.get('custom_metadata') or {})
-    own = _json.unsealed(custom.get('jaxsoup', {}))
+    own = _source.own_of(custom.get('jaxsoup', {}))
     arrays = _open_arrays(path, layout, sorted(stored))
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise _source.damaged(path, e) from e
@@ -199,7 +198,7 @@ def open_source(path: epath.Path) -> _source.Source:
           for p, x in arrays.items()
       },
       custom={**custom, **({'jaxsoup': own} if own else {})},
-      checksums=own.get('checksums', {}),
+      checksums=own.get('checksums') or {},
       identity=own.get('content_hash')
       or str(described.get('init_timestamp_nsecs')),
   )
@@ -256,7 +255,7 @@ def _describe(path: epath.Path) -> Json:
   for directory in (path, path.parent):
     file = directory / '_CHECKPOINT_METADATA'
     if file.exists():
-      return json.loads(file.read_text())
+      return _json.parsed(file.read_bytes())
   return {}
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import struct
+import zipfile
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -57,6 +58,44 @@ FILES = {
         _safetensors({'w': _row([2]) | {'dtype': 'F99'}}),
         "dtype 'F99' is not supported",
     ),
+    'no arrays': (_safetensors({}, b''), 'it holds no arrays'),
+    'offsets that are fractions': (
+        _safetensors({'w': _row([2], 8.0)}),
+        '[0, 8.0] are not integers',
+    ),
+    'offsets without end': (
+        _safetensors(ROW.join(['{"w": ', '}']).replace('8', '1e999')),
+        '[0, inf] are not integers',
+    ),
+    'a shape with true': (
+        _safetensors({'w': _row([True, 2])}),
+        '[True, 2] are not integers',
+    ),
+    'metadata that are no text': (
+        _safetensors({'__metadata__': {'a': {'b': 1}}, 'w': _row([2])}),
+        'its metadata are not all strings',
+    ),
+    'too many axes': (
+        _safetensors({'w': _row([1] * 70 + [2])}),
+        'which no array can have',
+    ),
+    'empty, and too large': (
+        _safetensors({'w': _row([0, 2**62, 2**62], 0)}, b''),
+        'which no array can have',
+    ),
+    'what is stored is no object': (
+        _safetensors({'__metadata__': {'jaxsoup': '[]'}, 'w': _row([2])}),
+        'what is stored with it is no JSON object',
+    ),
+    'what is stored has another type': (
+        _safetensors(
+            {
+                '__metadata__': {'jaxsoup': '{"metadata": 7}'},
+                'w': _row([2]),
+            }
+        ),
+        "metadata is '7' in what it says",
+    ),
     'another name': (
         _safetensors(
             {
@@ -92,6 +131,91 @@ def test_a_changed_name_of_our_own_file(tmp_path):
   path.write_bytes(content[:begin] + b'"hEad"' + content[begin + 6 :])
   code, said = inspect(path)
   assert code == 1 and "'hEad' is not among its checksums" in said
+
+
+INDICES = {
+    '{"weight_map": {}}': 'it lists no arrays',
+    '{"weight_map": {"w": ""}}': "'w' is in '', which is no .safetensors",
+    '{"weight_map": {"w": ".."}}': "'w' is in '..', which is no .safetensors",
+    '{"weight_map": {"w": "a.py"}}': "'w' is in 'a.py', which is no .safe",
+    f'{{"weight_map": {{"w": "{"a" * 300}.safetensors"}}}}': 'too long',
+    DEEP: 'it is nested too deeply',
+}
+
+
+@pytest.mark.parametrize('content', INDICES, ids=INDICES.values())
+def test_indices(tmp_path, content):
+  path = tmp_path / 'x.safetensors.index.json'
+  path.write_text(content)
+  code, said = inspect(path)
+  assert code == 1 and str(path) in said and INDICES[content] in said
+
+
+def test_an_archive_that_would_fill_the_memory(tmp_path, monkeypatch):
+  path = tmp_path / 'x.npz'
+  np.savez_compressed(path, w=np.zeros(100_000, np.float32))
+  assert inspect(path)[0] == 0
+  monkeypatch.setattr('jaxsoup.checkpoints._source._MOST_UNPACKED', 1000)
+  code, said = inspect(path)
+  assert code == 1 and 'bytes would become 400,128 when they are' in said
+
+
+def test_long_doubles(tmp_path):
+  path = tmp_path / 'x.npz'
+  np.savez(path, w=np.ones(3, np.longdouble))
+  code, said = inspect(path)
+  assert code == 1 and 'which jax does not have' in said
+
+
+def _within_itself():
+  content = {}
+  content['model'] = content
+  return content
+
+
+def _within_a_leaf():
+  content = {'a': {}}
+  content['a']['b'] = content
+  return content
+
+
+def _doubled():
+  content = {}
+  for _ in range(50):
+    content = {'a': content, 'b': content}
+  return content
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize('make', [_within_itself, _within_a_leaf, _doubled])
+def test_dicts_that_contain_one_another(tmp_path, monkeypatch, make):
+  torch = pytest.importorskip('torch', reason='reads files of torch')
+  monkeypatch.setattr('jaxsoup.checkpoints._torch._MOST_ENTRIES', 1000)
+  torch.save(make(), tmp_path / 'x.pth')
+  code, said = inspect(tmp_path / 'x.pth')
+  assert code == 1 and 'its dicts contain one another' in said
+
+
+@pytest.mark.reference
+def test_a_file_of_torch_that_was_compressed(tmp_path):
+  torch = pytest.importorskip('torch', reason='reads files of torch')
+  torch.save({'w': torch.full((100,), 3.0)}, tmp_path / 'x.pth')
+  with (
+      zipfile.ZipFile(tmp_path / 'x.pth') as old,
+      zipfile.ZipFile(tmp_path / 'y.pth', 'w', zipfile.ZIP_DEFLATED) as new,
+  ):
+    for name in old.namelist():
+      new.writestr(name, old.read(name))
+  params = checkpoints.Ingredients([tmp_path / 'y.pth'])[0]
+  assert params['w'].tolist() == [3.0] * 100
+
+
+@pytest.mark.reference
+def test_two_tensors_of_torch_with_one_name(tmp_path):
+  torch = pytest.importorskip('torch', reason='reads files of torch')
+  torch.save({1: torch.ones(2), '1': torch.zeros(2)}, tmp_path / 'x.pth')
+  code, said = inspect(tmp_path / 'x.pth')
+  assert code == 1 and 'two of its tensors have the same name' in said
 
 
 def test_structs_are_not_bfloat16(tmp_path):
