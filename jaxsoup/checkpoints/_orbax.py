@@ -35,6 +35,7 @@ _UNFINISHED = '.orbax-checkpoint-tmp'
 _COMMITTED = 'commit_success.txt'
 # What is looked at before a directory is too large to be a run's.
 _MOST_DIRECTORIES = 10_000
+_DEEPEST = 8
 
 
 class OnDisk(np.memmap):
@@ -95,7 +96,7 @@ def absolute(path: PathLike) -> epath.Path:
 
 
 def _resolve(
-    path: epath.Path, item: str | None, counter: Iterator[int]
+    path: epath.Path, item: str | None, counter: Iterator[int], depth: int = 0
 ) -> epath.Path | None:
   """The checkpoint at or below a directory; raises where it is too large."""
   if _UNFINISHED in path.name:
@@ -108,12 +109,13 @@ def _resolve(
     )
   if (path / _PYTREE_FILE).exists():
     return path
+  directories = _directories(path) if depth < _DEEPEST else []
   children = {
       child.name: resolved
-      for child in _directories(path)
-      if (resolved := _resolve(child, item, counter)) is not None
+      for child in directories
+      if (resolved := _resolve(child, item, counter, depth + 1)) is not None
   }
-  unfinished = [p.name for p in _directories(path) if _UNFINISHED in p.name]
+  unfinished = [p.name for p in directories if _UNFINISHED in p.name]
   if children and unfinished:
     _warnings.warn(
         f'{path}: {", ".join(unfinished)} is unfinished (its writer was '

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import datetime
 import importlib.metadata
+import os
 import pathlib
 import platform
 from typing import Any
@@ -179,7 +180,7 @@ def streamed_soup(
 
 def new_path(path: PathLike) -> pathlib.Path:
   path = pathlib.Path(path).absolute()
-  if path.exists():
+  if os.path.lexists(path):
     raise FileExistsError(
         f'{path} exists and is not overwritten. Delete it, or give another '
         'path.'

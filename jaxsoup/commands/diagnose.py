@@ -16,7 +16,10 @@ def diagnose(
     runs: _common.Runs,
     init: Annotated[
         pathlib.Path | None,
-        typer.Option(help='Checkpoint that all runs were fine-tuned from.'),
+        typer.Option(
+            parser=_common.local_path,
+            help='Checkpoint that all runs were fine-tuned from.',
+        ),
     ] = None,
     eval_name: Annotated[
         str | None,
@@ -57,6 +60,7 @@ def diagnose(
         pathlib.Path | None,
         typer.Option(
             '--report',
+            parser=_common.local_path,
             metavar='FILE.html',
             help='Also write an HTML page; with --eval and up to 12 runs it '
             'has a map of the barriers.',

@@ -46,7 +46,7 @@ def plan(
         pathlib.Path | None,
         typer.Option(
             '--json',
-            dir_okay=False,
+            parser=_common.local_path,
             help='Also write the plan to this file, as JSON.',
         ),
     ] = None,

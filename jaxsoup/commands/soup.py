@@ -87,7 +87,10 @@ def model_stock(
     out: _options.Out,
     init: Annotated[
         pathlib.Path,
-        typer.Option(help='Checkpoint that all runs were fine-tuned from.'),
+        typer.Option(
+            parser=_common.local_path,
+            help='Checkpoint that all runs were fine-tuned from.',
+        ),
     ],
     item: _common.Item = None,
     max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,

@@ -241,10 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       distributed.start()
     print(distributed.banner(workdir), file=sys.stderr)
     tables = run_seeds(asked.config, workdir, asked.overrides, asked.num_seeds)
-  except (
-      ImportError, OSError, TypeError, ValueError, user_code.UserCodeError
-  ) as e:  # fmt: skip
-    print(f'Error: {e}', file=sys.stderr)
+  except Exception as e:
+    print(f'Error: {user_code.message(e)}', file=sys.stderr)
     return getattr(e, 'exit_code', 1)
   if not _processes.is_main():
     return 0

@@ -6,6 +6,7 @@ function = user_code.load('package.module:function')
 """
 
 from collections.abc import Callable
+import errno
 import functools
 import hashlib
 import importlib
@@ -15,6 +16,8 @@ import sys
 import traceback
 from typing import Any
 
+# The variable that stands for --traceback.
+TRACEBACK = 'JAXSOUP_TRACEBACK'
 # A user's code may raise anything; `sys.exit(0)` in it must not look like
 # success. Only Ctrl-C is left alone.
 _ANYTHING = (Exception, SystemExit)
@@ -93,6 +96,53 @@ def guarded(function: Any, file: str | None, name: str) -> Any:
       os.chdir(here)
 
   return call
+
+
+def message(error: Exception) -> str:
+  """An error for a person: what is wrong, where, and what to do.
+
+  Also prints the traceback, if that was asked for.
+
+  Args:
+    error: of a command.
+
+  Returns:
+    The text.
+  """
+  if os.environ.get(TRACEBACK):
+    traceback.print_exception(error)
+  if isinstance(error, OSError) and str(error).startswith('[Errno '):
+    return _of_system(error)
+  known = ImportError, MemoryError, OSError, TypeError, ValueError
+  if isinstance(error, (*known, UserCodeError)) and str(error):
+    return str(error)
+  return (
+      f'{described(error)}. This should not happen: a file may be damaged in a '
+      'way that is not recognized. jaxsoup --traceback COMMAND... shows more.'
+  )
+
+
+def _of_system(error: OSError) -> str:
+  """What the system says of a path, and what to do about it."""
+  if error.filename is None or error.errno is None:
+    return described(error)
+  said = error.strerror or str(error)
+  if said != os.strerror(error.errno):  # Ours, which says what to do.
+    return str(error)
+  path = os.fsdecode(error.filename2 or error.filename)
+  return f'{path}: {said[:1].lower()}{said[1:]}. {_advice(error.errno)}'
+
+
+def _advice(number: int) -> str:
+  if number == errno.ENAMETOOLONG:
+    return 'Give a shorter name.'
+  if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+    return 'Change its permissions, or give another path.'
+  if number in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR):
+    return (
+        'It is a file, and not a directory, or the reverse: give another path.'
+    )
+  return 'Check that path, or give another one.'
 
 
 def described(error: BaseException, file: str | None = None) -> str:
