@@ -269,7 +269,7 @@ def sidecar_of(folder: pathlib.Path) -> Json:
   try:
     return _source.own_of(_json.read(file))
   except TypeError as e:
-    raise ValueError(f'{file} is not valid: {e}.') from e
+    raise _source.damaged(file, e) from e
 
 
 def _describe(ingredients: _ingredients.Ingredients | None) -> list[Json]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 import math
 import os
+import pathlib
 import threading
 from typing import Any
 from typing import NamedTuple
@@ -125,6 +126,8 @@ def own_of(content: Any) -> Json:
   for key, kind in _OWN.items():
     if own.get(key) is not None and not isinstance(own[key], kind):
       raise TypeError(f'{key} is {str(own[key])[:60]!r} in what it says')
+  if odd := [f for f in own.get('files') or () if pathlib.Path(f).name != f]:
+    raise TypeError(f'{odd[0]!r} is no file of its directory')
   for key in ('checksums', 'files'):
     if not all(isinstance(x, str) for x in (own.get(key) or {}).values()):
       raise TypeError(f'one of its {key} has a checksum that is not text')

@@ -34,7 +34,6 @@ def local_path(text: str | pathlib.Path) -> pathlib.Path:
     )
   try:
     str(text).encode()
-    os.path.lexists(text)
   except ValueError as e:
     raise typer.BadParameter(
         f'{str(text)!r} has characters that no path can have ({e}). Rename it, '

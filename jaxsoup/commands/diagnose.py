@@ -1,6 +1,7 @@
 """`jaxsoup diagnose`: why a soup of these runs fails, or whether it would."""
 
 import json
+import math
 import pathlib
 from typing import Annotated
 
@@ -72,6 +73,11 @@ def diagnose(
   """Explains why a soup of the runs fails, and which of them to average."""
   if len(runs) < 2:
     raise typer.BadParameter('give two or more runs.', param_hint='RUNS')
+  if not math.isfinite(tolerance):
+    raise typer.BadParameter(
+        f'{tolerance} is not a drop of a score: give a number such as 0.02.',
+        param_hint='--tolerance',
+    )
   for name, hint in (
       (logits_name, '--logits'), (recalibrate_name, '--recalibrate')
   ):  # fmt: skip

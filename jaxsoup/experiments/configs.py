@@ -139,6 +139,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
   Raises:
     UsageError: no such file, function, key, or a value of another type.
   """
+  if '://' in path:
+    raise UsageError(f'{path} is an address: copy the config here.')
   file, _, arg = path.partition(':')
   if not pathlib.Path(file).is_file():
     folder = pathlib.Path(file).parent

@@ -254,6 +254,18 @@ def test_addresses_are_no_local_paths(tmp_path, monkeypatch, address):
   for command in (
       ['inspect', address],
       ['soup', 'uniform', 'a', 'b', '--out', address],
+      ['soup', 'model-stock', 'a', '--init', address, '--out', 'c'],
+      ['soup', 'greedy', 'a', '--eval', 'a:b', '--scores', address],
+      ['diagnose', 'a', 'b', '--init', address],
+      ['diagnose', 'a', 'b', '--report', address],
+      ['convert', address, 'b'],
+      ['convert', 'a', address],
+      ['convert', 'a', 'b', '--like', address],
+      ['report', address],
+      ['report', 'a', '--out', address],
+      ['plan', '--config', address, '--devices', '1'],
+      ['plan', '--config', 'a', '--devices', '1', '--json', address],
+      ['demo', '--workdir', address],
   ):
     result = testing.CliRunner().invoke(cli.app, command)
     said = ' '.join(result.output.replace('│', ' ').split())
@@ -325,6 +337,40 @@ def test_an_ingredient_that_changes_in_its_place(tmp_path, ending):
   words = f"Leaf 'w' of {paths[0]} changed while it was in use"
   with pytest.raises(ValueError, match=words):
     jaxsoup.greedy(checkpoints.Ingredients(paths), score)
+
+
+@pytest.mark.parametrize(
+    'path, words',
+    [
+        ('a' * 300, 'file name too long. Give a shorter name.'),
+        ('a/x', 'It is a file, and not a directory, or the reverse'),
+        ('a\udcff', 'has characters that no path can have'),
+    ],
+)
+def test_paths_that_cannot_be(tmp_path, monkeypatch, path, words):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'a').write_text('mine')
+  for command in (
+      ['inspect', path],
+      ['convert', path, 'b'],
+      ['soup', 'uniform', path, path, '--out', 'b'],
+      ['soup', 'uniform', 'm', 'm', '--out', path],
+  ):
+    result = testing.CliRunner().invoke(cli.app, command)
+    said = ' '.join(result.output.replace('│', ' ').split())
+    assert result.exit_code in (1, 2) and words in said
+  assert os.listdir() == ['a']
+
+
+@pytest.mark.parametrize(
+    'content',
+    ['null', '[]', '5', '{"files": 5}', '{"files": {"../a": "x"}}', DEEP],
+)
+def test_what_is_stored_about_a_soup_is_something_else(directory, content):
+  sidecar = pathlib.Path(directory) / 'soup.json'
+  sidecar.write_text(content)
+  code, said = inspect_deep(directory)
+  assert code == 1 and str(sidecar) in said and 'estore it from a copy' in said
 
 
 @pytest.fixture
