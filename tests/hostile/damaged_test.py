@@ -289,14 +289,35 @@ def test_deep_json_beside_weights(tmp_path):
     'name, content, words',
     [
         ('s.csv', 'held_out,test\n' + 'x' * 200_000 + ',1\n', 'not valid CSV'),
+        (
+            's.csv',
+            'held_out,test\n\xff,1\n'.encode('latin1'),
+            'not text in UTF-8',
+        ),
+        ('s.csv', 'held_out,test,test\n1,1,1\n', "column 'test' twice"),
+        ('s.csv', 'held_out,test\n1\n', 'Give each row one for each column'),
+        ('s.jsonl', '{"held_out": 1, "held_out": 0}', "'held_out' twice"),
+        ('s.jsonl', '{"a": {"b": 1}, "a.b": 0}', "column 'a.b' twice"),
+        ('s.jsonl', f'{{"lr": {"9" * 400}}}', 'lr is too large'),
+        ('s.jsonl', '{"a":' * 99 + '1' + '}' * 99, 'is nested too deeply'),
         ('s.jsonl', DEEP, 's.jsonl:1 is not valid JSON: it is nested'),
         ('s.json', DEEP, 's.json is not valid JSON: it is nested'),
     ],
 )
 def test_scores(tmp_path, name, content, words):
-  (tmp_path / name).write_text(content)
+  if isinstance(content, str):
+    content = content.encode()
+  (tmp_path / name).write_bytes(content)
   result = testing.CliRunner().invoke(cli.app, ['report', str(tmp_path / name)])
   assert result.exit_code == 1 and words in result.output
+
+
+@pytest.mark.parametrize('content', ['null', '[]', '{"rows": []}', DEEP])
+def test_results(tmp_path, content):
+  (tmp_path / 'results.json').write_text(content)
+  result = testing.CliRunner().invoke(cli.app, ['report', str(tmp_path)])
+  said = ' '.join(result.output.split())
+  assert result.exit_code == 1 and 'Run the command of the exp' in said
 
 
 def test_a_step_without_the_mark_of_orbax(tmp_path):
