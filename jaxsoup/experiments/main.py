@@ -48,6 +48,7 @@ import jax
 from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup import report
+from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import distributed
 from jaxsoup.experiments import locking
@@ -165,11 +166,17 @@ def opened(
   with held, stages.mesh_of(config):
     configs.check_unchanged(config, workdir / 'config.json')
     progress_fn('pre-training', 0.0)
+    splits = experiment.data_fn(config)
+    if not isinstance(splits, sources.Splits):
+      raise configs.UsageError(
+          f'data(config) returned {splits!r:.80}: expected '
+          'jaxsoup.data.sources.Splits, see configs/digits.py.'
+      )
     has_board = config.get('tensorboard', False)
     work = stages.Work(
         experiment=experiment,
         model=modeling.of(experiment),
-        splits=experiment.data_fn(config),
+        splits=splits,
         workdir=workdir,
         progress_fn=progress_fn,
         stop=stop or preemption.Stop(),

@@ -100,10 +100,25 @@ def identity(name: str) -> str:
   return f'{name} (sha256 {hashlib.sha256(source).hexdigest()[:16]})'
 
 
-def guarded(function: Any, file: str | None, name: str) -> Any:
+def guarded(
+    function: Any,
+    file: str | None,
+    name: str,
+    passing: tuple[type[BaseException], ...] = (),
+) -> Any:
   """A function of the user, whose errors say where they were raised.
 
   It cannot end the program in silence, nor change its working directory.
+
+  Args:
+    function: of the user.
+    file: where it is written; None if that is not known.
+    name: of the function, for messages.
+    passing: errors that are raised as they are, because their messages say what
+      to do.
+
+  Returns:
+    A function with the same arguments, which raises `UserCodeError`.
   """
 
   @functools.wraps(function)
@@ -112,6 +127,8 @@ def guarded(function: Any, file: str | None, name: str) -> Any:
     try:
       return function(*args, **kwargs)
     except (KeyboardInterrupt, UserCodeError):
+      raise
+    except passing:
       raise
     except _ANYTHING as e:
       raise UserCodeError(f'{name} raised {described(e, file)}') from e
