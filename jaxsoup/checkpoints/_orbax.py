@@ -36,6 +36,7 @@ _COMMITTED = 'commit_success.txt'
 # What is looked at before a directory is too large to be a run's.
 _MOST_DIRECTORIES = 10_000
 _DEEPEST = 8
+_MOST_AXES = 32  # Of tensorstore.
 
 
 class OnDisk(np.memmap):
@@ -292,6 +293,11 @@ def write(path: PathLike, params: Params, custom: Json) -> epath.Path:
         'bare array. Rename the keys, or wrap it in a dict.'
     )
   by_name = {_tree.name_of(p): x for p, x in arrays.items()}
+  if odd := [n for n, x in by_name.items() if x.ndim > _MOST_AXES]:
+    raise ValueError(
+        f'Leaf {odd[0]!r} has {by_name[odd[0]].ndim} axes, and Orbax stores at '
+        f'most {_MOST_AXES}. Save a .safetensors file.'
+    )
   checksums = {
       name: (
           _checksum.of(x)

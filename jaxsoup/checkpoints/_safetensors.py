@@ -39,12 +39,14 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
   """The file to open: the index or the only `.safetensors` in a directory."""
   if path.is_file():
     return path if path.name.endswith(('.safetensors', _INDEX)) else None
-  indices = sorted(path.glob('*' + _INDEX))
+  # A pipe or a device of that name would be read for ever.
+  files_like = lambda x: sorted(p for p in path.glob(x) if p.is_file())
+  indices = files_like('*' + _INDEX)
   if len(indices) == 1:
     return indices[0]
-  files = [path / 'model.safetensors', *sorted(path.glob('*.safetensors'))]
-  if files[0].exists() or len(files) == 2:
-    return files[0] if files[0].exists() else files[1]
+  files = [path / 'model.safetensors', *files_like('*.safetensors')]
+  if files[0].is_file() or len(files) == 2:
+    return files[0] if files[0].is_file() else files[1]
   if len(files) > 2:
     raise ValueError(
         f'{path} holds {len(files) - 1} .safetensors files but no index '

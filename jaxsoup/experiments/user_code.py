@@ -217,5 +217,5 @@ def described(error: BaseException, file: str | None = None) -> str:
     return text
   last = (theirs or frames)[-1]
   if last.filename == __file__:  # It could not be called as it is called here.
-    return f'{text}. It was called as --help and the guide say.'
+    return f'{text}. Write it with the arguments that --help shows.'
   return f'{text} ({last.filename}, line {last.lineno})'

@@ -232,6 +232,20 @@ def test_a_pipe_does_not_hang(tmp_path, name):
   assert code == 1 and 'is a file; an Orbax checkpoint is a directory' in said
 
 
+@pytest.mark.parametrize(
+    'name', ['model.safetensors', 'model.safetensors.index.json']
+)
+def test_a_pipe_in_a_directory_does_not_hang(tmp_path, name):
+  os.mkfifo(tmp_path / name)
+  code, said = inspect(tmp_path)
+  assert code == 1 and 'holds no Orbax checkpoint' in said
+
+
+def test_more_axes_than_orbax_stores(tmp_path):
+  with pytest.raises(ValueError, match="Leaf 'w' has 33 axes"):
+    checkpoints.save(tmp_path / 'x', {'w': np.ones([1] * 33, np.float32)})
+
+
 def test_directories_that_link_to_themselves(tmp_path):
   (tmp_path / 'run' / 'a').mkdir(parents=True)
   for name in ('b', 'a/c'):

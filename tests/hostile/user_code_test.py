@@ -50,7 +50,7 @@ SCORES = {
     'huge': 'a score is one number, higher is better. Return a float.',
     'ends': 'hostile_code:ends raised SystemExit: 0',
     'base': 'hostile_code:base raised BaseException: odd',
-    'nothing': 'takes 0 positional arguments but 1 was given. It was called',
+    'nothing': 'takes 0 positional arguments but 1 was given. Write it',
     'missing': 'has no such function. It has: none, text, array',
 }
 LOSSES = {
