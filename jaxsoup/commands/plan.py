@@ -32,6 +32,7 @@ def plan(
         int | None,
         typer.Option(
             min=1,
+            max=4096,
             help='Instead of --topology: number of virtual CPU devices.',
         ),
     ] = None,

@@ -23,6 +23,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from jaxsoup import _files
+from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup.experiments import user_code
 from jaxsoup.typing import Json
@@ -150,7 +151,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     )
     raise UsageError(
         f'There is no config {file}.'
-        + (f' {folder} has: {", ".join(there)}.' if there else '')
+        + (f' Give one of {folder}: {", ".join(there)}.' if there else '')
     )
   module = _module(file)
   needed = ('get_config', 'sweep')
@@ -244,6 +245,8 @@ def _problems(fields: Json) -> Iterator[str]:
     section, _, name = key.rpartition('.')
     numbers = value if isinstance(value, (tuple, list)) else [value]
     if not all(type(x) in (int, float) for x in numbers):
+      if name in _SHARES and isinstance(value, (tuple, list)):
+        yield f'config.{key} is {value!r}: expected numbers between 0 and 1'
       continue
     expected = ''
     if not all(map(math.isfinite, numbers)):
@@ -254,6 +257,8 @@ def _problems(fields: Json) -> Iterator[str]:
       expected = 'between 0 and 1'
     elif section == 'sweep' and len(numbers) == 2 and numbers[0] > numbers[1]:
       expected = 'a range, low before high'
+    elif name == 'image_shape' and (len(numbers) != 3 or min(numbers) < 1):
+      expected = 'height, width and channels'
     elif name == 'keep_epochs':
       last = fields.get(f'{section}.num_epochs', 1)
       if not all(1 <= x <= last for x in numbers):
@@ -333,7 +338,7 @@ def check_unchanged(
     _store(now, file)
     return
   try:
-    then = _lasting(dict(json.loads(file.read_text())))
+    then = _lasting(dict(_json.parsed(file.read_bytes())))
   except (TypeError, ValueError) as e:
     raise ValueError(
         f'{file} is unreadable: {e}. Delete that file if the workdir belongs '

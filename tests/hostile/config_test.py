@@ -3,7 +3,9 @@
 import pathlib
 
 import pytest
+from typer import testing
 
+from jaxsoup import cli
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import main
 
@@ -22,6 +24,7 @@ VALUES = {
     'sweep.learning_rate=(-1.0,1.0)': 'is (-1.0, 1.0): expected 0 or more',
     'sweep.learning_rate=(1e999,1e999)': '(inf, inf): expected a finite number',
     'sweep.learning_rate[9]=1.0': "has no 'sweep.learning_rate[9]'",
+    "finetune.ema=('a',)": "ema is ('a',): expected numbers between 0 and 1",
     'sweep.learning_rate=(0.1,0.01)': 'expected a range, low before high',
 }
 
@@ -91,6 +94,19 @@ def test_config_files_that_fail(tmp_path, capsys, content):
   assert error.count('\n') == 1 and error.startswith('Error: ')
   assert FILES[content] in error and 'mine.py' in error
   assert not (tmp_path / 'w').exists()
+
+
+def test_a_stored_config_that_is_nested_too_deeply(tmp_path, capsys):
+  (tmp_path / 'config.json').write_text('[' * 50_000 + ']' * 50_000)
+  assert main.main([f'--config={CONFIG}', f'--workdir={tmp_path}']) == 1
+  error = capsys.readouterr().err
+  assert 'config.json is unreadable: it is nested too deeply' in error
+
+
+def test_too_many_devices():
+  command = ['plan', '--config', str(CONFIG), '--devices', '1000000000']
+  result = testing.CliRunner().invoke(cli.app, command)
+  assert result.exit_code == 2 and 'equal to 4096' in result.output
 
 
 def test_a_config_that_is_no_file_of_python(tmp_path, capsys):
