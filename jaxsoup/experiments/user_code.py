@@ -67,8 +67,8 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
     file = getattr(module, '__file__', None)
     there = [k for k, x in vars(module).items() if _is_from(x, module)]
     raise ValueError(
-        f'{option} {name}: {module_name} ({file}) has no such function. '
-        f'It has: {", ".join(there[:8]) or "none"}.'
+        f'{option} {name}: {module_name} has no such function. {file} has: '
+        f'{", ".join(there[:8]) or "none"}.'
     )
 
   file = getattr(module, '__file__', None)
@@ -155,7 +155,8 @@ class Guarded:
     iterator = guarded(iter, file, name)(self._batches)
     end = object()
     following = guarded(lambda: next(iterator, end), file, name)
-    yield from iter(following, end)
+    while (batch := following()) is not end:  # `==` would compare arrays.
+      yield batch
 
 
 def message(error: Exception) -> str:

@@ -25,6 +25,7 @@ def nothing(): return 0.5
 def well(params): return 0.5
 
 def loss(params, batch, beta): return jnp.sum(params['w'])
+def learn_well(): return loss, [np.ones(3), np.ones(3)]
 def learn_none(): return None
 def learn_one(): return (loss,)
 def learn_number(): return 3, [1.0]
@@ -51,7 +52,7 @@ SCORES = {
     'ends': 'hostile_code:ends raised SystemExit: 0',
     'base': 'hostile_code:base raised BaseException: odd',
     'nothing': 'takes 0 positional arguments but 1 was given. Write it',
-    'missing': 'has no such function. It has: none, text, array',
+    'missing': 'hostile_code.py has: none, text, array',
 }
 LOSSES = {
     'learn_none': 'returned None: expected loss_fn, batches',
@@ -96,6 +97,13 @@ def _said(*command):
   result = testing.CliRunner().invoke(cli.app, list(command))
   assert result.exit_code in (1, 2) and 'Traceback' not in result.output
   return ' '.join(result.stderr.replace('│', ' ').split())
+
+
+def test_batches_of_arrays(tmp_path):
+  command = ['soup', 'learned', *RUNS, '--out', 'soup']
+  command += ['--loss', 'hostile_code:learn_well']
+  result = testing.CliRunner().invoke(cli.app, command)
+  assert result.exit_code == 0 and (tmp_path / 'soup').exists()
 
 
 RUNS = ('m0.safetensors', 'm1.safetensors')
