@@ -28,7 +28,9 @@ def read(path: pathlib.Path) -> Any:
     content = parsed(path.read_bytes())
     return unsealed(content) if isinstance(content, dict) else content
   except ValueError as e:
-    raise ValueError(f'{path} is not valid: {e}.') from e
+    raise ValueError(
+        f'{path} is not valid: {e}. Restore it from a copy.'
+    ) from e
 
 
 def sealed(content: Config) -> Json:

@@ -7,7 +7,6 @@ from typing import Any
 import typer
 from typer import core
 
-from jaxsoup.commands import _common
 from jaxsoup.commands import convert
 from jaxsoup.commands import demo
 from jaxsoup.commands import diagnose
@@ -16,6 +15,7 @@ from jaxsoup.commands import inspect
 from jaxsoup.commands import plan
 from jaxsoup.commands import report
 from jaxsoup.commands import soup
+from jaxsoup.experiments import user_code
 
 
 class _Commands(core.TyperGroup):
@@ -42,13 +42,13 @@ def options(
         bool,
         typer.Option(
             '--traceback',
-            envvar=_common.TRACEBACK,
+            envvar=user_code.TRACEBACK,
             help='Where a command fails, also print the traceback.',
         ),
     ] = False,
 ) -> None:
   if traceback:
-    os.environ[_common.TRACEBACK] = '1'
+    os.environ[user_code.TRACEBACK] = '1'
 
 
 app.add_typer(soup.app)

@@ -29,12 +29,17 @@ def alpha_of(members: Members, num_ingredients: int) -> np.ndarray:
 
 def number(score: Scalar, said: str, who: str) -> float:
   """A score as a float; raises unless it is one finite number."""
-  value = np.asarray(jax.device_get(score))
+  is_traced = isinstance(score, jax.core.Tracer)  # It left a traced function.
+  value = np.asarray(str(score) if is_traced else jax.device_get(score))
   # Small floats such as bfloat16 are of kind V.
   if value.ndim or value.dtype.kind not in 'fiubV':
+    is_array = value.ndim and value.dtype.kind in 'fiubcV'
+    shown = (
+        f'{value.dtype}{list(value.shape)}' if is_array else f'{score!r:.80}'
+    )
     raise TypeError(
-        f'{said} {value.dtype}{list(value.shape)} for {who}; a score is one '
-        'number, higher is better.'
+        f'{said} {shown} for {who}; a score is one number, higher is better. '
+        'Return a float.'
     )
   if not np.isfinite(float(value)):
     raise ValueError(

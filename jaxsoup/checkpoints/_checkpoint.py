@@ -162,7 +162,8 @@ def below(
   if not inside():
     raise ValueError(
         f'{source.path} holds no item {item!r}; it holds '
-        f'{", ".join(sorted({p[0] for p in stored})[:8])}.'
+        f'{", ".join(sorted({p[0] for p in stored})[:8])}. Give one of these, '
+        'or no item.'
     )
   return inside()
 

@@ -343,7 +343,7 @@ def verify_others(folder: pathlib.Path) -> tuple[list[str], list[str]]:
     those of which it stored no checksum; none where it is no directory of
     Hugging Face.
   """
-  stored = _soups.sidecar_of(folder).get('files', {})
+  stored = _soups.sidecar_of(folder).get('files') or {}
   is_model = is_directory(folder)
   own = {file.name for file in _of_model(folder)} if is_model else set()
   changed = [

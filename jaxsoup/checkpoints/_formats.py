@@ -1,9 +1,11 @@
 """Which format a path holds."""
 
+import math
 import pathlib
 
 from etils import epath
 
+from jaxsoup import _tree
 from jaxsoup.checkpoints import _npz
 from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _safetensors
@@ -14,6 +16,10 @@ from jaxsoup.typing import PathLike
 _FILES = {'.npz': _npz.open_source} | dict.fromkeys(
     _torch.SUFFIXES, _torch.open_source
 )
+
+# What an array can have in NumPy.
+_MOST_AXES = 64
+_MOST_BYTES = 2**63 - 1
 
 
 def resolve(path: PathLike, item: str | None = None) -> str:
@@ -50,6 +56,19 @@ def find(path: PathLike) -> pathlib.Path | None:
 
 def open_source(resolved: str) -> _source.Source:
   """Opens what `resolve` returned; reads no array."""
+  source = _opened(resolved)
+  for path, leaf in source.metadata.leaves.items():
+    num_bytes = math.prod(max(n, 1) for n in leaf.shape) * leaf.dtype.itemsize
+    if len(leaf.shape) > _MOST_AXES or num_bytes > _MOST_BYTES:
+      raise _source.damaged(
+          resolved,
+          f'{_tree.name_of(path)!r} has shape {list(leaf.shape)}, which no '
+          'array can have',
+      )
+  return source
+
+
+def _opened(resolved: str) -> _source.Source:
   suffix = pathlib.PurePath(resolved).suffix
   if suffix in _FILES:
     return _FILES[suffix](pathlib.Path(resolved))

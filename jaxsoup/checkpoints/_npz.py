@@ -105,6 +105,7 @@ def _members(path: pathlib.Path) -> dict[str, _Member]:
   """The arrays of an archive by name, checked against its size."""
   try:
     with zipfile.ZipFile(path) as archive, path.open('rb') as f:
+      _source.check_archive(archive)
       infos = [i for i in archive.infolist() if i.filename.endswith('.npy')]
       members = dict(_each_member(path, archive, infos, f))
     if len(members) < len(infos):
@@ -182,6 +183,8 @@ def _header(name: str, member) -> tuple[tuple[int, ...], np.dtype, bool, int]:
   is_bfloat16 = dtype.str[1:] == _BFLOAT16 and dtype.names is None
   if dtype.kind not in 'biufc' and not is_bfloat16:
     raise ValueError(f'{name!r} has dtype {dtype}, not numbers')
+  if dtype in (np.longdouble, np.clongdouble):
+    raise ValueError(f'{name!r} has dtype {dtype}, which jax does not have')
   shape = tuple(map(operator.index, fields['shape']))
   if min((*shape, 0)) < 0:
     raise ValueError(f'{name!r} has shape {shape}')

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -36,6 +35,8 @@ _UNFINISHED = '.orbax-checkpoint-tmp'
 _COMMITTED = 'commit_success.txt'
 # What is looked at before a directory is too large to be a run's.
 _MOST_DIRECTORIES = 10_000
+_DEEPEST = 8
+_MOST_AXES = 32  # Of tensorstore.
 
 
 class OnDisk(np.memmap):
@@ -96,7 +97,7 @@ def absolute(path: PathLike) -> epath.Path:
 
 
 def _resolve(
-    path: epath.Path, item: str | None, counter: Iterator[int]
+    path: epath.Path, item: str | None, counter: Iterator[int], depth: int = 0
 ) -> epath.Path | None:
   """The checkpoint at or below a directory; raises where it is too large."""
   if _UNFINISHED in path.name:
@@ -109,12 +110,13 @@ def _resolve(
     )
   if (path / _PYTREE_FILE).exists():
     return path
+  directories = _directories(path) if depth < _DEEPEST else []
   children = {
       child.name: resolved
-      for child in _directories(path)
-      if (resolved := _resolve(child, item, counter)) is not None
+      for child in directories
+      if (resolved := _resolve(child, item, counter, depth + 1)) is not None
   }
-  unfinished = [p.name for p in _directories(path) if _UNFINISHED in p.name]
+  unfinished = [p.name for p in directories if _UNFINISHED in p.name]
   if children and unfinished:
     _warnings.warn(
         f'{path}: {", ".join(unfinished)} is unfinished (its writer was '
@@ -177,7 +179,7 @@ def open_source(path: epath.Path) -> _source.Source:
     ValueError: the metadata are damaged.
   """
   try:
-    layout = json.loads((path / _PYTREE_FILE).read_text())
+    layout = _json.parsed((path / _PYTREE_FILE).read_bytes())
     rows = list(layout['tree_metadata'].values())
     stored = {
         tuple(str(key['key']) for key in row['key_metadata'])
@@ -186,7 +188,7 @@ def open_source(path: epath.Path) -> _source.Source:
     }
     described = _describe(path)
     custom = dict(described.get('custom_metadata') or {})
-    own = _json.unsealed(custom.get('jaxsoup', {}))
+    own = _source.own_of(custom.get('jaxsoup', {}))
     arrays = _open_arrays(path, layout, sorted(stored))
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise _source.damaged(path, e) from e
@@ -199,7 +201,7 @@ def open_source(path: epath.Path) -> _source.Source:
           for p, x in arrays.items()
       },
       custom={**custom, **({'jaxsoup': own} if own else {})},
-      checksums=own.get('checksums', {}),
+      checksums=own.get('checksums') or {},
       identity=own.get('content_hash')
       or str(described.get('init_timestamp_nsecs')),
   )
@@ -256,7 +258,7 @@ def _describe(path: epath.Path) -> Json:
   for directory in (path, path.parent):
     file = directory / '_CHECKPOINT_METADATA'
     if file.exists():
-      return json.loads(file.read_text())
+      return _json.parsed(file.read_bytes())
   return {}
 
 
@@ -291,6 +293,11 @@ def write(path: PathLike, params: Params, custom: Json) -> epath.Path:
         'bare array. Rename the keys, or wrap it in a dict.'
     )
   by_name = {_tree.name_of(p): x for p, x in arrays.items()}
+  if odd := [n for n, x in by_name.items() if x.ndim > _MOST_AXES]:
+    raise ValueError(
+        f'Leaf {odd[0]!r} has {by_name[odd[0]].ndim} axes, and Orbax stores at '
+        f'most {_MOST_AXES}. Save a .safetensors file.'
+    )
   checksums = {
       name: (
           _checksum.of(x)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import json
 import math
-import operator
 import os
 import pathlib
 import struct
@@ -40,12 +39,14 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
   """The file to open: the index or the only `.safetensors` in a directory."""
   if path.is_file():
     return path if path.name.endswith(('.safetensors', _INDEX)) else None
-  indices = sorted(path.glob('*' + _INDEX))
+  # A pipe or a device of that name would be read for ever.
+  files_like = lambda x: sorted(p for p in path.glob(x) if p.is_file())
+  indices = files_like('*' + _INDEX)
   if len(indices) == 1:
     return indices[0]
-  files = [path / 'model.safetensors', *sorted(path.glob('*.safetensors'))]
-  if files[0].exists() or len(files) == 2:
-    return files[0] if files[0].exists() else files[1]
+  files = [path / 'model.safetensors', *files_like('*.safetensors')]
+  if files[0].is_file() or len(files) == 2:
+    return files[0] if files[0].is_file() else files[1]
   if len(files) > 2:
     raise ValueError(
         f'{path} holds {len(files) - 1} .safetensors files but no index '
@@ -64,7 +65,7 @@ def open_source(path: pathlib.Path) -> _source.Source:
   for file, wanted in files.items():
     arrays, texts_of_file, own = _header(file)
     texts |= texts_of_file
-    stored = own.get('checksums', {})
+    stored = own.get('checksums') or {}
     # A name that was changed by damage has no checksum.
     if odd := [n for n in arrays if stored and n not in stored]:
       raise _source.damaged(file, f'{odd[0]!r} is not among its checksums')
@@ -107,18 +108,22 @@ def open_source(path: pathlib.Path) -> _source.Source:
 def _files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
   """The tensors that an index expects, by file."""
   try:
-    weight_map = json.loads(path.read_text())['weight_map']
+    weight_map = _json.parsed(path.read_bytes())['weight_map']
     files: dict[pathlib.Path, set[str]] = {}
     for name, file in weight_map.items():
       # The index is data: it may not name files elsewhere.
       if pathlib.PurePath(file).name != file:
         raise ValueError(f'{name!r} is in {file!r}, outside the directory')
+      if not file.endswith('.safetensors'):
+        raise ValueError(f'{name!r} is in {file!r}, which is no .safetensors')
       files.setdefault(path.parent / file, set()).add(name)
-  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    missing = [str(file) for file in files if not file.is_file()]
+  except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
     raise _source.damaged(path, e) from e
-  missing = [str(file) for file in files if not file.exists()]
   if missing:
     raise _source.damaged(path, f'{", ".join(missing)} is missing')
+  if not files:
+    raise _source.damaged(path, 'it lists no arrays')
   return files
 
 
@@ -138,9 +143,9 @@ def _header(
   try:
     rows = _json.parsed(header, object_pairs_hook=_without_repeats)
     metadata = dict(rows.pop('__metadata__', None) or {})
-    own = _json.unsealed(_json.parsed(metadata.pop('jaxsoup', '{}')))
-    if not all(isinstance(s, str) for s in own.get('checksums', {}).values()):
-      raise TypeError('a checksum is not a string')
+    if not all(isinstance(text, str) for text in metadata.values()):
+      raise TypeError('its metadata are not all strings')
+    own = _source.own_of(_json.parsed(metadata.pop('jaxsoup', '{}')))
     tensors = {n: _tensor(str(file), 8 + length, r) for n, r in rows.items()}
     offsets = [row['data_offsets'] for row in rows.values()]
     _check_offsets(offsets, num_bytes - 8 - length)
@@ -148,6 +153,8 @@ def _header(
       AttributeError, KeyError, RecursionError, TypeError, ValueError
   ) as e:  # fmt: skip
     raise _source.damaged(file, f'its header is wrong: {e}') from e
+  if not tensors:
+    raise _source.damaged(file, 'it holds no arrays')
   return tensors, metadata, own
 
 
@@ -163,14 +170,19 @@ def _tensor(file: str, start: int, row: Config) -> _raw.Array:
   dtype = np.dtype(_DTYPES[row['dtype']])
   if not isinstance(row['shape'], list):
     raise TypeError(f'the shape {row["shape"]!r} is not a list')
-  shape = tuple(map(operator.index, row['shape']))
-  begin, end = (int(n) for n in row['data_offsets'])
+  shape, (begin, end) = map(_integers, (row['shape'], row['data_offsets']))
   if min((*shape, 0)) < 0 or math.prod(shape) * dtype.itemsize != end - begin:
     raise ValueError(
         f'a tensor of shape {list(shape)} and dtype {dtype} has {end - begin} '
         'bytes'
     )
   return _raw.Array(file, start + begin, shape, dtype)
+
+
+def _integers(values: list[object]) -> tuple[int, ...]:
+  if not all(type(n) is int for n in values):
+    raise TypeError(f'{values!r} are not integers')
+  return tuple(values)  # type: ignore[arg-type]
 
 
 def _check_offsets(offsets: list[list[int]], num_bytes: int) -> None:

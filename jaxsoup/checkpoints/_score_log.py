@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from typing import IO
 from typing import Any
 
@@ -24,6 +25,8 @@ from jaxsoup.typing import PathLike
 
 # What a line begins with.
 _BEGINNINGS = (b'{"members": ', b'{"ingredients": ', b'{"evaluation": ')
+# A part of the first line, where the log has no head.
+_FIRST_SCORE = re.compile(rb'\{"members": \[[\d, ]*(\](, ".{0,100})?)?')
 
 
 class ScoreLog(MutableMapping[Members, float | AtMost]):
@@ -76,6 +79,11 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
     # Compared as JSON, and alike on all processes.
     self._head = json.loads(_processes.from_main(json.dumps(head).encode()))
     self._scores: dict[Members, float | AtMost] = {}
+    if self._path.exists() and not self._path.is_file():
+      raise ValueError(
+          f'{self._path} is no file, but a directory, a pipe or a device. Give '
+          'the path of a file for the scores.'
+      )
     content = self._path.read_bytes() if self._path.exists() else b''
     self._read(_processes.from_main(content))
 
@@ -138,13 +146,17 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
           heads.append(row)
         else:
           self._scores |= _parse(row)
-      except (KeyError, TypeError, ValueError) as e:
+      except (KeyError, OverflowError, TypeError, ValueError) as e:
         raise ValueError(
             f'{self._path}, line {number} is unreadable: {line[:80]!r}. Delete '
             'that line; its score will be computed again. If this is no log of '
             'scores, give another path: it is left as it is.'
         ) from e
-    if not any(begin.startswith(cut[: len(begin)]) for begin in _BEGINNINGS):
+    is_ours = any(begin.startswith(cut[: len(begin)]) for begin in _BEGINNINGS)
+    if not lines and cut:  # Nothing else says that the file is a log.
+      first = json.dumps(_json.sealed(self._head)).encode()
+      is_ours = first.startswith(cut) or bool(_FIRST_SCORE.fullmatch(cut))
+    if not is_ours:
       raise ValueError(
           f'{self._path} is no log of scores: it ends with {cut[:80]!r}. It is '
           'left as it is: give another path.'
@@ -165,7 +177,7 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
     """Raises unless the scores in the file belong to this log."""
     then, now = head.get('ingredients'), self._head.get('ingredients')
     if now not in (None, then):
-      num_then = 'unknown' if then is None else len(then)
+      num_then = len(then) if isinstance(then, list) else 'unknown'
       raise ValueError(
           f'{self._path} holds scores of other ingredients ({num_then} then, '
           f'{len(now)} now, or files changed since). Delete it, or give '

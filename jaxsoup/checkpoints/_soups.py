@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import datetime
 import importlib.metadata
+import os
 import pathlib
 import platform
 from typing import Any
@@ -23,6 +24,7 @@ from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _safetensors
+from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _streaming
 from jaxsoup.typing import Alpha
 from jaxsoup.typing import Config
@@ -178,7 +180,7 @@ def streamed_soup(
 
 def new_path(path: PathLike) -> pathlib.Path:
   path = pathlib.Path(path).absolute()
-  if path.exists():
+  if os.path.lexists(path):
     raise FileExistsError(
         f'{path} exists and is not overwritten. Delete it, or give another '
         'path.'
@@ -253,13 +255,21 @@ def provenance(path: PathLike) -> Json:
     `alpha` and `info`. Empty for checkpoints of other programs.
   """
   own = _formats.metadata(path).custom.get('jaxsoup', {})
-  return _from_json({**sidecar_of(pathlib.Path(path)), **own})
+  try:
+    return _from_json({**sidecar_of(pathlib.Path(path)), **own})
+  except (KeyError, TypeError) as e:
+    raise _source.damaged(path, f'what is stored with it is wrong: {e}') from e
 
 
 def sidecar_of(folder: pathlib.Path) -> Json:
   """What is stored next to the weights of a Hugging Face directory."""
   file = folder / SIDECAR_FILE
-  return dict(_json.read(file)) if file.is_file() else {}
+  if not file.is_file():
+    return {}
+  try:
+    return _source.own_of(_json.read(file))
+  except TypeError as e:
+    raise _source.damaged(file, e) from e
 
 
 def _describe(ingredients: _ingredients.Ingredients | None) -> list[Json]:

@@ -5,12 +5,16 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 import math
 import os
+import pathlib
 import threading
+from typing import Any
 from typing import NamedTuple
+import zipfile
 
 import jax
 import numpy as np
 
+from jaxsoup import _json
 from jaxsoup import _tree
 from jaxsoup.typing import DType
 from jaxsoup.typing import Json
@@ -18,6 +22,11 @@ from jaxsoup.typing import PathLike
 
 Index = tuple[slice, ...]
 ReadFn = Callable[[Index], np.ndarray]
+
+
+# An archive that unpacks to more was made to fill memory, not to hold arrays.
+_MOST_UNPACKED = 1 << 30
+_MOST_TIMES = 100
 
 
 class Metadata(NamedTuple):
@@ -84,6 +93,56 @@ def paths_of(names: Iterable[str], separator: str) -> list[_tree.Path]:
   if groups & set(paths):
     return [(name,) for name in names]
   return paths
+
+
+# What is stored with the arrays, by name, and its types as JSON.
+_OWN: dict[str, Any] = {
+    'alpha': (dict, list),
+    'checksums': dict,
+    'content_hash': str,
+    'files': dict,
+    'info': dict,
+    'ingredients': list,
+    'metadata': dict,
+}  # fmt: skip
+
+
+def own_of(content: Any) -> Json:
+  """What we stored with arrays, of the types that it must have.
+
+  Args:
+    content: parsed from JSON, with or without its checksum.
+
+  Returns:
+    The same without its checksum.
+
+  Raises:
+    TypeError: a value has another type.
+    ValueError: it was changed after it was written.
+  """
+  if not isinstance(content, dict):
+    raise TypeError('what is stored with it is no JSON object')
+  own = _json.unsealed(content)
+  for key, kind in _OWN.items():
+    if own.get(key) is not None and not isinstance(own[key], kind):
+      raise TypeError(f'{key} is {str(own[key])[:60]!r} in what it says')
+  if odd := [f for f in own.get('files') or () if pathlib.Path(f).name != f]:
+    raise TypeError(f'{odd[0]!r} is no file of its directory')
+  for key in ('checksums', 'files'):
+    if not all(isinstance(x, str) for x in (own.get(key) or {}).values()):
+      raise TypeError(f'one of its {key} has a checksum that is not text')
+  return own
+
+
+def check_archive(archive: zipfile.ZipFile) -> None:
+  """Raises a ValueError where a small archive would become a large one."""
+  infos = archive.infolist()
+  unpacked = sum(i.file_size for i in infos)
+  packed = sum(i.compress_size for i in infos)
+  if unpacked > max(_MOST_UNPACKED, _MOST_TIMES * packed):
+    raise ValueError(
+        f'its {packed:,} bytes would become {unpacked:,} when they are unpacked'
+    )
 
 
 class DamagedError(ValueError):

@@ -7,9 +7,11 @@ bytes are memory-mapped and read when they are needed; files from torch before
 
 from collections.abc import Iterator
 from collections.abc import Mapping
+import itertools
 import pathlib
 import re
 from typing import Any
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -26,23 +28,34 @@ _REFUSED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _WRAPPERS = ('state_dict', 'model')
+# A pickled dict can contain itself.
+_MOST_LEVELS = 100
+_MOST_ENTRIES = 1_000_000
 # dtypes that NumPy lacks, and integers of their size.
 _VIEWS = {
     'bfloat16': ('int16', jnp.bfloat16),
     'float8_e4m3fn': ('uint8', jnp.float8_e4m3fn),
     'float8_e5m2': ('uint8', jnp.float8_e5m2),
+    'float8_e4m3fnuz': ('uint8', jnp.float8_e4m3fnuz),
+    'float8_e5m2fnuz': ('uint8', jnp.float8_e5m2fnuz),
 }
 
 
 def open_source(path: pathlib.Path) -> _source.Source:
   """Opens a file; reads only names and shapes if its format is current."""
-  tensors = dict(_tensors(_state_dict(_loaded(path))))
+  content, num_bytes = _loaded(path)
+  try:
+    pairs = list(_tensors(_state_dict(content)))
+    tensors = dict(pairs)
+    if len(tensors) < len(pairs):
+      raise ValueError('two of its tensors have the same name')
+  except ValueError as e:
+    raise _source.damaged(path, e) from e
   if not tensors:
     raise ValueError(
         f'{path} holds no tensors. Save only the tensors: '
         'torch.save(model.state_dict(), path).'
     )
-  num_bytes = path.stat().st_size
   for name, tensor in tensors.items():
     _check(path, name, tensor, num_bytes)
   by_path = dict(zip(_source.paths_of(tensors, '.'), tensors.values()))
@@ -64,7 +77,8 @@ def open_source(path: pathlib.Path) -> _source.Source:
   )
 
 
-def _loaded(path: pathlib.Path) -> Any:
+def _loaded(path: pathlib.Path) -> tuple[Any, int]:
+  """The content of a file, and its bytes when they are unpacked."""
   try:
     import torch
   except ImportError as e:
@@ -72,12 +86,21 @@ def _loaded(path: pathlib.Path) -> Any:
         f'{path} is a torch file, and torch is not installed: '
         '`pip install torch`, or save the model as safetensors.'
     ) from e
-  with path.open('rb') as f:
-    is_mapped = f.read(4) == b'PK\x03\x04'
   try:
-    return torch.load(
+    with path.open('rb') as f:
+      is_archive = f.read(4) == b'PK\x03\x04'
+    is_mapped, num_bytes = False, path.stat().st_size
+    if is_archive:
+      with zipfile.ZipFile(path) as archive:
+        _source.check_archive(archive)
+        infos = archive.infolist()
+      # torch would take compressed bytes for values.
+      is_mapped = all(i.compress_type == zipfile.ZIP_STORED for i in infos)
+      num_bytes = sum(i.file_size for i in infos)
+    content = torch.load(
         str(path), map_location='cpu', mmap=is_mapped, weights_only=True
     )
+    return content, num_bytes
   # The unpickler raises all kinds of errors on invalid bytes.
   except Exception as e:
     said = str(e)
@@ -95,23 +118,34 @@ def _loaded(path: pathlib.Path) -> Any:
 
 def _state_dict(content: Any) -> Any:
   """The state dict, without the wrappers of training scripts."""
-  while isinstance(content, Mapping):
-    inside = [w for w in _WRAPPERS if isinstance(content.get(w), Mapping)]
+  for _ in range(_MOST_LEVELS):
+    inside = [
+        content[w]
+        for w in _WRAPPERS
+        if isinstance(content, Mapping) and isinstance(content.get(w), Mapping)
+    ]
     if not inside:
-      break
-    content = content[inside[0]]
-  return content
+      return content
+    content = inside[0]
+  return content  # Which contains itself: `_tensors` says so.
 
 
-def _tensors(content: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+def _tensors(content: Any) -> Iterator[tuple[str, Any]]:
   """The tensors by name; epochs, arguments and the like are left out."""
   import torch
 
-  if isinstance(content, torch.Tensor):
-    yield prefix.removesuffix('.') or 'tensor', content.detach()
-  elif isinstance(content, Mapping):
-    for key, child in content.items():
-      yield from _tensors(child, f'{prefix}{key}.')
+  counter = itertools.count(1)
+
+  def visit(content, keys):
+    if len(keys) > _MOST_LEVELS or next(counter) > _MOST_ENTRIES:
+      raise ValueError('its dicts contain one another, or too many entries')
+    if isinstance(content, torch.Tensor):
+      yield '.'.join(keys) or 'tensor', content.detach()
+    elif isinstance(content, Mapping):
+      for key, child in content.items():
+        yield from visit(child, (*keys, str(key)))
+
+  return visit(content, ())
 
 
 def _check(path: pathlib.Path, name: str, tensor: Any, num_bytes: int) -> None:
@@ -128,7 +162,13 @@ def _check(path: pathlib.Path, name: str, tensor: Any, num_bytes: int) -> None:
         f'{name!r} declares {tensor.numel() * tensor.element_size():,} bytes, '
         f'but the file has {num_bytes:,}',
     )
-  _dtype_of(tensor)
+  try:
+    _dtype_of(tensor)
+  except TypeError as e:
+    raise ValueError(
+        f'{path}: {name!r} has dtype {tensor.dtype}, which jax does not have. '
+        'Convert it, and save the file again.'
+    ) from e
 
 
 def _dtype_of(tensor: Any) -> np.dtype:

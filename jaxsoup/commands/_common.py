@@ -5,7 +5,6 @@ import contextlib
 import os
 import pathlib
 import re
-import traceback
 from typing import Annotated
 from typing import NoReturn
 import warnings
@@ -14,9 +13,6 @@ import typer
 
 from jaxsoup import _files
 from jaxsoup.experiments import user_code
-
-# The variable that stands for --traceback.
-TRACEBACK = 'JAXSOUP_TRACEBACK'
 
 Json = Annotated[bool, typer.Option('--json', help='Print the result as JSON.')]
 Item = Annotated[
@@ -36,6 +32,13 @@ def local_path(text: str | pathlib.Path) -> pathlib.Path:
         'here, or read a bucket (gs://) from Python: '
         'jaxsoup.checkpoints.Ingredients.'
     )
+  try:
+    str(text).encode()
+  except ValueError as e:
+    raise typer.BadParameter(
+        f'{str(text)!r} has characters that no path can have ({e}). Rename it, '
+        'or give another path.'
+    ) from e
   return pathlib.Path(text)
 
 
@@ -60,9 +63,7 @@ def failures() -> Iterator[None]:
   except typer.Exit:
     raise
   except Exception as e:
-    if os.environ.get(TRACEBACK):
-      traceback.print_exc()
-    _fail(_message(e), code=getattr(e, 'exit_code', 1))
+    _fail(user_code.message(e), code=getattr(e, 'exit_code', 1))
 
 
 @contextlib.contextmanager
@@ -74,20 +75,9 @@ def held(out: pathlib.Path) -> Iterator[None]:
   lock = out.absolute().parent / f'.{out.name}.lock'
   with locking.locked(lock, out):
     _files.clear_leftovers(out.absolute().parent, out.name)
-    if out.exists():  # Since the options were parsed.
+    if os.path.lexists(out):  # Since the options were parsed.
       raise FileExistsError(f'{out} exists. Give another path.')
     yield
-
-
-def _message(error: Exception) -> str:
-  known = ImportError, MemoryError, OSError, TypeError, ValueError
-  if isinstance(error, (*known, user_code.UserCodeError)):
-    return str(error)
-  return (
-      f'{user_code.described(error)}. This should not happen: a file may be '
-      'damaged in a way that is not recognized. jaxsoup --traceback COMMAND... '
-      'shows more.'
-  )
 
 
 def echo(text: object, err: bool = False) -> None:

@@ -1,6 +1,7 @@
 """Options of `jaxsoup soup` that several recipes have, or that are parsed."""
 
 import enum
+import os
 import pathlib
 import re
 from typing import Annotated
@@ -15,7 +16,7 @@ SHARD_BYTES = 5 * 10**9
 
 def _new_path(text: str) -> pathlib.Path:
   path = _common.local_path(text)
-  if path.exists():
+  if os.path.lexists(path):
     raise typer.BadParameter(f'{path} exists: give another path.')
   return path
 
@@ -88,7 +89,10 @@ Strict = Annotated[
 ]
 Scores = Annotated[
     pathlib.Path | None,
-    typer.Option(help='File of scores, from which a repeated command resumes.'),
+    typer.Option(
+        parser=_common.local_path,
+        help='File of scores, from which a repeated command resumes.',
+    ),
 ]
 # Of each run; a list of floats when it is parsed.
 Alpha = Annotated[

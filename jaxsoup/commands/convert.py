@@ -13,6 +13,7 @@ def convert(
     source: Annotated[
         pathlib.Path,
         typer.Argument(
+            parser=_common.local_path,
             help='Hugging Face directory, .safetensors, .npz or torch file, or '
             'Orbax checkpoint.',
             show_default=False,
@@ -20,7 +21,11 @@ def convert(
     ],
     out: Annotated[
         pathlib.Path,
-        typer.Argument(help='New file or directory.', show_default=False),
+        typer.Argument(
+            parser=_common.local_path,
+            help='New file or directory.',
+            show_default=False,
+        ),
     ],
     to: Annotated[
         str | None,
@@ -42,8 +47,9 @@ def convert(
     like: Annotated[
         pathlib.Path | None,
         typer.Option(
+            parser=_common.local_path,
             help='File or directory of the same model with the wanted names; '
-            'SOURCE then has the names of jaxsoup, as soups do.'
+            'SOURCE then has the names of jaxsoup, as soups do.',
         ),
     ] = None,
     family: Annotated[

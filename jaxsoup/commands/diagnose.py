@@ -1,6 +1,7 @@
 """`jaxsoup diagnose`: why a soup of these runs fails, or whether it would."""
 
 import json
+import math
 import pathlib
 from typing import Annotated
 
@@ -16,7 +17,10 @@ def diagnose(
     runs: _common.Runs,
     init: Annotated[
         pathlib.Path | None,
-        typer.Option(help='Checkpoint that all runs were fine-tuned from.'),
+        typer.Option(
+            parser=_common.local_path,
+            help='Checkpoint that all runs were fine-tuned from.',
+        ),
     ] = None,
     eval_name: Annotated[
         str | None,
@@ -57,6 +61,7 @@ def diagnose(
         pathlib.Path | None,
         typer.Option(
             '--report',
+            parser=_common.local_path,
             metavar='FILE.html',
             help='Also write an HTML page; with --eval and up to 12 runs it '
             'has a map of the barriers.',
@@ -68,6 +73,11 @@ def diagnose(
   """Explains why a soup of the runs fails, and which of them to average."""
   if len(runs) < 2:
     raise typer.BadParameter('give two or more runs.', param_hint='RUNS')
+  if not math.isfinite(tolerance):
+    raise typer.BadParameter(
+        f'{tolerance} is not a drop of a score: give a number such as 0.02.',
+        param_hint='--tolerance',
+    )
   for name, hint in (
       (logits_name, '--logits'), (recalibrate_name, '--recalibrate')
   ):  # fmt: skip

@@ -32,6 +32,7 @@ def plan(
         int | None,
         typer.Option(
             min=1,
+            max=4096,
             help='Instead of --topology: number of virtual CPU devices.',
         ),
     ] = None,
@@ -46,7 +47,7 @@ def plan(
         pathlib.Path | None,
         typer.Option(
             '--json',
-            dir_okay=False,
+            parser=_common.local_path,
             help='Also write the plan to this file, as JSON.',
         ),
     ] = None,

@@ -15,6 +15,7 @@ def report(
     source: Annotated[
         pathlib.Path,
         typer.Argument(
+            parser=_common.local_path,
             help='Workdir of an experiment, or file of scores with one row per '
             'model: .jsonl (JSON lines), .json or .csv.',
             show_default=False,
@@ -23,6 +24,7 @@ def report(
     out: Annotated[
         pathlib.Path | None,
         typer.Option(
+            parser=_common.local_path,
             help='HTML file; figures and numbers go into the directory of the '
             'same name without .html. Default: WORKDIR/report.html, or the '
             'file of scores with the ending .html.',

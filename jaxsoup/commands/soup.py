@@ -87,7 +87,10 @@ def model_stock(
     out: _options.Out,
     init: Annotated[
         pathlib.Path,
-        typer.Option(help='Checkpoint that all runs were fine-tuned from.'),
+        typer.Option(
+            parser=_common.local_path,
+            help='Checkpoint that all runs were fine-tuned from.',
+        ),
     ],
     item: _common.Item = None,
     max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
@@ -119,7 +122,11 @@ def greedy(
     strict: _options.Strict = False,
     seed: Annotated[
         int | None,
-        typer.Option(help='Seed of a random order. Default: best score first.'),
+        typer.Option(
+            min=0,
+            max=2**32 - 1,
+            help='Seed of a random order. Default: best score first.',
+        ),
     ] = None,
     scores: _options.Scores = None,
     item: _common.Item = None,
@@ -203,7 +210,7 @@ def learned(
         bool, typer.Option('--per-tensor', help='Learn one alpha per tensor.')
     ] = False,
     learning_rate: Annotated[
-        float, typer.Option(help='Learning rate of AdamW.')
+        float, typer.Option(min=0, help='Learning rate of AdamW.')
     ] = 0.05,
     epochs: Annotated[int, typer.Option(min=1, help='Number of epochs.')] = 5,
     stream: Annotated[
@@ -237,15 +244,17 @@ def learned(
 
     import jaxsoup
 
-    loss_fn, batches, *val_batches = user_code.load(loss_name, '--loss')()
+    loss_fn, batches, *val_batches = _problem(loss_name)
     return jaxsoup.learned(
         ingredients,
         loss_fn,
-        ingredients.stopping(batches),
+        ingredients.stopping(user_code.Guarded(batches, loss_name)),
         tx=optax.adamw(learning_rate, weight_decay=0.0),
         num_epochs=epochs,
         group_fn=lambda path: path if per_tensor else (),
-        val_batches=val_batches[0] if val_batches else None,
+        val_batches=user_code.Guarded(val_batches[0], loss_name)
+        if val_batches
+        else None,
         stream=stream,
         cache_dtype=cache_dtype and cache_dtype.value,
         on_start=_show_plan if jax.process_index() == 0 else None,
@@ -256,6 +265,20 @@ def learned(
       'learned',
       recipe_fn,
   )
+
+
+def _problem(loss_name: str) -> tuple[Any, ...]:
+  """What the function of --loss returns: loss_fn, batches, val_batches."""
+  made = user_code.load(loss_name, '--loss')()
+  parts = made if isinstance(made, (list, tuple)) else ()
+  if len(parts) not in (2, 3) or not callable(parts[0]):
+    raise ValueError(
+        f'--loss {loss_name} returned {made!r:.80}: expected loss_fn, batches '
+        'and perhaps val_batches.'
+    )
+  file = user_code.file_of(loss_name)
+  loss_fn = user_code.guarded(parts[0], file, f'loss_fn of {loss_name}')
+  return loss_fn, *parts[1:]
 
 
 def _score_log(scores, ingredients, eval_name):

@@ -107,7 +107,9 @@ class Pool:
     if not hasattr(self.ingredients, 'metadata'):
       return {}
     custom = self.ingredients.metadata(k).custom or {}
-    return custom.get('jaxsoup', {}).get('metadata') or custom
+    own = custom.get('jaxsoup', {}).get('metadata') or custom
+    # Other programs store other things under these names.
+    return own if isinstance(own.get('config', {}), dict) else {}
 
   def _parts(self, paths, members):
     if self._is_streamed:

@@ -11,6 +11,7 @@ measured.drops                                  # [K, K], fall below the chord
 from collections.abc import Collection
 from collections.abc import Sequence
 import itertools
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -138,7 +139,7 @@ class Trials:
   def _of_soup(self, params: Params) -> float:
     """The score of an average, with re-estimated running statistics."""
     if self._recalibrate_fn is not None:
-      params = self._recalibrate_fn(params)
+      params = _recalibrated(params, self._recalibrate_fn(params))
     return self._score(params)
 
   def _mean(self, members: Sequence[int]) -> Params:
@@ -155,7 +156,13 @@ class Trials:
       params = self._pool.ingredients[k]
       self.scores[k] = self._score(params)
       if self._logits_fn is not None:
-        classes[k] = np.asarray(self._logits_fn(params)).argmax(-1)
+        classes[k] = _classes(self._logits_fn(params))
+    sizes = sorted({len(x) for x in classes.values()})
+    if len(sizes) > 1:
+      raise ValueError(
+          f'logits_fn returned logits of {sizes[0]} examples for one model and '
+          f'of {sizes[-1]} for another: use the same examples for all.'
+      )
     disagreement = np.full((num, num), np.nan)
     for i, j in itertools.product(classes, repeat=2):
       disagreement[i, j] = np.mean(classes[i] != classes[j])
@@ -290,3 +297,28 @@ def _between(first, second, t):
     return ((1 - share) * x_wide + share * y_wide).astype(x.dtype)
 
   return [mix(x, y) for x, y in zip(first, second)]
+
+
+def _classes(logits: Any) -> np.ndarray:
+  """The predicted class of each example, `[N]`."""
+  array = np.asarray(jax.device_get(logits))
+  # Small floats such as bfloat16 are of kind V.
+  is_matrix = array.ndim == 2 and array.size and array.dtype.kind in 'fiuV'
+  if not is_matrix or (array != array).any():
+    raise ValueError(
+        f'logits_fn returned {array.dtype}{list(array.shape)}: expected logits '
+        '[N, C] of N held-out examples, without NaN.'
+    )
+  return array.argmax(-1)
+
+
+def _recalibrated(params: Params, returned: Any) -> Params:
+  """What recalibrate_fn returned, if it has all parameters."""
+  theirs = jax.tree.map(np.shape, returned, is_leaf=lambda x: x is None)
+  ours = jax.tree.map(np.shape, params)
+  if theirs != ours:
+    raise ValueError(
+        f'recalibrate_fn returned {returned!r:.80}: expected all parameters '
+        'that it was given, in their shapes, with new statistics.'
+    )
+  return returned

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import difflib
 import importlib.util
 import json
+import math
 import pathlib
 import sys
 from typing import Any
@@ -22,6 +23,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from jaxsoup import _files
+from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup.experiments import user_code
 from jaxsoup.typing import Json
@@ -139,6 +141,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
   Raises:
     UsageError: no such file, function, key, or a value of another type.
   """
+  if '://' in path:
+    raise UsageError(f'{path} is an address: copy the config here.')
   file, _, arg = path.partition(':')
   if not pathlib.Path(file).is_file():
     folder = pathlib.Path(file).parent
@@ -147,7 +151,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     )
     raise UsageError(
         f'There is no config {file}.'
-        + (f' {folder} has: {", ".join(there)}.' if there else '')
+        + (f' Give one of {folder}: {", ".join(there)}.' if there else '')
     )
   module = _module(file)
   needed = ('get_config', 'sweep')
@@ -155,8 +159,15 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     raise UsageError(
         f'{file} has no function {", ".join(missing)}: see configs/digits.py.'
     )
+  for name in ('get_config', 'sweep', 'data', 'model'):
+    if not callable(getattr(module, name, len)):
+      raise UsageError(f'{file}: {name} is no function: see configs/digits.py.')
   call = lambda name: user_code.guarded(
       getattr(module, name), module.__file__, f'{path}: {name}'
+  )
+  # What the library raises in them says what to do.
+  made = lambda name: hasattr(module, name) and user_code.guarded(
+      getattr(module, name), module.__file__, f'{path}: {name}', _OF_LIBRARY
   )
   try:
     config = call('get_config')(arg or None)
@@ -175,26 +186,49 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
         'config', config, flag_values=values, sys_argv=argv
     )
     values(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+  except (
+      flags.Error, AttributeError, IndexError, KeyError, TypeError, ValueError
+  ) as e:  # fmt: skip
     raise UsageError(
         _explain(overrides, module.get_config(arg or None), e)
     ) from e
   if problems := list(_problems(_flat(values.config))):
     raise UsageError(f'{path}: {"; ".join(problems)}.')
+  runs = user_code.guarded(
+      lambda config: list(module.sweep(config)),
+      module.__file__,
+      f'{path}: sweep',
+  )(values.config)
+  if problem := _problem_of(runs):
+    raise UsageError(f'{path}: sweep returned {problem}.')
   return Experiment(
-      values.config,
-      list(call('sweep')(values.config)),
-      getattr(module, 'data', None),
-      getattr(module, 'model', None),
+      values.config, runs, made('data') or None, made('model') or None
   )
 
 
+def _problem_of(runs: list[Any]) -> str:
+  """What is wrong with the runs that a sweep returned, if anything is."""
+  if not runs:
+    return 'no runs: expected one dict of hyper-parameters for each'
+  for i, run in enumerate(runs):
+    if not isinstance(run, dict):
+      return f'{run!r:.60} as run {i}: expected a dict of hyper-parameters'
+    for key in ('learning_rate', 'weight_decay'):
+      value = run.get(key, 0.0)
+      if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        return f'{key} {value!r:.60} in run {i}: expected a number from 0 on'
+  return ''
+
+
+_OF_LIBRARY = (ImportError, OSError, ValueError)
 # What fields may hold, by the last part of their name.
 _POSITIVE = {
     'batch_size', 'depth', 'group_size', 'mlp_width', 'num_accumulated',
     'num_classes', 'num_epochs', 'num_heads', 'num_runs',
     'num_splits', 'patch_size', 'width',
 }  # fmt: skip
+_OF_TRAINING = ('finetune', 'learned', 'pretrain', 'sweep')
+_SEEDS = ('draw', 'seed')
 _SHARES = {
     'ema',
     'final',
@@ -211,18 +245,28 @@ def _problems(fields: Json) -> Iterator[str]:
     section, _, name = key.rpartition('.')
     numbers = value if isinstance(value, (tuple, list)) else [value]
     if not all(type(x) in (int, float) for x in numbers):
+      if name in _SHARES and isinstance(value, (tuple, list)):
+        yield f'config.{key} is {value!r}: expected numbers between 0 and 1'
       continue
     expected = ''
-    if name in _POSITIVE and min(numbers, default=1) < 1:
+    if not all(map(math.isfinite, numbers)):
+      expected = 'a finite number'
+    elif name in _POSITIVE and min(numbers, default=1) < 1:
       expected = '1 or more'
     elif name in _SHARES and not all(0 <= x <= 1 for x in numbers):
       expected = 'between 0 and 1'
     elif section == 'sweep' and len(numbers) == 2 and numbers[0] > numbers[1]:
       expected = 'a range, low before high'
+    elif name == 'image_shape' and (len(numbers) != 3 or min(numbers) < 1):
+      expected = 'height, width and channels'
     elif name == 'keep_epochs':
       last = fields.get(f'{section}.num_epochs', 1)
       if not all(1 <= x <= last for x in numbers):
         expected = f'epochs from 1 to {last}, which is num_epochs'
+    is_of_runs = section.partition('.')[0] in _OF_TRAINING
+    is_negative = min(numbers, default=0) < 0 and name not in _SEEDS
+    if is_of_runs and is_negative and not expected:
+      expected = '0 or more'
     if expected:
       yield f'config.{key} is {value!r}: expected {expected}'
 
@@ -261,7 +305,8 @@ def _flat(config: ml_collections.ConfigDict) -> Json:
 
 def _module(file: str) -> Any:
   spec = importlib.util.spec_from_file_location('jaxsoup_config', file)
-  assert spec is not None and spec.loader is not None
+  if spec is None or spec.loader is None:
+    raise UsageError(f'{file} is no Python file: its name must end in .py.')
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module  # Where dataclasses look it up.
   user_code.guarded(spec.loader.exec_module, file, file)(module)
@@ -280,14 +325,20 @@ def check_unchanged(
     UsageError: the workdir belongs to another config; names what differs.
     ValueError: the stored config is unreadable.
   """
-  now = _lasting(json.loads(json.dumps(_flat(config))))
+  try:
+    now = _lasting(json.loads(json.dumps(_flat(config))))
+  except TypeError as e:
+    raise UsageError(
+        f'The config holds what JSON cannot hold: {e}. Use numbers, text, '
+        'lists and dicts.'
+    ) from e
   now.pop('sweep.shard', None)  # It decides where a run is trained, not what.
   if not file.exists():
     require_new(file.parent)
     _store(now, file)
     return
   try:
-    then = _lasting(dict(json.loads(file.read_text())))
+    then = _lasting(dict(_json.parsed(file.read_bytes())))
   except (TypeError, ValueError) as e:
     raise ValueError(
         f'{file} is unreadable: {e}. Delete that file if the workdir belongs '

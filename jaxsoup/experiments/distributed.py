@@ -56,7 +56,7 @@ def start(*, timeout: int = 300) -> None:
     jax.distributed.initialize(
         coordinator, num_processes, process, initialization_timeout=timeout + 60
     )
-  except (RuntimeError, ValueError) as e:
+  except (IndexError, OverflowError, RuntimeError, ValueError) as e:
     raise ValueError(
         f'jax cannot join the other processes: {str(e).splitlines()[0]} Set '
         'JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES=N and '

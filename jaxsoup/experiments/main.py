@@ -48,6 +48,7 @@ import jax
 from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup import report
+from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import distributed
 from jaxsoup.experiments import locking
@@ -171,11 +172,17 @@ def opened(
       for name in ('.', 'runs', 'soups', 'logits', 'landscape'):
         _files.clear_leftovers(workdir / name)
     progress_fn('pre-training', 0.0)
+    splits = experiment.data_fn(config)
+    if not isinstance(splits, sources.Splits):
+      raise configs.UsageError(
+          f'data(config) returned {splits!r:.80}: expected '
+          'jaxsoup.data.sources.Splits, see configs/digits.py.'
+      )
     has_board = config.get('tensorboard', False)
     work = stages.Work(
         experiment=experiment,
         model=modeling.of(experiment),
-        splits=experiment.data_fn(config),
+        splits=splits,
         workdir=workdir,
         progress_fn=progress_fn,
         stop=stop or preemption.Stop(),
@@ -247,10 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       distributed.start()
     print(distributed.banner(workdir), file=sys.stderr)
     tables = run_seeds(asked.config, workdir, asked.overrides, asked.num_seeds)
-  except (
-      ImportError, OSError, TypeError, ValueError, user_code.UserCodeError
-  ) as e:  # fmt: skip
-    print(f'Error: {e}', file=sys.stderr)
+  except Exception as e:
+    print(f'Error: {user_code.message(e)}', file=sys.stderr)
     return getattr(e, 'exit_code', 1)
   if not _processes.is_main():
     return 0

@@ -74,7 +74,13 @@ class Model:
 
 def of(experiment: configs.Experiment) -> Model:
   """The model of an experiment: `model(config)` of its file, or `make`."""
-  return (experiment.model_fn or make)(experiment.config)
+  model = (experiment.model_fn or make)(experiment.config)
+  if not isinstance(model, Model):
+    raise configs.UsageError(
+        f'model(config) returned {model!r:.80}: expected a modeling.Model, as '
+        'modeling.of_module makes it.'
+    )
+  return model
 
 
 def make(config: ml_collections.ConfigDict) -> Model:

@@ -6,6 +6,9 @@ function = user_code.load('package.module:function')
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+import errno
 import functools
 import hashlib
 import importlib
@@ -15,9 +18,11 @@ import sys
 import traceback
 from typing import Any
 
+# The variable that stands for --traceback.
+TRACEBACK = 'JAXSOUP_TRACEBACK'
 # A user's code may raise anything; `sys.exit(0)` in it must not look like
 # success. Only Ctrl-C is left alone.
-_ANYTHING = (Exception, SystemExit)
+_ANYTHING = BaseException
 
 
 class UserCodeError(Exception):
@@ -39,7 +44,8 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
     UserCodeError: its module raised when it was imported.
   """
   module_name, _, function_name = name.partition(':')
-  if not function_name:
+  words = [*module_name.split('.'), function_name]
+  if not all(word.isidentifier() for word in words):
     raise ValueError(f'{option} {name}: write package.module:function.')
   sys.path.insert(0, '')
   importlib.invalidate_caches()  # The file may be new.
@@ -50,13 +56,20 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
         f'{option} {name}: cannot import {module_name}: {e}. Modules are '
         'imported from the current directory and from installed packages.'
     ) from e
+  except KeyboardInterrupt:
+    raise
   except _ANYTHING as e:
     raise UserCodeError(
         f'{option} {name}: importing {module_name} raised {described(e)}'
     ) from e
   function = getattr(module, function_name, None)
   if not callable(function):
-    raise ValueError(f'{option} {name}: {module_name} has no such function.')
+    file = getattr(module, '__file__', None)
+    there = [k for k, x in vars(module).items() if _is_from(x, module)]
+    raise ValueError(
+        f'{option} {name}: {module_name} has no such function. {file} has: '
+        f'{", ".join(there[:8]) or "none"}.'
+    )
 
   file = getattr(module, '__file__', None)
   called = guarded(function, file, name)
@@ -65,19 +78,47 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
   return called
 
 
+def _is_from(value: Any, module: Any) -> bool:
+  """Whether a function was written in that module, not imported there."""
+  return callable(value) and (
+      getattr(value, '__module__', None) == module.__name__
+  )
+
+
+def file_of(name: str) -> str | None:
+  """The file of the module of a loaded function; None if it has none."""
+  module = sys.modules.get(name.partition(':')[0])
+  return getattr(module, '__file__', None)
+
+
 def identity(name: str) -> str:
   """The name of a loaded function, with a hash of the file of its module."""
-  file = getattr(sys.modules[name.partition(':')[0]], '__file__', None)
+  file = file_of(name)
   if file is None:  # Part of Python itself.
     return name
   source = pathlib.Path(file).read_bytes()
   return f'{name} (sha256 {hashlib.sha256(source).hexdigest()[:16]})'
 
 
-def guarded(function: Any, file: str | None, name: str) -> Any:
+def guarded(
+    function: Any,
+    file: str | None,
+    name: str,
+    passing: tuple[type[BaseException], ...] = (),
+) -> Any:
   """A function of the user, whose errors say where they were raised.
 
   It cannot end the program in silence, nor change its working directory.
+
+  Args:
+    function: of the user.
+    file: where it is written; None if that is not known.
+    name: of the function, for messages.
+    passing: errors that are raised as they are, because their messages say what
+      to do.
+
+  Returns:
+    A function with the same arguments, which raises `UserCodeError`.
   """
 
   @functools.wraps(function)
@@ -85,7 +126,9 @@ def guarded(function: Any, file: str | None, name: str) -> Any:
     here = os.getcwd()
     try:
       return function(*args, **kwargs)
-    except UserCodeError:
+    except (KeyboardInterrupt, UserCodeError):
+      raise
+    except passing:
       raise
     except _ANYTHING as e:
       raise UserCodeError(f'{name} raised {described(e, file)}') from e
@@ -95,12 +138,85 @@ def guarded(function: Any, file: str | None, name: str) -> Any:
   return call
 
 
+class Guarded:
+  """Batches of the user, whose errors say where they were raised."""
+
+  def __init__(self, batches: Any, name: str):
+    if not isinstance(batches, Iterable):
+      raise ValueError(
+          f'{name} returned batches that are {batches!r:.80}: expected a list '
+          'of batches.'
+      )
+    self._batches, self._name = batches, name
+
+  def __iter__(self) -> Iterator[Any]:
+    name = f'the batches of {self._name}'
+    file = file_of(self._name)
+    iterator = guarded(iter, file, name)(self._batches)
+    end = object()
+    following = guarded(lambda: next(iterator, end), file, name)
+    while (batch := following()) is not end:  # `==` would compare arrays.
+      yield batch
+
+
+def message(error: Exception) -> str:
+  """An error for a person: what is wrong, where, and what to do.
+
+  Also prints the traceback, if that was asked for.
+
+  Args:
+    error: of a command.
+
+  Returns:
+    The text.
+  """
+  if os.environ.get(TRACEBACK):
+    traceback.print_exception(error)
+  if isinstance(error, OSError) and str(error).startswith('[Errno '):
+    return _of_system(error)
+  known = ImportError, MemoryError, OSError, TypeError, ValueError
+  if isinstance(error, (*known, UserCodeError)) and str(error):
+    return str(error)
+  return (
+      f'{described(error)}. This should not happen: a file may be damaged in a '
+      'way that is not recognized. jaxsoup --traceback COMMAND... shows more.'
+  )
+
+
+def _of_system(error: OSError) -> str:
+  """What the system says of a path, and what to do about it."""
+  if error.filename is None or error.errno is None:
+    return described(error)
+  said = error.strerror or str(error)
+  if said != os.strerror(error.errno):  # Ours, which says what to do.
+    return str(error)
+  path = os.fsdecode(error.filename2 or error.filename)
+  return f'{path}: {said[:1].lower()}{said[1:]}. {_advice(error.errno)}'
+
+
+def _advice(number: int) -> str:
+  if number == errno.ENAMETOOLONG:
+    return 'Give a shorter name.'
+  if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+    return 'Change its permissions, or give another path.'
+  if number in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR):
+    return (
+        'It is a file, and not a directory, or the reverse: give another path.'
+    )
+  return 'Check that path, or give another one.'
+
+
 def described(error: BaseException, file: str | None = None) -> str:
   """An error in one line, with the line of a file that raised it."""
   frames = traceback.extract_tb(error.__traceback__)
   theirs = [f for f in frames if f.filename == file]
-  text = f'{type(error).__name__}: {error}'.splitlines()[0]
+  try:
+    text = f'{type(error).__name__}: {error}'.splitlines()[0]
+  except Exception:  # Its __str__ raises as well.
+    text = type(error).__name__
   if isinstance(error, SyntaxError):  # It names the place itself.
     return text
   last = (theirs or frames)[-1]
+  if last.filename == __file__:  # It could not be called as it is called here.
+    return f'{text}. Write it with the arguments that --help shows.'
   return f'{text} ({last.filename}, line {last.lineno})'

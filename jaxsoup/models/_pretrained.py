@@ -227,7 +227,15 @@ def identify(
   """
   own = checkpoints.provenance(stored.path).get('metadata', {})
   if 'model' in own:
-    return Kind(**own['model'], separator=stored.separator)
+    try:
+      kind = Kind(**own['model'], separator=stored.separator)
+      return kind._replace(arguments=dict(kind.arguments))
+    except (TypeError, ValueError) as e:
+      raise ValueError(
+          f'{stored.path} says of its model {str(own["model"])[:60]!r}: '
+          f'expected a family, names and arguments ({e}). Restore it from a '
+          'copy.'
+      ) from e
   config = _config_next_to(stored.path)
   if 'model_type' in config and family is None:
     model_type = config['model_type']
@@ -284,13 +292,13 @@ def _config_next_to(path: str) -> Json:
   config = file.with_name(name)
   if (
       file.suffix not in ('.safetensors', '.json', '.bin')
-      or not config.exists()
+      or not config.is_file()
   ):
     return {}
-  try:
-    return _json.read(config)
-  except ValueError as e:
-    raise ValueError(f'{config} is not valid JSON: {e}.') from e
+  content = _json.read(config)
+  if not isinstance(content, dict):
+    raise ValueError(f'{config} is no JSON object. Restore it from a copy.')
+  return content
 
 
 def save(path: PathLike, params: Params, *, like: PathLike) -> str:

@@ -12,6 +12,7 @@ import difflib
 import io
 import math
 import pathlib
+import sys
 from typing import Any
 
 from jaxsoup import _json
@@ -20,6 +21,8 @@ from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
 
+_Pair = tuple[str, Any]
+_MOST_LEVELS = 20
 KINDS = ('single', 'soup', 'ensemble')
 _NAMES = ('name', 'model_name', 'model')
 _NOT_SETTINGS = {*_NAMES, 'kind', 'metric', 'nll', 'ece', 'cost'}
@@ -167,12 +170,16 @@ def _records(path: pathlib.Path) -> Iterator[Json]:
         f'{path}: expected a name that ends with .jsonl (JSON lines), .json '
         'or .csv.'
     )
-  text = path.read_text(encoding='utf-8-sig')
+  try:
+    text = path.read_text(encoding='utf-8-sig')
+  except UnicodeDecodeError as e:
+    raise ValueError(f'{path} is not text in UTF-8: save it as that.') from e
   if path.suffix == '.csv':
     for record in _csv_records(path, text):
       if None in record or None in record.values():
         raise ValueError(
-            f'{path}: a row has more or fewer cells than the header: {record}.'
+            f'{path}: a row has more or fewer cells than the header: {record}. '
+            'Give each row one for each column, with commas between them.'
         )
       yield {
           # A run that is called 00 is no zero.
@@ -186,12 +193,22 @@ def _records(path: pathlib.Path) -> Iterator[Json]:
           f'{where}: expected an object such as {{"name": "00", "held_out": '
           f'0.9, "test": 0.8}}, and got {str(record)[:60]!r}.'
       )
-    yield dict(_flat(record))
+    pairs = list(_flat(where, record))
+    _require_different(where, [name for name, _ in pairs])
+    yield dict(pairs)
+
+
+def _require_different(where: object, names: Sequence[str]) -> None:
+  """The last of two columns with one name would win, without a word."""
+  if twice := sorted({name for name in names if names.count(name) > 1}):
+    raise ValueError(f'{where} has column {twice[0]!r} twice: rename one.')
 
 
 def _csv_records(path: pathlib.Path, text: str) -> Iterator[Any]:
   try:
-    yield from csv.DictReader(io.StringIO(text, newline=''))
+    reader = csv.DictReader(io.StringIO(text, newline=''))
+    _require_different(path, reader.fieldnames or [])
+    yield from reader
   except csv.Error as e:
     raise ValueError(f'{path} is not valid CSV: {e}.') from e
 
@@ -213,15 +230,25 @@ def _objects(path: pathlib.Path, text: str) -> Iterator[tuple[str, Any]]:
 
 def _parsed(where: str, text: str) -> Any:
   try:
-    return _json.parsed(text)
+    return _json.parsed(text, object_pairs_hook=_object)
   except ValueError as e:
     raise ValueError(f'{where} is not valid JSON: {e}.') from e
 
 
-def _flat(record: Config) -> Iterator[tuple[str, Any]]:
+def _object(pairs: list[tuple[str, Any]]) -> Json:
+  _require_different('it', [name for name, _ in pairs])
+  return dict(pairs)
+
+
+def _flat(where: str, record: Config, level: int = 1) -> Iterator[_Pair]:
   for key, value in record.items():
     if isinstance(value, dict):
-      yield from ((f'{key}.{name}', x) for name, x in _flat(value))
+      if level == _MOST_LEVELS:
+        raise ValueError(f'{where} is nested too deeply: leave out {key!r}.')
+      inside = _flat(where, value, level + 1)
+      yield from ((f'{key}.{name}', x) for name, x in inside)
+    elif isinstance(value, int) and abs(value) > sys.float_info.max:
+      raise ValueError(f'{where}: {key} is too large: write it as text.')
     else:
       yield key, value
 

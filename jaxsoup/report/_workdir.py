@@ -128,8 +128,10 @@ def read_workdir(workdir: PathLike) -> Contents:
   try:
     results = {'config': {}, 'runs': [], **_json.read(path)}
     rows = _tables.read_rows(path)
+    if not rows:
+      raise ValueError('it has no rows')
     tables = [_tables.rows_of(table) for table in results.get('splits', [])]
-  except (KeyError, TypeError, ValueError) as e:
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise ValueError(
         f'{path} is unreadable: {e}. Run the command of the experiment again, '
         'which writes a new one.'

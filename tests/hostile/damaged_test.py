@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import struct
+import zipfile
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -57,6 +58,44 @@ FILES = {
         _safetensors({'w': _row([2]) | {'dtype': 'F99'}}),
         "dtype 'F99' is not supported",
     ),
+    'no arrays': (_safetensors({}, b''), 'it holds no arrays'),
+    'offsets that are fractions': (
+        _safetensors({'w': _row([2], 8.0)}),
+        '[0, 8.0] are not integers',
+    ),
+    'offsets without end': (
+        _safetensors(ROW.join(['{"w": ', '}']).replace('8', '1e999')),
+        '[0, inf] are not integers',
+    ),
+    'a shape with true': (
+        _safetensors({'w': _row([True, 2])}),
+        '[True, 2] are not integers',
+    ),
+    'metadata that are no text': (
+        _safetensors({'__metadata__': {'a': {'b': 1}}, 'w': _row([2])}),
+        'its metadata are not all strings',
+    ),
+    'too many axes': (
+        _safetensors({'w': _row([1] * 70 + [2])}),
+        'which no array can have',
+    ),
+    'empty, and too large': (
+        _safetensors({'w': _row([0, 2**62, 2**62], 0)}, b''),
+        'which no array can have',
+    ),
+    'what is stored is no object': (
+        _safetensors({'__metadata__': {'jaxsoup': '[]'}, 'w': _row([2])}),
+        'what is stored with it is no JSON object',
+    ),
+    'what is stored has another type': (
+        _safetensors(
+            {
+                '__metadata__': {'jaxsoup': '{"metadata": 7}'},
+                'w': _row([2]),
+            }
+        ),
+        "metadata is '7' in what it says",
+    ),
     'another name': (
         _safetensors(
             {
@@ -94,6 +133,91 @@ def test_a_changed_name_of_our_own_file(tmp_path):
   assert code == 1 and "'hEad' is not among its checksums" in said
 
 
+INDICES = {
+    '{"weight_map": {}}': 'it lists no arrays',
+    '{"weight_map": {"w": ""}}': "'w' is in '', which is no .safetensors",
+    '{"weight_map": {"w": ".."}}': "'w' is in '..', which is no .safetensors",
+    '{"weight_map": {"w": "a.py"}}': "'w' is in 'a.py', which is no .safe",
+    f'{{"weight_map": {{"w": "{"a" * 300}.safetensors"}}}}': 'too long',
+    DEEP: 'it is nested too deeply',
+}
+
+
+@pytest.mark.parametrize('content', INDICES, ids=INDICES.values())
+def test_indices(tmp_path, content):
+  path = tmp_path / 'x.safetensors.index.json'
+  path.write_text(content)
+  code, said = inspect(path)
+  assert code == 1 and str(path) in said and INDICES[content] in said
+
+
+def test_an_archive_that_would_fill_the_memory(tmp_path, monkeypatch):
+  path = tmp_path / 'x.npz'
+  np.savez_compressed(path, w=np.zeros(100_000, np.float32))
+  assert inspect(path)[0] == 0
+  monkeypatch.setattr('jaxsoup.checkpoints._source._MOST_UNPACKED', 1000)
+  code, said = inspect(path)
+  assert code == 1 and 'bytes would become 400,128 when they are' in said
+
+
+def test_long_doubles(tmp_path):
+  path = tmp_path / 'x.npz'
+  np.savez(path, w=np.ones(3, np.longdouble))
+  code, said = inspect(path)
+  assert code == 1 and 'which jax does not have' in said
+
+
+def _within_itself():
+  content = {}
+  content['model'] = content
+  return content
+
+
+def _within_a_leaf():
+  content = {'a': {}}
+  content['a']['b'] = content
+  return content
+
+
+def _doubled():
+  content = {}
+  for _ in range(50):
+    content = {'a': content, 'b': content}
+  return content
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize('make', [_within_itself, _within_a_leaf, _doubled])
+def test_dicts_that_contain_one_another(tmp_path, monkeypatch, make):
+  torch = pytest.importorskip('torch', reason='reads files of torch')
+  monkeypatch.setattr('jaxsoup.checkpoints._torch._MOST_ENTRIES', 1000)
+  torch.save(make(), tmp_path / 'x.pth')
+  code, said = inspect(tmp_path / 'x.pth')
+  assert code == 1 and 'its dicts contain one another' in said
+
+
+@pytest.mark.reference
+def test_a_file_of_torch_that_was_compressed(tmp_path):
+  torch = pytest.importorskip('torch', reason='reads files of torch')
+  torch.save({'w': torch.full((100,), 3.0)}, tmp_path / 'x.pth')
+  with (
+      zipfile.ZipFile(tmp_path / 'x.pth') as old,
+      zipfile.ZipFile(tmp_path / 'y.pth', 'w', zipfile.ZIP_DEFLATED) as new,
+  ):
+    for name in old.namelist():
+      new.writestr(name, old.read(name))
+  params = checkpoints.Ingredients([tmp_path / 'y.pth'])[0]
+  assert params['w'].tolist() == [3.0] * 100
+
+
+@pytest.mark.reference
+def test_two_tensors_of_torch_with_one_name(tmp_path):
+  torch = pytest.importorskip('torch', reason='reads files of torch')
+  torch.save({1: torch.ones(2), '1': torch.zeros(2)}, tmp_path / 'x.pth')
+  code, said = inspect(tmp_path / 'x.pth')
+  assert code == 1 and 'two of its tensors have the same name' in said
+
+
 def test_structs_are_not_bfloat16(tmp_path):
   path = tmp_path / 'x.npz'
   np.savez(path, w=np.zeros(3, [('a', 'u1'), ('b', 'u1')]))
@@ -106,6 +230,20 @@ def test_a_pipe_does_not_hang(tmp_path, name):
   os.mkfifo(tmp_path / name)
   code, said = inspect(tmp_path / name)
   assert code == 1 and 'is a file; an Orbax checkpoint is a directory' in said
+
+
+@pytest.mark.parametrize(
+    'name', ['model.safetensors', 'model.safetensors.index.json']
+)
+def test_a_pipe_in_a_directory_does_not_hang(tmp_path, name):
+  os.mkfifo(tmp_path / name)
+  code, said = inspect(tmp_path)
+  assert code == 1 and 'holds no Orbax checkpoint' in said
+
+
+def test_more_axes_than_orbax_stores(tmp_path):
+  with pytest.raises(ValueError, match="Leaf 'w' has 33 axes"):
+    checkpoints.save(tmp_path / 'x', {'w': np.ones([1] * 33, np.float32)})
 
 
 def test_directories_that_link_to_themselves(tmp_path):
@@ -130,6 +268,18 @@ def test_addresses_are_no_local_paths(tmp_path, monkeypatch, address):
   for command in (
       ['inspect', address],
       ['soup', 'uniform', 'a', 'b', '--out', address],
+      ['soup', 'model-stock', 'a', '--init', address, '--out', 'c'],
+      ['soup', 'greedy', 'a', '--eval', 'a:b', '--scores', address],
+      ['diagnose', 'a', 'b', '--init', address],
+      ['diagnose', 'a', 'b', '--report', address],
+      ['convert', address, 'b'],
+      ['convert', 'a', address],
+      ['convert', 'a', 'b', '--like', address],
+      ['report', address],
+      ['report', 'a', '--out', address],
+      ['plan', '--config', address, '--devices', '1'],
+      ['plan', '--config', 'a', '--devices', '1', '--json', address],
+      ['demo', '--workdir', address],
   ):
     result = testing.CliRunner().invoke(cli.app, command)
     said = ' '.join(result.output.replace('│', ' ').split())
@@ -153,14 +303,35 @@ def test_deep_json_beside_weights(tmp_path):
     'name, content, words',
     [
         ('s.csv', 'held_out,test\n' + 'x' * 200_000 + ',1\n', 'not valid CSV'),
+        (
+            's.csv',
+            'held_out,test\n\xff,1\n'.encode('latin1'),
+            'not text in UTF-8',
+        ),
+        ('s.csv', 'held_out,test,test\n1,1,1\n', "column 'test' twice"),
+        ('s.csv', 'held_out,test\n1\n', 'Give each row one for each column'),
+        ('s.jsonl', '{"held_out": 1, "held_out": 0}', "'held_out' twice"),
+        ('s.jsonl', '{"a": {"b": 1}, "a.b": 0}', "column 'a.b' twice"),
+        ('s.jsonl', f'{{"lr": {"9" * 400}}}', 'lr is too large'),
+        ('s.jsonl', '{"a":' * 99 + '1' + '}' * 99, 'is nested too deeply'),
         ('s.jsonl', DEEP, 's.jsonl:1 is not valid JSON: it is nested'),
         ('s.json', DEEP, 's.json is not valid JSON: it is nested'),
     ],
 )
 def test_scores(tmp_path, name, content, words):
-  (tmp_path / name).write_text(content)
+  if isinstance(content, str):
+    content = content.encode()
+  (tmp_path / name).write_bytes(content)
   result = testing.CliRunner().invoke(cli.app, ['report', str(tmp_path / name)])
   assert result.exit_code == 1 and words in result.output
+
+
+@pytest.mark.parametrize('content', ['null', '[]', '{"rows": []}', DEEP])
+def test_results(tmp_path, content):
+  (tmp_path / 'results.json').write_text(content)
+  result = testing.CliRunner().invoke(cli.app, ['report', str(tmp_path)])
+  said = ' '.join(result.output.split())
+  assert result.exit_code == 1 and 'Run the command of the exp' in said
 
 
 def test_a_step_without_the_mark_of_orbax(tmp_path):
@@ -201,6 +372,40 @@ def test_an_ingredient_that_changes_in_its_place(tmp_path, ending):
   words = f"Leaf 'w' of {paths[0]} changed while it was in use"
   with pytest.raises(ValueError, match=words):
     jaxsoup.greedy(checkpoints.Ingredients(paths), score)
+
+
+@pytest.mark.parametrize(
+    'path, words',
+    [
+        ('a' * 300, 'file name too long. Give a shorter name.'),
+        ('a/x', 'It is a file, and not a directory, or the reverse'),
+        ('a\udcff', 'has characters that no path can have'),
+    ],
+)
+def test_paths_that_cannot_be(tmp_path, monkeypatch, path, words):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'a').write_text('mine')
+  for command in (
+      ['inspect', path],
+      ['convert', path, 'b'],
+      ['soup', 'uniform', path, path, '--out', 'b'],
+      ['soup', 'uniform', 'm', 'm', '--out', path],
+  ):
+    result = testing.CliRunner().invoke(cli.app, command)
+    said = ' '.join(result.output.replace('│', ' ').split())
+    assert result.exit_code in (1, 2) and words in said
+  assert os.listdir() == ['a']
+
+
+@pytest.mark.parametrize(
+    'content',
+    ['null', '[]', '5', '{"files": 5}', '{"files": {"../a": "x"}}', DEEP],
+)
+def test_what_is_stored_about_a_soup_is_something_else(directory, content):
+  sidecar = pathlib.Path(directory) / 'soup.json'
+  sidecar.write_text(content)
+  code, said = inspect_deep(directory)
+  assert code == 1 and str(sidecar) in said and 'estore it from a copy' in said
 
 
 @pytest.fixture

@@ -51,6 +51,37 @@ ROWS = {
         GREEDY,
         'is no log of scores',
     ),
+    'scores, begins like ours': (
+        {'log': '{"members": [my thesis is here'},
+        GREEDY,
+        'is no log of scores',
+    ),
+    'scores, a directory': ({'log/a': 'a'}, GREEDY, 'log is no file'),
+    'scores, a device': (
+        {'log': pathlib.Path('/dev/full')},
+        GREEDY,
+        'log is no file',
+    ),
+    'scores, too large': (
+        {'log': f'{{"members": [0], "score": {"9" * 400}}}\n'},
+        GREEDY,
+        'line 1 is unreadable',
+    ),
+    'scores, of a number': (
+        {'log': '{"ingredients": 5}\n'},
+        GREEDY,
+        'scores of other ingredients (unknown then',
+    ),
+    'soup over a link to nothing': (
+        {'soup': pathlib.Path('nowhere')},
+        [*UNIFORM, 'soup'],
+        'exists',
+    ),
+    'convert over a link to nothing': (
+        {'soup': pathlib.Path('nowhere')},
+        ['convert', 'm0.safetensors', 'soup'],
+        'soup exists',
+    ),
     'report over a model': (
         {},
         [*DIAGNOSE, 'm0.safetensors'],
