@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoup import _warnings
 from jaxsoup.typing import Alpha
 from jaxsoup.typing import Array
 from jaxsoup.typing import ArrayLike
@@ -127,7 +126,6 @@ class Flat(NamedTuple):
 def flatten(tree: Params) -> Flat:
   """Takes a pytree apart, with its leaves on a device."""
   flat = flatten_in_place(tree)
-  warn_of_rounding(flat.leaves, 'A model')
   return flat._replace(leaves=list(map(on_device, flat.leaves, flat.paths)))
 
 
@@ -175,24 +173,6 @@ def require_integers_fit(array: np.ndarray, dtype: DType, path: Path) -> None:
           "jax.config.update('jax_enable_x64', True); an average from file to "
           'file (checkpoints.save_average, jaxsoup soup uniform) keeps them.'
       )
-
-
-def warn_of_rounding(leaves: Iterable[Leaf], who: str) -> None:
-  """Says it where 64-bit floats become 32-bit ones on a device."""
-  for leaf in leaves:
-    dtype = getattr(leaf, 'dtype', None)
-    if (
-        isinstance(dtype, np.dtype)
-        and dtype.kind in 'fc'
-        and leaf.ndim
-        and jax.dtypes.canonicalize_dtype(dtype) != dtype
-    ):
-      _warnings.warn(
-          f'{who} holds {dtype}, which becomes '
-          f'{jax.dtypes.canonicalize_dtype(dtype)}: jax has 64-bit floats only '
-          "with jax.config.update('jax_enable_x64', True)."
-      )
-      return
 
 
 def replicated_like(x: jax.Array) -> jax.sharding.Sharding | None:

@@ -547,7 +547,7 @@ def sweep(config):
         ([], 'either --topology or --devices', 2),
         (['--devices=2', '--topology=v5e:2x2'], 'either --topology', 2),
         (['--devices=2', '--json=absent/x.json'], 'directory absent', 2),
-        (['--devices=2', '--json=.'], 'is a directory', 2),
+        (['--devices=2', '--json=.'], 'did not write it', 1),
         (['--devices=2', '--config=absent.py'], 'no config absent.py', 2),
         (['--devices=2', '--config=own.py'], 'lacks batch_size, data', 2),
     ],

@@ -29,8 +29,9 @@ def uniform(ingredients: Sequence[Params]) -> Soup[AverageInfo]:
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
-      Floats are averaged, running statistics too. PRNG keys, steps and counters
-      are those of the first ingredient; other leaves must be equal.
+      Floats are averaged, running statistics too; jax makes float64 float32
+      unless `jax_enable_x64` is on. PRNG keys, steps and counters are those of
+      the first ingredient; other leaves must be equal.
 
   Returns:
     A `Soup` with alpha `[K]`, 1/K each, and an `AverageInfo`.

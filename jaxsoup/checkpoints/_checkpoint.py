@@ -7,7 +7,10 @@ import math
 import pathlib
 from typing import Any
 
+import jax
+
 from jaxsoup import _tree
+from jaxsoup import _warnings
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _pieces
@@ -51,7 +54,7 @@ class Checkpoint:
   def read(self) -> Params:
     """All wanted leaves, in their dtypes and shardings."""
     names, wanted = self.flat.paths, self.flat.leaves
-    _tree.warn_of_rounding(wanted, self.source.metadata.path)
+    self._warn_of_rounding()
     boxes: list[Any] = [_pieces.empty_box(x) for x in wanted]
 
     sums = Sums()
@@ -67,6 +70,18 @@ class Checkpoint:
       self.verify(names[i], sums)
       boxes[i] = _pieces.placed(boxes[i], wanted[i])
     return self.flat.replace(boxes)
+
+  def _warn_of_rounding(self) -> None:
+    """jax makes 64-bit floats 32-bit ones without a word."""
+    for name, leaf in zip(self.flat.paths, self.flat.leaves):
+      target = jax.dtypes.canonicalize_dtype(leaf.dtype)
+      if _tree.is_float(leaf) and target != leaf.dtype:
+        _warnings.warn(
+            f'{self.source.metadata.path} holds {leaf.dtype} '
+            f'({_tree.name_of(name)!r}), which becomes {target}: jax has 64-bit '
+            "floats only with jax.config.update('jax_enable_x64', True)."
+        )
+        return
 
   def plan(self, name: _tree.Path) -> list[tuple[_source.Index, int]]:
     """The pieces in which a leaf is read, with their bytes."""

@@ -155,7 +155,11 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
     is_ours = any(begin.startswith(cut[: len(begin)]) for begin in _BEGINNINGS)
     if not lines and cut:  # Nothing else says that the file is a log.
       first = json.dumps(_json.sealed(self._head)).encode()
-      is_ours = first.startswith(cut) or bool(_FIRST_SCORE.fullmatch(cut))
+      is_ours = (
+          first.startswith(cut)
+          or _BEGINNINGS[0].startswith(cut)
+          or bool(_FIRST_SCORE.fullmatch(cut))
+      )
     if not is_ours:
       raise ValueError(
           f'{self._path} is no log of scores: it ends with {cut[:80]!r}. It is '

@@ -280,7 +280,9 @@ def _check_trained(work: Work) -> None:
     differing = [
         f'{key} {then.get(key)!r} (now {now.get(key)!r})'
         for key in sorted(then.keys() | now.keys())
-        if not np.array_equal(then.get(key), now.get(key))
+        if not np.array_equal(
+            np.asarray(then.get(key)), np.asarray(now.get(key))
+        )
     ]
     if differing:
       raise configs.UsageError(
