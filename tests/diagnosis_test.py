@@ -504,7 +504,8 @@ def test_learning_rates_of_barriers(rng, tmp_path):
   pool = in_bowls([0, 0.1, 10, 0.2, 9.9], rng)
   for k, (params, rate) in enumerate(zip(pool, [1, 2, 8, 3, 9])):
     metadata = {'config': {'learning_rate': rate * 1e-3}}
-    checkpoints.save(tmp_path / f'{k}', params, metadata=metadata)
+    path = tmp_path / f'{k}'
+    checkpoints.save(path, tree(np.float32, params), metadata=metadata)
   ingredients = checkpoints.Ingredients([tmp_path / f'{k}' for k in range(5)])
   report = diagnosis.diagnose(ingredients, eval_fn=bowls)
   finding = only(report, 'barrier')

@@ -159,8 +159,10 @@ def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('runs') / 'digits'
   models = [
       {
-          'block': {k: np.full(2, v + i) for k, v in TREE['block'].items()},
-          'head': np.full(2, TREE['head'] + i),
+          'block': {
+              k: np.full(2, v + i, 'f') for k, v in TREE['block'].items()
+          },
+          'head': np.full(2, TREE['head'] + i, 'f'),
       }
       for i in range(NUM_RUNS)
   ]

@@ -72,14 +72,14 @@ class Checkpoint:
     return self.flat.replace(boxes)
 
   def _warn_of_rounding(self) -> None:
-    """jax makes 64-bit floats 32-bit ones without a word."""
+    """64-bit floats become 32-bit ones in jax, without a word."""
     for name, leaf in zip(self.flat.paths, self.flat.leaves):
       target = jax.dtypes.canonicalize_dtype(leaf.dtype)
       if _tree.is_float(leaf) and target != leaf.dtype:
         _warnings.warn(
             f'{self.source.metadata.path} holds {leaf.dtype} '
-            f'({_tree.name_of(name)!r}), which becomes {target}: jax has 64-bit '
-            "floats only with jax.config.update('jax_enable_x64', True)."
+            f'({_tree.name_of(name)!r}), which becomes {target}: jax has '
+            "64-bit floats only with jax.config.update('jax_enable_x64', True)."
         )
         return
 
