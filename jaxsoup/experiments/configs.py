@@ -178,6 +178,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
         f'{path}: get_config returned {type(config).__name__}: expected an '
         'ml_collections.ConfigDict, see configs/digits.py.'
     )
+  if 'seed' not in config:
+    with config.unlocked():
+      config.seed = 0
   # Not DEFINE_config_file, which imports in a way that Python deprecates.
   values = flags.FlagValues()
   argv = ['main', *overrides]
@@ -247,6 +250,8 @@ def _problems(fields: Json) -> Iterator[str]:
     if not all(type(x) in (int, float) for x in numbers):
       if name in _SHARES and isinstance(value, (tuple, list)):
         yield f'config.{key} is {value!r}: expected numbers between 0 and 1'
+      if name in _POSITIVE and isinstance(value, str):
+        yield f'config.{key} is {value!r}: expected a number'
       continue
     expected = ''
     if not all(map(math.isfinite, numbers)):

@@ -62,17 +62,29 @@ def runs(
   def run_fn():
     run: Json = {'seed': int(rng.integers(2**31))}
     for name in log_uniform:
-      run[name] = float(np.exp(rng.uniform(*np.log(ranges[name]))))
+      run[name] = float(np.exp(rng.uniform(*np.log(_range(ranges, name)))))
     for name in uniform:
-      run[name] = float(rng.uniform(*ranges[name]))
+      run[name] = float(rng.uniform(*_range(ranges, name)))
     for name, share in (sometimes or {}).items():
       is_on = rng.random() < share
-      run[name] = float(rng.uniform(*ranges[name])) if is_on else 0.0
+      low, high = _range(ranges, name)
+      run[name] = float(rng.uniform(low, high)) if is_on else 0.0
     for name in integer:
-      low, high = ranges[name]
+      low, high = _range(ranges, name)
       run[name] = int(rng.integers(low, high, endpoint=True))
     for name in choice:
       run[name] = int(rng.choice(ranges[name]))
     return run
 
   return [run_fn() for _ in range(ranges['num_runs'])]
+
+
+def _range(ranges: Mapping[str, Any], name: str) -> tuple[float, float]:
+  """Low and high: of one number alone, NumPy would draw up to 1."""
+  if np.shape(ranges[name]) != (2,):
+    raise ValueError(
+        f'The range of {name} is {ranges[name]!r}: expected two numbers, low '
+        'and high.'
+    )
+  low, high = ranges[name]
+  return low, high

@@ -147,7 +147,7 @@ def write_page(
   if not path.suffix:
     raise ValueError(
         f'{path} has no suffix, and the directory of that name is for its '
-        f'pictures: call it {path}.html.'
+        f'pictures: call it {path / "report" if path.is_dir() else path}.html.'
     )
   folder = path.with_suffix('')
   pictures = [

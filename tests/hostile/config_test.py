@@ -26,6 +26,7 @@ VALUES = {
     'sweep.learning_rate[9]=1.0': "has no 'sweep.learning_rate[9]'",
     "finetune.ema=('a',)": "ema is ('a',): expected numbers between 0 and 1",
     'sweep.learning_rate=(0.1,0.01)': 'expected a range, low before high',
+    'sweep.learning_rate=(0.1,)': 'range of learning_rate is (0.1,): expected',
 }
 
 
@@ -79,6 +80,10 @@ FILES = {
     'def get_config(arg):\n  raise KeyError("a")\n': "KeyError: 'a'",
     'def get_config(arg):\n  return None\n': 'get_config returned NoneType',
     'def get_config():\n  pass\n': 'TypeError',
+    'import ml_collections\ndef get_config(arg):\n'
+    '  return ml_collections.ConfigDict({"a": {"num_epochs": "3"}})\n': (
+        "config.a.num_epochs is '3': expected a number"
+    ),
 }
 
 
@@ -106,7 +111,7 @@ def test_a_stored_config_that_is_nested_too_deeply(tmp_path, capsys):
 def test_too_many_devices():
   command = ['plan', '--config', str(CONFIG), '--devices', '1000000000']
   result = testing.CliRunner().invoke(cli.app, command)
-  assert result.exit_code == 2 and 'equal to 4096' in result.output
+  assert result.exit_code == 2 and '4096' in result.output
 
 
 def test_a_config_that_is_no_file_of_python(tmp_path, capsys):
@@ -125,3 +130,11 @@ def test_a_config_with_a_dataclass(tmp_path):
       '  return ml_collections.ConfigDict({"seed": A().x})\n' + REST
   )
   assert configs.load(str(path)).config.seed == 3
+
+
+def test_a_seed_that_a_config_does_not_have(tmp_path):
+  path = tmp_path / 'config.py'
+  text = 'import ml_collections\ndef get_config(arg):\n'
+  path.write_text(f'{text}  return ml_collections.ConfigDict().lock(){REST}')
+  assert configs.load(str(path)).config.seed == 0
+  assert configs.load(str(path), ['--config.seed=3']).config.seed == 3

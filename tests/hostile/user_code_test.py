@@ -149,12 +149,12 @@ def test_names(name):
         (
             ['soup', 'learned', *RUNS, '--loss', 'hostile_code:learn_one']
             + ['--out', 'soup', '--learning-rate', '-1'],
-            'greater than or equal to 0',
+            "Invalid value for '--learning-rate'",
         ),
         (
             ['soup', 'greedy', *RUNS, '--eval', 'hostile_code:well']
             + ['--out', 'soup', '--seed', '9' * 20],
-            'less than or equal to 4294967295',
+            "Invalid value for '--seed'",
         ),
     ],
 )
