@@ -162,17 +162,11 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
   for name in ('get_config', 'sweep', 'data', 'model'):
     if not callable(getattr(module, name, len)):
       raise UsageError(f'{file}: {name} is no function: see configs/digits.py.')
-  call = lambda name: user_code.guarded(
-      getattr(module, name), module.__file__, f'{path}: {name}'
-  )
   # What the library raises in them says what to do.
   made = lambda name: hasattr(module, name) and user_code.guarded(
       getattr(module, name), module.__file__, f'{path}: {name}', _OF_LIBRARY
   )
-  try:
-    config = call('get_config')(arg or None)
-  except user_code.UserCodeError as e:
-    raise UsageError(str(e)) from e
+  config = _called(module, path, 'get_config', module.get_config, arg or None)
   if not isinstance(config, ml_collections.ConfigDict):
     raise UsageError(
         f'{path}: get_config returned {type(config).__name__}: expected an '
@@ -197,16 +191,21 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     ) from e
   if problems := list(_problems(_flat(values.config))):
     raise UsageError(f'{path}: {"; ".join(problems)}.')
-  runs = user_code.guarded(
-      lambda config: list(module.sweep(config)),
-      module.__file__,
-      f'{path}: sweep',
-  )(values.config)
+  sweep_fn = lambda config: list(module.sweep(config))
+  runs = _called(module, path, 'sweep', sweep_fn, values.config)
   if problem := _problem_of(runs):
     raise UsageError(f'{path}: sweep returned {problem}.')
   return Experiment(
       values.config, runs, made('data') or None, made('model') or None
   )
+
+
+def _called(module: Any, path: str, name: str, fn: Any, argument: Any) -> Any:
+  """What a function of a config file returns; a UsageError where it raises."""
+  try:
+    return user_code.guarded(fn, module.__file__, f'{path}: {name}')(argument)
+  except user_code.UserCodeError as e:
+    raise UsageError(str(e)) from e
 
 
 def _problem_of(runs: list[Any]) -> str:
