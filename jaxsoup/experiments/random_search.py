@@ -79,7 +79,7 @@ def runs(
   return [run_fn() for _ in range(ranges['num_runs'])]
 
 
-def _range(ranges: Mapping[str, Any], name: str) -> tuple[float, float]:
+def _range(ranges: Mapping[str, Any], name: str) -> tuple[Any, Any]:
   """Low and high: of one number alone, NumPy would draw up to 1."""
   if np.shape(ranges[name]) != (2,):
     raise ValueError(
