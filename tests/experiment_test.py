@@ -215,6 +215,30 @@ def test_a_sweep_that_was_edited_is_refused(tmp_path, uninterrupted):
     main.run(experiment, tmp_path / 'w')
 
 
+def test_a_run_that_diverges_is_left_out(tmp_path):
+  # Else it is all trained, and then no soup can be made of it.
+  experiment = configs.load(CONFIG, TINY)
+  experiment.runs[2]['learning_rate'] = 1e30
+  with pytest.warns(UserWarning, match='02 diverged .*not be part of any soup'):
+    rows = main.run(experiment, tmp_path / 'w')
+  names = ['00', '01', '03']
+  assert [row.name for row in rows if row.kind == 'single'] == names
+  results = json.loads((tmp_path / 'w/results.json').read_text())
+  assert results['diverged'] == ['02'] and len(results['runs']) == 4
+  assert np.isfinite(results['alpha']['uniform']).all()
+  uniform = leaves(tmp_path / 'w/soups/uniform')
+  mean = [leaves(tmp_path / 'w/runs' / name) for name in names]
+  for x, *parts in zip(uniform, *mean):
+    np.testing.assert_allclose(x, np.mean(parts, 0), rtol=1e-5, atol=1e-6)
+  files = report.write_report(tmp_path / 'w')
+  assert 'Left out, with NaN or infinite values: 02.' in files[0].read_text()
+  # Again: nothing is trained anew.
+  before = (tmp_path / 'w/runs/02').stat().st_mtime_ns
+  with pytest.warns(UserWarning, match='02 diverged'):
+    main.run(experiment, tmp_path / 'w')
+  assert (tmp_path / 'w/runs/02').stat().st_mtime_ns == before
+
+
 def test_early_stopping_takes_batches_of_the_size_that_is_planned():
   # All of it as one batch, on every device, would be the largest of all arrays.
   overrides = [*TINY, '--config.learned.batch_size=8']

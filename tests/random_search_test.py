@@ -57,6 +57,11 @@ def test_seeds_and_draws_differ(other):
   assert not np.any(column('learning_rate') == column('learning_rate', **other))
 
 
+def test_a_draw_is_not_that_of_another_seed():
+  first = random_search.runs(RANGES | {'draw': 1}, 0, **NAMES)
+  assert first[0] != random_search.runs(RANGES, 1000, **NAMES)[0]
+
+
 def test_the_order_of_what_is_drawn():
   """It is part of what a seed means: the runs of a workdir are drawn anew."""
   rng = np.random.default_rng([3, *b'sweep'])

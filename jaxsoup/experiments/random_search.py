@@ -56,8 +56,7 @@ def runs(
   Source: Bergstra and Bengio, "Random search for hyper-parameter optimization",
   JMLR 2012; Wortsman et al., "Model soups", ICML 2022, Section 3.1.
   """
-  # The name keeps this stream apart from those of the data.
-  rng = np.random.default_rng([seed + 1000 * ranges['draw'], *b'sweep'])
+  rng = np.random.default_rng(stream(seed, ranges['draw']))
 
   def run_fn():
     run: Json = {'seed': int(rng.integers(2**31))}
@@ -77,6 +76,11 @@ def runs(
     return run
 
   return [run_fn() for _ in range(ranges['num_runs'])]
+
+
+def stream(seed: int, draw: int) -> list[int]:
+  """Seeds the draws of a sweep: other draws, and data, have other streams."""
+  return [seed, *([draw] if draw else []), *b'sweep']
 
 
 def _range(ranges: Mapping[str, Any], name: str) -> tuple[Any, Any]:

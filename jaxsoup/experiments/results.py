@@ -416,6 +416,7 @@ def _write(work, tables, soups, calibration, stable) -> None:
   content = {
       'config': json.loads((workdir / 'config.json').read_text()),
       'runs': list(work.experiment.runs),
+      'diverged': work.diverged(),
       'data': record(work),
       'rows': [row._asdict() for row in rows],
       'alpha': {

@@ -20,6 +20,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import ml_collections
@@ -27,6 +28,7 @@ import numpy as np
 
 from jaxsoup import _files
 from jaxsoup import _processes
+from jaxsoup import _warnings
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
 from jaxsoup import sharding
@@ -99,14 +101,35 @@ class Work:
     )
 
   def copies(self) -> list[tuple[int, str, pathlib.Path]]:
-    """Run, name of the copy, and path of everything that is to be souped."""
+    """Run, name of the copy, and path of everything that is to be souped.
+
+    Not of what diverged.
+    """
     names = self.config.get('ingredients', None)
     return [
-        (i, name, self._path(i, name))
+        (i, name, path)
         for i in range(len(self.experiment.runs))
         for name in finetune.names_of(self.config.finetune)
         if names is None or name in names
+        if not self._has_diverged(path := self._path(i, name))
     ]
+
+  def diverged(self) -> list[str]:
+    """Names of the runs that are there with NaN or infinite values."""
+    return sorted(
+        path.name for path, is_so in self._is_diverged.items() if is_so
+    )
+
+  @functools.cached_property
+  def _is_diverged(self) -> dict[pathlib.Path, bool]:
+    return {}
+
+  def _has_diverged(self, path: pathlib.Path) -> bool:
+    known = self._is_diverged
+    if path not in known and path.exists():
+      metadata = checkpoints.provenance(path)['metadata']
+      known[path] = bool(metadata.get('diverged'))
+    return known.get(path, False)
 
   def _path(self, run: int, name: str) -> pathlib.Path:
     stem = f'{run:02d}_{name}' if name else f'{run:02d}'
@@ -265,6 +288,16 @@ def finetune_all(work: Work, start: Params) -> bool:
   is_complete = _processes.agreed(
       all(path.exists() for _, _, path in work.copies())
   )
+  if is_complete and work.diverged():
+    _warnings.warn(
+        f'{", ".join(work.diverged())} diverged (NaN or infinite values), and '
+        'will not be part of any soup.'
+    )
+    if not work.copies():
+      raise configs.UsageError(
+          'All runs diverged: lower config.sweep.learning_rate, and use '
+          'another workdir.'
+      )
   if is_complete and _processes.is_main():
     shutil.rmtree(work.workdir / 'unfinished', ignore_errors=True)
   return is_complete
@@ -341,8 +374,16 @@ def _save(work: Work, path, run: int, name: str, params) -> None:
   metadata = {'config': config, 'held_out': score}
   if name:
     metadata['copy'] = name
+  if not jax.device_get(_is_finite(params)):
+    metadata['diverged'] = True
   checkpoints.save(path, params, metadata=metadata)
   work.log.write({'run': run, 'copy': name, 'held_out': score})
+
+
+@jax.jit
+def _is_finite(params: Params) -> jax.Array:
+  leaves = jax.tree.leaves(params)
+  return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def all_logits(work: Work, params_fn: Any) -> dict[str, np.ndarray]:

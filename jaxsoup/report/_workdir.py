@@ -274,6 +274,9 @@ def _origin(contents: Contents) -> Section:
         f'The soups were made from {times[0]} to {times[-1]} UTC, with '
         f'{", ".join(versions)}.'
     )
+  if results.get('diverged'):
+    names = ', '.join(results['diverged'])
+    parts.append(f'Left out, with NaN or infinite values: {names}.')
   if results.get('data'):
     parts.append(_data(results['data']))
   config = [[k, json.dumps(v)] for k, v in results['config'].items()]
