@@ -178,11 +178,11 @@ def _fashion(is_short: bool) -> dict[str, Any]:
 
 
 def _cifar() -> dict[str, Any]:
-  # Without a path, TFDS is read. The sizes are for `jaxsoup plan`.
+  # Without a path, TFDS is read. Of each class a tenth is held out.
   return dict(
       name='cifar100',
       path='',
-      sizes=dict(train=49000, held_out=1000, test=8000),
+      sizes=dict(train=45_000, held_out=5_000, test=8_000),
       shift_size=2000,
   )
 
@@ -242,7 +242,9 @@ def _read(config: ml_collections.ConfigDict) -> sources.Splits:
     path = given.path or None
     return fashion.splits(path, sizes, config.seed, severities={})
   if given.name == 'cifar100':
-    return cifar.splits(100, folder=given.path or None, seed=config.seed)
+    share = given.sizes.held_out / (given.sizes.train + given.sizes.held_out)
+    folder = given.path or None
+    return cifar.splits(100, folder=folder, share=share, seed=config.seed)
   raise ValueError(
       f"data.name is {given.name!r}: choose 'cifar100' or 'fashion' by the "
       'argument after the colon of --config.'

@@ -215,6 +215,15 @@ def test_a_sweep_that_was_edited_is_refused(tmp_path, uninterrupted):
     main.run(experiment, tmp_path / 'w')
 
 
+def test_pretraining_is_a_role_too(tmp_path):
+  experiment = configs.load(CONFIG, TINY)
+  splits = experiment.data_fn(experiment.config)
+  leaking = splits._replace(pretrain=splits.test)
+  experiment = experiment._replace(data_fn=lambda config: leaking)
+  with pytest.raises(ValueError, match='train.*test'):
+    main.run(experiment, tmp_path / 'w')
+
+
 def test_a_run_that_diverges_is_left_out(tmp_path):
   # Else it is all trained, and then no soup can be made of it.
   experiment = configs.load(CONFIG, TINY)

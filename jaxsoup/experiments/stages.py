@@ -145,8 +145,9 @@ def check_roles(work: Work) -> None:
   Raises:
     ValueError: examples with two roles; names them.
   """
+  pretrain = [work.splits.pretrain] if 'pretrain' in work.config else []
   roles = {
-      'train': [work.splits.train],
+      'train': [work.splits.train, *pretrain],
       'held_out': [work.splits.held_out],
       'test': [work.splits.test, *work.splits.shifts.values()],
   }
