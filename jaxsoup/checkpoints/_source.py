@@ -125,12 +125,12 @@ def own_of(content: Any) -> Json:
   own = _json.unsealed(content)
   for key, kind in _OWN.items():
     if own.get(key) is not None and not isinstance(own[key], kind):
-      raise TypeError(f'{key} is {str(own[key])[:60]!r} in what it says')
+      raise TypeError(f'its entry {key} is {str(own[key])[:60]!r}')
   if odd := [f for f in own.get('files') or () if pathlib.Path(f).name != f]:
     raise TypeError(f'{odd[0]!r} is no file of its directory')
   for key in ('checksums', 'files'):
     if not all(isinstance(x, str) for x in (own.get(key) or {}).values()):
-      raise TypeError(f'one of its {key} has a checksum that is not text')
+      raise TypeError(f'a checksum in its entry {key} is not text')
   return own
 
 

@@ -146,7 +146,7 @@ def check_roles(work: Work) -> None:
     ValueError: examples with two roles; names them.
   """
   pretrain = [work.splits.pretrain] if 'pretrain' in work.config else []
-  roles = {
+  roles: dict[str, list[Any]] = {
       'train': [work.splits.train, *pretrain],
       'held_out': [work.splits.held_out],
       'test': [work.splits.test, *work.splits.shifts.values()],

@@ -25,6 +25,18 @@ TRACEBACK = 'JAXSOUP_TRACEBACK'
 _ANYTHING = BaseException
 
 
+# What to do, by what the system says of a path.
+_ADVICE = {
+    errno.ENAMETOOLONG: 'Give a shorter name.',
+    errno.EACCES: 'Change its permissions, or give another path.',
+    errno.EPERM: 'Change its permissions, or give another path.',
+    errno.EROFS: 'Give a path that can be written to.',
+    errno.EEXIST: 'Give another path.',
+    errno.EISDIR: 'Give the path of a file.',
+    errno.ENOTDIR: 'A part of this path is a file: give another path.',
+}
+
+
 class UserCodeError(Exception):
   """An error in the user's function, with file and line."""
 
@@ -191,19 +203,8 @@ def _of_system(error: OSError) -> str:
   if said != os.strerror(error.errno):  # Ours, which says what to do.
     return str(error)
   path = os.fsdecode(error.filename2 or error.filename)
-  return f'{path}: {said[:1].lower()}{said[1:]}. {_advice(error.errno)}'
-
-
-def _advice(number: int) -> str:
-  if number == errno.ENAMETOOLONG:
-    return 'Give a shorter name.'
-  if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-    return 'Change its permissions, or give another path.'
-  if number in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR):
-    return (
-        'It is a file, and not a directory, or the reverse: give another path.'
-    )
-  return 'Check that path, or give another one.'
+  advice = _ADVICE.get(error.errno, 'Check that path, or give another one.')
+  return f'{path}: {said[:1].lower()}{said[1:]}. {advice}'
 
 
 def described(error: BaseException, file: str | None = None) -> str:

@@ -94,7 +94,7 @@ FILES = {
                 'w': _row([2]),
             }
         ),
-        "metadata is '7' in what it says",
+        "its entry metadata is '7'",
     ),
     'another name': (
         _safetensors(
@@ -378,7 +378,7 @@ def test_an_ingredient_that_changes_in_its_place(tmp_path, ending):
     'path, words',
     [
         ('a' * 300, 'file name too long. Give a shorter name.'),
-        ('a/x', 'It is a file, and not a directory, or the reverse'),
+        ('a/x', 'ive another path.'),
         ('a\udcff', 'has characters that no path can have'),
     ],
 )
