@@ -169,7 +169,8 @@ class Checked:
 
   The first one that is read is the template: the others must have its paths,
   shapes and dtypes, finite values, and equal leaves where those are neither
-  floats nor state (PRNG keys, steps, counters). Floats are not kept.
+  floats nor state (PRNG keys, steps, counters). Those on other devices are
+  moved to its devices. Floats are not kept.
   """
 
   def __init__(self, ingredients: Sequence[Params]):
@@ -180,6 +181,7 @@ class Checked:
     self._others: dict[int, list[Leaf]] = {}
     self._duplicates: dict[int, int] = {}
     self._first: _tree.Flat | None = None
+    self._shardings: list[jax.sharding.Sharding | None] = []
 
   def __len__(self) -> int:
     return len(self._source)
@@ -194,7 +196,10 @@ class Checked:
       self._check(k, flat)
     # Sorted as the template is: a State may list its leaves in another order.
     leaves = flat.by_path
-    return [leaves[path] for path in self.float_paths]
+    floats = [leaves[path] for path in self.float_paths]
+    if not self._shardings:
+      self._shardings = list(map(_sharding_of, floats))
+    return list(map(_on_devices_of, self._shardings, floats))
 
   @property
   def template(self) -> _tree.Flat:
@@ -258,6 +263,7 @@ class Checked:
     self._check_others(k, flat.others)
     leaves = flat.by_path
     floats = [leaves[path] for path in self.float_paths]
+    _require_same_devices(self.name(k), self.float_paths, floats)
     finite, sums = jax.device_get(_summary(floats))
     bad = [path for path, ok in zip(self.float_paths, finite) if not ok]
     if bad:
@@ -284,6 +290,41 @@ class Checked:
         self._duplicates[k] = other
         break
     self._sums[k] = sums
+
+
+def _sharding_of(x: jax.Array) -> jax.sharding.Sharding | None:
+  """Where an array is bound to stay; None if it is not, or traced."""
+  is_bound = not _tree.is_traced(x) and x.committed
+  return x.sharding if is_bound else None
+
+
+def _on_devices_of(
+    sharding: jax.sharding.Sharding | None, x: jax.Array
+) -> jax.Array:
+  own = _sharding_of(x)
+  if sharding is None or own is None or own.device_set == sharding.device_set:
+    return x
+  return jax.device_put(x, sharding)
+
+
+def _require_same_devices(
+    name: str, paths: Sequence[_tree.Path], floats: Sequence[jax.Array]
+) -> None:
+  bound = [
+      (path, sharding.device_set)
+      for path, x in zip(paths, floats)
+      if (sharding := _sharding_of(x)) is not None
+  ]
+  for pair in bound:
+    if pair[1] != bound[0][1]:
+      first, other = (
+          f'leaf {_tree.name_of(path)!r} is on {sorted(map(str, devices))}'
+          for path, devices in (bound[0], pair)
+      )
+      raise ValueError(
+          f'{name}: {first} and {other}. Put the model on one device or one '
+          'mesh first, with jax.device_put.'
+      )
 
 
 def _without_floats(flat: _tree.Flat) -> _tree.Flat:

@@ -139,6 +139,12 @@ def flatten_in_place(tree: Params) -> Flat:
 def on_device(leaf: Leaf, path: Path = ()) -> Leaf:
   # Explicit, because `jax_transfer_guard='disallow'` forbids NumPy arrays and
   # Python scalars as arguments of a jitted function.
+  if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
+    raise ValueError(
+        f'Leaf {name_of(path)!r} was deleted: it was donated to a jitted '
+        'function (donate_argnums), or its delete() was called. Pass a copy '
+        'there: jax.tree.map(jnp.copy, params).'
+    )
   if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
     return leaf
   array = as_numbers(leaf, path)

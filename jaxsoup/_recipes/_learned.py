@@ -131,6 +131,7 @@ def learned(
     ValueError: no or mismatched ingredients, no floats, no batches, a loss that
       is NaN or infinite, or patience that is negative or without `val_batches`.
     MemoryError: the stack did not fit after all: pass `stream=True`.
+    TypeError: it is called under `jax.jit` or another transformation.
 
   Example:
     >>> models = [{'w': np.float32(-1)}, {'w': np.float32(3)}]
@@ -152,6 +153,11 @@ def learned(
   checked = _checked.Checked(ingredients)
   first = checked[0]
   _checked.require_floats(checked.float_paths)
+  if _tree.is_traced(*first):
+    raise TypeError(
+        'learned is a training loop, which jax cannot trace: call it outside '
+        'of jax.jit, jax.vmap and jax.grad.'
+    )
   plan = _streamed.plan(
       first, len(checked), stream, is_cached=cache_dtype is not None
   )

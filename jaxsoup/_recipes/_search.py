@@ -29,8 +29,12 @@ def alpha_of(members: Members, num_ingredients: int) -> np.ndarray:
 
 def number(score: Scalar, said: str, who: str) -> float:
   """A score as a float; raises unless it is one finite number."""
-  is_traced = isinstance(score, jax.core.Tracer)  # It left a traced function.
-  value = np.asarray(str(score) if is_traced else jax.device_get(score))
+  if isinstance(score, jax.core.Tracer):
+    raise TypeError(
+        f'{said} a traced value for {who}: a search decides by its scores, and '
+        'so cannot run under jax.jit, jax.vmap or jax.grad.'
+    )
+  value = np.asarray(jax.device_get(score))
   # Small floats such as bfloat16 are of kind V.
   if value.ndim or value.dtype.kind not in 'fiubV':
     is_array = value.ndim and value.dtype.kind in 'fiubcV'
