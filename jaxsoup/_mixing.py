@@ -223,10 +223,12 @@ def mix(stacked: Params, alpha: Alpha) -> Params:
           f'{_tree.name_of(path)!r} has shape {leaf.shape}: expected [K] and '
           '[K, ...]. Stack the ingredients with jaxsoup.stack.'
       )
-  mixed = mix_leaves(
-      [_tree.on_device(a) for a in alphas], list(floats.values())
-  )
-  return flat.combine(mixed, first_rows(list(others.values())))
+  # Leaves of one group share one array, which goes to the device once.
+  by_id = {id(a): a for a in alphas}
+  placed = {key: _tree.on_device(a) for key, a in by_id.items()}
+  mixed = mix_leaves([placed[id(a)] for a in alphas], list(floats.values()))
+  rows = first_rows(list(others.values())) if others else ()
+  return flat.combine(mixed, rows)
 
 
 def stack(ingredients: Sequence[Params]) -> Params:
