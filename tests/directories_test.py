@@ -132,6 +132,7 @@ def test_recipes_that_hold_the_params(runs, monkeypatch):
       "  return -float(abs(params['shared']['weight']).sum())\n"
   )
   monkeypatch.setattr(sys, 'path', list(sys.path))
+  monkeypatch.delitem(sys.modules, 'mine', raising=False)  # Of another test.
   args = ('greedy', *runs, '--eval', 'mine:score', '--out', 'soup')
   assert invoke(*args).exit_code == 0
   sys.modules.pop('mine')

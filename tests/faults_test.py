@@ -511,7 +511,7 @@ def test_score_log_that_is_none(tmp_path):
     assert path.read_bytes() == good + line + b'\n'
   path.unlink()
   path.mkdir()
-  with pytest.raises(ValueError, match=f'{path} is no file'):
+  with pytest.raises(ValueError, match=f'{path} is not a file'):
     checkpoints.ScoreLog(path)
 
 

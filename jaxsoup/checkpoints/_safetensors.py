@@ -115,7 +115,9 @@ def _files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
       if pathlib.PurePath(file).name != file:
         raise ValueError(f'{name!r} is in {file!r}, outside the directory')
       if not file.endswith('.safetensors'):
-        raise ValueError(f'{name!r} is in {file!r}, which is no .safetensors')
+        raise ValueError(
+            f'{name!r} is in {file!r}, which is not a .safetensors file'
+        )
       files.setdefault(path.parent / file, set()).add(name)
     missing = [str(file) for file in files if not file.is_file()]
   except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
@@ -145,7 +147,11 @@ def _header(
     metadata = dict(rows.pop('__metadata__', None) or {})
     if not all(isinstance(text, str) for text in metadata.values()):
       raise TypeError('its metadata are not all strings')
-    own = _source.own_of(_json.parsed(metadata.pop('jaxsoup', '{}')))
+    stored = _json.parsed(metadata.pop('jaxsoup', '{}'))
+    own = _source.own_of(stored)
+    sums = own.get('checksums') or {}
+    if sums and own == stored:  # Of an older version, with other names.
+      own['checksums'] = {n.replace('/', '.'): s for n, s in sums.items()}
     tensors = {n: _tensor(str(file), 8 + length, r) for n, r in rows.items()}
     offsets = [row['data_offsets'] for row in rows.values()]
     _check_offsets(offsets, num_bytes - 8 - length)

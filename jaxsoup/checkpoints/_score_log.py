@@ -81,8 +81,8 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
     self._scores: dict[Members, float | AtMost] = {}
     if self._path.exists() and not self._path.is_file():
       raise ValueError(
-          f'{self._path} is no file, but a directory, a pipe or a device. Give '
-          'the path of a file for the scores.'
+          f'{self._path} is not a file but a directory, a pipe or a device. '
+          'Give the path of a file for the scores.'
       )
     content = self._path.read_bytes() if self._path.exists() else b''
     self._read(_processes.from_main(content))

@@ -121,13 +121,13 @@ def own_of(content: Any) -> Json:
     ValueError: it was changed after it was written.
   """
   if not isinstance(content, dict):
-    raise TypeError('what is stored with it is no JSON object')
+    raise TypeError('what is stored with it is not a JSON object')
   own = _json.unsealed(content)
   for key, kind in _OWN.items():
     if own.get(key) is not None and not isinstance(own[key], kind):
       raise TypeError(f'its entry {key} is {str(own[key])[:60]!r}')
   if odd := [f for f in own.get('files') or () if pathlib.Path(f).name != f]:
-    raise TypeError(f'{odd[0]!r} is no file of its directory')
+    raise TypeError(f'{odd[0]!r} is not a file of its directory')
   for key in ('checksums', 'files'):
     if not all(isinstance(x, str) for x in (own.get(key) or {}).values()):
       raise TypeError(f'a checksum in its entry {key} is not text')

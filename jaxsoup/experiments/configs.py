@@ -161,7 +161,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     )
   for name in ('get_config', 'sweep', 'data', 'model'):
     if not callable(getattr(module, name, len)):
-      raise UsageError(f'{file}: {name} is no function: see configs/digits.py.')
+      raise UsageError(
+          f'{file}: {name} is not a function: see configs/digits.py.'
+      )
   # What the library raises in them says what to do.
   made = lambda name: hasattr(module, name) and user_code.guarded(
       getattr(module, name), module.__file__, f'{path}: {name}', _OF_LIBRARY
@@ -218,7 +220,7 @@ def _problem_of(runs: list[Any]) -> str:
     for key in ('learning_rate', 'weight_decay'):
       value = run.get(key, 0.0)
       if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        return f'{key} {value!r:.60} in run {i}: expected a number from 0 on'
+        return f'{key} {value!r:.60} in run {i}: expected a number, 0 or more'
   return ''
 
 
@@ -310,7 +312,7 @@ def _flat(config: ml_collections.ConfigDict) -> Json:
 def _module(file: str) -> Any:
   spec = importlib.util.spec_from_file_location('jaxsoup_config', file)
   if spec is None or spec.loader is None:
-    raise UsageError(f'{file} is no Python file: its name must end in .py.')
+    raise UsageError(f'{file} is not a Python file: its name must end in .py.')
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module  # Where dataclasses look it up.
   user_code.guarded(spec.loader.exec_module, file, file)(module)

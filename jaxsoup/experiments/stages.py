@@ -45,6 +45,7 @@ from jaxsoup.experiments import progress
 from jaxsoup.experiments import steps
 from jaxsoup.experiments import streaming
 from jaxsoup.experiments import train_state
+from jaxsoup.typing import Json
 from jaxsoup.typing import Params
 
 
@@ -111,25 +112,23 @@ class Work:
         for i in range(len(self.experiment.runs))
         for name in finetune.names_of(self.config.finetune)
         if names is None or name in names
-        if not self._has_diverged(path := self._path(i, name))
+        if not self.stored(path := self._path(i, name)).get('diverged')
     ]
 
   def diverged(self) -> list[str]:
     """Names of the runs that are there with NaN or infinite values."""
-    return sorted(
-        path.name for path, is_so in self._is_diverged.items() if is_so
-    )
+    stored = self._stored.items()
+    return sorted(path.name for path, x in stored if x.get('diverged'))
+
+  def stored(self, path: pathlib.Path) -> Json:
+    """What was saved with a run; empty if it is not there. Read once."""
+    if path not in self._stored and path.exists():
+      self._stored[path] = checkpoints.provenance(path)['metadata']
+    return self._stored.get(path, {})
 
   @functools.cached_property
-  def _is_diverged(self) -> dict[pathlib.Path, bool]:
+  def _stored(self) -> dict[pathlib.Path, Json]:
     return {}
-
-  def _has_diverged(self, path: pathlib.Path) -> bool:
-    known = self._is_diverged
-    if path not in known and path.exists():
-      metadata = checkpoints.provenance(path)['metadata']
-      known[path] = bool(metadata.get('diverged'))
-    return known.get(path, False)
 
   def _path(self, run: int, name: str) -> pathlib.Path:
     stem = f'{run:02d}_{name}' if name else f'{run:02d}'
@@ -307,10 +306,8 @@ def finetune_all(work: Work, start: Params) -> bool:
 def _check_trained(work: Work) -> None:
   """Raises if a run is there that `sweep(config)` now describes otherwise."""
   for run, _, path in work.copies():
-    if not path.exists():
-      continue
     now = dict(work.experiment.runs[run])
-    then = checkpoints.provenance(path)['metadata']['config']
+    then = work.stored(path).get('config', now)
     differing = [
         f'{key} {then.get(key)!r} (now {now.get(key)!r})'
         for key in sorted(then.keys() | now.keys())

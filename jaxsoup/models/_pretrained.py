@@ -297,7 +297,7 @@ def _config_next_to(path: str) -> Json:
     return {}
   content = _json.read(config)
   if not isinstance(content, dict):
-    raise ValueError(f'{config} is no JSON object. Restore it from a copy.')
+    raise ValueError(f'{config} is not a JSON object. Restore it from a copy.')
   return content
 
 

@@ -47,8 +47,8 @@ BODIES = {
     'def sweep(c):\n  yield {}\n  raise KeyError(1)': 'raised KeyError: 1',
     'def sweep(c): return [{"learning_rate": -1}]': 'learning_rate -1 in run 0',
     'def sweep(c): return [{"learning_rate": "x"}]': "learning_rate 'x' in run",
-    'sweep = 5': 'sweep is no function',
-    'data = 5': 'data is no function',
+    'sweep = 5': 'sweep is not a function',
+    'data = 5': 'data is not a function',
     'def data(c): return None': 'data(config) returned None',
     'def data(c): raise SystemExit(0)': 'data raised SystemExit: 0',
     'def model(c): return None': 'model(config) returned None',
@@ -118,7 +118,7 @@ def test_a_config_that_is_no_file_of_python(tmp_path, capsys):
   path = tmp_path / 'mine.txt'
   path.write_text('x')
   assert main.main([f'--config={path}', f'--workdir={tmp_path / "w"}']) == 2
-  assert 'is no Python file' in capsys.readouterr().err
+  assert 'is not a Python file' in capsys.readouterr().err
 
 
 def test_a_config_with_a_dataclass(tmp_path):

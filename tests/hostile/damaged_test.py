@@ -85,7 +85,7 @@ FILES = {
     ),
     'what is stored is no object': (
         _safetensors({'__metadata__': {'jaxsoup': '[]'}, 'w': _row([2])}),
-        'what is stored with it is no JSON object',
+        'what is stored with it is not a JSON object',
     ),
     'what is stored has another type': (
         _safetensors(
@@ -135,9 +135,9 @@ def test_a_changed_name_of_our_own_file(tmp_path):
 
 INDICES = {
     '{"weight_map": {}}': 'it lists no arrays',
-    '{"weight_map": {"w": ""}}': "'w' is in '', which is no .safetensors",
-    '{"weight_map": {"w": ".."}}': "'w' is in '..', which is no .safetensors",
-    '{"weight_map": {"w": "a.py"}}': "'w' is in 'a.py', which is no .safe",
+    '{"weight_map": {"w": ""}}': "'w' is in '', which is not a .safetensors",
+    '{"weight_map": {"w": ".."}}': "'w' is in '..', which is not a .safe",
+    '{"weight_map": {"w": "a.py"}}': "'w' is in 'a.py', which is not a .safe",
     f'{{"weight_map": {{"w": "{"a" * 300}.safetensors"}}}}': 'too long',
     DEEP: 'it is nested too deeply',
 }

@@ -56,11 +56,11 @@ ROWS = {
         GREEDY,
         'is no log of scores',
     ),
-    'scores, a directory': ({'log/a': 'a'}, GREEDY, 'log is no file'),
+    'scores, a directory': ({'log/a': 'a'}, GREEDY, 'log is not a file'),
     'scores, a device': (
         {'log': pathlib.Path('/dev/full')},
         GREEDY,
-        'log is no file',
+        'log is not a file',
     ),
     'scores, too large': (
         {'log': f'{{"members": [0], "score": {"9" * 400}}}\n'},
