@@ -47,6 +47,7 @@ class Checksum:
   def add(self, piece: np.ndarray, start: int = 0) -> None:
     """Adds a contiguous part of the array, whose first byte is `start`."""
     data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+    start = int(start)  # Older versions of xxhash take no integer of NumPy.
     while data:
       block = start // _BLOCK_BYTES
       part = data[: (block + 1) * _BLOCK_BYTES - start]
