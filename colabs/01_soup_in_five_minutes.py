@@ -40,23 +40,23 @@ jaxsoup.mix(jaxsoup.stack(ingredients), [0.75, 0.25])
 import operator
 import pathlib
 
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
-from jaxsoup.experiments import finetune
-from jaxsoup.experiments import modeling
+from jaxsoup.train import loop
 
 package = pathlib.Path(jaxsoup.__file__).parent
 folders = [*package.glob('configs'), *package.parent.glob('configs')]
 experiment = configs.load(f'{folders[0]}/digits.py:runlocal')
 config, runs = experiment.config, experiment.runs
 data = experiment.data_fn(config)
-model = modeling.of(experiment)
+model = architectures.of(experiment)
 
 start = model.start_fn(jax.random.key(0))
-theta_0 = finetune.train_one(
+theta_0 = loop.train_one(
     model, config.pretrain, start, config.pretrain.run, data.pretrain
 )
 stacked = jax.device_get(
-    finetune.train(model, config.finetune, theta_0, runs, data.train)
+    loop.train(model, config.finetune, theta_0, runs, data.train)
 )
 models = [
     jax.tree.map(operator.itemgetter(k), stacked) for k in range(len(runs))

@@ -243,7 +243,7 @@ print(f'test {test(learned[True].params):.3f}')
 # check works.)
 
 # %%
-from jaxsoup.experiments import hlo
+from jaxsoup.plan import hlo
 
 
 def collectives(fn, *args):

@@ -56,8 +56,8 @@ from jaxsoup.data import fashion
 from jaxsoup.data import preparation
 from jaxsoup.data import sources
 from jaxsoup.experiments import defaults
-from jaxsoup.experiments import modeling
 from jaxsoup.experiments import random_search
+from jaxsoup.train import modeling
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -61,8 +61,8 @@ from jaxsoup.data import glue as glue_data
 from jaxsoup.data import sources
 from jaxsoup.experiments import defaults
 from jaxsoup.experiments import glue
-from jaxsoup.experiments import modeling
 from jaxsoup.models import t5
+from jaxsoup.train import modeling
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -60,8 +60,8 @@ from jaxsoup.data import preparation
 from jaxsoup.data import text
 from jaxsoup.experiments import defaults
 from jaxsoup.experiments import imagenet
-from jaxsoup.experiments import modeling
 from jaxsoup.models import clip
+from jaxsoup.train import modeling
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

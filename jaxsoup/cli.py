@@ -15,7 +15,7 @@ from jaxsoup.commands import inspect
 from jaxsoup.commands import plan
 from jaxsoup.commands import report
 from jaxsoup.commands import soup
-from jaxsoup.experiments import user_code
+from jaxsoup.runtime import user_code
 
 
 class _Commands(core.TyperGroup):

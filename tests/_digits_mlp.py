@@ -6,7 +6,7 @@ import pathlib
 
 from flax import nnx
 
-from jaxsoup.experiments import modeling
+from jaxsoup.train import modeling
 
 _FILE = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
 _SPEC = importlib.util.spec_from_file_location('digits_config', _FILE)

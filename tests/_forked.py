@@ -30,7 +30,7 @@ _SERVER = pathlib.Path(__file__).parent / '_fork_server.py'
 MODULES = (
     'jaxsoup.cli',
     'jaxsoup.checkpoints',
-    'jaxsoup.experiments.distributed',
+    'jaxsoup.runtime.distributed',
     'jaxsoup.experiments.landscapes',
     'jaxsoup.experiments.results',
     'jaxsoup.experiments.stages',

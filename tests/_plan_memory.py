@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoup.experiments import configs
-from jaxsoup.experiments import machines
-from jaxsoup.experiments import plan_programs
+from jaxsoup.plan import machines
+from jaxsoup.plan import programs
 
 
 def status(name: str) -> int:
@@ -56,11 +56,11 @@ def _grown_by(lowered, compiled) -> int:
 def main(file: str, num_ingredients: int, names: list[str], *overrides: str):
   experiment = configs.load(file, overrides)
   mesh, _ = machines.cpu_mesh(4)
-  programs = plan_programs.of(experiment, mesh, num_ingredients)
+  traced = programs.of(experiment, mesh, num_ingredients)
   peaks = {}
   for name in names:
-    planned = plan_programs.compile_program(name, programs[name], mesh)
-    peaks[name] = mesh.size * planned.peak, measured(programs[name], mesh)
+    planned = programs.compile_program(name, traced[name], mesh)
+    peaks[name] = mesh.size * planned.peak, measured(traced[name], mesh)
   print(json.dumps(peaks))
 
 

@@ -16,10 +16,11 @@ from jaxsoup import evaluation
 from jaxsoup.data import cifar
 from jaxsoup.data import fashion
 from jaxsoup.data import sources
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import main
-from jaxsoup.experiments import modeling
+from jaxsoup.train import modeling
 
 FILE = f'{pathlib.Path(__file__).parent.parent}/configs/cifar100_cnn.py'
 NUMS = {'train': 60, 't10k': 30}
@@ -241,7 +242,7 @@ def test_arguments(arg, family, start):
   is_fashion = arg in ('runlocal',) or 'fashion' in arg
   assert config.data.name == ('fashion' if is_fashion else 'cifar100')
   # The model is one that there is.
-  model = modeling.of(experiment)
+  model = architectures.of(experiment)
   params = jax.eval_shape(model.init_fn, jax.random.key(0))
   batch = {'image': jax.ShapeDtypeStruct((2, *config.inputs.image), 'float32')}
   logits = jax.eval_shape(model.logits_fn, params, batch)

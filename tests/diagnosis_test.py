@@ -22,9 +22,9 @@ from jaxsoup import evaluation
 from jaxsoup import metrics
 from jaxsoup.data import digits
 from jaxsoup.data import sources
-from jaxsoup.experiments import finetune
-from jaxsoup.experiments import modeling
 from jaxsoup.models import batch_norm
+from jaxsoup.train import loop
+from jaxsoup.train import modeling
 
 # As in the tests of checkpoints: what Orbax leaves behind when a read failed.
 pytestmark = pytest.mark.filterwarnings(
@@ -74,7 +74,7 @@ class World(NamedTuple):
 
 def trained(model, data, theta, runs):
   kept = {}
-  stacked = finetune.train(
+  stacked = loop.train(
       model,
       FINETUNE,
       theta,
@@ -89,7 +89,7 @@ def trained(model, data, theta, runs):
 def pretrained(model, data, seed):
   run = dict(learning_rate=2e-3, weight_decay=0.05, seed=seed)
   return jax.device_get(
-      finetune.train_one(
+      loop.train_one(
           model,
           PRETRAIN,
           model.start_fn(jax.random.key(seed)),

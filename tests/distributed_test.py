@@ -102,7 +102,7 @@ MAIN = 'from jaxsoup import cli; cli.main()'
 # The command waits longer than a test does.
 IMPATIENT = f"""
 import functools
-from jaxsoup.experiments import distributed
+from jaxsoup.runtime import distributed
 distributed.start = functools.partial(distributed.start, timeout=3)
 {MAIN}
 """

@@ -20,8 +20,8 @@ from jaxsoup import evaluation
 from jaxsoup import metrics
 from jaxsoup import statistics
 from jaxsoup.experiments import configs
-from jaxsoup.experiments import stages
-from jaxsoup.experiments import user_code
+from jaxsoup.experiments import workdirs
+from jaxsoup.runtime import user_code
 
 ROOT = pathlib.Path(jaxsoup.__file__).parent
 CONTRIBUTING = ROOT.parent / '.github' / 'CONTRIBUTING.md'
@@ -190,7 +190,7 @@ def _begun(path):
 def _shard(text):
   digits = str(ROOT.parent / 'configs/digits.py')
   override = f'--config.sweep.shard={text}'
-  stages.shard_of(configs.load(digits, [override]).config)
+  workdirs.shard_of(configs.load(digits, [override]).config)
 
 
 def _adapter(path):

@@ -13,13 +13,13 @@ import pytest
 from jaxsoup import checkpoints
 from jaxsoup import landscape
 from jaxsoup import report
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import landscapes
 from jaxsoup.experiments import main
-from jaxsoup.experiments import modeling
-from jaxsoup.experiments import preemption
-from jaxsoup.experiments import progress
 from jaxsoup.report import _workdir
+from jaxsoup.runtime import preemption
+from jaxsoup.runtime import progress
 
 # All of them share the workdir of an experiment.
 pytestmark = pytest.mark.slow
@@ -80,7 +80,7 @@ class Data:
   """The experiment's data sets, as every part takes them."""
 
   def __init__(self, experiment):
-    self.model = modeling.of(experiment)
+    self.model = architectures.of(experiment)
     self.splits = experiment.data_fn(experiment.config)
 
   def error(self, params, name, most=NUM_EXAMPLES):

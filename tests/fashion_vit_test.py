@@ -12,9 +12,9 @@ from jaxsoup import checkpoints
 from jaxsoup import models
 from jaxsoup.data import fashion
 from jaxsoup.data import preparation
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import main
-from jaxsoup.experiments import modeling
 from jaxsoup.models import _names
 from jaxsoup.models import _pretrained
 
@@ -110,7 +110,7 @@ def test_what_is_shifted_never_chooses(files):
 @pytest.mark.slow
 def test_the_model_enlarges_and_standardizes(files):
   experiment = load(files)
-  model = modeling.of(experiment)
+  model = architectures.of(experiment)
   params = model.start_fn(jax.random.key(0))
   image = np.random.default_rng(1).random((3, 28, 28, 1), np.float32)
   loaded = models.load(

@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup import cli
-from jaxsoup.experiments import locking
 from jaxsoup.experiments import main
-from jaxsoup.experiments import preemption
-from jaxsoup.experiments import train_state
+from jaxsoup.runtime import locking
+from jaxsoup.runtime import preemption
+from jaxsoup.train import train_state
 
 # As in the tests of checkpoints: what Orbax leaves behind when a read failed.
 pytestmark = pytest.mark.filterwarnings(

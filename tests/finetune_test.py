@@ -16,12 +16,13 @@ from sklearn import metrics as sk
 
 import jaxsoup
 from jaxsoup.data import sources
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
-from jaxsoup.experiments import finetune
-from jaxsoup.experiments import modeling
-from jaxsoup.experiments import preemption
-from jaxsoup.experiments import steps
-from jaxsoup.experiments import train_state
+from jaxsoup.runtime import preemption
+from jaxsoup.train import loop
+from jaxsoup.train import modeling
+from jaxsoup.train import steps
+from jaxsoup.train import train_state
 
 NUM_FEATURES, NUM_CLASSES = 5, 3
 PHASE = dict(num_epochs=2, batch_size=8, warmup=0.25, final=0.1)
@@ -180,7 +181,7 @@ def test_adafactor_learns():
   data = sources.Arrays(features(64))
   phase = PHASE | dict(num_epochs=20, optimizer='adafactor')
   losses = []
-  finetune.train(
+  loop.train(
       LINEAR,
       phase,
       tree(np.float32, start()),
@@ -202,7 +203,7 @@ def test_a_probe_is_logistic_regression():
       num_epochs=60, batch_size=50, warmup=0.1, final=0.0,
       run={'learning_rate': 0.3},
   )  # fmt: skip
-  trained = finetune.probe(model, phase, params, sources.Arrays(data))
+  trained = loop.probe(model, phase, params, sources.Arrays(data))
   assert trained['scale'] == 2.0
   batch = {'feature': 2.0 * data['feature'], 'label': data['label']}
   of_flat = lambda x: {'kernel': x[:-3].reshape(-1, 3), 'bias': x[-3:]}
@@ -222,7 +223,7 @@ def test_a_probe_is_logistic_regression():
 
 def test_a_probe_needs_a_head():
   with pytest.raises(ValueError, match='no linear head'):
-    finetune.probe(LINEAR, {}, {}, sources.Arrays(features()))
+    loop.probe(LINEAR, {}, {}, sources.Arrays(features()))
 
 
 # A small ViT, several runs at once.
@@ -246,7 +247,7 @@ def config():
 
 @pytest.fixture(scope='module')
 def model(config):
-  return modeling.make(config)
+  return architectures.make(config)
 
 
 @pytest.fixture(scope='module')
@@ -274,11 +275,11 @@ RUNS = [
 
 @pytest.mark.slow
 def test_a_group_equals_its_runs_alone(config, model, theta_0, data):
-  group = finetune.train(model, config.finetune, theta_0, RUNS, data)
+  group = loop.train(model, config.finetune, theta_0, RUNS, data)
   everything = dict.fromkeys(('mixup', 'affine'), 0.0)
   for k, run in enumerate(RUNS):
     # With the same augmentations: each has a key of its own.
-    alone = finetune.train_one(
+    alone = loop.train_one(
         model, config.finetune, theta_0, everything | run, data
     )
     one = jax.tree.map(lambda x, k=k: x[k], group)
@@ -303,7 +304,7 @@ def assert_equal(first, second):
 def test_the_same_call_gives_the_same_bits(config, model, theta_0, data):
   assert_equal(
       *(
-          finetune.train(model, config.finetune, theta_0, RUNS, data)
+          loop.train(model, config.finetune, theta_0, RUNS, data)
           for _ in range(2)
       )
   )
@@ -313,7 +314,7 @@ def test_the_same_call_gives_the_same_bits(config, model, theta_0, data):
 def test_pretraining_learns_and_repeats_itself(config, model, theta_0, data):
   seen = []
   first, second = (
-      finetune.train_one(
+      loop.train_one(
           model,
           config.pretrain,
           theta_0,
@@ -339,10 +340,8 @@ def keeper(kept):
 def test_copies_are_kept(config, model, theta_0, data):
   phase = config.finetune.to_dict() | dict(ema=(0.9,), keep_epochs=(1,))
   kept = {}
-  last = finetune.train(
-      model, phase, theta_0, RUNS[:2], data, keep_fn=keeper(kept)
-  )
-  assert ['', *kept] == finetune.names_of(phase)
+  last = loop.train(model, phase, theta_0, RUNS[:2], data, keep_fn=keeper(kept))
+  assert ['', *kept] == loop.names_of(phase)
   # After one epoch it is where the first epoch of the same schedule ends.
   leaves = lambda t: np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)])
   assert abs(leaves(kept['epoch_1']) - leaves(last)).max() > 1e-4
@@ -358,14 +357,14 @@ def test_runs_with_initial_parameters_of_their_own(
 ):
   phase = config.finetune.to_dict() | dict(num_epochs=1)
   runs = [{'init_seed': s, 'learning_rate': 0.0} for s in (1, 2)]
-  stacked = finetune.train(model, phase, theta_0, runs, data)
+  stacked = loop.train(model, phase, theta_0, runs, data)
   for k, run in enumerate(runs):
     expected = jax.jit(model.init_fn)(jax.random.key(run['init_seed']))
     assert_close(tree(lambda x, k=k: x[k], stacked), expected, atol=1e-7)
 
 
 def test_what_cannot_be_trained(config, model, theta_0, data):
-  train = functools.partial(finetune.train, model, config.finetune, theta_0)
+  train = functools.partial(loop.train, model, config.finetune, theta_0)
   with pytest.raises(ValueError, match=r"Unknown hyper-parameters \['lr'\]"):
     train([{'lr': 1.0}], data)
   with pytest.raises(ValueError, match='No runs'):
@@ -381,7 +380,7 @@ def test_what_cannot_be_trained(config, model, theta_0, data):
     train([{'optimizer': 'adam'}], data)
   phase = config.finetune.to_dict() | dict(num_accumulated=2)
   with pytest.raises(ValueError, match='set num_accumulated to 1'):
-    finetune.train(model, phase, theta_0, [{'sam': 0.1}], data)
+    loop.train(model, phase, theta_0, [{'sam': 0.1}], data)
 
 
 # Data that are not in memory: one run on all devices.
@@ -423,7 +422,7 @@ def test_on_a_mesh_as_on_one_device(config, model, theta_0, data):
   phase = config.finetune.to_dict() | dict(ema=(0.9,), optimizer='sgd')
   assert jax.device_count() == 4
   kept, progress = {}, []
-  trained = finetune.train(
+  trained = loop.train(
       model, phase, theta_0, [run], source,
       keep_fn=keeper(kept), progress_fn=lambda *x: progress.append(x),
   )  # fmt: skip
@@ -439,14 +438,14 @@ def test_runs_that_are_alike_compile_once(config, model, theta_0, data, caplog):
   runs = [{'seed': k, 'learning_rate': 0.1 * k} for k in (1, 2)]
   with jax.log_compiles():
     for run in runs:
-      finetune.train(model, config.finetune, theta_0, [run], Read(data.arrays))
+      loop.train(model, config.finetune, theta_0, [run], Read(data.arrays))
   for name in ('_start', 'train_step'):
     assert caplog.text.count(f'XLA compilation of jit({name})') == 1
 
 
 def test_runs_on_data_that_are_read_train_alone(model, config, theta_0, data):
   with pytest.raises(ValueError, match='set sweep.group_size to 1'):
-    finetune.train(model, config.finetune, theta_0, RUNS, Read(data.arrays))
+    loop.train(model, config.finetune, theta_0, RUNS, Read(data.arrays))
 
 
 @pytest.mark.slow_variants
@@ -457,7 +456,7 @@ def test_stopped_and_resumed_is_the_same(
   source = Read(data.arrays) if is_read else data
   phase = config.finetune.to_dict() | dict(num_epochs=3, ema=(0.9,))
   kept = [{}, {}]
-  train = lambda **options: finetune.train(
+  train = lambda **options: loop.train(
       model, phase, theta_0, RUNS[:1], source, **options
   )
   whole = train(keep_fn=keeper(kept[0]))
@@ -511,7 +510,7 @@ def test_running_statistics_follow_and_are_not_trained(batch_norm):
       num_epochs=1, batch_size=8, warmup=0.0, final=1.0, batch_norm=batch_norm
   )
   run = {'learning_rate': 0.1, 'weight_decay': 0.5}
-  trained = finetune.train_one(model, phase, params, run, data)
+  trained = loop.train_one(model, phase, params, run, data)
   x = data.arrays['image'] @ params['dense']['kernel'] + params['dense']['bias']
   expected = {'mean': np.zeros(6), 'var': np.ones(6)}
   if batch_norm == 'train':
@@ -526,10 +525,10 @@ def test_a_model_without_inputs_is_refused(config):
   with config.unlocked():
     config.model = dict(family='bert', num_classes=2)
   with pytest.raises(configs.UsageError, match='no shapes of its inputs'):
-    modeling.make(config)
+    architectures.make(config)
   config.model.family = 'gpt'
   with pytest.raises(configs.UsageError, match="model.family is 'gpt'"):
-    modeling.make(config)
+    architectures.make(config)
 
 
 @pytest.mark.slow
@@ -541,7 +540,7 @@ def test_a_text_model_by_its_config(config):
         num_heads=2, num_positions=6,
     )  # fmt: skip
     config.inputs = dict(attention_mask=(6,), input_ids=(6,))
-  model = modeling.make(config)
+  model = architectures.make(config)
   assert list(model.inputs) == ['input_ids', 'attention_mask']
   batch = {
       'input_ids': jnp.arange(6)[None],
@@ -561,7 +560,7 @@ def test_a_text_model_by_its_config(config):
 @pytest.mark.slow
 def test_steps_one_by_one_are_those_of_the_loop(config, model, theta_0, data):
   stepped_params, expected = (
-      finetune.train(
+      loop.train(
           model,
           config.finetune.to_dict() | {'is_scanned': is_scanned},
           theta_0,
@@ -574,7 +573,7 @@ def test_steps_one_by_one_are_those_of_the_loop(config, model, theta_0, data):
     params['block_0']['attention']['key']['bias'] = 0  # Rounding, see above.
   assert_close(stepped_params, expected, atol=1e-4)
   losses = []
-  finetune.train(
+  loop.train(
       model,
       config.finetune.to_dict() | {'is_scanned': False},
       theta_0,
@@ -587,7 +586,7 @@ def test_steps_one_by_one_are_those_of_the_loop(config, model, theta_0, data):
 
 def test_batches_are_augmented_as_the_runs_were(config, model, data):
   runs = [{'flip': 0.0}, {'flip': 1.0}]
-  walk = finetune.augmented_batches(model, config.finetune, runs, data, seed=3)
+  walk = loop.augmented_batches(model, config.finetune, runs, data, seed=3)
   order = list(sources.batches(data, 8, seed=3))
   assert len(order) == 2
   for i, (augmented, batch) in enumerate(zip(walk, order, strict=True)):
@@ -604,12 +603,12 @@ def test_targets_of_a_teacher():
   data = features(8)
   rng = np.random.default_rng(5)
   teacher = 2 * rng.normal(size=(8, NUM_CLASSES))
-  source = finetune.distilled(sources.Arrays(data), teacher)
+  source = loop.distilled(sources.Arrays(data), teacher)
   expected = special.softmax(teacher, axis=-1)
   np.testing.assert_allclose(source.arrays['target'], expected, rtol=1e-5)
   phase = dict(num_epochs=1, batch_size=8, warmup=0, final=1, optimizer='sgd')
   phase['momentum'] = 0.0
-  trained = finetune.train_one(
+  trained = loop.train_one(
       LINEAR, phase, tree(np.float32, start()), {'learning_rate': 0.5}, source
   )
   params = start()
@@ -624,7 +623,7 @@ def test_a_frozen_part_stays():
   run = {'learning_rate': 0.3, 'weight_decay': 0.5}
   params = tree(np.float32, start())
   model = modeling.frozen(LINEAR, 'bias', params)
-  trained = finetune.train_one(
+  trained = loop.train_one(
       model, phase, params, run, sources.Arrays(features())
   )
   np.testing.assert_array_equal(trained['bias'], params['bias'])

@@ -12,9 +12,9 @@ from sklearn import metrics as reference
 from jaxsoup import checkpoints
 from jaxsoup.data import glue
 from jaxsoup.data import made_up
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import main
-from jaxsoup.experiments import modeling
 from jaxsoup.models import t5
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
@@ -62,7 +62,7 @@ def test_each_task_has_32_settings_and_its_metric(name, task):
 )
 def test_models_have_the_sizes_of_the_originals(name, num):
   """BERT-base with a head of two classes, and T5-base."""
-  model = modeling.of(load(name))
+  model = architectures.of(load(name))
   params = jax.eval_shape(model.init_fn, jax.random.key(0))
   assert sum(x.size for x in jax.tree.leaves(params)) == num
 
@@ -131,7 +131,7 @@ def test_t5_reads_the_task_and_scores_the_labels():
   prefix = tokenize(['rte sentence1:'])['input_ids'][0, :2]
   batch = {k: x[:3] for k, x in splits.test.arrays.items()}
   assert (batch['input_ids'][:, :2] == prefix).all()
-  model = modeling.of(experiment)
+  model = architectures.of(experiment)
   params = model.start_fn(jax.random.key(0))
   logits = model.logits_fn(params, batch)
   module = t5.T5(**config.model.to_dict(), rngs=nnx.Rngs(0))

@@ -17,9 +17,9 @@ from jaxsoup import models
 from jaxsoup.data import imagenet
 from jaxsoup.data import mock
 from jaxsoup.data import sources
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import main
-from jaxsoup.experiments import modeling
 from jaxsoup.models import _names
 from jaxsoup.models import _pretrained
 
@@ -96,7 +96,7 @@ def test_a_second_call_makes_nothing_again(finished):
 )
 def test_full_size(name, num_parameters):
   experiment = load(name)
-  model = modeling.of(experiment)
+  model = architectures.of(experiment)
   mesh = jax.make_mesh((1,), ('fsdp',))
   with jax.set_mesh(mesh):
     params = jax.eval_shape(lambda: model.init_fn(jax.random.key(0)))
@@ -259,7 +259,7 @@ def start_of(name, folder, *overrides):
       *overrides,
   )  # fmt: skip
   with jax.set_mesh(jax.make_mesh((1,), ('fsdp',))):
-    return modeling.of(experiment).start_fn(jax.random.key(0))
+    return architectures.of(experiment).start_fn(jax.random.key(0))
 
 
 @pytest.mark.slow
@@ -316,7 +316,7 @@ def test_weights_of_augreg_with_another_head(tmp_path):
   for stored in (arrays, arrays | more):
     np.savez(file, **stored)
     loaded = load('imagenet_vit_b32_i21k:runlocal', f'init={file}')
-    start = modeling.of(loaded).start_fn(jax.random.key(0))
+    start = architectures.of(loaded).start_fn(jax.random.key(0))
     assert start.pop('head')['kernel'].shape == (16, 1000)
     expected = {k: x for k, x in params.items() if k != 'head'}
     jax.tree.map(np.testing.assert_array_equal, start, expected)

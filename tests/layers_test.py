@@ -26,6 +26,7 @@ LAYERS = (
         '_warnings',
         '_checked',
         '_mixing',
+        'runtime',
     ),
     (
         '_recipes',
@@ -40,11 +41,15 @@ LAYERS = (
     ),
     ('checkpoints', 'diagnosis', 'report'),
     ('models', 'data'),
-    ('experiments', 'cli', 'commands', 'doctor'),
+    ('train',),
+    ('experiments',),
+    ('plan', 'paper'),
+    ('cli', 'commands', 'doctor'),
 )
 BASIC = {'jax', 'numpy', 'jaxsoup'}
+FLAX = BASIC | {'flax', 'optax', 'ml_collections'}
 ALLOWED = (
-    BASIC,
+    BASIC | {'rich', 'tensorboardX'},
     BASIC | {'optax', 'scipy'},
     BASIC
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'scipy', 'tensorstore'}
@@ -52,9 +57,10 @@ ALLOWED = (
     BASIC
     | {'PIL', 'flax', 'scipy', 'sentencepiece', 'sklearn'}
     | {'tensorflow_datasets', 'tokenizers'},
-    BASIC
-    | {'absl', 'flax', 'ml_collections', 'optax', 'rich', 'typer'}
-    | {'tensorboardX'},
+    FLAX,
+    FLAX | {'absl', 'rich'},
+    FLAX | {'absl'},
+    FLAX | {'rich', 'typer'},
 )
 MODULES = sorted(
     p
@@ -103,6 +109,30 @@ def test_imports_go_down_only(path):
     assert package in ALLOWED[layer], f'{module} imports {name}'
     if package == 'jaxsoup':
       assert _layer(_own(name)) <= layer, f'{module} imports {name}'
+
+
+def test_what_only_is_imported_from_above():
+  """Nothing needs the paper's experiments; only they are run as a whole."""
+  for path in MODULES:
+    room = path.relative_to(ROOT).parts[0]
+    for name in _imports(path):
+      assert room == 'paper' or not name.startswith('jaxsoup.paper'), path
+      is_script = name.startswith('jaxsoup.experiments.main')
+      assert room == 'commands' or not is_script, path
+
+
+@pytest.mark.parametrize(
+    'room, unknown',
+    [
+        ('runtime', {'_soup', '_recipes', '_checked', '_mixing', 'evaluation'}),
+        ('train', {'_soup', 'report', 'diagnosis', 'studies', 'experiments'}),
+    ],
+)
+def test_rooms_do_not_know(room, unknown):
+  for path in MODULES:
+    if path.relative_to(ROOT).parts[0] == room:
+      own = [n for n in _imports(path) if n.startswith('jaxsoup')]
+      assert not unknown & set(map(_own, own)), path
 
 
 def test_models_and_data_know_nothing_of_soups():

@@ -13,11 +13,11 @@ from scipy import special
 
 from jaxsoup import checkpoints
 from jaxsoup import landscape
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
-from jaxsoup.experiments import modeling
-from jaxsoup.experiments import paper
-from jaxsoup.experiments import paper_studies
-from jaxsoup.experiments import pools
+from jaxsoup.paper import pools
+from jaxsoup.paper import run
+from jaxsoup.paper import studies
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENT = ROOT / 'jaxsoup/docs/experiments.md'
@@ -74,7 +74,7 @@ def test_functions_and_figures_exist(number):
 
 
 def test_titles_are_those_of_the_command():
-  for number, experiment in paper_studies.EXPERIMENTS.items():
+  for number, experiment in studies.EXPERIMENTS.items():
     assert table()[number][0] == experiment.title
 
 
@@ -94,13 +94,13 @@ def few_runs():
 @pytest.fixture(scope='module')
 def made(tmp_path_factory, few_runs):
   workdir = tmp_path_factory.mktemp('paper')
-  return workdir, paper.run(CONFIG, workdir, TINY)
+  return workdir, run.run(CONFIG, workdir, TINY)
 
 
 @pytest.fixture(scope='module')
 def problem():
   experiment = configs.load(CONFIG, TINY)
-  model = modeling.of(experiment)
+  model = architectures.of(experiment)
   return model, experiment.data_fn(experiment.config)
 
 
@@ -137,9 +137,7 @@ def test_every_experiment_found_something(made):
     values = [x for row in rows.values() for one in row.values() for x in one]
     assert all(isinstance(x, float) for x in values if x is not None), number
     folder = (
-        workdir
-        if paper_studies.EXPERIMENTS[number].has_dots
-        else workdir / 'seed0'
+        workdir if studies.EXPERIMENTS[number].has_dots else workdir / 'seed0'
     )
     picture = folder / f'experiments/{number:02d}.png'
     assert picture.read_bytes().startswith(b'\x89PNG')
@@ -150,7 +148,7 @@ def test_a_second_call_makes_nothing_anew(made):
   workdir, rows_of = made
   made_once = (workdir / 'seed0').rglob('*')
   times = {p: p.stat().st_mtime_ns for p in made_once if p.is_file()}
-  assert paper.run(CONFIG, workdir, TINY) == rows_of
+  assert run.run(CONFIG, workdir, TINY) == rows_of
   assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
@@ -254,8 +252,8 @@ def test_heads_and_data_sets(made):
 
 def test_figures_of_several_seeds_are_means(tmp_path):
   seeds = [{'soup': {'test, %': x, 'p': y}} for x, y in ((90, 0.5), (94, 0.1))]
-  rows_of = {5: paper._stacked(seeds)}
-  paper._write(tmp_path, rows_of)
+  rows_of = {5: run._stacked(seeds)}
+  run._write(tmp_path, rows_of)
   text = (tmp_path / 'experiments.md').read_text()
   # Deviations with one degree of freedom.
   assert '| soup | 92.0 ± 2.8 | 0.30 ± 0.28 |' in text
@@ -272,7 +270,7 @@ def test_figures_of_several_seeds_are_means(tmp_path):
 )
 def test_usage(argv, text, tmp_path, capsys):
   argv = [f'--config={CONFIG}', f'--workdir={tmp_path}/w', *argv]
-  assert paper.main(argv) == 2
+  assert run.main(argv) == 2
   error = capsys.readouterr().err
   assert text in error and 'Traceback' not in error
   assert not (tmp_path / 'w').exists()

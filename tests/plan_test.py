@@ -21,15 +21,15 @@ from typer import testing
 import jaxsoup
 from jaxsoup import cli
 from jaxsoup import ensembles
+from jaxsoup import plan
 from jaxsoup.data import sources
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
-from jaxsoup.experiments import hlo
-from jaxsoup.experiments import machines
-from jaxsoup.experiments import modeling
-from jaxsoup.experiments import plan
-from jaxsoup.experiments import plan_programs
-from jaxsoup.experiments import plan_recipes
+from jaxsoup.plan import hlo
+from jaxsoup.plan import machines
+from jaxsoup.plan import programs
+from jaxsoup.plan import recipes
 
 HERE = pathlib.Path(__file__).parent
 DIGITS = str(HERE.parent / 'configs/digits.py')
@@ -95,7 +95,7 @@ def test_work_is_the_closed_form_of_a_transformer(file):
   experiment = load(file)
   config = experiment.config
   mesh, _ = machines.cpu_mesh(4)
-  lowerings = plan_programs.of(experiment, mesh, 3)
+  lowerings = programs.of(experiment, mesh, 3)
   with jax.set_mesh(mesh):
     flops = {
         name: hlo.flops_of(lowerings[name]().jaxpr.jaxpr)
@@ -105,7 +105,7 @@ def test_work_is_the_closed_form_of_a_transformer(file):
       config.model
   )
   leaves = jax.tree.leaves(
-      plan_programs.abstract_params(modeling.of(experiment), mesh)
+      programs.abstract_params(architectures.of(experiment), mesh)
   )
   num_parameters = sum(x.size for x in leaves)
   assert flops['mix'] == 2 * 3 * num_parameters
@@ -161,7 +161,7 @@ def test_runs_of_other_lengths_and_batches_count_as_such():
   # 250 examples are 7 batches of 32 and 3 of 64: 224 and 192 examples.
   experiment = load(DIGITS, '--config.finetune.num_epochs=1')
   mesh, _ = machines.cpu_mesh(4)
-  step = plan_programs.Program('fine-tuning step', 0, flops=32.0)
+  step = programs.Program('fine-tuning step', 0, flops=32.0)
   runs = [{}, {'num_epochs': 5}, {'batch_size': 64, 'num_epochs': 2}]
   config = experiment.config.copy_and_resolve_references()
   config.sweep.group_size = 1
@@ -170,7 +170,7 @@ def test_runs_of_other_lengths_and_batches_count_as_such():
   made = experiment._replace(config=config, runs=runs)
   # An example takes 4 (devices) * 32 / 32.
   expected = 4 * (224 + 5 * 224 + 2 * 192)
-  assert plan_programs.sweep_flops(made, mesh, [step]) == expected
+  assert programs.sweep_flops(made, mesh, [step]) == expected
 
 
 def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
@@ -267,11 +267,11 @@ def test_recipes_read_evaluate_and_step_as_planned():
       '--config.learned.num_epochs=2',
       '--config.learned.patience=9',
   )
-  config, model = experiment.config, modeling.of(experiment)
+  config, model = experiment.config, architectures.of(experiment)
   _, mesh, made = cpu_plan()
-  rows = plan_recipes.of(experiment, mesh, 2**30, num, made.programs)
+  rows = recipes.of(experiment, mesh, 2**30, num, made.programs)
   rng = np.random.default_rng(0)
-  shapes = plan_programs.abstract_params(model, mesh)
+  shapes = programs.abstract_params(model, mesh)
   theta_0 = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   models = [
       jax.tree.map(
@@ -354,14 +354,14 @@ def test_without_learned_soups_there_is_no_word_of_them():
     del config.learned
   experiment = experiment._replace(config=config)
   mesh, _ = machines.cpu_mesh(4)
-  names = plan_programs.of(experiment, mesh, 3)
+  names = programs.of(experiment, mesh, 3)
   assert {'mix', 'evaluation step', 'fine-tuning step'} <= set(names)
-  rows = plan_recipes.of(
+  rows = recipes.of(
       experiment,
       mesh,
       GIB,
       3,
-      tuple(plan_programs.Program(x, 8) for x in names),
+      tuple(programs.Program(x, 8) for x in names),
   )
   assert {'uniform', 'greedy', 'Model Stock'} <= {r.name for r in rows}
   assert not any('learned' in x for x in [*names, *(r.name for r in rows)])
@@ -376,14 +376,14 @@ def test_a_stack_that_does_not_fit_streams():
   assert streamed < resident
   rows_at = lambda num_bytes, num=24: {
       r.name: r
-      for r in plan_recipes.of(experiment, mesh, num_bytes, num, made.programs)
+      for r in recipes.of(experiment, mesh, num_bytes, num, made.programs)
   }
   between = rows_at((streamed + resident) // 2)
   assert not between['learned, resident'].fits
   assert between['learned, streamed'].fits
   # 27 models are more than two thirds, and 5 are not: the rule by which
   # `jaxsoup.learned` chooses, blind to activations.
-  shapes = plan_programs.abstract_params(modeling.of(experiment), mesh)
+  shapes = programs.abstract_params(architectures.of(experiment), mesh)
   share = sum(
       x.dtype.itemsize * np.prod(x.sharding.shard_shape(x.shape))
       for x in jax.tree.leaves(shapes)
@@ -415,8 +415,8 @@ def test_the_learned_soup_of_the_paper_fits_on_a_small_pod():
   mesh, device_bytes = tpu_mesh('v5e:8x8')
   assert device_bytes == 16 * GIB
   name = 'learned step, resident'
-  program = plan_programs.compile_program(
-      name, plan_programs.of(experiment, mesh, num)[name], mesh
+  program = programs.compile_program(
+      name, programs.of(experiment, mesh, num)[name], mesh
   )
   assert not program.problem
   num_parameters = 1.84e9  # Zhai et al. 2022, table 2, with 1000 classes.
@@ -442,7 +442,7 @@ def test_ingredients_that_are_sharded_alike_mix_alone(topology, hbm):
   """In the program of the TPU: what it sends, read by another expression."""
   mesh, device_bytes = tpu_mesh(topology)
   assert device_bytes == hbm * GIB
-  lowerings = plan_programs.of(load(VIT_G), mesh, 14 if mesh.size > 8 else 4)
+  lowerings = programs.of(load(VIT_G), mesh, 14 if mesh.size > 8 else 4)
 
   def sent(name):
     with jax.set_mesh(mesh):
@@ -456,7 +456,7 @@ def test_ingredients_that_are_sharded_alike_mix_alone(topology, hbm):
   assert sent('add to a sum') == []
   assert sent('gradient in alpha') == ['all-reduce']
   assert sent('inner products, streamed') == ['all-reduce']
-  program = plan_programs.compile_program('mix', lowerings['mix'], mesh)
+  program = programs.compile_program('mix', lowerings['mix'], mesh)
   assert program.collectives == {}
 
 

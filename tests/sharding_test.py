@@ -16,7 +16,7 @@ from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import sharding
 from jaxsoup._soup import LearnedPlan
-from jaxsoup.experiments import hlo
+from jaxsoup.plan import hlo
 
 NUM = 3
 COLLECTIVE = re.compile(

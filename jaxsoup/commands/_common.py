@@ -12,7 +12,7 @@ import warnings
 import typer
 
 from jaxsoup import _files
-from jaxsoup.experiments import user_code
+from jaxsoup.runtime import user_code
 
 Json = Annotated[bool, typer.Option('--json', help='Print the result as JSON.')]
 Item = Annotated[
@@ -69,7 +69,7 @@ def failures() -> Iterator[None]:
 @contextlib.contextmanager
 def held(out: pathlib.Path) -> Iterator[None]:
   """Nobody else writes `out` meanwhile, and nobody has."""
-  from jaxsoup.experiments import locking
+  from jaxsoup.runtime import locking
 
   # Next to it, because it exists only when it is complete.
   lock = out.absolute().parent / f'.{out.name}.lock'

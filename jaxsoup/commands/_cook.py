@@ -48,19 +48,20 @@ def cook(
   """
   with _common.failures():
     if order.is_distributed:
-      from jaxsoup.experiments import distributed
+      from jaxsoup.runtime import distributed
 
       distributed.start()
       _common.echo(distributed.banner(order.out), err=True)
     import jax
 
-    from jaxsoup.experiments import preemption
+    from jaxsoup.experiments import stopping
+    from jaxsoup.runtime import preemption
 
     is_main = jax.process_index() == 0
     held = _common.held(order.out) if is_main else contextlib.nullcontext()
     with preemption.handled() as stop, held:
       _refuse_adapters(order.runs)
-      ingredients = preemption.Ingredients(
+      ingredients = stopping.Ingredients(
           order.runs, item=order.item, stop=stop, saved=saved
       )
       if order.is_sharded or order.is_distributed:

@@ -27,8 +27,8 @@ def demo(
 ) -> None:
   """Fine-tunes a sweep on real images, makes every soup, shows the table."""
   with _common.failures():
-    from jaxsoup.experiments import distributed
     from jaxsoup.experiments import main as experiment
+    from jaxsoup.runtime import distributed
 
     file = f'{_config_file("digits.py")}{":runlocal" if short else ""}'
     typer.echo(distributed.banner(workdir), err=True)

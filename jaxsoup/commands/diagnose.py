@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jaxsoup.commands import _common
-from jaxsoup.experiments import user_code
+from jaxsoup.runtime import user_code
 
 _FUNCTION = 'PACKAGE.MODULE:FUNCTION'
 
@@ -86,7 +86,7 @@ def diagnose(
   with _common.failures():
     from jaxsoup import checkpoints
     from jaxsoup import diagnosis
-    from jaxsoup.experiments import progress
+    from jaxsoup.runtime import progress
 
     if report_file is not None:  # Before the minutes that a diagnosis takes.
       from jaxsoup import report

@@ -75,10 +75,10 @@ def plan(
     # The seconds are those of the compiler, and jax 0.7 cannot cache programs
     # for machines that it does not have.
     jax.config.update('jax_enable_compilation_cache', False)
+    from jaxsoup import plan as plan_lib
     from jaxsoup.experiments import configs
-    from jaxsoup.experiments import machines
-    from jaxsoup.experiments import plan as plan_lib
-    from jaxsoup.experiments import plan_text
+    from jaxsoup.plan import machines
+    from jaxsoup.plan import text
 
     experiment = configs.load(config)
     if topology is not None:
@@ -99,4 +99,4 @@ def plan(
       content = {'jaxsoup': jaxsoup.__version__, **plan_lib.as_json(made)}
       with _files.replaced(json_file, _MARKER) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1))
-  _common.echo(plan_text.as_text(made))
+  _common.echo(text.as_text(made))

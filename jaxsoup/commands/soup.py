@@ -13,7 +13,7 @@ from typer import core
 from jaxsoup.commands import _common
 from jaxsoup.commands import _cook
 from jaxsoup.commands import _options
-from jaxsoup.experiments import user_code
+from jaxsoup.runtime import user_code
 
 
 class _Recipes(core.TyperGroup):

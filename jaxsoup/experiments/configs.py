@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _processes
-from jaxsoup.experiments import user_code
+from jaxsoup.runtime import user_code
 from jaxsoup.typing import Json
 
 Run = Json

@@ -33,10 +33,10 @@ from jaxsoup._soup import Scores
 from jaxsoup._soup import Soup
 from jaxsoup.data import sources
 from jaxsoup.experiments import configs
-from jaxsoup.experiments import finetune
-from jaxsoup.experiments import modeling
-from jaxsoup.experiments import steps
 from jaxsoup.report import Row
+from jaxsoup.train import loop
+from jaxsoup.train import modeling
+from jaxsoup.train import steps
 from jaxsoup.typing import EvalFn
 from jaxsoup.typing import LogitsFn
 from jaxsoup.typing import MetricFn
@@ -177,7 +177,7 @@ def statistics_fns(
     return jax.tree.map(take, is_kept, params, best_fn())
 
   def estimated(params):
-    batches = finetune.augmented_batches(
+    batches = loop.augmented_batches(
         model, config.finetune, runs, train, seed=config.seed
     )
     num_batches = config.get('num_batch_norm_batches', 100)

@@ -39,9 +39,10 @@ from jaxsoup import metrics
 from jaxsoup import studies
 from jaxsoup.data import sources
 from jaxsoup.experiments import cook
-from jaxsoup.experiments import preemption
-from jaxsoup.experiments import progress
 from jaxsoup.experiments import stages
+from jaxsoup.experiments import stopping
+from jaxsoup.experiments import workdirs
+from jaxsoup.runtime import progress
 from jaxsoup.typing import Array
 from jaxsoup.typing import Json
 from jaxsoup.typing import Params
@@ -72,7 +73,7 @@ class Part(NamedTuple):
 class Sets:
   """Some examples of data sets, in memory, and the mean of scores on them."""
 
-  def __init__(self, work: stages.Work, names: Sequence[str], num: int):
+  def __init__(self, work: workdirs.Work, names: Sequence[str], num: int):
     """Reads them.
 
     Args:
@@ -91,7 +92,7 @@ class Sets:
     }
     self.labels = pooled['label']
     self.batches = cook.batches_of(
-        sources.Arrays(pooled), work.config.batch_size, stages.on(work.config)
+        sources.Arrays(pooled), work.config.batch_size, workdirs.on(work.config)
     )
     self.logits_of = evaluation.logits_of(work.model.logits_fn, self.batches)
     self._rows = list(itertools.starmap(slice, itertools.pairwise(starts)))
@@ -121,7 +122,7 @@ def _some(source: sources.Source, num: int) -> sources.Arrays:
   return sources.Arrays(source[rows])
 
 
-class Held(preemption.Ingredients):
+class Held(stopping.Ingredients):
   """Ingredients that stay in memory: small ones take longer to read."""
 
   average = None  # type: ignore[assignment]  # It would read them again.
@@ -143,7 +144,9 @@ class Held(preemption.Ingredients):
       super().prefetch(k)
 
 
-def _ingredients(work: stages.Work, theta_0: Params) -> checkpoints.Ingredients:
+def _ingredients(
+    work: workdirs.Work, theta_0: Params
+) -> checkpoints.Ingredients:
   """The runs; in memory if all together take a fifth of it at most."""
   runs = stages.ingredients(work, theta_0)
   size = len(runs) * sum(x.nbytes for x in jax.tree.leaves(theta_0))
@@ -152,7 +155,7 @@ def _ingredients(work: stages.Work, theta_0: Params) -> checkpoints.Ingredients:
     return runs
   return Held(
       runs.paths,
-      stages.abstract(work.config, theta_0),
+      workdirs.abstract(work.config, theta_0),
       stop=work.stop,
       saved=f'{work.workdir} holds all soups',
   )
@@ -173,7 +176,7 @@ class Models(Sequence[Params]):
 
 
 def make(
-    work: stages.Work,
+    work: workdirs.Work,
     theta_0: Params,
     soups: Mapping[str, Params],
     scores: Sequence[float],
@@ -204,7 +207,7 @@ def make(
     return
   settings = work.config.landscape.to_dict()
   # Where the ingredients are: on a mesh, if that is sharded.
-  shapes = stages.abstract(work.config, theta_0)
+  shapes = workdirs.abstract(work.config, theta_0)
   theta_0 = checkpoints.Ingredients([work.workdir / 'theta_0'], shapes)[0]
   ingredients = _ingredients(work, theta_0)
   parts = Parts(work, theta_0, ingredients, soups, scores, prepare_fn).all()

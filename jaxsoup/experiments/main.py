@@ -35,7 +35,6 @@ landscape/  barriers, planes, angles and a diagnosis, by `config.landscape`
 ```
 """
 
-from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import importlib.util
@@ -43,22 +42,17 @@ import pathlib
 import shutil
 import sys
 
-import jax
-
 from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup import report
-from jaxsoup.data import sources
 from jaxsoup.experiments import configs
-from jaxsoup.experiments import distributed
-from jaxsoup.experiments import locking
-from jaxsoup.experiments import metric_log
-from jaxsoup.experiments import modeling
-from jaxsoup.experiments import preemption
-from jaxsoup.experiments import progress
 from jaxsoup.experiments import results
 from jaxsoup.experiments import stages
-from jaxsoup.experiments import user_code
+from jaxsoup.experiments import workdirs
+from jaxsoup.runtime import distributed
+from jaxsoup.runtime import preemption
+from jaxsoup.runtime import progress
+from jaxsoup.runtime import user_code
 from jaxsoup.typing import PathLike
 
 # The stages, and about how long each takes.
@@ -111,88 +105,14 @@ def run(
 
 
 def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
-  with opened(experiment, workdir, progress_fn, stop) as work:
+  with workdirs.opened(experiment, workdir, progress_fn, stop) as work:
     theta_0 = stages.theta_0(work)
     is_complete = stages.finetune_all(work, theta_0)
-    if not is_complete or stages.shard_of(work.config)[1] > 1:
+    if not is_complete or workdirs.shard_of(work.config)[1] > 1:
       return []
     rows = results.make(work, theta_0)
     progress_fn(list(STAGES)[-1], 1.0)
     return rows
-
-
-@contextlib.contextmanager
-def opened(
-    experiment: configs.Experiment,
-    workdir: pathlib.Path,
-    progress_fn: progress.ProgressFn = progress.silent,
-    stop: preemption.Stop | None = None,
-) -> Iterator[stages.Work]:
-  """Model, data and workdir of an experiment; the workdir is locked.
-
-  Args:
-    experiment: of `configs.load`.
-    workdir: an absolute path.
-    progress_fn: as in `run`.
-    stop: as in `run`.
-
-  Yields:
-    What the stages share.
-
-  Raises:
-    UsageError: no data, or the workdir was started with another config.
-    InUseError: another process uses the workdir.
-    ValueError: examples with two roles.
-  """
-  if experiment.data_fn is None:
-    raise configs.UsageError(
-        'The config file has no function data(config). It must return '
-        'jaxsoup.data.sources.Splits: see configs/digits.py.'
-    )
-  config = experiment.config
-  shard, num_shards = stages.shard_of(config)
-  name = '.lock' if num_shards == 1 else f'.lock_{shard}_{num_shards}'
-  if jax.process_count() > 1 and not config.get('is_sharded', False):
-    raise configs.UsageError(
-        f'{jax.process_count()} processes can train one run together only if '
-        'config.is_sharded is True: set it, or start the processes separately, '
-        'with --config.sweep.shard=i/n.'
-    )
-  held = (
-      locking.locked(workdir / name, workdir)
-      if _processes.is_main()
-      else contextlib.nullcontext()
-  )
-  with held, stages.mesh_of(config):
-    is_alone = _processes.is_main() and num_shards == 1
-    if is_alone:
-      _files.clear_leftovers(workdir, 'config.json')
-    configs.check_unchanged(config, workdir / 'config.json')
-    if is_alone:  # It is ours.
-      for name in ('.', 'runs', 'soups', 'logits', 'landscape'):
-        _files.clear_leftovers(workdir / name)
-    progress_fn('pre-training', 0.0)
-    splits = experiment.data_fn(config)
-    if not isinstance(splits, sources.Splits):
-      raise configs.UsageError(
-          f'data(config) returned {splits!r:.80}: expected '
-          'jaxsoup.data.sources.Splits, see configs/digits.py.'
-      )
-    has_board = config.get('tensorboard', False)
-    work = stages.Work(
-        experiment=experiment,
-        model=modeling.of(experiment),
-        splits=splits,
-        workdir=workdir,
-        progress_fn=progress_fn,
-        stop=stop or preemption.Stop(),
-        log=metric_log.MetricLog(
-            workdir / 'metrics.jsonl',
-            tensorboard=workdir / 'tensorboard' if has_board else None,
-        ),
-    )
-    stages.check_roles(work)
-    yield work
 
 
 def run_seeds(

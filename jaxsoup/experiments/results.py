@@ -29,6 +29,7 @@ from jaxsoup.data import sources
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import landscapes
 from jaxsoup.experiments import stages
+from jaxsoup.experiments import workdirs
 from jaxsoup.typing import Json
 from jaxsoup.typing import MetricFn
 from jaxsoup.typing import Params
@@ -73,7 +74,7 @@ class Split(NamedTuple):
     }
 
 
-def make(work: stages.Work, theta_0: Params) -> list[report.Row]:
+def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
   """Makes every soup, writes tables and pictures.
 
   Args:
@@ -123,7 +124,7 @@ def make(work: stages.Work, theta_0: Params) -> list[report.Row]:
   return report.averaged(tables)[0]
 
 
-def splits(work: stages.Work) -> list[Split]:
+def splits(work: workdirs.Work) -> list[Split]:
   """The split of the data, and further ones at random: `config.num_splits`.
 
   All have as many examples that select. The runs stay what they are: none was
@@ -175,7 +176,7 @@ def stability(work, ingredients, split, logits, prepare_fn) -> Json:
   run = evaluation.logits_of(
       work.model.logits_fn,
       cook.batches_of(
-          split.held_out, work.config.batch_size, stages.on(work.config)
+          split.held_out, work.config.batch_size, workdirs.on(work.config)
       ),
   )
 
@@ -259,7 +260,7 @@ def _soups(work, ingredients, theta_0, split, singles, fns, part):
       theta_0,
       split.held_out,
       scores,
-      stages.on(config),
+      workdirs.on(config),
       prepare_fn=fns.get(way),
   )
   soups = {}
@@ -282,7 +283,7 @@ def _soups(work, ingredients, theta_0, split, singles, fns, part):
             ingredients=ingredients,
             metadata=metadata | ({'batch_norm': way} if way else {}),
         )
-      soups[name] = checkpoints.load(path, stages.abstract(config, theta_0))
+      soups[name] = checkpoints.load(path, workdirs.abstract(config, theta_0))
   return soups
 
 
@@ -347,7 +348,7 @@ def _rows(work, models: Models, labels) -> list[report.Row]:
   return report.with_gains(rows, logits, labels, metric=metric)
 
 
-def shares(work: stages.Work) -> dict[str, float]:
+def shares(work: workdirs.Work) -> dict[str, float]:
   """The share of its pool that each set is: what seeds have in common."""
   share = {
       name: len(source) / work.splits.pools.get(name, len(source))
@@ -357,7 +358,7 @@ def shares(work: stages.Work) -> dict[str, float]:
   return share | ({'shifts': max(shifts)} if shifts else {})
 
 
-def roles(work: stages.Work) -> dict[str, dict[str, int]]:
+def roles(work: workdirs.Work) -> dict[str, dict[str, int]]:
   """The data sets of each role, and how many examples they have."""
   shifts = {name: len(x) for name, x in work.splits.shifts.items()}
   if len(shifts) > 4:
@@ -370,7 +371,7 @@ def roles(work: stages.Work) -> dict[str, dict[str, int]]:
   }
 
 
-def record(work: stages.Work) -> Json:
+def record(work: workdirs.Work) -> Json:
   """Which examples these were: numbers, contents in memory, and rules."""
   entries: Json = {}
   for name, source in {'train': work.splits.train, **work.data}.items():

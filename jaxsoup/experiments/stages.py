@@ -11,7 +11,6 @@ Each stage does what is left to do, and leaves checkpoints in the workdir.
 
 from collections.abc import Iterator
 import contextlib
-import dataclasses
 import functools
 import operator
 import pathlib
@@ -21,9 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
-import ml_collections
 import numpy as np
 
 from jaxsoup import _files
@@ -31,138 +27,17 @@ from jaxsoup import _processes
 from jaxsoup import _warnings
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
-from jaxsoup import sharding
-from jaxsoup import statistics
-from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
-from jaxsoup.experiments import finetune
-from jaxsoup.experiments import locking
-from jaxsoup.experiments import metric_log
-from jaxsoup.experiments import modeling
-from jaxsoup.experiments import preemption
-from jaxsoup.experiments import progress
-from jaxsoup.experiments import steps
-from jaxsoup.experiments import streaming
-from jaxsoup.experiments import train_state
-from jaxsoup.typing import Json
+from jaxsoup.experiments import stopping
+from jaxsoup.experiments import workdirs
+from jaxsoup.runtime import locking
+from jaxsoup.train import loop
+from jaxsoup.train import steps
 from jaxsoup.typing import Params
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-  """What all stages of one experiment share."""
-
-  experiment: configs.Experiment
-  model: modeling.Model
-  splits: sources.Splits
-  workdir: pathlib.Path
-  progress_fn: progress.ProgressFn
-  stop: preemption.Stop
-  log: metric_log.MetricLog
-
-  @property
-  def config(self) -> ml_collections.ConfigDict:
-    return self.experiment.config
-
-  @functools.cached_property
-  def data(self) -> dict[str, sources.Source]:
-    """What scores the models: held-out chooses, test and its shifts report."""
-    return {
-        'held_out': self.splits.held_out,
-        'test': self.splits.test,
-        **self.splits.shifts,
-    }
-
-  @functools.cached_property
-  def labels(self) -> dict[str, np.ndarray]:
-    """The labels of each data set."""
-    return {name: cook.labels_of(source) for name, source in self.data.items()}
-
-  def logits(self, params: Params) -> dict[str, np.ndarray]:
-    """Logits `[N, C]` of a model on each data set."""
-    return {name: fn(params) for name, fn in self._logits_fns.items()}
-
-  @functools.cached_property
-  def _logits_fns(self) -> dict[str, Any]:
-    sharding = on(self.config)
-    return {
-        name: evaluation.logits_of(
-            self.model.logits_fn,
-            cook.batches_of(source, self.config.batch_size, sharding),
-        )
-        for name, source in self.data.items()
-    }
-
-  def saved(self, name: str) -> train_state.Saved:
-    return train_state.Saved(
-        self.workdir / 'unfinished' / name,
-        self.stop,
-        minutes=self.config.save_every_minutes,
-    )
-
-  def copies(self) -> list[tuple[int, str, pathlib.Path]]:
-    """Run, name of the copy, and path of everything that is to be souped.
-
-    Not of what diverged.
-    """
-    names = self.config.get('ingredients', None)
-    return [
-        (i, name, path)
-        for i in range(len(self.experiment.runs))
-        for name in finetune.names_of(self.config.finetune)
-        if names is None or name in names
-        if not self.stored(path := self._path(i, name)).get('diverged')
-    ]
-
-  def diverged(self) -> list[str]:
-    """Names of the runs that are there with NaN or infinite values."""
-    stored = self._stored.items()
-    return sorted(path.name for path, x in stored if x.get('diverged'))
-
-  def stored(self, path: pathlib.Path) -> Json:
-    """What was saved with a run; empty if it is not there. Read once."""
-    if path not in self._stored and path.exists():
-      self._stored[path] = checkpoints.provenance(path)['metadata']
-    return self._stored.get(path, {})
-
-  @functools.cached_property
-  def _stored(self) -> dict[pathlib.Path, Json]:
-    return {}
-
-  def _path(self, run: int, name: str) -> pathlib.Path:
-    stem = f'{run:02d}_{name}' if name else f'{run:02d}'
-    return self.workdir / 'runs' / stem
-
-
-def check_roles(work: Work) -> None:
-  """Rejects examples that have two roles: training, selecting, reporting.
-
-  Only data in memory are compared: other sources document by what rule the
-  held-out set is taken out of the training data.
-
-  Raises:
-    ValueError: examples with two roles; names them.
-  """
-  pretrain = [work.splits.pretrain] if 'pretrain' in work.config else []
-  roles: dict[str, list[Any]] = {
-      'train': [work.splits.train, *pretrain],
-      'held_out': [work.splits.held_out],
-      'test': [work.splits.test, *work.splits.shifts.values()],
-  }
-  statistics.check_disjoint(
-      **{
-          role: [
-              {name: x.arrays[name] for name in work.model.inputs}
-              for x in members
-              if hasattr(x, 'arrays')
-          ]
-          for role, members in roles.items()
-      }
-  )
-
-
-def theta_0(work: Work) -> Params:
+def theta_0(work: workdirs.Work) -> Params:
   """The start of all runs: from a file or from scratch, then pre-trained by
   `config.pretrain`, then with a probed head by `config.probe`.
 
@@ -179,13 +54,13 @@ def theta_0(work: Work) -> Params:
   # Always from the disk, so that a second start sees the same parameters.
   stored = checkpoints.Ingredients([path])
   if jax.process_count() > 1:
-    shapes = abstract(work.config, stored.abstract_params)
+    shapes = workdirs.abstract(work.config, stored.abstract_params)
     stored = checkpoints.Ingredients([path], shapes)
   return stored[0]
 
 
 @contextlib.contextmanager
-def _alone(work: Work, path: pathlib.Path) -> Iterator[None]:
+def _alone(work: workdirs.Work, path: pathlib.Path) -> Iterator[None]:
   """Waits until no other experiment is making what is at the path."""
   if not _processes.is_main():
     yield
@@ -200,14 +75,14 @@ def _alone(work: Work, path: pathlib.Path) -> Iterator[None]:
       time.sleep(1.0)
 
 
-def _start(work: Work) -> Params:
+def _start(work: workdirs.Work) -> Params:
   config, model = work.config, work.model
   params = model.start_fn(jax.random.key(config.seed))
   if jax.process_count() > 1:
     params = jax.tree.map(
         lambda x, like: evaluation.placed(np.asarray(x), like.sharding),
         params,
-        abstract(config, params),
+        workdirs.abstract(config, params),
     )
   if 'pretrain' in config:
     if work.splits.pretrain is None:
@@ -215,7 +90,7 @@ def _start(work: Work) -> Params:
           'config.pretrain is set, but data(config) returns no `pretrain` set: '
           'add one, or remove config.pretrain.'
       )
-    params = finetune.train_one(
+    params = loop.train_one(
         model,
         config.pretrain,
         params,
@@ -227,40 +102,25 @@ def _start(work: Work) -> Params:
         saved=work.saved('theta_0'),
     )
   if 'probe' in config:
-    params = finetune.probe(
+    params = loop.probe(
         model,
         config.probe,
         params,
         work.splits.train,
         batch_size=config.batch_size,
-        sharding=on(config),
+        sharding=workdirs.on(config),
     )
   return params
 
 
 def _report(
-    work: Work, run: str, stage: str, epoch, num_epochs, losses
+    work: workdirs.Work, run: str, stage: str, epoch, num_epochs, losses
 ) -> None:
   work.progress_fn(stage, epoch / num_epochs)
   work.log.write({'run': run, 'epoch': epoch, 'loss': float(losses[0])})
 
 
-def shard_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
-  """Which part of the runs is trained here: (i, n) of `sweep.shard` = 'i/n'.
-
-  Raises:
-    UsageError: it is malformed.
-  """
-  text = config.sweep.get('shard', '0/1')
-  i, _, n = text.partition('/')
-  if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
-    raise configs.UsageError(
-        f"sweep.shard is {text!r}: write 'i/n' with i in 0..n-1, such as '0/4'."
-    )
-  return int(i), int(n)
-
-
-def finetune_all(work: Work, start: Params) -> bool:
+def finetune_all(work: workdirs.Work, start: Params) -> bool:
   """Fine-tunes those runs of this shard that are not there yet.
 
   Args:
@@ -276,7 +136,7 @@ def finetune_all(work: Work, start: Params) -> bool:
   _check_trained(work)
   size = work.config.sweep.group_size
   groups = steps.grouped(work.experiment.runs, size)
-  shard, num_shards = shard_of(work.config)
+  shard, num_shards = workdirs.shard_of(work.config)
   mine = groups[shard::num_shards]
   num_runs = sum(map(len, mine))
   num_done = 0
@@ -303,7 +163,7 @@ def finetune_all(work: Work, start: Params) -> bool:
   return is_complete
 
 
-def _check_trained(work: Work) -> None:
+def _check_trained(work: workdirs.Work) -> None:
   """Raises if a run is there that `sweep(config)` now describes otherwise."""
   for run, _, path in work.copies():
     now = dict(work.experiment.runs[run])
@@ -329,7 +189,7 @@ def _part(work, group, num_done, num_runs, epoch, num_epochs, losses) -> None:
     work.log.write({'run': run, 'epoch': epoch, 'loss': float(loss)})
 
 
-def _finetune_group(work: Work, start, group, progress_fn) -> None:
+def _finetune_group(work: workdirs.Work, start, group, progress_fn) -> None:
   """Trains all runs of a group if one is missing, and saves those.
 
   All of them, so that a run does not depend on which others were missing.
@@ -346,7 +206,7 @@ def _finetune_group(work: Work, start, group, progress_fn) -> None:
           params = jax.tree.map(operator.itemgetter(row), stacked)
           _save(work, paths[i, name], i, name, params)
 
-    stacked = finetune.train(
+    stacked = loop.train(
         work.model,
         work.config.finetune,
         start,
@@ -360,7 +220,7 @@ def _finetune_group(work: Work, start, group, progress_fn) -> None:
   saved.delete()
 
 
-def _save(work: Work, path, run: int, name: str, params) -> None:
+def _save(work: workdirs.Work, path, run: int, name: str, params) -> None:
   """Saves a run with its score; first its logits, which are needed later."""
   if _processes.agreed(path.exists()):
     return
@@ -384,7 +244,7 @@ def _is_finite(params: Params) -> jax.Array:
   return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
-def all_logits(work: Work, params_fn: Any) -> dict[str, np.ndarray]:
+def all_logits(work: workdirs.Work, params_fn: Any) -> dict[str, np.ndarray]:
   """Logits `[K, N, C]` of all ingredients on each data set, from the disk.
 
   Args:
@@ -401,11 +261,11 @@ def all_logits(work: Work, params_fn: Any) -> dict[str, np.ndarray]:
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _logits_file(work: Work, path: pathlib.Path) -> pathlib.Path:
+def _logits_file(work: workdirs.Work, path: pathlib.Path) -> pathlib.Path:
   return work.workdir / 'logits' / f'{path.name}.npz'
 
 
-def _write_logits(work: Work, path: pathlib.Path, arrays) -> None:
+def _write_logits(work: workdirs.Work, path: pathlib.Path, arrays) -> None:
   if _processes.is_main():
     file = _logits_file(work, path)
     file.parent.mkdir(exist_ok=True)
@@ -414,35 +274,11 @@ def _write_logits(work: Work, path: pathlib.Path, arrays) -> None:
   _processes.wait_for_all('the logits are written')
 
 
-def ingredients(work: Work, start: Params) -> preemption.Ingredients:
+def ingredients(work: workdirs.Work, start: Params) -> stopping.Ingredients:
   """The fine-tuned runs, on the devices that `config.is_sharded` asks for."""
-  return preemption.Ingredients(
+  return stopping.Ingredients(
       [path for _, _, path in work.copies()],
-      abstract(work.config, start),
+      workdirs.abstract(work.config, start),
       stop=work.stop,
       saved=f'{work.workdir} holds all runs, and the scores and soups so far',
   )
-
-
-def abstract(config: ml_collections.ConfigDict, params: Params) -> Params:
-  """Shapes of the parameters, with shardings if the experiment is sharded."""
-  shapes = jax.eval_shape(lambda: params)
-  if not config.get('is_sharded', False):
-    return shapes
-  return sharding.fsdp(shapes, streaming.mesh())
-
-
-def mesh_of(
-    config: ml_collections.ConfigDict,
-) -> contextlib.AbstractContextManager[Any]:
-  """The context in which a sharded experiment runs: its mesh is set."""
-  if not config.get('is_sharded', False):
-    return contextlib.nullcontext()
-  return jax.set_mesh(streaming.mesh())
-
-
-def on(config: ml_collections.ConfigDict) -> NamedSharding | None:
-  """How batches lie, if the experiment is sharded."""
-  if not config.get('is_sharded', False):
-    return None
-  return NamedSharding(streaming.mesh(), PartitionSpec('fsdp'))

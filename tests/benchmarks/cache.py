@@ -43,10 +43,10 @@ import optax
 
 from jaxsoup import checkpoints
 from jaxsoup import metrics
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import main as experiment_main
-from jaxsoup.experiments import modeling
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
 
@@ -92,7 +92,7 @@ def of_seed(seed: int, folder: pathlib.Path) -> None:
   )
   theta_0 = checkpoints.Ingredients([workdir / 'theta_0'])[0]
   splits = experiment.data_fn(experiment.config)
-  model = modeling.of(experiment)
+  model = architectures.of(experiment)
   for name, group_fn in (
       ('model', lambda path: ()),
       ('tensor', lambda path: path),

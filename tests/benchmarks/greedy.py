@@ -52,10 +52,10 @@ import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
 from jaxsoup import metrics
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
-from jaxsoup.experiments import finetune
-from jaxsoup.experiments import modeling
 from jaxsoup.models import vit
+from jaxsoup.train import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODES = ('early', 'full', 'loop')
@@ -116,10 +116,10 @@ def main() -> None:
 def finetuned(experiment, splits, workdir: pathlib.Path) -> list[str]:
   """Directories of the fine-tuned models, which are made where missing."""
   config, runs = experiment.config, experiment.runs
-  model = modeling.of(experiment)
+  model = architectures.of(experiment)
   paths = [workdir / f'run_{k:02d}' for k in range(len(runs))]
   if not paths[-1].exists():
-    theta_0 = finetune.train_one(
+    theta_0 = loop.train_one(
         model,
         config.pretrain,
         model.start_fn(jax.random.key(config.seed)),
@@ -128,9 +128,7 @@ def finetuned(experiment, splits, workdir: pathlib.Path) -> list[str]:
     )
     for start in range(0, len(runs), config.sweep.group_size):
       group = runs[start : start + config.sweep.group_size]
-      stacked = finetune.train(
-          model, config.finetune, theta_0, group, splits.train
-      )
+      stacked = loop.train(model, config.finetune, theta_0, group, splits.train)
       for k in range(len(group)):
         params = jax.tree.map(lambda x, k=k: np.asarray(x[k]), stacked)
         checkpoints.save(paths[start + k], params)
@@ -143,7 +141,7 @@ class Problem:
   def __init__(self, experiment, held_out, paths, batch_size):
     self.config, self.held_out = experiment.config, held_out
     self.paths, self.batch_size = paths, batch_size
-    self.logits_fn = modeling.of(experiment).logits_fn
+    self.logits_fn = architectures.of(experiment).logits_fn
     self.batches = evaluation.batched(held_out, batch_size)
 
   def run(self, mode: str) -> dict:

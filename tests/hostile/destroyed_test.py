@@ -15,8 +15,8 @@ from typer import testing
 
 from jaxsoup import checkpoints
 from jaxsoup import cli
-from jaxsoup.experiments import locking
 from jaxsoup.experiments import main
+from jaxsoup.runtime import locking
 
 CONFIG = pathlib.Path(__file__).parent.parent / '_digits_mlp.py'
 SCORE = """

@@ -1,6 +1,6 @@
 """The experiments of the paper on one small problem, by one command.
 
-  python -m jaxsoup.experiments.paper --config=configs/digits.py --workdir=DIR
+  python -m jaxsoup.paper.run --config=configs/digits.py --workdir=DIR
   ... --seeds=3 --only=4,13
 
 `DIR/experiments.md` then has the results of each of them, `DIR/experiments/`
@@ -24,14 +24,14 @@ from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import report
 from jaxsoup.experiments import configs
-from jaxsoup.experiments import distributed
-from jaxsoup.experiments import paper_studies
-from jaxsoup.experiments import pools
-from jaxsoup.experiments import preemption
-from jaxsoup.experiments import progress
+from jaxsoup.paper import pools
+from jaxsoup.paper import studies
+from jaxsoup.runtime import distributed
+from jaxsoup.runtime import preemption
+from jaxsoup.runtime import progress
 from jaxsoup.typing import PathLike
 
-Figures = paper_studies.Figures
+Figures = studies.Figures
 _STAGE = 'experiments'
 
 
@@ -62,11 +62,11 @@ def run(
   Raises:
     UsageError: a wrong config, or an unknown number.
   """
-  chosen = list(only) or list(paper_studies.EXPERIMENTS)
-  if unknown := [n for n in chosen if n not in paper_studies.EXPERIMENTS]:
+  chosen = list(only) or list(studies.EXPERIMENTS)
+  if unknown := [n for n in chosen if n not in studies.EXPERIMENTS]:
     raise configs.UsageError(
         f'There are no experiments {unknown}: choose from 1 to '
-        f'{max(paper_studies.EXPERIMENTS)}.'
+        f'{max(studies.EXPERIMENTS)}.'
     )
   workdir, stop = pathlib.Path(workdir).absolute(), stop or preemption.Stop()
   first = configs.load(path, overrides).config.seed
@@ -87,7 +87,7 @@ def run(
 
 def _once(bench: pools.Bench, number: int) -> Figures:
   """The figures of an experiment, from the disk if they are there."""
-  experiment = paper_studies.EXPERIMENTS[number]
+  experiment = studies.EXPERIMENTS[number]
   path = bench.workdir / 'experiments' / f'{number:02d}.json'
   if path.exists():
     return json.loads(path.read_text())
@@ -123,7 +123,7 @@ def _write(workdir: pathlib.Path, figures) -> None:
   """The figures as a Markdown file, and those that are drawn, of all seeds."""
   lines = ['# The experiments of the paper: results', '']
   for number, rows in figures.items():
-    experiment = paper_studies.EXPERIMENTS[number]
+    experiment = studies.EXPERIMENTS[number]
     lines += [f'## {number}. {experiment.title}', '', *_table(rows), '']
     if experiment.has_dots:
       draw = functools.partial(report.compared, scores=_drawn(rows))

@@ -1,11 +1,11 @@
 """A plan as text: its programs and its recipes, as two tables."""
 
 from jaxsoup import _memory
-from jaxsoup.experiments import machines
-from jaxsoup.experiments import plan as plan_lib
+from jaxsoup.plan import machines
+from jaxsoup.plan._make import Plan
 
 
-def as_text(made: plan_lib.Plan) -> str:
+def as_text(made: Plan) -> str:
   """The plan as two tables."""
   return '\n'.join(
       [
@@ -21,7 +21,7 @@ def as_text(made: plan_lib.Plan) -> str:
   )
 
 
-def _heading(made: plan_lib.Plan) -> list[str]:
+def _heading(made: Plan) -> list[str]:
   hosts = '1 host' if made.num_hosts == 1 else f'{made.num_hosts} hosts'
   sizes = ', '.join(f'{n} ({name})' for name, n in made.batch_sizes.items())
   lines = [
@@ -43,7 +43,7 @@ def _heading(made: plan_lib.Plan) -> list[str]:
   return lines
 
 
-def _sweep(made: plan_lib.Plan) -> str:
+def _sweep(made: Plan) -> str:
   """What the fine-tuning takes; its time, if the peak of a device is known."""
   text = (
       f'Fine-tuning {made.num_runs} runs is '
@@ -72,7 +72,7 @@ def _duration(seconds: float) -> str:
   return f'{seconds / units[unit]:.3g} {unit}'
 
 
-def _program_rows(made: plan_lib.Plan) -> list[list[str]]:
+def _program_rows(made: Plan) -> list[list[str]]:
   rows = [
       ['program', 'arguments', 'temporaries', 'output', 'peak', 'of memory',
        'work', 'compiled', 'collectives'],
@@ -98,7 +98,7 @@ def _program_rows(made: plan_lib.Plan) -> list[list[str]]:
   return rows
 
 
-def _recipe_rows(made: plan_lib.Plan) -> list[list[str]]:
+def _recipe_rows(made: Plan) -> list[list[str]]:
   rows = [
       ['recipe', 'device', 'host', 'reads', 'writes', 'evaluations', 'steps',
        ''],

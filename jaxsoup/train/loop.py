@@ -1,7 +1,7 @@
 """Trains models: one from scratch, a head alone, or a sweep from one start.
 
 ```
-model = modeling.of(experiment)
+model = modeling.of_module(make_fn, inputs=inputs, num_classes=10)
 theta_0 = model.start_fn(jax.random.key(0))
 theta_0 = finetune.probe(model, config.probe, theta_0, splits.train)
 stacked = finetune.train(model, config.finetune, theta_0, runs, splits.train)
@@ -28,11 +28,11 @@ import numpy as np
 from jaxsoup import evaluation
 from jaxsoup import running_average
 from jaxsoup.data import sources
-from jaxsoup.experiments import augmentation
-from jaxsoup.experiments import modeling
-from jaxsoup.experiments import steps
-from jaxsoup.experiments import streaming
-from jaxsoup.experiments import train_state
+from jaxsoup.train import augmentation
+from jaxsoup.train import modeling
+from jaxsoup.train import steps
+from jaxsoup.train import streaming
+from jaxsoup.train import train_state
 from jaxsoup.typing import Config
 
 # Epochs done, epochs, losses [K].
@@ -55,7 +55,7 @@ def train(
   """Trains a group of runs from one start.
 
   Args:
-    model: of `modeling.of`.
+    model: of `modeling.of_module`.
     phase: such as `config.finetune`; what it may hold is in `steps.Settings`.
     params: theta_0, the common start.
     runs: K dicts with keys of `DEFAULTS`, which fills in what is missing, of

@@ -1,17 +1,4 @@
-"""Plans an experiment before it runs: memory, work, communication.
-
-```
-mesh, device_bytes = machines.topology_mesh('v5e:8x8')   # no TPU is needed
-made = plan.make(
-    experiment, mesh, device_bytes, num_ingredients=58, machine='v5e:8x8'
-)
-print(plan_text.as_text(made))
-```
-
-Lowers what the library runs, at full size, from shapes alone, and compiles it
-with the compiler of the device: that of TPUs is in the package libtpu, and
-works on any machine.
-"""
+"""Compiles the programs of an experiment, and adds up what recipes need."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -21,10 +8,10 @@ from typing import NamedTuple
 import jax
 import ml_collections
 
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
-from jaxsoup.experiments import modeling
-from jaxsoup.experiments import plan_programs
-from jaxsoup.experiments import plan_recipes
+from jaxsoup.plan import programs
+from jaxsoup.plan import recipes
 from jaxsoup.typing import Json
 
 
@@ -60,8 +47,8 @@ class Plan(NamedTuple):
   held_out_bytes: int
   num_runs: int
   sweep_flops: float
-  programs: tuple[plan_programs.Program, ...]
-  recipes: tuple[plan_recipes.Recipe, ...]
+  programs: tuple[programs.Program, ...]
+  recipes: tuple[recipes.Recipe, ...]
 
 
 def make(
@@ -71,7 +58,7 @@ def make(
     *,
     num_ingredients: int,
     machine: str,
-    on_program: Callable[[plan_programs.Program], None] | None = None,
+    on_program: Callable[[programs.Program], None] | None = None,
 ) -> Plan:
   """Compiles the programs of an experiment, and adds up what the recipes need.
 
@@ -91,33 +78,33 @@ def make(
   """
   config = experiment.config
   _check_complete(config)
-  model = modeling.of(experiment)
-  lowerings = plan_programs.of(experiment, mesh, num_ingredients)
+  model = architectures.of(experiment)
+  lowerings = programs.of(experiment, mesh, num_ingredients)
   compiled = []
   for name, lower_fn in lowerings.items():
-    compiled.append(plan_programs.compile_program(name, lower_fn, mesh))
+    compiled.append(programs.compile_program(name, lower_fn, mesh))
     if on_program is not None:
       on_program(compiled[-1])
-  leaves = jax.tree.leaves(plan_programs.abstract_params(model, mesh))
-  held_out = plan_programs.batch_of(model, mesh, config.data.sizes.held_out)
+  leaves = jax.tree.leaves(programs.abstract_params(model, mesh))
+  held_out = programs.batch_of(model, mesh, config.data.sizes.held_out)
   return Plan(
       machine=machine,
       num_devices=mesh.size,
-      num_hosts=plan_programs.num_hosts(mesh),
+      num_hosts=programs.num_hosts(mesh),
       device_bytes=device_bytes,
       num_ingredients=num_ingredients,
       num_parameters=sum(math.prod(x.shape) for x in leaves),
-      model_bytes=sum(map(plan_recipes.total_bytes, leaves)),
-      read_bytes=plan_recipes.read_bytes(leaves)[1],
+      model_bytes=sum(map(recipes.total_bytes, leaves)),
+      read_bytes=recipes.read_bytes(leaves)[1],
       batch_sizes={
-          name: plan_programs.divided(size, mesh)
+          name: programs.divided(size, mesh)
           for name, size in _batch_sizes(config).items()
       },
-      held_out_bytes=sum(map(plan_programs.shard_bytes, held_out.values())),
+      held_out_bytes=sum(map(programs.shard_bytes, held_out.values())),
       num_runs=len(experiment.runs),
-      sweep_flops=plan_programs.sweep_flops(experiment, mesh, compiled),
+      sweep_flops=programs.sweep_flops(experiment, mesh, compiled),
       programs=tuple(compiled),
-      recipes=plan_recipes.of(
+      recipes=recipes.of(
           experiment, mesh, device_bytes, num_ingredients, compiled
       ),
   )

@@ -1,7 +1,7 @@
 """What each recipe reads, holds and evaluates, from its programs.
 
 ```
-recipes = plan_recipes.of(experiment, mesh, device_bytes, 58, programs)
+recipes = recipes.of(experiment, mesh, device_bytes, 58, compiled)
 [r.name for r in recipes if r.fits]
 ```
 """
@@ -16,10 +16,10 @@ import jax
 
 from jaxsoup import _memory
 from jaxsoup._recipes import _streamed
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
-from jaxsoup.experiments import machines
-from jaxsoup.experiments import modeling
-from jaxsoup.experiments import plan_programs
+from jaxsoup.plan import machines
+from jaxsoup.plan import programs
 
 
 class Recipe(NamedTuple):
@@ -53,7 +53,7 @@ def of(
     mesh: jax.sharding.Mesh,
     device_bytes: int,
     num_ingredients: int,
-    programs: Sequence[plan_programs.Program],
+    compiled: Sequence[programs.Program],
 ) -> tuple[Recipe, ...]:
   """Adds up what each recipe reads, holds and evaluates.
 
@@ -62,14 +62,14 @@ def of(
     mesh: as in `plan.make`.
     device_bytes: memory of one device.
     num_ingredients: K.
-    programs: compiled, those of `plan_programs.of`.
+    compiled: those of `programs.of`.
 
   Returns:
     One `Recipe` each; those that search are counted as if they took all.
   """
-  by_name = {p.name: p for p in programs}
-  config, model = experiment.config, modeling.of(experiment)
-  leaves = jax.tree.leaves(plan_programs.abstract_params(model, mesh))
+  by_name = {p.name: p for p in compiled}
+  config, model = experiment.config, architectures.of(experiment)
+  leaves = jax.tree.leaves(programs.abstract_params(model, mesh))
   host_reads, all_read = read_bytes(leaves)
   device = _on_device(by_name, num_ingredients)
   num_logits = config.data.sizes.held_out * model.num_classes
@@ -108,7 +108,7 @@ RUNS = {
 
 
 def _on_device(
-    by_name: Mapping[str, plan_programs.Program], num_ingredients: int
+    by_name: Mapping[str, programs.Program], num_ingredients: int
 ) -> dict[str, int]:
   """Bytes by recipe: what it keeps, and its largest program.
 
@@ -149,9 +149,7 @@ def _on_host(num_logits, mesh, leaves, num_ingredients) -> dict[str, int]:
   """Bytes by recipe that one host keeps, without the model that it reads."""
   narrow = lambda x: math.prod(x.shape) * min(2, x.dtype.itemsize)
   copies = (
-      num_ingredients
-      * sum(map(narrow, leaves))
-      // plan_programs.num_hosts(mesh)
+      num_ingredients * sum(map(narrow, leaves)) // programs.num_hosts(mesh)
   )
   # Logits are collected one by one, then stacked.
   return {
@@ -189,7 +187,7 @@ def _counts(config, num_ingredients) -> dict[str, tuple[int, int, int]]:
 
 def _with_notes(made, mesh, device_bytes, num_ingredients, by_name):
   """Adds to each recipe why it does not fit, and what would."""
-  num_hosts = plan_programs.num_hosts(mesh)
+  num_hosts = programs.num_hosts(mesh)
   fits = {r.name: r.fits for r in made}
   one = by_name['inner products, streamed'].arguments // 2
   # What `jaxsoup.learned` chooses: it does not count activations.

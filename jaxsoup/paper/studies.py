@@ -1,11 +1,11 @@
 """The experiments of the paper, each of them one function of a bench.
 
 ```
-result = paper_studies.EXPERIMENTS[4].study(bench)     # of `pools.opened`
+result = studies.EXPERIMENTS[4].study(bench)     # of `pools.opened`
 result.figures                     # by row and column
 ```
 
-`experiments.paper` is the command that runs them.
+`paper.run` is the command that runs them.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from jaxsoup import studies
 from jaxsoup.data import shifts
 from jaxsoup.data import sources
 from jaxsoup.experiments import landscapes
-from jaxsoup.experiments import pools
+from jaxsoup.paper import pools
 
 Draw = Callable[[Any], None]
 # Figures by row and column; those of a column with '%' are drawn.

@@ -21,8 +21,8 @@ import optax
 
 from jaxsoup._recipes._running import AverageState
 from jaxsoup._recipes._running import running_average
-from jaxsoup.experiments import augmentation
-from jaxsoup.experiments import modeling
+from jaxsoup.train import augmentation
+from jaxsoup.train import modeling
 from jaxsoup.typing import Config
 
 Params = dict[str, Any]
@@ -269,7 +269,7 @@ def train_step(
   """One step of one run.
 
   Args:
-    model: of `modeling.of`.
+    model: of `modeling.of_module`.
     settings: of the phase.
     state: before.
     hyper: hyper-parameters of this run, scalars.

@@ -34,13 +34,13 @@ from jaxsoup.data import shifts
 from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
-from jaxsoup.experiments import finetune
-from jaxsoup.experiments import main
-from jaxsoup.experiments import modeling
-from jaxsoup.experiments import preemption
-from jaxsoup.experiments import progress
 from jaxsoup.experiments import results
 from jaxsoup.experiments import stages
+from jaxsoup.experiments import workdirs
+from jaxsoup.runtime import preemption
+from jaxsoup.runtime import progress
+from jaxsoup.train import loop
+from jaxsoup.train import modeling
 from jaxsoup.typing import Params
 from jaxsoup.typing import PathLike
 
@@ -76,7 +76,7 @@ class Variant(NamedTuple):
   """
 
   runs: list[configs.Run]
-  start_fn: Callable[[stages.Work, Params], Params] | None = lambda work, x: x
+  start_fn: Callable[[workdirs.Work, Params], Params] | None = lambda work, x: x
   change_fn: Callable[[ml_collections.ConfigDict], Any] = lambda config: None
   data_fn: Callable[[Any, sources.Splits], sources.Splits] = lambda _, x: x
   frozen: str = ''
@@ -95,7 +95,7 @@ class Pool:
     eval_fn: the score on the held-out data.
   """
 
-  def __init__(self, work: stages.Work, theta_0: Params):
+  def __init__(self, work: workdirs.Work, theta_0: Params):
     self.work, self.theta_0 = work, theta_0
     stages.finetune_all(work, theta_0)
     paths = [path for _, _, path in work.copies()]
@@ -208,7 +208,7 @@ class Bench:
         data_fn=lambda config: variant.data_fn(config, make_fn(config)),
     )
     work = self._stack.enter_context(
-        main.opened(experiment, self.workdir / name, **self._options)
+        workdirs.opened(experiment, self.workdir / name, **self._options)
     )
     path = work.workdir / 'theta_0'
     if variant.start_fn is not None and not path.exists():
@@ -357,7 +357,7 @@ def _probed(bench: Bench) -> Variant:
 
   def start_fn(work, theta_0):
     phase = dict(work.config.pretrain.to_dict(), run={'learning_rate': 3e-3})
-    return finetune.probe(
+    return loop.probe(
         work.model, phase, _new_head(work, theta_0), work.splits.train
     )
 
@@ -368,7 +368,7 @@ def _random_head(bench: Bench) -> Variant:
   return Variant(bench.runs[:NUM_RUNS], start_fn=_new_head)
 
 
-def _new_head(work: stages.Work, theta_0: Params) -> Params:
+def _new_head(work: workdirs.Work, theta_0: Params) -> Params:
   drawn = work.model.init_fn(jax.random.key(work.config.seed + 1))
   return {**theta_0, 'head': drawn['head']}
 
@@ -394,7 +394,7 @@ def _distilled(bench: Bench) -> Variant:
 
   def data_fn(config, splits):
     del config
-    return splits._replace(train=finetune.distilled(splits.train, target))
+    return splits._replace(train=loop.distilled(splits.train, target))
 
   return Variant(runs, data_fn=data_fn)
 

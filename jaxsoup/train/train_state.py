@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from jaxsoup import _processes
 from jaxsoup import checkpoints
-from jaxsoup.experiments import preemption
+from jaxsoup.runtime import preemption
 from jaxsoup.typing import Leaf
 from jaxsoup.typing import PathLike
 from jaxsoup.typing import Tree

@@ -10,17 +10,11 @@ with preemption.handled() as stop:
 ```
 """
 
-from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
 import signal
 import sys
 import threading
-from typing import Any
-
-from jaxsoup import checkpoints
-from jaxsoup.typing import Params
-from jaxsoup.typing import Tree
 
 EXIT_CODE = 128 + signal.SIGTERM
 
@@ -87,44 +81,3 @@ def handled() -> Iterator[Stop]:
   finally:
     # None: the handler was not set from Python, which cannot set it again.
     signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-
-
-class Ingredients(checkpoints.Ingredients):
-  """Ingredients that look for a request to stop before each one is read."""
-
-  def __init__(self, *args: Any, stop: Stop, saved: str, **kwargs: Any):
-    super().__init__(*args, **kwargs)
-    self._stop = stop
-    self._saved = saved
-
-  def __getitem__(self, k):
-    self._stop.check(self._saved)
-    return super().__getitem__(k)
-
-  def onto(self, abstract_params: Params) -> 'Ingredients':
-    """The same checkpoints, read with other shardings."""
-    return Ingredients(
-        self.paths,
-        abstract_params,
-        item=self.item,
-        stop=self._stop,
-        saved=self._saved,
-    )
-
-  def stopping(self, batches: Iterable[Tree]) -> '_Batches':
-    """Batches that look for a request to stop before each one."""
-    return _Batches(batches, self._stop, self._saved)
-
-
-class _Batches:
-  """Unlike a generator, they can be read in every epoch."""
-
-  def __init__(self, batches: Iterable[Tree], stop: Stop, saved: str):
-    self._batches = batches
-    self._stop = stop
-    self._saved = saved
-
-  def __iter__(self):
-    for batch in self._batches:
-      self._stop.check(self._saved)
-      yield batch

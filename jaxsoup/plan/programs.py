@@ -1,8 +1,8 @@
 """The programs of an experiment, and what the compiler says about each.
 
 ```
-lowerings = plan_programs.of(experiment, mesh, num_ingredients=58)
-step = plan_programs.compile_program('mix', lowerings['mix'], mesh)
+lowerings = programs.of(experiment, mesh, num_ingredients=58)
+step = programs.compile_program('mix', lowerings['mix'], mesh)
 step.peak
 ```
 """
@@ -28,11 +28,12 @@ from jaxsoup import metrics
 from jaxsoup import sharding
 from jaxsoup._recipes import _learned
 from jaxsoup._recipes import _streamed
+from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
-from jaxsoup.experiments import hlo
-from jaxsoup.experiments import modeling
-from jaxsoup.experiments import steps
+from jaxsoup.plan import hlo
+from jaxsoup.train import modeling
+from jaxsoup.train import steps
 from jaxsoup.typing import Params
 
 
@@ -78,7 +79,7 @@ def of(
   Returns:
     Functions by name that return a `jax.stages.Traced`.
   """
-  config, model = experiment.config, modeling.of(experiment)
+  config, model = experiment.config, architectures.of(experiment)
   params = abstract_params(model, mesh)
   flat = _tree.flatten(params)
   replicated = NamedSharding(mesh, PartitionSpec())

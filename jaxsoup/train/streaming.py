@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxsoup import sharding
 from jaxsoup.data import sources
-from jaxsoup.experiments import steps
+from jaxsoup.train import steps
 
 
 class Streamed:

@@ -1,0 +1,54 @@
+"""Checkpoints and batches that look for a request to stop before each read."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from jaxsoup import checkpoints
+from jaxsoup.runtime import preemption
+from jaxsoup.typing import Params
+from jaxsoup.typing import Tree
+
+
+class Ingredients(checkpoints.Ingredients):
+  """Ingredients that look for a request to stop before each one is read."""
+
+  def __init__(
+      self, *args: Any, stop: preemption.Stop, saved: str, **kwargs: Any
+  ):
+    super().__init__(*args, **kwargs)
+    self._stop = stop
+    self._saved = saved
+
+  def __getitem__(self, k):
+    self._stop.check(self._saved)
+    return super().__getitem__(k)
+
+  def onto(self, abstract_params: Params) -> 'Ingredients':
+    """The same checkpoints, read with other shardings."""
+    return Ingredients(
+        self.paths,
+        abstract_params,
+        item=self.item,
+        stop=self._stop,
+        saved=self._saved,
+    )
+
+  def stopping(self, batches: Iterable[Tree]) -> '_Batches':
+    """Batches that look for a request to stop before each one."""
+    return _Batches(batches, self._stop, self._saved)
+
+
+class _Batches:
+  """Unlike a generator, they can be read in every epoch."""
+
+  def __init__(
+      self, batches: Iterable[Tree], stop: preemption.Stop, saved: str
+  ):
+    self._batches = batches
+    self._stop = stop
+    self._saved = saved
+
+  def __iter__(self):
+    for batch in self._batches:
+      self._stop.check(self._saved)
+      yield batch

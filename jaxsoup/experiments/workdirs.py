@@ -1,0 +1,267 @@
+"""The workdir of an experiment: opened, locked, with what all stages share.
+
+```
+with workdirs.opened(experiment, folder) as work:
+  work.copies(), work.data, work.logits(params)
+```
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import ml_collections
+import numpy as np
+
+from jaxsoup import _files
+from jaxsoup import _processes
+from jaxsoup import checkpoints
+from jaxsoup import evaluation
+from jaxsoup import sharding
+from jaxsoup import statistics
+from jaxsoup.data import sources
+from jaxsoup.experiments import architectures
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import cook
+from jaxsoup.runtime import locking
+from jaxsoup.runtime import metric_log
+from jaxsoup.runtime import preemption
+from jaxsoup.runtime import progress
+from jaxsoup.train import loop
+from jaxsoup.train import modeling
+from jaxsoup.train import streaming
+from jaxsoup.train import train_state
+from jaxsoup.typing import Json
+from jaxsoup.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What all stages of one experiment share."""
+
+  experiment: configs.Experiment
+  model: modeling.Model
+  splits: sources.Splits
+  workdir: pathlib.Path
+  progress_fn: progress.ProgressFn
+  stop: preemption.Stop
+  log: metric_log.MetricLog
+
+  @property
+  def config(self) -> ml_collections.ConfigDict:
+    return self.experiment.config
+
+  @functools.cached_property
+  def data(self) -> dict[str, sources.Source]:
+    """What scores the models: held-out chooses, test and its shifts report."""
+    return {
+        'held_out': self.splits.held_out,
+        'test': self.splits.test,
+        **self.splits.shifts,
+    }
+
+  @functools.cached_property
+  def labels(self) -> dict[str, np.ndarray]:
+    """The labels of each data set."""
+    return {name: cook.labels_of(source) for name, source in self.data.items()}
+
+  def logits(self, params: Params) -> dict[str, np.ndarray]:
+    """Logits `[N, C]` of a model on each data set."""
+    return {name: fn(params) for name, fn in self._logits_fns.items()}
+
+  @functools.cached_property
+  def _logits_fns(self) -> dict[str, Any]:
+    sharding = on(self.config)
+    return {
+        name: evaluation.logits_of(
+            self.model.logits_fn,
+            cook.batches_of(source, self.config.batch_size, sharding),
+        )
+        for name, source in self.data.items()
+    }
+
+  def saved(self, name: str) -> train_state.Saved:
+    return train_state.Saved(
+        self.workdir / 'unfinished' / name,
+        self.stop,
+        minutes=self.config.save_every_minutes,
+    )
+
+  def copies(self) -> list[tuple[int, str, pathlib.Path]]:
+    """Run, name of the copy, and path of everything that is to be souped.
+
+    Not of what diverged.
+    """
+    names = self.config.get('ingredients', None)
+    return [
+        (i, name, path)
+        for i in range(len(self.experiment.runs))
+        for name in loop.names_of(self.config.finetune)
+        if names is None or name in names
+        if not self.stored(path := self._path(i, name)).get('diverged')
+    ]
+
+  def diverged(self) -> list[str]:
+    """Names of the runs that are there with NaN or infinite values."""
+    stored = self._stored.items()
+    return sorted(path.name for path, x in stored if x.get('diverged'))
+
+  def stored(self, path: pathlib.Path) -> Json:
+    """What was saved with a run; empty if it is not there. Read once."""
+    if path not in self._stored and path.exists():
+      self._stored[path] = checkpoints.provenance(path)['metadata']
+    return self._stored.get(path, {})
+
+  @functools.cached_property
+  def _stored(self) -> dict[pathlib.Path, Json]:
+    return {}
+
+  def _path(self, run: int, name: str) -> pathlib.Path:
+    stem = f'{run:02d}_{name}' if name else f'{run:02d}'
+    return self.workdir / 'runs' / stem
+
+
+@contextlib.contextmanager
+def opened(
+    experiment: configs.Experiment,
+    folder: pathlib.Path,
+    progress_fn: progress.ProgressFn = progress.silent,
+    stop: preemption.Stop | None = None,
+) -> Iterator[Work]:
+  """Model, data and workdir of an experiment; the workdir is locked.
+
+  Args:
+    experiment: of `configs.load`.
+    folder: the workdir, an absolute path.
+    progress_fn: as in `run`.
+    stop: as in `run`.
+
+  Yields:
+    What the stages share.
+
+  Raises:
+    UsageError: no data, or the workdir was started with another config.
+    InUseError: another process uses the workdir.
+    ValueError: examples with two roles.
+  """
+  if experiment.data_fn is None:
+    raise configs.UsageError(
+        'The config file has no function data(config). It must return '
+        'jaxsoup.data.sources.Splits: see configs/digits.py.'
+    )
+  config = experiment.config
+  shard, num_shards = shard_of(config)
+  name = '.lock' if num_shards == 1 else f'.lock_{shard}_{num_shards}'
+  if jax.process_count() > 1 and not config.get('is_sharded', False):
+    raise configs.UsageError(
+        f'{jax.process_count()} processes can train one run together only if '
+        'config.is_sharded is True: set it, or start the processes separately, '
+        'with --config.sweep.shard=i/n.'
+    )
+  held = (
+      locking.locked(folder / name, folder)
+      if _processes.is_main()
+      else contextlib.nullcontext()
+  )
+  with held, mesh_of(config):
+    is_alone = _processes.is_main() and num_shards == 1
+    if is_alone:
+      _files.clear_leftovers(folder, 'config.json')
+    configs.check_unchanged(config, folder / 'config.json')
+    if is_alone:  # It is ours.
+      for name in ('.', 'runs', 'soups', 'logits', 'landscape'):
+        _files.clear_leftovers(folder / name)
+    progress_fn('pre-training', 0.0)
+    splits = experiment.data_fn(config)
+    if not isinstance(splits, sources.Splits):
+      raise configs.UsageError(
+          f'data(config) returned {splits!r:.80}: expected '
+          'jaxsoup.data.sources.Splits, see configs/digits.py.'
+      )
+    has_board = config.get('tensorboard', False)
+    work = Work(
+        experiment=experiment,
+        model=architectures.of(experiment),
+        splits=splits,
+        workdir=folder,
+        progress_fn=progress_fn,
+        stop=stop or preemption.Stop(),
+        log=metric_log.MetricLog(
+            folder / 'metrics.jsonl',
+            tensorboard=folder / 'tensorboard' if has_board else None,
+        ),
+    )
+    check_roles(work)
+    yield work
+
+
+def check_roles(work: Work) -> None:
+  """Rejects examples that have two roles: training, selecting, reporting.
+
+  Only data in memory are compared: other sources document by what rule the
+  held-out set is taken out of the training data.
+
+  Raises:
+    ValueError: examples with two roles; names them.
+  """
+  pretrain = [work.splits.pretrain] if 'pretrain' in work.config else []
+  roles: dict[str, list[Any]] = {
+      'train': [work.splits.train, *pretrain],
+      'held_out': [work.splits.held_out],
+      'test': [work.splits.test, *work.splits.shifts.values()],
+  }
+  statistics.check_disjoint(
+      **{
+          role: [
+              {name: x.arrays[name] for name in work.model.inputs}
+              for x in members
+              if hasattr(x, 'arrays')
+          ]
+          for role, members in roles.items()
+      }
+  )
+
+
+def shard_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
+  """Which part of the runs is trained here: (i, n) of `sweep.shard` = 'i/n'.
+
+  Raises:
+    UsageError: it is malformed.
+  """
+  text = config.sweep.get('shard', '0/1')
+  i, _, n = text.partition('/')
+  if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+    raise configs.UsageError(
+        f"sweep.shard is {text!r}: write 'i/n' with i in 0..n-1, such as '0/4'."
+    )
+  return int(i), int(n)
+
+
+def abstract(config: ml_collections.ConfigDict, params: Params) -> Params:
+  """Shapes of the parameters, with shardings if the experiment is sharded."""
+  shapes = jax.eval_shape(lambda: params)
+  if not config.get('is_sharded', False):
+    return shapes
+  return sharding.fsdp(shapes, streaming.mesh())
+
+
+def mesh_of(
+    config: ml_collections.ConfigDict,
+) -> contextlib.AbstractContextManager[Any]:
+  """The context in which a sharded experiment runs: its mesh is set."""
+  if not config.get('is_sharded', False):
+    return contextlib.nullcontext()
+  return jax.set_mesh(streaming.mesh())
+
+
+def on(config: ml_collections.ConfigDict) -> NamedSharding | None:
+  """How batches lie, if the experiment is sharded."""
+  if not config.get('is_sharded', False):
+    return None
+  return NamedSharding(streaming.mesh(), PartitionSpec('fsdp'))

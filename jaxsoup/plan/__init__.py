@@ -1,0 +1,18 @@
+"""Plans an experiment before it runs: memory, work, communication.
+
+```
+mesh, device_bytes = machines.topology_mesh('v5e:8x8')   # no TPU is needed
+made = plan.make(
+    experiment, mesh, device_bytes, num_ingredients=58, machine='v5e:8x8'
+)
+print(text.as_text(made))
+```
+
+Lowers what the library runs, at full size, from shapes alone, and compiles it
+with the compiler of the device: that of TPUs is in the package libtpu, and
+works on any machine.
+"""
+
+from jaxsoup.plan._make import Plan as Plan
+from jaxsoup.plan._make import as_json as as_json
+from jaxsoup.plan._make import make as make

@@ -1,0 +1,1 @@
+"""Training of models as pure functions; knows nothing of soups."""
