@@ -1,5 +1,7 @@
 """Several processes with one task: who writes, who waits, what is agreed on."""
 
+from collections.abc import Sequence
+
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -32,6 +34,12 @@ def from_main(content: bytes) -> bytes:
 def agreed(answer: bool) -> bool:
   """The main process's answer, on every process: disks are not seen alike."""
   return from_main(bytes([answer])) == b'\1'
+
+
+def numbers_of_main(numbers: Sequence[float]) -> list[float]:
+  """The main process's numbers, on every process, such as of its clock."""
+  content = from_main(np.array(numbers, np.float64).tobytes())
+  return np.frombuffer(content, np.float64).tolist()
 
 
 def is_any(answer: bool) -> bool:

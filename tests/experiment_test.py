@@ -24,6 +24,7 @@ from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import defaults
 from jaxsoup.experiments import main
+from jaxsoup.experiments import workdirs
 
 ROOT = pathlib.Path(__file__).parent.parent
 # The digits with a model that compiles in no time.
@@ -196,6 +197,23 @@ def test_copies_of_runs_are_ingredients(tmp_path, uninterrupted):
   assert any(b'loss' in path.read_bytes() for path in events)
 
 
+def test_reports_go_where_the_config_sends_them(tmp_path):
+  more = '\nSEEN = []\ndef log(config):\n  return SEEN.append\n'
+  text = f'from configs.digits import data, get_config, sweep{more}'
+  (tmp_path / 'c.py').write_text(text)
+  experiment = configs.load(f'{tmp_path}/c.py:runlocal', TINY)
+  with workdirs.opened(experiment, tmp_path / 'w') as work:
+    work.log.write({'run': 0, 'step': 3, 'loss': 0.5})
+  assert sys.modules['jaxsoup_config'].SEEN == [
+      {'run': 0, 'step': 3, 'loss': 0.5}
+  ]
+  (tmp_path / 'c.py').write_text(text.replace('return SEEN.append', 'pass'))
+  experiment = configs.load(f'{tmp_path}/c.py:runlocal', TINY)
+  opened = workdirs.opened(experiment, tmp_path / 'w')
+  with pytest.raises(configs.UsageError, match=r'log\(config\) returned None'):
+    opened.__enter__()
+
+
 @pytest.mark.parametrize('override', ['batch_size=61', 'val_fraction=0.0'])
 def test_too_few_held_out_examples_to_learn_on(override):
   config = configs.load(CONFIG, [*TINY, f'--config.learned.{override}']).config
@@ -280,6 +298,7 @@ def test_metrics_of_the_training(uninterrupted):
   for run in range(4):
     of_run = [r for r in rows if r['run'] == run]
     assert [r.get('epoch') for r in of_run] == [1, 2, None]
+    assert {'step', 'learning_rate', 'gradient_norm'} < of_run[0].keys()
     assert 0 < of_run[-1]['held_out'] <= 1
 
 

@@ -15,6 +15,7 @@ from scipy import special
 from sklearn import metrics as sk
 
 import jaxsoup
+from jaxsoup import sharding
 from jaxsoup.data import sources
 from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
@@ -22,7 +23,7 @@ from jaxsoup.runtime import preemption
 from jaxsoup.train import loop
 from jaxsoup.train import modeling
 from jaxsoup.train import steps
-from jaxsoup.train import train_state
+from jaxsoup.train import unfinished
 
 NUM_FEATURES, NUM_CLASSES = 5, 3
 PHASE = dict(num_epochs=2, batch_size=8, warmup=0.25, final=0.1)
@@ -406,7 +407,8 @@ def streamed_steps(model, phase, theta_0, run, source):
   state = steps.initial_state(settings, theta_0, hyper)
   step_fn = jax.jit(functools.partial(steps.train_step, model, settings))
   for epoch in range(settings.num_epochs):
-    key = jax.random.fold_in(jax.random.key(run['seed']), epoch)
+    key = jax.random.fold_in(jax.random.key(run['seed']), 0x6175676D)
+    key = jax.random.fold_in(key, epoch)
     batches = sources.batches(
         source, settings.batch_size, seed=run['seed'], epoch=epoch
     )
@@ -439,13 +441,76 @@ def test_runs_that_are_alike_compile_once(config, model, theta_0, data, caplog):
   with jax.log_compiles():
     for run in runs:
       loop.train(model, config.finetune, theta_0, [run], Read(data.arrays))
-  for name in ('_start', 'train_step'):
+  for name in ('start', 'advance'):
     assert caplog.text.count(f'XLA compilation of jit({name})') == 1
 
 
-def test_runs_on_data_that_are_read_train_alone(model, config, theta_0, data):
-  with pytest.raises(ValueError, match='set sweep.group_size to 1'):
-    loop.train(model, config.finetune, theta_0, RUNS, Read(data.arrays))
+@pytest.mark.slow
+def test_a_group_on_a_mesh_is_that_of_one_device(
+    config, model, theta_0, data, monkeypatch
+):
+  phase = config.finetune.to_dict() | dict(optimizer='sgd')
+  train = functools.partial(loop.train, model, phase)
+  expected = train(theta_0, RUNS, data)
+  read = train(theta_0, RUNS, Read(data.arrays))
+  shapes = []
+  advance = loop.advance
+
+  def seen(*args):
+    state, inputs = args[2], args[-1]
+    image, kernel = inputs['image'], state.params['block_0']['mlp']['dense_in']
+    shapes.append(
+        [x.addressable_shards[0].data.shape for x in (image, kernel['kernel'])]
+    )
+    return advance(*args)
+
+  monkeypatch.setattr(loop, 'advance', seen)
+  # In memory, too: each device takes its part of every batch.
+  abstract = sharding.fsdp(theta_0, loop.all_devices(), min_size=1)
+  shardings = tree(lambda x: x.sharding, abstract)
+  spread = train(jax.device_put(theta_0, shardings), RUNS, data)
+  width, hidden = theta_0['block_0']['mlp']['dense_in']['kernel'].shape
+  assert shapes == 4 * [[(3, 1, 2, 8, 8, 1), (3, width, hidden)]]
+  for params in (read, spread):
+    assert_close(params, expected, atol=2e-5)
+  with pytest.raises(ValueError, match='batch_size is 6, .*among 4 devices'):
+    train(theta_0, [{'batch_size': 6}], Read(data.arrays))
+
+
+def test_metrics_are_logged_by_step():
+  data = sources.Arrays(features(48))
+  runs = [{'learning_rate': 0.2}, {'learning_rate': 0.1, 'seed': 5}]
+  phase = PHASE | dict(optimizer='sgd', momentum=0.0)
+  logged, losses = [], []
+  log = lambda every, **more: loop.train(
+      LINEAR, phase | more, tree(np.float32, start()), runs, data,
+      log_fn=lambda row, values: logged.append((row, values)), log_every=every,
+      progress_fn=lambda n, num, loss: losses.append(loss),
+  )  # fmt: skip
+  log(4)
+  places = [(row, x['step'], x['epoch']) for row, x in logged]
+  assert places == [
+      (row, step, epoch)
+      for step, epoch in ((4, 1), (6, 1), (10, 2), (12, 2))
+      for row in (0, 1)
+  ]
+  # The means over the steps of an epoch.
+  for row in (0, 1):
+    first, last = (x['loss'] for r, x in logged[:4] if r == row)
+    np.testing.assert_allclose((4 * first + 2 * last) / 6, losses[0][row], 1e-6)
+  settings = steps.settings_of(phase, runs, 48)
+  rates = [0.2 * rate_of(settings, step - 1) for step in (4, 6, 10, 12)]
+  rows = [x for row, x in logged if row == 0]
+  np.testing.assert_allclose([x['learning_rate'] for x in rows], rates, 1e-5)
+  assert all(x['examples_per_second'] > 0 for x in rows)
+  # The norm of the first gradient, from its formula; steps one by one.
+  logged.clear()
+  log(1, is_scanned=False)
+  order = sources.shuffled(48, 0, 0)[:8]
+  grads = gradient(start(), {k: x[order] for k, x in data.arrays.items()})
+  norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+  assert logged[0][1]['gradient_norm'] == pytest.approx(norm, rel=1e-4)
+  assert len(logged) == 2 * 12
 
 
 @pytest.mark.slow_variants
@@ -461,15 +526,30 @@ def test_stopped_and_resumed_is_the_same(
   )
   whole = train(keep_fn=keeper(kept[0]))
   stop = preemption.Stop()
-  saved = train_state.Saved(tmp_path, stop)
+  saved = unfinished.Saved(tmp_path, stop)
   stop.requested = True
   with pytest.raises(preemption.Preempted):
     train(saved=saved)
   stop.requested = False
-  # After one epoch; or after one step of two, in the middle of it.
-  assert [p.name for p in tmp_path.iterdir()] == ['1']
+  # After one epoch of two steps; or after one step, in the middle of it.
+  name = '1' if is_read else '2'
+  assert [p.name for p in tmp_path.iterdir()] == [name]
   assert_equal(train(saved=saved, keep_fn=keeper(kept[1])), whole)
   assert_equal(*kept)
+  saved.delete()
+  # As if it were killed later: states are written while the training goes on.
+  saved = unfinished.Saved(tmp_path, stop, minutes=0)
+  train(saved=saved)
+  saved.wait()
+  (name,) = (p.name for p in tmp_path.iterdir())
+  assert name == '6'
+  assert_equal(train(saved=unfinished.Saved(tmp_path, stop)), whole)
+  # Damaged, it is not trusted.
+  for file in (tmp_path / name).rglob('*'):
+    if file.is_file():
+      file.write_bytes(b'?')
+  with pytest.raises(ValueError, match='cannot be read: .* Delete it'):
+    train(saved=unfinished.Saved(tmp_path, stop))
 
 
 # BatchNorm.

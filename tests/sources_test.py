@@ -133,7 +133,7 @@ def test_training_batches_are_a_permutation(source):
   assert [len(b['label']) for b in batches] == [5] * 4
   everything = source[np.arange(len(source))]['label']
   assert len(set(seen.tolist())) == 20 and set(seen) <= set(everything)
-  order = np.random.default_rng([3, 1]).permutation(NUM)[:20]
+  order = np.random.default_rng([*b'shuffle', 3, 1]).permutation(NUM)[:20]
   np.testing.assert_array_equal(seen, everything[order])
 
 
@@ -204,10 +204,20 @@ def test_augmentation_is_drawn_by_seed_epoch_and_row():
     for batch in sources.batches(source, 1, seed=5, epoch=epoch):
       row = int(batch['label'][0])
       draws[epoch, row] = batch['draw'][0]
-      expected = np.random.default_rng([5, epoch, row]).random()
+      expected = np.random.default_rng([row, 5, epoch, 1]).random()
       assert batch['draw'][0] == np.float32(expected)
   assert len(set(draws.values())) == 2 * NUM
   assert not source[np.arange(NUM)]['draw'].any()
+
+
+def test_no_two_streams_of_numbers_are_one():
+  # NumPy fills short lists of seeds with zeros: [5, 0] and [5, 0, 0] are one.
+  draw = lambda rng: rng.integers(2**62, size=2).tolist()
+  rows = [
+      draw(sources.generator((5, e), row)) for e in (0, 1) for row in (0, 1)
+  ]
+  others = [draw(np.random.default_rng(seeds)) for seeds in ([5, 0], [0, 5])]
+  assert len({tuple(x) for x in rows + others}) == 6
 
 
 def test_batches_that_cannot_be_are_refused_at_once(source):

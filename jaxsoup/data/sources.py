@@ -350,10 +350,15 @@ def _random_access(
       rows = np.arange(first, first + batch_size)[own]
       yield {**source[rows.clip(max=num - 1)], 'mask': rows < num}
     return
-  order = np.random.default_rng([seed, epoch]).permutation(num)
+  order = shuffled(num, seed, epoch)
   source = _drawn(source, seed, epoch)
   for step in range(start, num // batch_size):
     yield source[order[step * batch_size :][:batch_size][own]]
+
+
+def shuffled(num: int, seed: int, epoch: int) -> np.ndarray:
+  """The order in which one epoch walks through the examples, int64 [N]."""
+  return np.random.default_rng([*b'shuffle', seed, epoch]).permutation(num)
 
 
 def prefetched(items: Iterator[Any], num: int = 2) -> Iterator[Any]:
@@ -434,7 +439,9 @@ def generator(
     draw: tuple[int, int] | None, row: int
 ) -> np.random.Generator | None:
   """What augments a row: by (seed, epoch) and row; None in evaluation."""
-  return None if draw is None else np.random.default_rng([*draw, row])
+  # The last number is not 0: NumPy takes lists that differ in zeros at the end
+  # for the same seed.
+  return None if draw is None else np.random.default_rng([row, *draw, 1])
 
 
 def stacked(examples: list[Mapping[str, Any]]) -> Batch:

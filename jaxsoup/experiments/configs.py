@@ -43,12 +43,16 @@ class Experiment(NamedTuple):
       if there is none, and the experiment can only be planned.
     model_fn: its function `model`: config -> `modeling.Model`; None if there is
       none, and `config.model` describes the model.
+    log_fn: its function `log`: config -> what is called with each report of the
+      training, a dict, such as `wandb.init(project='soups').log`; None if there
+      is none.
   """
 
   config: ml_collections.ConfigDict
   runs: list[Run]
   data_fn: Callable[[ml_collections.ConfigDict], Any] | None
   model_fn: Callable[[ml_collections.ConfigDict], Any] | None = None
+  log_fn: Callable[[ml_collections.ConfigDict], Any] | None = None
 
 
 class UsageError(ValueError):
@@ -131,8 +135,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
 
   Args:
     path: a Python file with `get_config(arg)`, `sweep(config)`, `data(config)`
-      and perhaps `model(config)`; perhaps with an argument behind a colon:
-      'configs/digits.py:runlocal'.
+      and perhaps `model(config)` and `log(config)`; perhaps with an argument
+      behind a colon: 'configs/digits.py:runlocal'.
     overrides: such as '--config.seed=1'.
 
   Returns:
@@ -159,7 +163,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     raise UsageError(
         f'{file} has no function {", ".join(missing)}: see configs/digits.py.'
     )
-  for name in ('get_config', 'sweep', 'data', 'model'):
+  for name in ('get_config', 'sweep', 'data', 'model', 'log'):
     if not callable(getattr(module, name, len)):
       raise UsageError(
           f'{file}: {name} is not a function: see configs/digits.py.'
@@ -197,9 +201,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
   runs = _called(module, path, 'sweep', sweep_fn, values.config)
   if problem := _problem_of(runs):
     raise UsageError(f'{path}: sweep returned {problem}.')
-  return Experiment(
-      values.config, runs, made('data') or None, made('model') or None
-  )
+  functions = (made(name) or None for name in ('data', 'model', 'log'))
+  return Experiment(values.config, runs, *functions)
 
 
 def _called(module: Any, path: str, name: str, fn: Any, argument: Any) -> Any:

@@ -10,6 +10,7 @@ Each stage does what is left to do, and leaves checkpoints in the workdir.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import functools
 import operator
@@ -52,11 +53,9 @@ def theta_0(work: workdirs.Work) -> Params:
         checkpoints.save(path, _start(work), metadata=metadata)
         work.saved('theta_0').delete()
   # Always from the disk, so that a second start sees the same parameters.
-  stored = checkpoints.Ingredients([path])
-  if jax.process_count() > 1:
-    shapes = workdirs.abstract(work.config, stored.abstract_params)
-    stored = checkpoints.Ingredients([path], shapes)
-  return stored[0]
+  shapes = checkpoints.Ingredients([path]).abstract_params
+  shapes = workdirs.abstract(work.config, shapes)
+  return checkpoints.Ingredients([path], shapes)[0]
 
 
 @contextlib.contextmanager
@@ -71,14 +70,15 @@ def _alone(work: workdirs.Work, path: pathlib.Path) -> Iterator[None]:
         yield
         return
     except locking.InUseError:
-      work.stop.check(f'another process is making {path}')
+      if jax.process_count() == 1:  # Else the others do not ask here.
+        work.stop.check(f'another process is making {path}')
       time.sleep(1.0)
 
 
 def _start(work: workdirs.Work) -> Params:
   config, model = work.config, work.model
   params = model.start_fn(jax.random.key(config.seed))
-  if jax.process_count() > 1:
+  if workdirs.on(config) is not None:
     params = jax.tree.map(
         lambda x, like: evaluation.placed(np.asarray(x), like.sharding),
         params,
@@ -96,10 +96,11 @@ def _start(work: workdirs.Work) -> Params:
         params,
         {**config.pretrain.run.to_dict(), 'seed': config.seed},
         work.splits.pretrain,
-        progress_fn=functools.partial(
-            _report, work, 'pretrain', 'pre-training'
+        progress_fn=lambda epoch, num_epochs, _: work.progress_fn(
+            'pre-training', epoch / num_epochs
         ),
         saved=work.saved('theta_0'),
+        **_logged(work, ['pretrain']),
     )
   if 'probe' in config:
     params = loop.probe(
@@ -113,11 +114,10 @@ def _start(work: workdirs.Work) -> Params:
   return params
 
 
-def _report(
-    work: workdirs.Work, run: str, stage: str, epoch, num_epochs, losses
-) -> None:
-  work.progress_fn(stage, epoch / num_epochs)
-  work.log.write({'run': run, 'epoch': epoch, 'loss': float(losses[0])})
+def _logged(work: workdirs.Work, names: Sequence[Any]) -> dict[str, Any]:
+  """Options of `loop.train` that log the metrics of runs with these names."""
+  log = lambda row, values: work.log.write({'run': names[row], **values})
+  return {'log_fn': log, 'log_every': work.config.get('log_every_steps', 50)}
 
 
 def finetune_all(work: workdirs.Work, start: Params) -> bool:
@@ -183,10 +183,9 @@ def _check_trained(work: workdirs.Work) -> None:
 
 
 def _part(work, group, num_done, num_runs, epoch, num_epochs, losses) -> None:
+  del losses
   done = (num_done + len(group) * epoch / num_epochs) / num_runs
   work.progress_fn('fine-tuning', done)
-  for run, loss in zip(group, losses):
-    work.log.write({'run': run, 'epoch': epoch, 'loss': float(loss)})
 
 
 def _finetune_group(work: workdirs.Work, start, group, progress_fn) -> None:
@@ -215,6 +214,7 @@ def _finetune_group(work: workdirs.Work, start, group, progress_fn) -> None:
         progress_fn=progress_fn,
         saved=saved,
         keep_fn=keep_fn,
+        **_logged(work, group),
     )
     keep_fn('', stacked)
   saved.delete()

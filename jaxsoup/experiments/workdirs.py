@@ -33,10 +33,10 @@ from jaxsoup.runtime import locking
 from jaxsoup.runtime import metric_log
 from jaxsoup.runtime import preemption
 from jaxsoup.runtime import progress
+from jaxsoup.runtime import user_code
 from jaxsoup.train import loop
 from jaxsoup.train import modeling
-from jaxsoup.train import streaming
-from jaxsoup.train import train_state
+from jaxsoup.train import unfinished
 from jaxsoup.typing import Json
 from jaxsoup.typing import Params
 
@@ -86,8 +86,8 @@ class Work:
         for name, source in self.data.items()
     }
 
-  def saved(self, name: str) -> train_state.Saved:
-    return train_state.Saved(
+  def saved(self, name: str) -> unfinished.Saved:
+    return unfinished.Saved(
         self.workdir / 'unfinished' / name,
         self.stop,
         minutes=self.config.save_every_minutes,
@@ -195,10 +195,24 @@ def opened(
         log=metric_log.MetricLog(
             folder / 'metrics.jsonl',
             tensorboard=folder / 'tensorboard' if has_board else None,
+            write_fn=_write_fn(experiment),
         ),
     )
     check_roles(work)
     yield work
+
+
+def _write_fn(experiment: configs.Experiment) -> metric_log.WriteFn | None:
+  """What `log(config)` of the config file returns; on the main process only."""
+  if experiment.log_fn is None or not _processes.is_main():
+    return None
+  write_fn = experiment.log_fn(experiment.config)
+  if not callable(write_fn):
+    raise configs.UsageError(
+        f'log(config) returned {write_fn!r:.80}: expected a function that is '
+        "called with dicts, such as wandb.init(project='soups').log."
+    )
+  return user_code.guarded(write_fn, None, 'the function of log(config)')
 
 
 def check_roles(work: Work) -> None:
@@ -248,7 +262,7 @@ def abstract(config: ml_collections.ConfigDict, params: Params) -> Params:
   shapes = jax.eval_shape(lambda: params)
   if not config.get('is_sharded', False):
     return shapes
-  return sharding.fsdp(shapes, streaming.mesh())
+  return sharding.fsdp(shapes, loop.all_devices())
 
 
 def mesh_of(
@@ -257,11 +271,11 @@ def mesh_of(
   """The context in which a sharded experiment runs: its mesh is set."""
   if not config.get('is_sharded', False):
     return contextlib.nullcontext()
-  return jax.set_mesh(streaming.mesh())
+  return jax.set_mesh(loop.all_devices())
 
 
 def on(config: ml_collections.ConfigDict) -> NamedSharding | None:
   """How batches lie, if the experiment is sharded."""
   if not config.get('is_sharded', False):
     return None
-  return NamedSharding(streaming.mesh(), PartitionSpec('fsdp'))
+  return NamedSharding(loop.all_devices(), PartitionSpec('fsdp'))

@@ -1,12 +1,13 @@
-"""Metrics of a training: JSON lines in a file, TensorBoard on request.
+"""Metrics of a training: JSON lines in a file, and what else is asked for.
 
 ```
 log = metric_log.MetricLog(workdir / 'metrics.jsonl')
-log.write({'run': 3, 'epoch': 1, 'loss': 0.7})
+log.write({'run': 3, 'step': 100, 'loss': 0.7})
 ```
 """
 
 import atexit
+from collections.abc import Callable
 from collections.abc import Mapping
 import functools
 import json
@@ -17,22 +18,32 @@ from typing import Any
 from jaxsoup import _processes
 from jaxsoup.typing import PathLike
 
+WriteFn = Callable[[dict[str, Any]], object]
+
 
 class MetricLog:
   """Appends a line a report; process 0 alone writes."""
 
-  def __init__(self, path: PathLike, *, tensorboard: Any = None):
+  def __init__(
+      self,
+      path: PathLike,
+      *,
+      tensorboard: PathLike | None = None,
+      write_fn: WriteFn | None = None,
+  ):
     """Opens nothing yet.
 
     Args:
       path: of the file.
       tensorboard: a folder for TensorBoard's files; None: none are written.
+      write_fn: is called with each report, too: a dict of numbers and names,
+        such as `wandb.log` and `trackio.log` take.
 
     Raises:
       ImportError: tensorboardX is not installed.
     """
     self._path = pathlib.Path(path)
-    self._writer_fn = None
+    self._writer_fn, self._write_fn = None, write_fn
     if tensorboard is not None:
       try:
         import tensorboardX
@@ -55,7 +66,7 @@ class MetricLog:
     """Writes one report.
 
     Args:
-      values: what JSON can hold; `run` and `epoch` name the curve and the place
+      values: what JSON can hold; `run` and `step` name the curve and the place
         on it.
     """
     if not _processes.is_main():
@@ -68,5 +79,7 @@ class MetricLog:
     if self._writer_fn is not None:
       writer = self._writer_fn(str(values.get('run', 'all')))
       for name, value in values.items():
-        if name not in ('run', 'epoch') and isinstance(value, (int, float)):
-          writer.add_scalar(name, value, values.get('epoch', 0))
+        if name not in ('run', 'step') and isinstance(value, (int, float)):
+          writer.add_scalar(name, value, values.get('step', 0))
+    if self._write_fn is not None:
+      self._write_fn(dict(values))

@@ -12,9 +12,13 @@ with preemption.handled() as stop:
 
 from collections.abc import Iterator
 import contextlib
+import itertools
 import signal
 import sys
 import threading
+
+import jax
+from jax.experimental import multihost_utils
 
 EXIT_CODE = 128 + signal.SIGTERM
 
@@ -27,11 +31,23 @@ class Stop:
   """Whether the script was asked to stop.
 
   Attributes:
-    requested: becomes true when a SIGTERM comes.
+    requested: becomes true when a SIGTERM comes. It is not set in a run of
+      several processes, whose answer is `agreed`.
   """
 
   def __init__(self):
     self.requested = False
+
+  def agreed(self) -> bool:
+    """Whether to stop here, alike in all processes of a run.
+
+    Each of them has to ask as often, at the same places. They do not wait for
+    each other: the service that jax has for it tells all of them of a SIGTERM,
+    and of the next question that none of them has asked yet.
+    """
+    if jax.process_count() == 1:
+      return self.requested
+    return multihost_utils.reached_preemption_sync_point(next(_QUESTIONS))
 
   def check(self, saved: str) -> None:
     """Stops the script if it was asked to.
@@ -40,10 +56,13 @@ class Stop:
       saved: what is saved by now, for the last line that the script prints.
 
     Raises:
-      Preempted: `requested` is true.
+      Preempted: it is `agreed`.
     """
-    if self.requested:
+    if self.agreed():
       raise Preempted(saved)
+
+
+_QUESTIONS = itertools.count(1)
 
 
 @contextlib.contextmanager
@@ -61,8 +80,10 @@ def handled() -> Iterator[Stop]:
       stopped the script.
   """
   stop = Stop()
-  if threading.current_thread() is not threading.main_thread():
-    yield stop
+  is_main = threading.current_thread() is threading.main_thread()
+  if not is_main or jax.process_count() > 1:  # Then jax handles it.
+    with _reported():
+      yield stop
     return
 
   def on_term(*_):
@@ -71,13 +92,20 @@ def handled() -> Iterator[Stop]:
 
   before = signal.signal(signal.SIGTERM, on_term)
   try:
-    yield stop
+    with _reported():
+      yield stop
+  finally:
+    # None: the handler was not set from Python, which cannot set it again.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+  try:
+    yield
   except Preempted as e:
     print(
         f'Stopped by SIGTERM: {e}. Run the same command again to continue.',
         file=sys.stderr,
     )
     raise SystemExit(EXIT_CODE) from None
-  finally:
-    # None: the handler was not set from Python, which cannot set it again.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

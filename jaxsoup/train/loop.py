@@ -1,44 +1,55 @@
 """Trains models: one from scratch, a head alone, or a sweep from one start.
 
 ```
-model = modeling.of_module(make_fn, inputs=inputs, num_classes=10)
 theta_0 = model.start_fn(jax.random.key(0))
-theta_0 = finetune.probe(model, config.probe, theta_0, splits.train)
-stacked = finetune.train(model, config.finetune, theta_0, runs, splits.train)
+theta_0 = loop.probe(model, config.probe, theta_0, splits.train)
+stacked = loop.train(model, config.finetune, theta_0, runs, splits.train)
 ```
 
-`runs` is a list of plain dicts of hyper-parameters. Data in memory go to the
-device as a whole, and all runs of one call train together, vmapped inside one
-compiled scan, so hyper-parameters are traced. Other data are read while one
-run trains on the whole mesh. A run depends on its own dict and, in its last
-bits, on the number of runs in the call; the same call gives the same bits.
+`runs` is a list of plain dicts of hyper-parameters. All runs of one call train
+together, vmapped, so hyper-parameters are traced. Where the start lies on a
+mesh, so do their state (FSDP) and each batch of it, of which every process
+reads its own rows. Otherwise data in memory go to the device as a whole, and an
+epoch is one compiled scan. A run depends on its own dict and, in its last bits,
+on the number of runs in the call and on the mesh; the same call gives the same
+bits.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import functools
 import json
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from jaxsoup import evaluation
 from jaxsoup import running_average
+from jaxsoup import sharding
 from jaxsoup.data import sources
 from jaxsoup.train import augmentation
 from jaxsoup.train import modeling
 from jaxsoup.train import steps
-from jaxsoup.train import streaming
-from jaxsoup.train import train_state
+from jaxsoup.train import unfinished
 from jaxsoup.typing import Config
 
 # Epochs done, epochs, losses [K].
 Progress = Callable[[int, int, np.ndarray], None]
 # Name of a copy that is kept ('ema_0.99', 'epoch_2'), its stacked parameters.
 Keep = Callable[[str, steps.Params], None]
+# Row of the run in the call, and what is logged: `step`, `loss` and so on.
+Log = Callable[[int, Mapping[str, float]], None]
+# The keys of augmentations are none of those that parameters are drawn by.
+_AUGMENTATIONS = int.from_bytes(b'augm')
 
 
 def train(
@@ -49,8 +60,10 @@ def train(
     source: sources.Source,
     *,
     progress_fn: Progress | None = None,
-    saved: train_state.Saved | None = None,
+    saved: unfinished.Saved | None = None,
     keep_fn: Keep | None = None,
+    log_fn: Log | None = None,
+    log_every: int = 50,
 ) -> steps.Params:
   """Trains a group of runs from one start.
 
@@ -60,60 +73,262 @@ def train(
     params: theta_0, the common start.
     runs: K dicts with keys of `DEFAULTS`, which fills in what is missing, of
       `OTHERS`, `STATIC` (alike in all) and of `augmentation.ALL`.
-    source: the training data. In memory of one process they go to the device,
-      and may be `distilled`; else one run trains on all devices.
+    source: the training data; those in memory may be `distilled`.
     progress_fn: called after each epoch with (epochs done, epochs,
       losses [K]).
     saved: where the state is kept in between; the result does not depend on
       how often the training was stopped.
     keep_fn: called with the name and the stacked parameters of each copy that
       is kept next to the last one; the next step reuses the arrays.
+    log_fn: called for each run with its row and the means of `log_every` steps:
+      `step`, `epoch`, `loss`, `learning_rate`, `gradient_norm`, and
+      `examples_per_second` of all runs together.
+    log_every: steps; what is left of an epoch is logged as well.
 
   Returns:
     Stacked parameters, leaves [K, ...], in the order of `runs`.
 
   Raises:
-    ValueError: there are no runs, or several where one trains on all devices;
-      a run has an unknown hyper-parameter; or the data do not fill
-      one batch.
+    ValueError: there are no runs, a run has an unknown hyper-parameter, or the
+      data do not fill one batch.
   """
   settings = steps.settings_of(phase, runs, len(source))
   hyper = steps.stack_runs(runs)
-  if hasattr(source, 'arrays') and jax.process_count() == 1:
-    fields = [*model.inputs, 'label', *({'target'} & set(source.arrays))]
-    data = jax.device_put({name: source.arrays[name] for name in fields})
-    state = _start(model, settings, params, hyper)
-    num_units = 1  # Of what is saved in an epoch.
-    as_stacked = lambda tree: tree
-    epoch_fn = lambda state, epoch, done, after_fn: _epoch(
-        model, settings, state, hyper, data, jax.device_put(np.int32(epoch))
-    )
-  else:
-    streamed = streaming.Streamed(model, settings, hyper, source)
-    state, epoch_fn = streamed.start(params), streamed.epoch
-    num_units = len(source) // settings.batch_size
-    as_stacked = functools.partial(jax.tree.map, lambda x: x[None])
-  num_done = 0
-  if saved is not None:
-    num_done, state = saved.restore(state)
-  for epoch in range(num_done // num_units, settings.num_epochs):
-    before = epoch * num_units
-
-    def after_fn(done, state, before=before):
-      if saved is not None:
-        saved.after(before + done, state)
-
-    done = max(num_done - before, 0)
-    state, losses = epoch_fn(state, epoch, done, after_fn)
-    if progress_fn is not None:
-      progress_fn(epoch + 1, settings.num_epochs, np.asarray(losses))
-    if keep_fn is not None and epoch + 1 in settings.keep_epochs:
-      keep_fn(f'epoch_{epoch + 1}', as_stacked(state.params))
-    after_fn(num_units, state)
+  mesh = mesh_of(params)
+  if mesh is None and not (
+      hasattr(source, 'arrays') and jax.process_count() == 1
+  ):
+    mesh = all_devices()
+  data, walk = _feed(model, settings, hyper, source, mesh)
+  state = start(model, settings, mesh, params, hyper)
+  num_done, state = saved.restore(state) if saved else (0, state)
+  num_steps = len(source) // settings.batch_size
+  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    for epoch in range(num_done // num_steps, settings.num_epochs):
+      before = epoch * num_steps
+      seen = _Seen(settings, hyper, before, num_steps, log_fn, log_every)
+      done = max(num_done - before, 0)
+      for inputs in walk(epoch, done):
+        place = jax.device_put((np.int32(epoch), np.int32(done)))
+        state, metrics = advance(
+            model, settings, state, hyper, data, *place, inputs
+        )
+        done += seen.add(metrics, done)
+        if saved and done < num_steps:
+          saved.after(before + done, state)
+      if progress_fn is not None:
+        progress_fn(epoch + 1, settings.num_epochs, seen.losses())
+      if keep_fn is not None and epoch + 1 in settings.keep_epochs:
+        keep_fn(f'epoch_{epoch + 1}', state.params)
+      if saved:
+        saved.after(before + num_steps, state)
   if keep_fn is not None:
     for name, copy in state.ema.items():
-      keep_fn(name, jax.vmap(running_average().value)(as_stacked(copy)))
-  return as_stacked(state.params)
+      keep_fn(name, jax.vmap(running_average().value)(copy))
+  return state.params
+
+
+def _feed(model, settings, hyper, source, mesh):
+  """What `advance` takes: data or None, and (epoch, start) -> its inputs.
+
+  Without a mesh the data lie on the device as a whole, and the inputs are rows
+  of it, [K, steps, B]: of a whole epoch, or of one step where `is_scanned` is
+  false. On a mesh they are batches, [K, 1, B, ...].
+  """
+  seeds = jax.device_get(hyper['seed']).tolist()
+  size, num_steps = settings.batch_size, len(source) // settings.batch_size
+  names = {*model.inputs, 'label', 'target'}
+  only = lambda batch: {k: x for k, x in batch.items() if k in names}
+  if mesh is None:
+
+    def rows_of(epoch, start):
+      order = [sources.shuffled(len(source), seed, epoch) for seed in seeds]
+      rows = np.stack(order)[:, : num_steps * size]
+      rows = rows.reshape(len(seeds), num_steps, size).astype(np.int32)
+      step = num_steps if settings.is_scanned else 1
+      for first in range(start, num_steps, step):
+        yield jax.device_put(rows[:, first : first + step])
+
+    return jax.device_put(only(source.arrays)), rows_of
+  if size % mesh.size:
+    raise ValueError(
+        f'batch_size is {size}, which cannot be divided among {mesh.size} '
+        f'devices: use a multiple of {mesh.size}.'
+    )
+  split = NamedSharding(mesh, PartitionSpec(None, None, 'fsdp'))
+
+  def batches_of(epoch, start):
+    walks = [
+        sources.batches(
+            source,
+            size,
+            seed=seed,
+            epoch=epoch,
+            start=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for seed in seeds
+    ]
+    for batches in zip(*walks):
+      yield {
+          name: jax.make_array_from_process_local_data(
+              split, np.stack([batch[name] for batch in batches])[:, None]
+          )
+          for name in only(batches[0])
+      }
+
+  return None, batches_of
+
+
+class _Seen:
+  """Metrics of the steps of an epoch, logged as means over some of them."""
+
+  def __init__(self, settings, hyper, before, num_steps, log_fn, every):
+    self._settings, self._before, self._num_steps = settings, before, num_steps
+    self._rates = jax.device_get(hyper['learning_rate'])
+    self._log_fn, self._every = log_fn, every
+    self._values: list[Any] = []
+    self._num_logged, self._time = 0, time.monotonic()
+
+  def add(self, values, done: int) -> int:
+    """Adds the metrics of a program, [K, steps]; returns how many steps."""
+    self._values.append(values)
+    # Few programs ahead of the device: batches in flight take memory.
+    jax.block_until_ready(self._values[-3:][0])
+    num = values['loss'].shape[1]
+    is_due = sum(x['loss'].shape[1] for x in self._values) - self._num_logged
+    if self._log_fn and (
+        is_due >= self._every or done + num == self._num_steps
+    ):
+      self._log(done + num, is_due)
+    return num
+
+  def losses(self) -> np.ndarray:
+    """Their means, [K]."""
+    losses = jax.device_get([x['loss'] for x in self._values])
+    return np.concatenate(losses, axis=1).mean(1)
+
+  def _log(self, done: int, num: int) -> None:
+    recent = jax.device_get(self._values)
+    recent = {
+        k: np.concatenate([x[k] for x in recent], axis=1)[:, -num:]
+        for k in recent[0]
+    }
+    now, settings = time.monotonic(), self._settings
+    seen = num * settings.batch_size * len(self._rates)
+    rate = round(seen / max(now - self._time, 1e-9), 1)
+    for first in range(0, num, self._every):
+      last = min(first + self._every, num)
+      step = self._before + done - num + last
+      share = steps.schedule(settings, (step - 1) // settings.num_accumulated)
+      for row, peak in enumerate(self._rates.tolist()):
+        means = {k: float(x[row, first:last].mean()) for k, x in recent.items()}
+        self._log_fn(
+            row,
+            {
+                'step': step,
+                'epoch': (step - 1) // self._num_steps + 1,
+                **means,
+                'learning_rate': peak * float(share),
+                'examples_per_second': rate,
+            },
+        )
+    self._num_logged, self._time = self._num_logged + num, now
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
+def advance(model, settings, state, hyper, data, epoch, first, inputs):
+  """Some steps of all runs.
+
+  Args:
+    model: static.
+    settings: static.
+    state: before, leaves [K, ...]; donated.
+    hyper: hyper-parameters, [K] each.
+    data: arrays [N, ...] of which the inputs are rows, or None.
+    epoch: a scalar, which decides about augmentations together with the step.
+    first: the number of the first step in the epoch.
+    inputs: rows or batches of each run and step, [K, steps, B, ...].
+
+  Returns:
+    The state after them, and metrics [K, steps].
+  """
+
+  def run_fn(state, hyper, inputs):
+    key = jax.random.fold_in(jax.random.key(hyper['seed']), _AUGMENTATIONS)
+    key = jax.random.fold_in(key, epoch)
+
+    def step_fn(state, xs):
+      step, batch = xs
+      if data is not None:
+        batch = jax.tree.map(lambda x: x[batch], data)
+      step_key = jax.random.fold_in(key, step)
+      return steps.train_step(model, settings, state, hyper, batch, step_key)
+
+    num = len(jax.tree.leaves(inputs)[0])
+    if num > 1:
+      return jax.lax.scan(step_fn, state, (first + jnp.arange(num), inputs))
+    state, metrics = step_fn(state, (first, jax.tree.map(_first, inputs)))
+    return state, jax.tree.map(lambda x: x[None], metrics)
+
+  if len(hyper['seed']) > 1:
+    return jax.vmap(run_fn)(state, hyper, inputs)
+  # A convolution that is vmapped takes a third longer on a CPU.
+  one = jax.tree.map(_first, (state, hyper, inputs))
+  return jax.tree.map(lambda x: x[None], run_fn(*one))
+
+
+def _first(x):
+  return x[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def start(model, settings, mesh, params, hyper):
+  """The state of K runs before their first steps, on the mesh if there is one.
+
+  Args:
+    model: static.
+    settings: static.
+    mesh: static; None is one device.
+    params: theta_0, or its shapes; runs with `init_seed` draw their own.
+    hyper: hyper-parameters, [K] each.
+
+  Returns:
+    A `steps.State` with leaves [K, ...], each run sharded as by
+    `jaxsoup.sharding.fsdp`.
+  """
+
+  def run_fn(hyper):
+    begin = params
+    if 'init_seed' in hyper:
+      begin = model.init_fn(jax.random.key(hyper['init_seed']))
+    return steps.initial_state(settings, begin, hyper)
+
+  state = jax.vmap(run_fn)(hyper)
+  if mesh is None:
+    return state
+  one = jax.eval_shape(run_fn, jax.tree.map(_first, hyper))
+  stacked = lambda x: NamedSharding(mesh, PartitionSpec(None, *x.sharding.spec))
+  shardings = jax.tree.map(stacked, sharding.fsdp(one, mesh))
+  return jax.lax.with_sharding_constraint(state, shardings)
+
+
+def all_devices() -> jax.sharding.Mesh:
+  """A mesh of all devices along one axis, `fsdp`."""
+  return jax.make_mesh(
+      (jax.device_count(),), ('fsdp',), axis_types=(AxisType.Auto,)
+  )
+
+
+def mesh_of(params: steps.Params) -> jax.sharding.Mesh | None:
+  """The mesh that the parameters lie on; None if that is one device."""
+  for x in jax.tree.leaves(params):
+    on = getattr(x, 'sharding', None)
+    mesh = getattr(on, 'mesh', None)
+    if isinstance(mesh, jax.sharding.Mesh) and mesh.size > 1:
+      return mesh
+  return None
 
 
 def distilled(source: sources.Arrays, logits: np.ndarray) -> sources.Arrays:
@@ -270,78 +485,3 @@ def _augmented(model, settings, key, batch, hyper):
       model.num_classes,
       json.loads(settings.augmentation),
   )[0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(model, settings, params, hyper):
-  """The state of K runs, stacked."""
-
-  def run_fn(hyper):
-    start = params
-    if 'init_seed' in hyper:
-      start = model.init_fn(jax.random.key(hyper['init_seed']))
-    return steps.initial_state(settings, start, hyper)
-
-  return jax.vmap(run_fn)(hyper)
-
-
-def _epoch(model, settings, state, hyper, data, epoch):
-  """One pass over the data for all runs; K along the leading axes."""
-  if settings.is_scanned:
-    return _scanned(model, settings, state, hyper, data, epoch)
-  losses = []
-  for step in range(len(data['label']) // settings.batch_size):
-    step = jax.device_put(np.int32(step))
-    state, loss = _step(model, settings, state, hyper, data, epoch, step)
-    losses.append(loss)
-  return state, np.mean(jax.device_get(losses), axis=0)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
-def _scanned(model, settings, state, hyper, data, epoch):
-  num_steps = len(data['label']) // settings.batch_size
-
-  def run_fn(state, hyper):
-    order_fn, step_fn = _steps(model, settings, hyper, data, epoch)
-    steps = (jnp.arange(num_steps), order_fn())
-    state, losses = jax.lax.scan(step_fn, state, steps)
-    return state, losses.mean()
-
-  return _each(run_fn, state, hyper)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
-def _step(model, settings, state, hyper, data, epoch, step):
-  def run_fn(state, hyper):
-    order_fn, step_fn = _steps(model, settings, hyper, data, epoch)
-    return step_fn(state, (step, order_fn()[step]))
-
-  return _each(run_fn, state, hyper)
-
-
-def _steps(model, settings, hyper, data, epoch):
-  """The rows of each step of one run, and what a step does with them."""
-  num_examples = len(data['label'])
-  num_steps = num_examples // settings.batch_size
-  key = jax.random.fold_in(jax.random.key(hyper['seed']), epoch)
-
-  def order_fn():
-    order = jax.random.permutation(key, num_examples)
-    return order[: num_steps * settings.batch_size].reshape(num_steps, -1)
-
-  def step_fn(state, xs):
-    step, index = xs
-    batch = jax.tree.map(lambda x: x[index], data)
-    step_key = jax.random.fold_in(key, step)
-    return steps.train_step(model, settings, state, hyper, batch, step_key)
-
-  return order_fn, step_fn
-
-
-def _each(run_fn, state, hyper):
-  """`run_fn` of all runs at once."""
-  if len(hyper['seed']) > 1:
-    return jax.vmap(run_fn)(state, hyper)
-  # A convolution that is vmapped takes a third longer on a CPU.
-  one = jax.tree.map(lambda x: x[0], (state, hyper))
-  return jax.tree.map(lambda x: x[None], run_fn(*one))

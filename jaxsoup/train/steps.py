@@ -3,7 +3,7 @@
 ```
 settings = steps.settings_of(config.finetune, runs, num_examples)
 state = steps.initial_state(settings, params, hyper)
-state, loss = steps.train_step(model, settings, state, hyper, batch, key)
+state, metrics = steps.train_step(model, settings, state, hyper, batch, key)
 ```
 """
 
@@ -265,7 +265,7 @@ def train_step(
     hyper: Mapping[str, jax.Array],
     batch: Mapping[str, jax.Array],
     key: jax.Array,
-) -> tuple[State, jax.Array]:
+) -> tuple[State, dict[str, jax.Array]]:
   """One step of one run.
 
   Args:
@@ -277,7 +277,7 @@ def train_step(
     key: of the augmentation.
 
   Returns:
-    The state after it, and the loss.
+    The state after it, and `loss` and `gradient_norm`, before any clipping.
   """
   batch, target = augmentation.apply(
       key,
@@ -312,7 +312,11 @@ def train_step(
       name: _ema(decay, params, copy)
       for decay, (name, copy) in zip(settings.ema, state.ema.items())
   }
-  return State(params, opt_state, ema), loss
+  squares = [
+      jnp.sum(g.astype(jnp.float32) ** 2) for g in jax.tree.leaves(grads)
+  ]
+  metrics = {'loss': loss, 'gradient_norm': jnp.sqrt(sum(squares))}
+  return State(params, opt_state, ema), metrics
 
 
 def is_trained(model: modeling.Model, params: Params) -> Any:
