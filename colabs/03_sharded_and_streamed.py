@@ -211,28 +211,26 @@ for name, soup in (('uniform', uniform), ('greedy', greedy)):
 # it stays there (*resident*). If not, the ingredients are read in every step
 # (*streamed*): that holds three models in memory instead of K + 3, and reads
 # 2 K - 2 models a step. The gradient is the same. `jaxsoup` chooses by the free
-# memory and gives the reason; override the choice with `stream=`.
+# memory and gives the reason; override the choice with `memory=`.
 
 # %%
 batches = evaluation.batched(data['held_out'], 200, sharding=on_mesh)
 learned = {}
-for stream in (None, True):
-  learned[stream] = jaxsoup.learned(
+for memory in ('auto', 'streamed'):
+  learned[memory] = jaxsoup.learned(
       ingredients,
       loss_fn,
       batches,
       tx=optax.adamw(0.05, weight_decay=0.0),
       num_epochs=2,
-      stream=stream,
-      on_start=lambda plan: print(
-          f'{"streamed" if plan.is_streamed else "resident"}: '
-          f'reads {plan.reads_per_step} ingredients a step'
-      ),
+      memory=memory,
   )
-print('reason:', learned[None].info.plan.reason)
-print(learned[None].alpha.round(4))
-print(learned[True].alpha.round(4))
-print(f'test {test(learned[True].params):.3f}')
+  plan = learned[memory].info.plan
+  print(f'{plan.memory}: reads {plan.reads_per_step} ingredients a step')
+print('reason:', learned['auto'].info.plan.reason)
+print(learned['auto'].alpha.round(4))
+print(learned['streamed'].alpha.round(4))
+print(f'test {test(learned["streamed"].params):.3f}')
 
 # %% [markdown]
 # ## Mixing costs no communication

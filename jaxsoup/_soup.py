@@ -107,7 +107,7 @@ class LearnedPlan(NamedTuple):
   """Where `learned` will keep the ingredients, decided before it reads them.
 
   Attributes:
-    is_streamed: whether they are read in each step, or stacked once.
+    memory: 'resident', 'streamed' or 'cached'.
     reason: why, as text.
     resident_bytes: bytes of the stack, one more model, the mixed model and its
       gradient, on each device (on a CPU: in all).
@@ -115,7 +115,7 @@ class LearnedPlan(NamedTuple):
     reads_per_step: ingredients that a step reads from their source.
   """
 
-  is_streamed: bool
+  memory: str
   reason: str
   resident_bytes: int
   free_bytes: int

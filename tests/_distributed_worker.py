@@ -89,7 +89,7 @@ soups = {
     'uniform': jaxsoup.uniform(ingredients),
     'greedy': jaxsoup.greedy(ingredients, eval_fn, scores=log),
     'learned': learn(),
-    'streamed': learn(stream=True),
+    'streamed': learn(memory='streamed'),
 }
 # Weights, of which some are 0, and rows that are brought to all processes.
 weighted = evaluation.batched(
@@ -121,7 +121,7 @@ results['duplicates'] = jaxsoup.greedy(copies, eval_fn).info.duplicates
 # The first process could hold all models, the other only one or two.
 _memory.free_bytes = lambda device: 10**9 if process == 0 else 2000
 soups['undecided'] = learn()
-results['is_streamed'] = soups['undecided'].info.plan.is_streamed
+results['memory'] = soups['undecided'].info.plan.memory
 results['distances'] = landscape.distances(ingredients).tolist()
 for name, soup in soups.items():
   for suffix in ('', '.safetensors'):

@@ -1,6 +1,7 @@
 """The `jaxsoup` command: output, exit codes, one-line errors."""
 
 import json
+import logging
 import pathlib
 import re
 import shutil
@@ -174,12 +175,9 @@ def test_rejections_end_early(runs):
 @pytest.mark.parametrize(
     'options, mode',
     [
-        (
-            ('--stream', '--cache-dtype', 'bfloat16'),
-            'streamed, 0 reads per step',
-        ),
-        (('--stream',), 'streamed, 4 reads per step'),
-        (('--no-stream',), 'resident, 0 reads per step'),
+        (('--memory', 'cached'), 'cached, 0 reads per step'),
+        (('--memory', 'streamed'), 'streamed, 4 reads per step'),
+        (('--memory', 'resident'), 'resident, 0 reads per step'),
         ((), 'resident, 0 reads per step'),
     ],
 )
@@ -187,14 +185,11 @@ def test_learned_says_its_mode_before_it_starts(runs, options, mode):
   args = ('learned', *runs, '--out', 'out', '--loss', 'mine:loss')
   result = invoke('soup', *args, *options, '--json')
   assert result.exit_code == 0, (result.output, result.exception)
-  assert result.stderr.startswith(f'learned: {mode}; ')
-  assert checkpoints.load('out').info.plan.is_streamed == ('str' in mode[:3])
-
-
-def test_a_cache_of_what_is_no_float(runs):
-  args = ('learned', *runs, '--out', 'out', '--loss', 'mine:loss')
-  result = invoke('soup', *args, '--cache-dtype', 'int8')
-  assert_fails(result, 2, "'int8' is not one of 'bfloat16', 'float16'")
+  plan = checkpoints.load('out').info.plan
+  assert result.stderr == f'learned: {mode}; {plan.reason}.\n'
+  assert mode.startswith(plan.memory)
+  logger = logging.getLogger('jaxsoup')  # As it was.
+  assert (logger.handlers, logger.level, logger.propagate) == ([], 0, True)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +246,7 @@ def test_soup_as_text(runs, recipe, options):
         (('greedy', '--eval', 'mine:nan'), 1, 'run0'),
         (('learned', '--loss', 'mine:score'), 1, 'mine:score'),
         (('learned', '--loss', 'mine:list'), 1, '--loss mine:list: mine has'),
+        (('learned', '--memory', 'all'), 2, "'all' is not one of 'auto', "),
         (
             ('model-stock', '--init', 'gone'),
             1,

@@ -108,10 +108,11 @@ def check_sharded_and_streamed(names):
   soup_of_files = checkpoints.Ingredients([names['path']])[0]
   assert_mean(soup_of_files, list(names['ingredients']))
   learned = names['learned']
-  assert not learned[None].info.plan.is_streamed
-  assert learned[True].info.plan.is_streamed
-  np.testing.assert_allclose(learned[True].alpha, learned[None].alpha, 1e-3)
-  assert np.ptp(learned[True].alpha) > 0.01
+  auto, streamed = learned['auto'], learned['streamed']
+  assert auto.info.plan.memory == 'resident'
+  assert streamed.info.plan.memory == 'streamed'
+  np.testing.assert_allclose(streamed.alpha, auto.alpha, 1e-3)
+  assert np.ptp(streamed.alpha) > 0.01
   assert names['communication']['mix'] == 'none'
   assert 'all-reduce' in names['communication']['gradient in alpha']
   assert 'all-gather' in names['communication']['forward pass']

@@ -278,8 +278,8 @@ def test_hyperplane_is_the_projection(rng):
   assert np.ptp(alpha - w) < 1e-6  # It moved along (1, ..., 1) only.
 
 
-@pytest.mark.parametrize('stream', [False, True])
-def test_every_step_runs_one_program(placement, caplog, stream):
+@pytest.mark.parametrize('memory', ['resident', 'streamed'])
+def test_every_step_runs_one_program(placement, caplog, memory):
   models = [{'w': placement.put(np.arange(8.0) + k)} for k in range(NUM)]
   traces = []
 
@@ -296,12 +296,12 @@ def test_every_step_runs_one_program(placement, caplog, stream):
         tx=optax.adam(0.1),
         num_epochs=2,
         val_batches=batches[:1],
-        stream=stream,
+        memory=memory,
     )
   compiled = re.findall(r'XLA compilation of jit\((\w+)\)', caplog.text)
   counts = {x: compiled.count(x) for x in ('loss_of', 'loss_at', '_updated')}
   # The loss with its gradient, the loss alone, and the optimizer.
-  expected = {'loss_of': 0, 'loss_at': 2} if stream else {}
+  expected = {'loss_of': 0, 'loss_at': 2} if memory == 'streamed' else {}
   assert counts == {'loss_of': 1, 'loss_at': 1, '_updated': 1} | expected
   assert len(traces) == 2
 

@@ -318,11 +318,9 @@ def test_recipes_read_evaluate_and_step_as_planned():
       'uniform': lambda x: averaged(jaxsoup.uniform, x),
       'greedy': lambda x: searched(jaxsoup.greedy, x),
       'pruned, one pass': lambda x: searched(jaxsoup.pruned, x, num_passes=1),
-      'learned, resident': lambda x: learned(x, stream=False),
-      'learned, streamed': lambda x: learned(x, stream=True),
-      'learned, cached': lambda x: learned(
-          x, stream=True, cache_dtype='bfloat16'
-      ),
+      'learned, resident': lambda x: learned(x, memory='resident'),
+      'learned, streamed': lambda x: learned(x, memory='streamed'),
+      'learned, cached': lambda x: learned(x, memory='cached'),
       'Model Stock': lambda x: averaged(jaxsoup.model_stock, x, theta_0),
       'ensembles': collected,
   }
@@ -390,15 +388,16 @@ def test_a_stack_that_does_not_fit_streams():
   )
   assert 5 * share < 2 / 3 * (streamed + resident) / 2 < 27 * share
   assert between['learned, resident'].note.endswith(
-      'streamed fits: stream=None does that'
+      "streamed fits: memory='auto' does that"
   )
   between = rows_at((streamed + resident) // 2, 2)
   assert between['learned, resident'].note.endswith(
-      'streamed fits: pass stream=True'
+      "streamed fits: pass memory='streamed'"
   )
   tight = rows_at(int(27 * share * 1.5 * 0.98))['learned, resident']
   assert tight.fits
-  assert 'fits with stream=False; stream=None streams' in tight.note
+  said = "fits with memory='resident'; memory='auto' streams"
+  assert tight.note.startswith(said)
   ample = rows_at(int(27 * share * 1.5 * 1.02))['learned, resident']
   assert (ample.fits, ample.note) == (True, '')
   none = rows_at(streamed - 1)

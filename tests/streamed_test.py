@@ -1,5 +1,6 @@
 """The learned soup streamed, against the resident one; and memory."""
 
+import logging
 import math
 import weakref
 
@@ -38,12 +39,12 @@ def loss_fn(params, batch, beta):
   return sum(jnp.mean((beta * jnp.sin(x) - batch) ** 2) for x in wide)
 
 
-def learn(models, stream, **options):
+def learn(models, memory, **options):
   return jaxsoup.learned(
       models,
       loss_fn,
       BATCHES,
-      **{'tx': optax.sgd(0.5), 'num_epochs': 2, 'stream': stream, **options},
+      **{'tx': optax.sgd(0.5), 'num_epochs': 2, 'memory': memory, **options},
   )
 
 
@@ -68,17 +69,20 @@ def assert_equal_soups(actual, expected, rtol=2e-5, params_rtol=None):
         {'beta': 1.5},
         {'alpha_fn': jaxsoup.hyperplane},
         {'val_batches': BATCHES, 'patience': 1},
-        {'cache_dtype': 'float32'},
+        {'memory': 'cached'},
     ],
     ids=lambda options: '-'.join(options) or 'plain',
 )
 def test_equals_the_resident_one(num_keys, options):
-  options = options | {'group_fn': lambda path: path[:num_keys]}
-  models = models_of()
-  streamed = learn(models, True, **options)
-  assert streamed.info.plan.is_streamed
-  expected = learn(models, False, **options)
-  assert not expected.info.plan.is_streamed
+  options = {'memory': 'streamed', **options}
+  options['group_fn'] = lambda path: path[:num_keys]
+  # So that copies in bfloat16 are exact.
+  exact = lambda x: x.astype(jnp.bfloat16).astype(x.dtype)
+  models = jax.tree.map(exact, models_of())
+  streamed = learn(models, **options)
+  assert streamed.info.plan.memory == options['memory']
+  expected = learn(models, **options | {'memory': 'resident'})
+  assert expected.info.plan.memory == 'resident'
   uniform = jax.tree.map(lambda a: np.full(NUM, 1 / NUM), expected.alpha)
   moved = jax.tree.map(
       lambda x, y: np.abs(x - y).max(), uniform, streamed.alpha
@@ -96,7 +100,8 @@ def test_equals_the_resident_one_in_narrow_dtypes(dtype):
   models = models_of(dtype)
   # The mixed model is rounded: sums in another order may round otherwise.
   step = float(jnp.finfo(dtype).eps)
-  assert_equal_soups(learn(models, True), learn(models, False), step, 2 * step)
+  streamed, resident = (learn(models, x) for x in ('streamed', 'resident'))
+  assert_equal_soups(streamed, resident, step, 2 * step)
 
 
 @pytest.mark.parametrize('num_keys', [0, 1])
@@ -105,8 +110,9 @@ def test_on_a_mesh(on_mesh, num_keys):
   put = lambda x: on_mesh.put(x, axis=max(x.ndim - 1, 0))
   models = [jax.tree.map(put, m) for m in models_of()]
   with jax.set_mesh(on_mesh.mesh):
-    streamed = learn(models, True, group_fn=group_fn)
-  assert_equal_soups(streamed, learn(models_of(), False, group_fn=group_fn))
+    streamed = learn(models, 'streamed', group_fn=group_fn)
+  expected = learn(models_of(), 'resident', group_fn=group_fn)
+  assert_equal_soups(streamed, expected)
   sharding = jax.tree.leaves(streamed.params)[1].sharding
   assert not sharding.is_fully_replicated
 
@@ -114,7 +120,8 @@ def test_on_a_mesh(on_mesh, num_keys):
 def test_is_deterministic_and_makes_no_implicit_transfer():
   models = models_of()
   with jax.transfer_guard('disallow'):
-    one, two = (learn(models, True, val_batches=BATCHES) for _ in range(2))
+    options = {'memory': 'streamed', 'val_batches': BATCHES}
+    one, two = (learn(models, **options) for _ in range(2))
   equal = lambda x, y: np.testing.assert_array_equal(x, y)
   jax.tree.map(equal, *jax.device_get((one.params, two.params)))
   equal(one.alpha, two.alpha)
@@ -143,7 +150,7 @@ class Counted(list):
 @pytest.mark.parametrize('num', [3, 8, 20])
 def test_few_ingredients_are_alive_at_once(num):
   counted = Counted(models_of(num=num))
-  soup = learn(counted, True, val_batches=BATCHES)
+  soup = learn(counted, 'streamed', val_batches=BATCHES)
   assert counted.most_alive <= 2
   # A step mixes and takes inner products; walks turn round, so that the last
   # ingredient is there. Three validations and the soup itself mix once each.
@@ -152,7 +159,7 @@ def test_few_ingredients_are_alive_at_once(num):
   assert soup.info.plan.reads_per_step == 2 * (num - 1)
 
 
-def live_bytes_in_a_step(num, cache_dtype=None):
+def live_bytes_in_a_step(num):
   """The most that lives when an ingredient is read, beyond the start."""
   shape = (64, 256)
   most = [0]
@@ -172,8 +179,7 @@ def live_bytes_in_a_step(num, cache_dtype=None):
       BATCHES,
       tx=optax.sgd(1e-6),
       num_epochs=1,
-      stream=True,
-      cache_dtype=cache_dtype,
+      memory='streamed',
   )
   return (most[0] - before) / math.prod(shape) / 4
 
@@ -185,10 +191,10 @@ def test_a_step_holds_three_models(num):
 
 def test_a_cache_is_read_once_and_costs_accuracy_in_alpha_only():
   counted = Counted(models_of())
-  soup = learn(counted, True, cache_dtype=jnp.bfloat16)
+  soup = learn(counted, 'cached')
   assert sorted(counted.reads) == sorted([*range(NUM)] * 2)
   assert soup.info.plan.reads_per_step == 0
-  exact = learn(models_of(), True)
+  exact = learn(models_of(), 'streamed')
   assert np.abs(soup.alpha - exact.alpha).max() > 0  # It was rounded.
   np.testing.assert_allclose(soup.alpha, exact.alpha, atol=5e-3)
   expected = jaxsoup.average(models_of(), soup.alpha).params
@@ -196,41 +202,50 @@ def test_a_cache_is_read_once_and_costs_accuracy_in_alpha_only():
   jax.tree.map(close, jax.device_get(soup.params), jax.device_get(expected))
 
 
-def test_a_narrower_ingredient_is_cached_as_it_is():
-  models = models_of('bfloat16')
-  cached = learn(models, True, cache_dtype=np.float32)
-  np.testing.assert_array_equal(cached.alpha, learn(models, True).alpha)
+def test_a_narrow_float_is_cached_as_it_is():
+  models = [m['head'] for m in models_of('float16')]
+  cached, streamed = (learn(models, x) for x in ('cached', 'streamed'))
+  np.testing.assert_array_equal(cached.alpha, streamed.alpha)
 
 
-@pytest.mark.parametrize('stream', [True, False, None])
-def test_one_ingredient(stream):
+@pytest.mark.parametrize('memory', ['auto', 'resident', 'streamed', 'cached'])
+def test_one_ingredient(memory):
   (model,) = models_of(num=1)
-  soup = learn([model], stream)
+  soup = learn([model], memory)
   np.testing.assert_allclose(soup.params['body']['w'], model['body']['w'])
 
 
 # --- Which mode, and why -----------------------------------------------------
 
 
-@pytest.mark.parametrize('free, is_streamed', [(10**9, False), (1000, True)])
-def test_streams_what_does_not_fit(monkeypatch, free, is_streamed):
+@pytest.mark.parametrize(
+    'free, memory, num_reads', [(10**9, 'resident', 0), (1000, 'streamed', 8)]
+)
+def test_streams_what_does_not_fit(monkeypatch, free, memory, num_reads):
   monkeypatch.setattr(_memory, 'free_bytes', lambda device: free)
   counted, told = Counted(models_of()), []
-  on_start = lambda plan: told.append((plan, list(counted.reads)))
-  soup = learn(counted, None, on_start=on_start)
-  ((plan, reads),) = told
-  assert plan == soup.info.plan
-  assert plan.is_streamed == is_streamed
-  assert reads == [0]
+  info = lambda text, *args: told.append((text % args, list(counted.reads)))
+  monkeypatch.setattr(logging.getLogger('jaxsoup'), 'info', info)
+  plan = learn(counted, 'auto').info.plan
+  said = f'learned: {memory}, {num_reads} reads per step; {plan.reason}.'
+  assert told == [(said, [0])]
+  assert plan.memory == memory
   assert plan.resident_bytes == (NUM + 3) * (4 + 32 + 8) * 4
   assert plan.free_bytes == free
-  assert ('does not fit' in plan.reason) == is_streamed
+  assert ('does not fit' in plan.reason) == (memory == 'streamed')
+
+
+def test_memory_that_is_none_of_the_four():
+  counted = Counted(models_of())
+  with pytest.raises(ValueError, match="memory is True: .*'auto' .*'cached' "):
+    learn(counted, True)
+  assert counted.reads == []
 
 
 def test_a_sharded_stack_counts_once_on_a_cpu(on_mesh):
   put = lambda x: on_mesh.put(x, axis=max(x.ndim - 1, 0))
   models = [{'w': put(m['body']['w'])} for m in models_of()]
-  soup = learn(models, True)
+  soup = learn(models, 'streamed')
   assert soup.info.plan.resident_bytes == (NUM + 3) * 32 * 4
 
 
@@ -238,8 +253,8 @@ def test_resident_says_what_to_do_when_memory_runs_out():
   def exhausted(params, batch, beta):
     raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 1 GB')
 
-  options = {'tx': optax.sgd(0.1), 'stream': False}
-  with pytest.raises(MemoryError, match='pass stream=True.*1 GB'):
+  options = {'tx': optax.sgd(0.1), 'memory': 'resident'}
+  with pytest.raises(MemoryError, match="pass memory='streamed'.*1 GB"):
     jaxsoup.learned(models_of(), exhausted, BATCHES, **options)
 
 
@@ -259,14 +274,13 @@ def test_an_ingredient_that_vanishes_between_two_reads(tmp_path):
       yield BATCHES[1]
 
   with pytest.raises((OSError, ValueError), match=str(runs[1])):
-    jaxsoup.learned(
-        ingredients, loss_fn, Batches(), tx=optax.sgd(0.1), stream=True
-    )
+    options = {'tx': optax.sgd(0.1), 'memory': 'streamed'}
+    jaxsoup.learned(ingredients, loss_fn, Batches(), **options)
   assert steps == [0]
 
 
 def test_a_plan_is_stored_with_the_soup(tmp_path):
-  soup = learn(models_of(), True)
+  soup = learn(models_of(), 'streamed')
   checkpoints.save(tmp_path / 'soup', soup)
   assert checkpoints.load(tmp_path / 'soup').info.plan == soup.info.plan
 

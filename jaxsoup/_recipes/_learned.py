@@ -6,11 +6,12 @@ soup.alpha, soup.info.beta
 ```
 """
 
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import logging
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,8 @@ from jaxsoup import _mixing
 from jaxsoup import _tree
 from jaxsoup._recipes import _streamed
 from jaxsoup._soup import LearnedInfo
-from jaxsoup._soup import LearnedPlan
 from jaxsoup._soup import Soup
 from jaxsoup.typing import AlphaFn
-from jaxsoup.typing import DType
 from jaxsoup.typing import GroupFn
 from jaxsoup.typing import LossFn
 from jaxsoup.typing import Params
@@ -71,9 +70,7 @@ def learned(
     beta: float | None = None,
     val_batches: Iterable[Tree] | None = None,
     patience: int | None = None,
-    stream: bool | None = None,
-    cache_dtype: DType | None = None,
-    on_start: Callable[[LearnedPlan], None] | None = None,
+    memory: Literal['auto', 'resident', 'streamed', 'cached'] = 'auto',
 ) -> Soup[LearnedInfo]:
   """Learns the mixing coefficients by gradient descent.
 
@@ -92,6 +89,9 @@ def learned(
   the activations: the float32 sum and two ingredients (one being added, one
   read ahead), or the mixed model, its gradient and the last ingredient, or the
   gradient and two ingredients. It reads 2 K - 2 ingredients.
+
+  Which of the two, and why, is logged before the first step, by the logger
+  `jaxsoup` at level INFO.
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
@@ -114,13 +114,12 @@ def learned(
     patience: stop after this many epochs in a row without a lower loss on
       `val_batches`; 0 and 1 both stop at the first such epoch, as in Keras.
       None never stops early.
-    stream: True streams, False keeps the stack resident, None streams if the
-      stack and three models more take over two thirds of the free memory.
-    cache_dtype: where ingredients are streamed, keep a copy of all of them in
-      the host's memory, in this dtype, so that each is read from its source
-      only twice. Rounding changes alpha only: the soup itself is always mixed
-      from exact ingredients.
-    on_start: called with the `LearnedPlan` when one ingredient has been read.
+    memory: 'resident', 'streamed' or 'auto': resident if the stack and three
+      models more fit into two thirds of the free memory, else streamed.
+      'cached' streams bfloat16 copies in the host's memory (of narrower floats
+      exact ones), so that each ingredient is read from its source only twice.
+      Rounding changes alpha only: the soup itself is always mixed from exact
+      ingredients.
 
   Returns:
     A `Soup` with alpha `[K]` or, with groups, nested dicts of `[K]`; and a
@@ -129,8 +128,9 @@ def learned(
 
   Raises:
     ValueError: no or mismatched ingredients, no floats, no batches, a loss that
-      is NaN or infinite, or patience that is negative or without `val_batches`.
-    MemoryError: the stack did not fit after all: pass `stream=True`.
+      is NaN or infinite, patience that is negative or without `val_batches`,
+      or another `memory`.
+    MemoryError: the stack did not fit after all: pass `memory='streamed'`.
     TypeError: it is called under `jax.jit` or another transformation.
 
   Example:
@@ -150,6 +150,13 @@ def learned(
         f'patience is {patience}: it must be at least 0. None never stops '
         'early.'
     )
+  if memory not in ('auto', 'resident', 'streamed', 'cached'):
+    raise ValueError(
+        f"memory is {memory!r}: it must be 'auto' (resident if that fits, else "
+        "streamed), 'resident' (all ingredients stay in memory), 'streamed' "
+        "(they are read in each step) or 'cached' (streamed from bfloat16 "
+        "copies in the host's memory)."
+    )
   checked = _checked.Checked(ingredients)
   first = checked[0]
   _checked.require_floats(checked.float_paths)
@@ -158,11 +165,15 @@ def learned(
         'learned is a training loop, which jax cannot trace: call it outside '
         'of jax.jit, jax.vmap and jax.grad.'
     )
-  plan = _streamed.plan(
-      first, len(checked), stream, is_cached=cache_dtype is not None
+  plan = _streamed.plan(first, len(checked), memory)
+  logging.getLogger('jaxsoup').info(
+      'learned: %s, %d reads per step; %s.',
+      plan.memory,
+      plan.reads_per_step,
+      plan.reason,
   )
-  if on_start is not None:
-    on_start(plan)
+  is_resident = plan.memory == 'resident'
+  is_cached = plan.memory == 'cached'
   groups = _tree.groups_of(checked.float_paths, group_fn)
   w = {g: _tree.numbers(np.zeros(len(checked))) for g in groups}
   # A fixed beta is not a variable, or weight decay would move it.
@@ -177,29 +188,29 @@ def learned(
     scale = jnp.float32(beta) if scale is None else scale
     return loss_fn(checked.replace(floats), batch, scale)
 
-  source = _streamed.Source(
-      checked, first, cache_dtype if plan.is_streamed else None
-  )
+  source = _streamed.Source(checked, first, is_cached)
   shardings = [x.sharding for x in first]
   del first
   start = _on_mesh((variables, jax.jit(tx.init)(variables)), shardings)
-  if plan.is_streamed:
-    model: _streamed.Streamed | Resident = _streamed.Streamed(
-        source, groups, alphas, loss_at, checked.float_dtypes, shardings
-    )
-  else:
+  if is_resident:
     with _out_of_memory():
       stacked = _mixing.stack_leaves(source)
-      model = Resident(stacked, groups, alphas, loss_at)
+      model: _streamed.Streamed | Resident = Resident(
+          stacked, groups, alphas, loss_at
+      )
       del stacked
+  else:
+    model = _streamed.Streamed(
+        source, groups, alphas, loss_at, checked.float_dtypes, shardings
+    )
   del source
   fit = _Fit(model, loss_at, tx, start, num_epochs, patience)
-  with contextlib.nullcontext() if plan.is_streamed else _out_of_memory():
+  with _out_of_memory() if is_resident else contextlib.nullcontext():
     w, scale = fit.run(batches, val_batches)
   alpha = _tree.nest(
       jax.tree.map(np.asarray, jax.device_get(jax.jit(alphas)(w)))
   )
-  if plan.is_streamed and cache_dtype is not None:
+  if is_cached:
     total = _mixing.weighted_sum(checked, alpha)
     floats = _mixing.rounded(total, _tree.numbers(1.0), checked.float_dtypes)
   else:
@@ -237,7 +248,7 @@ def _out_of_memory() -> Iterator[None]:
       raise
     raise MemoryError(
         'The stack of all ingredients and a step do not fit into memory: pass '
-        f'stream=True (--stream), or smaller batches. {e}'
+        f"memory='streamed' (--memory streamed), or smaller batches. {e}"
     ) from e
 
 

@@ -24,7 +24,6 @@ from jaxsoup import _mixing
 from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup._soup import LearnedPlan
-from jaxsoup.typing import DType
 from jaxsoup.typing import Tree
 
 # Of each group `[K]`: w, alpha or a gradient.
@@ -43,10 +42,10 @@ class Source:
       self,
       checked: _checked.Checked,
       first: list[jax.Array],
-      cache_dtype: DType | None = None,
+      is_cached: bool,
   ):
     self._checked = checked
-    self._cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
+    self._is_cached = is_cached
     self._cache: dict[int, list[tuple[np.ndarray, jax.sharding.Sharding]]] = {}
     self._last: tuple[int, list[jax.Array]] | None = 0, self._copied(0, first)
 
@@ -68,24 +67,18 @@ class Source:
 
   def _copied(self, k: int, leaves: list[jax.Array]) -> list[jax.Array]:
     """These leaves after a round trip through the cache, if there is one."""
-    if self._cache_dtype is None:
+    if not self._is_cached:
       return leaves
     if k not in self._cache:
-      self._cache[k] = [
-          (_narrowed(x, self._cache_dtype), x.sharding) for x in leaves
-      ]
+      self._cache[k] = [(_narrowed(x), x.sharding) for x in leaves]
     leaves = [jax.device_put(*pair) for pair in self._cache[k]]
     return _widened(leaves, self._checked.float_dtypes)
 
 
-def _narrowed(x: jax.Array, dtype: np.dtype[Any]) -> np.ndarray:
-  is_wider = _is_real(x) and x.dtype.itemsize > dtype.itemsize
+def _narrowed(x: jax.Array) -> np.ndarray:
+  is_wider = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 2
   # A copy, or on a CPU it would be the memory of the ingredient itself.
-  return np.array(jax.device_get(x), dtype if is_wider else x.dtype)
-
-
-def _is_real(x: jax.Array) -> bool:
-  return jnp.issubdtype(x.dtype, jnp.floating)
+  return np.array(jax.device_get(x), jnp.bfloat16 if is_wider else x.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -169,10 +162,7 @@ class Streamed:
 
 
 def plan(
-    leaves: Sequence[jax.Array],
-    num_ingredients: int,
-    is_streamed: bool | None,
-    is_cached: bool,
+    leaves: Sequence[jax.Array], num_ingredients: int, memory: str
 ) -> LearnedPlan:
   """Resident if the stack fits as well as what a step needs, else streamed."""
   sharding = leaves[0].sharding
@@ -192,11 +182,12 @@ def plan(
       f'{device.platform}, a third of which is kept for activations: it '
       f'{"fits" if is_fitting else "does not fit"}'
   )
-  if is_streamed is not None:
-    reason = f'stream={is_streamed} was passed; {reason}'
-  streamed = not is_fitting if is_streamed is None else is_streamed
-  reads = 2 * (num_ingredients - 1) if streamed and not is_cached else 0
-  return LearnedPlan(streamed, reason, needed, free, reads)
+  if memory == 'auto':
+    memory = 'resident' if is_fitting else 'streamed'
+  else:
+    reason = f'memory={memory!r} was passed; {reason}'
+  reads = 2 * (num_ingredients - 1) if memory == 'streamed' else 0
+  return LearnedPlan(memory, reason, needed, free, reads)
 
 
 def fits(num_ingredients: int, model_bytes: int, free: int) -> tuple[int, bool]:

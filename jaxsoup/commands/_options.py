@@ -103,9 +103,4 @@ Alpha = Annotated[
         help='Mixing coefficient of each run.',
     ),
 ]
-
-
-class CacheDtype(enum.StrEnum):
-  BFLOAT16 = 'bfloat16'
-  FLOAT16 = 'float16'
-  FLOAT32 = 'float32'
+Memory = enum.StrEnum('Memory', 'auto resident streamed cached')

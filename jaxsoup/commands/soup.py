@@ -3,6 +3,9 @@
 Each recipe is a command, with its own options and those that all share.
 """
 
+from collections.abc import Iterator
+import contextlib
+import logging
 import pathlib
 from typing import Annotated
 from typing import Any
@@ -213,23 +216,14 @@ def learned(
         float, typer.Option(min=0, help='Learning rate of AdamW.')
     ] = 0.05,
     epochs: Annotated[int, typer.Option(min=1, help='Number of epochs.')] = 5,
-    stream: Annotated[
-        bool | None,
+    memory: Annotated[
+        _options.Memory,
         typer.Option(
-            '--stream/--no-stream',
-            help='Read the models in every step, or keep them in memory. '
-            'Default: keep them if they fit.',
-            show_default=False,
+            help='resident: keep all models in memory. streamed: read them in '
+            'every step. cached: read bfloat16 copies in host memory. auto: '
+            'resident if they fit, else streamed.'
         ),
-    ] = None,
-    cache_dtype: Annotated[
-        _options.CacheDtype | None,
-        typer.Option(
-            metavar='DTYPE',
-            help='Where models are streamed: keep copies in host memory in '
-            'bfloat16, float16 or float32.',
-        ),
-    ] = None,
+    ] = _options.Memory.auto,
     item: _common.Item = None,
     max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
     shard: _options.Shard = False,
@@ -245,20 +239,19 @@ def learned(
     import jaxsoup
 
     loss_fn, batches, *val_batches = _problem(loss_name)
-    return jaxsoup.learned(
-        ingredients,
-        loss_fn,
-        ingredients.stopping(user_code.Guarded(batches, loss_name)),
-        tx=optax.adamw(learning_rate, weight_decay=0.0),
-        num_epochs=epochs,
-        group_fn=lambda path: path if per_tensor else (),
-        val_batches=user_code.Guarded(val_batches[0], loss_name)
-        if val_batches
-        else None,
-        stream=stream,
-        cache_dtype=cache_dtype and cache_dtype.value,
-        on_start=_show_plan if jax.process_index() == 0 else None,
-    )
+    with contextlib.nullcontext() if jax.process_index() else _log_on_stderr():
+      return jaxsoup.learned(
+          ingredients,
+          loss_fn,
+          ingredients.stopping(user_code.Guarded(batches, loss_name)),
+          tx=optax.adamw(learning_rate, weight_decay=0.0),
+          num_epochs=epochs,
+          group_fn=lambda path: path if per_tensor else (),
+          val_batches=user_code.Guarded(val_batches[0], loss_name)
+          if val_batches
+          else None,
+          memory=memory.value,  # type: ignore[arg-type]
+      )
 
   _cook.cook(
       _cook.Order(runs, out, item, max_shard_size, shard, distributed, as_json),
@@ -298,7 +291,16 @@ def _saved(scores: pathlib.Path | None) -> str:
   return f'{scores} holds the scores so far'
 
 
-def _show_plan(plan) -> None:
-  mode = 'streamed' if plan.is_streamed else 'resident'
-  reads = f'{plan.reads_per_step} reads per step'
-  _common.echo(f'learned: {mode}, {reads}; {plan.reason}.', err=True)
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+  logger, handler = logging.getLogger('jaxsoup'), logging.StreamHandler()
+  level, propagate = logger.level, logger.propagate
+  logger.addHandler(handler)
+  logger.setLevel(logging.INFO)
+  logger.propagate = False  # Or the handler of absl would show it once more.
+  try:
+    yield
+  finally:
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = propagate

@@ -203,7 +203,7 @@ def _with_notes(made, mesh, device_bytes, num_ingredients, by_name):
       note = f'does not fit: needs {needed}; '
       if is_resident and fits['learned, streamed']:
         note += 'streamed fits: ' + (
-            'pass stream=True' if is_kept else 'stream=None does that'
+            "pass memory='streamed'" if is_kept else "memory='auto' does that"
         )
       else:
         note += _what_would_fit(recipe.device, mesh)
@@ -211,11 +211,11 @@ def _with_notes(made, mesh, device_bytes, num_ingredients, by_name):
       recipe = recipe._replace(fits=False)
       note = f'does not run: needs one process, not {num_hosts} hosts'
       if recipe.name == 'learned, cached':
-        note += '; stream without cache_dtype'
+        note += "; pass memory='streamed'"
     elif is_resident and not is_kept:
       note = (
-          'fits with stream=False; stream=None streams, as K + 3 models take '
-          'over two thirds of the memory'
+          "fits with memory='resident'; memory='auto' streams, as K + 3 models "
+          'take over two thirds of the memory'
       )
     return recipe._replace(note=note)
 

@@ -85,9 +85,7 @@ def case_of(mode, num, size, path):
     figures = {'step': _steps.of_call(lambda: jaxsoup.mix(stacked, alpha))}
   else:
     batch = np.ones((8, abstract['layer_0'].shape[0]), np.float32)
-    figures = _steps.of_learned(
-        ingredients, loss_fn, batch, num=5, stream=mode == 'streamed'
-    )
+    figures = _steps.of_learned(ingredients, loss_fn, batch, num=5, memory=mode)
   return figures | {'peak': _steps.peak_bytes() - start}
 
 

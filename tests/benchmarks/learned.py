@@ -85,12 +85,7 @@ def case_of(mode, num, dtype, batch_size, path):
   before = measured['gradient']
   if mode != 'gradient':
     measured |= _steps.of_learned(
-        ingredients,
-        loss_fn,
-        batch,
-        num=5,
-        stream=mode != 'resident',
-        cache_dtype=jnp.bfloat16 if mode == 'cached' else None,
+        ingredients, loss_fn, batch, num=5, memory=mode
     )
   # Again, because other programs may have come or gone.
   after = _steps.of_gradient(ingredients[0], loss_fn, batch)
