@@ -13,6 +13,8 @@ import pytest
 import jaxsoup
 from jaxsoup import _memory
 from jaxsoup import checkpoints
+from jaxsoup._checked import Checked
+from jaxsoup._recipes import _streamed
 
 NUM = 5
 BATCHES = [np.float32(x) for x in (0.5, -1.0, 2.0)]
@@ -76,8 +78,8 @@ def assert_equal_soups(actual, expected, rtol=2e-5, params_rtol=None):
 def test_equals_the_resident_one(num_keys, options):
   options = {'memory': 'streamed', **options}
   options['group_fn'] = lambda path: path[:num_keys]
-  # So that copies in bfloat16 are exact.
-  exact = lambda x: x.astype(jnp.bfloat16).astype(x.dtype)
+  # So that copies in float16 are exact.
+  exact = lambda x: x.astype(jnp.float16).astype(x.dtype)
   models = jax.tree.map(exact, models_of())
   streamed = learn(models, **options)
   assert streamed.info.plan.memory == options['memory']
@@ -206,6 +208,13 @@ def test_a_narrow_float_is_cached_as_it_is():
   models = [m['head'] for m in models_of('float16')]
   cached, streamed = (learn(models, x) for x in ('cached', 'streamed'))
   np.testing.assert_array_equal(cached.alpha, streamed.alpha)
+
+
+def test_a_cache_holds_what_is_beyond_float16():
+  large = [jax.tree.map(lambda x: 2.0**20 * x, m) for m in models_of()]
+  source = _streamed.Source(checked := Checked(large), checked[0], True)
+  for x, y in zip(source[1], checked[1], strict=True):
+    np.testing.assert_allclose(x, y, rtol=2**-8)
 
 
 @pytest.mark.parametrize('memory', ['auto', 'resident', 'streamed', 'cached'])

@@ -116,7 +116,7 @@ def learned(
       None never stops early.
     memory: 'resident', 'streamed' or 'auto': resident if the stack and three
       models more fit into two thirds of the free memory, else streamed.
-      'cached' streams bfloat16 copies in the host's memory (of narrower floats
+      'cached' streams 16-bit copies in the host's memory (of narrower floats
       exact ones), so that each ingredient is read from its source only twice.
       Rounding changes alpha only: the soup itself is always mixed from exact
       ingredients.
@@ -154,7 +154,7 @@ def learned(
     raise ValueError(
         f"memory is {memory!r}: it must be 'auto' (resident if that fits, else "
         "streamed), 'resident' (all ingredients stay in memory), 'streamed' "
-        "(they are read in each step) or 'cached' (streamed from bfloat16 "
+        "(they are read in each step) or 'cached' (streamed from 16-bit "
         "copies in the host's memory)."
     )
   checked = _checked.Checked(ingredients)

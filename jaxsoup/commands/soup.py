@@ -220,7 +220,7 @@ def learned(
         _options.Memory,
         typer.Option(
             help='resident: keep all models in memory. streamed: read them in '
-            'every step. cached: read bfloat16 copies in host memory. auto: '
+            'every step. cached: read 16-bit copies in host memory. auto: '
             'resident if they fit, else streamed.'
         ),
     ] = _options.Memory.auto,

@@ -6,7 +6,7 @@ A ViT of 3.2 M parameters in float32, 64 images of 32 x 32 in patches of 4; two
 cores. Ratios are to a forward and backward of one model in the same process,
 half of it measured before and half after; memory is the peak of the resident
 set beyond the start, in models of 12.8 MB. Ingredients are read from the page
-cache; "cached" keeps bfloat16 copies of them.
+cache; "cached" keeps 16-bit copies of them.
 
 mode       K   step / gradient  gradient s  compile s  peak, models
 gradient    1              1.00        0.66        0.0          64.6
