@@ -125,7 +125,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.inputs = dict(image=(28, 28, 1) if is_fashion else (32, 32, 3))
   side = (48 if family == 'vit' else 40) if is_fashion else 128
   mean, std = UNITS[family]
-  config.preparation = dict(image_shape=(side, side, 3), mean=mean, std=std)
+  config.image = dict(size=side, mean=mean, std=std, dtype='float32')
   config.init = _weights(family) if is_pretrained else ''
   config.model = dict(num_classes=10 if is_fashion else 100, **MODELS[family])
   if family == 'vit':

@@ -46,24 +46,22 @@ from importlib import metadata
 import sys
 from typing import Any
 
-from flax import nnx
 import ml_collections
 import numpy as np
 
 from jaxsoup import checkpoints
-from jaxsoup import models
 from jaxsoup.data import fashion
-from jaxsoup.data import preparation
 from jaxsoup.data import sources
 from jaxsoup.experiments import defaults
 from jaxsoup.experiments import random_search
-from jaxsoup.train import modeling
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The experiment; 'runlocal' makes it short: four runs, few examples."""
   is_short = defaults.is_short(arg)
   config = defaults.config()
+  config.inputs = dict(image=(28, 28, 1))
+  config.image = dict(size=42, dtype='float32')
   config.init = 'dinov2-small.safetensors'
   config.model = dict(
       image_shape=(42, 42, 3),
@@ -135,38 +133,6 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
           name: sources.subset(source, shifted)
           for name, source in splits.shifts.items()
       },
-  )
-
-
-class FashionViT(models.ViT):
-  """A ViT that enlarges and standardizes small grey images itself."""
-
-  def __init__(self, image_shape, num_classes, **others):
-    self.image_shape = tuple(image_shape)
-    super().__init__(image_shape, num_classes, **others)
-
-  def features(self, image):
-    return super().features(preparation.prepare(image, self.image_shape))
-
-
-def model(config: ml_collections.ConfigDict) -> modeling.Model:
-  """The ViT of `config.model`, with the weights of `config.init`."""
-  arguments = config.model.to_dict()
-
-  def load_fn(key):
-    return models.load(
-        config.init,
-        family='vit',
-        without=['head'],
-        seed=modeling.seed_of(key),
-        **arguments,
-    )
-
-  return modeling.of_module(
-      lambda key: FashionViT(**arguments, rngs=nnx.Rngs(key)),
-      inputs={'image': (28, 28, 1)},
-      num_classes=config.model.num_classes,
-      load_fn=load_fn if config.init else None,
   )
 
 

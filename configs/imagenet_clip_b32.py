@@ -81,20 +81,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         'or none.'
     )
   is_short, is_zero_shot = 'runlocal' in args, 'zero_shot' in args
-  size = 32 if is_short else 224
-  config = imagenet.config(
-      size,
-      mean=preparation.CLIP_MEAN,
-      std=preparation.CLIP_STD,
+  image = preparation.ImageSpec(
+      32 if is_short else 224,
+      preparation.CLIP_MEAN,
+      preparation.CLIP_STD,
       crop=1.0,  # CLIP was evaluated on the whole shorter side.
-      is_short=is_short,
   )
+  config = imagenet.config(image, is_short=is_short)
   config.init = '' if is_short else 'clip-vit-base-patch32'
   config.model = dict(
       num_classes=imagenet_data.NUM_CLASSES,
       embed_width=16 if is_short else 512,
       image=dict(
-          image_shape=(size, size, 3),
+          image_shape=image.shape,
           patch_size=8 if is_short else 32,
           **(imagenet.TINY if is_short else defaults.BASE),
       ),
@@ -145,6 +144,7 @@ def model(config: ml_collections.ConfigDict) -> modeling.Model:
       inputs={'image': config.model.image.image_shape},
       num_classes=config.model.num_classes,
       load_fn=load_fn if config.init else None,
+      image=preparation.ImageSpec(**config.image),
   )
 
 

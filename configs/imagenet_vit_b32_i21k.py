@@ -38,13 +38,13 @@ from jaxsoup.experiments import imagenet
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The experiment; 'runlocal' makes it a small model on random images."""
   is_short = defaults.is_short(arg)
-  size = 32 if is_short else 224
-  config = imagenet.config(
-      size, mean=preparation.HALF, std=preparation.HALF, is_short=is_short
+  image = preparation.ImageSpec(
+      32 if is_short else 224, preparation.HALF, preparation.HALF
   )
+  config = imagenet.config(image, is_short=is_short)
   config.init = '' if is_short else 'B_32-i21k.npz'
   config.model = dict(
-      image_shape=(size, size, 3),
+      image_shape=image.shape,
       num_classes=imagenet_data.NUM_CLASSES,
       patch_size=8 if is_short else 32,
       has_cls_token=True,

@@ -54,15 +54,15 @@ G = dict(width=1664, depth=48, num_heads=16, mlp_width=8192)
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The experiment; 'runlocal' makes it a small model on random images."""
   is_short = defaults.is_short(arg)
-  size = 28 if is_short else 518
-  config = imagenet.config(
-      size, mean=preparation.HALF, std=preparation.HALF, is_short=is_short
+  image = preparation.ImageSpec(
+      28 if is_short else 518, preparation.HALF, preparation.HALF
   )
+  config = imagenet.config(image, is_short=is_short)
   # Scanned and rematerialized: 48 blocks compile as one, and of the activations
   # only the inputs of the blocks are kept.
   config.init = ''
   config.model = dict(
-      image_shape=(size, size, 3),
+      image_shape=image.shape,
       num_classes=imagenet_data.NUM_CLASSES,
       patch_size=14,
       has_cls_token=False,

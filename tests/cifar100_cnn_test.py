@@ -15,6 +15,7 @@ from jaxsoup import checkpoints
 from jaxsoup import evaluation
 from jaxsoup.data import cifar
 from jaxsoup.data import fashion
+from jaxsoup.data import preparation
 from jaxsoup.data import sources
 from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
@@ -47,7 +48,7 @@ def tiny():
       lambda key: Tiny(nnx.Rngs(key)),
       inputs={'image': (4, 4, 3)},
       num_classes=2,
-      prepare_fn=lambda image: 2 * image - 1,
+      image=preparation.ImageSpec(4, preparation.HALF, preparation.HALF),
   )
 
 
@@ -169,7 +170,7 @@ def small(folder, arg, **changes):
         family='resnet', num_classes=10, depths=(1,), width=4,
         is_bottleneck=False,
     )  # fmt: skip
-    config.preparation.image_shape = (16, 16, 3)
+    config.image.size = 16
     config.shifts = dict(noise=0.2, contrast=0.5)
     config.update(changes)
   return experiment
@@ -245,6 +246,7 @@ def test_arguments(arg, family, start):
   model = architectures.of(experiment)
   params = jax.eval_shape(model.init_fn, jax.random.key(0))
   batch = {'image': jax.ShapeDtypeStruct((2, *config.inputs.image), 'float32')}
+  assert model.inputs['image'].dtype == batch['image'].dtype
   logits = jax.eval_shape(model.logits_fn, params, batch)
   assert logits.shape == (2, 10 if is_fashion else 100)
   assert bool(model.statistics) == (family != 'vit')

@@ -74,7 +74,7 @@ def test_broken_files_are_refused(tmp_path, rng):
     cifar.read(10, 'test', tmp_path)
 
 
-def test_tfds_and_shifts():
+def test_tfds_and_shifts(decoded_mocks):
   shifts = ['CIFAR-10.1', 'fog_3', 'speckle_noise_5']
   with tfds.testing.mock_data(num_examples=60):
     splits = cifar.splits(10, shifts=shifts, share=0.2)
@@ -89,7 +89,7 @@ def test_tfds_and_shifts():
 
 
 @pytest.mark.slow
-def test_tfds_of_100_classes():
+def test_tfds_of_100_classes(decoded_mocks):
   with tfds.testing.mock_data(num_examples=3000):
     builder = tfds.builder('cifar100')
     assert builder.info.features['label'].num_classes == 100

@@ -39,6 +39,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('jaxsoup')
 
 
+@pytest.fixture
+def decoded_mocks(monkeypatch):
+  """What TFDS makes up for images that stay encoded needs TensorFlow."""
+  name = 'jaxsoup.data.tfds._encoded_images'
+  monkeypatch.setattr(name, lambda builder: None)
+
+
 # The kernel's default limit on memory maps is 65,530 for each process, and XLA
 # aborts when it reaches it.
 MAX_MAPS = 30_000

@@ -103,21 +103,6 @@ def test_shifts_are_those_of_the_test_set(folder):
   assert list(some.shifts) == ['blur', 'fog']
 
 
-def test_every_set_is_prepared(folder):
-  shape = (42, 42, 3)
-  prepare = lambda image: preparation.prepare(image, shape)
-  plain = fashion.splits(folder, SIZES, 0)
-  splits = fashion.splits(folder, SIZES, 0, prepare=prepare)
-  for name in ('train', 'held_out', 'test'):
-    image = getattr(splits, name).arrays['image']
-    assert isinstance(image, np.ndarray)
-    np.testing.assert_allclose(
-        image, prepare(getattr(plain, name).arrays['image']), atol=1e-6
-    )
-  image = splits.shifts['blur'].arrays['image']
-  assert image.shape == (150, *shape) and image.dtype == np.float32
-
-
 def test_errors(folder):
   with pytest.raises(
       ValueError, match='ask for 301 examples, but the train .* 300'
@@ -158,7 +143,7 @@ def test_broken_files_are_named(folder):
     fashion.load(folder)
 
 
-def test_tfds(monkeypatch):
+def test_tfds(decoded_mocks):
   tfds = pytest.importorskip('tensorflow_datasets')
   with tfds.testing.mock_data(num_examples=20):
     expected = list(tfds.data_source('fashion_mnist', split='train'))
@@ -201,31 +186,31 @@ def test_resizing_is_that_of_pil(method, shape, rng):
   expected = np.stack(
       [Image.fromarray(x[..., 0]).resize(shape[::-1], filter_) for x in image]
   )
-  got = preparation.prepare(
-      image, (*shape, 1), mean=(0.0,), std=(1.0,), method=method
+  spec = preparation.ImageSpec(
+      (*shape, 1), (0.0,), (1.0,), interpolation=method
   )
+  got = spec.prepare(image)
   np.testing.assert_allclose(got[..., 0], expected.clip(0, 1), atol=1e-5)
 
 
 def test_grey_becomes_colours_in_the_model_s_units(rng):
   image = rng.random((2, 8, 8, 1), np.float32)
-  got = preparation.prepare(image, (8, 8, 3))
+  spec = preparation.ImageSpec(8)
+  got = spec.prepare(image)
   for i, (mean, std) in enumerate(
       zip(preparation.IMAGENET_MEAN, preparation.IMAGENET_STD)
   ):
     np.testing.assert_allclose(
         got[..., i], (image[..., 0] - mean) / std, rtol=1e-5, atol=1e-6
     )
-  traced = jax.jit(lambda x: preparation.prepare(x, (8, 8, 3)))(image)
+  traced = jax.jit(spec.prepare)(image)
   np.testing.assert_allclose(traced, got, atol=1e-5)
 
 
 def test_colours_stay_and_cannot_become_grey(rng):
   image = rng.random((2, 8, 8, 3), np.float32)
   half = preparation.HALF
-  got = preparation.prepare(image, (8, 8, 3), mean=half, std=half)
+  got = preparation.ImageSpec(8, half, half).prepare(image)
   np.testing.assert_allclose(got, 2 * image - 1, atol=1e-6)
-  with pytest.raises(
-      ValueError, match='3 channels, but image_shape asks for 1'
-  ):
-    preparation.prepare(image, (8, 8, 1))
+  with pytest.raises(ValueError, match='3 channels, but the model takes 1'):
+    preparation.ImageSpec((8, 8, 1)).prepare(image)

@@ -116,7 +116,7 @@ def test_the_model_enlarges_and_standardizes(files):
   loaded = models.load(
       files[1], without=['head'], **experiment.config.model.to_dict()
   )
-  large = preparation.prepare(image, (42, 42, 3))
+  large = preparation.ImageSpec(42).prepare(image)
   expected = loaded.features(large)
   assert expected.shape == (3, 2 * 16)  # Class token, and mean of patches.
   features = model.features_fn(params, {'image': image})

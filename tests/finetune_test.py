@@ -16,6 +16,7 @@ from sklearn import metrics as sk
 
 import jaxsoup
 from jaxsoup import sharding
+from jaxsoup.data import preparation
 from jaxsoup.data import sources
 from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
@@ -632,6 +633,34 @@ def test_a_text_model_by_its_config(config):
   # What is masked does not count.
   other = batch | {'input_ids': batch['input_ids'].at[0, 5].set(9)}
   np.testing.assert_allclose(model.logits_fn(params, other), logits, atol=1e-6)
+
+
+@pytest.mark.parametrize('is_read', [False, True])
+def test_images_train_as_bytes_as_they_do_in_floats(config, is_read):
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.image = dict(size=(8, 8, 1), mean=[0.3], std=[0.2])
+  model = architectures.make(config)
+  assert model.image == preparation.ImageSpec((8, 8, 1), (0.3,), (0.2,))
+  assert model.inputs['image'].dtype == np.uint8
+  rng = np.random.default_rng(0)
+  levels = rng.integers(0, 256, (8, 6, 6, 1), np.uint8)
+  label = rng.integers(0, 10, 8).astype(np.int32)
+  start = model.start_fn(jax.random.key(0))
+  # Not Adam, nor RandAugment: they make much of the last bit.
+  phase = PHASE | dict(optimizer='sgd')
+  run = {'learning_rate': 0.1, 'crop': 0.5, 'mixup': 0.5, 'noise': 0.1}
+  trained, logits = [], []
+  for image in (levels, levels / np.float32(255)):
+    source = sources.Arrays({'image': image, 'label': label})
+    if is_read:
+      source = sources.Subset(source, np.arange(8))
+    trained.append(loop.train_one(model, phase, start, run, source))
+    logits.append(model.logits_fn(trained[0], {'image': image}))
+  assert_close(*trained, atol=1e-5)
+  moved = tree(lambda x, y: np.abs(x - y).max(), trained[0], start)
+  assert max(jax.tree.leaves(moved)) > 1e-2
+  assert_close(*logits, atol=1e-5)
 
 
 # One step at a time, and batches as training sees them.

@@ -66,11 +66,12 @@ class Pictures(Numbered):
 
 
 def picture_fn(record, rng):
-  """Files where tf.data leaves them encoded, arrays elsewhere."""
-  pixels = record['image']
-  if isinstance(pixels, bytes):
-    pixels = np.asarray(Image.open(io.BytesIO(pixels)))[..., None]
+  pixels = np.asarray(Image.open(io.BytesIO(record['image'])))[..., None]
   return record_fn({**record, 'image': pixels}, rng)
+
+
+def label_fn(record):
+  return np.int32(record['label'])
 
 
 def example_fn(record, rng):
@@ -264,6 +265,41 @@ def test_an_abandoned_walk_ends_its_thread():
   assert threading.active_count() == num_before
 
 
+class Plain:
+  """No more than the protocol asks for."""
+
+  def __len__(self):
+    return 600
+
+  def __getitem__(self, rows):
+    assert len(rows) < 600
+    return {'label': 2 * rows}
+
+
+def test_labels_of_any_source(source):
+  expected = source[np.arange(len(source))]['label']
+  np.testing.assert_array_equal(sources.labels_of(source), expected)
+  part = sources.subset(source, np.array([5, 2]))
+  assert sources.labels_of(part).tolist() == expected[[5, 2]].tolist()
+  assert sources.labels_of(Plain()).tolist() == list(range(0, 1200, 2))
+
+
+def test_only_labels_that_are_asked_for_are_read():
+  class Records(list):
+
+    def __getitem__(self, row):
+      read.append(row)
+      return super().__getitem__(row)
+
+  read: list[int] = []
+  source = sources.Examples(
+      Records(range(NUM)), None, label_fn=lambda record: 10 * record
+  )
+  part = sources.subset(source, np.array([7, 3, 9]))
+  assert sources.labels_of(part, np.array([2, 0])).tolist() == [90, 70]
+  assert read == [9, 7]
+
+
 def test_in_memory_and_its_subset():
   source = sources.Examples(np.arange(NUM), example_fn)
   memory = sources.in_memory(source)
@@ -293,6 +329,9 @@ def test_folder(folder):
   assert batch['image'][:, 0, 0].tolist() == [0, 1, 100, 101, 102]
   np.testing.assert_array_equal(batch['label'], [0, 0, 1, 1, 1])
   np.testing.assert_array_equal(source.labels, batch['label'])
+  np.testing.assert_array_equal(
+      source.labels_of(np.array([4, 0])), batch['label'][[4, 0]]
+  )
 
 
 def test_folder_with_given_classes(folder):
@@ -377,10 +416,12 @@ def test_a_split_that_is_not_there_is_named(prepared):
     tfds.source('numbered', 'nowhere', record_fn, data_dir=prepared)
 
 
-def test_encoded_images_without_tensorflow(tmp_path):
+def test_encoded_images_without_tensorflow(tmp_path, monkeypatch):
   builder = Pictures(data_dir=tmp_path, file_format='array_record')
   builder.download_and_prepare()
-  source = tfds.source('pictures', 'train', picture_fn, data_dir=tmp_path)
+  source = tfds.source(
+      'pictures', 'train', picture_fn, label_fn=label_fn, data_dir=tmp_path
+  )
   assert isinstance(source, sources.Examples)
   batch = source[np.arange(NUM)]
   np.testing.assert_array_equal(batch['image'][:, 1, 2, 0], batch['label'] * 10)
@@ -388,9 +429,16 @@ def test_encoded_images_without_tensorflow(tmp_path):
       'pictures', 'train', ['image', 'label'], data_dir=tmp_path
   )
   assert record['image'].startswith(b'\x89PNG')
+  # Labels need no image.
+  feature = tensorflow_datasets.features.Image
+  for owner, name in ((Image, 'open'), (feature, 'decode_example_np')):
+    monkeypatch.setattr(owner, name, None)
+  np.testing.assert_array_equal(sources.labels_of(source), batch['label'])
+  with pytest.raises(TypeError):
+    source[np.arange(1)]
 
 
-def test_mocked_tfds():
+def test_mocked_tfds(decoded_mocks):
   with tensorflow_datasets.testing.mock_data(num_examples=6):
     source = tfds.source('cifar10', 'train', record_fn)
     batch = source[np.arange(6)]
@@ -404,7 +452,9 @@ def stream(tmp_path_factory):
   folder = tmp_path_factory.mktemp('tfrecord')
   builder = Pictures(data_dir=folder, file_format='tfrecord')
   builder.download_and_prepare()
-  source = tfds.source('pictures', 'train', picture_fn, data_dir=folder)
+  source = tfds.source(
+      'pictures', 'train', picture_fn, label_fn=label_fn, data_dir=folder
+  )
   assert isinstance(source, tfds.Stream)
   return source
 
@@ -420,9 +470,9 @@ def test_stream_walks_in_order(stream):
   mask = np.concatenate([batch['mask'] for batch in walk])
   np.testing.assert_array_equal(labels[mask], everything['label'])
   assert mask.tolist() == [True] * NUM + [False] * 7
-  np.testing.assert_array_equal(
-      stream[np.array([7, 2])]['label'], everything['label'][[7, 2]]
-  )
+  rows = np.array([7, 2])
+  for labels in (stream[rows]['label'], stream.labels_of(rows)):
+    np.testing.assert_array_equal(labels, everything['label'][rows])
 
 
 def test_stream_is_shuffled_by_seed_and_epoch(stream):

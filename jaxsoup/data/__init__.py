@@ -1,1 +1,1 @@
-"""Data as dicts: `image` float32 [N, H, W, C] in 0..1, `label` int32 [N]."""
+"""Data as dicts: `image` [N, H, W, C] in 0..1 or uint8, `label` int32 [N]."""

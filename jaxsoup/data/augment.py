@@ -176,8 +176,6 @@ def rand(
     strength: jax.Array | float,
     *,
     num_ops: int = 2,
-    mean: Sequence[float] | float = 0.0,
-    std: Sequence[float] | float = 1.0,
 ) -> jax.Array:
   """RandAugment: operations drawn from `OPERATIONS`, one after the other.
 
@@ -188,11 +186,9 @@ def rand(
 
   Args:
     key: jax key.
-    image: [B, H, W, C]; in 0..1 as `image * std + mean`.
+    image: [B, H, W, C] in 0..1.
     strength: scalar in 0..1: the magnitude M of the paper, of 10.
     num_ops: N of the paper.
-    mean: [C], or a number: what was subtracted from the pixels.
-    std: [C], or a number: what they were then divided by.
 
   Returns:
     [B, H, W, C].
@@ -205,9 +201,8 @@ def rand(
   Source: Cubuk et al., "RandAugment: Practical automated data augmentation
   with a reduced search space", NeurIPS 2020.
   """
-  centre, scale = jnp.asarray(mean), jnp.asarray(std)
   strength = jnp.asarray(strength, jnp.float32)
-  out = jnp.clip(image * scale + centre, 0, 1).astype(jnp.float32)
+  out = jnp.clip(image, 0, 1).astype(jnp.float32)
   op_key, sign_key = jax.random.split(key)
   shape = (num_ops, len(image))
   ops = jax.random.randint(op_key, shape, 0, len(OPERATIONS))
@@ -218,8 +213,7 @@ def rand(
       out,
       (ops, signs * strength),
   )
-  out = ((out - centre) / scale).astype(image.dtype)
-  return jnp.where(strength > 0, out, image)
+  return jnp.where(strength > 0, out.astype(image.dtype), image)
 
 
 def operate(

@@ -11,13 +11,14 @@ The files are those of the Debian package `dataset-fashion-mnist`, of which this
 is the folder, or of the authors; TFDS has the set as `fashion_mnist`.
 """
 
-from collections.abc import Callable
 from collections.abc import Mapping
 import gzip
 import pathlib
+from typing import Any
 
 import numpy as np
 
+from jaxsoup.data import imagenet
 from jaxsoup.data import shifts
 from jaxsoup.data import sources
 from jaxsoup.data import tfds
@@ -87,7 +88,6 @@ def splits(
     seed: int,
     *,
     severities: Mapping[str, float] | None = None,
-    prepare: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> sources.Splits:
   """Draws disjoint sets, and corrupts the one that reports.
 
@@ -99,9 +99,6 @@ def splits(
     seed: decides what is drawn, and the corruptions.
     severities: by the names of `shifts.SHIFTS`, those that are made; 0 leaves
       one out; `SEVERITIES` if None.
-    prepare: a function of images [N, 28, 28, 1] in 0..1 to what is kept in
-      their place, all of it in memory; such as `preparation.prepare`, unless
-      the model does that, which takes less room.
 
   Returns:
     Everything in memory.
@@ -118,15 +115,10 @@ def splits(
       for name, severity in severities.items()
       if severity
   }
-
-  def source_fn(data):
-    if prepare is not None:
-      data = {**data, 'image': np.asarray(prepare(data['image']))}
-    return sources.Arrays(data)
-
+  arrays: dict[str, Any] = {k: sources.Arrays(x) for k, x in drawn.items()}
   return sources.Splits(
-      **{name: source_fn(data) for name, data in drawn.items()},
-      shifts={name: source_fn(data) for name, data in shifted.items()},
+      **arrays,
+      shifts={name: sources.Arrays(data) for name, data in shifted.items()},
       pools={
           'held_out': _PARTS['train'][1],
           **dict.fromkeys(('test', *shifted), _PARTS['test'][1]),
@@ -174,7 +166,7 @@ def _scaled(data: Dataset) -> Dataset:
 def _read(folder: Folder, part: str) -> Dataset:
   """`image`, uint8 [N, 28, 28, 1], and `label`, integers [N]."""
   if folder is None:
-    source = tfds.source('fashion_mnist', part, lambda record, rng: record)
+    source = tfds.source('fashion_mnist', part, _example)
     return sources.in_memory(source).arrays
   prefix, num_examples = _PARTS[part]
   folder = pathlib.Path(folder)
@@ -186,6 +178,12 @@ def _read(folder: Folder, part: str) -> Dataset:
         f'{part} split, which has {num_examples}: download the files again.'
     )
   return {'image': image[..., None], 'label': label}
+
+
+def _example(record: dict[str, Any], rng: Any) -> dict[str, Any]:
+  del rng
+  image = np.asarray(imagenet.decoded(record['image']))[..., :1]
+  return {'image': image, 'label': record['label']}
 
 
 def _read_idx(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:

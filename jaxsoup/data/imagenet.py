@@ -2,8 +2,7 @@
 
 ```
 splits = imagenet.splits(
-    imagenet.Pixels(size=224, mean=imagenet.CLIP_MEAN, std=imagenet.CLIP_STD),
-    objectnet='objectnet-1.0',
+    preparation.ImageSpec(224), objectnet='objectnet-1.0'
 )
 logits = splits.views['ImageNet-R'](logits)   # [N, 1000] -> [N, 200]
 ```
@@ -45,17 +44,15 @@ from typing import Any
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from jaxsoup.data import preparation
 from jaxsoup.data import sources
 from jaxsoup.data import tfds
 from jaxsoup.typing import PathLike
 
 NUM_CLASSES = 1000
 NUM_TRAIN = 1_281_167
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # The classes that ImageNet-R and ImageNet-A hold, among the 1000.
 # fmt: off
@@ -92,72 +89,65 @@ A_CLASSES = (
 # fmt: on
 
 
-class Pixels(NamedTuple):
-  """How an image becomes an array.
+def evaluated(image: Any, spec: preparation.ImageSpec) -> npt.NDArray[np.uint8]:
+  """The middle of an image, the shorter side resized to `size / crop`.
 
-  Attributes:
-    size: of the result, [size, size, 3].
-    mean: of each channel, of pixels in 0..1; the result is centred by it,
-    std: and divided by this.
-    crop: share of the shorter side that an evaluation sees.
-    min_area: smallest share of the area that a training example shows.
+  Args:
+    image: [H, W, C] uint8, the bytes or the path of a file, or a PIL image.
+    spec: of the result.
+
+  Returns:
+    [height, width, 3] uint8; the same pixels as of torchvision's `Resize` and
+    `CenterCrop`.
   """
+  image = decoded(image)
+  sides = spec.shape[1::-1]
+  least = [math.floor(side / spec.crop) for side in sides]
+  # The side that has to grow the most becomes what it must be at least.
+  new, old = max(zip(least, image.size), key=lambda pair: pair[0] / pair[1])
+  shape = [max(low, x * new // old) for low, x in zip(least, image.size)]
+  image = image.resize(tuple(shape), _filter(spec))
+  left, top = (round((x - side) / 2) for x, side in zip(shape, sides))
+  return np.asarray(image.crop((left, top, left + sides[0], top + sides[1])))
 
-  size: int = 224
-  mean: tuple[float, float, float] = IMAGENET_MEAN
-  std: tuple[float, float, float] = IMAGENET_STD
-  crop: float = 0.875
-  min_area: float = 0.08
 
-  def evaluated(self, image: Any) -> np.ndarray:
-    """The middle of an image, the shorter side resized to `size / crop`.
+def trained(
+    image: Any,
+    spec: preparation.ImageSpec,
+    rng: np.random.Generator,
+    *,
+    min_area: float = 0.08,
+) -> npt.NDArray[np.uint8]:
+  """A random part of an image at a random aspect ratio, half of them flipped.
 
-    Args:
-      image: [H, W, C] uint8, the bytes or the path of a file, or a PIL image.
+  The share of the area is uniform in `min_area`..1, the logarithm of the ratio
+  in 3/4..4/3.
 
-    Returns:
-      [size, size, 3] float32. Resizing is bicubic.
-    """
-    from PIL import Image
+  Args:
+    image: see `evaluated`.
+    spec: of the result.
+    rng: numpy generator.
+    min_area: smallest share of the area that is shown.
 
-    image = decoded(image)
-    short = math.floor(self.size / self.crop)
-    scale = short / min(image.size)
-    shape = [max(short, int(side * scale)) for side in image.size]
-    image = image.resize(tuple(shape), Image.Resampling.BICUBIC)
-    left, top = ((side - self.size) // 2 for side in shape)
-    box = (left, top, left + self.size, top + self.size)
-    return self._normalized(image.crop(box))
+  Returns:
+    [height, width, 3] uint8.
 
-  def trained(self, image: Any, rng: np.random.Generator) -> np.ndarray:
-    """A random part of an image at a random aspect ratio, half of them flipped.
+  Source: Szegedy et al., "Going deeper with convolutions", CVPR 2015.
+  """
+  from PIL import Image
 
-    The share of the area is uniform in `min_area`..1, the logarithm of the
-    ratio in 3/4..4/3.
+  image = decoded(image)
+  box = _random_box(image.size, min_area, rng)
+  image = image.resize(spec.shape[1::-1], _filter(spec), box=box)
+  if rng.random() < 0.5:
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  return np.asarray(image)
 
-    Args:
-      image: see `evaluated`.
-      rng: numpy generator.
 
-    Returns:
-      [size, size, 3] float32.
+def _filter(spec: preparation.ImageSpec) -> Any:
+  from PIL import Image
 
-    Source: Szegedy et al., "Going deeper with convolutions", CVPR 2015.
-    """
-    from PIL import Image
-
-    image = decoded(image)
-    box = _random_box(image.size, self.min_area, rng)
-    shape = (self.size, self.size)
-    image = image.resize(shape, Image.Resampling.BICUBIC, box=box)
-    if rng.random() < 0.5:
-      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return self._normalized(image)
-
-  def _normalized(self, image: Any) -> np.ndarray:
-    pixels = np.asarray(image, np.float32) / 255
-    mean, std = (np.array(x, np.float32) for x in (self.mean, self.std))
-    return (pixels - mean) / std
+  return Image.Resampling[spec.interpolation.upper()]
 
 
 def decoded(image: Any) -> Any:
@@ -242,7 +232,7 @@ NATURAL = ('ImageNet-V2', 'ImageNet-R', 'ImageNet-Sketch', 'ImageNet-A')
 
 
 def splits(
-    pixels: Pixels,
+    spec: preparation.ImageSpec,
     *,
     data_dir: PathLike | None = None,
     folders: Mapping[str, PathLike] | None = None,
@@ -251,12 +241,13 @@ def splits(
     share: float = 0.02,
     seed: int = 0,
     labels: np.ndarray | None = None,
+    min_area: float = 0.08,
     num_threads: int | None = None,
 ) -> sources.Splits:
   """ImageNet and its shifts.
 
   Args:
-    pixels: how images become arrays.
+    spec: of the images; they come as uint8.
     data_dir: of TFDS; its default if None.
     folders: for 'train', 'validation' and names of shifts, folders with one
       folder a class (by its WordNet id such as n01440764, or its number), to
@@ -268,6 +259,7 @@ def splits(
     seed: of what is held out.
     labels: int [N] of the training set in the order of TFDS's records, see
       `train_labels`: a share of each class is held out. Folders need none.
+    min_area: see `trained`.
     num_threads: see `sources.Examples`.
 
   Returns:
@@ -287,12 +279,12 @@ def splits(
     raise ValueError(f'No set {unknown[0]!r}: choose from {sorted(known)}.')
   options = dict(data_dir=data_dir, num_threads=num_threads)
   train, held_out, rule = _train(
-      pixels, folders.get('train'), share, seed, labels, options
+      spec, min_area, folders.get('train'), share, seed, labels, options
   )
   validation = Shift('imagenet2012', 'validation')
-  test = _shift(pixels, validation, folders.get('validation'), options)
+  test = _shift(spec, validation, folders.get('validation'), options)
   sets = {
-      name: _shift(pixels, SHIFTS[name], folders.get(name), options)
+      name: _shift(spec, SHIFTS[name], folders.get(name), options)
       for name in shifts
   }
   views: dict[str, Callable[..., Any]] = {
@@ -302,7 +294,7 @@ def splits(
   }
   if objectnet is not None:
     sets['ObjectNet'], views['ObjectNet'] = read_objectnet(
-        objectnet, pixels, num_threads=num_threads
+        objectnet, spec, num_threads=num_threads
     )
   return sources.Splits(
       train=train,
@@ -329,7 +321,8 @@ def wordnet_ids() -> tuple[str, ...]:
 
 
 def _train(
-    pixels: Pixels,
+    spec: preparation.ImageSpec,
+    min_area: float,
     folder: PathLike | None,
     share: float,
     seed: int,
@@ -338,8 +331,9 @@ def _train(
 ) -> tuple[Any, Any, dict[str, Any]]:
   """Training set, held-out set and its rule."""
   label_fn = functools.partial(_label, shift=Shift('imagenet2012', 'train'))
-  train_fn = functools.partial(_training_example, pixels, label_fn)
-  held_out_fn = functools.partial(_example, pixels, label_fn)
+  options = {**options, 'label_fn': label_fn}
+  train_fn = functools.partial(_training_example, spec, min_area, label_fn)
+  held_out_fn = functools.partial(_example, spec, label_fn)
   if folder is None and labels is None:
     return _consecutive(train_fn, held_out_fn, share, seed, options)
   both: list[Any]
@@ -348,7 +342,7 @@ def _train(
     files = _folder(folder, train_fn, None, num_threads)
     # The folder is listed once.
     again = sources.Examples(
-        files.records, held_out_fn, num_threads=num_threads
+        files.records, held_out_fn, label_fn=label_fn, num_threads=num_threads
     )
     both, labels = [files, again], files.labels
   else:
@@ -398,23 +392,24 @@ def _consecutive(
 
 
 def _shift(
-    pixels: Pixels,
+    spec: preparation.ImageSpec,
     shift: Shift,
     folder: PathLike | None,
     options: dict[str, Any],
 ) -> Any:
-  example_fn = functools.partial(
-      _example, pixels, functools.partial(_label, shift=shift)
-  )
+  label_fn = functools.partial(_label, shift=shift)
+  example_fn = functools.partial(_example, spec, label_fn)
   if folder is not None:
     if shift.is_several:
       raise ValueError(
           f'A folder has one label per image, but {shift.name} has several: '
           'read it from TFDS.'
       )
-    own_fn = functools.partial(_example, pixels, _own_label)
+    own_fn = functools.partial(_example, spec, _own_label)
     return _folder(folder, own_fn, shift.classes, options['num_threads'])
-  source = tfds.source(shift.name, shift.split, example_fn, **options)
+  source = tfds.source(
+      shift.name, shift.split, example_fn, label_fn=label_fn, **options
+  )
   if not shift.is_several:
     return source
   features = [shift.label, *([shift.flag] if shift.flag else [])]
@@ -445,28 +440,27 @@ def _folder(
 
 
 def _example(
-    pixels: Pixels,
+    spec: preparation.ImageSpec,
     label_fn: Callable[..., Any],
     record: Mapping[str, Any],
     rng: np.random.Generator | None,
 ) -> dict[str, Any]:
   """An example of an evaluation, also where the batches are shuffled."""
   del rng
-  return {
-      'image': pixels.evaluated(record['image']),
-      'label': label_fn(record),
-  }
+  image = evaluated(record['image'], spec)
+  return {'image': image, 'label': label_fn(record)}
 
 
 def _training_example(
-    pixels: Pixels,
+    spec: preparation.ImageSpec,
+    min_area: float,
     label_fn: Callable[..., Any],
     record: Mapping[str, Any],
     rng: np.random.Generator | None,
 ) -> dict[str, Any]:
   if rng is None:
-    return _example(pixels, label_fn, record, rng)
-  image = pixels.trained(record['image'], rng)
+    return _example(spec, label_fn, record, rng)
+  image = trained(record['image'], spec, rng, min_area=min_area)
   return {'image': image, 'label': label_fn(record)}
 
 
@@ -498,7 +492,10 @@ def _largest(logits: Any, groups: np.ndarray) -> Any:
 
 
 def read_objectnet(
-    path: PathLike, pixels: Pixels, *, num_threads: int | None = None
+    path: PathLike,
+    spec: preparation.ImageSpec,
+    *,
+    num_threads: int | None = None,
 ) -> tuple[sources.Source, sources.ExampleFn]:
   """The 113 classes of ObjectNet that ImageNet also has.
 
@@ -509,7 +506,7 @@ def read_objectnet(
 
   Args:
     path: of the unpacked folder, with `images` and `mappings`.
-    pixels: how images become arrays.
+    spec: of the images; they come as uint8.
     num_threads: see `sources.Examples`.
 
   Returns:
@@ -531,7 +528,7 @@ def read_objectnet(
     width, height = image.size
     image = image.crop((2, 2, width - 2, height - 2))
     label = np.int32(record['label'])
-    return {'image': pixels.evaluated(image), 'label': label}
+    return {'image': evaluated(image, spec), 'label': label}
 
   # Folders that have no class of ImageNet come last, and are left out.
   others = {f.name for f in (root / 'images').glob('*') if f.is_dir()}

@@ -34,6 +34,7 @@ from jaxsoup.typing import PathLike
 Batch = dict[str, np.ndarray]
 # One record, and a generator where it is trained on (None: evaluation).
 ExampleFn = Callable[[Any, np.random.Generator | None], Mapping[str, Any]]
+LabelFn = Callable[[Any], Any]
 
 IMAGE_SUFFIXES = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
 _END: Any = object()
@@ -43,7 +44,8 @@ class Source(Protocol):
   """Examples by row.
 
   With an attribute `arrays` they are all in memory. With the methods `batches`
-  and `only` they come in the order of files, as a `tfds.Stream` does.
+  and `only` they come in the order of files, as a `tfds.Stream` does. A method
+  `labels_of(rows)` returns labels without making the rest of the examples.
   """
 
   def __len__(self) -> int:
@@ -120,6 +122,10 @@ class Arrays:
   def __getitem__(self, rows: np.ndarray) -> Batch:
     return {name: x[rows] for name, x in self.arrays.items()}
 
+  def labels_of(self, rows: np.ndarray) -> np.ndarray:
+    """Labels of these rows."""
+    return self.arrays['label'][rows]
+
 
 class Examples:
   """Examples made from records when they are read, in threads.
@@ -129,6 +135,8 @@ class Examples:
     example_fn: `(record, rng) -> {name: array}`, of the same shapes for all.
       `rng` is None in an evaluation; in a training its draws depend on the
       seed, the epoch and the row alone.
+    label_fn: record -> the label that `example_fn` gives it, by itself; None
+      makes whole examples for their labels.
     num_threads: threads that read and decode; all of the machine if None.
 
   Example:
@@ -142,10 +150,11 @@ class Examples:
       records: Records,
       example_fn: ExampleFn,
       *,
+      label_fn: LabelFn | None = None,
       num_threads: int | None = None,
   ):
     self.records = records
-    self._example_fn = example_fn
+    self._example_fn, self._label_fn = example_fn, label_fn
     self._num_threads = num_threads or os.cpu_count()
     self._draw: tuple[int, int] | None = None
 
@@ -155,6 +164,12 @@ class Examples:
   def __getitem__(self, rows: np.ndarray) -> Batch:
     with futures.ThreadPoolExecutor(self._num_threads) as pool:
       return stacked(list(pool.map(self._example, np.asarray(rows).tolist())))
+
+  def labels_of(self, rows: np.ndarray) -> np.ndarray:
+    """Labels of these rows."""
+    if self._label_fn is None:
+      return _labels_of_examples(self, rows)
+    return np.stack([self._label_fn(self.records[int(i)]) for i in rows])
 
   def drawn(self, seed: int, epoch: int) -> 'Examples':
     """The same examples with the random augmentation of one epoch."""
@@ -173,7 +188,7 @@ class Folder(Examples):
 
   Args:
     path: of the folder.
-    example_fn: see `Examples`.
+    example_fn: see `Examples`; the label of an example is that of its record.
     classes: names of the class folders in the order of their labels; sorted
       names of all folders if None.
     num_threads: see `Examples`.
@@ -220,6 +235,10 @@ class Folder(Examples):
     records = _Files(root, files, self.labels)
     super().__init__(records, example_fn, num_threads=num_threads)
 
+  def labels_of(self, rows: np.ndarray) -> np.ndarray:
+    """Labels of these rows, by their folders."""
+    return self.labels[rows]
+
 
 class _Files:
   """Records of a folder, each made on access: there may be a million."""
@@ -250,6 +269,10 @@ class Subset:
   def __getitem__(self, rows: np.ndarray) -> Batch:
     return self._source[self.rows[rows]]
 
+  def labels_of(self, rows: np.ndarray) -> np.ndarray:
+    """Labels of these rows."""
+    return labels_of(self._source, self.rows[rows])
+
   def drawn(self, seed: int, epoch: int) -> 'Subset':
     """The same rows with the random augmentation of one epoch."""
     return Subset(_drawn(self._source, seed, epoch), self.rows)
@@ -275,6 +298,25 @@ def subset(source: Any, rows: np.ndarray) -> Any:
   if hasattr(source, 'only'):
     return source.only(rows)
   return Subset(source, rows)
+
+
+def labels_of(source: Any, rows: np.ndarray | None = None) -> np.ndarray:
+  """Labels of some rows, or of all; images are left alone if the source can.
+
+  Example:
+    >>> labels_of(Arrays({'label': np.arange(3)}))
+    array([0, 1, 2])
+  """
+  rows = np.arange(len(source)) if rows is None else np.asarray(rows)
+  if hasattr(source, 'labels_of'):
+    return source.labels_of(rows)
+  return _labels_of_examples(source, rows)
+
+
+def _labels_of_examples(source: Source, rows: np.ndarray) -> np.ndarray:
+  # Whole examples may be large: few at a time.
+  parts = np.array_split(rows, max(1, len(rows) // 256))
+  return np.concatenate([source[part]['label'] for part in parts])
 
 
 def in_memory(source: Source) -> Arrays:

@@ -25,6 +25,7 @@ def source(
     split: str,
     example_fn: sources.ExampleFn,
     *,
+    label_fn: sources.LabelFn | None = None,
     data_dir: PathLike | None = None,
     num_threads: int | None = None,
 ) -> 'sources.Examples | Stream':
@@ -38,7 +39,8 @@ def source(
     name: such as 'imagenet2012' or 'cifar10_1/v6'.
     split: such as 'train' or 'train[2%:]'.
     example_fn: see `sources.Examples`; a record is the set's dict of features,
-      an image [H, W, C] uint8 or the bytes of its file.
+      an image the bytes of its file.
+    label_fn: see `sources.Examples`.
     data_dir: where TFDS keeps its sets; its default if None.
     num_threads: see `sources.Examples`.
 
@@ -50,8 +52,9 @@ def source(
     ImportError: the files are tfrecords, and there is no TensorFlow.
   """
   builder = _builder(name, data_dir)
+  options: Any = dict(label_fn=label_fn, num_threads=num_threads)
   try:
-    records = builder.as_data_source(split)
+    records = builder.as_data_source(split, decoders=_encoded_images(builder))
   except (NotImplementedError, ValueError) as error:
     if not builder.info.splits:
       raise FileNotFoundError(
@@ -61,8 +64,8 @@ def source(
       ) from error
     if not isinstance(error, NotImplementedError):
       raise
-    return Stream(builder, split, example_fn, num_threads=num_threads)
-  return sources.Examples(records, example_fn, num_threads=num_threads)
+    return Stream(builder, split, example_fn, **options)
+  return sources.Examples(records, example_fn, **options)
 
 
 def features(
@@ -131,6 +134,7 @@ class Stream:
     builder: of TFDS.
     split: such as 'train[2%:]'.
     example_fn: see `sources.Examples`.
+    label_fn: see `sources.Examples`.
     buffer_size: records among which the shuffle draws, kept encoded.
     num_threads: see `sources.Examples`.
 
@@ -144,12 +148,14 @@ class Stream:
       split: str,
       example_fn: sources.ExampleFn,
       *,
+      label_fn: sources.LabelFn | None = None,
       buffer_size: int = 10_000,
       num_threads: int | None = None,
   ):
     _require_tensorflow(builder.info.name)
     self._builder, self._split = builder, split
-    self._example_fn, self._buffer_size = example_fn, buffer_size
+    self._example_fn, self._label_fn = example_fn, label_fn
+    self._buffer_size = buffer_size
     self._num_threads = num_threads or os.cpu_count()
     self._rows: np.ndarray | None = None
 
@@ -169,6 +175,17 @@ class Stream:
       if len(records) == len(wanted):
         break
     return self._decoded([(int(row), records[int(row)]) for row in rows], None)
+
+  def labels_of(self, rows: np.ndarray) -> np.ndarray:
+    """Labels of these rows, by one walk through all records."""
+    label_fn = self._label_fn or (lambda x: self._example_fn(x, None)['label'])
+    wanted = set(np.asarray(rows).tolist())
+    labels = {
+        row: label_fn(record)
+        for row, record in enumerate(self._records(None, 0))
+        if row in wanted
+    }
+    return np.stack([labels[int(row)] for row in rows])
 
   def only(self, rows: np.ndarray) -> 'Stream':
     """Some rows, ascending; they can be walked in order, not shuffled."""

@@ -50,8 +50,7 @@ def make(config: ml_collections.ConfigDict) -> Model:
       arguments of its constructor next to it; `inputs`, the shape of each input
       of one example, unless that is `model.image_shape`; `init`, a file or
       directory of weights for all but the head, empty for none; and perhaps
-      `preparation`, arguments of `jaxsoup.data.preparation.prepare` for images
-      that are of another size than the model's.
+      `image`, fields of `jaxsoup.data.preparation.ImageSpec`.
 
   Returns:
     The model's pure functions.
@@ -74,14 +73,16 @@ def make(config: ml_collections.ConfigDict) -> Model:
         'The config has no shapes of its inputs: set inputs=dict(image=(H, W, '
         'C)), or inputs=dict(input_ids=(T,), attention_mask=(T,)).'
     )
-  prepared = config.get('preparation', ml_collections.ConfigDict()).to_dict()
-  description = [family, arguments, inputs, config.get('init', ''), prepared]
-  return _made(json.dumps(description, sort_keys=True))
+  description = [family, arguments, inputs, config.get('init', '')]
+  # Frozen, lists are tuples.
+  fields = ml_collections.FrozenConfigDict(config.get('image', {}))
+  image = preparation.ImageSpec(**fields) if fields else None
+  return _made(json.dumps(description, sort_keys=True), image)
 
 
 @functools.cache
-def _made(description: str) -> Model:
-  family, arguments, inputs, path, prepared = json.loads(description)
+def _made(description: str, image: preparation.ImageSpec | None) -> Model:
+  family, arguments, inputs, path = json.loads(description)
   if 'image_shape' in arguments:
     arguments['image_shape'] = tuple(arguments['image_shape'])
   class_name, names = FAMILIES[family]
@@ -104,7 +105,5 @@ def _made(description: str) -> Model:
       inputs={name: inputs[name] for name in names if name in inputs},
       num_classes=arguments['num_classes'],
       load_fn=load_fn if path else None,
-      prepare_fn=functools.partial(preparation.prepare, **prepared)
-      if prepared
-      else None,
+      image=image,
   )

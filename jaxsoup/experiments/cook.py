@@ -237,15 +237,6 @@ def batches_of(
   return evaluation.batched(data, batch_size, sharding=sharding)
 
 
-def labels_of(source: sources.Source) -> np.ndarray:
-  """The labels of all examples."""
-  if hasattr(source, 'arrays'):
-    return source.arrays['label']
-  return np.concatenate(
-      [batch['label'][batch['mask']] for batch in sources.batches(source, 256)]
-  )
-
-
 def score_fn(
     config: ml_collections.ConfigDict,
     logits_fn: LogitsFn,

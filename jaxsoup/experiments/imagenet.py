@@ -1,13 +1,12 @@
 """What the experiments on ImageNet share: settings, sweep and data.
 
 ```
-config = imagenet.config(224, mean=preparation.HALF, std=preparation.HALF)
+config = imagenet.config(preparation.ImageSpec(224))
 splits = imagenet.splits(config)
 ```
 """
 
 import atexit
-from collections.abc import Sequence
 import functools
 import tempfile
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from jaxsoup.data import imagenet
 from jaxsoup.data import mock
+from jaxsoup.data import preparation
 from jaxsoup.data import sources
 from jaxsoup.experiments import defaults
 from jaxsoup.experiments import random_search
@@ -29,35 +29,26 @@ TINY = dict(width=16, depth=2, num_heads=2, mlp_width=32)
 
 
 def config(
-    size: int,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    crop: float = 0.875,
-    is_short: bool = False,
+    image: preparation.ImageSpec, *, is_short: bool = False
 ) -> ml_collections.ConfigDict:
   """The settings of the paper's sweep of ViT-B/32; a config adds the model.
 
   Args:
-    size: of the images.
-    mean: of the pixels that the model was pre-trained on, of each channel.
-    std: of them, as well.
-    crop: share of the shorter side that an evaluation sees.
+    image: what the model was pre-trained on.
     is_short: three runs on random images instead of ImageNet's.
 
   Returns:
-    A config whose `data` hold `pixels`; `sizes`, which a plan counts with; and
-    where the data lie: `path`, the folder of TFDS, empty for its default;
+    A config with `image`, whose `data` hold `sizes`, which a plan counts with,
+    and where the data lie: `path`, the folder of TFDS, empty for its default;
     `folders` of images in its place; `objectnet`, empty leaves that set out;
     `labels`, an .npy file of those of the training set, of each class of which
     a share is then held out.
   """
   config = ml_collections.ConfigDict()
   config.seed = 0
-  pixels = dict(mean=tuple(mean), std=tuple(std))
+  config.image = image._asdict()
   config.data = dict(
       is_mock=is_short,
-      pixels=dict(size=size, crop=crop, **pixels),
       sizes=MOCK_SIZES if is_short else SIZES,
       path='',
       folders=dict.fromkeys(('train', 'validation', *imagenet.NATURAL), ''),
@@ -70,7 +61,6 @@ def config(
       batch_size=16 if is_short else 512,
       warmup=0.05,
       clip=1.0,
-      augmentation=dict(rand=pixels),
   )
   # One run at a time, on the whole mesh.
   config.is_sharded = True
@@ -125,7 +115,7 @@ def splits(config: ml_collections.ConfigDict) -> sources.Splits:
   """ImageNet with its held-out set, and the natural shifts of the paper.
 
   Args:
-    config: the experiment, with `seed` and the `data` of `config`.
+    config: the experiment, with `seed`, and `image` and `data` of `config`.
 
   Returns:
     See `jaxsoup.data.imagenet.splits`.
@@ -133,7 +123,7 @@ def splits(config: ml_collections.ConfigDict) -> sources.Splits:
   data = config.data
   folders = {name: path for name, path in data.folders.items() if path}
   return imagenet.splits(
-      imagenet.Pixels(**data.pixels),
+      preparation.ImageSpec(**config.image),
       data_dir=data.path or None,
       folders=_mocked(config.seed) if data.is_mock else folders,
       objectnet=data.objectnet or None,

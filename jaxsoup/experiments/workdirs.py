@@ -69,7 +69,7 @@ class Work:
   @functools.cached_property
   def labels(self) -> dict[str, np.ndarray]:
     """The labels of each data set."""
-    return {name: cook.labels_of(source) for name, source in self.data.items()}
+    return {name: sources.labels_of(x) for name, x in self.data.items()}
 
   def logits(self, params: Params) -> dict[str, np.ndarray]:
     """Logits `[N, C]` of a model on each data set."""

@@ -4,7 +4,8 @@
 batch, target = augmentation.apply(key, batch, hyper, names, num_classes)
 ```
 
-A strength of 0 is off. Only what a run of a group names is compiled.
+Images may be uint8; what comes back, and all augmentations, are in 0..1. A
+strength of 0 is off. Only what a run of a group names is compiled.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import jax
 import optax
 
 from jaxsoup.data import augment
+from jaxsoup.data import preparation
 
 # In the order in which they are applied: to inputs, then to pairs of examples
 # and their targets.
@@ -57,6 +59,8 @@ def apply(
     The batch, and targets [B, C] that sum to 1.
   """
   batch, options = dict(batch), options or {}
+  if 'image' in batch:
+    batch['image'] = preparation.in_unit_range(batch['image'])
   target = batch.pop('target', None)
   if target is None:
     target = jax.nn.one_hot(batch['label'], num_classes)

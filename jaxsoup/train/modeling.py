@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoup import models
+from jaxsoup.data import preparation
 from jaxsoup.models import batch_norm
 
 Params = dict[str, Any]
@@ -42,6 +43,8 @@ class Model:
       probe is possible.
     inputs: shape and dtype of each input of one example, by its name.
     num_classes: C.
+    image: what images the model expects, which it makes of those it is given;
+      None takes them as they are, in 0..1 if they are uint8.
     statistics: paths of the running statistics: averaged in a soup, not
       trained. Empty without BatchNorm.
     recalibrate_fn: (params, batches) -> params with running statistics of
@@ -55,6 +58,7 @@ class Model:
   features_fn: Callable[[Params, Batch], jax.Array] | None
   inputs: Mapping[str, jax.ShapeDtypeStruct]
   num_classes: int
+  image: preparation.ImageSpec | None = None
   statistics: frozenset[tuple[str, ...]] = frozenset()
   recalibrate_fn: Callable[[Params, Iterable[Batch]], Params] | None = None
 
@@ -92,25 +96,27 @@ def of_module(
     num_classes: int,
     load_fn: Callable[[jax.Array], nnx.Module] | None = None,
     call: Callable[..., jax.Array] | None = None,
-    prepare_fn: Callable[[jax.Array], jax.Array] | None = None,
+    image: preparation.ImageSpec | None = None,
 ) -> Model:
   """A `Model` of an nnx module.
 
   Args:
     make_fn: key -> the module with initial parameters; traceable.
     inputs: what the module is called with, in this order: the shape of each of
-      one example. Those of 'image' are float32, all others int32.
+      one example, as the data deliver it. Those of 'image' are of
+      `image.dtype`, float32 without it; all others int32.
     num_classes: of its logits.
     load_fn: key -> the module with pre-trained weights, and a new head.
     call: `(module, *inputs) -> logits`; by default the module is called.
-    prepare_fn: what is done to 'image' before; it need not have been augmented
-      at the size that the module wants.
+    image: what 'image' becomes before the module is called, after augmentation.
 
   Returns:
     A `Model`. It has `features_fn` if the module has a method `features` and a
     linear `head`.
   """
   call = call or (lambda module, *xs: module(*xs))
+  prepare_fn = image.prepare if image else preparation.in_unit_range
+  image_dtype = image.dtype if image else jnp.float32
   abstract = nnx.eval_shape(lambda: make_fn(jax.random.key(0)))
   graphdef = nnx.graphdef(abstract)
   stats = nnx.to_pure_dict(nnx.state(abstract, nnx.BatchStat))
@@ -120,7 +126,7 @@ def of_module(
 
   def arguments(batch):
     values = {name: batch[name] for name in inputs}
-    if prepare_fn is not None:
+    if 'image' in values:
       values['image'] = prepare_fn(values['image'])
     return values.values()
 
@@ -161,11 +167,12 @@ def of_module(
       features_fn=features_fn if has_head else None,
       inputs={
           name: jax.ShapeDtypeStruct(
-              tuple(shape), jnp.float32 if name == 'image' else jnp.int32
+              tuple(shape), image_dtype if name == 'image' else jnp.int32
           )
           for name, shape in inputs.items()
       },
       num_classes=num_classes,
+      image=image,
       statistics=frozenset(_paths(stats)),
       recalibrate_fn=recalibrate_fn if stats else None,
   )
