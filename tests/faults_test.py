@@ -14,18 +14,20 @@ import warnings
 import _forked
 import experiment_test
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from typer.testing import CliRunner
 
 import jaxsoup
+from jaxsoup import _files
 from jaxsoup import checkpoints
 from jaxsoup import cli
 from jaxsoup.experiments import main
 from jaxsoup.runtime import locking
 from jaxsoup.runtime import preemption
-from jaxsoup.train import train_state
+from jaxsoup.train import unfinished
 
 # As in the tests of checkpoints: what Orbax leaves behind when a read failed.
 pytestmark = pytest.mark.filterwarnings(
@@ -121,14 +123,15 @@ def test_train_state_comes_back(tmp_path):
   tx = optax.scale_by_adam()
   state = params, tx.update(params, tx.init(params))[1]
   stop = preemption.Stop()
-  saved = train_state.Saved(tmp_path / 'x', stop, minutes=0)
+  saved = unfinished.Saved(tmp_path / 'x', stop, minutes=0)
   assert saved.restore(state) == (0, state)
   saved.after(9, state)
   saved.after(10, state)
+  saved.wait()
   assert os.listdir(tmp_path / 'x') == ['10']
   (tmp_path / 'x' / '11.orbax-checkpoint-tmp').mkdir()
-  saved = train_state.Saved(tmp_path / 'x', stop)
-  num_done, restored = saved.restore(jax.tree.map(np.zeros_like, state))
+  saved = unfinished.Saved(tmp_path / 'x', stop)
+  num_done, restored = saved.restore(jax.tree.map(jnp.zeros_like, state))
   assert num_done == 10
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   assert [x.dtype for x in jax.tree.leaves(restored)] == [
@@ -142,9 +145,30 @@ def test_train_state_comes_back(tmp_path):
   with pytest.raises(preemption.Preempted, match='x/12 holds the training'):
     saved.after(12, state)
   assert os.listdir(tmp_path / 'x') == ['12']
-  os.truncate(tmp_path / 'x' / '12' / '_METADATA', 20)
-  with pytest.raises(ValueError, match='x/12 .*restart that training'):
+  os.truncate(tmp_path / 'x' / '12' / 'default' / '_METADATA', 20)
+  with pytest.raises(ValueError, match='x/12, .*restart that training'):
     saved.restore(state)
+
+
+@pytest.mark.parametrize('is_asked', [True, False])
+def test_no_room_for_a_train_state(tmp_path, is_asked):
+  # It is written in the background: the error must not be lost there.
+  stop = preemption.Stop()
+  stop.requested = is_asked
+  folder = tmp_path / 'x'
+  saved = unfinished.Saved(folder, stop, minutes=0)
+  rng = np.random.default_rng(0)
+  state = {'w': jax.device_put(rng.normal(size=(600, 600)).astype('f4'))}
+  error = pytest.raises(_files.FullDiskError, match='disk is full')
+  with room_for(200), error, _files.room_for(folder):
+    saved.after(1, state)
+    saved.delete()
+  stop.requested = False
+  saved = unfinished.Saved(folder, stop, minutes=0)
+  assert saved.restore(state)[0] == 0
+  saved.after(2, state)
+  saved.wait()
+  assert saved.restore(state)[0] == 2 and os.listdir(folder) == ['2']
 
 
 @pytest.mark.slow

@@ -77,8 +77,8 @@ class Saved:
     except Exception as e:  # Whatever Orbax and tensorstore raise.
       raise ValueError(
           f'{self._folder / str(step)}, the saved state of an unfinished '
-          f'training, cannot be read: {str(e).splitlines()[0]:.300} Delete it '
-          'to restart that training from scratch.'
+          f'training, cannot be read: {str(e).splitlines()[0]:.300}. Delete '
+          'it to restart that training from scratch.'
       ) from e
     self._num_restored = step
     structure = jax.tree.structure(state)
