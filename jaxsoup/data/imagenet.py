@@ -251,7 +251,7 @@ def splits(
     share: float = 0.02,
     seed: int = 0,
     labels: np.ndarray | None = None,
-    num_threads: int | None = None,
+    num_workers: int = 0,
 ) -> sources.Splits:
   """ImageNet and its shifts.
 
@@ -268,7 +268,7 @@ def splits(
     seed: of what is held out.
     labels: int [N] of the training set in the order of TFDS's records, see
       `train_labels`: a share of each class is held out. Folders need none.
-    num_threads: see `sources.Examples`.
+    num_workers: see `sources.Examples`.
 
   Returns:
     `train`, with random crops and flips; `held_out`, of the training set;
@@ -285,7 +285,7 @@ def splits(
   unknown = sorted({*shifts, *folders} - known)
   if unknown:
     raise ValueError(f'No set {unknown[0]!r}: choose from {sorted(known)}.')
-  options = dict(data_dir=data_dir, num_threads=num_threads)
+  options = dict(data_dir=data_dir, num_workers=num_workers)
   train, held_out, rule = _train(
       pixels, folders.get('train'), share, seed, labels, options
   )
@@ -302,7 +302,7 @@ def splits(
   }
   if objectnet is not None:
     sets['ObjectNet'], views['ObjectNet'] = read_objectnet(
-        objectnet, pixels, num_threads=num_threads
+        objectnet, pixels, num_workers=num_workers
     )
   return sources.Splits(
       train=train,
@@ -344,11 +344,11 @@ def _train(
     return _consecutive(train_fn, held_out_fn, share, seed, options)
   both: list[Any]
   if folder is not None:
-    num_threads = options['num_threads']
-    files = _folder(folder, train_fn, None, num_threads)
+    num_workers = options['num_workers']
+    files = _folder(folder, train_fn, None, num_workers)
     # The folder is listed once.
     again = sources.Examples(
-        files.records, held_out_fn, num_threads=num_threads
+        files.records, held_out_fn, num_workers=num_workers
     )
     both, labels = [files, again], files.labels
   else:
@@ -413,7 +413,7 @@ def _shift(
           'read it from TFDS.'
       )
     own_fn = functools.partial(_example, pixels, _own_label)
-    return _folder(folder, own_fn, shift.classes, options['num_threads'])
+    return _folder(folder, own_fn, shift.classes, options['num_workers'])
   source = tfds.source(shift.name, shift.split, example_fn, **options)
   if not shift.is_several:
     return source
@@ -432,7 +432,7 @@ def _folder(
     path: PathLike,
     example_fn: sources.ExampleFn,
     classes: tuple[int, ...] | None,
-    num_threads: int | None,
+    num_workers: int,
 ) -> sources.Folder:
   """A folder whose class folders are WordNet ids, or numbers of classes."""
   root = pathlib.Path(path)
@@ -440,7 +440,7 @@ def _folder(
   is_numbered = (root / str(numbers[0])).is_dir()
   names = [str(i) if is_numbered else wordnet_ids()[i] for i in numbers]
   return sources.Folder(
-      root, example_fn, classes=names, num_threads=num_threads
+      root, example_fn, classes=names, num_workers=num_workers
   )
 
 
@@ -498,7 +498,7 @@ def _largest(logits: Any, groups: np.ndarray) -> Any:
 
 
 def read_objectnet(
-    path: PathLike, pixels: Pixels, *, num_threads: int | None = None
+    path: PathLike, pixels: Pixels, *, num_workers: int = 0
 ) -> tuple[sources.Source, sources.ExampleFn]:
   """The 113 classes of ObjectNet that ImageNet also has.
 
@@ -510,7 +510,7 @@ def read_objectnet(
   Args:
     path: of the unpacked folder, with `images` and `mappings`.
     pixels: how images become arrays.
-    num_threads: see `sources.Examples`.
+    num_workers: see `sources.Examples`.
 
   Returns:
     The examples, with labels by the sorted names of the 113 folders, and the
@@ -537,7 +537,7 @@ def read_objectnet(
   others = {f.name for f in (root / 'images').glob('*') if f.is_dir()}
   names = [*classes, *sorted(others - set(classes))]
   folder = sources.Folder(
-      root / 'images', example_fn, classes=names, num_threads=num_threads
+      root / 'images', example_fn, classes=names, num_workers=num_workers
   )
   source = sources.subset(folder, np.flatnonzero(folder.labels < len(classes)))
   longest = max(map(len, classes.values()))

@@ -13,20 +13,24 @@ A source is read by rows, so that a shuffle is a permutation: batches depend on
 its own rows of a batch.
 """
 
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-from concurrent import futures
 import copy
 import hashlib
+import multiprocessing
 import os
 import pathlib
+import signal
+import threading
 from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 
+from absl import flags
+import grain
+import jax
 import numpy as np
 
 from jaxsoup.typing import PathLike
@@ -36,7 +40,8 @@ Batch = dict[str, np.ndarray]
 ExampleFn = Callable[[Any, np.random.Generator | None], Mapping[str, Any]]
 
 IMAGE_SUFFIXES = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
-_END: Any = object()
+# Each of them makes a whole batch.
+_NUM_THREADS = min(8, os.cpu_count() or 1)
 
 
 class Source(Protocol):
@@ -122,14 +127,21 @@ class Arrays:
 
 
 class Examples:
-  """Examples made from records when they are read, in threads.
+  """Examples made from records when they are read.
 
   Args:
     records: one for an index, such as a list or a data source of TFDS.
     example_fn: `(record, rng) -> {name: array}`, of the same shapes for all.
       `rng` is None in an evaluation; in a training its draws depend on the
       seed, the epoch and the row alone.
-    num_threads: threads that read and decode; all of the machine if None.
+    num_workers: processes that make batches of them, each a batch at a time; 0
+      makes them in threads of this process. Processes import the main script
+      again: what it does must stand under `if __name__ == '__main__'`. Batches
+      come through shared memory (in Docker: `--shm-size`).
+
+  Raises:
+    ValueError: num_workers is negative; or, when read, an example cannot be
+      made.
 
   Example:
     >>> source = Examples([3, 5], lambda record, rng: {'x': np.array(record)})
@@ -142,19 +154,20 @@ class Examples:
       records: Records,
       example_fn: ExampleFn,
       *,
-      num_threads: int | None = None,
+      num_workers: int = 0,
   ):
+    if num_workers < 0:
+      raise ValueError(f'num_workers is {num_workers}: expected 0 or more.')
     self.records = records
+    self.num_workers = num_workers
     self._example_fn = example_fn
-    self._num_threads = num_threads or os.cpu_count()
     self._draw: tuple[int, int] | None = None
 
   def __len__(self) -> int:
     return len(self.records)
 
   def __getitem__(self, rows: np.ndarray) -> Batch:
-    with futures.ThreadPoolExecutor(self._num_threads) as pool:
-      return stacked(list(pool.map(self._example, np.asarray(rows).tolist())))
+    return stacked([self._example(row) for row in np.asarray(rows).tolist()])
 
   def drawn(self, seed: int, epoch: int) -> 'Examples':
     """The same examples with the random augmentation of one epoch."""
@@ -163,7 +176,17 @@ class Examples:
     return source
 
   def _example(self, row: int) -> Mapping[str, Any]:
-    return self._example_fn(self.records[row], generator(self._draw, row))
+    try:
+      return self._example_fn(self.records[row], generator(self._draw, row))
+    except Exception as error:
+      # Not the error itself: it names no file, and may not leave a process.
+      raise ValueError(
+          f'{self._name(row)} cannot be read: {type(error).__name__}: {error}. '
+          'Replace it or leave it out.'
+      ) from error
+
+  def _name(self, row: int) -> str:
+    return f'Record {row} of {len(self)}'
 
 
 class Folder(Examples):
@@ -176,7 +199,7 @@ class Folder(Examples):
     example_fn: see `Examples`.
     classes: names of the class folders in the order of their labels; sorted
       names of all folders if None.
-    num_threads: see `Examples`.
+    num_workers: see `Examples`.
 
   Attributes:
     classes: see above.
@@ -193,7 +216,7 @@ class Folder(Examples):
       example_fn: ExampleFn,
       *,
       classes: Sequence[str] | None = None,
-      num_threads: int | None = None,
+      num_workers: int = 0,
   ):
     root = pathlib.Path(path)
     files = [
@@ -217,25 +240,37 @@ class Folder(Examples):
           f'{len(self.classes)} classes: remove them, or add them to classes.'
       )
     self.labels = np.array([label[name] for name, _ in files], np.int32)
-    records = _Files(root, files, self.labels)
-    super().__init__(records, example_fn, num_threads=num_threads)
+    names = np.array([os.fsencode(name) for _, name in files])
+    records = _Files(root, self.classes, names, self.labels)
+    super().__init__(records, example_fn, num_workers=num_workers)
+
+  def _name(self, row: int) -> str:
+    return str(self.records[row]['image'])
 
 
 class _Files:
-  """Records of a folder, each made on access: there may be a million."""
+  """Records of a folder, each made on access.
+
+  There may be a million, of which each worker gets a copy: bytes in one array.
+  """
 
   def __init__(
-      self, root: pathlib.Path, files: list[tuple[str, str]], labels: np.ndarray
+      self,
+      root: pathlib.Path,
+      classes: list[str],
+      names: np.ndarray,
+      labels: np.ndarray,
   ):
-    self._root, self._files, self._labels = root, files, labels
+    self._root, self._classes = root, classes
+    self._names, self._labels = names, labels
 
   def __len__(self) -> int:
-    return len(self._files)
+    return len(self._names)
 
   def __getitem__(self, row: int) -> dict[str, Any]:
-    folder, name = self._files[row]
     label = int(self._labels[row])
-    return {'image': self._root / folder / name, 'label': label}
+    name = os.fsdecode(self._names[row])
+    return {'image': self._root / self._classes[label] / name, 'label': label}
 
 
 class Subset:
@@ -243,6 +278,7 @@ class Subset:
 
   def __init__(self, source: Source, rows: np.ndarray):
     self._source, self.rows = source, np.asarray(rows)
+    self.num_workers = getattr(source, 'num_workers', 0)
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -279,7 +315,14 @@ def subset(source: Any, rows: np.ndarray) -> Any:
 
 def in_memory(source: Source) -> Arrays:
   """All examples of a source, read once."""
-  return Arrays(source[np.arange(len(source))])
+  if hasattr(source, 'arrays'):
+    return Arrays(source.arrays)
+  parts: dict[str, list[np.ndarray]] = {}
+  for batch in batches(source, min(256, len(source))):
+    mask = batch.pop('mask')
+    for name, x in batch.items():
+      parts.setdefault(name, []).append(x[mask])
+  return Arrays({name: np.concatenate(x) for name, x in parts.items()})
 
 
 def batches(
@@ -293,6 +336,10 @@ def batches(
     process_count: int = 1,
 ) -> Iterator[Batch]:
   """Batches of one epoch, of one size; read ahead where not in memory.
+
+  Rows, their order and their draws depend on `seed` and `epoch` alone, not on
+  workers or processes: the state of a walk is its epoch and step, and a walk
+  from `start` on is the rest of the whole one.
 
   Args:
     source: of N examples.
@@ -330,44 +377,80 @@ def batches(
   num_own = batch_size // process_count
   own = slice(process_index * num_own, (process_index + 1) * num_own)
   if hasattr(source, 'batches'):
-    reader = source.batches(batch_size, own, seed, epoch, start)
-  else:
-    reader = _random_access(source, batch_size, own, seed, epoch, start)
-  return reader if hasattr(source, 'arrays') else prefetched(reader)
+    return source.batches(batch_size, own, seed, epoch, start)
+  steps = _Steps(source, batch_size, own, seed, epoch, start)
+  if hasattr(source, 'arrays') or not len(steps):
+    return (steps[step] for step in range(len(steps)))
+  return _read_ahead(steps, getattr(source, 'num_workers', 0))
 
 
-def _random_access(
-    source: Any,
-    batch_size: int,
-    own: slice,
-    seed: int | None,
-    epoch: int,
-    start: int,
-) -> Iterator[Batch]:
-  num = len(source)
-  if seed is None:
-    for first in range(start * batch_size, num, batch_size):
-      rows = np.arange(first, first + batch_size)[own]
-      yield {**source[rows.clip(max=num - 1)], 'mask': rows < num}
-    return
-  order = np.random.default_rng([seed, epoch]).permutation(num)
-  source = _drawn(source, seed, epoch)
-  for step in range(start, num // batch_size):
-    yield source[order[step * batch_size :][:batch_size][own]]
+class _Steps:
+  """The batches of a walk by number: the rows of one process, one stacking."""
+
+  def __init__(
+      self,
+      source: Any,
+      batch_size: int,
+      own: slice,
+      seed: int | None,
+      epoch: int,
+      start: int,
+  ):
+    num = len(source)
+    self._source, self._num, self._is_masked = source, num, seed is None
+    if seed is None:
+      order = np.arange(-(-num // batch_size) * batch_size)
+    else:
+      self._source = _drawn(source, seed, epoch)
+      order = np.random.default_rng([seed, epoch]).permutation(num)
+      order = order[: num // batch_size * batch_size]
+    self._rows = order.reshape(-1, batch_size)[start:, own]
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, step: int) -> Batch:
+    rows = self._rows[step]
+    batch = self._source[rows.clip(max=self._num - 1)]
+    return {**batch, 'mask': rows < self._num} if self._is_masked else batch
 
 
-def prefetched(items: Iterator[Any], num: int = 2) -> Iterator[Any]:
-  """The same items, made by a thread that is `num` ahead.
+def _read_ahead(steps: _Steps, num_workers: int) -> Iterator[Batch]:
+  num_workers = min(num_workers, len(steps))
+  # A worker holds the batch it makes, and one that waits.
+  num_threads = 0 if num_workers else min(_NUM_THREADS, len(steps))
+  options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
+  dataset = grain.MapDataset.source(steps).to_iter_dataset(options)
+  if num_workers:
+    if not flags.FLAGS.is_parsed():
+      # It reads a flag of its own, in programs without flags too.
+      flags.FLAGS.mark_as_parsed()
+    dataset = dataset.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers), _start_worker
+    )
+  iterator = iter(dataset)
+  try:
+    yield from iterator
+  finally:
+    iterator.close()
 
-  Example:
-    >>> list(prefetched(iter('abc')))
-    ['a', 'b', 'c']
-  """
-  with futures.ThreadPoolExecutor(1) as pool:
-    ahead = deque(pool.submit(next, items, _END) for _ in range(num))
-    while (item := ahead.popleft().result()) is not _END:
-      ahead.append(pool.submit(next, items, _END))
-      yield item
+
+def _start_worker(index: int, count: int) -> None:
+  """What a worker process does first."""
+  del index, count
+  # Devices belong to the parent.
+  jax.config.update('jax_platforms', 'cpu')
+  # Those to a group of processes are the parent's: it ends its workers.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """A parent that is killed cannot end its workers."""
+  if parent := multiprocessing.parent_process():
+    parent.join()
+    os._exit(1)
 
 
 class HeldOut(NamedTuple):

@@ -6,11 +6,13 @@ label = [x['label'] for x in tfds.features('imagenet2012', 'train', ['label'])]
 ```
 """
 
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent import futures
 import copy
 import importlib.util
+import itertools
 import os
 from typing import Any
 
@@ -19,6 +21,9 @@ import numpy as np
 from jaxsoup.data import sources
 from jaxsoup.typing import PathLike
 
+# Batches that are decoded while one is in use.
+_NUM_AHEAD = 2
+
 
 def source(
     name: str,
@@ -26,7 +31,7 @@ def source(
     example_fn: sources.ExampleFn,
     *,
     data_dir: PathLike | None = None,
-    num_threads: int | None = None,
+    num_workers: int = 0,
 ) -> 'sources.Examples | Stream':
   """A prepared set of TensorFlow Datasets.
 
@@ -40,7 +45,7 @@ def source(
     example_fn: see `sources.Examples`; a record is the set's dict of features,
       an image [H, W, C] uint8 or the bytes of its file.
     data_dir: where TFDS keeps its sets; its default if None.
-    num_threads: see `sources.Examples`.
+    num_workers: see `sources.Examples`; a `Stream` has only threads.
 
   Returns:
     A source.
@@ -61,8 +66,8 @@ def source(
       ) from error
     if not isinstance(error, NotImplementedError):
       raise
-    return Stream(builder, split, example_fn, num_threads=num_threads)
-  return sources.Examples(records, example_fn, num_threads=num_threads)
+    return Stream(builder, split, example_fn)
+  return sources.Examples(records, example_fn, num_workers=num_workers)
 
 
 def features(
@@ -132,7 +137,6 @@ class Stream:
     split: such as 'train[2%:]'.
     example_fn: see `sources.Examples`.
     buffer_size: records among which the shuffle draws, kept encoded.
-    num_threads: see `sources.Examples`.
 
   Raises:
     ImportError: there is no TensorFlow.
@@ -145,12 +149,10 @@ class Stream:
       example_fn: sources.ExampleFn,
       *,
       buffer_size: int = 10_000,
-      num_threads: int | None = None,
   ):
     _require_tensorflow(builder.info.name)
     self._builder, self._split = builder, split
     self._example_fn, self._buffer_size = example_fn, buffer_size
-    self._num_threads = num_threads or os.cpu_count()
     self._rows: np.ndarray | None = None
 
   def __len__(self) -> int:
@@ -159,7 +161,7 @@ class Stream:
     return self._builder.info.splits[self._split].num_examples
 
   def __getitem__(self, rows: np.ndarray) -> sources.Batch:
-    """Reads up to the last of the rows; meant for all of a small set."""
+    """Reads up to the last of the rows; meant for a few of the first."""
     rows = np.asarray(rows)
     wanted = set(rows.tolist())
     records: dict[int, Any] = {}
@@ -168,7 +170,9 @@ class Stream:
         records[row] = record
       if len(records) == len(wanted):
         break
-    return self._decoded([(int(row), records[int(row)]) for row in rows], None)
+    return sources.stacked(
+        [self._example(None, row, records[row]) for row in rows.tolist()]
+    )
 
   def only(self, rows: np.ndarray) -> 'Stream':
     """Some rows, ascending; they can be walked in order, not shuffled."""
@@ -200,21 +204,32 @@ class Stream:
           '`tfds convert_format --out_file_format=array_record`.'
       )
     draw = None if seed is None else (seed, epoch)
-    chunk: list[tuple[int, Any]] = []
-    for row, record in enumerate(self._records(seed, epoch)):
-      if row < start * batch_size:
-        continue
-      chunk.append((row, record))
-      if len(chunk) == batch_size:
-        batch = self._decoded(chunk[own], draw)
-        if seed is None:
-          batch['mask'] = np.ones(len(chunk[own]), bool)
-        chunk = []
-        yield batch
-    if chunk and seed is None:
+
+    def finished(work, mask):
+      batch = sources.stacked([example.result() for example in work])
+      return batch if draw else {**batch, 'mask': mask}
+
+    with futures.ThreadPoolExecutor() as pool:
+      ahead: deque[Any] = deque()
+      for chunk, mask in self._chunks(batch_size, seed, epoch, start):
+        work = [pool.submit(self._example, draw, *x) for x in chunk[own]]
+        ahead.append((work, mask[own]))
+        if len(ahead) > _NUM_AHEAD:
+          yield finished(*ahead.popleft())
+      yield from itertools.starmap(finished, ahead)
+
+  def _chunks(
+      self, batch_size: int, seed: int | None, epoch: int, start: int
+  ) -> Iterator[tuple[list[tuple[int, Any]], np.ndarray]]:
+    """Rows and records of each batch, and which of them are no padding."""
+    records = itertools.islice(
+        enumerate(self._records(seed, epoch)), start * batch_size, None
+    )
+    while chunk := list(itertools.islice(records, batch_size)):
       is_real = np.arange(batch_size) < len(chunk)
       chunk += chunk[-1:] * (batch_size - len(chunk))
-      yield {**self._decoded(chunk[own], None), 'mask': is_real[own]}
+      if seed is None or is_real.all():
+        yield chunk, is_real
 
   def _records(self, seed: int | None, epoch: int) -> Iterator[Any]:
     """Records with encoded images, shuffled if there is a seed."""
@@ -238,15 +253,10 @@ class Stream:
     chosen = set(self._rows.tolist())
     return (record for row, record in enumerate(records) if row in chosen)
 
-  def _decoded(
-      self, chunk: list[tuple[int, Any]], draw: tuple[int, int] | None
-  ) -> sources.Batch:
-    def example(item):
-      row, record = item
-      return self._example_fn(record, sources.generator(draw, row))
-
-    with futures.ThreadPoolExecutor(self._num_threads) as pool:
-      return sources.stacked(list(pool.map(example, chunk)))
+  def _example(
+      self, draw: tuple[int, int] | None, row: int, record: Any
+  ) -> Any:
+    return self._example_fn(record, sources.generator(draw, row))
 
 
 def _require_tensorflow(name: str) -> None:

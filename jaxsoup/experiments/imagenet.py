@@ -9,6 +9,7 @@ splits = imagenet.splits(config)
 import atexit
 from collections.abc import Sequence
 import functools
+import os
 import tempfile
 
 import ml_collections
@@ -50,7 +51,7 @@ def config(
     where the data lie: `path`, the folder of TFDS, empty for its default;
     `folders` of images in its place; `objectnet`, empty leaves that set out;
     `labels`, an .npy file of those of the training set, of each class of which
-    a share is then held out.
+    a share is then held out; `num_workers`, the processes that read.
   """
   config = ml_collections.ConfigDict()
   config.seed = 0
@@ -64,6 +65,7 @@ def config(
       objectnet='',
       labels='',
       share=0.2 if is_short else 0.02,
+      num_workers=0 if is_short else os.cpu_count(),
   )
   config.finetune = defaults.training(
       num_epochs=10,
@@ -140,6 +142,7 @@ def splits(config: ml_collections.ConfigDict) -> sources.Splits:
       share=data.share,
       seed=config.seed,
       labels=np.load(data.labels) if data.labels else None,
+      num_workers=data.num_workers,
   )
 
 
