@@ -18,6 +18,7 @@ _PACKAGES = (
     'flax',
     'optax',
     'orbax-checkpoint',
+    'grain',
     'tensorstore',
     'numpy',
     'ml_collections',

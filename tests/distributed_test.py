@@ -165,6 +165,74 @@ def test_an_environment_that_says_too_little(tmp_path):
     assert code == 1 and text in err, err
 
 
+# Evaluates a set that is not in memory twice: its scores, and what was decoded.
+EVALUATION = """
+import collections
+import json
+import sys
+
+import jax
+import numpy as np
+
+port, num, process = map(int, sys.argv[1:])
+if num > 1:
+  jax.distributed.initialize(f'127.0.0.1:{port}', num, process)
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxsoup import _memory, evaluation
+from jaxsoup.data import sources
+from jaxsoup.experiments import cook
+
+decoded = collections.Counter()
+
+def example_fn(record, rng):
+  decoded[int(record)] += 1
+  return {'x': np.float32(record), 'label': np.int32(record % 3)}
+
+_memory.free_bytes = lambda device: 0
+# Not in the order of the processes.
+mesh = Mesh(np.array(jax.devices())[::-1], 'fsdp')
+batches = cook.batches_of(
+    sources.Examples(np.arange(48), example_fn),
+    16,
+    NamedSharding(mesh, PartitionSpec('fsdp')),
+)
+decoded.clear()  # The first was read to know its size.
+times = lambda name: lambda params, batch: params * batch[name]
+values_fn = evaluation.logits_of(times('x'), batches)
+eval_fn = evaluation.mean_of(times('label'), batches)
+values = [values_fn(2.0).tolist(), values_fn(3.0).tolist(), eval_fn(2.0)]
+print(json.dumps([values, sorted(decoded.items())]))
+"""
+
+
+def _evaluated(num):
+  port = _free_port()
+  flags = {'XLA_FLAGS': _xla.flags(4 // num), 'JAX_PLATFORMS': 'cpu'}
+  results = _finish(
+      [
+          _start(['-c', EVALUATION, port, num, i], env=os.environ | flags)
+          for i in range(num)
+      ]
+  )
+  for code, _, err in results:
+    assert code == 0, err
+  return [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+
+
+def test_an_evaluation_decodes_each_example_once():
+  ((values, decoded),) = _evaluated(1)
+  assert values == [
+      [2.0 * i for i in range(48)], [3.0 * i for i in range(48)], 2.0
+  ]  # fmt: skip
+  assert decoded == [[i, 1] for i in range(48)]
+  (first, own), (second, others) = _evaluated(2)
+  assert first == second == values
+  is_first = lambda row: row % 16 >= 8
+  assert own == [[i, 1] for i in range(48) if is_first(i)]
+  assert others == [[i, 1] for i in range(48) if not is_first(i)]
+
+
 # --- Experiments --------------------------------------------------------------
 
 # The digits, read as what does not fit into memory: one run on all devices.

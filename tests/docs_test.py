@@ -19,6 +19,7 @@ from jaxsoup import checkpoints
 from jaxsoup import evaluation
 from jaxsoup import metrics
 from jaxsoup import statistics
+from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import workdirs
 from jaxsoup.runtime import user_code
@@ -308,6 +309,9 @@ RAISE = {
         str(ROOT.parent / 'configs/digits.py'), ['--config.sed=1']
     ),
     'sweep.shard is': lambda p: _shard('4/4'),
+    '… cannot be read': lambda p: sources.Examples([0], lambda x, rng: x / 0)[
+        np.array([0])
+    ],
 }  # fmt: skip
 
 

@@ -290,6 +290,30 @@ def test_early_stopping_takes_batches_of_the_size_that_is_planned():
   assert [len(b['label']) for b in last] == [20]
 
 
+@pytest.mark.parametrize('free, is_kept', [(10**6, True), (1000, False)])
+def test_batches_stay_on_the_host_where_they_fit(monkeypatch, free, is_kept):
+  decoded = []
+
+  def example_fn(record, rng):
+    del rng
+    decoded.append(int(record))
+    return {'x': np.full(100, record, np.uint8)}
+
+  monkeypatch.setattr(cook._memory, 'free_bytes', lambda device: 0)
+  monkeypatch.setattr(cook._memory, 'host_free_bytes', lambda: free)
+  batches = cook.batches_of(sources.Examples(np.arange(12), example_fn), 4)
+  decoded.clear()  # The first was read to know its size.
+  # A walk that is cut short, as by an early rejection, and whole ones.
+  assert next(iter(batches))['x'].dtype == np.uint8
+  for _ in range(2):
+    x = np.concatenate([batch['x'] for batch in batches])
+    np.testing.assert_array_equal(x, np.arange(12)[:, None].repeat(100, 1))
+  assert decoded.count(0) == (1 if is_kept else 3)
+  decoded.clear()
+  list(batches)
+  assert len(decoded) == (0 if is_kept else 12)
+
+
 def test_metrics_of_the_training(uninterrupted):
   lines = (uninterrupted / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]

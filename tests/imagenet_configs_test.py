@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import pathlib
 
 from flax import nnx
@@ -124,6 +125,17 @@ def test_sweep_of_the_paper():
 def test_unknown_arguments(name):
   with pytest.raises(configs.UsageError, match="'runlocl'.*'runlocal'"):
     load(f'{name}:runlocl')
+
+
+def test_the_number_of_workers_may_change(tmp_path):
+  file, name = tmp_path / 'config.json', 'imagenet_clip_b32'
+  for num_workers in (0, 8):
+    config = load(name, f'data.num_workers={num_workers}').config
+    configs.check_unchanged(config, file)
+    (tmp_path / 'runs').mkdir(exist_ok=True)
+  assert load(name).config.data.num_workers == os.cpu_count()
+  with pytest.raises(configs.UsageError, match='-1: expected 0 or more'):
+    load(name, 'data.num_workers=-1')
 
 
 def test_folders_in_place_of_tfds(tmp_path):

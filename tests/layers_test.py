@@ -55,7 +55,7 @@ ALLOWED = (
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'scipy', 'tensorstore'}
     | {'torch', 'xxhash'},
     BASIC
-    | {'PIL', 'flax', 'scipy', 'sentencepiece', 'sklearn'}
+    | {'PIL', 'absl', 'flax', 'grain', 'scipy', 'sentencepiece', 'sklearn'}
     | {'tensorflow_datasets', 'tokenizers'},
     FLAX | {'etils', 'orbax'},
     FLAX | {'absl', 'rich'},

@@ -4,7 +4,13 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 from PIL import Image
@@ -110,7 +116,7 @@ def _sources():
   examples = sources.Examples(everything, example_fn)
   return {
       'arrays': sources.Arrays({'label': np.arange(NUM, dtype=np.int32)}),
-      'examples': sources.Examples(np.arange(NUM), example_fn, num_threads=3),
+      'examples': sources.Examples(np.arange(NUM), example_fn),
       'subset': sources.subset(examples, everything[::2]),
   }
 
@@ -236,33 +242,147 @@ def test_arrays_of_different_lengths_are_refused():
     sources.Arrays({})
 
 
-def test_prefetching_is_ahead_and_passes_errors_on():
-  made, is_made = [], threading.Event()
+def test_batches_are_read_ahead():
+  read, is_ahead = [], threading.Event()
 
-  def items():
-    for i in range(6):
-      made.append(i)
-      if i == 3:
-        is_made.set()
-      if i == 5:
-        raise OSError('disk')
-      yield i
+  def noted(record, rng):
+    del rng
+    read.append(int(record))
+    if len(read) > 1:
+      is_ahead.set()
+    return {'x': record}
 
-  ahead = sources.prefetched(items(), num=3)
-  assert next(ahead) == 0
-  assert is_made.wait(10) and len(made) <= 5
-  assert [next(ahead) for _ in range(4)] == [1, 2, 3, 4]
-  with pytest.raises(OSError, match='disk'):
-    next(ahead)
+  walk = sources.batches(sources.Examples(np.arange(NUM), noted), 1)
+  assert next(walk)['x'] == 0
+  assert is_ahead.wait(10)
+  assert [int(batch['x'][0]) for batch in walk] == list(range(1, NUM))
+  assert sorted(read) == list(range(NUM))
 
 
-def test_an_abandoned_walk_ends_its_thread():
+def test_an_abandoned_walk_ends_its_threads():
   num_before = threading.active_count()
   source = sources.Examples(np.arange(NUM), example_fn)
   walk = sources.batches(source, 2, seed=0)
   next(walk)
   walk.close()
-  assert threading.active_count() == num_before
+  _wait_for(lambda: threading.active_count() == num_before)
+
+
+def _wait_for(condition):
+  deadline = time.monotonic() + 30
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def _walk(num_workers, num_processes, **options):
+  """A walk through every second record; the parts of all processes joined."""
+
+  # Sent to a worker as it is: to import this file takes long.
+  def drawn(record, rng):
+    draw = 0.0 if rng is None else rng.random()
+    return {'label': np.int32(record), 'draw': np.float32(draw)}
+
+  source = sources.Examples(np.arange(2 * NUM), drawn, num_workers=num_workers)
+  source = sources.subset(source, np.arange(0, 2 * NUM, 2))
+  parts = [
+      sources.batches(
+          source, 4, process_index=i, process_count=num_processes, **options
+      )
+      for i in range(num_processes)
+  ]
+  return [
+      {name: np.concatenate([b[name] for b in group]) for name in group[0]}
+      for group in zip(*parts, strict=True)
+  ]
+
+
+@pytest.mark.parametrize('num_workers, num_processes', [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize('seed, start', [(None, 0), (7, 2)])
+def test_workers_and_processes_change_no_bit(
+    num_workers, num_processes, seed, start
+):
+  whole = _walk(0, 1, seed=seed, epoch=3)
+  assert len(whole) == (6 if seed is None else 5)
+  rest = _walk(num_workers, num_processes, seed=seed, epoch=3, start=start)
+  _assert_equal(whole[start:], rest)
+
+
+WORKER = """
+import os
+import sys
+
+import jax
+import numpy as np
+
+from jaxsoup.data import sources
+
+def example_fn(record, rng):
+  is_cpu = jax.devices()[0].platform == 'cpu'
+  return {'worker': np.int32(os.getpid()), 'is_cpu': is_cpu}
+
+if __name__ == '__main__':
+  source = sources.Examples(range(10), example_fn, num_workers=1)
+  walk = sources.batches(source, 2)
+  batch = next(walk)
+  print(batch['worker'][0], os.getpid(), batch['is_cpu'].all(), flush=True)
+  sys.stdin.read()
+"""
+
+
+def test_workers_see_no_devices_and_end_with_their_parent(tmp_path):
+  (tmp_path / 'main.py').write_text(WORKER)
+  with subprocess.Popen(
+      [sys.executable, tmp_path / 'main.py'],
+      # A platform that is not there: the parent asks for no device.
+      env=os.environ | {'JAX_PLATFORMS': 'cuda'},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+  ) as parent:
+    worker, pid, is_cpu = parent.stdout.readline().split()
+    worker = int(worker)
+    assert int(pid) == parent.pid != worker and is_cpu == 'True'
+    # A signal to all processes of a group is for the parent to answer.
+    os.kill(worker, signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(worker, 0)
+    parent.kill()
+  _wait_for(lambda: not _is_running(worker))
+
+
+def _is_running(pid):
+  try:
+    state = pathlib.Path(f'/proc/{pid}/stat').read_text().rsplit(')')[1].split()
+  except FileNotFoundError:
+    return False
+  return state[0] != 'Z'
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_an_example_that_cannot_be_made_is_named(tmp_path, num_workers):
+  (tmp_path / 'cat').mkdir()
+  for i in range(3):
+    Image.new('L', (64, 64)).save(tmp_path / 'cat' / f'{i}.jpg')
+  damaged = tmp_path / 'cat' / '1.jpg'
+  damaged.write_bytes(damaged.read_bytes()[:-90])
+  source = sources.Folder(tmp_path, image_fn, num_workers=num_workers)
+  words = f'{damaged} cannot be read: OSError: .*runcated'
+  with pytest.raises(ValueError, match=words):
+    list(sources.batches(source, 1))
+  assert source[np.array([0, 2])]['image'].shape == (2, 64, 64)
+
+
+def test_a_record_without_a_file_is_named_by_its_row():
+  source = sources.Examples([1, 0], lambda x, rng: {'x': np.array(1 // x)})
+  words = 'Record 1 of 2 cannot be read: ZeroDivisionError'
+  with pytest.raises(ValueError, match=words):
+    sources.subset(source, np.array([1]))[np.array([0])]
+
+
+def test_a_negative_number_of_workers_is_refused():
+  with pytest.raises(ValueError, match='num_workers is -1: expected 0'):
+    sources.Examples([1], example_fn, num_workers=-1)
 
 
 class Plain:
@@ -434,7 +554,7 @@ def test_encoded_images_without_tensorflow(tmp_path, monkeypatch):
   for owner, name in ((Image, 'open'), (feature, 'decode_example_np')):
     monkeypatch.setattr(owner, name, None)
   np.testing.assert_array_equal(sources.labels_of(source), batch['label'])
-  with pytest.raises(TypeError):
+  with pytest.raises(ValueError, match='Record 0 of .* cannot be read'):
     source[np.arange(1)]
 
 

@@ -242,7 +242,7 @@ def splits(
     seed: int = 0,
     labels: np.ndarray | None = None,
     min_area: float = 0.08,
-    num_threads: int | None = None,
+    num_workers: int = 0,
 ) -> sources.Splits:
   """ImageNet and its shifts.
 
@@ -260,7 +260,7 @@ def splits(
     labels: int [N] of the training set in the order of TFDS's records, see
       `train_labels`: a share of each class is held out. Folders need none.
     min_area: see `trained`.
-    num_threads: see `sources.Examples`.
+    num_workers: see `sources.Examples`.
 
   Returns:
     `train`, with random crops and flips; `held_out`, of the training set;
@@ -277,7 +277,7 @@ def splits(
   unknown = sorted({*shifts, *folders} - known)
   if unknown:
     raise ValueError(f'No set {unknown[0]!r}: choose from {sorted(known)}.')
-  options = dict(data_dir=data_dir, num_threads=num_threads)
+  options = dict(data_dir=data_dir, num_workers=num_workers)
   train, held_out, rule = _train(
       spec, min_area, folders.get('train'), share, seed, labels, options
   )
@@ -294,7 +294,7 @@ def splits(
   }
   if objectnet is not None:
     sets['ObjectNet'], views['ObjectNet'] = read_objectnet(
-        objectnet, spec, num_threads=num_threads
+        objectnet, spec, num_workers=num_workers
     )
   return sources.Splits(
       train=train,
@@ -338,11 +338,11 @@ def _train(
     return _consecutive(train_fn, held_out_fn, share, seed, options)
   both: list[Any]
   if folder is not None:
-    num_threads = options['num_threads']
-    files = _folder(folder, train_fn, None, num_threads)
+    num_workers = options['num_workers']
+    files = _folder(folder, train_fn, None, num_workers)
     # The folder is listed once.
     again = sources.Examples(
-        files.records, held_out_fn, label_fn=label_fn, num_threads=num_threads
+        files.records, held_out_fn, label_fn=label_fn, num_workers=num_workers
     )
     both, labels = [files, again], files.labels
   else:
@@ -406,7 +406,7 @@ def _shift(
           'read it from TFDS.'
       )
     own_fn = functools.partial(_example, spec, _own_label)
-    return _folder(folder, own_fn, shift.classes, options['num_threads'])
+    return _folder(folder, own_fn, shift.classes, options['num_workers'])
   source = tfds.source(
       shift.name, shift.split, example_fn, label_fn=label_fn, **options
   )
@@ -427,7 +427,7 @@ def _folder(
     path: PathLike,
     example_fn: sources.ExampleFn,
     classes: tuple[int, ...] | None,
-    num_threads: int | None,
+    num_workers: int,
 ) -> sources.Folder:
   """A folder whose class folders are WordNet ids, or numbers of classes."""
   root = pathlib.Path(path)
@@ -435,7 +435,7 @@ def _folder(
   is_numbered = (root / str(numbers[0])).is_dir()
   names = [str(i) if is_numbered else wordnet_ids()[i] for i in numbers]
   return sources.Folder(
-      root, example_fn, classes=names, num_threads=num_threads
+      root, example_fn, classes=names, num_workers=num_workers
   )
 
 
@@ -495,7 +495,7 @@ def read_objectnet(
     path: PathLike,
     spec: preparation.ImageSpec,
     *,
-    num_threads: int | None = None,
+    num_workers: int = 0,
 ) -> tuple[sources.Source, sources.ExampleFn]:
   """The 113 classes of ObjectNet that ImageNet also has.
 
@@ -507,7 +507,7 @@ def read_objectnet(
   Args:
     path: of the unpacked folder, with `images` and `mappings`.
     spec: of the images; they come as uint8.
-    num_threads: see `sources.Examples`.
+    num_workers: see `sources.Examples`.
 
   Returns:
     The examples, with labels by the sorted names of the 113 folders, and the
@@ -534,7 +534,7 @@ def read_objectnet(
   others = {f.name for f in (root / 'images').glob('*') if f.is_dir()}
   names = [*classes, *sorted(others - set(classes))]
   folder = sources.Folder(
-      root / 'images', example_fn, classes=names, num_threads=num_threads
+      root / 'images', example_fn, classes=names, num_workers=num_workers
   )
   source = sources.subset(folder, np.flatnonzero(folder.labels < len(classes)))
   longest = max(map(len, classes.values()))

@@ -13,20 +13,24 @@ A source is read by rows, so that a shuffle is a permutation: batches depend on
 its own rows of a batch.
 """
 
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-from concurrent import futures
 import copy
 import hashlib
+import multiprocessing
 import os
 import pathlib
+import signal
+import threading
 from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 
+from absl import flags
+import grain
+import jax
 import numpy as np
 
 from jaxsoup.typing import PathLike
@@ -37,7 +41,8 @@ ExampleFn = Callable[[Any, np.random.Generator | None], Mapping[str, Any]]
 LabelFn = Callable[[Any], Any]
 
 IMAGE_SUFFIXES = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
-_END: Any = object()
+# Each of them makes a whole batch.
+_NUM_THREADS = min(8, os.cpu_count() or 1)
 
 
 class Source(Protocol):
@@ -128,7 +133,7 @@ class Arrays:
 
 
 class Examples:
-  """Examples made from records when they are read, in threads.
+  """Examples made from records when they are read.
 
   Args:
     records: one for an index, such as a list or a data source of TFDS.
@@ -137,7 +142,14 @@ class Examples:
       seed, the epoch and the row alone.
     label_fn: record -> the label that `example_fn` gives it, by itself; None
       makes whole examples for their labels.
-    num_threads: threads that read and decode; all of the machine if None.
+    num_workers: processes that make batches of them, each a batch at a time; 0
+      makes them in threads of this process. Processes import the main script
+      again: what it does must stand under `if __name__ == '__main__'`. Batches
+      come through shared memory (in Docker: `--shm-size`).
+
+  Raises:
+    ValueError: num_workers is negative; or, when read, an example cannot be
+      made.
 
   Example:
     >>> source = Examples([3, 5], lambda record, rng: {'x': np.array(record)})
@@ -151,19 +163,20 @@ class Examples:
       example_fn: ExampleFn,
       *,
       label_fn: LabelFn | None = None,
-      num_threads: int | None = None,
+      num_workers: int = 0,
   ):
+    if num_workers < 0:
+      raise ValueError(f'num_workers is {num_workers}: expected 0 or more.')
     self.records = records
+    self.num_workers = num_workers
     self._example_fn, self._label_fn = example_fn, label_fn
-    self._num_threads = num_threads or os.cpu_count()
     self._draw: tuple[int, int] | None = None
 
   def __len__(self) -> int:
     return len(self.records)
 
   def __getitem__(self, rows: np.ndarray) -> Batch:
-    with futures.ThreadPoolExecutor(self._num_threads) as pool:
-      return stacked(list(pool.map(self._example, np.asarray(rows).tolist())))
+    return stacked([self._example(row) for row in np.asarray(rows).tolist()])
 
   def labels_of(self, rows: np.ndarray) -> np.ndarray:
     """Labels of these rows."""
@@ -178,7 +191,17 @@ class Examples:
     return source
 
   def _example(self, row: int) -> Mapping[str, Any]:
-    return self._example_fn(self.records[row], generator(self._draw, row))
+    try:
+      return self._example_fn(self.records[row], generator(self._draw, row))
+    except Exception as error:
+      # Not the error itself: it names no file, and may not leave a process.
+      raise ValueError(
+          f'{self._name(row)} cannot be read: {type(error).__name__}: {error}. '
+          'Replace it or leave it out.'
+      ) from error
+
+  def _name(self, row: int) -> str:
+    return f'Record {row} of {len(self)}'
 
 
 class Folder(Examples):
@@ -191,7 +214,7 @@ class Folder(Examples):
     example_fn: see `Examples`; the label of an example is that of its record.
     classes: names of the class folders in the order of their labels; sorted
       names of all folders if None.
-    num_threads: see `Examples`.
+    num_workers: see `Examples`.
 
   Attributes:
     classes: see above.
@@ -208,7 +231,7 @@ class Folder(Examples):
       example_fn: ExampleFn,
       *,
       classes: Sequence[str] | None = None,
-      num_threads: int | None = None,
+      num_workers: int = 0,
   ):
     root = pathlib.Path(path)
     files = [
@@ -232,8 +255,12 @@ class Folder(Examples):
           f'{len(self.classes)} classes: remove them, or add them to classes.'
       )
     self.labels = np.array([label[name] for name, _ in files], np.int32)
-    records = _Files(root, files, self.labels)
-    super().__init__(records, example_fn, num_threads=num_threads)
+    names = np.array([os.fsencode(name) for _, name in files])
+    records = _Files(root, self.classes, names, self.labels)
+    super().__init__(records, example_fn, num_workers=num_workers)
+
+  def _name(self, row: int) -> str:
+    return str(self.records[row]['image'])
 
   def labels_of(self, rows: np.ndarray) -> np.ndarray:
     """Labels of these rows, by their folders."""
@@ -241,20 +268,28 @@ class Folder(Examples):
 
 
 class _Files:
-  """Records of a folder, each made on access: there may be a million."""
+  """Records of a folder, each made on access.
+
+  There may be a million, of which each worker gets a copy: bytes in one array.
+  """
 
   def __init__(
-      self, root: pathlib.Path, files: list[tuple[str, str]], labels: np.ndarray
+      self,
+      root: pathlib.Path,
+      classes: list[str],
+      names: np.ndarray,
+      labels: np.ndarray,
   ):
-    self._root, self._files, self._labels = root, files, labels
+    self._root, self._classes = root, classes
+    self._names, self._labels = names, labels
 
   def __len__(self) -> int:
-    return len(self._files)
+    return len(self._names)
 
   def __getitem__(self, row: int) -> dict[str, Any]:
-    folder, name = self._files[row]
     label = int(self._labels[row])
-    return {'image': self._root / folder / name, 'label': label}
+    name = os.fsdecode(self._names[row])
+    return {'image': self._root / self._classes[label] / name, 'label': label}
 
 
 class Subset:
@@ -262,6 +297,7 @@ class Subset:
 
   def __init__(self, source: Source, rows: np.ndarray):
     self._source, self.rows = source, np.asarray(rows)
+    self.num_workers = getattr(source, 'num_workers', 0)
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -321,7 +357,14 @@ def _labels_of_examples(source: Source, rows: np.ndarray) -> np.ndarray:
 
 def in_memory(source: Source) -> Arrays:
   """All examples of a source, read once."""
-  return Arrays(source[np.arange(len(source))])
+  if hasattr(source, 'arrays'):
+    return Arrays(source.arrays)
+  parts: dict[str, list[np.ndarray]] = {}
+  for batch in batches(source, min(256, len(source))):
+    mask = batch.pop('mask')
+    for name, x in batch.items():
+      parts.setdefault(name, []).append(x[mask])
+  return Arrays({name: np.concatenate(x) for name, x in parts.items()})
 
 
 def batches(
@@ -335,6 +378,10 @@ def batches(
     process_count: int = 1,
 ) -> Iterator[Batch]:
   """Batches of one epoch, of one size; read ahead where not in memory.
+
+  Rows, their order and their draws depend on `seed` and `epoch` alone, not on
+  workers or processes: the state of a walk is its epoch and step, and a walk
+  from `start` on is the rest of the whole one.
 
   Args:
     source: of N examples.
@@ -372,30 +419,11 @@ def batches(
   num_own = batch_size // process_count
   own = slice(process_index * num_own, (process_index + 1) * num_own)
   if hasattr(source, 'batches'):
-    reader = source.batches(batch_size, own, seed, epoch, start)
-  else:
-    reader = _random_access(source, batch_size, own, seed, epoch, start)
-  return reader if hasattr(source, 'arrays') else prefetched(reader)
-
-
-def _random_access(
-    source: Any,
-    batch_size: int,
-    own: slice,
-    seed: int | None,
-    epoch: int,
-    start: int,
-) -> Iterator[Batch]:
-  num = len(source)
-  if seed is None:
-    for first in range(start * batch_size, num, batch_size):
-      rows = np.arange(first, first + batch_size)[own]
-      yield {**source[rows.clip(max=num - 1)], 'mask': rows < num}
-    return
-  order = shuffled(num, seed, epoch)
-  source = _drawn(source, seed, epoch)
-  for step in range(start, num // batch_size):
-    yield source[order[step * batch_size :][:batch_size][own]]
+    return source.batches(batch_size, own, seed, epoch, start)
+  steps = _Steps(source, batch_size, own, seed, epoch, start)
+  if hasattr(source, 'arrays') or not len(steps):
+    return (steps[step] for step in range(len(steps)))
+  return _read_ahead(steps, getattr(source, 'num_workers', 0))
 
 
 def shuffled(num: int, seed: int, epoch: int) -> np.ndarray:
@@ -403,18 +431,73 @@ def shuffled(num: int, seed: int, epoch: int) -> np.ndarray:
   return np.random.default_rng([*b'shuffle', seed, epoch]).permutation(num)
 
 
-def prefetched(items: Iterator[Any], num: int = 2) -> Iterator[Any]:
-  """The same items, made by a thread that is `num` ahead.
+class _Steps:
+  """The batches of a walk by number: the rows of one process, one stacking."""
 
-  Example:
-    >>> list(prefetched(iter('abc')))
-    ['a', 'b', 'c']
-  """
-  with futures.ThreadPoolExecutor(1) as pool:
-    ahead = deque(pool.submit(next, items, _END) for _ in range(num))
-    while (item := ahead.popleft().result()) is not _END:
-      ahead.append(pool.submit(next, items, _END))
-      yield item
+  def __init__(
+      self,
+      source: Any,
+      batch_size: int,
+      own: slice,
+      seed: int | None,
+      epoch: int,
+      start: int,
+  ):
+    num = len(source)
+    self._source, self._num, self._is_masked = source, num, seed is None
+    if seed is None:
+      order = np.arange(-(-num // batch_size) * batch_size)
+    else:
+      self._source = _drawn(source, seed, epoch)
+      order = shuffled(num, seed, epoch)
+      order = order[: num // batch_size * batch_size]
+    self._rows = order.reshape(-1, batch_size)[start:, own]
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, step: int) -> Batch:
+    rows = self._rows[step]
+    batch = self._source[rows.clip(max=self._num - 1)]
+    return {**batch, 'mask': rows < self._num} if self._is_masked else batch
+
+
+def _read_ahead(steps: _Steps, num_workers: int) -> Iterator[Batch]:
+  num_workers = min(num_workers, len(steps))
+  # A worker holds the batch it makes, and one that waits.
+  num_threads = 0 if num_workers else min(_NUM_THREADS, len(steps))
+  options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
+  dataset = grain.MapDataset.source(steps).to_iter_dataset(options)
+  if num_workers:
+    if not flags.FLAGS.is_parsed():
+      # It reads a flag of its own, in programs without flags too.
+      flags.FLAGS.mark_as_parsed()
+    dataset = dataset.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers), _start_worker
+    )
+  iterator = iter(dataset)
+  try:
+    yield from iterator
+  finally:
+    iterator.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+  """What a worker process does first."""
+  del index, count
+  # Devices belong to the parent.
+  jax.config.update('jax_platforms', 'cpu')
+  # Those to a group of processes are the parent's: it ends its workers.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """A parent that is killed cannot end its workers."""
+  if parent := multiprocessing.parent_process():
+    parent.join()
+    os._exit(1)
 
 
 class HeldOut(NamedTuple):

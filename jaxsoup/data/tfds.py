@@ -6,11 +6,13 @@ label = [x['label'] for x in tfds.features('imagenet2012', 'train', ['label'])]
 ```
 """
 
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent import futures
 import copy
 import importlib.util
+import itertools
 import os
 from typing import Any
 
@@ -18,6 +20,9 @@ import numpy as np
 
 from jaxsoup.data import sources
 from jaxsoup.typing import PathLike
+
+# Batches that are decoded while one is in use.
+_NUM_AHEAD = 2
 
 
 def source(
@@ -27,7 +32,7 @@ def source(
     *,
     label_fn: sources.LabelFn | None = None,
     data_dir: PathLike | None = None,
-    num_threads: int | None = None,
+    num_workers: int = 0,
 ) -> 'sources.Examples | Stream':
   """A prepared set of TensorFlow Datasets.
 
@@ -42,7 +47,7 @@ def source(
       an image the bytes of its file.
     label_fn: see `sources.Examples`.
     data_dir: where TFDS keeps its sets; its default if None.
-    num_threads: see `sources.Examples`.
+    num_workers: see `sources.Examples`; a `Stream` has only threads.
 
   Returns:
     A source.
@@ -52,7 +57,6 @@ def source(
     ImportError: the files are tfrecords, and there is no TensorFlow.
   """
   builder = _builder(name, data_dir)
-  options: Any = dict(label_fn=label_fn, num_threads=num_threads)
   try:
     records = builder.as_data_source(split, decoders=_encoded_images(builder))
   except (NotImplementedError, ValueError) as error:
@@ -64,8 +68,10 @@ def source(
       ) from error
     if not isinstance(error, NotImplementedError):
       raise
-    return Stream(builder, split, example_fn, **options)
-  return sources.Examples(records, example_fn, **options)
+    return Stream(builder, split, example_fn, label_fn=label_fn)
+  return sources.Examples(
+      records, example_fn, label_fn=label_fn, num_workers=num_workers
+  )
 
 
 def features(
@@ -136,7 +142,6 @@ class Stream:
     example_fn: see `sources.Examples`.
     label_fn: see `sources.Examples`.
     buffer_size: records among which the shuffle draws, kept encoded.
-    num_threads: see `sources.Examples`.
 
   Raises:
     ImportError: there is no TensorFlow.
@@ -150,13 +155,11 @@ class Stream:
       *,
       label_fn: sources.LabelFn | None = None,
       buffer_size: int = 10_000,
-      num_threads: int | None = None,
   ):
     _require_tensorflow(builder.info.name)
     self._builder, self._split = builder, split
     self._example_fn, self._label_fn = example_fn, label_fn
     self._buffer_size = buffer_size
-    self._num_threads = num_threads or os.cpu_count()
     self._rows: np.ndarray | None = None
 
   def __len__(self) -> int:
@@ -165,7 +168,7 @@ class Stream:
     return self._builder.info.splits[self._split].num_examples
 
   def __getitem__(self, rows: np.ndarray) -> sources.Batch:
-    """Reads up to the last of the rows; meant for all of a small set."""
+    """Reads up to the last of the rows; meant for a few of the first."""
     rows = np.asarray(rows)
     wanted = set(rows.tolist())
     records: dict[int, Any] = {}
@@ -174,7 +177,9 @@ class Stream:
         records[row] = record
       if len(records) == len(wanted):
         break
-    return self._decoded([(int(row), records[int(row)]) for row in rows], None)
+    return sources.stacked(
+        [self._example(None, row, records[row]) for row in rows.tolist()]
+    )
 
   def labels_of(self, rows: np.ndarray) -> np.ndarray:
     """Labels of these rows, by one walk through all records."""
@@ -217,21 +222,32 @@ class Stream:
           '`tfds convert_format --out_file_format=array_record`.'
       )
     draw = None if seed is None else (seed, epoch)
-    chunk: list[tuple[int, Any]] = []
-    for row, record in enumerate(self._records(seed, epoch)):
-      if row < start * batch_size:
-        continue
-      chunk.append((row, record))
-      if len(chunk) == batch_size:
-        batch = self._decoded(chunk[own], draw)
-        if seed is None:
-          batch['mask'] = np.ones(len(chunk[own]), bool)
-        chunk = []
-        yield batch
-    if chunk and seed is None:
+
+    def finished(work, mask):
+      batch = sources.stacked([example.result() for example in work])
+      return batch if draw else {**batch, 'mask': mask}
+
+    with futures.ThreadPoolExecutor() as pool:
+      ahead: deque[Any] = deque()
+      for chunk, mask in self._chunks(batch_size, seed, epoch, start):
+        work = [pool.submit(self._example, draw, *x) for x in chunk[own]]
+        ahead.append((work, mask[own]))
+        if len(ahead) > _NUM_AHEAD:
+          yield finished(*ahead.popleft())
+      yield from itertools.starmap(finished, ahead)
+
+  def _chunks(
+      self, batch_size: int, seed: int | None, epoch: int, start: int
+  ) -> Iterator[tuple[list[tuple[int, Any]], np.ndarray]]:
+    """Rows and records of each batch, and which of them are no padding."""
+    records = itertools.islice(
+        enumerate(self._records(seed, epoch)), start * batch_size, None
+    )
+    while chunk := list(itertools.islice(records, batch_size)):
       is_real = np.arange(batch_size) < len(chunk)
       chunk += chunk[-1:] * (batch_size - len(chunk))
-      yield {**self._decoded(chunk[own], None), 'mask': is_real[own]}
+      if seed is None or is_real.all():
+        yield chunk, is_real
 
   def _records(self, seed: int | None, epoch: int) -> Iterator[Any]:
     """Records with encoded images, shuffled if there is a seed."""
@@ -255,15 +271,10 @@ class Stream:
     chosen = set(self._rows.tolist())
     return (record for row, record in enumerate(records) if row in chosen)
 
-  def _decoded(
-      self, chunk: list[tuple[int, Any]], draw: tuple[int, int] | None
-  ) -> sources.Batch:
-    def example(item):
-      row, record = item
-      return self._example_fn(record, sources.generator(draw, row))
-
-    with futures.ThreadPoolExecutor(self._num_threads) as pool:
-      return sources.stacked(list(pool.map(example, chunk)))
+  def _example(
+      self, draw: tuple[int, int] | None, row: int, record: Any
+  ) -> Any:
+    return self._example_fn(record, sources.generator(draw, row))
 
 
 def _require_tensorflow(name: str) -> None:

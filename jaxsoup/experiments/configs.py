@@ -274,7 +274,8 @@ def _problems(fields: Json) -> Iterator[str]:
         expected = f'epochs from 1 to {last}, which is num_epochs'
     is_of_runs = section.partition('.')[0] in _OF_TRAINING
     is_negative = min(numbers, default=0) < 0 and name not in _SEEDS
-    if is_of_runs and is_negative and not expected:
+    is_at_least_0 = is_of_runs or name == 'num_workers'
+    if is_at_least_0 and is_negative and not expected:
       expected = '0 or more'
     if expected:
       yield f'config.{key} is {value!r}: expected {expected}'
@@ -341,7 +342,9 @@ def check_unchanged(
         f'The config holds what JSON cannot hold: {e}. Use numbers, text, '
         'lists and dicts.'
     ) from e
-  now.pop('sweep.shard', None)  # It decides where a run is trained, not what.
+  # They decide where and how fast a run is trained, not what.
+  for name in ('sweep.shard', 'data.num_workers'):
+    now.pop(name, None)
   if not file.exists():
     require_new(file.parent)
     _store(now, file)

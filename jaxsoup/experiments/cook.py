@@ -197,18 +197,77 @@ def statistics_fns(
 
 
 class Batches:
-  """Batches of a source, read again in each pass."""
+  """Batches of a source in order, of which each process reads its own rows.
 
-  def __init__(self, source, batch_size, sharding=None):
-    self._source, self._batch_size = source, batch_size
-    self._sharding = sharding
+  They stay on the host if in no process they take more than an eighth of its
+  free memory, so that eight processes can share a host; else each walk reads
+  them again.
+
+  Args:
+    source: of examples.
+    size: of a batch, the last one padded.
+    sharding: how a batch lies on a mesh; without one every process reads all.
+    num_bytes: of all examples together.
+  """
+
+  def __init__(
+      self,
+      source: sources.Source,
+      size: int,
+      sharding: NamedSharding | None,
+      num_bytes: float,
+  ):
+    self._source, self._size, self._sharding = source, size, sharding
+    self._index, self._count = _part_of(sharding, size)
+    free = _memory.host_free_bytes()
+    self._is_kept = not _processes.is_any(num_bytes / self._count > free / 8)
+    self._kept: list[Dataset] = []
 
   def __iter__(self) -> Iterator[dict[str, jax.Array]]:
-    for batch in sources.batches(self._source, self._batch_size):
-      yield {
-          name: evaluation.placed(x, self._sharding)
-          for name, x in batch.items()
-      }
+    yield from map(self._placed, self._kept)
+    start = len(self._kept)
+    read = sources.batches(
+        self._source,
+        self._size,
+        start=start,
+        process_index=self._index,
+        process_count=self._count,
+    )
+    # A walk that was cut short is continued.
+    for step, batch in enumerate(read, start):
+      if self._is_kept and step == len(self._kept):
+        # Copies: batches of workers are in shared memory, of which little is.
+        self._kept.append({name: np.array(x) for name, x in batch.items()})
+      yield self._placed(batch)
+
+  def _placed(self, batch: Dataset) -> dict[str, jax.Array]:
+    if self._sharding is None:
+      return jax.device_put(dict(batch))
+    return {
+        name: jax.make_array_from_process_local_data(
+            self._sharding, x, (self._size, *x.shape[1:])
+        )
+        for name, x in batch.items()
+    }
+
+
+def _part_of(sharding: NamedSharding | None, size: int) -> tuple[int, int]:
+  """Which of how many equal parts of a batch this process holds."""
+  if sharding is None:
+    return 0, 1
+  # In the order of the mesh, which need not be that of the processes.
+  indices: Any = sharding.addressable_devices_indices_map((size,)).values()
+  edges = {rows.indices(size)[:2] for (rows,) in indices}
+  first, last = min(edges)[0], max(edges)[1]
+  num = last - first
+  is_part = num == sum(end - start for start, end in edges)
+  is_part &= size % num == 0 and first % num == 0
+  return (first // num, size // num) if is_part else (0, 1)
+
+
+def _num_bytes(source: sources.Source) -> int:
+  """Bytes of all examples, of which one is read."""
+  return len(source) * sum(x.nbytes for x in source[np.arange(1)].values())
 
 
 def batches_of(
@@ -225,14 +284,13 @@ def batches_of(
 
   Returns:
     A list of batches on the device, if those take at most a fifth of what is
-    free there; else an iterable that reads them in each walk.
+    free there; else `Batches`.
   """
   if not hasattr(source, 'arrays'):
-    row = source[np.arange(1)]
-    size = len(source) * sum(x.nbytes for x in row.values())
+    num_bytes = _num_bytes(source)
     free = _memory.free_bytes(jax.local_devices()[0])
-    if _processes.is_any(size > free / 5):
-      return Batches(source, batch_size, sharding)
+    if _processes.is_any(num_bytes > free / 5):
+      return Batches(source, batch_size, sharding, num_bytes)
   data = sources.in_memory(source).arrays
   return evaluation.batched(data, batch_size, sharding=sharding)
 
@@ -328,8 +386,8 @@ def learning_batches(
 ) -> tuple['Rows', 'Rows']:
   """Two parts of the held-out set, in batches: to learn, and to stop early.
 
-  Both in batches of `learned.batch_size`, which are read when they are used; a
-  part that fills none is one batch. What is left over is not used.
+  Both in batches of `learned.batch_size`; a part that fills none is one batch.
+  What is left over is not used.
 
   Raises:
     ValueError: one of them would be empty.
@@ -352,8 +410,8 @@ def learning_batches(
   )
 
 
-class Rows:
-  """Batches of some rows of a source, all of one size, read in each pass.
+class Rows(Batches):
+  """Batches of some rows of a source, all of one size and without a mask.
 
   A batch that the mesh does not divide is on every device.
   """
@@ -368,16 +426,17 @@ class Rows:
     size = min(size, len(rows))
     if sharding is not None and size % sharding.num_devices:
       sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    self._source, self._sharding = source, sharding
-    self._rows = rows[: len(rows) // size * size].reshape(-1, size)
+    self._num = len(rows) // size
+    rows = rows[: self._num * size]
+    num_bytes = _num_bytes(source) * len(rows) / len(source)
+    # Not `subset`, for which rows of a stream have to ascend.
+    super().__init__(sources.Subset(source, rows), size, sharding, num_bytes)
 
   def __len__(self) -> int:
-    return len(self._rows)
+    return self._num
 
-  def __iter__(self) -> Iterator[dict[str, jax.Array]]:
-    for rows in self._rows:
-      batch = self._source[rows].items()
-      yield {name: evaluation.placed(x, self._sharding) for name, x in batch}
+  def _placed(self, batch: Dataset) -> dict[str, jax.Array]:
+    return super()._placed({k: x for k, x in batch.items() if k != 'mask'})
 
 
 def row(

@@ -8,6 +8,7 @@ splits = imagenet.splits(config)
 
 import atexit
 import functools
+import os
 import tempfile
 
 import ml_collections
@@ -42,7 +43,7 @@ def config(
     and where the data lie: `path`, the folder of TFDS, empty for its default;
     `folders` of images in its place; `objectnet`, empty leaves that set out;
     `labels`, an .npy file of those of the training set, of each class of which
-    a share is then held out.
+    a share is then held out; `num_workers`, the processes that read.
   """
   config = ml_collections.ConfigDict()
   config.seed = 0
@@ -55,6 +56,7 @@ def config(
       objectnet='',
       labels='',
       share=0.2 if is_short else 0.02,
+      num_workers=0 if is_short else os.cpu_count(),
   )
   config.finetune = defaults.training(
       num_epochs=10,
@@ -130,6 +132,7 @@ def splits(config: ml_collections.ConfigDict) -> sources.Splits:
       share=data.share,
       seed=config.seed,
       labels=np.load(data.labels) if data.labels else None,
+      num_workers=data.num_workers,
   )
 
 
