@@ -8,7 +8,6 @@ soup = recipes['greedy']()
 
 from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 import itertools
@@ -33,7 +32,6 @@ from jaxsoup._soup import Scores
 from jaxsoup._soup import Soup
 from jaxsoup.data import sources
 from jaxsoup.experiments import configs
-from jaxsoup.report import Row
 from jaxsoup.train import loop
 from jaxsoup.train import modeling
 from jaxsoup.train import steps
@@ -42,8 +40,6 @@ from jaxsoup.typing import LogitsFn
 from jaxsoup.typing import MetricFn
 from jaxsoup.typing import Params
 from jaxsoup.typing import ParamsFn
-
-Dataset = Mapping[str, np.ndarray]
 
 # The names that `config.metric` may have, and what they are.
 METRICS: dict[str, MetricFn] = {
@@ -389,72 +385,21 @@ class Rows:
       yield {name: evaluation.placed(x, self._sharding) for name, x in batch}
 
 
-def row(
-    name: str,
-    kind: str,
-    logits: Mapping[str, np.ndarray],
-    labels: Mapping[str, np.ndarray],
-    *,
-    metric: str = 'accuracy',
-    beta: float = 1.0,
-    cost: float = 1,
-) -> Row:
-  """The scores of one model from its logits.
-
-  Args:
-    name: of the row.
-    kind: of the row.
-    logits: `[N, C]` by data set: 'held_out', 'test' and the shifts.
-    labels: `[N]` by data set.
-    metric: a key of `METRICS`.
-    beta: the temperature that multiplies the logits.
-    cost: forward passes for one prediction.
-
-  Returns:
-    A `Row`.
-  """
-  of_metric = METRICS[metric]
-  score = {k: float(of_metric(x, labels[k])) for k, x in logits.items()}
-  shifts = {k: v for k, v in score.items() if k not in ('held_out', 'test')}
-  scaled = np.float32(beta) * logits['test']
-  label = labels['test']
-  return Row(
-      name=name,
-      kind=kind,
-      held_out=score['held_out'],
-      test=score['test'],
-      shifts=shifts,
-      nll=float(metrics.negative_log_likelihood(scaled, label)),
-      ece=float(metrics.expected_calibration_error(scaled, label)),
-      cost=cost,
-      metric=metric,
-  )
-
-
-def ensemble_logits(
-    config: ml_collections.ConfigDict,
-    logits: Mapping[str, np.ndarray],
-    labels: Mapping[str, np.ndarray],
-) -> dict[str, tuple[dict[str, np.ndarray], int]]:
+def ensemble_alphas(
+    config: ml_collections.ConfigDict, logits: np.ndarray, label: np.ndarray
+) -> dict[str, np.ndarray]:
   """The baselines: ensembles of all models, and of those greedy takes.
 
   Args:
     config: of the experiment: what greedy selects by.
-    logits: `[K, N, C]` by data set.
-    labels: `[N]` by data set.
+    logits: held-out logits `[K, N, C]`.
+    label: `[N]`.
 
   Returns:
-    By name: logits `[N, C]` by data set, and forward passes for a prediction.
+    By name: the coefficient of each model, `[K]`.
   """
-  score = lambda x: selection_score(config, x, labels['held_out'])
-  alphas = {
-      'ensemble': ensembles.uniform(logits['held_out']).alpha,
-      'greedy ensemble': ensembles.greedy(logits['held_out'], score).alpha,
-  }
+  score = lambda x: selection_score(config, x, label)
   return {
-      name: (
-          {k: np.asarray(jaxsoup.mix(x, alpha)) for k, x in logits.items()},
-          int(np.count_nonzero(alpha)),
-      )
-      for name, alpha in alphas.items()
+      'ensemble': ensembles.uniform(logits).alpha,
+      'greedy ensemble': ensembles.greedy(logits, score).alpha,
   }

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from jaxsoup import _processes
 from jaxsoup import checkpoints
 from jaxsoup.runtime import preemption
 from jaxsoup.typing import Params
@@ -33,13 +34,16 @@ class Ingredients(checkpoints.Ingredients):
         saved=self._saved,
     )
 
-  def stopping(self, batches: Iterable[Tree]) -> '_Batches':
+  def stopping(self, batches: Iterable[Tree]) -> 'Batches':
     """Batches that look for a request to stop before each one."""
-    return _Batches(batches, self._stop, self._saved)
+    return Batches(batches, self._stop, self._saved)
 
 
-class _Batches:
-  """Unlike a generator, they can be read in every epoch."""
+class Batches:
+  """Batches that look for a request to stop before each one.
+
+  Unlike a generator, they can be read in every epoch.
+  """
 
   def __init__(
       self, batches: Iterable[Tree], stop: preemption.Stop, saved: str
@@ -50,5 +54,7 @@ class _Batches:
 
   def __iter__(self):
     for batch in self._batches:
-      self._stop.check(self._saved)
+      # One process is told to stop, and none of them waits for it.
+      if _processes.is_any(self._stop.requested):
+        raise preemption.Preempted(self._saved)
       yield batch

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
+from concurrent import futures
 import hashlib
+import pathlib
 from typing import Any
 from typing import NamedTuple
 
@@ -15,6 +18,8 @@ from jaxsoup.typing import Rows
 
 _NOT_INPUTS = ('label', 'mask')
 _NUM_AT_ONCE = 1024
+# Files of equal size mostly differ in their last bytes.
+_NUM_LAST = 4096
 
 
 class Split(NamedTuple):
@@ -138,6 +143,59 @@ def check_disjoint(**sets: Rows) -> None:
           f'{in_p[0]} of {p} is row {same_row} of {q}. Drop them from one: '
           f'statistics.shared_rows({p}, {q}) lists them.'
       )
+
+
+def check_disjoint_files(**sets: Sequence[pathlib.Path]) -> None:
+  """Refuses files of different roles that have the same content.
+
+  Only files of equal size are opened, and those with equal ends read in full.
+
+  Args:
+    **sets: by role, such as `train=paths, test=other_paths`.
+
+  Raises:
+    ValueError: files in two roles: how many contents, and two of the files.
+  """
+  files = [(role, path) for role, paths in sets.items() for path in paths]
+  keys: list[tuple[Any, ...]] = [()] * len(files)
+  with futures.ThreadPoolExecutor() as pool:
+    for key_fn in (_size, _end, _whole):
+      parts = pool.map(key_fn, [path for _, path in files])
+      keys = [(*key, part) for key, part in zip(keys, parts)]
+      first: dict[Any, str] = {}
+      both = set()
+      for (role, _), key in zip(files, keys):
+        if first.setdefault(key, role) != role:
+          both.add(key)
+      is_kept = [key in both for key in keys]
+      files, keys = (
+          [x for x, keep in zip(row, is_kept) if keep] for row in (files, keys)
+      )
+  if files:
+    same = {
+        role: path for (role, path), key in zip(files, keys) if key == keys[0]
+    }
+    (p, path_p), (q, path_q) = list(same.items())[:2]
+    raise ValueError(
+        f'{p} and {q} share files, {len(set(keys))} by content: {path_p} of '
+        f'{p} and {path_q} of {q} are the same. Data that choose a model '
+        'cannot also report its score: leave each out of one of the sets.'
+    )
+
+
+def _size(path: pathlib.Path) -> int:
+  return path.stat().st_size
+
+
+def _end(path: pathlib.Path) -> bytes:
+  with path.open('rb') as file:
+    file.seek(max(0, _size(path) - _NUM_LAST))
+    return hashlib.blake2b(file.read(), digest_size=16).digest()
+
+
+def _whole(path: pathlib.Path) -> bytes:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'blake2b').digest()
 
 
 def _twice(p: str, q: str) -> str:
