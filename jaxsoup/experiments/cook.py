@@ -140,6 +140,7 @@ def statistics_fns(
     runs: Sequence[steps.Run],
     train: sources.Source,
     best_fn: Callable[[], Any],
+    checked_fn: Callable[[Any], Any] = iter,
 ) -> dict[str, ParamsFn]:
   """The ways to give a soup the running statistics of BatchNorm.
 
@@ -155,6 +156,7 @@ def statistics_fns(
     runs: of the ingredients: batches are augmented as theirs were.
     train: the training data.
     best_fn: returns the parameters of the best single model.
+    checked_fn: as in `loop.probe`.
 
   Returns:
     Functions of parameters, by name, that of the searches first. Empty without
@@ -177,7 +179,8 @@ def statistics_fns(
         model, config.finetune, runs, train, seed=config.seed
     )
     num_batches = config.get('num_batch_norm_batches', 100)
-    return recalibrate_fn(params, itertools.islice(batches, num_batches))
+    batches = itertools.islice(batches, num_batches)
+    return recalibrate_fn(params, checked_fn(batches))
 
   fns = {
       'averaged': lambda params: params,

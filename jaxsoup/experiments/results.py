@@ -130,7 +130,7 @@ def finished(
     workdir: where everything is.
   """
   content = _stored(experiment, workdir)
-  if content is None:
+  if content is None or not _is_whole(content, workdir):
     return []
   rows = report.read_rows(workdir / _RESULTS)
   num_models = sum(row.kind == 'single' for row in rows)
@@ -146,25 +146,26 @@ def finished(
 def _stored(
     experiment: configs.Experiment, workdir: pathlib.Path
 ) -> Json | None:
-  """What is in results.json, if it can be trusted.
-
-  Its checksum is right, it is of this config and these runs, and the files that
-  it names are there.
-  """
+  """What is in results.json, if its checksum, config and runs are right."""
   content: Json | None = None
   try:
     sealed = _json.parsed((workdir / _RESULTS).read_bytes())
     unsealed = _json.unsealed(sealed)
     config = json.loads((workdir / 'config.json').read_text())
     runs = json.loads(json.dumps(list(experiment.runs)))
-    files = [workdir / name for name in unsealed['files']]
     has_checksum = len(unsealed) < len(sealed)
     is_ours = unsealed['config'] == config and unsealed['runs'] == runs
-    if has_checksum and is_ours and all(path.exists() for path in files):
+    if has_checksum and is_ours and 'files' in unsealed:
       content = unsealed
   except (AttributeError, KeyError, OSError, TypeError, ValueError):
     pass  # It is made again.
   return None if _processes.is_any(content is None) else content
+
+
+def _is_whole(content: Json, workdir: pathlib.Path) -> bool:
+  """Whether the files that results.json names are there."""
+  paths = [workdir / name for name in content['files']]
+  return _processes.agreed(all(path.exists() for path in paths))
 
 
 def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
@@ -180,6 +181,9 @@ def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
   ingredients = stages.ingredients(work, theta_0)
   logits = stages.logits(work, ingredients.__getitem__)
   content = _stored(work.experiment, work.workdir)
+  stable = content['stability'] if content else {}
+  if content is not None and not _is_whole(content, work.workdir):
+    content = None
   all_splits = splits(work)
   first: Cooked | None = None
   tables: list[list[report.Row]] = []
@@ -198,6 +202,7 @@ def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
   work.progress_fn('reporting', 0.0)
   if content is None:
     content = _content(work, tables, all_splits, first.soups, calibration)
+    content['stability'] = stable
     if _processes.is_main():
       _write(work, content, tables, first.soups)
   prepare_fn = next(iter(first.statistics_fns.values()), None)
@@ -345,6 +350,7 @@ def _statistics_fns(work, best_fn) -> dict[str, cook.ParamsFn]:
       [work.experiment.runs[i] for i, _, _ in work.copies()],
       work.splits.train,
       best_fn,
+      work.stopping,
   )
 
 
@@ -577,7 +583,6 @@ def _content(work, tables, all_splits, soups, calibration) -> Json:
           *pictures,
           _TABLE,
       ],
-      'stability': {},
   }
   if len(tables) > 1:
     content['splits'] = [[r._asdict() for r in table] for table in tables]

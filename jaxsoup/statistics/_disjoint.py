@@ -177,8 +177,8 @@ def check_disjoint_files(**sets: Sequence[pathlib.Path]) -> None:
     }
     (p, path_p), (q, path_q) = list(same.items())[:2]
     raise ValueError(
-        f'{p} and {q} share files, {len(set(keys))} by content: {path_p} of '
-        f'{p} and {path_q} of {q} are the same. Data that choose a model '
+        f'{len(set(keys))} files have two roles: {path_p} of {p} and {path_q} '
+        f'of {q} have the same content. Data that choose a model '
         'cannot also report its score: leave each out of one of the sets.'
     )
 
