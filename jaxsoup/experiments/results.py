@@ -326,32 +326,23 @@ def _stability(work, split, logits_fn, num, num_resamples) -> Json:
 
 
 def _cooked(work, ingredients, theta_0, split, logits, part) -> Cooked:
-  scores = _scores(work, split, logits)
-  best_fn = functools.partial(ingredients.__getitem__, int(np.argmax(scores)))
-  fns = _statistics_fns(work, best_fn)
-  soups = _soups(work, ingredients, theta_0, split, scores, fns, part)
-  return Cooked(scores, best_fn, fns, soups)
-
-
-def _scores(work, split, logits) -> list[float]:
-  """The score of each single model on the examples that select."""
   label = split.of(work.labels)['held_out']
-  return [
+  scores = [
       cook.selection_score(work.config, split.of(x)['held_out'], label)
       for x in logits
   ]
-
-
-def _statistics_fns(work, best_fn) -> dict[str, cook.ParamsFn]:
-  """The ways to give a soup running statistics; batches as all copies saw."""
-  return cook.statistics_fns(
+  best_fn = functools.partial(ingredients.__getitem__, int(np.argmax(scores)))
+  fns = cook.statistics_fns(
       work.config,
       work.model,
+      # Batches as all copies saw them.
       [work.experiment.runs[i] for i, _, _ in work.copies()],
       work.splits.train,
       best_fn,
       work.stopping,
   )
+  soups = _soups(work, ingredients, theta_0, split, scores, fns, part)
+  return Cooked(scores, best_fn, fns, soups)
 
 
 def _soups(work, ingredients, theta_0, split, singles, fns, part):
@@ -403,41 +394,32 @@ def _soup_path(split: Split, name: str) -> pathlib.Path:
 
 def _models(work, split, cooked: Cooked, logits) -> list[Model]:
   """All that is compared, as this split has it."""
+
+  def soup(name, params_fn, info=None):
+    of_soup = work.logits_of(_soup_path(split, name), params_fn)
+    return Model('soup', name, split.of(of_soup), getattr(info, 'beta', 1.0))
+
   mine = [split.of(x) for x in logits]
-  singles = [
+  models = [
       Model('single', path.name, x)
       for (_, _, path), x in zip(work.copies(), mine)
   ]
-  params_fns: dict[str, Callable[[], Params]] = {
-      name: lambda soup=soup: soup.params  # type: ignore[misc]
-      for name, soup in cooked.soups.items()
-  }
-  if cooked.statistics_fns:
-    # What the statistics do by themselves, without any averaging.
-    estimated_fn = cooked.statistics_fns['re-estimated']
-    name = 'best single, re-estimated'
-    params_fns[name] = lambda: estimated_fn(cooked.best_fn())
-  soups = [
-      Model('soup', name, split.of(work.logits_of(path, params_fn)), beta)
-      for name, params_fn in params_fns.items()
-      for path in [_soup_path(split, name)]
-      for info in [getattr(cooked.soups.get(name), 'info', None)]
-      for beta in [getattr(info, 'beta', 1.0)]
+  models += [
+      soup(name, lambda made=made: made.params, made.info)
+      for name, made in cooked.soups.items()
   ]
   held_out = np.stack([x['held_out'] for x in mine])
   label = split.of(work.labels)['held_out']
   alphas = cook.ensemble_alphas(work.config, held_out, label)
-  num = len(cooked.soups)
-  ensembles = [
-      Model(
-          'ensemble',
-          name,
-          workdirs.Logits(mine[0], functools.partial(_mean, mine, alpha)),
-          cost=int(np.count_nonzero(alpha)),
-      )
-      for name, alpha in alphas.items()
-  ]
-  return [*singles, *soups[:num], *ensembles, *soups[num:]]
+  for name, alpha in alphas.items():
+    mean = workdirs.Logits(mine[0], functools.partial(_mean, mine, alpha))
+    cost = int(np.count_nonzero(alpha))
+    models.append(Model('ensemble', name, mean, cost=cost))
+  if fns := cooked.statistics_fns:
+    # What the statistics do by themselves, without any averaging.
+    params_fn = lambda: fns['re-estimated'](cooked.best_fn())
+    models.append(soup('best single, re-estimated', params_fn))
+  return models
 
 
 def _mean(
@@ -455,7 +437,11 @@ def _scored(work, split, model: Model) -> Scored:
   """Scores of one model, for which each of its arrays is read once."""
   metric_name = work.config.get('metric', 'accuracy')
   labels = split.of(work.labels)
-  logits = _viewed(work, model)
+  views = work.splits.views  # Of sets with their own classes.
+  logits = workdirs.Logits(
+      model.logits,
+      lambda name: views.get(name, lambda x: x)(model.logits[name]),
+  )
   scores, answers = {}, {}
   for name, x in logits.items():
     label = labels[name]
@@ -482,15 +468,6 @@ def _scored(work, split, model: Model) -> Scored:
       row,
       answers if metric_name == 'accuracy' else logits,
       {key: x.tolist() for key, x in curve._asdict().items()},
-  )
-
-
-def _viewed(work, model: Model) -> Mapping[str, np.ndarray]:
-  """The logits, of sets with their own classes over those classes."""
-  views = work.splits.views
-  return workdirs.Logits(
-      model.logits,
-      lambda name: views.get(name, lambda x: x)(model.logits[name]),
   )
 
 

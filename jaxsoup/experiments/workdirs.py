@@ -239,6 +239,8 @@ def locked(
     if is_alone:  # It is ours.
       for name in ('.', 'runs', 'soups', 'logits', 'landscape'):
         _files.clear_leftovers(folder / name)
+      for path in folder.glob('splits/*/*'):
+        _files.clear_leftovers(path)
     yield
 
 

@@ -156,25 +156,22 @@ def check_disjoint_files(**sets: Sequence[pathlib.Path]) -> None:
   Raises:
     ValueError: files in two roles: how many contents, and two of the files.
   """
-  files = [(role, path) for role, paths in sets.items() for path in paths]
-  keys: list[tuple[Any, ...]] = [()] * len(files)
+  rows: list[tuple[str, pathlib.Path, tuple[Any, ...]]]
+  rows = [(role, path, ()) for role, paths in sets.items() for path in paths]
   with futures.ThreadPoolExecutor() as pool:
     for key_fn in (_size, _end, _whole):
-      parts = pool.map(key_fn, [path for _, path in files])
-      keys = [(*key, part) for key, part in zip(keys, parts)]
-      first: dict[Any, str] = {}
-      both = set()
-      for (role, _), key in zip(files, keys):
-        if first.setdefault(key, role) != role:
-          both.add(key)
-      is_kept = [key in both for key in keys]
-      files, keys = (
-          [x for x, keep in zip(row, is_kept) if keep] for row in (files, keys)
-      )
-  if files:
-    same = {
-        role: path for (role, path), key in zip(files, keys) if key == keys[0]
-    }
+      parts = pool.map(key_fn, [path for _, path, _ in rows])
+      rows = [
+          (role, path, (*key, part))
+          for (role, path, key), part in zip(rows, parts)
+      ]
+      roles: dict[Any, set[str]] = {}
+      for role, _, key in rows:
+        roles.setdefault(key, set()).add(role)
+      rows = [row for row in rows if len(roles[row[-1]]) > 1]
+  if rows:
+    keys = [key for *_, key in rows]
+    same = {role: path for role, path, key in rows if key == keys[0]}
     (p, path_p), (q, path_q) = list(same.items())[:2]
     raise ValueError(
         f'{len(set(keys))} files have two roles: {path_p} of {p} and {path_q} '
