@@ -556,6 +556,16 @@ def held_out_rows(
   return HeldOut(rows, rest, rule)
 
 
+def files_of(source: Any) -> list[pathlib.Path]:
+  """The files of a folder or of a subset of one; none of other sources."""
+  if isinstance(source, Subset):
+    files = files_of(source._source)
+    return [files[row] for row in source.rows] if files else []
+  if not isinstance(source, Folder):
+    return []
+  return [source.records[row]['image'] for row in range(len(source))]
+
+
 def _drawn(source: Any, seed: int, epoch: int) -> Any:
   return source.drawn(seed, epoch) if hasattr(source, 'drawn') else source
 

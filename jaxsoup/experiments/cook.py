@@ -8,7 +8,6 @@ soup = recipes['greedy']()
 
 from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 import itertools
@@ -33,7 +32,6 @@ from jaxsoup._soup import Scores
 from jaxsoup._soup import Soup
 from jaxsoup.data import sources
 from jaxsoup.experiments import configs
-from jaxsoup.report import Row
 from jaxsoup.train import loop
 from jaxsoup.train import modeling
 from jaxsoup.train import steps
@@ -42,8 +40,6 @@ from jaxsoup.typing import LogitsFn
 from jaxsoup.typing import MetricFn
 from jaxsoup.typing import Params
 from jaxsoup.typing import ParamsFn
-
-Dataset = Mapping[str, np.ndarray]
 
 # The names that `config.metric` may have, and what they are.
 METRICS: dict[str, MetricFn] = {
@@ -144,6 +140,7 @@ def statistics_fns(
     runs: Sequence[steps.Run],
     train: sources.Source,
     best_fn: Callable[[], Any],
+    checked_fn: Callable[[Any], Any] = iter,
 ) -> dict[str, ParamsFn]:
   """The ways to give a soup the running statistics of BatchNorm.
 
@@ -159,6 +156,7 @@ def statistics_fns(
     runs: of the ingredients: batches are augmented as theirs were.
     train: the training data.
     best_fn: returns the parameters of the best single model.
+    checked_fn: as in `loop.probe`.
 
   Returns:
     Functions of parameters, by name, that of the searches first. Empty without
@@ -181,7 +179,8 @@ def statistics_fns(
         model, config.finetune, runs, train, seed=config.seed
     )
     num_batches = config.get('num_batch_norm_batches', 100)
-    return recalibrate_fn(params, itertools.islice(batches, num_batches))
+    batches = itertools.islice(batches, num_batches)
+    return recalibrate_fn(params, checked_fn(batches))
 
   fns = {
       'averaged': lambda params: params,
@@ -221,7 +220,7 @@ class Batches:
     self._index, self._count = _part_of(sharding, size)
     free = _memory.host_free_bytes()
     self._is_kept = not _processes.is_any(num_bytes / self._count > free / 8)
-    self._kept: list[Dataset] = []
+    self._kept: list[sources.Batch] = []
 
   def __iter__(self) -> Iterator[dict[str, jax.Array]]:
     yield from map(self._placed, self._kept)
@@ -240,7 +239,7 @@ class Batches:
         self._kept.append({name: np.array(x) for name, x in batch.items()})
       yield self._placed(batch)
 
-  def _placed(self, batch: Dataset) -> dict[str, jax.Array]:
+  def _placed(self, batch: sources.Batch) -> dict[str, jax.Array]:
     if self._sharding is None:
       return jax.device_put(dict(batch))
     return {
@@ -435,76 +434,25 @@ class Rows(Batches):
   def __len__(self) -> int:
     return self._num
 
-  def _placed(self, batch: Dataset) -> dict[str, jax.Array]:
+  def _placed(self, batch: sources.Batch) -> dict[str, jax.Array]:
     return super()._placed({k: x for k, x in batch.items() if k != 'mask'})
 
 
-def row(
-    name: str,
-    kind: str,
-    logits: Mapping[str, np.ndarray],
-    labels: Mapping[str, np.ndarray],
-    *,
-    metric: str = 'accuracy',
-    beta: float = 1.0,
-    cost: float = 1,
-) -> Row:
-  """The scores of one model from its logits.
-
-  Args:
-    name: of the row.
-    kind: of the row.
-    logits: `[N, C]` by data set: 'held_out', 'test' and the shifts.
-    labels: `[N]` by data set.
-    metric: a key of `METRICS`.
-    beta: the temperature that multiplies the logits.
-    cost: forward passes for one prediction.
-
-  Returns:
-    A `Row`.
-  """
-  of_metric = METRICS[metric]
-  score = {k: float(of_metric(x, labels[k])) for k, x in logits.items()}
-  shifts = {k: v for k, v in score.items() if k not in ('held_out', 'test')}
-  scaled = np.float32(beta) * logits['test']
-  label = labels['test']
-  return Row(
-      name=name,
-      kind=kind,
-      held_out=score['held_out'],
-      test=score['test'],
-      shifts=shifts,
-      nll=float(metrics.negative_log_likelihood(scaled, label)),
-      ece=float(metrics.expected_calibration_error(scaled, label)),
-      cost=cost,
-      metric=metric,
-  )
-
-
-def ensemble_logits(
-    config: ml_collections.ConfigDict,
-    logits: Mapping[str, np.ndarray],
-    labels: Mapping[str, np.ndarray],
-) -> dict[str, tuple[dict[str, np.ndarray], int]]:
+def ensemble_alphas(
+    config: ml_collections.ConfigDict, logits: np.ndarray, label: np.ndarray
+) -> dict[str, np.ndarray]:
   """The baselines: ensembles of all models, and of those greedy takes.
 
   Args:
     config: of the experiment: what greedy selects by.
-    logits: `[K, N, C]` by data set.
-    labels: `[N]` by data set.
+    logits: held-out logits `[K, N, C]`.
+    label: `[N]`.
 
   Returns:
-    By name: logits `[N, C]` by data set, and forward passes for a prediction.
+    By name: the coefficient of each model, `[K]`.
   """
-  score = lambda x: selection_score(config, x, labels['held_out'])
-  alphas = {
-      'ensemble': ensembles.uniform(logits['held_out']).alpha,
-      'greedy ensemble': ensembles.greedy(logits['held_out'], score).alpha,
-  }
+  score = lambda x: selection_score(config, x, label)
   return {
-      name: (
-          {k: np.asarray(jaxsoup.mix(x, alpha)) for k, x in logits.items()},
-          int(np.count_nonzero(alpha)),
-      )
-      for name, alpha in alphas.items()
+      'ensemble': ensembles.uniform(logits).alpha,
+      'greedy ensemble': ensembles.greedy(logits, score).alpha,
   }

@@ -5,7 +5,8 @@ landscapes.make(work, theta_0, soups, scores)
 ```
 
 Each part is one file in the workdir, `landscape/NAME.json`, which the report
-draws. An existing file is made again only when `config.landscape` changed:
+draws. An existing file is made again only when the settings in
+`config.landscape` that it depends on changed:
 
 angles     at the initialization, between all pairs
 pairs      the soup of two against its models, its ensemble and their angle
@@ -25,6 +26,7 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 
 from jaxsoup import _files
@@ -44,6 +46,7 @@ from jaxsoup.experiments import stopping
 from jaxsoup.experiments import workdirs
 from jaxsoup.runtime import progress
 from jaxsoup.typing import Array
+from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import Params
 from jaxsoup.typing import ParamsFn
@@ -70,6 +73,49 @@ class Part(NamedTuple):
   make_fn: Callable[[OnPoints], Json]
 
 
+# The parts, and the settings that each depends on.
+_PARTS = {
+    'angles': (),
+    'diagnosis': ('num_examples',),
+    'pairs': ('num_pairs', 'num_examples'),
+    'lines': ('num_pairs', 'num_points', 'num_examples'),
+    'plane': ('num_points', 'num_examples'),
+}
+
+
+def _asked(settings: Config) -> dict[str, Json]:
+  """The parts that are asked for, and the settings of each."""
+  is_left_out = {
+      'diagnosis': not settings['is_diagnosed'],
+      'pairs': not settings['num_pairs'],
+      'lines': not (settings['num_pairs'] and settings['num_points']),
+      'plane': not settings['num_points'],
+  }
+  return {
+      name: {key: settings[key] for key in keys}
+      for name, keys in _PARTS.items()
+      if not is_left_out.get(name)
+  }
+
+
+def are_made(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, num_models: int
+) -> bool:
+  """Whether `make` has nothing to do, for an experiment of so many runs."""
+  if 'landscape' not in config or num_models < 2:
+    return True
+  if jax.process_count() > 1:  # The diagnosis takes parameters to the host.
+    return True
+  return all(
+      _is_made(_file(workdir, name), settings)
+      for name, settings in _asked(config.landscape.to_dict()).items()
+  )
+
+
+def _file(workdir: pathlib.Path, name: str) -> pathlib.Path:
+  return workdir / 'landscape' / f'{name}.json'
+
+
 class Sets:
   """Some examples of data sets, in memory, and the mean of scores on them."""
 
@@ -91,9 +137,10 @@ class Sets:
         for name in fields
     }
     self.labels = pooled['label']
-    self.batches = cook.batches_of(
+    batches = cook.batches_of(
         sources.Arrays(pooled), work.config.batch_size, workdirs.on(work.config)
     )
+    self.batches = work.stopping(batches)
     self.logits_of = evaluation.logits_of(work.model.logits_fn, self.batches)
     self._rows = list(itertools.starmap(slice, itertools.pairwise(starts)))
     self._views = views
@@ -201,11 +248,9 @@ def make(
     ValueError: a damaged file of an earlier call.
     Preempted: the script is to stop; parts that are whole are saved.
   """
-  if 'landscape' not in work.config or len(scores) < 2:
+  if are_made(work.config, work.workdir, len(scores)):
     return
-  if jax.process_count() > 1:  # The diagnosis takes parameters to the host.
-    return
-  settings = work.config.landscape.to_dict()
+  asked = _asked(work.config.landscape.to_dict())
   # Where the ingredients are: on a mesh, if that is sharded.
   shapes = workdirs.abstract(work.config, theta_0)
   theta_0 = checkpoints.Ingredients([work.workdir / 'theta_0'], shapes)[0]
@@ -213,7 +258,6 @@ def make(
   parts = Parts(work, theta_0, ingredients, soups, scores, prepare_fn).all()
   total, num_done = sum(part.num for part in parts), 0
   for part in parts:
-    path = work.workdir / 'landscape' / f'{part.name}.json'
 
     def on_points(num, num_of_part, part=part, before=num_done):
       work.stop.check(f'{work.workdir} holds all soups')
@@ -221,7 +265,8 @@ def make(
       work.progress_fn(_STAGE, done / total)
 
     on_points(0, 1)
-    _make_once(path, settings, part.make_fn, on_points)
+    path = _file(work.workdir, part.name)
+    _make_once(path, asked[part.name], part.make_fn, on_points)
     num_done += part.num
 
 
@@ -261,20 +306,18 @@ class Parts:
     """Those that the config asks for."""
     num, num_pairs = len(self._ingredients), len(self._pairs)
     num_points = self._settings.num_points
-    parts = [Part('angles', 1, self._angles)]
-    if self._settings.is_diagnosed:
-      num_trials = 2 * num + len(studies.connected_pairs(self._scores))
-      parts.append(Part('diagnosis', num_trials, self._diagnosis))
-    if num_pairs:
-      num_sets = 1 + bool(self._work.splits.shifts)
-      num_runs = (num + num_pairs) * num_sets
-      parts.append(Part('pairs', num_runs, self._pairs_part))
-    if num_pairs and num_points:
-      parts.append(Part('lines', num_pairs * num_points, self._lines))
-    if num_points:
-      # Each point is evaluated on three sets.
-      parts.append(Part('plane', 3 * num_points**2, self._plane))
-    return parts
+    num_trials = 2 * num + len(studies.connected_pairs(self._scores))
+    num_sets = 1 + bool(self._work.splits.shifts)
+    parts = [
+        Part('angles', 1, self._angles),
+        Part('diagnosis', num_trials, self._diagnosis),
+        Part('pairs', (num + num_pairs) * num_sets, self._pairs_part),
+        Part('lines', num_pairs * num_points, self._lines),
+        # Each point is evaluated on three sets.
+        Part('plane', 3 * num_points**2, self._plane),
+    ]
+    asked = _asked(self._settings.to_dict())
+    return [part for part in parts if part.name in asked]
 
   def _sets(self, names: Sequence[str]) -> Sets:
     return Sets(self._work, names, self._settings.num_examples)

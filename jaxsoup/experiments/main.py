@@ -27,7 +27,7 @@ What is in the workdir in the end:
 ```
 theta_0/    the pre-trained parameters
 runs/NN/    parameters of each run, with its hyper-parameters and score
-logits/     of each run on every data set
+logits/     of each run and soup on every data set
 soups/      each soup, with alpha, provenance and versions; where the held-out
             set is drawn several times, in splits/N/soups/
 landscape/  barriers, planes, angles and a diagnosis, by `config.landscape`
@@ -105,12 +105,15 @@ def run(
 
 
 def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
-  with workdirs.opened(experiment, workdir, progress_fn, stop) as work:
-    theta_0 = stages.theta_0(work)
-    is_complete = stages.finetune_all(work, theta_0)
-    if not is_complete or workdirs.shard_of(work.config)[1] > 1:
-      return []
-    rows = results.make(work, theta_0)
+  is_part = workdirs.shard_of(experiment.config)[1] > 1
+  with workdirs.locked(experiment, workdir):
+    rows = [] if is_part else results.finished(experiment, workdir)
+    if not rows:
+      work = workdirs.work_of(experiment, workdir, progress_fn, stop)
+      theta_0 = stages.theta_0(work)
+      if not stages.finetune_all(work, theta_0) or is_part:
+        return []
+      rows = results.make(work, theta_0)
     progress_fn(list(STAGES)[-1], 1.0)
     return rows
 

@@ -5,12 +5,15 @@ rows = results.make(work, theta_0)
 ```
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
+from typing import Any
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -26,27 +29,17 @@ from jaxsoup import metrics
 from jaxsoup import report
 from jaxsoup import statistics
 from jaxsoup.data import sources
+from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import landscapes
 from jaxsoup.experiments import stages
 from jaxsoup.experiments import workdirs
 from jaxsoup.typing import Json
-from jaxsoup.typing import MetricFn
 from jaxsoup.typing import Params
+from jaxsoup.typing import ParamsFn
 
-
-class Models(NamedTuple):
-  """What is compared: all that the rows of a table need.
-
-  Attributes:
-    logits: by kind and name of a model: `[N, C]` by data set.
-    beta: the temperature of those that have one.
-    cost: forward passes for one prediction, of those that need several.
-  """
-
-  logits: dict[tuple[str, str], dict[str, np.ndarray]]
-  beta: dict[str, float]
-  cost: dict[str, int]
+_RESULTS, _TABLE = 'results.json', 'table.md'
+_SCATTER, _TRIALS = 'test_against_shifts.png', 'trials.png'
 
 
 class Split(NamedTuple):
@@ -55,27 +48,128 @@ class Split(NamedTuple):
   Attributes:
     folder: of its soups and scores.
     held_out: the examples that select.
-    select: rows of 'held_out' followed by 'test' that select.
-    report: rows of those that report.
+    rows: of 'held_out' followed by 'test', those of its own 'held_out' and
+      'test'. None: those are the sets of the data.
   """
 
   folder: pathlib.Path
   held_out: sources.Source
-  select: np.ndarray
-  report: np.ndarray
+  rows: Mapping[str, np.ndarray] | None = None
 
-  def of(self, arrays: Mapping[str, np.ndarray], axis: int = 0):
+  def of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Logits or labels by data set, as this split has them."""
-    pool = np.concatenate([arrays['held_out'], arrays['test']], axis=axis)
-    return {
-        **arrays,
-        'held_out': pool.take(self.select, axis),
-        'test': pool.take(self.report, axis),
-    }
+    rows = self.rows
+    if rows is None:
+      return arrays
+
+    def read_fn(name):
+      if name not in rows:
+        return arrays[name]
+      return np.concatenate([arrays['held_out'], arrays['test']])[rows[name]]
+
+    return workdirs.Logits(arrays, read_fn)
+
+
+class Cooked(NamedTuple):
+  """The soups of a split, and what they were made with.
+
+  Attributes:
+    scores: of the K runs on the examples that select, `[K]`.
+    best_fn: returns the parameters of the best run.
+    statistics_fns: of `cook.statistics_fns`.
+    soups: by name.
+  """
+
+  scores: list[float]
+  best_fn: Callable[[], Params]
+  statistics_fns: dict[str, ParamsFn]
+  soups: dict[str, jaxsoup.Soup[Any]]
+
+
+class Model(NamedTuple):
+  """What is compared.
+
+  Attributes:
+    kind: as of a `report.Row`, and so are name and cost.
+    name: of the model.
+    logits: `[N, C]` by data set, of which one at a time is in memory.
+    beta: the temperature.
+    cost: forward passes for one prediction.
+  """
+
+  kind: str
+  name: str
+  logits: Mapping[str, np.ndarray]
+  beta: float = 1.0
+  cost: int = 1
+
+
+class Scored(NamedTuple):
+  """What a table and its pictures need of one model.
+
+  Attributes:
+    row: without gains.
+    answers: by data set whether each example is right, `[N]`. For metrics that
+      are not a mean, the logits.
+    curve: the reliability on test data.
+  """
+
+  row: report.Row
+  answers: Mapping[str, np.ndarray]
+  curve: Json
+
+
+def finished(
+    experiment: configs.Experiment, workdir: pathlib.Path
+) -> list[report.Row]:
+  """The rows of a workdir in which nothing is missing; else none.
+
+  Args:
+    experiment: whose config is that of the workdir. Its data and model are not
+      made.
+    workdir: where everything is.
+  """
+  content = _stored(experiment, workdir)
+  if content is None or not _is_whole(content, workdir):
+    return []
+  rows = report.read_rows(workdir / _RESULTS)
+  num_models = sum(row.kind == 'single' for row in rows)
+  is_done = _is_stable(experiment.config, content) and landscapes.are_made(
+      experiment.config, workdir, num_models
+  )
+  if not _processes.agreed(is_done):
+    return []
+  stages.warn_of(content['diverged'])
+  return rows
+
+
+def _stored(
+    experiment: configs.Experiment, workdir: pathlib.Path
+) -> Json | None:
+  """What is in results.json, if its checksum, config and runs are right."""
+  content: Json | None = None
+  try:
+    sealed = _json.parsed((workdir / _RESULTS).read_bytes())
+    unsealed = _json.unsealed(sealed)
+    config = json.loads((workdir / 'config.json').read_text())
+    runs = json.loads(json.dumps(list(experiment.runs)))
+    has_checksum = len(unsealed) < len(sealed)
+    is_ours = unsealed['config'] == config and unsealed['runs'] == runs
+    if has_checksum and is_ours and 'files' in unsealed:
+      content = unsealed
+  except (AttributeError, KeyError, OSError, TypeError, ValueError):
+    pass  # It is made again.
+  return None if _processes.is_any(content is None) else content
+
+
+def _is_whole(content: Json, workdir: pathlib.Path) -> bool:
+  """Whether the files that results.json names are there."""
+  paths = [workdir / name for name in content['files']]
+  return _processes.agreed(all(path.exists() for path in paths))
 
 
 def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
-  """Makes every soup, writes tables and pictures.
+  """Makes every soup, writes tables and pictures; only what is missing.
 
   Args:
     work: the experiment, all runs of which are finished.
@@ -85,43 +179,36 @@ def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
     A row a model; means over the splits, where there are several.
   """
   ingredients = stages.ingredients(work, theta_0)
-  logits = stages.all_logits(work, ingredients.__getitem__)
-  labels = work.labels
-  tables: list[list[report.Row]] = []
-  first: Json = {}
-  around: Json = {}
-  calibration: Json = {}
+  logits = stages.logits(work, ingredients.__getitem__)
+  content = _stored(work.experiment, work.workdir)
+  stable = content['stability'] if content else {}
+  if content is not None and not _is_whole(content, work.workdir):
+    content = None
   all_splits = splits(work)
+  first: Cooked | None = None
+  tables: list[list[report.Row]] = []
+  calibration: Json = {}
   for i, split in enumerate(all_splits):
-    scores = _scores(work, split, logits)
-    best_fn = functools.partial(ingredients.__getitem__, int(np.argmax(scores)))
-    fns = _statistics_fns(work, best_fn)
     part = (i, len(all_splits))
-    soups = _soups(work, ingredients, theta_0, split, scores, fns, part)
-    first = first or soups
-    around = around or {
-        'scores': scores,
-        'prepare_fn': next(iter(fns.values()), None),
-    }
-    models = _models(work, ingredients, soups, logits, split, labels)
-    if fns:
-      # What the statistics do by themselves, without any averaging.
-      params = fns['re-estimated'](best_fn())
-      name = 'best single, re-estimated'
-      models.logits['soup', name] = split.of(work.logits(params))
-    tables.append(_rows(work, models, split.of(labels)))
-    calibration = calibration or _calibration(work, models, split, tables[0])
+    cooked = _cooked(work, ingredients, theta_0, split, logits, part)
+    first = first or cooked
+    if content is not None:
+      break  # All that is left to do is of the first split.
+    models = _models(work, split, cooked, logits)
+    scored = [_scored(work, split, model) for model in models]
+    tables.append(_with_gains(work, split, models, scored))
+    calibration = calibration or _calibration(scored)
+  assert first is not None
   work.progress_fn('reporting', 0.0)
-  stable = {
-      'greedy': stability(
-          work, ingredients, all_splits[0], logits, around['prepare_fn']
-      ),
-      'greedy ensemble': stability_of_ensemble(work, all_splits[0], logits),
-  }
-  if _processes.is_main():
-    _write(work, tables, first, calibration, stable)
-  landscapes.make(work, theta_0, first, **around)
-  return report.averaged(tables)[0]
+  if content is None:
+    content = _content(work, tables, all_splits, first.soups, calibration)
+    content['stability'] = stable
+    if _processes.is_main():
+      _write(work, content, tables, first.soups)
+  prepare_fn = next(iter(first.statistics_fns.values()), None)
+  _add_stability(work, content, ingredients, all_splits[0], logits, prepare_fn)
+  landscapes.make(work, theta_0, first.soups, first.scores, prepare_fn)
+  return report.averaged(tables)[0] or report.read_rows(work.workdir / _RESULTS)
 
 
 def splits(work: workdirs.Work) -> list[Split]:
@@ -133,10 +220,7 @@ def splits(work: workdirs.Work) -> list[Split]:
   held_out, test = work.splits.held_out, work.splits.test
   num_select, num = len(held_out), len(held_out) + len(test)
   number = work.config.get('num_splits', 1)
-  first = np.arange(num)
-  drawn = [
-      Split(work.workdir, held_out, first[:num_select], first[num_select:])
-  ]
+  drawn = [Split(work.workdir, held_out)]
   if number == 1:
     return drawn
   pool = {
@@ -148,75 +232,90 @@ def splits(work: workdirs.Work) -> list[Split]:
     order = rng.permutation(num)
     select, rest = np.sort(order[:num_select]), np.sort(order[num_select:])
     part = sources.Arrays({name: x[select] for name, x in pool.items()})
-    drawn.append(Split(work.workdir, part, select, rest))
+    rows = {'held_out': select, 'test': rest}
+    drawn.append(Split(work.workdir, part, rows))
   return [
       split._replace(folder=work.workdir / 'splits' / str(i))
       for i, split in enumerate(drawn)
   ]
 
 
-def stability(work, ingredients, split, logits, prepare_fn) -> Json:
-  """How far greedy's choice depends on the held-out examples.
+def _resamples(config) -> dict[str, int]:
+  """How often the held-out set is resampled, by the search.
+
+  None of those whose score is not a mean over examples.
+  """
+  is_mean = config.get('metric', 'accuracy') == 'accuracy'
+  if not is_mean and config.get('select_by', 'metric') != 'nll':
+    return {}
+  asked = config.get('stability', {})
+  names = ('greedy', 'greedy ensemble')
+  numbers = {name: asked.get(name.replace(' ', '_'), 0) for name in names}
+  return {name: num for name, num in numbers.items() if num}
+
+
+def _is_stable(config, content: Json) -> bool:
+  """Whether the content has the stability that the config asks for."""
+  known = {name: len(x['sizes']) for name, x in content['stability'].items()}
+  return known == _resamples(config)
+
+
+def _add_stability(
+    work, content: Json, ingredients, split: Split, logits, prepare_fn
+) -> None:
+  """Adds how far greedy's choice depends on the held-out examples.
+
+  Each soup that no search met before is evaluated; the ensembles are of the
+  logits alone.
 
   Args:
-    work: the experiment; `config.stability.greedy` says how often the held-out
-      set is resampled: 0, or no such field, leaves it out. Each soup that no
-      search met before is evaluated.
+    work: the experiment; `config.stability` says how often the held-out set is
+      resampled: 0, or no such field, leaves it out.
+    content: of results.json, where 'stability' gets the fields of
+      `jaxsoup.statistics.Stability`, as lists.
     ingredients: the fine-tuned runs.
     split: whose held-out set it is.
-    logits: `[K, N, C]` by data set.
+    logits: of each run by data set.
     prepare_fn: gives a soup its running statistics; None without any.
-
-  Returns:
-    Fields of `jaxsoup.statistics.Stability`, as lists; empty if left out.
   """
-  num_resamples = work.config.get('stability', {}).get('greedy', 0)
-  if not num_resamples:
-    return {}
-  run = evaluation.logits_of(
-      work.model.logits_fn,
-      cook.batches_of(
-          split.held_out, work.config.batch_size, workdirs.on(work.config)
-      ),
+  if _is_stable(work.config, content):
+    return
+  singles = np.stack([split.of(x)['held_out'] for x in logits])
+  batches = cook.batches_of(
+      split.held_out, work.config.batch_size, workdirs.on(work.config)
   )
+  run = evaluation.logits_of(work.model.logits_fn, work.stopping(batches))
 
-  def values_fn(members):
+  def of_soup(members):
     if len(members) == 1:
       return singles[members[0]]
     params = jaxsoup.uniform([ingredients[k] for k in members]).params
     return run(prepare_fn(params) if prepare_fn else params)
 
-  singles = split.of(logits, axis=1)['held_out']
-  return _stability(work, split, values_fn, len(singles), num_resamples)
+  def of_ensemble(members):
+    return singles[list(members)].astype(np.float32).mean(0)
 
-
-def stability_of_ensemble(work, split, logits) -> Json:
-  """The same for the greedy ensemble, from the logits alone.
-
-  Args:
-    work: the experiment; `config.stability.greedy_ensemble` says how often.
-    split: whose held-out set it is.
-    logits: `[K, N, C]` by data set.
-
-  Returns:
-    As `stability`.
-  """
-  num_resamples = work.config.get('stability', {}).get('greedy_ensemble', 0)
-  if not num_resamples:
-    return {}
-  singles = np.asarray(split.of(logits, axis=1)['held_out'], np.float32)
-  mean_fn = lambda members: singles[list(members)].mean(0)
-  return _stability(work, split, mean_fn, len(singles), num_resamples)
+  fns = {'greedy': of_soup, 'greedy ensemble': of_ensemble}
+  stable = {}
+  for name, num in _resamples(work.config).items():
+    known = content['stability'].get(name, {'sizes': ()})
+    is_made = len(known['sizes']) == num
+    stable[name] = (
+        known
+        if is_made
+        else _stability(work, split, fns[name], len(singles), num)
+    )
+    # Each is kept when it is made.
+    content['stability'] = {**content['stability'], **stable}
+    _store(work, content)
+  content['stability'] = stable
+  _store(work, content)
 
 
 def _stability(work, split, logits_fn, num, num_resamples) -> Json:
-  """Stability by `logits_fn` of members; {} if the score is not a mean."""
   label = split.of(work.labels)['held_out']
-  of_logits: MetricFn = metrics.correct
-  if work.config.get('select_by', 'metric') == 'nll':
-    of_logits = metrics.log_likelihood
-  elif work.config.get('metric', 'accuracy') != 'accuracy':
-    return {}
+  is_nll = work.config.get('select_by', 'metric') == 'nll'
+  of_logits = metrics.log_likelihood if is_nll else metrics.correct
   stable = statistics.stability(
       lambda members: of_logits(jnp.asarray(logits_fn(members)), label),
       num,
@@ -226,22 +325,24 @@ def _stability(work, split, logits_fn, num, num_resamples) -> Json:
   return _json.plain(stable._asdict())
 
 
-def _scores(work, split, logits) -> list[float]:
-  """The score of each single model on the examples that select."""
+def _cooked(work, ingredients, theta_0, split, logits, part) -> Cooked:
   label = split.of(work.labels)['held_out']
-  singles = split.of(logits, axis=1)['held_out']
-  return [cook.selection_score(work.config, x, label) for x in singles]
-
-
-def _statistics_fns(work, best_fn) -> dict[str, cook.ParamsFn]:
-  """The ways to give a soup running statistics; batches as all copies saw."""
-  return cook.statistics_fns(
+  scores = [
+      cook.selection_score(work.config, split.of(x)['held_out'], label)
+      for x in logits
+  ]
+  best_fn = functools.partial(ingredients.__getitem__, int(np.argmax(scores)))
+  fns = cook.statistics_fns(
       work.config,
       work.model,
+      # Batches as all copies saw them.
       [work.experiment.runs[i] for i, _, _ in work.copies()],
       work.splits.train,
       best_fn,
+      work.stopping,
   )
+  soups = _soups(work, ingredients, theta_0, split, scores, fns, part)
+  return Cooked(scores, best_fn, fns, soups)
 
 
 def _soups(work, ingredients, theta_0, split, singles, fns, part):
@@ -272,8 +373,7 @@ def _soups(work, ingredients, theta_0, split, singles, fns, part):
     mixture = functools.cache(recipe)
     for way, fn in (fns or {'': lambda params: params}).items():
       name = f'{recipe_name}, {way}' if way else recipe_name
-      stem = name.replace(',', '').replace(' ', '_').lower()
-      path = split.folder / 'soups' / stem
+      path = _soup_path(split, name)
       if not _processes.agreed(path.exists()):
         soup = mixture()
         metadata = {'recipe': recipe_name, 'seed': config.seed}
@@ -287,65 +387,115 @@ def _soups(work, ingredients, theta_0, split, singles, fns, part):
   return soups
 
 
-def _models(work, ingredients, soups, logits, split, labels) -> Models:
-  """The logits of all that is compared, as this split has them."""
-  mine = split.of(logits, axis=1)
-  models = Models({}, {}, {})
-  for k, path in enumerate(ingredients.paths):
-    name = pathlib.Path(path).name
-    models.logits['single', name] = {d: x[k] for d, x in mine.items()}
-  for name, soup in soups.items():
-    models.logits['soup', name] = split.of(work.logits(soup.params))
-    models.beta[name] = getattr(soup.info, 'beta', 1.0)
-  made = cook.ensemble_logits(work.config, mine, split.of(labels))
-  for name, (of_ensemble, cost) in made.items():
-    models.logits['ensemble', name] = of_ensemble
-    models.cost[name] = cost
+def _soup_path(split: Split, name: str) -> pathlib.Path:
+  stem = name.replace(',', '').replace(' ', '_').lower()
+  return split.folder / 'soups' / stem
+
+
+def _models(work, split, cooked: Cooked, logits) -> list[Model]:
+  """All that is compared, as this split has it."""
+
+  def soup(name, params_fn, info=None):
+    of_soup = work.logits_of(_soup_path(split, name), params_fn)
+    return Model('soup', name, split.of(of_soup), getattr(info, 'beta', 1.0))
+
+  mine = [split.of(x) for x in logits]
+  models = [
+      Model('single', path.name, x)
+      for (_, _, path), x in zip(work.copies(), mine)
+  ]
+  models += [
+      soup(name, lambda made=made: made.params, made.info)
+      for name, made in cooked.soups.items()
+  ]
+  held_out = np.stack([x['held_out'] for x in mine])
+  label = split.of(work.labels)['held_out']
+  alphas = cook.ensemble_alphas(work.config, held_out, label)
+  for name, alpha in alphas.items():
+    mean = workdirs.Logits(mine[0], functools.partial(_mean, mine, alpha))
+    cost = int(np.count_nonzero(alpha))
+    models.append(Model('ensemble', name, mean, cost=cost))
+  if fns := cooked.statistics_fns:
+    # What the statistics do by themselves, without any averaging.
+    params_fn = lambda: fns['re-estimated'](cooked.best_fn())
+    models.append(soup('best single, re-estimated', params_fn))
   return models
 
 
-def _calibration(work, models: Models, split, rows) -> Json:
-  """Reliability on test data: of the best single, soups and ensembles."""
-  view = work.splits.views.get('test', lambda x: x)
-  label = split.of(work.labels)['test']
-  best = report.best_single(rows)
-  curves = {}
-  for i, ((kind, name), logits) in enumerate(models.logits.items()):
-    if kind != 'single' or i == best:
-      scaled = np.float32(models.beta.get(name, 1.0)) * view(logits['test'])
+def _mean(
+    logits: Sequence[Mapping[str, np.ndarray]], alpha: np.ndarray, name: str
+) -> np.ndarray:
+  """`sum_k alpha_k logits_k` of one data set, one model at a time."""
+  total = np.zeros((), np.float32)
+  for a, of_model in zip(alpha, logits):
+    if a:
+      total = total + np.float32(a) * of_model[name].astype(np.float32)
+  return total
+
+
+def _scored(work, split, model: Model) -> Scored:
+  """Scores of one model, for which each of its arrays is read once."""
+  metric_name = work.config.get('metric', 'accuracy')
+  labels = split.of(work.labels)
+  views = work.splits.views  # Of sets with their own classes.
+  logits = workdirs.Logits(
+      model.logits,
+      lambda name: views.get(name, lambda x: x)(model.logits[name]),
+  )
+  scores, answers = {}, {}
+  for name, x in logits.items():
+    label = labels[name]
+    scores[name] = float(cook.METRICS[metric_name](x, label))
+    answers[name] = np.asarray(metrics.correct(x, label))
+    if name == 'test':
+      scaled = np.float32(model.beta) * x
+      nll = float(metrics.negative_log_likelihood(scaled, label))
+      ece = float(metrics.expected_calibration_error(scaled, label))
       curve = metrics.reliability(scaled, label)
-      key = name if kind != 'single' else 'best single'
-      curves[key] = {k: x.tolist() for k, x in curve._asdict().items()}
-  return curves
+  row = report.Row(
+      name=model.name,
+      kind=model.kind,
+      held_out=scores.pop('held_out'),
+      test=scores.pop('test'),
+      shifts=scores,
+      nll=nll,
+      ece=ece,
+      cost=model.cost,
+      metric=metric_name,
+      shares=shares(work),
+  )
+  return Scored(
+      row,
+      answers if metric_name == 'accuracy' else logits,
+      {key: x.tolist() for key, x in curve._asdict().items()},
+  )
 
 
-def _rows(work, models: Models, labels) -> list[report.Row]:
-  """A row a model, with the gain over the best single model and how sure it is.
+def _calibration(scored: Sequence[Scored]) -> Json:
+  """Reliability on test data: of the best single, soups and ensembles."""
+  best = report.best_single([of_model.row for of_model in scored])
+  return {
+      'best single' if i == best else row.name: curve
+      for i, (row, _, curve) in enumerate(scored)
+      if i == best or row.kind != 'single'
+  }
+
+
+def _with_gains(work, split, models, scored) -> list[report.Row]:
+  """Rows with the gain over the best single model and how sure it is.
 
   What is resampled for that are the examples of this split.
   """
-  views = work.splits.views
-  logits = [
-      {d: views.get(d, lambda x: x)(x) for d, x in of_model.items()}
-      for of_model in models.logits.values()
-  ]
-  name_of_metric = work.config.get('metric', 'accuracy')
-  rows = [
-      cook.row(
-          name,
-          kind,
-          of_model,
-          labels,
-          metric=name_of_metric,
-          beta=models.beta.get(name, 1.0),
-          cost=models.cost.get(name, 1),
-      )._replace(shares=shares(work))
-      for (kind, name), of_model in zip(models.logits, logits)
-  ]
-  metric = cook.METRICS[name_of_metric]
-  if name_of_metric == 'accuracy':
-    metric = metrics.correct  # Answers one by one: the exact test is of those.
-  return report.with_gains(rows, logits, labels, metric=metric)
+  rows = [of_model.row for of_model in scored]
+  report.refuse_twice(models[report.best_single(rows)].logits)
+  name = work.config.get('metric', 'accuracy')
+  return report.with_gains(
+      rows,
+      [of_model.answers for of_model in scored],
+      split.of(work.labels),
+      # Answers one by one are known: the exact test is of those.
+      metric=None if name == 'accuracy' else cook.METRICS[name],
+  )
 
 
 def shares(work: workdirs.Work) -> dict[str, float]:
@@ -386,40 +536,18 @@ def record(work: workdirs.Work) -> Json:
   return entries
 
 
-def _write(work, tables, soups, calibration, stable) -> None:
+def _content(work, tables, all_splits, soups, calibration) -> Json:
+  """What is in results.json, but for the stability."""
   workdir = work.workdir
-  rows = report.averaged(tables)[0]
-  report.save(
-      lambda ax: report.scatter(ax, rows),
-      workdir / 'test_against_shifts.png',
-      size=(7.2, 4.2),
-  )
-  searches: Json = {}
-  for name, soup in soups.items():
-    if (recipe := name.partition(',')[0]) in ('greedy', 'pruned'):
-      searches.setdefault(recipe, soup.info)
-  if searches:
-    report.save(
-        lambda ax: report.trials(ax, searches),
-        workdir / 'trials.png',
-    )
-  means, deviations = report.averaged(
-      [report.summary(table) for table in tables]
-  )
-  (workdir / 'table.md').write_text(
-      report.markdown(
-          means,
-          deviations if len(tables) > 1 else None,
-          sets=roles(work),
-      )
-      + '\n'
-  )
+  paths = [workdir / 'theta_0', *(path for _, _, path in work.copies())]
+  paths += [_soup_path(split, name) for split in all_splits for name in soups]
+  pictures = [_SCATTER, *([_TRIALS] if _searches(soups) else [])]
   content = {
       'config': json.loads((workdir / 'config.json').read_text()),
       'runs': list(work.experiment.runs),
       'diverged': work.diverged(),
       'data': record(work),
-      'rows': [row._asdict() for row in rows],
+      'rows': [row._asdict() for row in report.averaged(tables)[0]],
       'alpha': {
           name: soup.alpha.tolist()
           for name, soup in soups.items()
@@ -427,9 +555,53 @@ def _write(work, tables, soups, calibration, stable) -> None:
       },
       'roles': roles(work),
       'calibration': calibration,
+      'files': [
+          *(path.relative_to(workdir).as_posix() for path in paths),
+          *pictures,
+          _TABLE,
+      ],
   }
-  content['stability'] = {name: x for name, x in stable.items() if x}
   if len(tables) > 1:
     content['splits'] = [[r._asdict() for r in table] for table in tables]
-  with _files.replaced(workdir / 'results.json') as unfinished:
-    unfinished.write_text(json.dumps(_json.sealed(content), indent=1))
+  return content
+
+
+def _searches(soups) -> Json:
+  """What the searches tried, by their names."""
+  searches: Json = {}
+  for name, soup in soups.items():
+    if (recipe := name.partition(',')[0]) in ('greedy', 'pruned'):
+      searches.setdefault(recipe, soup.info)
+  return searches
+
+
+def _write(work, content: Json, tables, soups) -> None:
+  """Pictures and the table; results.json last, as it stands for them all."""
+  workdir = work.workdir
+  rows = report.averaged(tables)[0]
+  report.save(
+      lambda ax: report.scatter(ax, rows),
+      workdir / _SCATTER,
+      size=(7.2, 4.2),
+  )
+  if searches := _searches(soups):
+    report.save(lambda ax: report.trials(ax, searches), workdir / _TRIALS)
+  means, deviations = report.averaged(
+      [report.summary(table) for table in tables]
+  )
+  text = report.markdown(
+      means,
+      deviations if len(tables) > 1 else None,
+      sets=content['roles'],
+  )
+  if names := ', '.join(content['diverged']):
+    text += f'\n\nLeft out, with NaN or infinite values: {names}.'
+  (workdir / _TABLE).write_text(text + '\n')
+  _store(work, content)
+
+
+def _store(work, content: Json) -> None:
+  if _processes.is_main():
+    with _files.replaced(work.workdir / _RESULTS) as unfinished:
+      unfinished.write_text(json.dumps(_json.sealed(content), indent=1))
+  _processes.wait_for_all(f'{_RESULTS} is written')

@@ -9,6 +9,7 @@ ingredients = stages.ingredients(work, theta_0)
 Each stage does what is left to do, and leaves checkpoints in the workdir.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
@@ -23,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup import _warnings
 from jaxsoup import checkpoints
@@ -33,6 +33,7 @@ from jaxsoup.experiments import cook
 from jaxsoup.experiments import stopping
 from jaxsoup.experiments import workdirs
 from jaxsoup.runtime import locking
+from jaxsoup.runtime import preemption
 from jaxsoup.train import loop
 from jaxsoup.train import steps
 from jaxsoup.typing import Params
@@ -85,23 +86,7 @@ def _start(work: workdirs.Work) -> Params:
         workdirs.abstract(config, params),
     )
   if 'pretrain' in config:
-    if work.splits.pretrain is None:
-      raise configs.UsageError(
-          'config.pretrain is set, but data(config) returns no `pretrain` set: '
-          'add one, or remove config.pretrain.'
-      )
-    params = loop.train_one(
-        model,
-        config.pretrain,
-        params,
-        {**config.pretrain.run.to_dict(), 'seed': config.seed},
-        work.splits.pretrain,
-        progress_fn=lambda epoch, num_epochs, _: work.progress_fn(
-            'pre-training', epoch / num_epochs
-        ),
-        saved=work.saved('theta_0'),
-        **_logged(work, ['pretrain']),
-    )
+    params = _pretrained(work, params)
   if 'probe' in config:
     params = loop.probe(
         model,
@@ -110,8 +95,41 @@ def _start(work: workdirs.Work) -> Params:
         work.splits.train,
         batch_size=config.batch_size,
         sharding=workdirs.on(config),
+        saved=work.saved('probe'),
+        checked_fn=work.stopping,
     )
   return params
+
+
+def _pretrained(work: workdirs.Work, params: Params) -> Params:
+  """Kept until theta_0 is there: the probe may be stopped."""
+  path = work.workdir / 'unfinished' / 'pretrained'
+  if not _processes.agreed(path.exists()):
+    if work.splits.pretrain is None:
+      raise configs.UsageError(
+          'config.pretrain is set, but data(config) returns no `pretrain` set: '
+          'add one, or remove config.pretrain.'
+      )
+    settings = work.config.pretrain
+    trained = loop.train_one(
+        work.model,
+        settings,
+        params,
+        {**settings.run.to_dict(), 'seed': work.config.seed},
+        work.splits.pretrain,
+        progress_fn=lambda epoch, num_epochs, _: work.progress_fn(
+            'pre-training', epoch / num_epochs
+        ),
+        saved=work.saved('theta_0'),
+        **_logged(work, ['pretrain']),
+    )
+    checkpoints.save(path, trained)
+  return _read(work, path, params)
+
+
+def _read(work: workdirs.Work, path: pathlib.Path, params: Params) -> Params:
+  abstract = workdirs.abstract(work.config, params)
+  return checkpoints.Ingredients([path], abstract)[0]
 
 
 def _logged(work: workdirs.Work, names: Sequence[Any]) -> dict[str, Any]:
@@ -148,11 +166,8 @@ def finetune_all(work: workdirs.Work, start: Params) -> bool:
   is_complete = _processes.agreed(
       all(path.exists() for _, _, path in work.copies())
   )
-  if is_complete and work.diverged():
-    _warnings.warn(
-        f'{", ".join(work.diverged())} diverged (NaN or infinite values), and '
-        'will not be part of any soup.'
-    )
+  if is_complete and (diverged := work.diverged()):
+    warn_of(diverged)
     if not work.copies():
       raise configs.UsageError(
           'All runs diverged: lower config.sweep.learning_rate, and use '
@@ -161,6 +176,15 @@ def finetune_all(work: workdirs.Work, start: Params) -> bool:
   if is_complete and _processes.is_main():
     shutil.rmtree(work.workdir / 'unfinished', ignore_errors=True)
   return is_complete
+
+
+def warn_of(diverged: Sequence[str]) -> None:
+  """Says which runs are left out."""
+  if diverged:
+    _warnings.warn(
+        f'{", ".join(diverged)} diverged (NaN or infinite values), and will '
+        'not be part of any soup.'
+    )
 
 
 def _check_trained(work: workdirs.Work) -> None:
@@ -195,6 +219,10 @@ def _finetune_group(work: workdirs.Work, start, group, progress_fn) -> None:
   """
   saved = work.saved(f'runs_{group[0]:02d}')
   paths = {(i, name): path for i, name, path in work.copies() if i in group}
+  for (i, name), path in paths.items():
+    unscored = _unscored(work, path)
+    if _processes.agreed(unscored.exists()):
+      _save(work, path, i, name, _read(work, unscored, start))
   if not _processes.agreed(all(path.exists() for path in paths.values())):
 
     def keep_fn(name, stacked):
@@ -217,15 +245,28 @@ def _finetune_group(work: workdirs.Work, start, group, progress_fn) -> None:
         **_logged(work, group),
     )
     keep_fn('', stacked)
+  if work.stop.requested:
+    raise preemption.Preempted(f'{work.workdir} holds the runs so far')
   saved.delete()
 
 
+def _unscored(work: workdirs.Work, path: pathlib.Path) -> pathlib.Path:
+  return work.workdir / 'unfinished' / 'unscored' / path.name
+
+
 def _save(work: workdirs.Work, path, run: int, name: str, params) -> None:
-  """Saves a run with its score; first its logits, which are needed later."""
+  """Saves a run with its score; first its logits, which are needed later.
+
+  When the script is to stop, without a score: the next call does the rest.
+  """
   if _processes.agreed(path.exists()):
     return
-  logits = work.logits(params)
-  _write_logits(work, path, logits)
+  try:
+    logits = work.logits_of(path, lambda: params)
+  except preemption.Preempted:
+    if not _processes.agreed(_unscored(work, path).exists()):
+      checkpoints.save(_unscored(work, path), params)
+    return
   metric = cook.metric_of(work.config)
   score = float(metric(logits['held_out'], work.labels['held_out']))
   config = dict(work.experiment.runs[run])
@@ -244,34 +285,19 @@ def _is_finite(params: Params) -> jax.Array:
   return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
-def all_logits(work: workdirs.Work, params_fn: Any) -> dict[str, np.ndarray]:
-  """Logits `[K, N, C]` of all ingredients on each data set, from the disk.
+def logits(
+    work: workdirs.Work, params_fn: Callable[[int], Params]
+) -> list[workdirs.Logits]:
+  """Logits `[N, C]` of each ingredient by data set, read on each access.
 
   Args:
     work: the experiment.
     params_fn: k -> parameters, for those whose logits are missing.
   """
-  rows = []
-  for k, (_, _, path) in enumerate(work.copies()):
-    file = _logits_file(work, path)
-    if not _processes.agreed(file.exists()):
-      _write_logits(work, path, work.logits(params_fn(k)))
-    with np.load(file) as stored:
-      rows.append(dict(stored))
-  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _logits_file(work: workdirs.Work, path: pathlib.Path) -> pathlib.Path:
-  return work.workdir / 'logits' / f'{path.name}.npz'
-
-
-def _write_logits(work: workdirs.Work, path: pathlib.Path, arrays) -> None:
-  if _processes.is_main():
-    file = _logits_file(work, path)
-    file.parent.mkdir(exist_ok=True)
-    with _files.replaced(file) as unfinished, unfinished.open('wb') as f:
-      np.savez(f, **arrays)
-  _processes.wait_for_all('the logits are written')
+  return [
+      work.logits_of(path, functools.partial(params_fn, k))
+      for k, (_, _, path) in enumerate(work.copies())
+  ]
 
 
 def ingredients(work: workdirs.Work, start: Params) -> stopping.Ingredients:

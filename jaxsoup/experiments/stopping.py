@@ -33,13 +33,16 @@ class Ingredients(checkpoints.Ingredients):
         saved=self._saved,
     )
 
-  def stopping(self, batches: Iterable[Tree]) -> '_Batches':
+  def stopping(self, batches: Iterable[Tree]) -> 'Batches':
     """Batches that look for a request to stop before each one."""
-    return _Batches(batches, self._stop, self._saved)
+    return Batches(batches, self._stop, self._saved)
 
 
-class _Batches:
-  """Unlike a generator, they can be read in every epoch."""
+class Batches:
+  """Batches that look for a request to stop before each one.
+
+  Unlike a generator, they can be read in every epoch.
+  """
 
   def __init__(
       self, batches: Iterable[Tree], stop: preemption.Stop, saved: str

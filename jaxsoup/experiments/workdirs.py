@@ -6,7 +6,10 @@ with workdirs.opened(experiment, folder) as work:
 ```
 """
 
+from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import functools
@@ -29,6 +32,7 @@ from jaxsoup.data import sources
 from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
+from jaxsoup.experiments import stopping
 from jaxsoup.runtime import locking
 from jaxsoup.runtime import metric_log
 from jaxsoup.runtime import preemption
@@ -39,6 +43,29 @@ from jaxsoup.train import modeling
 from jaxsoup.train import unfinished
 from jaxsoup.typing import Json
 from jaxsoup.typing import Params
+
+
+class Logits(Mapping[str, np.ndarray]):
+  """Logits `[N, C]` of a model by data set, made or read on each access."""
+
+  def __init__(
+      self, names: Iterable[str], read_fn: Callable[[str], np.ndarray]
+  ):
+    self._names, self._read_fn = list(names), read_fn
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    if name not in self._names:
+      raise KeyError(name)
+    return self._read_fn(name)
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._names
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._names)
+
+  def __len__(self) -> int:
+    return len(self._names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +102,45 @@ class Work:
     """Logits `[N, C]` of a model on each data set."""
     return {name: fn(params) for name, fn in self._logits_fns.items()}
 
+  def logits_of(
+      self, path: pathlib.Path, params_fn: Callable[[], Params]
+  ) -> Logits:
+    """Logits of a model from the disk; evaluated once.
+
+    Args:
+      path: of the model, such as `WORKDIR/runs/03`; its logits are in
+        `WORKDIR/logits/03.npz`.
+      params_fn: returns its parameters.
+    """
+    file = path.parent.parent / 'logits' / f'{path.name}.npz'
+    if not _processes.agreed(file.exists()):
+      arrays: dict[str, Any] = self.logits(params_fn())
+      if _processes.is_main():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _files.replaced(file) as unfinished, unfinished.open('wb') as f:
+          np.savez(f, **arrays)
+      _processes.wait_for_all('the logits are written')
+
+    def read_fn(name):
+      with np.load(file) as stored:  # Only this array of it is read.
+        return stored[name]
+
+    return Logits(self.data, read_fn)
+
+  def stopping(self, batches: Iterable[Any]) -> stopping.Batches:
+    """Batches that look for a request to stop before each one."""
+    saved = f'{self.workdir} holds what is finished'
+    return stopping.Batches(batches, self.stop, saved)
+
   @functools.cached_property
   def _logits_fns(self) -> dict[str, Any]:
     sharding = on(self.config)
     return {
         name: evaluation.logits_of(
             self.model.logits_fn,
-            cook.batches_of(source, self.config.batch_size, sharding),
+            self.stopping(
+                cook.batches_of(source, self.config.batch_size, sharding)
+            ),
         )
         for name, source in self.data.items()
     }
@@ -134,21 +193,24 @@ def opened(
     progress_fn: progress.ProgressFn = progress.silent,
     stop: preemption.Stop | None = None,
 ) -> Iterator[Work]:
-  """Model, data and workdir of an experiment; the workdir is locked.
+  """`work_of` in a workdir that is `locked`: see these for errors."""
+  with locked(experiment, folder):
+    yield work_of(experiment, folder, progress_fn, stop)
+
+
+@contextlib.contextmanager
+def locked(
+    experiment: configs.Experiment, folder: pathlib.Path
+) -> Iterator[None]:
+  """A workdir that is locked, belongs to the config, and has no leftovers.
 
   Args:
     experiment: of `configs.load`.
     folder: the workdir, an absolute path.
-    progress_fn: as in `run`.
-    stop: as in `run`.
-
-  Yields:
-    What the stages share.
 
   Raises:
     UsageError: no data, or the workdir was started with another config.
     InUseError: another process uses the workdir.
-    ValueError: examples with two roles.
   """
   if experiment.data_fn is None:
     raise configs.UsageError(
@@ -177,29 +239,56 @@ def opened(
     if is_alone:  # It is ours.
       for name in ('.', 'runs', 'soups', 'logits', 'landscape'):
         _files.clear_leftovers(folder / name)
-    progress_fn('pre-training', 0.0)
-    splits = experiment.data_fn(config)
-    if not isinstance(splits, sources.Splits):
-      raise configs.UsageError(
-          f'data(config) returned {splits!r:.80}: expected '
-          'jaxsoup.data.sources.Splits, see configs/digits.py.'
-      )
-    has_board = config.get('tensorboard', False)
-    work = Work(
-        experiment=experiment,
-        model=architectures.of(experiment),
-        splits=splits,
-        workdir=folder,
-        progress_fn=progress_fn,
-        stop=stop or preemption.Stop(),
-        log=metric_log.MetricLog(
-            folder / 'metrics.jsonl',
-            tensorboard=folder / 'tensorboard' if has_board else None,
-            write_fn=_write_fn(experiment),
-        ),
+      for path in folder.glob('splits/*/*'):
+        _files.clear_leftovers(path)
+    yield
+
+
+def work_of(
+    experiment: configs.Experiment,
+    folder: pathlib.Path,
+    progress_fn: progress.ProgressFn = progress.silent,
+    stop: preemption.Stop | None = None,
+) -> Work:
+  """Model and data of an experiment, with its workdir.
+
+  Args:
+    experiment: of `configs.load`.
+    folder: the workdir, an absolute path.
+    progress_fn: as in `run`.
+    stop: as in `run`.
+
+  Returns:
+    What the stages share.
+
+  Raises:
+    UsageError: `data(config)` returned something else.
+    ValueError: examples with two roles.
+  """
+  config = experiment.config
+  progress_fn('pre-training', 0.0)
+  splits = experiment.data_fn(config)  # type: ignore[misc]
+  if not isinstance(splits, sources.Splits):
+    raise configs.UsageError(
+        f'data(config) returned {splits!r:.80}: expected '
+        'jaxsoup.data.sources.Splits, see configs/digits.py.'
     )
-    check_roles(work)
-    yield work
+  has_board = config.get('tensorboard', False)
+  work = Work(
+      experiment=experiment,
+      model=architectures.of(experiment),
+      splits=splits,
+      workdir=folder,
+      progress_fn=progress_fn,
+      stop=stop or preemption.Stop(),
+      log=metric_log.MetricLog(
+          folder / 'metrics.jsonl',
+          tensorboard=folder / 'tensorboard' if has_board else None,
+          write_fn=_write_fn(experiment),
+      ),
+  )
+  check_roles(work)
+  return work
 
 
 def _write_fn(experiment: configs.Experiment) -> metric_log.WriteFn | None:
@@ -218,7 +307,8 @@ def _write_fn(experiment: configs.Experiment) -> metric_log.WriteFn | None:
 def check_roles(work: Work) -> None:
   """Rejects examples that have two roles: training, selecting, reporting.
 
-  Only data in memory are compared: other sources document by what rule the
+  Compared are data in memory, and files of folders, those only until theta_0
+  is there: they may be millions. Other sources document by what rule the
   held-out set is taken out of the training data.
 
   Raises:
@@ -240,6 +330,13 @@ def check_roles(work: Work) -> None:
           for role, members in roles.items()
       }
   )
+  if not (work.workdir / 'theta_0').exists():
+    statistics.check_disjoint_files(
+        **{
+            role: [path for x in members for path in sources.files_of(x)]
+            for role, members in roles.items()
+        }
+    )
 
 
 def shard_of(config: ml_collections.ConfigDict) -> tuple[int, int]:

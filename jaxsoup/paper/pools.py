@@ -102,7 +102,10 @@ class Pool:
     self.names = [path.name for path in paths]
     ingredients = checkpoints.Ingredients(paths)
     self.models = [ingredients[k] for k in range(len(paths))]
-    self.logits = stages.all_logits(work, self.models.__getitem__)
+    each = stages.logits(work, self.models.__getitem__)
+    self.logits = {
+        name: np.stack([logits[name] for logits in each]) for name in work.data
+    }
     self.known: dict[Any, Any] = {}  # Scores, or bounds on them.
     self.eval_fn = cook.score_fn(
         work.config, work.model.logits_fn, work.splits.held_out

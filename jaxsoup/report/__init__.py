@@ -43,6 +43,7 @@ from jaxsoup.report._tables import best_single as best_single
 from jaxsoup.report._tables import markdown as markdown
 from jaxsoup.report._tables import mean_rows as mean_rows
 from jaxsoup.report._tables import read_rows as read_rows
+from jaxsoup.report._tables import refuse_twice as refuse_twice
 from jaxsoup.report._tables import rich_table as rich_table
 from jaxsoup.report._tables import summary as summary
 from jaxsoup.report._tables import with_gains as with_gains

@@ -136,7 +136,7 @@ def with_gains(
   best = best_single(rows)
   if best is None:
     return list(rows)
-  _refuse_twice(logits[best])
+  refuse_twice(logits[best])
 
   def gains_of(first: Mapping[str, Array]) -> dict[str, Comparison]:
     second = logits[best]
@@ -161,7 +161,15 @@ def with_gains(
   ]
 
 
-def _refuse_twice(logits: Mapping[str, Array]) -> None:
+def refuse_twice(logits: Mapping[str, Array]) -> None:
+  """Raises if a model has the same logits on held-out and on other data.
+
+  Args:
+    logits: `[N, C]` by data set, of which two at a time are asked for.
+
+  Raises:
+    ValueError: the held-out set also reports; names the other set.
+  """
   held_out = logits.get('held_out', ())
   for name, x in logits.items():
     # Answers that are right or wrong may agree by chance; logits do not.

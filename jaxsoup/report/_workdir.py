@@ -280,7 +280,9 @@ def _origin(contents: Contents) -> Section:
   if results.get('data'):
     parts.append(_data(results['data']))
   config = [[k, json.dumps(v)] for k, v in results['config'].items()]
-  looked_at = contents.landscape.get('angles', {}).get('settings', {})
+  looked_at: Json = {}
+  for part in contents.landscape.values():
+    looked_at |= part.get('settings', {})
   config += [[f'landscape.{k}', json.dumps(v)] for k, v in looked_at.items()]
   parts.append(Table(['', 'value'], config, 'Config', is_folded=True))
   parts.append(_models(contents))

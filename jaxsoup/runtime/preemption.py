@@ -31,8 +31,8 @@ class Stop:
   """Whether the script was asked to stop.
 
   Attributes:
-    requested: becomes true when a SIGTERM comes. It is not set in a run of
-      several processes, whose answer is `agreed`.
+    requested: becomes true when a SIGTERM comes; in a run of several processes
+      when they have `agreed`.
   """
 
   def __init__(self):
@@ -45,9 +45,10 @@ class Stop:
     each other: the service that jax has for it tells all of them of a SIGTERM,
     and of the next question that none of them has asked yet.
     """
-    if jax.process_count() == 1:
-      return self.requested
-    return multihost_utils.reached_preemption_sync_point(next(_QUESTIONS))
+    if jax.process_count() > 1:
+      number = next(_QUESTIONS)
+      self.requested |= multihost_utils.reached_preemption_sync_point(number)
+    return self.requested
 
   def check(self, saved: str) -> None:
     """Stops the script if it was asked to.

@@ -35,6 +35,9 @@ from jaxsoup.statistics._comparisons import over_repeats as over_repeats
 from jaxsoup.statistics._comparisons import paired_bootstrap as paired_bootstrap
 from jaxsoup.statistics._disjoint import Split as Split
 from jaxsoup.statistics._disjoint import check_disjoint as check_disjoint
+from jaxsoup.statistics._disjoint import (
+    check_disjoint_files as check_disjoint_files,
+)
 from jaxsoup.statistics._disjoint import shared_rows as shared_rows
 from jaxsoup.statistics._disjoint import split as split
 from jaxsoup.statistics._stability import Stability as Stability

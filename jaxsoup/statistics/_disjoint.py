@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
+from concurrent import futures
 import hashlib
+import pathlib
 from typing import Any
 from typing import NamedTuple
 
@@ -15,6 +18,8 @@ from jaxsoup.typing import Rows
 
 _NOT_INPUTS = ('label', 'mask')
 _NUM_AT_ONCE = 1024
+# Files of equal size mostly differ in their last bytes.
+_NUM_LAST = 4096
 
 
 class Split(NamedTuple):
@@ -138,6 +143,56 @@ def check_disjoint(**sets: Rows) -> None:
           f'{in_p[0]} of {p} is row {same_row} of {q}. Drop them from one: '
           f'statistics.shared_rows({p}, {q}) lists them.'
       )
+
+
+def check_disjoint_files(**sets: Sequence[pathlib.Path]) -> None:
+  """Refuses files of different roles that have the same content.
+
+  Only files of equal size are opened, and those with equal ends read in full.
+
+  Args:
+    **sets: by role, such as `train=paths, test=other_paths`.
+
+  Raises:
+    ValueError: files in two roles: how many contents, and two of the files.
+  """
+  rows: list[tuple[str, pathlib.Path, tuple[Any, ...]]]
+  rows = [(role, path, ()) for role, paths in sets.items() for path in paths]
+  with futures.ThreadPoolExecutor() as pool:
+    for key_fn in (_size, _end, _whole):
+      parts = pool.map(key_fn, [path for _, path, _ in rows])
+      rows = [
+          (role, path, (*key, part))
+          for (role, path, key), part in zip(rows, parts)
+      ]
+      roles: dict[Any, set[str]] = {}
+      for role, _, key in rows:
+        roles.setdefault(key, set()).add(role)
+      rows = [row for row in rows if len(roles[row[-1]]) > 1]
+  if rows:
+    keys = [key for *_, key in rows]
+    same = {role: path for role, path, key in rows if key == keys[0]}
+    (p, path_p), (q, path_q) = list(same.items())[:2]
+    raise ValueError(
+        f'{len(set(keys))} files have two roles: {path_p} of {p} and {path_q} '
+        f'of {q} have the same content. Data that choose a model '
+        'cannot also report its score: leave each out of one of the sets.'
+    )
+
+
+def _size(path: pathlib.Path) -> int:
+  return path.stat().st_size
+
+
+def _end(path: pathlib.Path) -> bytes:
+  with path.open('rb') as file:
+    file.seek(max(0, _size(path) - _NUM_LAST))
+    return hashlib.blake2b(file.read(), digest_size=16).digest()
+
+
+def _whole(path: pathlib.Path) -> bytes:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'blake2b').digest()
 
 
 def _twice(p: str, q: str) -> str:

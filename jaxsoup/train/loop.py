@@ -374,6 +374,8 @@ def probe(
     *,
     batch_size: int = 256,
     sharding: jax.sharding.Sharding | None = None,
+    saved: unfinished.Saved | None = None,
+    checked_fn: Callable[[Any], Any] = iter,
 ) -> steps.Params:
   """Trains the head alone, on features computed once: the LP of LP-FT.
 
@@ -384,6 +386,9 @@ def probe(
     source: the training data, as they are: nothing is augmented.
     batch_size: of the features' computation.
     sharding: how a batch of it lies on a mesh.
+    saved: as in `train`.
+    checked_fn: batches -> the same batches, such as with a look for a request
+      to stop before each one.
 
   Returns:
     The parameters with another `head`.
@@ -398,7 +403,8 @@ def probe(
     raise ValueError(
         'The model has no linear head for a linear probe: remove config.probe.'
     )
-  features = _features(model, params, source, batch_size, sharding)
+  batches = checked_fn(sources.batches(source, batch_size))
+  features = _features(model, params, batches, sharding)
   head_model = modeling.linear(
       features.arrays['feature'].shape[-1], model.num_classes
   )
@@ -408,11 +414,12 @@ def probe(
       head_model.start_fn(jax.random.key(0)),
       phase['run'],
       features,
+      saved=saved,
   )
   return {**params, 'head': {**params['head'], **_without_bias(params, head)}}
 
 
-def _features(model, params, source, batch_size, sharding) -> sources.Arrays:
+def _features(model, params, batches, sharding) -> sources.Arrays:
   """What the head sees of all examples, and their labels, in one walk."""
 
   def both_fn(params, batch):
@@ -421,7 +428,7 @@ def _features(model, params, source, batch_size, sharding) -> sources.Arrays:
 
   batches = (
       {name: evaluation.placed(x, sharding) for name, x in batch.items()}
-      for batch in sources.batches(source, batch_size)
+      for batch in batches
   )
   arrays = evaluation.logits_of(both_fn, batches)(params)
   return sources.Arrays({**arrays, 'label': arrays['label'].astype(np.int32)})
