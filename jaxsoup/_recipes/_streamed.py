@@ -47,7 +47,7 @@ class Source:
   ):
     self._checked = checked
     self._cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
-    self._cache: dict[int, list[tuple[np.ndarray, jax.sharding.Sharding]]] = {}
+    self._cache: dict[int, list[_Copy]] = {}
     self._last: tuple[int, list[jax.Array]] | None = 0, self._copied(0, first)
 
   def __len__(self) -> int:
@@ -71,17 +71,30 @@ class Source:
     if self._cache_dtype is None:
       return leaves
     if k not in self._cache:
-      self._cache[k] = [
-          (_narrowed(x, self._cache_dtype), x.sharding) for x in leaves
-      ]
-    leaves = [jax.device_put(*pair) for pair in self._cache[k]]
+      self._cache[k] = [_Copy(x, self._cache_dtype) for x in leaves]
+    leaves = [copy.placed() for copy in self._cache[k]]
     return _widened(leaves, self._checked.float_dtypes)
 
 
-def _narrowed(x: jax.Array, dtype: np.dtype[Any]) -> np.ndarray:
-  is_wider = _is_real(x) and x.dtype.itemsize > dtype.itemsize
-  # A copy, or on a CPU it would be the memory of the ingredient itself.
-  return np.array(jax.device_get(x), dtype if is_wider else x.dtype)
+class _Copy:
+  """What this host has of an array, in its memory and perhaps rounded."""
+
+  def __init__(self, x: jax.Array, dtype: np.dtype[Any]):
+    is_wider = _is_real(x) and x.dtype.itemsize > dtype.itemsize
+    dtype = dtype if is_wider else x.dtype
+    self._shape, self._sharding = x.shape, x.sharding
+    # By what part it is, of which several devices may have the same. Copied, or
+    # on a CPU it would be the memory of the ingredient itself.
+    parts = {str(part.index): part.data for part in x.addressable_shards}
+    self._parts = {
+        index: np.array(jax.device_get(part), dtype)
+        for index, part in parts.items()
+    }
+
+  def placed(self) -> jax.Array:
+    return jax.make_array_from_callback(
+        self._shape, self._sharding, lambda index: self._parts[str(index)]
+    )
 
 
 def _is_real(x: jax.Array) -> bool:

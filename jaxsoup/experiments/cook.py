@@ -37,6 +37,7 @@ from jaxsoup.report import Row
 from jaxsoup.train import loop
 from jaxsoup.train import modeling
 from jaxsoup.train import steps
+from jaxsoup.typing import Batches as BatchesOf
 from jaxsoup.typing import EvalFn
 from jaxsoup.typing import LogitsFn
 from jaxsoup.typing import MetricFn
@@ -197,17 +198,22 @@ def statistics_fns(
 
 
 class Batches:
-  """Batches of a source, read again in each pass."""
+  """Batches of a source, read again in each pass.
+
+  As `evaluation.batched` cuts them: of a size that the mesh divides.
+  """
 
   def __init__(self, source, batch_size, sharding=None):
-    self._source, self._batch_size = source, batch_size
-    self._sharding = sharding
+    self.size = evaluation.divided(batch_size, sharding)
+    self.sharding, self._source = sharding, source
+
+  def __len__(self) -> int:
+    return -(-len(self._source) // self.size)
 
   def __iter__(self) -> Iterator[dict[str, jax.Array]]:
-    for batch in sources.batches(self._source, self._batch_size):
+    for batch in sources.batches(self._source, self.size):
       yield {
-          name: evaluation.placed(x, self._sharding)
-          for name, x in batch.items()
+          name: evaluation.placed(x, self.sharding) for name, x in batch.items()
       }
 
 
@@ -231,10 +237,15 @@ def batches_of(
     row = source[np.arange(1)]
     size = len(source) * sum(x.nbytes for x in row.values())
     free = _memory.free_bytes(jax.local_devices()[0])
-    if _processes.is_any(size > free / 5):
+    if _processes.is_any(not are_kept(size, free)):
       return Batches(source, batch_size, sharding)
   data = sources.in_memory(source).arrays
   return evaluation.batched(data, batch_size, sharding=sharding)
+
+
+def are_kept(num_bytes: int, free: int) -> bool:
+  """Whether the batches of an evaluation stay on a device, of all examples."""
+  return num_bytes <= free / 5
 
 
 def labels_of(source: sources.Source) -> np.ndarray:
@@ -266,6 +277,13 @@ def score_fn(
     early.
   """
   batches = batches_of(data, config.batch_size, sharding)
+  return score_of_batches(config, logits_fn, batches)
+
+
+def score_of_batches(
+    config: ml_collections.ConfigDict, logits_fn: LogitsFn, batches: BatchesOf
+) -> Any:
+  """The same, of batches that are there; its `step` is what is compiled."""
   select_by = config.get('select_by', 'metric')
   if select_by == 'nll':
     return evaluation.mean_of(
@@ -374,10 +392,10 @@ class Rows:
       size: int,
       sharding: NamedSharding | None,
   ):
-    size = min(size, len(rows))
-    if sharding is not None and size % sharding.num_devices:
+    self.size = size = min(size, len(rows))
+    if sharding is not None and evaluation.divided(size, sharding) > size:
       sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    self._source, self._sharding = source, sharding
+    self.sharding, self._source = sharding, source
     self._rows = rows[: len(rows) // size * size].reshape(-1, size)
 
   def __len__(self) -> int:
@@ -386,7 +404,7 @@ class Rows:
   def __iter__(self) -> Iterator[dict[str, jax.Array]]:
     for rows in self._rows:
       batch = self._source[rows].items()
-      yield {name: evaluation.placed(x, self._sharding) for name, x in batch}
+      yield {name: evaluation.placed(x, self.sharding) for name, x in batch}
 
 
 def row(

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import ml_collections
 import numpy as np
 
@@ -264,4 +263,4 @@ def on(config: ml_collections.ConfigDict) -> NamedSharding | None:
   """How batches lie, if the experiment is sharded."""
   if not config.get('is_sharded', False):
     return None
-  return NamedSharding(streaming.mesh(), PartitionSpec('fsdp'))
+  return streaming.split(streaming.mesh())

@@ -206,7 +206,9 @@ def _features(model, params, source, batch_size, sharding) -> sources.Arrays:
 
   batches = (
       {name: evaluation.placed(x, sharding) for name, x in batch.items()}
-      for batch in sources.batches(source, batch_size)
+      for batch in sources.batches(
+          source, evaluation.divided(batch_size, sharding)
+      )
   )
   arrays = evaluation.logits_of(both_fn, batches)(params)
   return sources.Arrays({**arrays, 'label': arrays['label'].astype(np.int32)})

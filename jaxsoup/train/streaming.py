@@ -9,6 +9,7 @@ state, losses = streamed.epoch(state, 0)
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import functools
 
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from jaxsoup import evaluation
 from jaxsoup import sharding
 from jaxsoup.data import sources
 from jaxsoup.train import steps
@@ -39,6 +41,7 @@ class Streamed:
     self._model, self._settings, self._source = model, settings, source
     self._hyper = jax.tree.map(lambda x: x[0], jax.device_get(hyper))
     self._mesh = mesh()
+    check_divided(settings.batch_size, split(self._mesh))
 
   def start(self, params: steps.Params) -> steps.State:
     """The state before the first step."""
@@ -70,7 +73,7 @@ class Streamed:
         after_fn(step, state)
       step_key = jax.random.fold_in(key, step)
       with jax.set_mesh(self._mesh):
-        state, loss = _step(
+        state, loss = step_fn(
             self._model, self._settings, state, self._hyper, batch, step_key
         )
       losses.append(loss)
@@ -80,7 +83,6 @@ class Streamed:
     return state, mean
 
   def _batches(self, epoch: int, start: int) -> Iterator[dict[str, jax.Array]]:
-    split = NamedSharding(self._mesh, PartitionSpec('fsdp'))
     for batch in sources.batches(
         self._source,
         self._settings.batch_size,
@@ -92,7 +94,9 @@ class Streamed:
     ):
       names = (*self._model.inputs, 'label')
       yield {
-          name: jax.make_array_from_process_local_data(split, batch[name])
+          name: jax.make_array_from_process_local_data(
+              split(self._mesh), batch[name]
+          )
           for name in names
       }
 
@@ -108,16 +112,31 @@ def _start(model, settings, on_mesh, params, hyper):
   return jax.lax.with_sharding_constraint(init_fn(params, hyper), shardings)
 
 
-_step = jax.jit(
+step_fn = jax.jit(
     steps.train_step, static_argnums=(0, 1), donate_argnames=('state',)
 )
 
 
-def mesh() -> jax.sharding.Mesh:
-  """All devices along one axis, `fsdp`."""
+def mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+  """All devices, or those given, along one axis, `fsdp`."""
+  devices = jax.devices() if devices is None else devices
   return jax.make_mesh(
-      (jax.device_count(),), ('fsdp',), axis_types=(AxisType.Auto,)
+      (len(devices),), ('fsdp',), axis_types=(AxisType.Auto,), devices=devices
   )
+
+
+def split(on_mesh: jax.sharding.Mesh) -> NamedSharding:
+  """How a batch lies on it: each device has a part of the examples."""
+  return NamedSharding(on_mesh, PartitionSpec('fsdp'))
+
+
+def check_divided(batch_size: int, sharding: NamedSharding) -> None:
+  """Raises unless each device gets as many examples of a training batch."""
+  if (needed := evaluation.divided(batch_size, sharding)) != batch_size:
+    raise ValueError(
+        f'finetune.batch_size is {batch_size}, which {sharding.num_devices} '
+        f'devices cannot divide: use a multiple, such as {needed}.'
+    )
 
 
 def sharded_state(
