@@ -223,6 +223,7 @@ def test_peaks_are_those_of_the_process():
       'learned.batch_size=384',
       'finetune.batch_size=128',
       'data.sizes.train=128',
+      'data.sizes.held_out=1664',
   ]
   # The others need less than what a process grows by from time to time.
   large = [
@@ -477,13 +478,14 @@ def test_seconds_are_work_and_bytes_over_rates(file, chip, tflops):
   assert greedy.compute_seconds == pytest.approx(
       flops / 2 / (tflops * 1e12 * 0.25), rel=1e-3
   )
-  assert greedy.read_seconds == greedy.reads / 2e9 > 0
-  # Two models' worth of reads each: as many seconds as bytes, and no products.
+  assert greedy.read_seconds == (greedy.reads + greedy.examples) / 2e9
+  # The digits stay on the device; images of ViT-G/14 are read in each walk.
+  height, width, channels = config.model.image_shape
+  num_read = config.batch_size if file == DIGITS else examples
+  assert greedy.examples == num_read * (height * width * channels + 1) * 4
   uniform = recipe_of(rows, 'uniform')
-  assert (uniform.compute_seconds, 2 * uniform.read_seconds) == (
-      0,
-      greedy.read_seconds,
-  )
+  assert (uniform.compute_seconds, uniform.examples) == (0, 0)
+  assert 2 * uniform.reads == greedy.reads > 0
   unknown = machines.Rates()
   assert unknown.compute_seconds(1, 1) is unknown.read_seconds(1) is None
 
@@ -669,7 +671,8 @@ def test_on_virtual_devices(config, options, tmp_path):
   for r in made['recipes']:
     assert (r['compute_seconds'] is None) == (not options)
     if options:
-      assert r['read_seconds'] == pytest.approx(r['reads'] / 0.5e9)
+      read = r['reads'] + r['examples']
+      assert r['read_seconds'] == pytest.approx(read / 0.5e9)
   assert all(r['fits'] for r in made['recipes'])
   lines = result.stdout.splitlines()
   machine = 'A100' if options else 'CPU'

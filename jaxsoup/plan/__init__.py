@@ -14,9 +14,9 @@ print(text.as_text(made))
 ```
 
 Lowers what the library runs, at full size, from the shapes and batches of the
-run itself but without data, and compiles it
-with the compiler of the device: that of TPUs is in the package libtpu, and
-works on any machine.
+run itself, without data, and compiles it with the compiler of the device: that
+of TPUs is in the package libtpu, and works on any machine. Seconds are
+predicted from rates, see `machines.Rates`.
 """
 
 from jaxsoup.plan._make import Plan as Plan

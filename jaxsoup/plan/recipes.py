@@ -8,6 +8,7 @@ made = recipes.of(experiment, mesh, device_bytes, 58, compiled, rates)
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -32,7 +33,9 @@ class Recipe(NamedTuple):
     name: of the recipe, and how it reads.
     device: bytes on one device.
     host: bytes in the memory of one host.
-    reads: bytes read by all hosts together.
+    reads: bytes of models, read by all hosts together.
+    examples: bytes of examples, read by each host, as the model takes them; an
+      evaluation and a learned soup read all of them on each.
     writes: bytes of the soup.
     evaluations: walks through the held-out set, at most.
     steps: of gradient descent, at most.
@@ -48,6 +51,7 @@ class Recipe(NamedTuple):
   device: int
   host: int
   reads: int
+  examples: int
   writes: int
   evaluations: int
   steps: int
@@ -102,6 +106,8 @@ def of(
       _waiting_bytes(config, model, mesh, device_bytes),
       4 * num_logits,
   )
+  example_bytes = _example_bytes(model, programs.evaluated(config, mesh))
+  num_seen = functools.partial(_num_read, config, mesh, example_bytes)
   host = {
       'learned, cached': num_ingredients * _copy_bytes(leaves),
       # And the logits of the model that is run, in parts and as a whole.
@@ -109,18 +115,22 @@ def of(
   }
   made = [_fine_tuning(experiment, model, mesh, by_name, model_bytes, rates)]
   for name, counts in _counts(config, mesh, num_ingredients).items():
+    examples = example_bytes * num_seen(counts.calls, device_bytes)
     made.append(
         Recipe(
             name=name,
             device=device[name],
             host=host_reads + host.get(name, 0),
             reads=counts.reads * all_read,
+            examples=examples,
             writes=0 if name == 'ensembles' else model_bytes,
             evaluations=counts.evaluations,
             steps=counts.steps,
             calls=counts.calls,
             compute_seconds=_compute_seconds(counts.calls, by_name, rates),
-            read_seconds=rates.read_seconds(counts.reads * host_reads),
+            read_seconds=rates.read_seconds(
+                counts.reads * host_reads + examples
+            ),
             fits=True,
         )
     )
@@ -157,7 +167,7 @@ def _fine_tuning(experiment, model, mesh, by_name, model_bytes, rates):
   example_bytes = batch_bytes // config.finetune.batch_size
   data_bytes = config.data.sizes.train * example_bytes
   is_sharded = config.get('is_sharded', False)
-  reads = swept.examples * example_bytes
+  reads = swept.examples * example_bytes // num_hosts
   names = loop.names_of(config.finetune)
   wanted = config.get('ingredients', names) or names
   copies = len(experiment.runs) * len({*names} & {*wanted})
@@ -165,7 +175,8 @@ def _fine_tuning(experiment, model, mesh, by_name, model_bytes, rates):
       name='fine-tuning',
       device=step.peak + (waiting if is_sharded else data_bytes),
       host=3 * batch_bytes // num_hosts,
-      reads=reads,
+      reads=0,
+      examples=reads,
       writes=copies * model_bytes,
       evaluations=copies,
       steps=swept.steps,
@@ -173,7 +184,7 @@ def _fine_tuning(experiment, model, mesh, by_name, model_bytes, rates):
       compute_seconds=_compute_seconds(
           {step.name: swept.times}, by_name, rates
       ),
-      read_seconds=rates.read_seconds(reads / num_hosts),
+      read_seconds=rates.read_seconds(reads),
       fits=True,
   )
 
@@ -192,11 +203,39 @@ def _waiting_bytes(config, model, mesh, device_bytes) -> int:
   batches = programs.evaluated(config, mesh)
   batch = programs.batch_of(model, batches, mask=bool).values()
   batch_bytes = sum(map(programs.shard_bytes, batch))
-  all_bytes = len(batches) * sum(map(total_bytes, batch))
-  if cook.are_kept(all_bytes, device_bytes):
+  if _are_kept(config, _example_bytes(model, batches), device_bytes):
     # In the order given, and once more the hardest first.
     return 2 * len(batches) * batch_bytes
   return 2 * batch_bytes  # In flight.
+
+
+def _example_bytes(model, batches) -> int:
+  """Bytes of an example, as the model takes it."""
+  batch = programs.batch_of(model, batches).values()
+  return sum(map(total_bytes, batch)) // batches.size
+
+
+def _are_kept(config, example_bytes, device_bytes) -> bool:
+  all_bytes = config.data.sizes.held_out * example_bytes
+  return cook.are_kept(all_bytes, device_bytes)
+
+
+def _num_read(config, mesh, example_bytes, calls, device_bytes) -> int:
+  """Examples that each host reads for these calls of programs."""
+  batches = programs.evaluated(config, mesh)
+  num_evaluated = calls.get('evaluation step', 0)
+  if _are_kept(config, example_bytes, device_bytes):
+    num_evaluated = min(num_evaluated, len(batches))
+  num = num_evaluated * batches.size
+  if 'learned' in config:
+    learning, stopping = programs.learned(config, mesh)
+    num_steps = sum(n for name, n in calls.items() if name in _LEARNED)
+    num += num_steps * learning.size
+    num += calls.get('early stopping', 0) * stopping.size
+  return num
+
+
+_LEARNED = ('learned step, resident', 'learned step, streamed')
 
 
 def _copy_bytes(leaves) -> int:
@@ -269,7 +308,7 @@ def _counts(config, mesh, num_ingredients) -> dict[str, _Counts]:
     steps = epochs * len(batches)
     # One at the start, one an epoch; each mixes once, and so does the end.
     stopping = {'early stopping': (epochs + 1) * len(val_batches)}
-    resident, streamed = 'learned step, resident', 'learned step, streamed'
+    resident, streamed = _LEARNED
     # Two walks through the ingredients a step, for the mix and its gradient.
     mixes, products = steps + epochs + 2, steps
     walked = {

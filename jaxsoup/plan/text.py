@@ -15,7 +15,8 @@ def as_text(made: Plan) -> str:
           _table(_program_rows(made)),
           '',
           'The fine-tuning and each recipe, at most: peak memory of one device '
-          'and of one host, and totals of the rest:',
+          'and of one host, the examples that each host reads, and totals of '
+          'the rest:',
           _table(_recipe_rows(made)),
       ]
   )
@@ -90,7 +91,10 @@ def _seconds(seconds: float | None) -> str:
     >>> _seconds(0.123456), _seconds(2_403_700.0), _seconds(None)
     ('0.123', '2,400,000', '-')
   """
-  return '-' if seconds is None else f'{float(f"{seconds:.3g}"):,g}'
+  if seconds is None:
+    return '-'
+  rounded = float(f'{seconds:.3g}')
+  return f'{rounded:,.0f}' if rounded >= 100 else f'{rounded:g}'
 
 
 def _program_rows(made: Plan) -> list[list[str]]:
@@ -121,16 +125,19 @@ def _program_rows(made: Plan) -> list[list[str]]:
 
 def _recipe_rows(made: Plan) -> list[list[str]]:
   rows = [
-      ['recipe', 'device', 'host', 'reads', 'writes', 'evaluations', 'steps',
-       'compute s', 'read s', ''],
+      ['recipe', 'device', 'host', 'reads', 'examples', 'writes',
+       'evaluations', 'steps', 'compute s', 'read s', ''],
   ]  # fmt: skip
   for r in made.recipes:
     rows.append(
         [
             r.name,
-            *map(_memory.amount, (r.device, r.host, r.reads, r.writes)),
+            *map(
+                _memory.amount,
+                (r.device, r.host, r.reads, r.examples, r.writes),
+            ),
             str(r.evaluations),
-            str(r.steps),
+            f'{r.steps:,}',
             _seconds(r.compute_seconds),
             _seconds(r.read_seconds),
             r.note or 'fits',
