@@ -71,12 +71,17 @@ def collect(
   """
   checked = _checked.Checked(ingredients)
   run = evaluation.logits_of(logits_fn, batches)
-  order = range(len(checked))
-  outputs = [
-      run(checked.replace(leaves, k))
-      for k, leaves in _checked.in_order(checked, order)
-  ]
-  return jax.tree.map(lambda *rows: np.stack(rows), *outputs)
+  num = len(checked)
+  stacked: Tree = None
+  for k, leaves in _checked.in_order(checked, range(num)):
+    rows = run(checked.replace(leaves, k))
+    if stacked is None:
+      # Filled one by one: a stack of rows that are there takes twice as much.
+      empty = lambda x: np.empty((num, *x.shape), x.dtype)
+      stacked = jax.tree.map(empty, rows)
+    for of_all, row in zip(*map(jax.tree.leaves, (stacked, rows))):
+      of_all[k] = row
+  return stacked
 
 
 def uniform(logits: Array) -> Ensemble[AverageInfo]:

@@ -80,11 +80,23 @@ def batched(
         f'{batch_size}: their lengths must be equal, and lengths and batch '
         'size at least 1.'
     )
+  arrays = {k: np.asarray(x) for k, x in data.items()}
+  return _Batched(arrays, num, divided(batch_size, sharding), sharding)
+
+
+def divided(batch_size: int, sharding: jax.sharding.Sharding | None) -> int:
+  """A batch size, rounded up to what a sharding divides.
+
+  Args:
+    batch_size: number of examples in a batch.
+    sharding: of a batch on a mesh, or None.
+
+  Returns:
+    The least size from `batch_size` on that is the same on every device.
+  """
   while sharding is not None and not _divides(sharding, batch_size):
     batch_size += 1
-  return _Batched(
-      {k: np.asarray(x) for k, x in data.items()}, num, batch_size, sharding
-  )
+  return batch_size
 
 
 class _Batched(list[dict[str, jax.Array]]):
@@ -411,7 +423,7 @@ def logits_of(logits_fn: LogitsFn, batches: Batches) -> OutputsFn:
     >>> logits_of(lambda params, batch: params * batch['x'], batches)(2.0)
     array([ 2.,  4., 12.], dtype=float32)
   """
-  run = _outputs_of(logits_fn, batches)
+  run = _outputs_of(jax.jit(logits_fn), batches)
   first: list[np.ndarray] = []
 
   def fn(params: Params) -> Tree:
@@ -433,10 +445,9 @@ def logits_of(logits_fn: LogitsFn, batches: Batches) -> OutputsFn:
 
 
 def _outputs_of(
-    logits_fn: LogitsFn, batches: Batches
+    compiled: LogitsFn, batches: Batches
 ) -> Callable[[Params], tuple[Tree, np.ndarray]]:
   """As `logits_of`, in any order, and a hash of each example, `[N]`."""
-  compiled = jax.jit(logits_fn)
 
   def fn(params: Params) -> tuple[Tree, np.ndarray]:
     params = jax.tree.map(_tree.on_device, params)
@@ -486,14 +497,14 @@ def score_of(
     label: the key of the labels in a batch, read in the walk of the logits.
 
   Returns:
-    `eval_fn(params) -> float`.
+    `eval_fn(params) -> float`, with `step(params, batch)`, jitted.
   """
-  run = _outputs_of(
-      lambda params, batch: (logits_fn(params, batch), batch[label]), batches
-  )
+  step = jax.jit(lambda params, batch: (logits_fn(params, batch), batch[label]))
+  run = _outputs_of(step, batches)
 
   def eval_fn(params: Params) -> float:
     (logits, labels), _ = run(params)
     return float(jax.device_get(metric(logits, labels)))
 
+  eval_fn.step = step  # type: ignore[attr-defined]
   return eval_fn

@@ -33,6 +33,7 @@ import optax
 import jaxsoup
 from jaxsoup import _memory
 from jaxsoup import checkpoints
+from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import landscape
 from jaxsoup import metrics
@@ -90,6 +91,7 @@ soups = {
     'greedy': jaxsoup.greedy(ingredients, eval_fn, scores=log),
     'learned': learn(),
     'streamed': learn(memory='streamed'),
+    'cached': learn(memory='cached'),
 }
 # Weights, of which some are 0, and rows that are brought to all processes.
 weighted = evaluation.batched(
@@ -116,6 +118,11 @@ weighted_results = [
 copies = [ingredients[k] for k in (0, 1, 0)]
 results = {'scores': {str(k): repr(v) for k, v in log.items()}}
 results['weighted'] = weighted_results
+logits = ensembles.collect(ingredients, logits_fn, batches)
+ensemble = ensembles.greedy(
+    logits, lambda x: metrics.accuracy(x, data['label'])
+)
+results['ensemble'] = [*ensemble.alpha.tolist(), float(ensemble.logits.sum())]
 results['duplicates'] = jaxsoup.greedy(copies, eval_fn).info.duplicates
 
 # The first process could hold all models, the other only one or two.

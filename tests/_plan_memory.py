@@ -23,8 +23,10 @@ def status(name: str) -> int:
 
 def ones(info, sharding):
   """An argument; what a program does not use has no sharding."""
+  is_key = jax.dtypes.issubdtype(info.dtype, jax.dtypes.prng_key)
+  make_fn = lambda: jnp.ones(info.shape, info.dtype)
   make = jax.jit(
-      lambda: jnp.ones(info.shape, info.dtype), out_shardings=sharding
+      (lambda: jax.random.key(0)) if is_key else make_fn, out_shardings=sharding
   )
   return jax.block_until_ready(make())
 

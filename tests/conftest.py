@@ -29,6 +29,8 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
+jax.devices()  # Now, before a command that is tested asks for other ones.
+
 # Scripts that are run, and would run when doctest imports them.
 collect_ignore = ['_distributed_worker.py', '_timm_worker.py', 'benchmarks']
 

@@ -1,5 +1,6 @@
 """`jaxsoup plan`: its figures against what is run, measured and multiplied."""
 
+import collections
 import functools
 import importlib.util
 import json
@@ -14,26 +15,33 @@ import _xla
 import jax
 from jax.sharding import PartitionSpec
 import numpy as np
-import optax
 import pytest
 from typer import testing
 
 import jaxsoup
+from jaxsoup import _mixing
+from jaxsoup import checkpoints
 from jaxsoup import cli
 from jaxsoup import ensembles
+from jaxsoup import evaluation
 from jaxsoup import plan
-from jaxsoup.data import sources
+from jaxsoup._recipes import _learned
+from jaxsoup._recipes import _streamed
 from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
+from jaxsoup.experiments import stages
+from jaxsoup.experiments import workdirs
 from jaxsoup.plan import hlo
 from jaxsoup.plan import machines
 from jaxsoup.plan import programs
 from jaxsoup.plan import recipes
+from jaxsoup.train import loop
 
 HERE = pathlib.Path(__file__).parent
 DIGITS = str(HERE.parent / 'configs/digits.py')
 MLP = str(HERE / '_digits_mlp.py')
+VIT_B = str(HERE.parent / 'configs/imagenet_vit_b32_i21k.py')
 VIT_G = str(HERE.parent / 'configs/imagenet_vit_g14.py')
 GIB = 2**30
 
@@ -59,13 +67,20 @@ def tpu_mesh(topology):
 @functools.cache
 def cpu_plan(num_ingredients=24):
   mesh, device_bytes = machines.cpu_mesh(4)
-  experiment = load(DIGITS, '--config.model.depth=1')
+  sharded = '--config.is_sharded=True'
+  experiment = load(
+      DIGITS,
+      sharded,
+      '--config.model.depth=1',
+      '--config.finetune.batch_size=52',
+  )
   made = plan.make(
       experiment,
       mesh,
       device_bytes,
       num_ingredients=num_ingredients,
       machine='CPU',
+      rates=machines.Rates(),
   )
   return experiment, mesh, made
 
@@ -94,12 +109,12 @@ def forward_flops(model):
 def test_work_is_the_closed_form_of_a_transformer(file):
   experiment = load(file)
   config = experiment.config
-  mesh, _ = machines.cpu_mesh(4)
+  mesh, _ = machines.cpu_mesh(2)
   lowerings = programs.of(experiment, mesh, 3)
   with jax.set_mesh(mesh):
     flops = {
         name: hlo.flops_of(lowerings[name]().jaxpr.jaxpr)
-        for name in ('evaluation step', 'mix', 'gradient in alpha')
+        for name in ('evaluation step', 'mix')
     }
   assert flops['evaluation step'] == config.batch_size * forward_flops(
       config.model
@@ -109,8 +124,6 @@ def test_work_is_the_closed_form_of_a_transformer(file):
   )
   num_parameters = sum(x.size for x in leaves)
   assert flops['mix'] == 2 * 3 * num_parameters
-  # Traced with the mix that it is the gradient of.
-  assert flops['gradient in alpha'] == 2 * 2 * 3 * num_parameters
 
 
 @pytest.mark.parametrize(
@@ -160,17 +173,15 @@ def test_work_of_a_sweep_is_three_forward_passes_an_example():
 def test_runs_of_other_lengths_and_batches_count_as_such():
   # 250 examples are 7 batches of 32 and 3 of 64: 224 and 192 examples.
   experiment = load(DIGITS, '--config.finetune.num_epochs=1')
-  mesh, _ = machines.cpu_mesh(4)
-  step = programs.Program('fine-tuning step', 0, flops=32.0)
   runs = [{}, {'num_epochs': 5}, {'batch_size': 64, 'num_epochs': 2}]
   config = experiment.config.copy_and_resolve_references()
   config.sweep.group_size = 1
   config.finetune.batch_size = 32
   config.data.sizes.train = 250
   made = experiment._replace(config=config, runs=runs)
-  # An example takes 4 (devices) * 32 / 32.
-  expected = 4 * (224 + 5 * 224 + 2 * 192)
-  assert programs.sweep_flops(made, mesh, [step]) == expected
+  examples = 224 + 5 * 224 + 2 * 192
+  # The largest step is of 64 examples.
+  assert programs.sweep(made) == (7 + 5 * 7 + 2 * 3, examples, examples / 64)
 
 
 def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
@@ -202,6 +213,7 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
 def test_peaks_are_those_of_the_process():
   """Within 15 %: pages, threads and what the allocator keeps come on top."""
   overrides = [
+      'is_sharded=True',
       'model.width=384',
       'model.depth=1',
       'model.mlp_width=1536',
@@ -211,11 +223,11 @@ def test_peaks_are_those_of_the_process():
       'learned.batch_size=384',
       'finetune.batch_size=128',
       'data.sizes.train=128',
+      'data.sizes.held_out=1664',
   ]
   # The others need less than what a process grows by from time to time.
   large = [
       'mix',
-      'gradient in alpha',
       'evaluation step',
       'learned step, resident',
       'learned step, streamed',
@@ -248,98 +260,243 @@ def test_peaks_are_those_of_the_process():
     assert measured == pytest.approx(planned, rel=0.15), name
 
 
-class Counted(list):
-  """Ingredients that count how often they are read."""
+def shapes_of(arguments):
+  """Shape, dtype and share of a device, of each array."""
+  leaves = [x for x in jax.tree.leaves(arguments) if hasattr(x, 'shape')]
+  share = lambda x: getattr(x.sharding, 'shard_shape', tuple)(x.shape)
+  return tuple(
+      (x.shape, str(x.dtype), share(x) if hasattr(x, 'sharding') else x.shape)
+      for x in leaves
+  )
 
-  reads = 0
 
-  def __getitem__(self, k):
-    self.reads += 1
-    return super().__getitem__(k)
+@pytest.fixture
+def counted(monkeypatch):
+  """Functions that start to count; what is called with what, and reads."""
+  calls = collections.defaultdict(collections.Counter)
+
+  def counting(name, fn):
+    def counting_fn(*arguments):
+      calls[name][shapes_of(arguments)] += 1
+      return fn(*arguments)
+
+    return counting_fn
+
+  def start():
+    for module, fn, name in [
+        (_mixing, 'add', 'add to a sum'),
+        (loop, 'advance', 'fine-tuning step'),
+    ]:
+      monkeypatch.setattr(module, fn, counting(name, getattr(module, fn)))
+    for of_class, names in [
+        (evaluation.MeanOf, {'step': 'evaluation step'}),
+        (
+            _learned.Resident,
+            {'step': 'learned step, resident', 'mix': 'mix'},
+        ),
+        (
+            _streamed.Streamed,
+            {
+                'step': 'learned step, streamed',
+                'inner': 'inner products, streamed',
+            },
+        ),
+        (_learned._Fit, {'loss': 'early stopping'}),
+    ]:
+      monkeypatch.setattr(of_class, '__init__', made(of_class.__init__, names))
+
+    def read(self, k, read_fn=checkpoints.Ingredients._read):
+      calls['read'][k] += 1
+      return read_fn(self, k)
+
+    def average(
+        self, order, *options, average_fn=checkpoints.Ingredients.average
+    ):
+      calls['read'].update(order)
+      return average_fn(self, order, *options)
+
+    monkeypatch.setattr(checkpoints.Ingredients, '_read', read)
+    monkeypatch.setattr(checkpoints.Ingredients, 'average', average)
+    return calls
+
+  def made(init_fn, names):
+    def counting_init(self, *arguments, **options):
+      init_fn(self, *arguments, **options)
+      for attribute, name in names.items():
+        setattr(self, attribute, counting(name, getattr(self, attribute)))
+
+    return counting_init
+
+  return start
+
+
+# Of sizes that four devices do not divide: 16 held-out examples are two batches
+# of 10, rounded up to 12; 12 of them are two batches of 6, on every device; and
+# the other 4 are one.
+SIZES = (
+    '--config.batch_size=10',
+    '--config.learned.batch_size=6',
+    '--config.learned.patience=9',
+)
 
 
 @pytest.mark.slow
-def test_recipes_read_evaluate_and_step_as_planned():
-  num = 5
-  experiment = load(
-      DIGITS,
-      '--config.model.depth=1',
-      '--config.learned.num_epochs=2',
-      '--config.learned.patience=9',
-  )
-  config, model = experiment.config, architectures.of(experiment)
-  _, mesh, made = cpu_plan()
-  rows = recipes.of(experiment, mesh, 2**30, num, made.programs)
-  rng = np.random.default_rng(0)
-  shapes = programs.abstract_params(model, mesh)
-  theta_0 = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-  models = [
-      jax.tree.map(
-          lambda x: rng.normal(size=x.shape).astype(np.float32), theta_0
-      )
-      for _ in range(num)
-  ]
-  size = config.data.sizes.held_out
-  held_out = sources.Arrays(
-      {
-          'image': rng.normal(size=(size, 8, 8, 1)).astype(np.float32),
-          'label': rng.integers(10, size=size),
-      }
-  )
-  eval_fn = cook.score_fn(config, model.logits_fn, held_out)
-  batches, val_batches = cook.learning_batches(config, held_out)
+def test_what_runs_is_what_was_planned(tmp_path, counted):
+  """Each program and its arguments, each read, evaluation and step."""
+  experiment = configs.load(f'{VIT_B}:runlocal', SIZES)
+  config = experiment.config
+  with config.unlocked():
+    config.select_by = 'nll'  # Or evaluations could end early.
+  num = len(experiment.runs)
+  mesh, _ = machines.cpu_mesh(4)
+  planned = {
+      name: shapes_of(lowering.args)
+      for name, lowering in programs.of(experiment, mesh, num).items()
+  }
+  rows = planned_rows(experiment, mesh, num, planned)
+  calls = counted()
+  seen = set()
+  with workdirs.opened(experiment, tmp_path) as work:
+    theta_0 = stages.theta_0(work)
+    assert stages.finetune_all(work, theta_0)
+    names = [row.name for row in rows]
+    assert ['fine-tuning', *recipe_fns_of(work, theta_0)] == names
+    assert calls['fine-tuning step'].total() == rows[0].steps
+    assert len(list((tmp_path / 'runs').glob('0*'))) == rows[0].evaluations
+    check_shapes(calls, planned, seen)
+    for row in rows[1:]:
+      calls.clear()
+      evaluations = recipe_fns_of(work, theta_0)[row.name]()
+      check_counts(row, calls, evaluations, num)
+      check_shapes(calls, planned, seen)
+  assert seen == planned.keys()
 
-  def learned(ingredients, **options):
-    info = jaxsoup.learned(
-        ingredients,
-        cook.loss_fn_of(model.logits_fn),
-        batches,
-        tx=optax.adamw(0.05),
-        num_epochs=2,
-        val_batches=val_batches,
-        **options,
-    ).info
-    return len(info.val_losses), len(info.losses)
 
-  def searched(recipe_fn, ingredients, **options):
+def planned_rows(experiment, mesh, num, names):
+  """Rows of a plan whose programs take a few bytes."""
+  made = [programs.Program(name, 8, arguments=8) for name in names]
+  return recipes.of(experiment, mesh, GIB, num, made, machines.Rates())
+
+
+def recipe_fns_of(work, theta_0):
+  """Functions that run a recipe, and return how often it evaluated."""
+  config, model, held_out = work.config, work.model, work.splits.held_out
+  on = workdirs.on(config)
+  ingredients = stages.ingredients(work, theta_0)
+
+  def searched(recipe_fn, **options):
     scores = {}
+    eval_fn = cook.score_fn(config, model.logits_fn, held_out, on)
     recipe_fn(ingredients, eval_fn, scores=scores, **options)
-    return len(scores), 0
+    return len(scores)
 
-  def collected(ingredients):
-    logits = ensembles.collect(ingredients, model.logits_fn, [held_out.arrays])
-    return len(logits), 0
+  def averaged(*arguments):
+    arguments[0](*arguments[1:])
+    return 0
 
-  def averaged(recipe_fn, *arguments):
-    recipe_fn(*arguments)
-    return 0, 0
+  def learned(**options):
+    soup = cook.learned(config, model, ingredients, held_out, on, **options)
+    return len(soup.info.val_losses)
 
-  runs = {
-      'uniform': lambda x: averaged(jaxsoup.uniform, x),
-      'greedy': lambda x: searched(jaxsoup.greedy, x),
-      'pruned, one pass': lambda x: searched(jaxsoup.pruned, x, num_passes=1),
-      'learned, resident': lambda x: learned(x, memory='resident'),
-      'learned, streamed': lambda x: learned(x, memory='streamed'),
-      'learned, cached': lambda x: learned(x, memory='cached'),
-      'Model Stock': lambda x: averaged(jaxsoup.model_stock, x, theta_0),
+  def collected():
+    batches = cook.batches_of(held_out, config.batch_size, on)
+    return len(ensembles.collect(ingredients, model.logits_fn, batches))
+
+  return {
+      'uniform': lambda: averaged(jaxsoup.uniform, ingredients),
+      'greedy': lambda: searched(jaxsoup.greedy),
+      'pruned, one pass': lambda: searched(jaxsoup.pruned, num_passes=1),
+      'learned, resident': lambda: learned(memory='resident'),
+      'learned, streamed': lambda: learned(memory='streamed'),
+      'learned, cached': lambda: learned(memory='cached'),
+      'Model Stock': lambda: averaged(
+          jaxsoup.model_stock, ingredients, theta_0
+      ),
       'ensembles': collected,
   }
-  assert list(runs) == [r.name for r in rows]
-  for row in rows:
-    ingredients = Counted(models)
-    counts = runs[row.name](ingredients)
-    planned = row.reads // made.model_bytes
-    if row.name == 'Model Stock':
-      planned -= 1  # That is theta_0.
-    if row.name == 'pruned, one pass':  # At most.
-      assert 2 * num <= ingredients.reads <= planned
-      assert num < counts[0] <= row.evaluations
-    else:
-      assert (ingredients.reads, *counts) == (
-          planned,
-          row.evaluations,
-          row.steps,
-      )
+
+
+def check_counts(row, calls, evaluations, num):
+  # On one host all bytes of a model are read; writes are those of one.
+  model_bytes = row.writes or row.reads // num
+  reads = row.reads // model_bytes - (row.name == 'Model Stock')  # theta_0.
+  counts = {name: calls[name].total() for name in row.calls}
+  if row.name == 'pruned, one pass':  # At most.
+    assert 2 * num <= calls['read'].total() <= reads
+    assert num < evaluations <= row.evaluations
+    assert all(0 < n <= row.calls[name] for name, n in counts.items())
+    return
+  assert (calls['read'].total(), evaluations) == (reads, row.evaluations)
+  if row.name == 'ensembles':  # Logits, which are not of that program.
+    return
+  if row.name == 'greedy':
+    assert counts.pop('add to a sum') <= row.calls['add to a sum']
+  assert counts == {name: row.calls[name] for name in counts}
+  steps = [n for name, n in counts.items() if name.startswith('learned step')]
+  assert sum(steps) == row.steps
+
+
+def check_shapes(calls, planned, seen):
+  """Of all that was called; sums begin as None, and take several weights."""
+  for name, shapes in calls.items():
+    if name == 'read' or not shapes:
+      continue
+    assert planned[name] in shapes or name == 'add to a sum', name
+    if planned[name] in shapes:
+      seen.add(name)
+    if name not in ('add to a sum', 'fine-tuning step'):
+      assert shapes.keys() == {planned[name]}, name
+
+
+# Seconds.
+
+
+@pytest.mark.parametrize(
+    'file, chip, tflops',
+    [(DIGITS, 'H100', 494.7), (DIGITS, 'v5e', 197), (VIT_G, 'H100', 989.4)],
+)
+def test_seconds_are_work_and_bytes_over_rates(file, chip, tflops):
+  """Of float32 (the digits) and bfloat16 (ViT-G/14) in closed form."""
+  experiment, num = load(file), 5
+  config = experiment.config
+  mesh, _ = machines.cpu_mesh(2)
+  lowerings = programs.of(experiment, mesh, num)
+  made = [programs.Program(name, 8, arguments=8) for name in lowerings]
+  with jax.set_mesh(mesh):
+    jaxpr = lowerings['evaluation step']().jaxpr.jaxpr
+  made[1] = made[1]._replace(
+      flops=hlo.flops_of(jaxpr) / 2,
+      wide_flops=hlo.flops_of(jaxpr, np.float32) / 2,
+  )
+  rates = machines.Rates(chip, utilisation=0.25, read=2.0)
+  rows = recipes.of(experiment, mesh, GIB, num, made, rates)
+  greedy = recipe_of(rows, 'greedy')
+  num_batches = -(-config.data.sizes.held_out // config.batch_size)
+  examples = (2 * num - 1) * num_batches * config.batch_size
+  flops = examples * forward_flops(config.model)
+  # Of bfloat16 models the head alone multiplies float32.
+  assert greedy.compute_seconds == pytest.approx(
+      flops / 2 / (tflops * 1e12 * 0.25), rel=1e-3
+  )
+  assert greedy.read_seconds == (greedy.reads + greedy.examples) / 2e9
+  # The digits stay on the device; images of ViT-G/14 are read in each walk.
+  height, width, channels = config.model.image_shape
+  num_read = config.batch_size if file == DIGITS else examples
+  pixel = 4 if file == DIGITS else 1  # Bytes.
+  assert greedy.examples == num_read * (height * width * channels * pixel + 4)
+  uniform = recipe_of(rows, 'uniform')
+  assert (uniform.compute_seconds, uniform.examples) == (0, 0)
+  assert 2 * uniform.reads == greedy.reads > 0
+  unknown = machines.Rates()
+  assert unknown.compute_seconds(1, 1) is unknown.read_seconds(1) is None
+
+
+def test_what_would_not_start_is_not_planned():
+  mesh, _ = machines.cpu_mesh(4)
+  with pytest.raises(ValueError, match='batch_size is 50, .*among 4 devices'):
+    programs.of(load(DIGITS), mesh, 3)
+  assert programs.used(load(DIGITS).config, mesh).size == 1
+  assert programs.used(load(VIT_G).config, mesh).size == 4
 
 
 # What fits, and what would.
@@ -351,16 +508,10 @@ def test_without_learned_soups_there_is_no_word_of_them():
   with config.unlocked():
     del config.learned
   experiment = experiment._replace(config=config)
-  mesh, _ = machines.cpu_mesh(4)
+  mesh, _ = machines.cpu_mesh(2)
   names = programs.of(experiment, mesh, 3)
-  assert {'mix', 'evaluation step', 'fine-tuning step'} <= set(names)
-  rows = recipes.of(
-      experiment,
-      mesh,
-      GIB,
-      3,
-      tuple(programs.Program(x, 8) for x in names),
-  )
+  assert {'add to a sum', 'evaluation step', 'fine-tuning step'} == set(names)
+  rows = planned_rows(experiment, mesh, 3, names)
   assert {'uniform', 'greedy', 'Model Stock'} <= {r.name for r in rows}
   assert not any('learned' in x for x in [*names, *(r.name for r in rows)])
 
@@ -374,7 +525,9 @@ def test_a_stack_that_does_not_fit_streams():
   assert streamed < resident
   rows_at = lambda num_bytes, num=24: {
       r.name: r
-      for r in recipes.of(experiment, mesh, num_bytes, num, made.programs)
+      for r in recipes.of(
+          experiment, mesh, num_bytes, num, made.programs, machines.Rates()
+      )
   }
   between = rows_at((streamed + resident) // 2)
   assert not between['learned, resident'].fits
@@ -453,7 +606,6 @@ def test_ingredients_that_are_sharded_alike_mix_alone(topology, hbm):
 
   assert sent('mix') == []
   assert sent('add to a sum') == []
-  assert sent('gradient in alpha') == ['all-reduce']
   assert sent('inner products, streamed') == ['all-reduce']
   program = programs.compile_program('mix', lowerings['mix'], mesh)
   assert program.collectives == {}
@@ -499,21 +651,34 @@ def run_command(*arguments):
 
 
 @pytest.mark.slow_variants
-@pytest.mark.parametrize('config', [MLP, f'{DIGITS}:runlocal'])
-def test_on_virtual_devices(config, tmp_path):
+@pytest.mark.parametrize(
+    'config, options',
+    [(MLP, []), (f'{DIGITS}:runlocal', ['--chip=A100', '--read-rate=0.5'])],
+)
+def test_on_virtual_devices(config, options, tmp_path):
   file = tmp_path / 'plan.json'
   result = run_command(
       f'--config={config}',
       '--devices=2',
       '--ingredients=3',
       f'--json={file}',
+      *options,
   )
   assert result.returncode == 0, result.stderr
   made = json.loads(file.read_text())
   assert (made['num_devices'], made['num_ingredients']) == (2, 3)
+  assert made['num_used'] == 1
+  assert 'Only 1 of 2 devices is used' in result.stdout
+  for r in made['recipes']:
+    assert (r['compute_seconds'] is None) == (not options)
+    if options:
+      read = r['reads'] + r['examples']
+      assert r['read_seconds'] == pytest.approx(read / 0.5e9)
   assert all(r['fits'] for r in made['recipes'])
   lines = result.stdout.splitlines()
-  assert lines[0].startswith('CPU: 2 devices of')
+  machine = 'A100' if options else 'CPU'
+  assert lines[0].startswith(f'{machine}: 2 devices of')
+  assert ('Predicted, not measured' in result.stdout) == bool(options)
   assert any(
       re.fullmatch(r'Fine-tuning \d+ runs is .* [GM]FLOP\.', x) for x in lines
   )
@@ -545,6 +710,10 @@ def sweep(config):
         (['--devices=0'], '--devices', 2),
         ([], 'either --topology or --devices', 2),
         (['--devices=2', '--topology=v5e:2x2'], 'either --topology', 2),
+        (['--devices=2', '--chip=H1000'], 'no chip', 2),
+        (['--topology=v5e:2x2', '--chip=H100'], 'names the chip', 2),
+        (['--devices=2', '--read-rate=0'], 'above 0', 2),
+        (['--devices=2', '--utilisation=-1'], 'above 0', 2),
         (['--devices=2', '--json=absent/x.json'], 'directory absent', 2),
         (['--devices=2', '--json=.'], 'did not write it', 1),
         (['--devices=2', '--config=absent.py'], 'no config absent.py', 2),

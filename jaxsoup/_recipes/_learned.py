@@ -274,11 +274,11 @@ class Resident:
       w, scale = variables
       return loss_at(mixed(w, stacked), scale, batch)
 
-    self._mixed = jax.jit(mixed)
+    self.mix = jax.jit(mixed)
     self.step = jax.jit(jax.value_and_grad(loss_of))
 
   def mixed(self, w: ByGroup) -> list[jax.Array]:
-    return self._mixed(w, self._stacked)
+    return self.mix(w, self._stacked)
 
   def value_and_grad(
       self, variables: Variables, batch: Tree
@@ -306,7 +306,7 @@ class _Fit:
     self._num_epochs = num_epochs
     self._patience = np.inf if patience is None else patience
     self._tx = tx
-    self._loss = jax.jit(loss_at)
+    self.loss = jax.jit(loss_at)
     self._update = jax.jit(self._updated)
 
   def run(
@@ -348,7 +348,7 @@ class _Fit:
     losses: list[jax.Array] = []
     for batch in batches:
       batch = jax.tree.map(_tree.on_device, batch)
-      losses.append(self._loss(floats, scale, batch))
+      losses.append(self.loss(floats, scale, batch))
       _wait(losses)
     return float(np.mean(_finite(losses, 'val_batches')))
 

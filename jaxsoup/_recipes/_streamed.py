@@ -46,7 +46,7 @@ class Source:
   ):
     self._checked = checked
     self._is_cached = is_cached
-    self._cache: dict[int, list[tuple[np.ndarray, jax.sharding.Sharding]]] = {}
+    self._cache: dict[int, list[_Copy]] = {}
     self._last: tuple[int, list[jax.Array]] | None = 0, self._copied(0, first)
 
   def __len__(self) -> int:
@@ -70,19 +70,38 @@ class Source:
     if not self._is_cached:
       return leaves
     if k not in self._cache:
-      self._cache[k] = [(_narrowed(x), x.sharding) for x in leaves]
-    leaves = [jax.device_put(*pair) for pair in self._cache[k]]
+      self._cache[k] = list(map(_Copy, leaves))
+    leaves = [copy.placed() for copy in self._cache[k]]
     return _widened(leaves, self._checked.float_dtypes)
 
 
-def _narrowed(x: jax.Array) -> np.ndarray:
-  is_wider = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 2
-  x = jax.device_get(x)
-  # float16 has three more bits than bfloat16, but ends at 65,504.
-  is_small = is_wider and np.abs(x).max(initial=0) < 65_504
-  narrow = np.float16 if is_small else jnp.bfloat16
-  # A copy, or on a CPU it would be the memory of the ingredient itself.
-  return np.array(x, narrow if is_wider else x.dtype)
+class _Copy:
+  """What this host has of an array, in 16 bits where it is wider."""
+
+  def __init__(self, x: jax.Array):
+    is_wider = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 2
+    # float16 has three more bits than bfloat16, but ends at 65,504.
+    is_small = is_wider and bool(jax.device_get(_is_small(x)))
+    narrow = np.float16 if is_small else jnp.bfloat16
+    dtype = narrow if is_wider else x.dtype
+    self._shape, self._sharding = x.shape, x.sharding
+    # By what part it is, of which several devices may have the same. Copied, or
+    # on a CPU it would be the memory of the ingredient itself.
+    parts = {str(part.index): part.data for part in x.addressable_shards}
+    self._parts = {
+        index: np.array(jax.device_get(part), dtype)
+        for index, part in parts.items()
+    }
+
+  def placed(self) -> jax.Array:
+    return jax.make_array_from_callback(
+        self._shape, self._sharding, lambda index: self._parts[str(index)]
+    )
+
+
+@jax.jit
+def _is_small(x: jax.Array) -> jax.Array:
+  return jnp.abs(x).max(initial=0) < 65_504
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -13,6 +13,7 @@ from jaxsoup.commands import _common
 
 # What a plan of ours begins with.
 _MARKER = '"jaxsoup": '
+_READ_RATE = 1.0
 
 
 def plan(
@@ -43,6 +44,30 @@ def plan(
             help='Number of ingredients. Default: the runs of the sweep.',
         ),
     ] = None,
+    chip: Annotated[
+        str | None,
+        typer.Option(
+            metavar='NAME',
+            help='With --devices: predict for this chip, such as H100, of its '
+            'memory and peak rates. The compiler remains that of CPUs.',
+        ),
+    ] = None,
+    read_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar='GB/S',
+            help='What one host reads from storage, for predicted seconds. '
+            f'Default: {_READ_RATE:g} for a chip, none for CPUs.',
+        ),
+    ] = None,
+    utilisation: Annotated[
+        float,
+        typer.Option(
+            max=1.0,
+            help='Share of the peak rate of a chip that programs reach, for '
+            'predicted seconds.',
+        ),
+    ] = 0.4,
     json_file: Annotated[
         pathlib.Path | None,
         typer.Option(
@@ -57,6 +82,15 @@ def plan(
     raise typer.BadParameter(
         'give either --topology or --devices.', param_hint='--topology'
     )
+  if topology is not None and chip is not None:
+    raise typer.BadParameter(
+        'the topology names the chip: leave it out.', param_hint='--chip'
+    )
+  for name, value in ('--read-rate', read_rate), ('--utilisation', utilisation):
+    if value is not None and not 0 < value < float('inf'):
+      raise typer.BadParameter(
+          f'{value} is not a rate: give a number above 0.', param_hint=name
+      )
   if json_file is not None and not json_file.absolute().parent.is_dir():
     raise typer.BadParameter(
         f'the directory {json_file.parent} does not exist.', param_hint='--json'
@@ -83,14 +117,18 @@ def plan(
     experiment = configs.load(config)
     if topology is not None:
       mesh, device_bytes = machines.topology_mesh(topology)
+      chip = topology.partition(':')[0]
     else:
-      mesh, device_bytes = machines.cpu_mesh(devices or 1)
+      mesh, device_bytes = machines.cpu_mesh(devices or 1, chip)
+    if read_rate is None and chip is not None:
+      read_rate = _READ_RATE
     made = plan_lib.make(
         experiment,
         mesh,
         device_bytes,
         num_ingredients=ingredients or len(experiment.runs),
-        machine=topology or 'CPU',
+        machine=topology or chip or 'CPU',
+        rates=machines.Rates(chip or '', utilisation, read_rate),
         on_program=lambda p: _common.echo(
             f'{p.name}: compiled in {p.seconds:.1f} s', err=True
         ),

@@ -35,6 +35,7 @@ from jaxsoup.experiments import configs
 from jaxsoup.train import loop
 from jaxsoup.train import modeling
 from jaxsoup.train import steps
+from jaxsoup.typing import Batches as BatchesOf
 from jaxsoup.typing import EvalFn
 from jaxsoup.typing import LogitsFn
 from jaxsoup.typing import MetricFn
@@ -204,30 +205,37 @@ class Batches:
 
   Args:
     source: of examples.
-    size: of a batch, the last one padded.
+    size: of a batch, rounded up to what the mesh divides; the last one is
+      padded.
     sharding: how a batch lies on a mesh; without one every process reads all.
-    num_bytes: of all examples together.
   """
 
-  def __init__(
-      self,
-      source: sources.Source,
-      size: int,
-      sharding: NamedSharding | None,
-      num_bytes: float,
-  ):
-    self._source, self._size, self._sharding = source, size, sharding
-    self._index, self._count = _part_of(sharding, size)
-    free = _memory.host_free_bytes()
-    self._is_kept = not _processes.is_any(num_bytes / self._count > free / 8)
+  def __init__(self, source: Any, size: int, sharding: NamedSharding | None):
+    self.size = evaluation.divided(size, sharding)
+    self.sharding, self._source = sharding, source
+    self._index, self._count = _part_of(sharding, self.size)
     self._kept: list[sources.Batch] = []
+
+  def __len__(self) -> int:
+    return -(-len(self._source) // self.size)
+
+  @functools.cached_property
+  def num_bytes(self) -> int:
+    """Bytes of all examples, of which one is read."""
+    row = self._source[np.arange(1)]
+    return len(self._source) * sum(x.nbytes for x in row.values())
+
+  @functools.cached_property
+  def _is_kept(self) -> bool:
+    own, free = self.num_bytes / self._count, _memory.host_free_bytes()
+    return not _processes.is_any(own > free / 8)
 
   def __iter__(self) -> Iterator[dict[str, jax.Array]]:
     yield from map(self._placed, self._kept)
     start = len(self._kept)
     read = sources.batches(
         self._source,
-        self._size,
+        self.size,
         start=start,
         process_index=self._index,
         process_count=self._count,
@@ -240,11 +248,11 @@ class Batches:
       yield self._placed(batch)
 
   def _placed(self, batch: sources.Batch) -> dict[str, jax.Array]:
-    if self._sharding is None:
+    if self.sharding is None:
       return jax.device_put(dict(batch))
     return {
         name: jax.make_array_from_process_local_data(
-            self._sharding, x, (self._size, *x.shape[1:])
+            self.sharding, x, (self.size, *x.shape[1:])
         )
         for name, x in batch.items()
     }
@@ -264,11 +272,6 @@ def _part_of(sharding: NamedSharding | None, size: int) -> tuple[int, int]:
   return (first // num, size // num) if is_part else (0, 1)
 
 
-def _num_bytes(source: sources.Source) -> int:
-  """Bytes of all examples, of which one is read."""
-  return len(source) * sum(x.nbytes for x in source[np.arange(1)].values())
-
-
 def batches_of(
     source: sources.Source,
     batch_size: int,
@@ -286,12 +289,17 @@ def batches_of(
     free there; else `Batches`.
   """
   if not hasattr(source, 'arrays'):
-    num_bytes = _num_bytes(source)
+    read = Batches(source, batch_size, sharding)
     free = _memory.free_bytes(jax.local_devices()[0])
-    if _processes.is_any(num_bytes > free / 5):
-      return Batches(source, batch_size, sharding, num_bytes)
+    if _processes.is_any(not are_kept(read.num_bytes, free)):
+      return read
   data = sources.in_memory(source).arrays
   return evaluation.batched(data, batch_size, sharding=sharding)
+
+
+def are_kept(num_bytes: int, free: int) -> bool:
+  """Whether the batches of an evaluation stay on a device, of all examples."""
+  return num_bytes <= free / 5
 
 
 def score_fn(
@@ -314,6 +322,13 @@ def score_fn(
     early.
   """
   batches = batches_of(data, config.batch_size, sharding)
+  return score_of_batches(config, logits_fn, batches)
+
+
+def score_of_batches(
+    config: ml_collections.ConfigDict, logits_fn: LogitsFn, batches: BatchesOf
+) -> Any:
+  """The same, of batches that are there; its `step` is what is compiled."""
   select_by = config.get('select_by', 'metric')
   if select_by == 'nll':
     return evaluation.mean_of(
@@ -423,16 +438,11 @@ class Rows(Batches):
       sharding: NamedSharding | None,
   ):
     size = min(size, len(rows))
-    if sharding is not None and size % sharding.num_devices:
+    if sharding is not None and evaluation.divided(size, sharding) > size:
       sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    self._num = len(rows) // size
-    rows = rows[: self._num * size]
-    num_bytes = _num_bytes(source) * len(rows) / len(source)
+    rows = rows[: len(rows) // size * size]
     # Not `subset`, for which rows of a stream have to ascend.
-    super().__init__(sources.Subset(source, rows), size, sharding, num_bytes)
-
-  def __len__(self) -> int:
-    return self._num
+    super().__init__(sources.Subset(source, rows), size, sharding)
 
   def _placed(self, batch: sources.Batch) -> dict[str, jax.Array]:
     return super()._placed({k: x for k, x in batch.items() if k != 'mask'})

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import ml_collections
 import numpy as np
 
@@ -375,4 +374,4 @@ def on(config: ml_collections.ConfigDict) -> NamedSharding | None:
   """How batches lie, if the experiment is sharded."""
   if not config.get('is_sharded', False):
     return None
-  return NamedSharding(loop.all_devices(), PartitionSpec('fsdp'))
+  return loop.split(loop.all_devices())

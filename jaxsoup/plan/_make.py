@@ -10,6 +10,7 @@ import ml_collections
 
 from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
+from jaxsoup.plan import machines
 from jaxsoup.plan import programs
 from jaxsoup.plan import recipes
 from jaxsoup.typing import Json
@@ -21,22 +22,24 @@ class Plan(NamedTuple):
   Attributes:
     machine: its name.
     num_devices: of all hosts.
+    num_used: 1 if the experiment is not sharded, else all.
     num_hosts: one process runs on each.
     device_bytes: memory of one device.
     num_ingredients: K.
     num_parameters: of one ingredient.
     model_bytes: of one ingredient.
     read_bytes: what all hosts together read of one ingredient.
-    batch_sizes: by program, rounded up to what the devices divide.
-    held_out_bytes: of all held-out examples on one device.
+    batch_sizes: by program, as they are run.
     num_runs: of the sweep.
     sweep_flops: of all steps of all runs, on all devices together.
+    rates: what predicts the seconds.
     programs: what the compiler says about each.
-    recipes: what each needs.
+    recipes: what each needs, and the fine-tuning.
   """
 
   machine: str
   num_devices: int
+  num_used: int
   num_hosts: int
   device_bytes: int
   num_ingredients: int
@@ -44,9 +47,9 @@ class Plan(NamedTuple):
   model_bytes: int
   read_bytes: int
   batch_sizes: Mapping[str, int]
-  held_out_bytes: int
   num_runs: int
   sweep_flops: float
+  rates: machines.Rates
   programs: tuple[programs.Program, ...]
   recipes: tuple[recipes.Recipe, ...]
 
@@ -58,16 +61,19 @@ def make(
     *,
     num_ingredients: int,
     machine: str,
+    rates: machines.Rates,
     on_program: Callable[[programs.Program], None] | None = None,
 ) -> Plan:
   """Compiles the programs of an experiment, and adds up what the recipes need.
 
   Args:
     experiment: of `configs.load`; its data are not read.
-    mesh: with the axis `fsdp`, over which models and batches are sharded.
+    mesh: with the axis `fsdp`, over which models and batches are sharded; only
+      its first device is used if `config.is_sharded` is not set.
     device_bytes: memory of one device.
     num_ingredients: K.
     machine: a name for it.
+    rates: what predicts seconds.
     on_program: called after each program.
 
   Returns:
@@ -75,10 +81,13 @@ def make(
 
   Raises:
     UsageError: the config lacks a field; the message names it.
+    ValueError: the run would not start: a batch of the fine-tuning that the
+      devices do not divide, or held-out examples that are too few to learn.
   """
   config = experiment.config
   _check_complete(config)
   model = architectures.of(experiment)
+  num_devices, mesh = mesh.size, programs.used(config, mesh)
   lowerings = programs.of(experiment, mesh, num_ingredients)
   compiled = []
   for name, lower_fn in lowerings.items():
@@ -86,26 +95,24 @@ def make(
     if on_program is not None:
       on_program(compiled[-1])
   leaves = jax.tree.leaves(programs.abstract_params(model, mesh))
-  held_out = programs.batch_of(model, mesh, config.data.sizes.held_out)
+  step = next(p for p in compiled if p.name == 'fine-tuning step')
   return Plan(
       machine=machine,
-      num_devices=mesh.size,
+      num_devices=num_devices,
+      num_used=mesh.size,
       num_hosts=programs.num_hosts(mesh),
       device_bytes=device_bytes,
       num_ingredients=num_ingredients,
       num_parameters=sum(math.prod(x.shape) for x in leaves),
       model_bytes=sum(map(recipes.total_bytes, leaves)),
       read_bytes=recipes.read_bytes(leaves)[1],
-      batch_sizes={
-          name: programs.divided(size, mesh)
-          for name, size in _batch_sizes(config).items()
-      },
-      held_out_bytes=sum(map(programs.shard_bytes, held_out.values())),
+      batch_sizes=_batch_sizes(config, mesh),
       num_runs=len(experiment.runs),
-      sweep_flops=programs.sweep_flops(experiment, mesh, compiled),
+      sweep_flops=step.flops * mesh.size * programs.sweep(experiment).times,
+      rates=rates,
       programs=tuple(compiled),
       recipes=recipes.of(
-          experiment, mesh, device_bytes, num_ingredients, compiled
+          experiment, mesh, device_bytes, num_ingredients, compiled, rates
       ),
   )
 
@@ -146,17 +153,22 @@ def _check_complete(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def _batch_sizes(config: ml_collections.ConfigDict) -> dict[str, int]:
-  sizes = {'evaluation': config.batch_size}
+def _batch_sizes(config, mesh) -> dict[str, int]:
+  sizes = {
+      'fine-tuning': config.finetune.batch_size,
+      'evaluation': programs.evaluated(config, mesh).size,
+  }
   if 'learned' in config:
-    sizes['learned'] = config.learned.batch_size
-  return {**sizes, 'fine-tuning': config.finetune.batch_size}
+    batches, val_batches = programs.learned(config, mesh)
+    sizes |= {'learned': batches.size, 'early stopping': val_batches.size}
+  return sizes
 
 
 def as_json(plan: Plan) -> Json:
   """The plan as nested dicts, bytes and FLOPs as numbers."""
   return {
       **plan._asdict(),
+      'rates': plan.rates._asdict(),
       'programs': [
           {
               **p._asdict(),

@@ -119,12 +119,13 @@ def _num_bytes(dtype: str, bits: str, dimensions: str) -> int:
   return math.prod(sizes) * max(1, int(bits or 8) // 8)
 
 
-def flops_of(jaxpr: Any) -> float:
+def flops_of(jaxpr: Any, dtype: Any = None) -> float:
   """Multiplications and additions in all products and convolutions.
 
   Args:
     jaxpr: of a traced function; scans count as often as they run, and of
       branches the most expensive. Loops without a known end count once.
+    dtype: counts only products of this dtype; None counts all.
 
   Returns:
     FLOPs on all devices together.
@@ -135,30 +136,40 @@ def flops_of(jaxpr: Any) -> float:
     >>> flops_of(jax.make_jaxpr(lambda x: x @ x.T)(x).jaxpr)
     24.0
   """
-  return sum(map(_equation_flops, jaxpr.eqns))
+  return sum(_equation_flops(eqn, dtype) for eqn in jaxpr.eqns)
 
 
-def _equation_flops(eqn: Any) -> float:
-  if eqn.primitive.name == 'dot_general':
-    (contracted, _), _ = eqn.params['dimension_numbers']
-    shape = eqn.invars[0].aval.shape
-    out = math.prod(eqn.outvars[0].aval.shape)
-    return 2 * out * math.prod(shape[i] for i in contracted)
-  if eqn.primitive.name in ('jaxsoup_mix', 'jaxsoup_inner'):
-    return 2 * eqn.invars[1].aval.size  # Each number of the stack once.
-  if eqn.primitive.name == 'conv_general_dilated':
-    return _convolution_flops(eqn)
+_PRODUCTS = (
+    'dot_general', 'conv_general_dilated', 'jaxsoup_inner', 'jaxsoup_mix'
+)  # fmt: skip
+
+
+def _equation_flops(eqn: Any, dtype: Any) -> float:
+  if eqn.primitive.name in _PRODUCTS:
+    is_other = dtype is not None and eqn.invars[0].aval.dtype != dtype
+    return 0.0 if is_other else _product_flops(eqn)
   if eqn.primitive.name == 'cond':
-    return max(flops_of(b.jaxpr) for b in eqn.params['branches'])
+    return max(flops_of(b.jaxpr, dtype) for b in eqn.params['branches'])
   times = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
   inside = 0.0
   for value in eqn.params.values():
     for one in value if isinstance(value, (list, tuple)) else [value]:
       if isinstance(one, core.ClosedJaxpr):
-        inside += flops_of(one.jaxpr)
+        inside += flops_of(one.jaxpr, dtype)
       elif isinstance(one, core.Jaxpr):
-        inside += flops_of(one)
+        inside += flops_of(one, dtype)
   return times * inside
+
+
+def _product_flops(eqn: Any) -> float:
+  if eqn.primitive.name == 'dot_general':
+    (contracted, _), _ = eqn.params['dimension_numbers']
+    shape = eqn.invars[0].aval.shape
+    out = math.prod(eqn.outvars[0].aval.shape)
+    return 2 * out * math.prod(shape[i] for i in contracted)
+  if eqn.primitive.name == 'conv_general_dilated':
+    return _convolution_flops(eqn)
+  return 2 * eqn.invars[1].aval.size  # Each number of the stack once.
 
 
 def _convolution_flops(eqn: Any) -> float:

@@ -8,7 +8,6 @@ step.peak
 """
 
 from collections.abc import Mapping
-from collections.abc import Sequence
 import functools
 import math
 import re
@@ -20,11 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import ml_collections
 
 from jaxsoup import _mixing
 from jaxsoup import _tree
-from jaxsoup import evaluation
-from jaxsoup import metrics
 from jaxsoup import sharding
 from jaxsoup._recipes import _learned
 from jaxsoup._recipes import _streamed
@@ -32,6 +30,7 @@ from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
 from jaxsoup.plan import hlo
+from jaxsoup.train import loop
 from jaxsoup.train import modeling
 from jaxsoup.train import steps
 from jaxsoup.typing import Params
@@ -47,6 +46,7 @@ class Program(NamedTuple):
     temporaries: bytes of temporary buffers.
     output: bytes of its results, without those that reuse an argument.
     flops: of products and convolutions, loops counted as often as they run.
+    wide_flops: those of them whose operands are float32.
     collectives: by name, how many and the bytes of their results.
     seconds: time to compile.
     problem: empty, or the compiler's message for a program that does not fit,
@@ -59,6 +59,7 @@ class Program(NamedTuple):
   temporaries: int = 0
   output: int = 0
   flops: float = 0
+  wide_flops: float = 0
   collectives: Mapping[str, hlo.Traffic] = {}
   seconds: float = 0
   problem: str = ''
@@ -73,7 +74,7 @@ def of(
 
   Args:
     experiment: as in `plan.make`.
-    mesh: as in `plan.make`.
+    mesh: of `used`.
     num_ingredients: K.
 
   Returns:
@@ -83,11 +84,9 @@ def of(
   params = abstract_params(model, mesh)
   flat = _tree.flatten(params)
   replicated = NamedSharding(mesh, PartitionSpec())
-  scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
-  alpha = jax.ShapeDtypeStruct(
-      (num_ingredients,), jnp.float32, sharding=replicated
+  number = lambda *shape: jax.ShapeDtypeStruct(
+      shape, jnp.float32, sharding=replicated
   )
-  stacked = [_stacked(x, num_ingredients) for x in flat.leaves]
   wide = [
       jax.ShapeDtypeStruct(
           x.shape, _tree.wide_dtype(x.dtype), sharding=x.sharding
@@ -100,8 +99,7 @@ def of(
 
   groups = _tree.groups_of(flat.paths, _tree.whole)
   alphas = lambda w: {g: jax.nn.softmax(w[g]) for g in w}
-  w = {groups[0]: alpha}
-  resident = _learned.Resident([], groups, alphas, loss_at)
+  w = {groups[0]: number(num_ingredients)}
   source: Any = range(num_ingredients)  # Counted; nothing is read.
   streamed = _streamed.Streamed(
       source,
@@ -111,50 +109,63 @@ def of(
       tuple(x.dtype for x in flat.leaves),
       [x.sharding for x in flat.leaves],
   )
-  batch = lambda size, **more: batch_of(model, mesh, size, **more)
-  gradient = jax.jit(
-      lambda alpha, stacked, cotangent: jax.vjp(
-          lambda a: _mixing.mix_leaves([a] * len(stacked), stacked), alpha
-      )[1](cotangent)
-  )
-  evaluate = evaluation.mean_of(
-      lambda params, batch: metrics.correct(
-          model.logits_fn(params, batch), batch['label']
-      ),
-      batches=(),
-  )
+  evaluation = batch_of(model, evaluated(config, mesh), mask=bool)
+  score = cook.score_of_batches(config, model.logits_fn, batches=())
   calls = {
-      'add to a sum': (_mixing.add, wide, flat.leaves, scalar),
-      'mix': (_mixing.mix_leaves, [alpha] * len(stacked), stacked),
-      'gradient in alpha': (gradient, alpha, stacked, flat.leaves),
-      'evaluation step': (
-          evaluate.step,
-          params,
-          batch(config.batch_size, mask=bool),
-      ),
-      'inner products, streamed': (streamed.inner, flat.leaves, flat.leaves),
+      'add to a sum': (_mixing.add, wide, flat.leaves, number()),
+      'evaluation step': (score.step, params, evaluation),
       'fine-tuning step': _fine_tuning(experiment, model, mesh, params),
   }
   if 'learned' in config:
-    learning = batch(config.learned.batch_size)
+    resident = _learned.Resident([], groups, alphas, loss_at)
+    stacked = [_stacked(x, num_ingredients) for x in flat.leaves]
+    batch, other = (batch_of(model, x) for x in learned(config, mesh))
     calls |= {
+        'mix': (resident.mix, w, stacked),
         'learned step, resident': (
             resident.step,
-            (w, scalar),
+            (w, number()),
             stacked,
-            learning,
+            batch,
         ),
         'learned step, streamed': (
             streamed.step,
             flat.leaves,
-            scalar,
-            learning,
+            number(),
+            batch,
         ),
+        'inner products, streamed': (streamed.inner, flat.leaves, flat.leaves),
+        'early stopping': (jax.jit(loss_at), flat.leaves, number(), other),
     }
   return {
       name: functools.partial(fn.trace, *arguments)
       for name, (fn, *arguments) in calls.items()
   }
+
+
+def used(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> jax.sharding.Mesh:
+  """The devices that an experiment uses: all if it is sharded, else one."""
+  if config.get('is_sharded', False):
+    return mesh
+  return loop.all_devices(list(mesh.devices.flat[:1]))
+
+
+def evaluated(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> cook.Batches:
+  """The batches of an evaluation: their number, size and sharding."""
+  held_out = range(config.data.sizes.held_out)
+  return cook.Batches(held_out, config.batch_size, loop.split(mesh))
+
+
+def learned(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> tuple[cook.Rows, cook.Rows]:
+  """Those of learned soups: to learn, and to stop early."""
+  held_out: Any = range(config.data.sizes.held_out)  # Counted, not read.
+  return cook.learning_batches(config, held_out, loop.split(mesh))
 
 
 def _stacked(x, num_ingredients):
@@ -166,63 +177,77 @@ def _stacked(x, num_ingredients):
   )
 
 
+def fine_tuned(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, size: int
+) -> cook.Batches:
+  """Those of fine-tuning; raises unless the devices divide their size."""
+  loop.check_divided(size, mesh)
+  return cook.Batches(range(config.data.sizes.train), size, loop.split(mesh))
+
+
 def batch_of(
-    model: modeling.Model, mesh: jax.sharding.Mesh, size: int, **more: Any
+    model: modeling.Model, batches: Any, **more: Any
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of a batch, of a size that the mesh divides.
+  """Shapes of a batch.
 
   Args:
     model: with the shapes of its inputs.
-    mesh: as in `plan.make`.
-    size: examples; rounded up.
+    batches: of `evaluated`, `learned` or `fine_tuned`.
     **more: dtypes of further vectors, by name.
 
   Returns:
     Shapes and shardings by name.
   """
-  size = divided(size, mesh)
-  split = NamedSharding(mesh, PartitionSpec('fsdp'))
-  shape = lambda *x: jax.ShapeDtypeStruct(x[1:], x[0], sharding=split)
+  shape = lambda dtype, *x: jax.ShapeDtypeStruct(
+      (batches.size, *x), dtype, sharding=batches.sharding
+  )
   return {
-      **{n: shape(x.dtype, size, *x.shape) for n, x in model.inputs.items()},
-      'label': shape(jnp.int32, size),
-      **{name: shape(dtype, size) for name, dtype in more.items()},
+      **{name: shape(x.dtype, *x.shape) for name, x in model.inputs.items()},
+      'label': shape(jnp.int32),
+      **{name: shape(dtype) for name, dtype in more.items()},
   }
-
-
-def divided(size: int, mesh: jax.sharding.Mesh) -> int:
-  """A size, rounded up to a multiple of the number of devices."""
-  return -(-size // mesh.size) * mesh.size
 
 
 def _fine_tuning(experiment, model, mesh, params):
-  """One step of all runs of a group, as `finetune.train` runs it."""
+  """One step of a group of runs, as `loop.train` calls it."""
   config = experiment.config
-  runs = experiment.runs[: config.sweep.group_size]
+  runs = _largest_group(experiment)
   settings = steps.settings_of(config.finetune, runs, config.data.sizes.train)
   replicated = NamedSharding(mesh, PartitionSpec())
-  scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=replicated)
-  hyper = {
-      name: scalar(jnp.uint32 if name.endswith('seed') else jnp.float32)
-      for name in sorted(set().union(steps.DEFAULTS, *runs))
-  }
-  init_fn = functools.partial(steps.initial_state, settings)
-  state = sharding.fsdp(jax.eval_shape(init_fn, params, hyper), mesh)
-  stacked = lambda tree: jax.tree.map(lambda x: _stacked(x, len(runs)), tree)
-
-  def step_fn(state, hyper, batch):
-    def run_fn(state, hyper):
-      key = jax.random.key(hyper['seed'])
-      return steps.train_step(model, settings, state, hyper, batch, key)
-
-    return jax.vmap(run_fn)(state, hyper)
-
-  return (
-      jax.jit(step_fn, donate_argnums=0),
-      stacked(state),
-      stacked(hyper),
-      batch_of(model, mesh, config.finetune.batch_size),
+  on_each = lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=replicated
   )
+  hyper = jax.tree.map(on_each, steps.stack_runs(runs))
+  inputs = {
+      name: jax.ShapeDtypeStruct(
+          (len(runs), 1, *x.shape), x.dtype, sharding=loop.stacked_split(mesh)
+      )
+      for name, x in batch_of(
+          model, fine_tuned(config, mesh, settings.batch_size)
+      ).items()
+  }
+  state = loop.abstract_state(settings, mesh, params, hyper)
+  number = on_each(jax.ShapeDtypeStruct((), jnp.int32))
+  return (
+      loop.advance,
+      model,
+      settings,
+      state,
+      hyper,
+      None,
+      number,
+      number,
+      inputs,
+  )
+
+
+def _largest_group(experiment: configs.Experiment) -> list[configs.Run]:
+  """Runs that train together, those with the most examples in a step."""
+  config, runs = experiment.config, experiment.runs
+  groups = steps.grouped(runs, config.sweep.group_size)
+  size = lambda i: runs[i].get('batch_size', config.finetune.batch_size)
+  largest = max(groups, key=lambda group: len(group) * size(group[0]))
+  return [runs[i] for i in largest]
 
 
 def abstract_params(model: modeling.Model, mesh: jax.sharding.Mesh) -> Params:
@@ -232,30 +257,33 @@ def abstract_params(model: modeling.Model, mesh: jax.sharding.Mesh) -> Params:
   return sharding.fsdp(shapes, mesh)
 
 
-def sweep_flops(
-    experiment: configs.Experiment,
-    mesh: jax.sharding.Mesh,
-    compiled: Sequence[Program],
-) -> float:
-  """FLOPs of all examples that the runs see, each as in the fine-tuning step.
+class Sweep(NamedTuple):
+  """The training of all runs.
 
-  Args:
-    experiment: as in `plan.make`.
-    mesh: as in `plan.make`.
-    compiled: the programs.
-
-  Returns:
-    Those of all devices together.
+  Attributes:
+    steps: of groups of runs that train together.
+    examples: that all runs together see.
+    times: the work, in fine-tuning steps of the largest group.
   """
-  step = next(p for p in compiled if p.name == 'fine-tuning step')
-  config, num = experiment.config, experiment.config.data.sizes.train
-  num_alike = len(experiment.runs[: config.sweep.group_size])
-  in_step = num_alike * divided(config.finetune.batch_size, mesh)
-  settings = [
-      steps.settings_of(config.finetune, [run], num) for run in experiment.runs
-  ]
-  seen = sum(s.num_epochs * (num - num % s.batch_size) for s in settings)
-  return step.flops * mesh.size * seen / in_step
+
+  steps: int
+  examples: int
+  times: float
+
+
+def sweep(experiment: configs.Experiment) -> Sweep:
+  """Counts the steps and examples of all runs, each of its own length."""
+  config, runs = experiment.config, experiment.runs
+  num = config.data.sizes.train
+  num_steps = examples = 0
+  for group in steps.grouped(runs, config.sweep.group_size):
+    settings = steps.settings_of(config.finetune, [runs[group[0]]], num)
+    in_group = settings.num_epochs * (num // settings.batch_size)
+    num_steps += in_group
+    examples += len(group) * in_group * settings.batch_size
+  largest = _largest_group(experiment)
+  size = steps.settings_of(config.finetune, largest, num).batch_size
+  return Sweep(num_steps, examples, examples / (len(largest) * size))
 
 
 def compile_program(
@@ -265,7 +293,9 @@ def compile_program(
   start = time.monotonic()
   with jax.set_mesh(mesh):
     traced = trace_fn()
-    flops = hlo.flops_of(traced.jaxpr.jaxpr) / mesh.size
+    jaxpr = traced.jaxpr.jaxpr
+    flops = hlo.flops_of(jaxpr) / mesh.size
+    wide_flops = hlo.flops_of(jaxpr, jnp.float32) / mesh.size
     lowered = traced.lower()
   try:
     compiled = lowered.compile()
@@ -274,9 +304,18 @@ def compile_program(
       raise
     problem = str(e).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ')
     seconds = time.monotonic() - start
-    arguments = sum(map(shard_bytes, jax.tree.leaves(trace_fn.args)))
+    leaves = jax.tree.leaves(trace_fn.args)
+    shapes = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
+    arguments = sum(map(shard_bytes, shapes))
     needed = _needed(str(e), arguments)
-    return Program(name, needed, flops=flops, seconds=seconds, problem=problem)
+    return Program(
+        name,
+        needed,
+        flops=flops,
+        wide_flops=wide_flops,
+        seconds=seconds,
+        problem=problem,
+    )
   memory = compiled.memory_analysis()
   arguments = memory.argument_size_in_bytes
   temporaries = memory.temp_size_in_bytes
@@ -288,6 +327,7 @@ def compile_program(
       temporaries=temporaries,
       output=output,
       flops=flops,
+      wide_flops=wide_flops,
       collectives=hlo.collectives_of(compiled.as_text()),
       seconds=time.monotonic() - start,
   )

@@ -14,8 +14,9 @@ def as_text(made: Plan) -> str:
           'Each program, on one device:',
           _table(_program_rows(made)),
           '',
-          'Each recipe, at most: peak memory of one device and of one host, '
-          'and totals of the rest:',
+          'The fine-tuning and each recipe, at most: peak memory of one device '
+          'and of one host, the examples that each host reads, and totals of '
+          'the rest:',
           _table(_recipe_rows(made)),
       ]
   )
@@ -30,11 +31,16 @@ def _heading(made: Plan) -> list[str]:
       f'{made.num_ingredients} ingredients of '
       f'{_memory.amount(made.num_parameters, "")} parameters, '
       f'{_memory.amount(made.model_bytes)} each.',
-      f'Batches of {sizes}, rounded up to multiples of {made.num_devices}. One '
-      'batch is counted: all held-out examples would take '
-      f'{_memory.amount(made.held_out_bytes)} more on a device.',
-      _sweep(made),
+      f'Batches of {sizes}.',
+      f'Fine-tuning {made.num_runs} runs is '
+      f'{_memory.amount(made.sweep_flops, "FLOP")}.',
+      *_predictions(made),
   ]
+  if made.num_used < made.num_devices:
+    lines.append(
+        f'Only {made.num_used} of {made.num_devices} devices is used: '
+        'config.is_sharded is not set.'
+    )
   if made.read_bytes > made.model_bytes:
     lines.append(
         f'Hosts read {made.read_bytes / made.model_bytes:.2g} times the size '
@@ -43,20 +49,26 @@ def _heading(made: Plan) -> list[str]:
   return lines
 
 
-def _sweep(made: Plan) -> str:
-  """What the fine-tuning takes; its time, if the peak of a device is known."""
-  text = (
-      f'Fine-tuning {made.num_runs} runs is '
-      f'{_memory.amount(made.sweep_flops, "FLOP")}'
-  )
-  chip = machines.CHIPS.get(made.machine.partition(':')[0])
-  if chip is None:
-    return f'{text}.'
-  seconds = made.sweep_flops / (0.4 * chip.tflops * 1e12 * made.num_devices)
-  return (
-      f'{text}: {_duration(seconds)}, if steps reach 40 % of the '
-      f'{chip.tflops} TFLOP/s of a device.'
-  )
+def _predictions(made: Plan) -> list[str]:
+  """From which rates seconds are predicted, and those of the fine-tuning."""
+  rates, of_sweep = made.rates, made.recipes[0]
+  lines = []
+  if of_sweep.compute_seconds is not None:
+    chip = machines.CHIPS[rates.chip]
+    lines.append(
+        f'Predicted, not measured: compute s, if products reach '
+        f'{rates.utilisation:.0%} of the peak of {rates.chip}, '
+        f'{chip.bfloat16:g} TFLOP/s in bfloat16 and {chip.float32:g} in '
+        "float32 at XLA's default precision; fine-tuning takes "
+        f'{_duration(of_sweep.compute_seconds)}.'
+    )
+  if of_sweep.read_seconds is not None:
+    lines.append(
+        f'Predicted, not measured: read s, if each host reads {rates.read:g} '
+        'GB/s, examples as the model takes them and not compressed; '
+        f'fine-tuning takes {_duration(of_sweep.read_seconds)}.'
+    )
+  return lines
 
 
 def _duration(seconds: float) -> str:
@@ -70,6 +82,19 @@ def _duration(seconds: float) -> str:
   fitting = (x for x in units if seconds >= 2 * units[x])
   unit = next(fitting, 'seconds')
   return f'{seconds / units[unit]:.3g} {unit}'
+
+
+def _seconds(seconds: float | None) -> str:
+  """Three digits; '-' if there is no prediction.
+
+  Example:
+    >>> _seconds(0.123456), _seconds(2_403_700.0), _seconds(None)
+    ('0.123', '2,400,000', '-')
+  """
+  if seconds is None:
+    return '-'
+  rounded = float(f'{seconds:.3g}')
+  return f'{rounded:,.0f}' if rounded >= 100 else f'{rounded:g}'
 
 
 def _program_rows(made: Plan) -> list[list[str]]:
@@ -100,16 +125,21 @@ def _program_rows(made: Plan) -> list[list[str]]:
 
 def _recipe_rows(made: Plan) -> list[list[str]]:
   rows = [
-      ['recipe', 'device', 'host', 'reads', 'writes', 'evaluations', 'steps',
-       ''],
+      ['recipe', 'device', 'host', 'reads', 'examples', 'writes',
+       'evaluations', 'steps', 'compute s', 'read s', ''],
   ]  # fmt: skip
   for r in made.recipes:
     rows.append(
         [
             r.name,
-            *map(_memory.amount, (r.device, r.host, r.reads, r.writes)),
+            *map(
+                _memory.amount,
+                (r.device, r.host, r.reads, r.examples, r.writes),
+            ),
             str(r.evaluations),
-            str(r.steps),
+            f'{r.steps:,}',
+            _seconds(r.compute_seconds),
+            _seconds(r.read_seconds),
             r.note or 'fits',
         ]
     )

@@ -150,12 +150,7 @@ def _feed(model, settings, hyper, source, mesh):
         yield jax.device_put(rows[:, first : first + step])
 
     return jax.device_put(only(source.arrays)), rows_of
-  if size % mesh.size:
-    raise ValueError(
-        f'batch_size is {size}, which cannot be divided among {mesh.size} '
-        f'devices: use a multiple of {mesh.size}.'
-    )
-  split = NamedSharding(mesh, PartitionSpec(None, None, 'fsdp'))
+  check_divided(size, mesh)
 
   def batches_of(epoch, start):
     walks = [
@@ -173,7 +168,8 @@ def _feed(model, settings, hyper, source, mesh):
     for batches in zip(*walks):
       yield {
           name: jax.make_array_from_process_local_data(
-              split, np.stack([batch[name] for batch in batches])[:, None]
+              stacked_split(mesh),
+              np.stack([batch[name] for batch in batches])[:, None],
           )
           for name in only(batches[0])
       }
@@ -308,17 +304,54 @@ def start(model, settings, mesh, params, hyper):
   state = jax.vmap(run_fn)(hyper)
   if mesh is None:
     return state
-  one = jax.eval_shape(run_fn, jax.tree.map(_first, hyper))
-  stacked = lambda x: NamedSharding(mesh, PartitionSpec(None, *x.sharding.spec))
-  shardings = jax.tree.map(stacked, sharding.fsdp(one, mesh))
+  abstract = abstract_state(settings, mesh, params, hyper)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.lax.with_sharding_constraint(state, shardings)
 
 
-def all_devices() -> jax.sharding.Mesh:
-  """A mesh of all devices along one axis, `fsdp`."""
+def abstract_state(settings, mesh, params, hyper):
+  """Shapes and shardings of what `start` returns on a mesh."""
+  (num,) = hyper['seed'].shape
+  scalar = lambda x: jax.ShapeDtypeStruct((), x.dtype)
+  init_fn = functools.partial(steps.initial_state, settings)
+  one = jax.eval_shape(init_fn, params, jax.tree.map(scalar, hyper))
+
+  def stacked(x):
+    spec = PartitionSpec(None, *x.sharding.spec)
+    return jax.ShapeDtypeStruct(
+        (num, *x.shape), x.dtype, sharding=NamedSharding(mesh, spec)
+    )
+
+  return jax.tree.map(stacked, sharding.fsdp(one, mesh))
+
+
+def all_devices(
+    devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+  """A mesh of all devices, or of those given, along one axis, `fsdp`."""
+  devices = jax.devices() if devices is None else devices
   return jax.make_mesh(
-      (jax.device_count(),), ('fsdp',), axis_types=(AxisType.Auto,)
+      (len(devices),), ('fsdp',), axis_types=(AxisType.Auto,), devices=devices
   )
+
+
+def split(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """How a batch lies on it: each device has a part of the examples."""
+  return NamedSharding(mesh, PartitionSpec('fsdp'))
+
+
+def stacked_split(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """The same for the inputs of `advance`, [K, steps, B, ...]."""
+  return NamedSharding(mesh, PartitionSpec(None, None, 'fsdp'))
+
+
+def check_divided(batch_size: int, mesh: jax.sharding.Mesh) -> None:
+  """Raises unless each device gets as many examples of a training batch."""
+  if batch_size % mesh.size:
+    raise ValueError(
+        f'batch_size is {batch_size}, which cannot be divided among '
+        f'{mesh.size} devices: use a multiple of {mesh.size}.'
+    )
 
 
 def mesh_of(params: steps.Params) -> jax.sharding.Mesh | None:
