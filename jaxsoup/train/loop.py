@@ -168,13 +168,18 @@ def _feed(model, settings, hyper, source, mesh):
     for batches in zip(*walks):
       yield {
           name: jax.make_array_from_process_local_data(
-              stacked_split(mesh),
-              np.stack([batch[name] for batch in batches])[:, None],
+              stacked_split(mesh), _stacked([batch[name] for batch in batches])
           )
           for name in only(batches[0])
       }
 
   return None, batches_of
+
+
+def _stacked(arrays):
+  """[K, 1, B, ...]; of one run without a copy."""
+  x = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+  return x[:, None]
 
 
 class _Seen:
