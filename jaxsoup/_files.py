@@ -13,6 +13,11 @@ import pathlib
 import re
 import secrets
 import shutil
+import tempfile
+from typing import Any
+
+from jaxsoup import _processes
+from jaxsoup.typing import PathLike
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Orbax and tensorstore write in their own threads, and raise ValueError.
@@ -53,6 +58,68 @@ def room_for(
     ) from reason
 
 
+def is_remote(path: PathLike) -> bool:
+  """Whether it is the address of a bucket, such as `gs://bucket/runs`."""
+  return '://' in str(path)
+
+
+def path_of(path: PathLike) -> Any:
+  """A path of this machine, or of a bucket, by `etils.epath`.
+
+  Raises:
+    ValueError: an address of another kind.
+    ImportError: the package that opens it is missing.
+  """
+  if not is_remote(path):
+    return pathlib.Path(path)
+  from etils import epath
+
+  address = str(path)
+  if not address.startswith(('gs://', 's3://', 'az://')):
+    raise ValueError(
+        f'{address} is not the address of a bucket: expected gs://, s3:// or '
+        'az://, or a path of this machine.'
+    )
+  place = epath.Path(address)
+  place.exists()  # It names the package that is missing.
+  return place
+
+
+def remove(folder: Any) -> None:
+  """Deletes a folder with all that is in it, if it is there."""
+  if not is_remote(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+  elif folder.exists():
+    folder.rmtree()
+
+
+@contextlib.contextmanager
+def local_copy(path: Any) -> Iterator[pathlib.Path]:
+  """The file itself; of one in a bucket a copy that is sent there at the end.
+
+  Those cannot be appended to.
+  """
+  if not is_remote(path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    copy = pathlib.Path(folder, path.name)
+    if path.exists():
+      copy.write_bytes(path.read_bytes())
+    try:
+      yield copy
+    finally:
+      if copy.exists() and _processes.is_main():
+        path.write_bytes(copy.read_bytes())
+
+
+def is_whole(path: Any) -> bool:
+  """Whether it is there; in a bucket Orbax writes a file when it is done."""
+  if not is_remote(path) or not path.is_dir():
+    return path.exists()
+  return (path / 'commit_success.txt').exists()
+
+
 def unfinished_name(path: pathlib.Path) -> pathlib.Path:
   """A name that no other process has: process ids repeat in containers."""
   return path.with_name(f'{path.name}{_UNFINISHED}{secrets.token_hex(6)}')
@@ -68,6 +135,11 @@ def clear_leftovers(folder: pathlib.Path, name: str = '') -> None:
     name: its name; '' is any.
   """
   for path in folder.iterdir() if folder.is_dir() else ():
+    if is_remote(folder):
+      # Only Orbax writes there in place, and these files first and last.
+      if (path / '_CHECKPOINT_METADATA').exists() and not is_whole(path):
+        remove(path)
+      continue
     match = _LEFTOVER.fullmatch(path.name)
     if match is None or name not in ('', match[1]):
       continue
@@ -107,6 +179,12 @@ def replaced(
   Raises:
     FileExistsError: the file is a user's.
   """
+  if is_remote(path):
+    with tempfile.TemporaryDirectory() as temporary:
+      unfinished = pathlib.Path(temporary, path.name)
+      yield unfinished
+      path.write_bytes(unfinished.read_bytes())
+    return
   if marker is not None:
     require_ours(path, marker)
   unfinished = unfinished_name(path)

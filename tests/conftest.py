@@ -32,7 +32,12 @@ import pytest
 jax.devices()  # Now, before a command that is tested asks for other ones.
 
 # Scripts that are run, and would run when doctest imports them.
-collect_ignore = ['_distributed_worker.py', '_timm_worker.py', 'benchmarks']
+collect_ignore = [
+    '_bucket.py',
+    '_distributed_worker.py',
+    '_timm_worker.py',
+    'benchmarks',
+]
 
 # The same examples in every run, and no time limit on a busy machine.
 hypothesis.settings.register_profile(

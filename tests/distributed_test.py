@@ -358,8 +358,8 @@ def test_an_experiment_in_two_processes(tmp_path):
         (['--config.is_sharded=False'], 'config.is_sharded is True'),
         (['--process=0'], "Unknown command line flag 'process'"),
         (
-            ['--workdir=gs://bucket/x'],
-            'is not a local directory: mount the bucket',
+            ['--workdir=https://bucket/x'],
+            'is not the address of a bucket: expected gs://',
         ),
     ],
 )

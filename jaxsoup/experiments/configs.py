@@ -103,12 +103,10 @@ def parse(argv: Sequence[str]) -> Arguments:
     raise UsageError(f'{e}. Usage: {USAGE}') from e
   if rest[1:] or not values.config or not values.workdir:
     raise UsageError(f'{_missing(values, rest[1:])}. Usage: {USAGE}')
-  if '://' in values.workdir:
-    raise UsageError(
-        f'{values.workdir} is not a local directory: mount the bucket '
-        '(gcsfuse) or another file system that all hosts share, and pass the '
-        'path there.'
-    )
+  try:
+    _files.path_of(values.workdir)
+  except ValueError as e:
+    raise UsageError(str(e)) from e
   return Arguments(
       values.config,
       values.workdir,

@@ -38,7 +38,6 @@ landscape/  barriers, planes, angles and a diagnosis, by `config.landscape`
 from collections.abc import Sequence
 import contextlib
 import importlib.util
-import pathlib
 import shutil
 import sys
 
@@ -95,13 +94,15 @@ def run(
     raise ImportError(
         'matplotlib is not installed: pip install "jaxsoup[demo]"'
     )
-  workdir = pathlib.Path(workdir).absolute()
+  folder = _files.path_of(workdir)
+  if not _files.is_remote(folder):
+    folder = folder.absolute()
   with _files.room_for(
-      workdir,
+      folder,
       'Finished work is kept: free some space, and run the same command again '
       'to continue.',
   ):
-    return _run(experiment, workdir, progress_fn, stop or preemption.Stop())
+    return _run(experiment, folder, progress_fn, stop or preemption.Stop())
 
 
 def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
@@ -136,19 +137,19 @@ def run_seeds(
   Returns:
     A table a seed, as of `run`.
   """
-  workdir = pathlib.Path(workdir)
-  if num_seeds > 1 and not any(workdir.glob('seed*/config.json')):
-    configs.require_new(workdir)
+  parent = _files.path_of(workdir)
+  if num_seeds > 1 and not any(parent.glob('seed*/config.json')):
+    configs.require_new(parent)
   first = configs.load(path, overrides).config.seed
   tables = []
   for seed in range(first, first + num_seeds):
     loaded = configs.load(path, [*overrides, f'--config.seed={seed}'])
-    folder = workdir if num_seeds == 1 else workdir / f'seed{seed}'
+    folder = parent if num_seeds == 1 else parent / f'seed{seed}'
     with preemption.handled() as stop, _shown() as progress_fn:
       tables.append(run(loaded, folder, progress_fn, stop))
   if num_seeds > 1 and all(tables) and _processes.is_main():
     text = report.markdown(*_averaged(tables))
-    (workdir / 'table.md').write_text(text + '\n')
+    (parent / 'table.md').write_text(text + '\n')
   return tables
 
 

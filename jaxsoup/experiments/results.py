@@ -165,7 +165,7 @@ def _stored(
 def _is_whole(content: Json, workdir: pathlib.Path) -> bool:
   """Whether the files that results.json names are there."""
   paths = [workdir / name for name in content['files']]
-  return _processes.agreed(all(path.exists() for path in paths))
+  return _processes.agreed(all(map(_files.is_whole, paths)))
 
 
 def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
@@ -341,14 +341,15 @@ def _cooked(work, ingredients, theta_0, split, logits, part) -> Cooked:
       best_fn,
       work.stopping,
   )
-  soups = _soups(work, ingredients, theta_0, split, scores, fns, part)
+  with _files.local_copy(split.folder / 'scores.jsonl') as file:
+    log = checkpoints.ScoreLog(file, ingredients)
+    soups = _soups(work, ingredients, theta_0, split, log, scores, fns, part)
   return Cooked(scores, best_fn, fns, soups)
 
 
-def _soups(work, ingredients, theta_0, split, singles, fns, part):
+def _soups(work, ingredients, theta_0, split, scores, singles, fns, part):
   """Soups by name; of a model with running statistics each in three ways."""
   config = work.config
-  scores = checkpoints.ScoreLog(split.folder / 'scores.jsonl', ingredients)
   way = next(iter(fns), '')
   for k, score in enumerate(singles):
     # Soups with new statistics are compared with models that have such, too.
@@ -374,7 +375,7 @@ def _soups(work, ingredients, theta_0, split, singles, fns, part):
     for way, fn in (fns or {'': lambda params: params}).items():
       name = f'{recipe_name}, {way}' if way else recipe_name
       path = _soup_path(split, name)
-      if not _processes.agreed(path.exists()):
+      if not _processes.agreed(_files.is_whole(path)):
         soup = mixture()
         metadata = {'recipe': recipe_name, 'seed': config.seed}
         checkpoints.save(
@@ -579,13 +580,12 @@ def _write(work, content: Json, tables, soups) -> None:
   """Pictures and the table; results.json last, as it stands for them all."""
   workdir = work.workdir
   rows = report.averaged(tables)[0]
-  report.save(
-      lambda ax: report.scatter(ax, rows),
-      workdir / _SCATTER,
-      size=(7.2, 4.2),
-  )
+  scatter = lambda ax: report.scatter(ax, rows)
+  with _files.local_copy(workdir / _SCATTER) as file:
+    report.save(scatter, file, size=(7.2, 4.2))
   if searches := _searches(soups):
-    report.save(lambda ax: report.trials(ax, searches), workdir / _TRIALS)
+    with _files.local_copy(workdir / _TRIALS) as file:
+      report.save(lambda ax: report.trials(ax, searches), file)
   means, deviations = report.averaged(
       [report.summary(table) for table in tables]
   )

@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxsoup import _files
 from jaxsoup import _processes
+from jaxsoup import _warnings
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
 from jaxsoup import sharding
@@ -121,8 +122,8 @@ class Work:
       _processes.wait_for_all('the logits are written')
 
     def read_fn(name):
-      with np.load(file) as stored:  # Only this array of it is read.
-        return stored[name]
+      with file.open('rb') as opened, np.load(opened) as stored:
+        return stored[name]  # Only this array of it is read.
 
     return Logits(self.data, read_fn)
 
@@ -172,7 +173,7 @@ class Work:
 
   def stored(self, path: pathlib.Path) -> Json:
     """What was saved with a run; empty if it is not there. Read once."""
-    if path not in self._stored and path.exists():
+    if path not in self._stored and _files.is_whole(path):
       self._stored[path] = checkpoints.provenance(path)['metadata']
     return self._stored.get(path, {})
 
@@ -230,6 +231,11 @@ def locked(
       if _processes.is_main()
       else contextlib.nullcontext()
   )
+  if _files.is_remote(folder) and _processes.is_main():
+    _warnings.warn(
+        f'There are no locks in a bucket: make sure that no other process uses '
+        f'{folder}.'
+    )
   with held, mesh_of(config):
     is_alone = _processes.is_main() and num_shards == 1
     if is_alone:

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-import pathlib
 import shutil
 from typing import Any
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import metrics
 from jaxsoup import statistics
@@ -87,7 +87,7 @@ _SCORES = {
 
 def read_rows(path: PathLike) -> list[Row]:
   """Reads the rows of `results.json`, or of any JSON list of such rows."""
-  content = _json.read(pathlib.Path(path))
+  content = _json.read(_files.path_of(path))
   return rows_of(content['rows'] if isinstance(content, dict) else content)
 
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 import socket
 
+from jaxsoup import _files
 from jaxsoup import _warnings
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
@@ -41,6 +42,9 @@ def locked(path: PathLike, what: object) -> Iterator[None]:
   Raises:
     InUseError: another process holds it.
   """
+  if _files.is_remote(path):
+    yield  # There are no locks in a bucket.
+    return
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   file = _acquired(path, what)

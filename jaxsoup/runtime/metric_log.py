@@ -9,14 +9,19 @@ log.write({'run': 3, 'step': 100, 'loss': 0.7})
 import atexit
 from collections.abc import Callable
 from collections.abc import Mapping
+import contextlib
 import functools
 import json
 import pathlib
 import time
 from typing import Any
 
+from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup.typing import PathLike
+
+# Between two copies to a bucket.
+_SECONDS = 60
 
 WriteFn = Callable[[dict[str, Any]], object]
 
@@ -42,7 +47,10 @@ class MetricLog:
     Raises:
       ImportError: tensorboardX is not installed.
     """
-    self._path = pathlib.Path(path)
+    self._path, self._sent = _files.path_of(path), 0.0
+    self._file: pathlib.Path | None = None  # A copy, if that is in a bucket.
+    self._end = contextlib.ExitStack()
+    atexit.register(self._end.close)
     self._writer_fn, self._write_fn = None, write_fn
     if tensorboard is not None:
       try:
@@ -72,10 +80,15 @@ class MetricLog:
     if not _processes.is_main():
       return
     line = json.dumps({'time': round(time.time(), 1), **values})
-    self._path.parent.mkdir(parents=True, exist_ok=True)
+    if self._file is None:
+      self._file = self._end.enter_context(_files.local_copy(self._path))
+      self._file.parent.mkdir(parents=True, exist_ok=True)
     # One write per line, so that lines of other processes stay whole.
-    with self._path.open('a') as file:
+    with self._file.open('a') as file:
       file.write(line + '\n')
+    if self._file != self._path and time.monotonic() > self._sent + _SECONDS:
+      self._path.write_bytes(self._file.read_bytes())
+      self._sent = time.monotonic()
     if self._writer_fn is not None:
       writer = self._writer_fn(str(values.get('run', 'all')))
       for name, value in values.items():

@@ -8,7 +8,6 @@ saved.after(num_done + 1, state)
 ```
 """
 
-import shutil
 import time
 from typing import Any
 
@@ -16,6 +15,7 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
+from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup.runtime import preemption
 from jaxsoup.typing import Leaf
@@ -47,7 +47,9 @@ class Saved:
       stop: whether the script is to stop.
       minutes: the least time between two states.
     """
-    self._folder = epath.Path(folder).absolute()
+    self._folder = epath.Path(_files.path_of(folder))
+    if not _files.is_remote(folder):  # Orbax wants it absolute.
+      self._folder = self._folder.absolute()
     self._stop = stop
     self._seconds = 60 * minutes
     self._last = self._began = time.monotonic()
@@ -116,7 +118,7 @@ class Saved:
       self._manager.close()
       self._manager = None
     if _processes.is_main():
-      shutil.rmtree(self._folder, ignore_errors=True)
+      _files.remove(self._folder)
 
   def _is_due(self, num_done: int) -> bool:
     """Whether the time has come, by the clock of the main process.
