@@ -62,46 +62,47 @@ Config = Mapping[str, Any]
 #: An object that goes into a JSON file.
 Json = dict[str, Any]
 
-#: `eval_fn(params)`: the score of a model on held-out data, one finite number,
-#: higher is better. It may have a method `at_least`, which gives up early: see
-#: `jaxsoup.AtMost`.
+#: `eval_fn(params)` returns the score of a model on held-out data, one finite
+#: number, higher is better. It may have a method `at_least`, which gives up
+#: early: see `jaxsoup.AtMost`.
 EvalFn = Callable[[Params], Scalar]
-#: `objective_fn(params)`: a loss or a score of a model, as landscapes show it.
+#: `objective_fn(params)` returns a loss or a score, as landscapes show it.
 ObjectiveFn = Callable[[Params], Scalar]
-#: `loss_fn(params, batch, beta)`: the mean loss of a batch, for `learned`;
-#: differentiable. The batch is a pytree of arrays, one of the `batches`; beta,
-#: the inverse temperature, is a scalar that multiplies the logits.
+#: `loss_fn(params, batch, beta)` returns the mean loss of a batch, for
+#: `learned`; differentiable. The batch is a pytree of arrays, one of the
+#: `batches`; the scalar beta, an inverse temperature, multiplies the logits.
 LossFn = Callable[[Params, Tree, jax.Array], jax.Array]
-#: `logits_fn(params, batch)`: the outputs of a model on arrays by name, on the
-#: device: `[B, C]`; where it is allowed, a pytree of `[B, ...]`. Can be
+#: `logits_fn(params, batch)` returns the outputs of a model on arrays by name,
+#: on the device: `[B, C]`; where it is allowed, a pytree of `[B, ...]`. Can be
 #: compiled.
 LogitsFn = Callable[[Params, dict[str, Any]], Tree]
-#: `fn(params)`: the outputs of a model on a whole data set, `[N, ...]` or a
-#: pytree of those: see `evaluation.logits_of`.
+#: `fn(params)` returns the outputs of a model on a whole data set, `[N, ...]`
+#: or a pytree of those: see `evaluation.logits_of`.
 OutputsFn = Callable[[Params], Tree]
-#: `metric_fn(params, batch)`: a metric of each example of a batch, `[B]`, higher
-#: is better, for `evaluation.mean_of`. Of bool, right or wrong, it makes
-#: rejections cheap.
+#: `metric_fn(params, batch)` returns a number for each example of a batch,
+#: `[B]`, higher is better, for `evaluation.mean_of`. Of bool, right or wrong,
+#: it makes rejections cheap.
 ExampleMetricFn = Callable[[Params, dict[str, Any]], jax.Array]
-#: `metric(logits, labels)`: a metric of a whole data set, from `[N, C]` and
-#: `[N]` of jax or of NumPy, such as those of `jaxsoup.metrics`: one number; or
-#: one of each example, `[N]`, as `metrics.correct` does.
+#: `metric(logits, labels)` returns one number for a whole data set, `[N, C]`
+#: and `[N]` of jax or of NumPy, as those of `jaxsoup.metrics` do; or one of
+#: each example, `[N]`, as `metrics.correct` does.
 MetricFn = Callable[[Any, Any], Scalar]
-#: `params_fn(params)`: the parameters to use in place of these, such as those
-#: with new statistics of BatchNorm.
+#: `params_fn(params)` returns the parameters to use in place of these, such as
+#: those with new statistics of BatchNorm.
 ParamsFn = Callable[[Params], Params]
-#: `alpha_fn(w)`: mixing coefficients `[K]` from variables without constraints,
-#: `[K]`, for `learned`.
+#: `alpha_fn(w)` returns mixing coefficients `[K]` from variables `[K]` without
+#: constraints, for `learned`.
 AlphaFn = Callable[[jax.Array], jax.Array]
-#: `group_fn(path)`: the group of a leaf, the first keys of its path: `path[:1]`
-#: for one group a module, `path` for one a tensor.
+#: `group_fn(path)` returns the group of a leaf, the first keys of its path:
+#: `path[:1]` for one group a module, `path` for one a tensor.
 GroupFn = Callable[[Path], Path]
-#: `score_fn(members)`: the score of a set of ingredients, higher is better.
+#: `score_fn(members)` returns the score of a set of ingredients, higher is
+#: better.
 ScoreFn = Callable[[Members], Scalar]
-#: `progress_fn(stage, share)`: is told what is being done, and how much of that
+#: `progress_fn(stage, share)` is told what is being done, and how much of that
 #: is done, from 0 to 1.
 ProgressFn = Callable[[str, float], None]
-#: `count_fn(num_done, num)`: is told how many parts are done, and of how many.
+#: `count_fn(num_done, num)` is told how many parts are done, and of how many.
 CountFn = Callable[[int, int], None]
 
 

@@ -207,9 +207,8 @@ def learned(
   fit = _Fit(model, loss_at, tx, start, num_epochs, patience)
   with _out_of_memory() if is_resident else contextlib.nullcontext():
     w, scale = fit.run(batches, val_batches)
-  alpha = _tree.nest(
-      jax.tree.map(np.asarray, jax.device_get(jax.jit(alphas)(w)))
-  )
+  by_group = jax.device_get(jax.jit(alphas)(w))
+  alpha = _tree.nest(jax.tree.map(np.asarray, by_group))
   if is_cached:
     total = _mixing.weighted_sum(checked, alpha)
     floats = _mixing.rounded(total, _tree.numbers(1.0), checked.float_dtypes)
@@ -324,14 +323,13 @@ class _Fit:
         variables, opt_state = self._update(variables, opt_state, gradient)
         losses.append(loss)
         _wait(losses)
-      self._record(losses, epoch)
+      self.losses.extend(_finite(losses, f'batches, epoch {epoch}'))
       if val_batches is None:
         self.best_epoch, best = epoch, variables
         continue
       self.val_losses.append(self._mean_loss(variables, val_batches))
       if self.val_losses[-1] < self.val_losses[self.best_epoch]:
-        self.best_epoch = epoch
-        best = variables
+        self.best_epoch, best = epoch, variables
       elif epoch - self.best_epoch >= self._patience:
         break
     return best
@@ -351,9 +349,6 @@ class _Fit:
       losses.append(self.loss(floats, scale, batch))
       _wait(losses)
     return float(np.mean(_finite(losses, 'val_batches')))
-
-  def _record(self, losses: list[jax.Array], epoch: int) -> None:
-    self.losses.extend(_finite(losses, f'batches, epoch {epoch}'))
 
 
 def _wait(losses: list[jax.Array]) -> None:

@@ -129,13 +129,11 @@ def _each_member(path, archive, infos, f) -> Iterator[tuple[str, _Member]]:
       shape, in_file, is_fortran, start = _header(name, member)
     is_stored = info.compress_type == zipfile.ZIP_STORED and not is_fortran
     data = _data_start(f, info) if is_stored else 0
-    dtype = np.dtype(jnp.bfloat16) if in_file.kind == 'V' else in_file
-    if in_file.kind == 'V':
-      in_file = dtype
-    array = _raw.Array(str(path), data + start, shape, dtype.newbyteorder('='))
+    dtype = in_file.newbyteorder('=')
+    array = _raw.Array(str(path), data + start, shape, dtype)
     if start + array.num_bytes != info.file_size:
       raise ValueError(
-          f'{name!r} of shape {list(shape)} and dtype {dtype} has '
+          f'{name!r} of shape {list(shape)} and dtype {in_file} has '
           f'{info.file_size - start} bytes'
       )
     yield name, _Member(array, in_file, is_stored, is_fortran, info.filename)
@@ -188,4 +186,6 @@ def _header(name: str, member) -> tuple[tuple[int, ...], np.dtype, bool, int]:
   shape = tuple(map(operator.index, fields['shape']))
   if min((*shape, 0)) < 0:
     raise ValueError(f'{name!r} has shape {shape}')
+  if is_bfloat16:
+    dtype = np.dtype(jnp.bfloat16)
   return shape, dtype, bool(fields['fortran_order']), 8 + size + length

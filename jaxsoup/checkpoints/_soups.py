@@ -37,7 +37,7 @@ SIDECAR_FILE = 'soup.json'  # In a Hugging Face directory.
 _NAMED_TUPLES = {
     cls.__name__: cls
     for cls in vars(_soup).values()
-    if isinstance(cls, type) and issubclass(cls, tuple) and cls is not Soup
+    if isinstance(cls, type) and issubclass(cls, tuple)
 }
 
 

@@ -23,7 +23,6 @@ from jaxsoup.typing import PathLike
 Index = tuple[slice, ...]
 ReadFn = Callable[[Index], np.ndarray]
 
-
 # An archive that unpacks to more was made to fill memory, not to hold arrays.
 _MOST_UNPACKED = 1 << 30
 _MOST_TIMES = 100
@@ -70,13 +69,7 @@ _scratch = threading.local()
 def scratch(name: str, shape: Sequence[int], dtype: DType) -> np.ndarray:
   """Memory of this thread that is reused: fresh pages are slow.
 
-  Args:
-    name: calls with one name share the memory.
-    shape: of the array.
-    dtype: of the array.
-
-  Returns:
-    An array with any values, good until the next call with this name.
+  It has any values, and is good until the next call with this name.
   """
   size = math.prod(shape) * np.dtype(dtype).itemsize
   memory = vars(_scratch).get(name)
@@ -108,17 +101,10 @@ _OWN: dict[str, Any] = {
 
 
 def own_of(content: Any) -> Json:
-  """What we stored with arrays, of the types that it must have.
+  """What we stored with arrays, without its checksum.
 
-  Args:
-    content: parsed from JSON, with or without its checksum.
-
-  Returns:
-    The same without its checksum.
-
-  Raises:
-    TypeError: a value has another type.
-    ValueError: it was changed after it was written.
+  A TypeError if a value has another type than it must have; a ValueError if it
+  was changed after it was written.
   """
   if not isinstance(content, dict):
     raise TypeError('what is stored with it is not a JSON object')
@@ -150,15 +136,7 @@ class DamagedError(ValueError):
 
 
 def damaged(path: PathLike, why: object) -> DamagedError:
-  """The error for a checkpoint that cannot be read.
-
-  Args:
-    path: the checkpoint.
-    why: what went wrong, an exception or a text.
-
-  Returns:
-    The error, to be raised.
-  """
+  """The error for a checkpoint that cannot be read; `why` may be an error."""
   said = str(why).strip().split('\n')[0][:300] or type(why).__name__
   return DamagedError(
       f'{path} cannot be read: {said}. The checkpoint is damaged or incomplete:'

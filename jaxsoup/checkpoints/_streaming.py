@@ -51,29 +51,16 @@ class Average:
   def params(self) -> Params:
     """The average as arrays, in the wanted container and shardings."""
     flat = self._template.flat
-    boxes: list[Any] = [_pieces.empty_box(x) for x in flat.leaves]
-
-    def piece_fn(i, index):
-      piece = self._piece(flat.paths[i], index)
-      _tree.require_integers_fit(piece, piece.dtype, flat.paths[i])
-      _pieces.put(boxes[i], flat.leaves[i], index, piece)
-
-    for i in _pieces.run([self._plan(n) for n in flat.paths], piece_fn):
-      self._verify(flat.paths[i])
-      boxes[i] = _pieces.placed(boxes[i], flat.leaves[i])
-    return flat.replace(boxes)
+    plans = [self._plan(name) for name in flat.paths]
+    read_fn = lambda i, index: self._piece(flat.paths[i], index)
+    return _pieces.load(flat, plans, read_fn, self._verify)
 
   def put_all(
       self,
       put_fn: Callable[[_tree.Path, int, np.ndarray], None],
       names: Sequence[_tree.Path] | None = None,
   ) -> None:
-    """Passes every piece to a function, with its first byte in the leaf.
-
-    Args:
-      put_fn: `(name, start, piece)`.
-      names: which leaves; None is all.
-    """
+    """Passes `(name, start, piece)` of every piece, `start` in bytes."""
     names = self._template.flat.paths if names is None else names
 
     def piece_fn(i, index):
@@ -106,12 +93,8 @@ class Average:
     return f'ingredient {k} ({self._opened[k].source.metadata.path})'
 
   def _check_fits(self, k: int) -> None:
-    flats = [
-        _tree.Flat(list(c.stored.values()), list(c.stored), None)
-        for c in (self._template, self._opened[k])
-    ]
-    mismatches = _checked.mismatches(*flats)
-    if mismatches:
+    stored = self._opened[k].stored
+    if mismatches := _checked.mismatches(self._template.stored, stored):
       raise _checked.mismatch_error(self._name(k), mismatches)
 
   def _terms_of(self, name, row) -> list[tuple[Any, _source.ReadFn]]:
