@@ -17,9 +17,8 @@ from jaxsoup.checkpoints import _pieces
 from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Params
 
-
-class Sums(dict[_tree.Path, _checksum.Checksum]):
-  """Checksums of the leaves that are being read."""
+# Checksums of the leaves that are being read.
+Sums = dict[_tree.Path, _checksum.Checksum]
 
 
 class Checkpoint:

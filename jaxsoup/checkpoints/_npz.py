@@ -13,7 +13,6 @@ from typing import Any
 from typing import NamedTuple
 import zipfile
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -49,21 +48,10 @@ class _Member(NamedTuple):
 def open_source(path: pathlib.Path) -> _source.Source:
   """Opens an archive; reads only the headers of its members."""
   members = _members(path)
-  paths = _source.paths_of(members, '/')
-  by_path = dict(zip(paths, members.values()))
-  metadata = _source.Metadata(
-      path=str(path),
-      leaves={
-          p: jax.ShapeDtypeStruct(m.array.shape, m.array.dtype)
-          for p, m in by_path.items()
-      },
-      custom={},
-      checksums={},
-      identity=_source.state_of(path),
-  )
+  by_path = dict(zip(_source.paths_of(members, '/'), members.values()))
   file = _raw.File(path)
   return _source.Source(
-      metadata,
+      _source.plain_metadata(path, {p: m.array for p, m in by_path.items()}),
       reader_fn=lambda p: _reader(by_path[p], file),
       rows_fn=lambda p: _rows_at_once(by_path[p]),
   )

@@ -255,7 +255,9 @@ def write(
     fill_fn(put)
     digests = {p: checksum.digest() for p, checksum in checksums.items()}
     header = _header_bytes(rows, leaves, own_fn(), digests)
-    _write_all(number, np.frombuffer(_padded(header, length), np.uint8), 0)
+    # Spaces at the end of a header belong to the format.
+    start = struct.pack('<Q', length - 8) + header.ljust(length - 8)
+    _write_all(number, np.frombuffer(start, np.uint8), 0)
     os.link(unfinished, path)  # Unlike a rename, it never overwrites a file.
   finally:
     os.close(number)
@@ -287,11 +289,6 @@ def _header_bytes(rows, leaves, own, digests, num_more=0) -> bytes:
   metadata = {'format': 'pt', 'jaxsoup': json.dumps(_json.sealed(own))}
   header = json.dumps({'__metadata__': metadata, **rows}).encode()
   return header + b' ' * (num_more + -(len(header) + num_more) % 8)
-
-
-def _padded(header: bytes, length: int) -> bytes:
-  """A header and its length; spaces at its end belong to the format."""
-  return struct.pack('<Q', length - 8) + header.ljust(length - 8)
 
 
 def _write_all(number: int, array: np.ndarray, place: int) -> None:

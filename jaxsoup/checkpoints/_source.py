@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 import os
@@ -19,6 +20,7 @@ from jaxsoup import _tree
 from jaxsoup.typing import DType
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
+from jaxsoup.typing import ShapeDtype
 
 Index = tuple[slice, ...]
 ReadFn = Callable[[Index], np.ndarray]
@@ -44,6 +46,16 @@ class Metadata(NamedTuple):
   custom: Json
   checksums: dict[str, str]
   identity: str
+
+
+def plain_metadata(
+    path: pathlib.Path, leaves: Mapping[_tree.Path, ShapeDtype]
+) -> Metadata:
+  """Those of a file with nothing but arrays."""
+  shapes = {
+      p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in leaves.items()
+  }
+  return Metadata(str(path), shapes, {}, {}, state_of(path))
 
 
 class Source(NamedTuple):
