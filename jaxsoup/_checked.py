@@ -25,32 +25,35 @@ from jaxsoup.typing import Leaf
 from jaxsoup.typing import Members
 from jaxsoup.typing import Params
 
+_LeavesByPath = Mapping[_tree.Path, Leaf]
 
-def mismatches(first: _tree.Flat, other: _tree.Flat) -> list[str]:
+
+def mismatches(first: _LeavesByPath, other: _LeavesByPath) -> list[str]:
   """What differs between two trees, without looking at values."""
-  first_leaves = first.by_path
-  other_leaves = other.by_path
   differences = []
-  for path in first_leaves.keys() - other_leaves.keys():
-    differences.append(f'leaf {_tree.name_of(path)!r} is missing')
-  for path in other_leaves.keys() - first_leaves.keys():
-    differences.append(f'leaf {_tree.name_of(path)!r} is unexpected')
-  for path in first_leaves.keys() & other_leaves.keys():
-    for what in ('shape', 'dtype'):
-      expected = getattr(first_leaves[path], what)
-      actual = getattr(other_leaves[path], what)
-      if expected != actual:
-        differences.append(
-            f'leaf {_tree.name_of(path)!r} has {what} {actual}, expected '
-            f'{expected}'
-        )
+  for path in first.keys() | other.keys():
+    leaf = f'leaf {_tree.name_of(path)!r}'
+    if path not in other:
+      differences.append(f'{leaf} is missing')
+    elif path not in first:
+      differences.append(f'{leaf} is unexpected')
+    else:
+      for what in ('shape', 'dtype'):
+        expected, actual = (getattr(x[path], what) for x in (first, other))
+        if expected != actual:
+          differences.append(f'{leaf} has {what} {actual}, expected {expected}')
   return sorted(differences)
+
+
+def listed(differences: Sequence[str]) -> str:
+  """The first five."""
+  num_more = len(differences) - 5
+  more = f' (and {num_more} more)' if num_more > 0 else ''
+  return f'{"; ".join(differences[:5])}{more}'
 
 
 def mismatch_error(name: str, differences: Sequence[str]) -> ValueError:
   """The error for an ingredient that differs from the first one."""
-  num_more = len(differences) - 5
-  more = f' (and {num_more} more)' if num_more > 0 else ''
   if 'dtype' in differences[0]:
     remedy = (
         'Cast one of them: '
@@ -63,8 +66,8 @@ def mismatch_error(name: str, differences: Sequence[str]) -> ValueError:
         'ingredients].'
     )
   return ValueError(
-      f'{name} does not match the first ingredient: '
-      f'{"; ".join(differences[:5])}{more}. {remedy}'
+      f'{name} does not match the first ingredient: {listed(differences)}. '
+      f'{remedy}'
   )
 
 
@@ -191,7 +194,11 @@ class Checked:
     k = range(len(self))[k]
     flat = _tree.flatten(self._source[k])
     if self._first is None:
-      self._first = _without_floats(flat)
+      # Only their shapes are needed, so that no model stays in memory.
+      shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+      self._first = flat._replace(
+          leaves=[shape(x) if _tree.is_float(x) else x for x in flat.leaves]
+      )
     if k not in self._sums:
       self._check(k, flat)
     # Sorted as the template is: a State may list its leaves in another order.
@@ -245,7 +252,7 @@ class Checked:
     return duplicates
 
   def _check(self, k: int, flat: _tree.Flat) -> None:
-    differences = mismatches(self.template, flat)
+    differences = mismatches(self.template.by_path, flat.by_path)
     if differences:
       raise mismatch_error(self.name(k), differences)
     others, first = flat.others, self.template.others
@@ -260,8 +267,13 @@ class Checked:
 
   def _check_values(self, k: int, flat: _tree.Flat) -> None:
     """What cannot be checked under `jax.jit`."""
-    self._check_others(k, flat.others)
     leaves = flat.by_path
+    for path, expected in self.template.others.items():
+      actual = leaves[path]
+      if _tree.is_state(expected) or actual is expected:
+        continue
+      if not _all_equal([expected], [actual]):
+        raise non_float_error(self.name(k), path, expected, actual)
     floats = [leaves[path] for path in self.float_paths]
     _require_same_devices(self.name(k), self.float_paths, floats)
     finite, sums = jax.device_get(_summary(floats))
@@ -270,14 +282,6 @@ class Checked:
       raise not_finite_error(self.name(k), bad)
     sum_bytes = b''.join(np.asarray(s).tobytes() for s in sums)
     self._find_duplicate(k, floats, sum_bytes)
-
-  def _check_others(self, k: int, others: dict[_tree.Path, Leaf]) -> None:
-    for path, expected in self.template.others.items():
-      actual = others[path]
-      if _tree.is_state(expected) or actual is expected:
-        continue
-      if not _all_equal([expected], [actual]):
-        raise non_float_error(self.name(k), path, expected, actual)
 
   def _find_duplicate(
       self, k: int, floats: list[jax.Array], sums: bytes
@@ -327,14 +331,6 @@ def _require_same_devices(
       )
 
 
-def _without_floats(flat: _tree.Flat) -> _tree.Flat:
-  # Only their shapes are needed, so that no model stays in memory.
-  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-  return flat._replace(
-      leaves=[shape(x) if _tree.is_float(x) else x for x in flat.leaves]
-  )
-
-
 def _short(value: Leaf) -> str:
   if isinstance(value, jax.Array) and not value.is_fully_addressable:
     return f'an array of shape {value.shape} on several processes'
@@ -372,10 +368,8 @@ averaged. If only the heads differ, pass the part that is the same: \
 [p["backbone"] for p in ingredients].
   """
   checked = Checked(ingredients)
-  for k in range(len(checked)):
-    if k + 1 < len(checked):
-      checked.prefetch(k + 1)
-    checked[k]
+  for _ in in_order(checked, range(len(checked))):
+    pass
   return checked.duplicates()
 
 
@@ -395,24 +389,13 @@ def fitting_leaves(
 ) -> list[jax.Array]:
   """The float leaves of another model, in the order of the template.
 
-  Args:
-    checked: ingredients, of which at least one is read.
-    params: the other model.
-    name: what an error calls it.
-
-  Returns:
-    Its leaves.
-
-  Raises:
-    ValueError: it does not match the ingredients.
+  Raises if it does not match the ingredients; the error calls it `name`.
   """
-  first = checked.replace(checked[0])
+  pair = Checked([checked.replace(checked[0]), params])
   try:
-    pair = Checked([first, params])
-    _, leaves = pair[0], pair[1]
-    return leaves
+    pair[0]
+    return pair[1]
   except ValueError as e:
-    message = str(e).replace('ingredient 1', name)
-    raise ValueError(
-        message.replace('first ingredient', 'ingredients')
-    ) from None
+    said = str(e).replace('ingredient 1', name)
+    said = said.replace('first ingredient', 'ingredients')
+    raise ValueError(said) from None

@@ -39,12 +39,7 @@ def room_for(
     path: object,
     advice: str = 'Nothing was saved: free some space, and save again.',
 ) -> Iterator[None]:
-  """Where the disk is full, one line says which file, and what to do.
-
-  Args:
-    path: what is written, for the message.
-    advice: what is kept, and what to do.
-  """
+  """Where the disk is full, one line says which file, and what to do."""
   try:
     yield
   except (OSError, RuntimeError, ValueError) as e:
@@ -126,13 +121,9 @@ def unfinished_name(path: pathlib.Path) -> pathlib.Path:
 
 
 def clear_leftovers(folder: pathlib.Path, name: str = '') -> None:
-  """Deletes what killed processes left that were to write a file.
+  """Deletes what killed processes left of a file of this name; '' is any.
 
   Only under a lock, or it may belong to a process that writes now.
-
-  Args:
-    folder: where it was to be.
-    name: its name; '' is any.
   """
   for path in folder.iterdir() if folder.is_dir() else ():
     if is_remote(folder):
@@ -166,18 +157,10 @@ def require_ours(path: pathlib.Path, marker: str) -> None:
 def replaced(
     path: pathlib.Path, marker: str | None = None
 ) -> Iterator[pathlib.Path]:
-  """A new file to write, which gets its name when it is complete.
+  """The path of a new file, which gets its name when it is complete.
 
-  Args:
-    path: the name. A file that is there is replaced.
-    marker: what a file of ours begins with; others are not replaced. None: all
-      files of that folder are ours.
-
-  Yields:
-    The path to write to.
-
-  Raises:
-    FileExistsError: the file is a user's.
+  A file that is there is replaced; with a marker only if it is one of ours,
+  which begin with it, else it is a FileExistsError.
   """
   if is_remote(path):
     with tempfile.TemporaryDirectory() as temporary:

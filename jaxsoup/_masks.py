@@ -75,13 +75,9 @@ def kept(batch: Tree, where: str) -> Tree:
   rows = kept_rows(batch, len(others[0] if others else batch['mask']))
   if rows.all():
     return batch
-  return jax.tree.map(
-      # Whole: no sharding need divide the rows that are left.
-      lambda x: jax.device_put(
-          _processes.gathered(x)[rows], _tree.replicated_like(x)
-      ),
-      batch,
-  )
+  # Whole: no sharding need divide the rows that are left.
+  place = lambda x, kept: jax.device_put(kept, _tree.replicated_like(x))
+  return jax.tree.map(lambda x: place(x, _processes.gathered(x)[rows]), batch)
 
 
 def _require_rows(mask: jax.Array, num: int) -> None:

@@ -37,11 +37,7 @@ def free_bytes(device: jax.Device) -> int:
 def host_free_bytes(root: str | pathlib.Path = '/') -> int:
   """Bytes free on the host: the least that system and control groups allow.
 
-  Args:
-    root: the directory of `proc` and `sys`.
-
-  Returns:
-    A number of bytes. Where there is no `/proc` (macOS), all of the memory.
+  Where there is no `/proc` (macOS), all of the memory.
   """
   root = pathlib.Path(root)
   limits = [*_of_system(root), *_of_control_groups(root)]
@@ -64,11 +60,8 @@ def _of_control_groups(root: pathlib.Path) -> Iterator[int]:
       names = 'memory.max', 'memory.current', 'inactive_file'
       yield from _of_folders(mount, path, names)
     elif 'memory' in controllers.split(','):
-      names = (
-          'memory.limit_in_bytes',
-          'memory.usage_in_bytes',
-          'total_inactive_file',
-      )
+      limit, used = 'memory.limit_in_bytes', 'memory.usage_in_bytes'
+      names = limit, used, 'total_inactive_file'
       yield from _of_folders(mount / 'memory', path, names)
 
 
@@ -80,8 +73,7 @@ def _of_folders(
   for folder in [own, *own.parents]:
     if mount not in (folder, *folder.parents):
       return
-    limit = _number(folder / names[0])
-    used = _number(folder / names[1])
+    limit, used = (_number(folder / name) for name in names[:2])
     if limit is not None and used is not None:
       # Cached files count as used, but make room when memory is needed.
       yield limit - used + _stat(folder / 'memory.stat', names[2])

@@ -41,26 +41,15 @@ def _bilinear(
 
   It has derivatives of any order and mode, with products that are written here:
   those that JAX would transpose from `tensordot` copy the stack on a CPU, and
-  raise on a mesh with Explicit axes.
-
-  Args:
-    name: of the primitive, in a jaxpr.
-    fn: the function of two arrays.
-    by_first: `(cotangent, x, y) -> cotangent of x`, where only `x.aval` is
-      known.
-    by_second: the same for y.
-
-  Returns:
-    The function.
+  raise on a mesh with Explicit axes. `by_first` is `(cotangent, x, y) ->
+  cotangent of x`, where only `x.aval` is known; `by_second` the same for y.
   """
   primitive = extend.core.Primitive(name)
   primitive.def_impl(jax.jit(fn))
   primitive.def_abstract_eval(lambda *x: jax.make_jaxpr(fn)(*x).out_avals[0])
   ad.defbilinear(primitive, by_first, by_second)
-  batching.primitive_batchers[primitive] = lambda x, axes: (
-      jax.vmap(fn, axes)(*x),
-      0,
-  )
+  batcher = lambda x, axes: (jax.vmap(fn, axes)(*x), 0)
+  batching.primitive_batchers[primitive] = batcher
   mlir.register_lowering(primitive, mlir.lower_fun(fn, multiple_results=False))
   return primitive.bind
 
@@ -144,25 +133,17 @@ def _row(stacked: jax.Array, k: int | jax.Array) -> jax.Array:
 def _inner_whole(x: jax.Array, stacked: jax.Array) -> jax.Array:
   wide = stacked.astype(x.dtype)
   axes = tuple(range(1, stacked.ndim))
-  if _has_explicit_axes(x):
+  spec = getattr(getattr(jax.typeof(x), 'sharding', None), 'spec', ())
+  if any(axis is not None for axis in spec):
     # A product that contracts a sharded axis raises on Explicit axes.
     return jnp.sum(wide * x, axis=axes)
-  return jnp.tensordot(
-      wide,
-      x,
-      axes=(axes, tuple(range(x.ndim))),
-      precision=jax.lax.Precision.HIGHEST,
-  )
+  both, precision = (axes, tuple(range(x.ndim))), jax.lax.Precision.HIGHEST
+  return jnp.tensordot(wide, x, both, precision=precision)
 
 
 def _inner_by_row(x: jax.Array, stacked: jax.Array) -> jax.Array:
   one = lambda k: jnp.sum(_row(stacked, k) * x)
   return jax.lax.map(one, jnp.arange(stacked.shape[0]))
-
-
-def _has_explicit_axes(x: jax.Array) -> bool:
-  spec = getattr(getattr(jax.typeof(x), 'sharding', None), 'spec', ())
-  return any(axis is not None for axis in spec)
 
 
 @jax.jit
@@ -262,11 +243,11 @@ def with_rows(flat: _tree.Flat, floats: list[jax.Array], num: int) -> Params:
 
 def stack_leaves(checked: _checked.Leaves) -> list[jax.Array]:
   """The float leaves `[K, ...]` of all ingredients, read one after another."""
-  num_ingredients = len(checked)
+  num = len(checked)
   stacked: list[jax.Array] = []
-  for k, leaves in _checked.in_order(checked, range(num_ingredients)):
+  for k, leaves in _checked.in_order(checked, range(num)):
     if not stacked:
-      stacked = repeat(leaves, num_ingredients)
+      stacked = repeat(leaves, num)
     else:
       rows = [_on_mesh_of(s, x) for x, s in zip(leaves, stacked)]
       stacked = _set_row(stacked, rows, _tree.numbers(k, np.int32))

@@ -26,14 +26,8 @@ def jit_of(
   """Like `jax.jit` of a function whose first arguments are functions.
 
   As static arguments they, and the data in their closures, would be kept alive
-  for as long as the process runs. Here programs refer to them weakly.
-
-  Args:
-    num_fns: how many.
-    **options: of `jax.jit`, for the arguments after those.
-
-  Returns:
-    A decorator.
+  for as long as the process runs. Here programs refer to them weakly. The
+  options are those of `jax.jit`, for the arguments after those functions.
   """
 
   def decorate(fn: Callable[..., _T]) -> Callable[..., _T]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+import math
 import sys
 from typing import Any
 from typing import NamedTuple
@@ -58,6 +59,10 @@ def paths_of(
     for below, _ in jax.tree_util.tree_leaves_with_path(x):
       paths.append(path_of((*above, *below[is_variable(x) :])))
   return paths
+
+
+def num_bytes(leaf: ShapeDtype) -> int:
+  return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
 
 
 def name_of(path: Path) -> str:
@@ -230,26 +235,22 @@ _STATISTICS = ({'mean', 'var'}, {'running_mean', 'running_var'})
 def statistics_of(paths: Sequence[Path]) -> np.ndarray:
   """Which leaves are running statistics of BatchNorm, [L] bool."""
   siblings: dict[Path, set[str]] = {}
+  places = []
   for path in paths:
-    for parent, key in _places(path):
-      siblings.setdefault(parent, set()).add(key)
-
-  def is_statistic(path: Path) -> bool:
-    return any(
-        key in names and names <= siblings[parent]
-        for parent, key in _places(path)
-        for names in _STATISTICS
-    )
-
-  return np.array([is_statistic(path) for path in paths], bool)
-
-
-def _places(path: Path) -> list[tuple[Path, str]]:
-  """Parent and key of a leaf; also for a key with dots, as in torch."""
-  if not path:
-    return []
-  stem, _, last = path[-1].rpartition('.')
-  return [((*path[:-1], stem), last)]
+    # A key may have dots, as in torch.
+    stem, _, key = path[-1].rpartition('.') if path else ('', '', '')
+    places.append(((*path[:-1], stem), key))
+    siblings.setdefault(places[-1][0], set()).add(key)
+  return np.array(
+      [
+          any(
+              key in names and names <= siblings[parent]
+              for names in _STATISTICS
+          )
+          for parent, key in places
+      ],
+      bool,
+  )
 
 
 def nest(groups: Mapping[Path, Any]) -> Nested:
@@ -258,9 +259,8 @@ def nest(groups: Mapping[Path, Any]) -> Nested:
     return groups[()]
   tree: dict[str, Any] = {}
   for path, value in groups.items():
-    functools.reduce(lambda d, key: d.setdefault(key, {}), path[:-1], tree)[
-        path[-1]
-    ] = value
+    parent = functools.reduce(lambda d, k: d.setdefault(k, {}), path[:-1], tree)
+    parent[path[-1]] = value
   return tree
 
 
@@ -269,13 +269,8 @@ def alphas_of(
 ) -> list[Array]:
   """The coefficients of every leaf: the entry of alpha above its path.
 
-  Args:
-    alpha: a vector, or a prefix tree of those.
-    paths: of the leaves that are averaged.
-    others: of the leaves that are not, which may have an entry.
-
-  Returns:
-    Those of each of `paths`, NumPy arrays unless they are traced.
+  NumPy arrays unless they are traced. Leaves that are not averaged, `others`,
+  may have an entry too.
   """
   entries = entries_of(alpha)
 
@@ -301,10 +296,7 @@ def alphas_of(
 
 
 def checked_alpha(alpha: Alpha, num: int) -> Nested:
-  """Coefficients `[num]`, NumPy arrays unless they are traced.
-
-  Raises if they are more or fewer, or not finite.
-  """
+  """Coefficients as NumPy arrays, unless traced; raises if not all `[num]`."""
   alpha = nest({p: _finite(p, x) for p, x in entries_of(alpha).items()})
   lengths = {np.shape(x) for x in jax.tree.leaves(alpha)}
   if lengths != {(num,)}:

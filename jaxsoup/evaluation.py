@@ -94,8 +94,12 @@ def divided(batch_size: int, sharding: jax.sharding.Sharding | None) -> int:
   Returns:
     The least size from `batch_size` on that is the same on every device.
   """
-  while sharding is not None and not _divides(sharding, batch_size):
-    batch_size += 1
+  while sharding is not None:
+    try:
+      sharding.shard_shape((batch_size,))
+      break
+    except ValueError:
+      batch_size += 1
   return batch_size
 
 
@@ -124,14 +128,6 @@ class _Batched(list[dict[str, jax.Array]]):
     is_row = np.arange(self.size) < len(rows)
     batch['mask'] = np.where(is_row, mask, np.zeros_like(mask))
     return {k: placed(x, self._sharding) for k, x in batch.items()}
-
-
-def _divides(sharding: jax.sharding.Sharding, batch_size: int) -> bool:
-  try:
-    sharding.shard_shape((batch_size,))
-  except ValueError:
-    return False
-  return True
 
 
 def placed(x: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
@@ -198,11 +194,7 @@ class MeanOf:
       None.
   """
 
-  def __init__(
-      self,
-      metric_fn: ExampleMetricFn,
-      batches: Batches,
-  ):
+  def __init__(self, metric_fn: ExampleMetricFn, batches: Batches):
     self.num_seen = 0
     self._metric_fn = metric_fn
     self.batches = batches
@@ -300,7 +292,9 @@ class MeanOf:
     """The score, or the first bound on it that does not reach the bar."""
     params = jax.tree.map(_tree.on_device, params)
     most, self.num_seen = self._num, 0
-    for rows, batch in self._in_order():
+    as_given = ((None, batch) for batch in _masks.checked(self.batches))
+    ordered = self._hard_first.batches() if self._hard_first else as_given
+    for rows, batch in ordered:
       right, count, wrong = self.step(params, batch)
       right, count = jax.device_get((right, count))
       if self._hard_first is not None and rows is not None:
@@ -316,13 +310,6 @@ class MeanOf:
           'before. An iterator can be read only once: pass a list.'
       )
     return most / self._num
-
-  def _in_order(self) -> Iterator[tuple[np.ndarray | None, Batch]]:
-    if self._hard_first is not None:
-      yield from self._hard_first.batches()
-    else:
-      for batch in _masks.checked(self.batches):
-        yield None, batch
 
 
 def _few_ahead(results: Iterable[_T]) -> list[_T]:

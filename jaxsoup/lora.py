@@ -114,9 +114,9 @@ def _factors(flat: _tree.Flat, name: str) -> dict[_tree.Path, _Factors]:
     leaves.setdefault(path[:-1], {})[path[-1]] = value
   factors = {}
   for layer, pair in leaves.items():
-    shapes = {key: x.shape for key, x in pair.items()}
     a, b = pair.get('lora_a'), pair.get('lora_b')
     if a is None or b is None or (*a.shape[:-2], a.shape[-1]) != b.shape[:-1]:
+      shapes = {key: x.shape for key, x in pair.items()}
       raise ValueError(
           f'{name}: layer {_tree.name_of(layer)!r} has {shapes}, expected '
           'lora_a [..., in, r] and lora_b [..., r, out].'
@@ -145,14 +145,8 @@ def _of_rank(
 ) -> tuple[np.ndarray, np.ndarray, float]:
   """The best factors of a rank (Eckart and Young), from `A B = Q_a core Q_b'`.
 
-  Args:
-    a: `[..., in, R]`.
-    b: `[..., R, out]`.
-    rank: r.
-
-  Returns:
-    `[..., in, r]` and `[..., r, out]`, of equal norms, and the relative
-    residual.
+  From `[..., in, R]` and `[..., R, out]` to `[..., in, r]` and `[..., r, out]`,
+  of equal norms, and the relative residual.
   """
   q_a, r_a = np.linalg.qr(a)
   q_b, r_b = np.linalg.qr(b.swapaxes(-1, -2))

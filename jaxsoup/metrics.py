@@ -271,6 +271,5 @@ def matthews(logits: jax.Array, labels: jax.Array) -> jax.Array:
   variance = lambda n: product(n, s - n).sum()
   deviations = jnp.sqrt(variance(predicted) * variance(true))
   is_defined = deviations > 0
-  return jnp.where(
-      is_defined, covariance.sum() / jnp.where(is_defined, deviations, 1), 0.0
-  )
+  correlation = covariance.sum() / jnp.where(is_defined, deviations, 1)
+  return jnp.where(is_defined, correlation, 0.0)

@@ -91,7 +91,8 @@ def greedy(
   "Ensemble selection from libraries of models".
   """
   checked = _checked.Checked(ingredients)
-  num_most = _num_most(max_ingredients, num_passes, len(checked))
+  _require_positive(max_ingredients=max_ingredients, num_passes=num_passes)
+  num_most = max_ingredients or len(checked) * num_passes
   search = _search.Search(
       checked, eval_fn, strict=strict, log=scores, on_trial=on_trial
   )
@@ -110,18 +111,10 @@ def greedy(
   return search.soup(given)
 
 
-def _num_most(
-    max_ingredients: int | None, num_passes: int, num_ingredients: int
-) -> int:
-  for name, value in [
-      ('max_ingredients', max_ingredients),
-      ('num_passes', num_passes),
-  ]:
+def _require_positive(**options: int | None) -> None:
+  for name, value in options.items():
     if value is not None and value < 1:
       raise ValueError(f'{name} is {value}: it must be at least 1.')
-  if max_ingredients is None:
-    return num_ingredients * num_passes
-  return max_ingredients
 
 
 def _given_order(

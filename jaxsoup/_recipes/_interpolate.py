@@ -20,9 +20,7 @@ from jaxsoup.typing import Params
 
 
 def interpolate(
-    theta_0: Params,
-    theta_1: Params,
-    t: ArrayLike,
+    theta_0: Params, theta_1: Params, t: ArrayLike
 ) -> Soup[AverageInfo]:
   """Interpolates linearly between two models.
 

@@ -204,12 +204,11 @@ def learned(
         source, groups, alphas, loss_at, checked.float_dtypes, shardings
     )
   del source
-  fit = _Fit(model, loss_at, tx, start, num_epochs, patience)
+  fit = _Fit(model, loss_at, tx)
   with _out_of_memory() if is_resident else contextlib.nullcontext():
-    w, scale = fit.run(batches, val_batches)
-  alpha = _tree.nest(
-      jax.tree.map(np.asarray, jax.device_get(jax.jit(alphas)(w)))
-  )
+    w, scale = fit.run(start, batches, val_batches, num_epochs, patience)
+  by_group = jax.device_get(jax.jit(alphas)(w))
+  alpha = _tree.nest(jax.tree.map(np.asarray, by_group))
   if is_cached:
     total = _mixing.weighted_sum(checked, alpha)
     floats = _mixing.rounded(total, _tree.numbers(1.0), checked.float_dtypes)
@@ -294,29 +293,28 @@ class _Fit:
       model: _streamed.Streamed | Resident,
       loss_at: _streamed.LossAt,
       tx: optax.GradientTransformation,
-      start: _State,
-      num_epochs: int,
-      patience: int | None,
   ):
     self.losses: list[float] = []
     self.val_losses: list[float] = []
     self.best_epoch = 0
     self._model = model
-    self._start = start  # Variables, and the state of the optimizer.
-    self._num_epochs = num_epochs
-    self._patience = np.inf if patience is None else patience
     self._tx = tx
     self.loss = jax.jit(loss_at)
     self._update = jax.jit(self._updated)
 
   def run(
-      self, batches: Iterable[Tree], val_batches: Iterable[Tree] | None
+      self,
+      start: _State,
+      batches: Iterable[Tree],
+      val_batches: Iterable[Tree] | None,
+      num_epochs: int,
+      patience: int | None,
   ) -> Variables:
-    variables, opt_state = self._start
+    variables, opt_state = start
     best = variables
     if val_batches is not None:
       self.val_losses.append(self._mean_loss(variables, val_batches))
-    for epoch in range(1, self._num_epochs + 1):
+    for epoch in range(1, num_epochs + 1):
       losses = []
       for batch in batches:
         batch = jax.tree.map(_tree.on_device, batch)
@@ -324,15 +322,14 @@ class _Fit:
         variables, opt_state = self._update(variables, opt_state, gradient)
         losses.append(loss)
         _wait(losses)
-      self._record(losses, epoch)
+      self.losses.extend(_finite(losses, f'batches, epoch {epoch}'))
       if val_batches is None:
         self.best_epoch, best = epoch, variables
         continue
       self.val_losses.append(self._mean_loss(variables, val_batches))
       if self.val_losses[-1] < self.val_losses[self.best_epoch]:
-        self.best_epoch = epoch
-        best = variables
-      elif epoch - self.best_epoch >= self._patience:
+        self.best_epoch, best = epoch, variables
+      elif patience is not None and epoch - self.best_epoch >= patience:
         break
     return best
 
@@ -351,9 +348,6 @@ class _Fit:
       losses.append(self.loss(floats, scale, batch))
       _wait(losses)
     return float(np.mean(_finite(losses, 'val_batches')))
-
-  def _record(self, losses: list[jax.Array], epoch: int) -> None:
-    self.losses.extend(_finite(losses, f'batches, epoch {epoch}'))
 
 
 def _wait(losses: list[jax.Array]) -> None:

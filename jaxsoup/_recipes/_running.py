@@ -138,13 +138,11 @@ def _require_match(
     flat: _tree.Flat, total: _tree.Flat, dtypes: Sequence[np.dtype[Any]]
 ) -> None:
   """Raises if parameters differ from those of `init` in paths or shapes."""
-  narrow = [
-      jax.ShapeDtypeStruct(x.shape, dtype)
-      for x, dtype in zip(total.floats.values(), dtypes)
-  ]
-  first = total._replace(leaves=jax.tree.leaves(total.combine(narrow)))
-  differences = _checked.mismatches(first, flat)
-  if differences:
+  narrow = {
+      path: jax.ShapeDtypeStruct(x.shape, dtype)
+      for (path, x), dtype in zip(total.floats.items(), dtypes)
+  }
+  if differences := _checked.mismatches(total.by_path | narrow, flat.by_path):
     raise ValueError(
         'The parameters given to update differ from those given to init: '
         f'{"; ".join(differences[:5])}.'
@@ -152,10 +150,8 @@ def _require_match(
 
 
 def _value(state: AverageState) -> Params:
-  is_empty = not _tree.is_traced(state.weight) and not jax.device_get(
-      state.weight
-  )
-  if is_empty:
+  weight = state.weight
+  if not _tree.is_traced(weight) and not jax.device_get(weight):
     raise ValueError(
         'The weights of this running average add up to 0: call update before '
         'value.'

@@ -37,10 +37,9 @@ def number(score: Scalar, said: str, who: str) -> float:
   value = np.asarray(jax.device_get(score))
   # Small floats such as bfloat16 are of kind V.
   if value.ndim or value.dtype.kind not in 'fiubV':
-    is_array = value.ndim and value.dtype.kind in 'fiubcV'
-    shown = (
-        f'{value.dtype}{list(value.shape)}' if is_array else f'{score!r:.80}'
-    )
+    shown = f'{score!r:.80}'
+    if value.ndim and value.dtype.kind in 'fiubcV':
+      shown = f'{value.dtype}{list(value.shape)}'
     raise TypeError(
         f'{said} {shown} for {who}; a score is one number, higher is better. '
         'Return a float.'
@@ -100,13 +99,13 @@ class Search:
     self.accepted, self.score, self._total = (k,), score, None
     self._change(self._checked[k], 1)
 
-  def add(self, k: int, then: int | None = None) -> bool:
+  def add(self, k: int, then: int | None = None) -> None:
     """Tries to add ingredient k; `then` is likely to be tried next."""
-    return self._try(k, 1, (*self.accepted, k), then)
+    self._try(k, 1, (*self.accepted, k), then)
 
-  def take_out(self, k: int, then: int | None = None) -> bool:
+  def take_out(self, k: int, then: int | None = None) -> None:
     """Tries to take ingredient k out."""
-    return self._try(k, -1, tuple(m for m in self.accepted if m != k), then)
+    self._try(k, -1, tuple(m for m in self.accepted if m != k), then)
 
   def soup(self, order: Sequence[int]) -> Soup[SearchInfo]:
     """The current soup, and all trials."""
@@ -125,7 +124,7 @@ class Search:
 
   def _try(
       self, k: int, sign: int, accepted: Members, then: int | None
-  ) -> bool:
+  ) -> None:
     @functools.cache
     def leaves() -> list[jax.Array]:
       read = self._checked[k]
@@ -145,7 +144,6 @@ class Search:
       self.accepted, self.score, is_kept = accepted, score, True
     self._trials.append(Trial(k, members, score, is_kept))
     self._on_trial(self._trials[-1])
-    return is_kept
 
   def _reaches(self, score: float, bar: float) -> bool:
     return score > bar if self._strict else score >= bar
@@ -219,8 +217,5 @@ class Search:
     self._total = _mixing.add(self._total, leaves, _tree.numbers(sign))
 
   def _mean(self) -> list[jax.Array]:
-    return _mixing.rounded(
-        self._total,
-        _tree.numbers(len(self.accepted)),
-        self._checked.float_dtypes,
-    )
+    count = _tree.numbers(len(self.accepted))
+    return _mixing.rounded(self._total, count, self._checked.float_dtypes)

@@ -76,22 +76,14 @@ def model_stock(
 @functools.partial(jax.jit, donate_argnums=0)
 def _add(sums: _Leaves | None, leaves: _Leaves, start: _Leaves) -> _Leaves:
   """Adds theta_k, its unit task vectors, and whether each tensor moved."""
-  units, moved = zip(*_unit_vectors(leaves, start))
-  return _mixing.added(sums, [*leaves, *units, *moved], jnp.float32(1))
-
-
-def _unit_vectors(
-    leaves: _Leaves, start: _Leaves
-) -> list[tuple[jax.Array, jax.Array]]:
-  """`(theta_k - theta_0) / |theta_k - theta_0|`, and 1; 0 and 0 if unmoved."""
   wide = lambda x: x.astype(_tree.wide_dtype(x.dtype))
   task = [wide(x) - wide(x_0) for x, x_0 in zip(leaves, start)]
   squares = [jnp.sum(jnp.abs(v) ** 2) for v in task]
   # Of a root at zero the gradient would be NaN.
   norms = [jnp.sqrt(jnp.where(s > 0, s, 1)) for s in squares]
-  return [
-      (v / n, (s > 0).astype(n.dtype)) for v, n, s in zip(task, norms, squares)
-  ]
+  units = [v / n for v, n in zip(task, norms)]
+  moved = [(s > 0).astype(s.dtype) for s in squares]
+  return _mixing.added(sums, [*leaves, *units, *moved], jnp.float32(1))
 
 
 @functools.partial(jax.jit, static_argnums=2)

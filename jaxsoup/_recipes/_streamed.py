@@ -89,8 +89,7 @@ class _Copy:
     # on a CPU it would be the memory of the ingredient itself.
     parts = {str(part.index): part.data for part in x.addressable_shards}
     self._parts = {
-        index: np.array(jax.device_get(part), dtype)
-        for index, part in parts.items()
+        i: np.array(jax.device_get(p), dtype) for i, p in parts.items()
     }
 
   def placed(self) -> jax.Array:

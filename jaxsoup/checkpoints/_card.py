@@ -42,22 +42,9 @@ Wortsman et al., [Model soups](https://arxiv.org/abs/2203.05482), 2022.
 
 
 def text(
-    name: str,
-    ingredients: Sequence[str],
-    soup: Soup[Info],
-    metadata: Config,
+    name: str, ingredients: Sequence[str], soup: Soup[Info], metadata: Config
 ) -> str:
-  """The card: front matter in YAML, and a page in Markdown.
-
-  Args:
-    name: of the soup.
-    ingredients: their names.
-    soup: alpha and info; params may be None.
-    metadata: `recipe`, if it has a name.
-
-  Returns:
-    The content of README.md.
-  """
+  """The content of README.md: front matter in YAML, and a page in Markdown."""
   import jaxsoup
 
   return _CARD.format(

@@ -1,11 +1,11 @@
 """One checkpoint: the paths of the wanted leaves, and their checksums."""
 
+from collections.abc import Callable
 from collections.abc import Container
 from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 import pathlib
-from typing import Any
 
 import jax
 
@@ -17,9 +17,8 @@ from jaxsoup.checkpoints import _pieces
 from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Params
 
-
-class Sums(dict[_tree.Path, _checksum.Checksum]):
-  """Checksums of the leaves that are being read."""
+# Checksums of the leaves that are being read.
+Sums = dict[_tree.Path, _checksum.Checksum]
 
 
 class Checkpoint:
@@ -53,23 +52,21 @@ class Checkpoint:
 
   def read(self) -> Params:
     """All wanted leaves, in their dtypes and shardings."""
-    names, wanted = self.flat.paths, self.flat.leaves
     self._warn_of_rounding()
-    boxes: list[Any] = [_pieces.empty_box(x) for x in wanted]
+    plans, read_fn, verify_fn = self.reads()
+    return _pieces.load(self.flat, plans, read_fn, verify_fn)
 
-    sums = Sums()
-
-    reads = [self.reader(name, sums) for name in names]
-
-    def piece_fn(i, index):
-      piece = reads[i](index)
-      _tree.require_integers_fit(piece, wanted[i].dtype, names[i])
-      _pieces.put(boxes[i], wanted[i], index, piece.astype(wanted[i].dtype))
-
-    for i in _pieces.run([self.plan(n) for n in names], piece_fn):
-      self.verify(names[i], sums)
-      boxes[i] = _pieces.placed(boxes[i], wanted[i])
-    return self.flat.replace(boxes)
+  def reads(
+      self,
+  ) -> tuple[_pieces.Plans, _pieces.ReadFn, Callable[[_tree.Path], None]]:
+    """How `_pieces` reads and verifies all wanted leaves."""
+    sums, names = Sums(), self.flat.paths
+    readers = [self.reader(name, sums) for name in names]
+    return (
+        [self.plan(name) for name in names],
+        lambda i, index: readers[i](index),
+        lambda name: self.verify(name, sums),
+    )
 
   def _warn_of_rounding(self) -> None:
     """64-bit floats become 32-bit ones in jax, without a word."""
@@ -136,8 +133,7 @@ class Checkpoint:
       )
 
   def _new_checksum(self, name: _tree.Path) -> _checksum.Checksum:
-    leaf = self.stored[name]
-    return _checksum.Checksum(leaf.dtype.itemsize * math.prod(leaf.shape))
+    return _checksum.Checksum(_tree.num_bytes(self.stored[name]))
 
   def content_hash(self) -> str | None:
     """A hash of the wanted leaves, if their checksums are known."""
@@ -158,16 +154,8 @@ def below(
 ) -> dict[_tree.Path, _tree.Path]:
   """The paths of the leaves below an item, by what follows its own keys.
 
-  Args:
-    source: the checkpoint.
-    item: keys of a subtree, joined by `/`. The first may be the directory of
-      the checkpoint. None: all leaves.
-
-  Returns:
-    Paths in the checkpoint.
-
-  Raises:
-    ValueError: there is no such subtree.
+  The item is the keys of a subtree, joined by `/`, of which the first may be
+  the directory of the checkpoint. None: all leaves.
   """
   keys = tuple(item.split('/')) if item else ()
   stored = list(source.leaves)
@@ -245,8 +233,7 @@ def _chosen(prefixes: Sequence[_tree.Path]) -> Sequence[_tree.Path]:
 
 
 def _check_fits(source, wanted, places) -> None:
-  missing = [_tree.name_of(p) for p in wanted if p not in places]
-  if missing:
+  if missing := [_tree.name_of(p) for p in wanted if p not in places]:
     stored = [_tree.name_of(p) for p in source.leaves]
     raise ValueError(
         f'{source.path} lacks leaf {missing[0]!r}'

@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 from jaxsoup import _processes
+from jaxsoup.typing import Array
 from jaxsoup.typing import ShapeDtype
 
 # Above 100 kB xxhash lets other threads of Python run meanwhile.
@@ -82,16 +83,12 @@ class Checksum:
     return f'{_PREFIX}{self._sum % 2**128:032x}'
 
 
-def of(array: np.ndarray) -> str:
-  """The digest of a whole array."""
+def of(array: Array) -> str:
+  """The digest of an array; if it is sharded over processes, all call this."""
   checksum = Checksum(array.nbytes)
-  checksum.add(array)
-  return checksum.digest()
-
-
-def of_shards(array: jax.Array) -> str:
-  """The digest of an array that is sharded over processes, which all call."""
-  checksum = Checksum(array.nbytes)
+  if isinstance(array, np.ndarray):
+    checksum.add(array)
+    return checksum.digest()
   row_bytes = array.dtype.itemsize * math.prod(array.shape[1:])
   num_rows = max(1, _SLAB_BYTES // max(1, row_bytes))
   for start in range(0, array.shape[0], num_rows):
@@ -126,15 +123,7 @@ def is_current(digest: str) -> bool:
 def content_hash(
     leaves: Mapping[str, ShapeDtype], checksums: Mapping[str, str]
 ) -> str:
-  """One hash of a tree: of its names, dtypes, shapes and checksums.
-
-  Args:
-    leaves: anything with dtype and shape, by name.
-    checksums: of the same leaves.
-
-  Returns:
-    64 hexadecimal digits.
-  """
+  """One hash of a tree: of its names, dtypes, shapes and checksums."""
   rows = [
       [name, str(x.dtype), list(x.shape), checksums[name]]
       for name, x in sorted(leaves.items())

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import contextlib
 import fnmatch
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -38,7 +37,6 @@ from jaxsoup.checkpoints import _torch
 from jaxsoup.typing import Alpha
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
-from jaxsoup.typing import Leaf
 from jaxsoup.typing import Params
 from jaxsoup.typing import PathLike
 from jaxsoup.typing import ShapeDtype
@@ -158,7 +156,7 @@ def save_directory(
       copy_other_files(pathlib.Path(first.source.metadata.path), folder)
       own = _soups.own_of(made, ingredients, metadata)
       own['files'] = {file.name: _digest(file) for file in _of_model(folder)}
-      _write_json(folder / _soups.SIDECAR_FILE, _json.sealed(own))
+      write_json(folder / _soups.SIDECAR_FILE, _json.sealed(own))
   _processes.wait_for_all('the directory is written')
   return str(path)
 
@@ -223,17 +221,13 @@ def _shards(
   shards: list[dict[_tree.Path, ShapeDtype]] = [{}]
   total = 0
   for name, leaf in leaves.items():
-    num_bytes = _num_bytes(leaf)
+    num_bytes = _tree.num_bytes(leaf)
     if shards[-1] and total + num_bytes > most:
       shards.append({})
       total = 0
     shards[-1][name] = leaf
     total += num_bytes
   return shards
-
-
-def _num_bytes(leaf: Leaf) -> int:
-  return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
 
 
 def _write_weights(folder, first, shards, fill_fn) -> None:
@@ -253,9 +247,9 @@ def _write_weights(folder, first, shards, fill_fn) -> None:
         for file, shard in zip(files, shards)
         for name in shard
     }
-    size = sum(map(_num_bytes, first.stored.values()))
+    size = sum(map(_tree.num_bytes, first.stored.values()))
     content = {'metadata': {'total_size': size}, 'weight_map': weight_map}
-    _write_json(index, content)
+    write_json(index, content)
   verify(index if num > 1 else folder / files[0])
 
 
@@ -271,19 +265,12 @@ def _write_shard(file, shard, places, fill_fn) -> None:
 def verify(path: pathlib.Path) -> None:
   """Reads a file that was written, and compares the checksums."""
   checkpoint = _checkpoint.Checkpoint(_safetensors.open_source(path), None)
-  sums = _checkpoint.Sums()
-  names = checkpoint.flat.paths
-  reads = [checkpoint.reader(name, sums) for name in names]
-  plans = [checkpoint.plan(name) for name in names]
-
-  def piece_fn(i, index):
-    reads[i](index)
-
-  for i in _pieces.run(plans, piece_fn):
-    checkpoint.verify(names[i], sums)
+  plans, read_fn, verify_fn = checkpoint.reads()
+  for i in _pieces.run(plans, read_fn):
+    verify_fn(checkpoint.flat.paths[i])
 
 
-def _write_json(file: pathlib.Path, content: Any) -> None:
+def write_json(file: pathlib.Path, content: Any) -> None:
   file.write_text(json.dumps(content, indent=2) + '\n')
 
 
@@ -333,15 +320,8 @@ def _digest(file: pathlib.Path) -> str:
 
 
 def verify_others(folder: pathlib.Path) -> tuple[list[str], list[str]]:
-  """The files of a model without weights that changed, or cannot be verified.
-
-  Args:
-    folder: that of the weights.
-
-  Returns:
-    Names of those that differ from when `save_directory` wrote them, and of
-    those of which it stored no checksum; none where it is no directory of
-    Hugging Face.
+  """The files next to weights that changed since `save_directory` wrote them,
+  and those of a model of which it stored no checksum.
   """
   stored = _soups.sidecar_of(folder).get('files') or {}
   is_model = is_directory(folder)

@@ -23,20 +23,10 @@ _MOST_BYTES = 2**63 - 1
 
 
 def resolve(path: PathLike, item: str | None = None) -> str:
-  """The file or directory that holds the pytree.
+  """The absolute path of the file or directory that holds the pytree.
 
-  Args:
-    path: a `.safetensors` file or its index, or a directory with one; a `.npz`
-      file; a `.pth`, `.pt` or `.bin` file of torch; an Orbax checkpoint; a run
-      directory, whose latest step is taken; or a step of a `CheckpointManager`.
-    item: which one, where a step holds several.
-
-  Returns:
-    Its absolute path.
-
-  Raises:
-    FileNotFoundError: there is no finished checkpoint.
-    ValueError: there are several, and nothing tells which is meant.
+  For paths as `Ingredients` takes them. A FileNotFoundError if there is no
+  finished checkpoint, a ValueError if nothing tells which of several is meant.
   """
   return str(find(path) or _orbax.resolve(path, item))
 

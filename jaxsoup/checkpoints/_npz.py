@@ -13,7 +13,6 @@ from typing import Any
 from typing import NamedTuple
 import zipfile
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -49,21 +48,10 @@ class _Member(NamedTuple):
 def open_source(path: pathlib.Path) -> _source.Source:
   """Opens an archive; reads only the headers of its members."""
   members = _members(path)
-  paths = _source.paths_of(members, '/')
-  by_path = dict(zip(paths, members.values()))
-  metadata = _source.Metadata(
-      path=str(path),
-      leaves={
-          p: jax.ShapeDtypeStruct(m.array.shape, m.array.dtype)
-          for p, m in by_path.items()
-      },
-      custom={},
-      checksums={},
-      identity=_source.state_of(path),
-  )
+  by_path = dict(zip(_source.paths_of(members, '/'), members.values()))
   file = _raw.File(path)
   return _source.Source(
-      metadata,
+      _source.plain_metadata(path, {p: m.array for p, m in by_path.items()}),
       reader_fn=lambda p: _reader(by_path[p], file),
       rows_fn=lambda p: _rows_at_once(by_path[p]),
   )
@@ -129,13 +117,11 @@ def _each_member(path, archive, infos, f) -> Iterator[tuple[str, _Member]]:
       shape, in_file, is_fortran, start = _header(name, member)
     is_stored = info.compress_type == zipfile.ZIP_STORED and not is_fortran
     data = _data_start(f, info) if is_stored else 0
-    dtype = np.dtype(jnp.bfloat16) if in_file.kind == 'V' else in_file
-    if in_file.kind == 'V':
-      in_file = dtype
-    array = _raw.Array(str(path), data + start, shape, dtype.newbyteorder('='))
+    dtype = in_file.newbyteorder('=')
+    array = _raw.Array(str(path), data + start, shape, dtype)
     if start + array.num_bytes != info.file_size:
       raise ValueError(
-          f'{name!r} of shape {list(shape)} and dtype {dtype} has '
+          f'{name!r} of shape {list(shape)} and dtype {in_file} has '
           f'{info.file_size - start} bytes'
       )
     yield name, _Member(array, in_file, is_stored, is_fortran, info.filename)
@@ -188,4 +174,6 @@ def _header(name: str, member) -> tuple[tuple[int, ...], np.dtype, bool, int]:
   shape = tuple(map(operator.index, fields['shape']))
   if min((*shape, 0)) < 0:
     raise ValueError(f'{name!r} has shape {shape}')
+  if is_bfloat16:
+    dtype = np.dtype(jnp.bfloat16)
   return shape, dtype, bool(fields['fortran_order']), 8 + size + length

@@ -51,17 +51,7 @@ class OnDisk(np.memmap):
 
 
 def resolve(path: PathLike, item: str | None = None) -> epath.Path:
-  """The directory that holds the pytree, of a step, run or manager directory.
-
-  Args:
-    path: a checkpoint; a run directory, whose latest step is taken; or a step
-      of a `CheckpointManager`.
-    item: which one, where a step holds several; a subtree of it may follow.
-
-  Raises:
-    FileNotFoundError: there is no finished checkpoint.
-    ValueError: there are several, and nothing tells which is meant.
-  """
+  """The directory of the pytree of a checkpoint, step, run or manager."""
   root = absolute(path)
   if not root.exists():
     raise FileNotFoundError(
@@ -168,15 +158,6 @@ def open_source(path: epath.Path) -> _source.Source:
   """Opens the directory of a pytree, leaf by leaf, through tensorstore.
 
   Much faster than restoring the whole tree, with the memory of one leaf.
-
-  Args:
-    path: what `resolve` returned.
-
-  Returns:
-    A `Source`.
-
-  Raises:
-    ValueError: the metadata are damaged.
   """
   try:
     layout = _json.parsed((path / _PYTREE_FILE).read_bytes())
@@ -298,14 +279,7 @@ def write(path: PathLike, params: Params, custom: Json) -> epath.Path:
         f'Leaf {odd[0]!r} has {by_name[odd[0]].ndim} axes, and Orbax stores at '
         f'most {_MOST_AXES}. Save a .safetensors file.'
     )
-  checksums = {
-      name: (
-          _checksum.of(x)
-          if isinstance(x, np.ndarray)
-          else _checksum.of_shards(x)
-      )
-      for name, x in by_name.items()
-  }
+  checksums = {name: _checksum.of(x) for name, x in by_name.items()}
   own = {
       'checksums': checksums,
       'content_hash': _checksum.content_hash(by_name, checksums),
@@ -335,19 +309,14 @@ def _savable(leaf: Leaf, path: _tree.Path) -> Array:
   if isinstance(leaf, np.ndarray):  # As it is: a device may have no float64.
     return _tree.as_numbers(leaf, path)
   leaf = _tree.on_device(leaf, path)
-  _check_no_key(leaf, path)
-  if leaf.is_fully_addressable or leaf.is_fully_replicated:
-    return np.asarray(jax.device_get(leaf))
-  return leaf
-
-
-def _check_no_key(leaf: Leaf, path: _tree.Path) -> None:
-  """Raises for a PRNG key, which no format can hold."""
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     raise TypeError(
         f'Leaf {_tree.name_of(path)!r} is a PRNG key, not a parameter. '
         'Save parameters only: nnx.state(model, nnx.Param).'
     )
+  if leaf.is_fully_addressable or leaf.is_fully_replicated:
+    return np.asarray(jax.device_get(leaf))
+  return leaf
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ save_adapter('soup', soup.params, config)
 import collections
 from collections.abc import Mapping
 from collections.abc import Sequence
-import json
 import math
 import pathlib
 import re
@@ -97,7 +96,19 @@ def _config_of(path: pathlib.Path) -> Json:
         f'{path} has no {_CONFIG}. Give a directory that PEFT saved.'
     )
   config = _json.read(path / _CONFIG)
-  _check_config(path, config)
+  odd = [key for key in _REFUSED if config.get(key)]
+  if config.get('bias', 'none') != 'none':
+    odd.append('bias')
+  if str(config.get('init_lora_weights')).startswith(_CHANGES_BASE):
+    odd.append('init_lora_weights')
+  if config.get('peft_type', 'LORA') != 'LORA':
+    odd.append('peft_type')
+  if odd:
+    raise ValueError(
+        f'{path / _CONFIG} has {odd[0]}={config[odd[0]]!r}: the adapter is not '
+        'just a product B A, and cannot be averaged as one. Merge each adapter '
+        'into its base model (merge_and_unload of PEFT), and average those.'
+    )
   return config
 
 
@@ -133,22 +144,6 @@ def _load(path: pathlib.Path, config: Config) -> Params:
     scaling = _scaling(config, layer, factors['lora_a'].shape[1])
     factors['lora_b'] = factors['lora_b'] * scaling
   return params
-
-
-def _check_config(path: pathlib.Path, config: Config) -> None:
-  odd = [key for key in _REFUSED if config.get(key)]
-  if config.get('bias', 'none') != 'none':
-    odd.append('bias')
-  if str(config.get('init_lora_weights')).startswith(_CHANGES_BASE):
-    odd.append('init_lora_weights')
-  if config.get('peft_type', 'LORA') != 'LORA':
-    odd.append('peft_type')
-  if odd:
-    raise ValueError(
-        f'{path / _CONFIG} has {odd[0]}={config[odd[0]]!r}: the adapter is not '
-        'just a product B A, and cannot be averaged as one. Merge each adapter '
-        'into its base model (merge_and_unload of PEFT), and average those.'
-    )
 
 
 def _scaling_of(config: Config) -> Json:
@@ -206,7 +201,7 @@ def save_adapter(
   metadata = {'scaling': _scaling_of(config)}
   with _directories.atomic_directory(path) as folder:
     _soups.save(folder / _WEIGHTS, arrays, metadata=metadata)
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+    _directories.write_json(folder / _CONFIG, config)
   return str(path)
 
 

@@ -1,8 +1,7 @@
 """Arrays in pieces: threads read them, and memory stays bounded.
 
 ```
-for i in _pieces.run(plans, piece_fn):       # leaf i is complete
-  leaf = _pieces.placed(arrays[i], abstract[i])
+params = _pieces.load(flat, plans, read_fn, verify_fn)
 ```
 """
 
@@ -14,18 +13,25 @@ from concurrent import futures
 import math
 import os
 import threading
+from typing import Any
 
 import jax
 import numpy as np
 
+from jaxsoup import _tree
 from jaxsoup.checkpoints._source import Index
 from jaxsoup.typing import DType
+from jaxsoup.typing import Params
 from jaxsoup.typing import ShapeDtype
 
 # Small enough for the caches of a core, large enough that Python costs little.
 _PIECE_BYTES = 1 << 21
 # What may be in flight: bounds the memory of all readers together.
 _BUDGET_BYTES = 128 << 20
+
+# Of each array its pieces, with the bytes that are held meanwhile.
+Plans = Sequence[Sequence[tuple[Index, int]]]
+ReadFn = Callable[[int, Index], np.ndarray]
 
 
 def box_of(abstract: ShapeDtype) -> Index:
@@ -42,15 +48,9 @@ def box_of(abstract: ShapeDtype) -> Index:
 
 
 def plan(abstract: ShapeDtype, dtype: DType, num_rows: int) -> list[Index]:
-  """Cuts the box of an array into pieces along its first axis.
+  """Cuts the box of an array, () if a scalar, along its first axis.
 
-  Args:
-    abstract: shape, and perhaps sharding.
-    dtype: as stored.
-    num_rows: how many rows are the least that can be read.
-
-  Returns:
-    The index of each piece; () of a scalar.
+  The dtype is that of the file, of which at least `num_rows` are read at once.
   """
   box = box_of(abstract)
   if not box:
@@ -70,7 +70,7 @@ def num_bytes(index: Index, dtype: DType) -> int:
   return np.dtype(dtype).itemsize * math.prod(_sizes(index))
 
 
-def empty_box(abstract: ShapeDtype) -> np.ndarray:
+def _empty_box(abstract: ShapeDtype) -> np.ndarray:
   """Memory for the box of an array, aligned so that no device copies it."""
   shape = _sizes(box_of(abstract))
   size = np.dtype(abstract.dtype).itemsize * math.prod(shape)
@@ -79,21 +79,13 @@ def empty_box(abstract: ShapeDtype) -> np.ndarray:
   return memory[start : start + size].view(abstract.dtype).reshape(shape)
 
 
-def put(
-    array: np.ndarray, abstract: ShapeDtype, index: Index, piece: np.ndarray
-) -> None:
-  """Writes a piece into the memory of its box."""
-  box = box_of(abstract)
-  array[_relative(index, box)] = piece
-
-
 def _relative(index: Index, box: Index) -> Index:
   return tuple(
       slice(i.start - b.start, i.stop - b.start) for i, b in zip(index, box)
   )
 
 
-def placed(array: np.ndarray, abstract: ShapeDtype) -> jax.Array:
+def _placed(array: np.ndarray, abstract: ShapeDtype) -> jax.Array:
   """The box on the devices, in the sharding that was asked for."""
   sharding = getattr(abstract, 'sharding', None)
   if sharding is None:
@@ -106,26 +98,39 @@ def placed(array: np.ndarray, abstract: ShapeDtype) -> jax.Array:
   return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
+def load(
+    flat: _tree.Flat,
+    plans: Plans,
+    read_fn: ReadFn,
+    verify_fn: Callable[[_tree.Path], None],
+) -> Params:
+  """A tree whose pieces are read; each leaf is verified when it is complete."""
+  boxes: list[Any] = list(map(_empty_box, flat.leaves))
+
+  def piece_fn(i, index):
+    piece, leaf = read_fn(i, index), flat.leaves[i]
+    _tree.require_integers_fit(piece, leaf.dtype, flat.paths[i])
+    place = _relative(index, box_of(leaf))
+    boxes[i][place] = piece.astype(leaf.dtype, copy=False)
+
+  for i in run(plans, piece_fn):
+    verify_fn(flat.paths[i])
+    boxes[i] = _placed(boxes[i], flat.leaves[i])
+  return flat.replace(boxes)
+
+
 def run(
-    plans: Sequence[Sequence[tuple[Index, int]]],
-    piece_fn: Callable[[int, Index], None],
-    num_threads: int | None = None,
+    plans: Plans, piece_fn: Callable[[int, Index], object]
 ) -> Iterator[int]:
   """Runs a function on every piece of every array, in several threads.
 
-  Args:
-    plans: of each array the pieces, with the bytes that are held meanwhile.
-    piece_fn: is called with the number of the array and the index of the piece.
-    num_threads: by default the number of cores, and one.
-
-  Yields:
-    The number of each array when all of its pieces are done, in order.
+  Yields the number of each array when all of its pieces are done, in order.
   """
   budget = _Budget()
   running: collections.deque[tuple[int, list[futures.Future[None]]]] = (
       collections.deque()
   )
-  pool = futures.ThreadPoolExecutor(num_threads or (os.cpu_count() or 1) + 1)
+  pool = futures.ThreadPoolExecutor((os.cpu_count() or 1) + 1)
 
   def work(i, index, size):
     try:

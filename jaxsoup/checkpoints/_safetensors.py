@@ -70,8 +70,7 @@ def open_source(path: pathlib.Path) -> _source.Source:
     if odd := [n for n in arrays if stored and n not in stored]:
       raise _source.damaged(file, f'{odd[0]!r} is not among its checksums')
     checksums |= stored
-    missing = sorted(set(wanted or ()) - arrays.keys())
-    if missing:
+    if missing := sorted(set(wanted or ()) - arrays.keys()):
       raise _source.damaged(
           file, f'it lacks {missing[0]!r}, which {path.name} lists'
       )
@@ -223,14 +222,11 @@ def write(
       of every leaf, in any order and from any thread, with the byte at which
       the piece begins.
     num_more: by how many bytes what `own_fn` returns may grow meanwhile.
-
-  Raises:
-    ValueError: two leaves would have one name.
-    TypeError: a dtype that the format does not have.
   """
-  rows, num_bytes = {}, 0
+  rows: Json = {}
+  num_bytes = 0
   for p, x in leaves.items():
-    end = num_bytes + math.prod(x.shape) * np.dtype(x.dtype).itemsize
+    end = num_bytes + _tree.num_bytes(x)
     rows['.'.join(p)] = {
         'dtype': _dtype_name(x.dtype, p),
         'shape': list(x.shape),
@@ -247,10 +243,9 @@ def write(
   try:
     # The checksums come last, and are as long as their placeholders.
     length = 8 + len(_header_bytes(rows, leaves, own_fn(), {}, num_more))
-    sizes = {
-        p: math.prod(x.shape) * x.dtype.itemsize for p, x in leaves.items()
+    checksums = {
+        p: _checksum.Checksum(_tree.num_bytes(x)) for p, x in leaves.items()
     }
-    checksums = {p: _checksum.Checksum(size) for p, size in sizes.items()}
 
     def put(leaf_path, start, piece):
       place = length + rows['.'.join(leaf_path)]['data_offsets'][0] + start
@@ -260,7 +255,9 @@ def write(
     fill_fn(put)
     digests = {p: checksum.digest() for p, checksum in checksums.items()}
     header = _header_bytes(rows, leaves, own_fn(), digests)
-    _write_all(number, np.frombuffer(_padded(header, length), np.uint8), 0)
+    # Spaces at the end of a header belong to the format.
+    start = struct.pack('<Q', length - 8) + header.ljust(length - 8)
+    _write_all(number, np.frombuffer(start, np.uint8), 0)
     os.link(unfinished, path)  # Unlike a rename, it never overwrites a file.
   finally:
     os.close(number)
@@ -292,11 +289,6 @@ def _header_bytes(rows, leaves, own, digests, num_more=0) -> bytes:
   metadata = {'format': 'pt', 'jaxsoup': json.dumps(_json.sealed(own))}
   header = json.dumps({'__metadata__': metadata, **rows}).encode()
   return header + b' ' * (num_more + -(len(header) + num_more) % 8)
-
-
-def _padded(header: bytes, length: int) -> bytes:
-  """A header and its length; spaces at its end belong to the format."""
-  return struct.pack('<Q', length - 8) + header.ljust(length - 8)
 
 
 def _write_all(number: int, array: np.ndarray, place: int) -> None:

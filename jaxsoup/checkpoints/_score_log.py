@@ -145,7 +145,12 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
         if 'members' not in row and {'ingredients', 'evaluation'} & set(row):
           heads.append(row)
         else:
-          self._scores |= _parse(row)
+          members = tuple(int(k) for k in row['members'])
+          self._scores[members] = (
+              AtMost(float(row['at_most']))
+              if 'at_most' in row
+              else float(row['score'])
+          )
       except (KeyError, OverflowError, TypeError, ValueError) as e:
         raise ValueError(
             f'{self._path}, line {number} is unreadable: {line[:80]!r}. Delete '
@@ -169,13 +174,9 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
       for head in heads or [{}]:
         self._check(head)
     if cut and _processes.is_main():
-      self._cut_off(cut)
-
-  def _cut_off(self, cut: bytes) -> None:
-    """Removes a part of a line, unless somebody has gone on writing."""
-    with self._path.open('rb+') as file, _held(file):
-      if file.read().endswith(cut):
-        file.truncate(file.tell() - len(cut))
+      with self._path.open('rb+') as file, _held(file):
+        if file.read().endswith(cut):  # Else somebody has gone on writing.
+          file.truncate(file.tell() - len(cut))
 
   def _check(self, head: Json) -> None:
     """Raises unless the scores in the file belong to this log."""
@@ -202,11 +203,3 @@ def _held(file: IO[bytes]) -> Iterator[None]:
     with contextlib.suppress(OSError):  # Where the file system has no locks.
       fcntl.flock(file, fcntl.LOCK_EX)
   yield  # Closing the file ends it.
-
-
-def _parse(row: Json) -> dict[Members, float | AtMost]:
-  """The score or the bound that a line holds."""
-  members = tuple(int(k) for k in row['members'])
-  if 'at_most' in row:
-    return {members: AtMost(float(row['at_most']))}
-  return {members: float(row['score'])}

@@ -34,10 +34,10 @@ from jaxsoup.typing import PathLike
 
 _FILE = '.safetensors'
 SIDECAR_FILE = 'soup.json'  # In a Hugging Face directory.
-_NAMED_TUPLES = {
+_TYPES = {'AtMost': _soup.AtMost} | {
     cls.__name__: cls
     for cls in vars(_soup).values()
-    if isinstance(cls, type) and issubclass(cls, tuple) and cls is not Soup
+    if isinstance(cls, type) and issubclass(cls, tuple)
 }
 
 
@@ -296,11 +296,10 @@ def _versions() -> dict[str, str]:
 
 def _to_json(value: Any) -> Any:
   """NamedTuples with their names, dicts with any keys, arrays as lists."""
-  if type(value).__name__ in _NAMED_TUPLES:
-    fields = {k: _to_json(v) for k, v in value._asdict().items()}
-    return {'__type__': type(value).__name__, **fields}
-  if isinstance(value, _soup.AtMost):
-    return {'__type__': 'AtMost', 'bound': value.bound}
+  if type(value).__name__ in _TYPES:
+    is_tuple = isinstance(value, tuple)
+    fields = value._asdict() if is_tuple else vars(value)
+    return {'__type__': type(value).__name__, **_to_json(fields)}
   if isinstance(value, Mapping):
     if all(isinstance(key, str) for key in value):
       return {key: _to_json(child) for key, child in value.items()}
@@ -331,11 +330,9 @@ def _from_json(value: Any) -> Any:
   kind = value.get('__type__')
   if kind == 'array':
     return np.array(value['items'], value['dtype'])
-  if kind == 'AtMost':
-    return _soup.AtMost(value['bound'])
   if kind == 'tuple':
     return tuple(_from_json(x) for x in value['items'])
   if kind == 'dict':
     return {_from_json(k): _from_json(v) for k, v in value['items']}
   fields = {k: _from_json(v) for k, v in value.items() if k != '__type__'}
-  return _NAMED_TUPLES[kind](**fields) if kind in _NAMED_TUPLES else fields
+  return _TYPES[kind](**fields) if kind in _TYPES else fields

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 import os
@@ -19,10 +20,10 @@ from jaxsoup import _tree
 from jaxsoup.typing import DType
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
+from jaxsoup.typing import ShapeDtype
 
 Index = tuple[slice, ...]
 ReadFn = Callable[[Index], np.ndarray]
-
 
 # An archive that unpacks to more was made to fill memory, not to hold arrays.
 _MOST_UNPACKED = 1 << 30
@@ -45,6 +46,16 @@ class Metadata(NamedTuple):
   custom: Json
   checksums: dict[str, str]
   identity: str
+
+
+def plain_metadata(
+    path: pathlib.Path, leaves: Mapping[_tree.Path, ShapeDtype]
+) -> Metadata:
+  """Those of a file with nothing but arrays."""
+  shapes = {
+      p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in leaves.items()
+  }
+  return Metadata(str(path), shapes, {}, {}, state_of(path))
 
 
 class Source(NamedTuple):
@@ -70,13 +81,7 @@ _scratch = threading.local()
 def scratch(name: str, shape: Sequence[int], dtype: DType) -> np.ndarray:
   """Memory of this thread that is reused: fresh pages are slow.
 
-  Args:
-    name: calls with one name share the memory.
-    shape: of the array.
-    dtype: of the array.
-
-  Returns:
-    An array with any values, good until the next call with this name.
+  It has any values, and is good until the next call with this name.
   """
   size = math.prod(shape) * np.dtype(dtype).itemsize
   memory = vars(_scratch).get(name)
@@ -108,17 +113,10 @@ _OWN: dict[str, Any] = {
 
 
 def own_of(content: Any) -> Json:
-  """What we stored with arrays, of the types that it must have.
+  """What we stored with arrays, without its checksum.
 
-  Args:
-    content: parsed from JSON, with or without its checksum.
-
-  Returns:
-    The same without its checksum.
-
-  Raises:
-    TypeError: a value has another type.
-    ValueError: it was changed after it was written.
+  A TypeError if a value has another type than it must have; a ValueError if it
+  was changed after it was written.
   """
   if not isinstance(content, dict):
     raise TypeError('what is stored with it is not a JSON object')
@@ -150,15 +148,7 @@ class DamagedError(ValueError):
 
 
 def damaged(path: PathLike, why: object) -> DamagedError:
-  """The error for a checkpoint that cannot be read.
-
-  Args:
-    path: the checkpoint.
-    why: what went wrong, an exception or a text.
-
-  Returns:
-    The error, to be raised.
-  """
+  """The error for a checkpoint that cannot be read; `why` may be an error."""
   said = str(why).strip().split('\n')[0][:300] or type(why).__name__
   return DamagedError(
       f'{path} cannot be read: {said}. The checkpoint is damaged or incomplete:'

@@ -24,6 +24,9 @@ class Average:
 
   A piece of every ingredient is read while the sum of that piece is in the
   cache, so that adding costs almost nothing compared to reading.
+
+  Attributes:
+    leaves: shape and dtype of each leaf of the result.
   """
 
   def __init__(
@@ -38,9 +41,11 @@ class Average:
     self._count = count
     self._template = opened[order[0]]
     flat = self._template.flat
-    self._wanted = flat.by_path
+    self.leaves: dict[_tree.Path, ShapeDtype] = flat.by_path
     for k in order:
-      self._check_fits(k)
+      stored = opened[k].stored
+      if mismatches := _checked.mismatches(self._template.stored, stored):
+        raise _checked.mismatch_error(self._name(k), mismatches)
     self._sums = {k: _checkpoint.Sums() for k in opened}
     floats = [n for n in flat.paths if _tree.is_float(self._template.stored[n])]
     rows: list[Any] = [None] * len(floats)
@@ -51,45 +56,27 @@ class Average:
   def params(self) -> Params:
     """The average as arrays, in the wanted container and shardings."""
     flat = self._template.flat
-    boxes: list[Any] = [_pieces.empty_box(x) for x in flat.leaves]
-
-    def piece_fn(i, index):
-      piece = self._piece(flat.paths[i], index)
-      _tree.require_integers_fit(piece, piece.dtype, flat.paths[i])
-      _pieces.put(boxes[i], flat.leaves[i], index, piece)
-
-    for i in _pieces.run([self._plan(n) for n in flat.paths], piece_fn):
-      self._verify(flat.paths[i])
-      boxes[i] = _pieces.placed(boxes[i], flat.leaves[i])
-    return flat.replace(boxes)
+    plans = [self._plan(name) for name in flat.paths]
+    read_fn = lambda i, index: self._piece(flat.paths[i], index)
+    return _pieces.load(flat, plans, read_fn, self._verify)
 
   def put_all(
       self,
       put_fn: Callable[[_tree.Path, int, np.ndarray], None],
       names: Sequence[_tree.Path] | None = None,
   ) -> None:
-    """Passes every piece to a function, with its first byte in the leaf.
-
-    Args:
-      put_fn: `(name, start, piece)`.
-      names: which leaves; None is all.
-    """
+    """Passes `(name, start, piece)` of every piece, `start` in bytes."""
     names = self._template.flat.paths if names is None else names
 
     def piece_fn(i, index):
       piece = self._piece(names[i], index)
-      columns = self._wanted[names[i]].shape[1:]
+      columns = self.leaves[names[i]].shape[1:]
       row_bytes = piece.dtype.itemsize * math.prod(columns)
       start = index[0].start * row_bytes if index else 0
       put_fn(names[i], start, piece)
 
     for i in _pieces.run([self._plan(n) for n in names], piece_fn):
       self._verify(names[i])
-
-  @property
-  def leaves(self) -> dict[_tree.Path, ShapeDtype]:
-    """Shape and dtype of each leaf of the result."""
-    return self._wanted
 
   def duplicates(self) -> tuple[Members, ...]:
     """Groups of equal ingredients among those read; warns of them."""
@@ -104,15 +91,6 @@ class Average:
 
   def _name(self, k: int) -> str:
     return f'ingredient {k} ({self._opened[k].source.metadata.path})'
-
-  def _check_fits(self, k: int) -> None:
-    flats = [
-        _tree.Flat(list(c.stored.values()), list(c.stored), None)
-        for c in (self._template, self._opened[k])
-    ]
-    mismatches = _checked.mismatches(*flats)
-    if mismatches:
-      raise _checked.mismatch_error(self._name(k), mismatches)
 
   def _terms_of(self, name, row) -> list[tuple[Any, _source.ReadFn]]:
     """The terms of the sum of a leaf: weights (None is one) and readers."""
@@ -135,7 +113,7 @@ class Average:
       checkpoint.verify(name, self._sums[k])
 
   def _piece(self, name: _tree.Path, index: _source.Index) -> np.ndarray:
-    dtype = self._wanted[name].dtype
+    dtype = self.leaves[name].dtype
     if not _tree.is_float(self._template.stored[name]):
       return self._non_float(name, index).astype(dtype)
     stored = self._template.stored[name].dtype

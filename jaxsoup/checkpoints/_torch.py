@@ -59,18 +59,12 @@ def open_source(path: pathlib.Path) -> _source.Source:
   for name, tensor in tensors.items():
     _check(path, name, tensor, num_bytes)
   by_path = dict(zip(_source.paths_of(tensors, '.'), tensors.values()))
-  metadata = _source.Metadata(
-      path=str(path),
-      leaves={
-          p: jax.ShapeDtypeStruct(tuple(t.shape), _dtype_of(t))
-          for p, t in by_path.items()
-      },
-      custom={},
-      checksums={},
-      identity=_source.state_of(path),
-  )
+  shapes = {
+      p: jax.ShapeDtypeStruct(tuple(t.shape), _dtype_of(t))
+      for p, t in by_path.items()
+  }
   return _source.Source(
-      metadata,
+      _source.plain_metadata(path, shapes),
       reader_fn=lambda p: _reader(by_path[p]),
       rows_fn=lambda p: 1,
       separator='.',

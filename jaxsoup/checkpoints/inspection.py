@@ -108,13 +108,15 @@ def inspect(
   return Inspection(
       paths=ingredients.paths,
       leaves=tuple(
-          (_tree.name_of(p), tuple(x.shape), str(x.dtype), _bytes(x))
+          (_tree.name_of(p), tuple(x.shape), str(x.dtype), _tree.num_bytes(x))
           for p, x in sources[0].leaves.items()
       ),
       num_params=tuple(
-          sum(int(np.prod(x.shape)) for x in s.leaves.values()) for s in sources
+          sum(math.prod(x.shape) for x in s.leaves.values()) for s in sources
       ),
-      num_bytes=tuple(sum(map(_bytes, s.leaves.values())) for s in sources),
+      num_bytes=tuple(
+          sum(map(_tree.num_bytes, s.leaves.values())) for s in sources
+      ),
       norms=tuple(norms),
       problems=tuple(problems),
       unverified=tuple(unverified),
@@ -153,17 +155,10 @@ def _mismatches(sources: Sequence[_source.Metadata]) -> list[str]:
   first = sources[0]
   problems = []
   for source in sources[1:]:
-    pair = [
-        _tree.Flat(list(s.leaves.values()), list(s.leaves), None)
-        for s in (first, source)
-    ]
-    mismatches = _checked.mismatches(*pair)
-    if mismatches:
-      num_more = len(mismatches) - 5
-      more = f' (and {num_more} more)' if num_more > 0 else ''
+    if mismatches := _checked.mismatches(first.leaves, source.leaves):
       problems.append(
           f'{source.path} does not match {first.path}: '
-          f'{"; ".join(mismatches[:5])}{more}'
+          f'{_checked.listed(mismatches)}'
       )
   return problems
 
@@ -199,7 +194,3 @@ def _read_all(ingredients) -> tuple[list[float], list[str]]:
       )
     seen.setdefault(content_hash, path)
   return norms, problems
-
-
-def _bytes(leaf) -> int:
-  return int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize

@@ -97,10 +97,7 @@ def _structure(pool) -> tuple[list[int], list[Finding]]:
   others = tuple(k for k in range(len(pool)) if k not in members)
   if not others:
     return members, []
-  first, other = (
-      _tree.Flat(list(x.values()), list(x), None)
-      for x in (pool.leaves[members[0]], pool.leaves[others[0]])
-  )
+  first, other = pool.leaves[members[0]], pool.leaves[others[0]]
   mismatches = [
       text
       for text in _checked.mismatches(first, other)
