@@ -29,6 +29,7 @@ from typing import NamedTuple
 import warnings
 
 import jax
+from jax.sharding import NamedSharding
 import numpy as np
 
 from jaxsoup import landscape
@@ -418,12 +419,7 @@ def contributions(
         f'The numbers of runs are {lengths}: expected equal numbers.'
     )
   rows = []
-  number = (bool, int, float, np.number)
-  for name in sorted({n for config in configs for n in config} - set(ignore)):
-    column = [config.get(name) for config in configs]
-    if not all(isinstance(x, number) for x in column):
-      continue
-    values = np.array(column, float)
+  for name, values in _numeric(configs, set(ignore)).items():
     correlation, p_value = rank_correlation(values, scores)
     inclusion = float('nan')
     if frequency is not None:
@@ -431,6 +427,19 @@ def contributions(
     rows.append(Contribution(name, correlation, p_value, inclusion))
   strength = lambda c: np.nan_to_num(abs(c.correlation), nan=-1)
   return sorted(rows, key=strength, reverse=True)
+
+
+def _numeric(
+    configs: Sequence[Config], ignore: set[str]
+) -> dict[str, np.ndarray]:
+  names = sorted({name for config in configs for name in config} - ignore)
+  columns = {name: [c.get(name) for c in configs] for name in names}
+  number = (bool, int, float, np.number)
+  return {
+      name: np.array(values, float)
+      for name, values in columns.items()
+      if all(isinstance(x, number) for x in values)
+  }
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:
@@ -467,7 +476,9 @@ def wise_ft(
     score_fns: Mapping[str, ObjectiveFn],
     *,
     num: int = 11,
-    **options: Any,
+    chunk_size: int = 1,
+    is_traced: bool = True,
+    sharding: NamedSharding | None = None,
 ) -> dict[str, Curve]:
   """Robust fine-tuning: scores on the line from the initialization.
 
@@ -478,7 +489,9 @@ def wise_ft(
     models: fine-tuned models and soups, by name.
     score_fns: by data set, as the loss in `landscape.line`.
     num: number of points, T.
-    **options: those of `landscape.line`, such as `chunk_size`.
+    chunk_size: as in `landscape.line`.
+    is_traced: as in `landscape.line`.
+    sharding: as in `landscape.line`.
 
   Returns:
     A `Curve` for each model.
@@ -491,9 +504,18 @@ def wise_ft(
   """
   curves = {}
   for name, params in models.items():
-    scores = {
-        data: landscape.line(score_fn, theta_0, params, num, **options).loss
+    paths = {
+        data: landscape.line(
+            score_fn,
+            theta_0,
+            params,
+            num,
+            chunk_size=chunk_size,
+            is_traced=is_traced,
+            sharding=sharding,
+        )
         for data, score_fn in score_fns.items()
     }
-    curves[name] = Curve(np.linspace(0, 1, num), scores)
+    t = np.linspace(0, 1, num)
+    curves[name] = Curve(t, {data: path.loss for data, path in paths.items()})
   return curves
