@@ -40,6 +40,11 @@ class Path(NamedTuple):
   t: np.ndarray
   loss: np.ndarray
 
+  @property
+  def above_chord(self) -> np.ndarray:
+    """`L(t) - ((1 - t) L(0) + t L(1))`, `[T]`."""
+    return self.loss - ((1 - self.t) * self.loss[0] + self.t * self.loss[-1])
+
 
 class Plane(NamedTuple):
   """The loss on the plane through three models.
@@ -121,11 +126,7 @@ def lines(
     ingredients: Sequence[Params],
     members: Iterable[tuple[int, int]],
     num: int = 21,
-    *,
-    chunk_size: int = 1,
-    is_traced: bool = True,
-    sharding: NamedSharding | None = None,
-    on_points: CountFn | None = None,
+    **options: Any,
 ) -> dict[tuple[int, int], Path]:
   """The loss on the lines between pairs of ingredients.
 
@@ -138,10 +139,7 @@ def lines(
     members: the pairs. Of those in a row with the same first one it is read
       once.
     num: number of points of each.
-    chunk_size: as in `line`.
-    is_traced: as in `line`.
-    sharding: as in `line`.
-    on_points: as in `line`, for each pair.
+    **options: as in `line`; `on_points` is called for each pair.
 
   Returns:
     A `Path` for each pair.
@@ -150,16 +148,10 @@ def lines(
     ValueError: as in `line`.
   """
   first = functools.lru_cache(1)(ingredients.__getitem__)
-  loss_on_line = functools.partial(
-      line,
-      loss_fn,
-      num=num,
-      chunk_size=chunk_size,
-      is_traced=is_traced,
-      sharding=sharding,
-      on_points=on_points,
-  )
-  return {(i, j): loss_on_line(first(i), ingredients[j]) for i, j in members}
+  return {
+      (i, j): line(loss_fn, first(i), ingredients[j], num, **options)
+      for i, j in members
+  }
 
 
 def barrier(path: Path) -> float:
@@ -181,8 +173,7 @@ def barrier(path: Path) -> float:
   Source: Frankle et al. 2020, "Linear mode connectivity and the lottery ticket
   hypothesis"; the chord: Entezari et al. 2022.
   """
-  chord = (1 - path.t) * path.loss[0] + path.t * path.loss[-1]
-  return float(np.max(path.loss - chord))
+  return float(np.max(path.above_chord))
 
 
 def plane(
