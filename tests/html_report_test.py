@@ -19,7 +19,6 @@ from jaxsoup import cli
 from jaxsoup import metrics
 from jaxsoup import report
 from jaxsoup._soup import LearnedInfo
-from jaxsoup.report import _charts
 from jaxsoup.report import _page
 from jaxsoup.report import _plots
 from jaxsoup.report import _sections
@@ -308,12 +307,12 @@ def test_line_of_the_scatter(written):
       [row.test for row in singles], [row.mean_shift for row in singles]
   )
   assert f'R² = {fit.rvalue**2:.2f}, slope {fit.slope:.2f}' in page.text
-  got = _charts.line_fit(rows_of_models())
+  got = _plots.line_fit(rows_of_models())
   expected = (fit.slope, fit.intercept, fit.rvalue**2)
   np.testing.assert_allclose(got, expected, rtol=1e-6)
-  assert _charts.line_fit(singles[:2]) is None
-  assert _charts.line_fit([singles[0]] * 4) is None
-  assert _charts.line_fit([r._replace(shifts={}) for r in singles]) is None
+  assert _plots.line_fit(singles[:2]) is None
+  assert _plots.line_fit([singles[0]] * 4) is None
+  assert _plots.line_fit([r._replace(shifts={}) for r in singles]) is None
 
 
 def read_csv(files, name):
@@ -471,7 +470,7 @@ def drawn(draw):
 
 def test_bars_of_alpha():
   alpha = {'a': np.array([0.5, 0.25, 0.25]), 'b': np.array([0.0, -0.5, 1.5])}
-  ax = drawn(lambda ax: _charts.alphas(ax, alpha))
+  ax = drawn(lambda ax: _plots.alphas(ax, alpha))
   heights = [p.get_height() for p in ax.patches]
   # From below: b, then a, each by its own scale.
   expected = [0, -0.8 / 3, 0.8, 0.8, 0.4, 0.4]
@@ -482,11 +481,11 @@ def test_bars_of_alpha():
 def test_map_of_alpha_names_blocks_where_there_is_no_room():
   few = [f'block_{i}/kernel' for i in range(3)]
   alpha = np.arange(6.0).reshape(3, 2)
-  ax = drawn(lambda ax: _charts.alpha_map(ax, few, alpha))
+  ax = drawn(lambda ax: _plots.alpha_map(ax, few, alpha))
   assert [t.get_text() for t in ax.get_yticklabels()] == few
   np.testing.assert_array_equal(ax.images[0].get_array(), alpha)
   many = [f'block_{i}/{j}' for i in range(40) for j in range(3)]
-  ax = drawn(lambda ax: _charts.alpha_map(ax, many, np.ones((120, 2))))
+  ax = drawn(lambda ax: _plots.alpha_map(ax, many, np.ones((120, 2))))
   labels = [t.get_text() for t in ax.get_yticklabels()]
   assert labels == [f'block_{i}' for i in range(0, 40, 2)]
   np.testing.assert_array_equal(ax.get_yticks(), np.arange(0, 120, 6))
@@ -494,14 +493,14 @@ def test_map_of_alpha_names_blocks_where_there_is_no_room():
 
 def test_settings_are_numbers_or_kinds():
   y = [0.5, 0.6, 0.7]
-  ax = drawn(lambda ax: _charts.against(ax, 'x', [1e-4, 1e-3, 1.0], y, [1]))
+  ax = drawn(lambda ax: _plots.against(ax, 'x', [1e-4, 1e-3, 1.0], y, [1]))
   assert ax.get_xscale() == 'log'
   hollow, filled = ax.collections
   np.testing.assert_allclose(filled.get_offsets(), [[1e-3, 60]])
   assert not len(hollow.get_facecolors()) and len(filled.get_facecolors())
-  ax = drawn(lambda ax: _charts.against(ax, 'x', [0, 1, 30], y))
+  ax = drawn(lambda ax: _plots.against(ax, 'x', [0, 1, 30], y))
   assert ax.get_xscale() == 'linear'
-  ax = drawn(lambda ax: _charts.against(ax, 'x', ['sgd', 'adam', 'sgd'], y))
+  ax = drawn(lambda ax: _plots.against(ax, 'x', ['sgd', 'adam', 'sgd'], y))
   assert [t.get_text() for t in ax.get_xticklabels()] == ['adam', 'sgd']
   np.testing.assert_allclose(
       ax.collections[0].get_offsets(), [[1, 50], [0, 60], [1, 70]]
@@ -704,7 +703,7 @@ def test_numbers_of_a_setting_do_not_overlap(scale):
 
   drawn = figure.Figure(figsize=(4.8, 3.2), layout='constrained')
   ax = drawn.subplots()
-  _charts.against(ax, 'rate', [2.13 * scale, 9.87 * scale], [0.8, 0.9])
+  _plots.against(ax, 'rate', [2.13 * scale, 9.87 * scale], [0.8, 0.9])
   drawn.draw_without_rendering()
   boxes = [t.get_window_extent() for t in ax.get_xticklabels() if t.get_text()]
   assert len(boxes) > 2

@@ -1,9 +1,11 @@
 """What the scores say about the findings, and what else they show."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence
 
 import numpy as np
 
+from jaxsoup import studies
 from jaxsoup.diagnosis import _findings
 from jaxsoup.diagnosis import _motion
 from jaxsoup.diagnosis import _pool
@@ -25,18 +27,7 @@ def with_data(
     measured: _trials.Measured,
     tolerance: float,
 ) -> list[Finding]:
-  """Findings with what the data say, and those that only data show.
-
-  Args:
-    pool: all ingredients.
-    findings: from the weights.
-    sound: ingredients without a problem.
-    measured: the scores.
-    tolerance: the largest drop that is no barrier.
-
-  Returns:
-    Findings, not ranked.
-  """
+  """Findings with what the data say, and those that only data show."""
   findings = [_confirmed(f, sound, measured, tolerance) for f in findings]
   findings = [
       _with_statistics(f, measured, tolerance) if f.code == 'batch_norm' else f
@@ -65,10 +56,7 @@ def _confirmed(finding, sound, measured, tolerance) -> Finding:
         f'and half-way to another ingredient the score is up to {drop:.3g} '
         'below the mean of the two.'
     )
-    return finding._replace(
-        seen=seen,
-        severity='error',
-    )
+    return finding._replace(seen=seen, severity='error')
   if np.nanmax(measured.scores[ks]) < bar:
     # Half-way between a good model and one at chance, the chord is low.
     return finding._replace(seen=f'{seen}much worse than the others.')
@@ -99,26 +87,24 @@ def _with_statistics(finding, measured, tolerance) -> Finding:
   return finding._replace(seen=seen)
 
 
-def _weak(pool, sound, measured) -> list[Finding]:
+def _weak(pool, sound, measured) -> Iterator[Finding]:
   if not measured.weak:
-    return []
+    return
   ks = tuple(measured.weak)
   rates = _motion.rates_text(pool, ks, [k for k in sound if k not in ks])
-  return [
-      Finding(
-          severity='warning',
-          code='weak',
-          title='Much worse than the others',
-          seen=f'{pool.listed(ks)}: {_scores_text(measured, ks)}.{rates}',
-          meaning='A uniform soup averages all, and these lower its score.',
-          remedy=f'Leave out {pool.listed(ks)}, or let a greedy soup choose.',
-          ingredients=ks,
-          leave_out=ks,
-      )
-  ]
+  yield Finding(
+      severity='warning',
+      code='weak',
+      title='Much worse than the others',
+      seen=f'{pool.listed(ks)}: {_scores_text(measured, ks)}.{rates}',
+      meaning='A uniform soup averages all, and these lower its score.',
+      remedy=f'Leave out {pool.listed(ks)}, or let a greedy soup choose.',
+      ingredients=ks,
+      leave_out=ks,
+  )
 
 
-def _barriers(pool, sound, measured, tolerance) -> list[Finding]:
+def _barriers(pool, sound, measured, tolerance) -> Iterator[Finding]:
   """Barriers between ingredients without another problem."""
   rest = [k for k in sound if k not in measured.weak]
   out = tuple(k for k in rest if k not in measured.subset)
@@ -126,7 +112,7 @@ def _barriers(pool, sound, measured, tolerance) -> list[Finding]:
   if len(measured.subset) > 1:
     fall = measured.scores[measured.subset].mean() - measured.soup
   if not out and not fall > tolerance:
-    return []
+    return
   drops = measured.drops[np.ix_(rest, rest)]
   pairs = np.argwhere(np.triu(drops > tolerance, 1))
   known = int(
@@ -154,25 +140,23 @@ def _barriers(pool, sound, measured, tolerance) -> list[Finding]:
   is_high = worst > _trials.WEAK * tolerance
   if not is_high:
     seen += ' This is small: with few examples it may be noise.'
-  return [
-      Finding(
-          severity='error' if is_high else 'warning',
-          code='barrier',
-          title='There are barriers between ingredients',
-          seen=seen + _rates(pool, rest, out, measured),
-          meaning='They lie in different basins: models between them, such as '
-          'their average, are bad.',
-          remedy=(
-              f'Leave out {pool.listed(out)}. '
-              if out
-              else 'Let a greedy soup choose some of them. '
-          )
-          + 'For the next sweep: smaller learning rates, fewer epochs, or a '
-          'better initialization.',
-          ingredients=out,
-          leave_out=out,
+  yield Finding(
+      severity='error' if is_high else 'warning',
+      code='barrier',
+      title='There are barriers between ingredients',
+      seen=seen + _rates(pool, rest, out, measured),
+      meaning='They lie in different basins: models between them, such as '
+      'their average, are bad.',
+      remedy=(
+          f'Leave out {pool.listed(out)}. '
+          if out
+          else 'Let a greedy soup choose some of them. '
       )
-  ]
+      + 'For the next sweep: smaller learning rates, fewer epochs, or a '
+      'better initialization.',
+      ingredients=out,
+      leave_out=out,
+  )
 
 
 def _rates(pool, rest, out, measured) -> str:
@@ -188,8 +172,6 @@ def _rates(pool, rest, out, measured) -> str:
 
 def rate_correlation(pool: _pool.Pool, drops: np.ndarray) -> float:
   """Spearman's correlation of learning rates and mean drops, or NaN."""
-  from scipy import stats  # Takes a second; a diagnosis needs it at most once.
-
   rates = [config.get('learning_rate', np.nan) for config in pool.configs]
   known = [
       k
@@ -198,31 +180,25 @@ def rate_correlation(pool: _pool.Pool, drops: np.ndarray) -> float:
   ]
   if len(known) < 4:
     return np.nan
-  columns = [rates[k] for k in known], [np.nanmean(drops[k]) for k in known]
-  if min(map(np.ptp, columns)) == 0:
-    return np.nan
-  return float(stats.spearmanr(*columns).statistic)
+  means = [np.nanmean(drops[k]) for k in known]
+  return studies.rank_correlation([rates[k] for k in known], means)[0]
 
 
-def _alike(sound, measured) -> list[Finding]:
+def _alike(sound, measured) -> Iterator[Finding]:
   apart = measured.disagreement[np.ix_(sound, sound)]
   apart = apart[~np.eye(len(sound), dtype=bool)]
-  if not apart.size or not np.nanmax(apart, initial=0) < _ALIKE:
-    return []
-  if not np.isfinite(apart).any():
-    return []
-  return [
-      Finding(
-          severity='note',
-          code='alike',
-          title='All ingredients predict almost the same',
-          seen=f'No two differ on more than {100 * np.nanmax(apart):.2g} % of '
-          'the examples.',
-          meaning='Nothing is wrong, but there is little to gain: soups need '
-          'models that make different errors.',
-          remedy='Vary more between runs: learning rate, augmentation, seed.',
-      )
-  ]
+  if not np.isfinite(apart).any() or not np.nanmax(apart) < _ALIKE:
+    return
+  yield Finding(
+      severity='note',
+      code='alike',
+      title='All ingredients predict almost the same',
+      seen=f'No two differ on more than {100 * np.nanmax(apart):.2g} % of '
+      'the examples.',
+      meaning='Nothing is wrong, but there is little to gain: soups need '
+      'models that make different errors.',
+      remedy='Vary more between runs: learning rate, augmentation, seed.',
+  )
 
 
 def _with_part(pool, findings, measured, tolerance) -> list[Finding]:

@@ -98,17 +98,7 @@ def measure(
     members: Sequence[int],
     progress_fn: ProgressFn | None = None,
 ) -> Geometry:
-  """Walks once over all ingredients.
-
-  Args:
-    pool: the ingredients.
-    paths: leaves that all members have in one shape.
-    members: the K ingredients.
-    progress_fn: called with 'weights' and the share of leaves that is done.
-
-  Returns:
-    A `Geometry`, whose row i is that of `members[i]`.
-  """
+  """Walks once over leaves that all members have in one shape."""
   paths = list(paths)
   num, shapes = len(members), pool.leaves[members[0]]
   gram = np.zeros((len(paths), num + 1, num + 1))
@@ -196,17 +186,10 @@ def lengths(distances: np.ndarray) -> np.ndarray:
   A median, so that one outlier does not lengthen the others. Where task vectors
   share a direction, that part is not seen.
 
-  Args:
-    distances: [K, K].
-
-  Returns:
-    Estimates.
-
   Example:
     >>> points = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
     >>> lengths(np.linalg.norm(points[:, None] - points, axis=-1))
     array([1., 1., 1.])
   """
-  others = ~np.eye(len(distances), dtype=bool)
-  rows = [row[keep] for row, keep in zip(distances, others)]
+  rows = [np.delete(row, k) for k, row in enumerate(distances)]
   return np.median(rows, axis=1) / 2**0.5

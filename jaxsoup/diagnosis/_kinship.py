@@ -84,17 +84,8 @@ def permuted_leaves(
   Some units of one (rows along one axis) are compared with all of the other:
   if unrelated, the largest of m cosines in d dimensions is about
   `sqrt(2 log(m) / d)`; of a permuted relative it is near one, elsewhere than in
-  its own place, and in another place for each unit.
-
-  Args:
-    pool: the ingredients.
-    geometry: of all of its ingredients.
-    leaves: numbers of leaves in which the two are unrelated.
-    k: an ingredient.
-    other: another one.
-
-  Returns:
-    Numbers of leaves, with the share of units at another position.
+  its own place, and in another place for each unit. Returns numbers of leaves,
+  with the share of units at another position.
   """
   moved = []
   for i in leaves:

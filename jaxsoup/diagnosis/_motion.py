@@ -1,5 +1,6 @@
 """How far each ingredient went, and where to: task vectors of one family."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence
 import itertools
 
@@ -26,20 +27,11 @@ _ROUNDING = 0.3
 def examine(
     pool: _pool.Pool, geometry: _geometry.Geometry, members: Sequence[int]
 ) -> list[Finding]:
-  """Findings on ingredients that come from one start.
-
-  Args:
-    pool: all ingredients.
-    geometry: of the members.
-    members: which they are.
-
-  Returns:
-    Findings, not ranked.
-  """
+  """Findings on ingredients that come from one start, not ranked."""
   if len(members) < 2:
     return []
   tasks, distances, cosines = _lengths(geometry)
-  rounding = _rounded(pool, geometry, members, tasks)
+  rounding = list(_rounded(pool, geometry, members, tasks))
   findings = _outliers(pool, geometry, members, tasks)
   frozen = _frozen(pool, geometry, members)
   # Linear probes are near to each other.
@@ -262,38 +254,36 @@ def _median(cosines: np.ndarray) -> float:
   return float(np.median(cosines[np.triu_indices(len(cosines), 1)]))
 
 
-def _rounded(pool, geometry, members, tasks) -> list[Finding]:
+def _rounded(pool, geometry, members, tasks) -> Iterator[Finding]:
   """Rounding errors that are as large as what fine-tuning moved."""
   errors = np.sqrt((geometry.rounding()[geometry.trained] ** 2).sum(0))
   with np.errstate(divide='ignore', invalid='ignore'):
     share = np.where(tasks > 0, errors / tasks, np.inf)
   if np.median(share) < _ROUNDING:
-    return []
+    return
   still = geometry.same[geometry.trained]
   num_still = int((still == still[:, :1]).all(1).sum())
   bits = {2.0**-7: 'bfloat16', 2.0**-10: 'float16'}
   held = bits.get(float(np.median(geometry.eps)), 'their dtype')
   ks = tuple(k for k, x in zip(members, share) if x >= _ROUNDING)
-  return [
-      Finding(
-          severity='warning',
-          code='rounding',
-          title=f'Rounding to {held} is as large as the task vectors',
-          seen=f'The rounding error is {100 * np.median(share):.0f} % of the '
-          'task vector (median)'
-          + (
-              f'; {num_still} of {len(still)} leaves are equal in all.'
-              if num_still
-              else '.'
-          ),
-          meaning='The difference between ingredients is mostly rounding, and '
-          f'a soup that is stored in {held} is rounded again.',
-          remedy='Save runs in float32 (the master weights of the optimizer). '
-          'For these runs: cast the ingredients to float32 before souping, and '
-          'keep the soup in float32 as long as possible.',
-          ingredients=ks,
-      )
-  ]
+  yield Finding(
+      severity='warning',
+      code='rounding',
+      title=f'Rounding to {held} is as large as the task vectors',
+      seen=f'The rounding error is {100 * np.median(share):.0f} % of the '
+      'task vector (median)'
+      + (
+          f'; {num_still} of {len(still)} leaves are equal in all.'
+          if num_still
+          else '.'
+      ),
+      meaning='The difference between ingredients is mostly rounding, and '
+      f'a soup that is stored in {held} is rounded again.',
+      remedy='Save runs in float32 (the master weights of the optimizer). '
+      'For these runs: cast the ingredients to float32 before souping, and '
+      'keep the soup in float32 as long as possible.',
+      ingredients=ks,
+  )
 
 
 def _frozen(pool, geometry, members) -> list[Finding]:

@@ -50,8 +50,7 @@ class Pool:
     self.leaves = [self._abstract(k) for k in range(len(ingredients))]
     self.start = {}
     if theta_0 is not None:
-      flat = _tree.flatten_in_place(theta_0)
-      self.start = flat.by_path
+      self.start = _tree.flatten_in_place(theta_0).by_path
     customs = [self._custom(k) for k in range(len(ingredients))]
     self.configs = [dict(c.get('config') or {}) for c in customs]
     self.copies = [
@@ -70,13 +69,8 @@ class Pool:
   ) -> Iterator[tuple[_tree.Path, list[np.ndarray]]]:
     """Walks over leaves that all members have in one shape.
 
-    Args:
-      paths: of the leaves.
-      members: the ingredients.
-
-    Yields:
-      The path, and a part `[N]` of the leaf of each member as stored, and of
-      theta_0 after those, if it has such a leaf.
+    Yields the path, and a part `[N]` of the leaf of each member as stored, and
+    of theta_0 after those, if it has such a leaf.
     """
     for path, parts in self._parts(paths, members):
       start = _like(self.start.get(path), self.leaves[members[0]][path].shape)
@@ -91,8 +85,8 @@ class Pool:
   def leaf(self, k: int, path: _tree.Path) -> np.ndarray:
     """One leaf of one ingredient."""
     if not self._is_streamed:
-      flat = _tree.flatten_in_place(self.ingredients[k])
-      return np.asarray(flat.by_path[path])
+      by_path = _tree.flatten_in_place(self.ingredients[k]).by_path
+      return np.asarray(by_path[path])
     pieces = self.ingredients.pieces(k, path, like=k)  # type: ignore[attr-defined]
     parts = [piece.copy() for piece in pieces]
     return np.concatenate(parts) if parts[0].ndim else parts[0]
@@ -119,8 +113,7 @@ class Pool:
     for group in self._groups(paths, members[0]):
       rows: dict[_tree.Path, list[np.ndarray]] = {path: [] for path in group}
       for k in members:
-        flat = _tree.flatten_in_place(self.ingredients[k])
-        leaves = flat.by_path
+        leaves = _tree.flatten_in_place(self.ingredients[k]).by_path
         for path in group:
           rows[path].append(np.asarray(leaves[path]).reshape(-1))
       for path in group:

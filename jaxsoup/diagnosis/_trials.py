@@ -10,6 +10,7 @@ measured.drops                                  # [K, K], fall below the chord
 
 from collections.abc import Collection
 from collections.abc import Sequence
+import dataclasses
 import itertools
 from typing import Any
 from typing import NamedTuple
@@ -78,48 +79,36 @@ class Measured(NamedTuple):
   disagreement: np.ndarray
 
 
+@dataclasses.dataclass
 class Trials:
   """Evaluates ingredients and their averages.
 
   At most two models and one average of them are in memory.
   """
 
-  def __init__(
-      self,
-      pool: _pool.Pool,
-      paths: Sequence[_tree.Path],
-      eval_fn: EvalFn,
-      *,
-      tolerance: float,
-      recalibrate_fn: ParamsFn | None = None,
-      logits_fn: OutputsFn | None = None,
-      progress_fn: ProgressFn | None = None,
-  ):
-    self._pool = pool
-    self._paths = paths
-    self._eval_fn = eval_fn
-    self._tolerance = tolerance
-    self._recalibrate_fn = recalibrate_fn
-    self._logits_fn = logits_fn
-    self._progress_fn = progress_fn or (lambda stage, share: None)
-    num = len(pool)
+  pool: _pool.Pool
+  paths: Sequence[_tree.Path]
+  eval_fn: EvalFn
+  tolerance: float
+  recalibrate_fn: ParamsFn | None = None
+  logits_fn: OutputsFn | None = None
+  progress_fn: ProgressFn | None = None
+
+  def __post_init__(self):
+    num = len(self.pool)
     self.scores = np.full(num, np.nan)
     self.drops = np.full((num, num), np.nan)
 
+  def _tell(self, stage: str, share: float) -> None:
+    if self.progress_fn is not None:
+      self.progress_fn(stage, share)
+
   def run(self, usable: Sequence[int], sound: Sequence[int]) -> Measured:
-    """Measures everything.
-
-    Args:
-      usable: ingredients that can be averaged.
-      sound: those of them of which the soup is to be.
-
-    Returns:
-      The figures.
-    """
+    """Measures those that can be averaged, and the soup of the sound ones."""
     disagreement = self._singles(usable)
     self._pairs(usable)
     bar = np.median(self.scores[list(sound)] if sound else [np.nan])
-    weak = [k for k in sound if self.scores[k] < bar - WEAK * self._tolerance]
+    weak = [k for k in sound if self.scores[k] < bar - WEAK * self.tolerance]
     subset = self._without_barriers([k for k in sound if k not in weak])
     subset, to_mean = self._against_mean(subset)
     soup, statistics = np.nan, {}
@@ -134,29 +123,29 @@ class Trials:
     )  # fmt: skip
 
   def _score(self, params: Params) -> float:
-    return _search.number(self._eval_fn(params), 'eval_fn returned', 'a model')
+    return _search.number(self.eval_fn(params), 'eval_fn returned', 'a model')
 
   def _of_soup(self, params: Params) -> float:
     """The score of an average, with re-estimated running statistics."""
-    if self._recalibrate_fn is not None:
-      params = _recalibrated(params, self._recalibrate_fn(params))
+    if self.recalibrate_fn is not None:
+      params = _recalibrated(params, self.recalibrate_fn(params))
     return self._score(params)
 
   def _mean(self, members: Sequence[int]) -> Params:
-    alpha = np.zeros(len(self._pool), np.float32)
+    alpha = np.zeros(len(self.pool), np.float32)
     alpha[list(members)] = 1 / len(members)
     # Ingredients with alpha 0 are not read, so they need not be compatible.
-    return _average.average(self._pool.ingredients, alpha).params
+    return _average.average(self.pool.ingredients, alpha).params
 
   def _singles(self, usable) -> np.ndarray:
-    num = len(self._pool)
+    num = len(self.pool)
     classes = {}
     for i, k in enumerate(usable):
-      self._progress_fn('single models', i / len(usable))
-      params = self._pool.ingredients[k]
+      self._tell('single models', i / len(usable))
+      params = self.pool.ingredients[k]
       self.scores[k] = self._score(params)
-      if self._logits_fn is not None:
-        classes[k] = _classes(self._logits_fn(params))
+      if self.logits_fn is not None:
+        classes[k] = _classes(self.logits_fn(params))
     sizes = sorted({len(x) for x in classes.values()})
     if len(sizes) > 1:
       raise ValueError(
@@ -172,10 +161,10 @@ class Trials:
     pairs = sorted(studies.connected_pairs(self.scores, usable))
     held: tuple[int, Params] | None = None
     for n, (i, j) in enumerate(pairs):
-      self._progress_fn('pairs', n / len(pairs))
+      self._tell('pairs', n / len(pairs))
       if held is None or held[0] != i:
-        held = i, self._pool.ingredients[i]
-      other = self._pool.ingredients[j]
+        held = i, self.pool.ingredients[i]
+      other = self.pool.ingredients[j]
       half = self._of_soup(between(held[1], other))
       chord = (self.scores[i] + self.scores[j]) / 2
       self.drops[i, j] = self.drops[j, i] = chord - half
@@ -185,7 +174,7 @@ class Trials:
     subset = list(sound)
     while len(subset) > 1:
       block = self.drops[np.ix_(subset, subset)]
-      num = (block > self._tolerance).sum(1)
+      num = (block > self.tolerance).sum(1)
       if not num.any():
         break
       # Of equals the one with the lowest score.
@@ -196,49 +185,49 @@ class Trials:
 
   def _against_mean(self, subset: list[int]) -> tuple[list[int], np.ndarray]:
     """Each against the mean of the others; takes out the worst one by one."""
-    drops = np.full(len(self._pool), np.nan)
+    drops = np.full(len(self.pool), np.nan)
     while len(subset) > 2:
       for n, k in enumerate(subset):
-        self._progress_fn('each against the mean', n / len(subset))
+        self._tell('each against the mean', n / len(subset))
         mean = self._mean([j for j in subset if j != k])
         chord = (self.scores[k] + self._of_soup(mean)) / 2
-        half = between(mean, self._pool.ingredients[k])
+        half = between(mean, self.pool.ingredients[k])
         drops[k] = chord - self._of_soup(half)
       worst = max(subset, key=lambda k: drops[k])
-      if not drops[worst] > self._tolerance:
+      if not drops[worst] > self.tolerance:
         break
       subset = [k for k in subset if k != worst]
     return subset, drops
 
   def _statistics(self, mean: Params, first: int) -> dict[str, float]:
-    paths = self._paths
+    paths = self.paths
     is_statistic = _tree.statistics_of(paths)
     if not is_statistic.any():
       return {}
     some = {p for p, x in zip(paths, is_statistic) if x}
-    own = between(mean, self._pool.ingredients[first], some, t=1.0)
+    own = between(mean, self.pool.ingredients[first], some, t=1.0)
     scores = {'first': self._score(own), 'averaged': self._score(mean)}
-    if self._recalibrate_fn is not None:
+    if self.recalibrate_fn is not None:
       scores['re-estimated'] = self._of_soup(mean)
     return scores
 
   def _parts_of_worst(self):
     """Averages part by part the pair with the largest barrier, if any has."""
-    if not np.nanmax(self.drops, initial=0) > self._tolerance:
+    if not np.nanmax(self.drops, initial=0) > self.tolerance:
       return None, {}, None
     ends = np.unravel_index(np.nanargmax(self.drops), self.drops.shape)
     i, j = sorted(map(int, ends), key=lambda k: -self.scores[k])
-    better, other = (self._pool.ingredients[k] for k in (i, j))
-    parts = parts_of(self._paths)
+    better, other = (self.pool.ingredients[k] for k in (i, j))
+    parts = parts_of(self.paths)
     falls = {}
     for n, (name, paths) in enumerate(parts.items()):
-      self._progress_fn('parts', n / len(parts))
+      self._tell('parts', n / len(parts))
       mixed = between(better, other, paths)
       falls[name] = self.scores[i] - self._of_soup(mixed)
     if not falls:
       return (i, j), {}, None
     worst = max(falls, key=lambda name: falls[name])
-    rest = set(self._paths) - parts[worst]
+    rest = set(self.paths) - parts[worst]
     left = self._of_soup(between(better, other, rest))
     chord = (self.scores[i] + self.scores[j]) / 2
     return (i, j), falls, (worst, chord - left)

@@ -6,6 +6,7 @@ examined.findings, examined.sound
 ```
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -34,7 +35,6 @@ class Examined(NamedTuple):
       model once.
     sound: those of them without a problem.
     paths: leaves that are floats.
-    has_batch_norm: whether there are running statistics.
     measured: figures for `Diagnosis.measured`.
   """
 
@@ -42,7 +42,6 @@ class Examined(NamedTuple):
   usable: list[int]
   sound: list[int]
   paths: list[_tree.Path]
-  has_batch_norm: bool
   measured: Json
 
 
@@ -54,7 +53,8 @@ def examine(
   leaves = pool.leaves[members[0]]
   paths = [p for p, x in leaves.items() if _tree.is_float(x)]
   _checked.require_floats(paths)
-  findings += _dtypes(pool, members) + _integers(pool, members, leaves)
+  findings += _dtypes(pool, members)
+  findings += _integers(pool, members, leaves)
   geometry = _geometry.measure(pool, paths, members, progress_fn)
   members, geometry, more = _readable(pool, geometry, members)
   findings += more
@@ -78,11 +78,10 @@ def examine(
   out = {k for f in findings for k in f.leave_out}
   mixed = {k for f in findings if f.code == 'dtype' for k in f.ingredients}
   return Examined(
-      findings=findings + _batch_norm(geometry),
+      findings=[*findings, *_batch_norm(geometry)],
       usable=[k for k in usable if k not in mixed],
       sound=[k for k in usable if k not in out],
       paths=paths,
-      has_batch_norm=bool(geometry.statistics.any()),
       measured=measured,
   )
 
@@ -125,7 +124,7 @@ def _structure(pool) -> tuple[list[int], list[Finding]]:
   ]
 
 
-def _dtypes(pool, members) -> list[Finding]:
+def _dtypes(pool, members) -> Iterator[Finding]:
   def dtypes(k):
     return tuple(sorted((p, str(x.dtype)) for p, x in pool.leaves[k].items()))
 
@@ -133,30 +132,28 @@ def _dtypes(pool, members) -> list[Finding]:
   for k in members:
     kinds.setdefault(dtypes(k), []).append(k)
   if len(kinds) == 1:
-    return []
+    return
   common = max(kinds, key=lambda kind: len(kinds[kind]))
   others = tuple(k for k in members if k not in kinds[common])
   path, theirs = next(x for x in dtypes(others[0]) if x not in common)
   ours = dict(common)[path]
-  return [
-      Finding(
-          severity='warning',
-          code='dtype',
-          title='Ingredients are stored in different dtypes',
-          seen=f'{_tree.name_of(path)} is {theirs} in {pool.listed(others)}, '
-          f'and {ours} in the others.',
-          meaning='Recipes do not mix dtypes: it is not clear which one the '
-          'soup should have.',
-          remedy='Cast all to the wider dtype, '
-          'jax.tree.map(lambda x: x.astype(jnp.float32), params), or leave out '
-          f'{pool.listed(others)}.',
-          ingredients=others,
-          leave_out=others,
-      )
-  ]
+  yield Finding(
+      severity='warning',
+      code='dtype',
+      title='Ingredients are stored in different dtypes',
+      seen=f'{_tree.name_of(path)} is {theirs} in {pool.listed(others)}, '
+      f'and {ours} in the others.',
+      meaning='Recipes do not mix dtypes: it is not clear which one the '
+      'soup should have.',
+      remedy='Cast all to the wider dtype, '
+      'jax.tree.map(lambda x: x.astype(jnp.float32), params), or leave out '
+      f'{pool.listed(others)}.',
+      ingredients=others,
+      leave_out=others,
+  )
 
 
-def _integers(pool, members, leaves) -> list[Finding]:
+def _integers(pool, members, leaves) -> Iterator[Finding]:
   paths = [
       p
       for p, x in leaves.items()
@@ -170,23 +167,21 @@ def _integers(pool, members, leaves) -> list[Finding]:
       differ.add(_tree.name_of(path))
       others.update(unequal)
   if not differ:
-    return []
-  return [
-      Finding(
-          severity='error',
-          code='integers',
-          title='Integers or booleans differ',
-          seen='The ingredients have different values of '
-          f'{_findings.listed(sorted(differ), range(len(differ)))}.',
-          meaning='Only floats are averaged, so a recipe refuses these models. '
-          'Integers that differ may be quantized weights, or masks.',
-          remedy='Convert quantized weights to floats, or pass parameters '
-          'without these leaves.',
-          ingredients=tuple(sorted(others)),
-          leaves=tuple(sorted(differ)),
-          leave_out=tuple(sorted(others)),
-      )
-  ]
+    return
+  yield Finding(
+      severity='error',
+      code='integers',
+      title='Integers or booleans differ',
+      seen='The ingredients have different values of '
+      f'{_findings.listed(sorted(differ), range(len(differ)))}.',
+      meaning='Only floats are averaged, so a recipe refuses these models. '
+      'Integers that differ may be quantized weights, or masks.',
+      remedy='Convert quantized weights to floats, or pass parameters '
+      'without these leaves.',
+      ingredients=tuple(sorted(others)),
+      leaves=tuple(sorted(differ)),
+      leave_out=tuple(sorted(others)),
+  )
 
 
 def _readable(pool, geometry, members):
@@ -452,28 +447,26 @@ def _part(pool, geometry, outside, leaves, main, members) -> Finding:
   )
 
 
-def _batch_norm(geometry) -> list[Finding]:
+def _batch_norm(geometry) -> Iterator[Finding]:
   names = [
       _tree.name_of(p)
       for p, is_statistic in zip(geometry.paths, geometry.statistics)
       if is_statistic
   ]
   if not names:
-    return []
-  return [
-      Finding(
-          severity='note',
-          code='batch_norm',
-          title='The model has BatchNorm',
-          seen=f'{len(names)} leaves are running statistics, as {names[0]}.',
-          meaning='The statistics of a soup are not the mean of those of its '
-          'ingredients: its activations have different means, and smaller '
-          'variances.',
-          remedy='Re-estimate them on some training images: '
-          'jaxsoup.models.batch_norm.recalibrated.',
-          leaves=tuple(names),
-      )
-  ]
+    return
+  yield Finding(
+      severity='note',
+      code='batch_norm',
+      title='The model has BatchNorm',
+      seen=f'{len(names)} leaves are running statistics, as {names[0]}.',
+      meaning='The statistics of a soup are not the mean of those of its '
+      'ingredients: its activations have different means, and smaller '
+      'variances.',
+      remedy='Re-estimate them on some training images: '
+      'jaxsoup.models.batch_norm.recalibrated.',
+      leaves=tuple(names),
+  )
 
 
 def _are(ks: Sequence[int]) -> str:

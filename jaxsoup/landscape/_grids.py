@@ -40,6 +40,11 @@ class Path(NamedTuple):
   t: np.ndarray
   loss: np.ndarray
 
+  @property
+  def above_chord(self) -> np.ndarray:
+    """`L(t) - ((1 - t) L(0) + t L(1))`, `[T]`."""
+    return self.loss - ((1 - self.t) * self.loss[0] + self.t * self.loss[-1])
+
 
 class Plane(NamedTuple):
   """The loss on the plane through three models.
@@ -181,8 +186,7 @@ def barrier(path: Path) -> float:
   Source: Frankle et al. 2020, "Linear mode connectivity and the lottery ticket
   hypothesis"; the chord: Entezari et al. 2022.
   """
-  chord = (1 - path.t) * path.loss[0] + path.t * path.loss[-1]
-  return float(np.max(path.loss - chord))
+  return float(np.max(path.above_chord))
 
 
 def plane(

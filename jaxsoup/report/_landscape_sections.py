@@ -33,11 +33,7 @@ _RATE = 'learning_rate'
 
 
 def read_landscape(workdir: PathLike) -> Json:
-  """The parts of `WORKDIR/landscape` by name; empty if there are none.
-
-  Raises:
-    ValueError: a damaged file.
-  """
+  """The parts of `WORKDIR/landscape` by name; empty if there are none."""
   parts = {}
   for path in sorted((pathlib.Path(workdir) / 'landscape').glob('*.json')):
     try:
@@ -129,13 +125,7 @@ def barrier_sections(
     names: Sequence[str],
     settings: Sequence[Config],
 ) -> list[Section]:
-  """The error on lines between two models; empty without lines.
-
-  Args:
-    measured: `members`, `t`, and `error` on each line.
-    names: of the single models.
-    settings: hyper-parameters of each.
-  """
+  """The error on lines between two models; empty without lines."""
   if not measured.get('members'):
     return []
   pairs = [tuple(pair) for pair in measured['members']]
@@ -145,7 +135,10 @@ def barrier_sections(
       for pair, error in zip(pairs, measured['error'])
   }
   barriers = {pair: landscape.barrier(path) for pair, path in paths.items()}
-  middle = {pair: _above_chord(path, 0.5) for pair, path in paths.items()}
+  middle = {
+      pair: float(np.interp(0.5, t, path.above_chord))
+      for pair, path in paths.items()
+  }
   worst = max(pairs, key=lambda pair: barriers[pair])
   text = (
       f'On the lines between {len(pairs)} pairs of models the test error rises '
@@ -157,9 +150,9 @@ def barrier_sections(
   values = pair_rates(pairs, settings)
   picture = Picture(
       'barriers',
-      functools.partial(
-          _landscapes.lines,
-          paths=paths,
+      lambda ax: _landscapes.lines(
+          ax,
+          paths,
           values=None if values is None else dict(zip(pairs, values)),
           label='test error (points)',
           values_label='mean learning rate',
@@ -171,31 +164,19 @@ def barrier_sections(
       'A hump is a barrier: those models lie in different basins.',
   )
   order = sorted(pairs, key=lambda pair: -barriers[pair])
-  rows = [
-      [
-          _pair(pair, names),
-          f'{100 * barriers[pair]:.1f}',
-          f'{100 * middle[pair]:+.1f}',
-      ]
-      for pair in order
-  ]
-  table = Table(
-      ['pair', 'barrier', 'middle, above the chord'],
-      rows,
-      'All pairs, in points',
-      is_folded=True,
+  points = lambda pair: (
+      f'{100 * barriers[pair]:.1f}',
+      f'{100 * middle[pair]:+.1f}',
   )
+  rows = [[_pair(pair, names), *points(pair)] for pair in order]
+  header = ['pair', 'barrier', 'middle, above the chord']
+  table = Table(header, rows, 'All pairs, in points', is_folded=True)
   records = [
       {'first': names[i], 'second': names[j], 't': x, 'error': error}
       for (i, j), path in paths.items()
       for x, error in zip(path.t.tolist(), path.loss.tolist())
   ]
   return [Section('Barriers', [text, picture, table], {'barriers': records})]
-
-
-def _above_chord(path: landscape.Path, t: float) -> float:
-  chord = (1 - t) * path.loss[0] + t * path.loss[-1]
-  return float(np.interp(t, path.t, path.loss) - chord)
 
 
 def _median(values: Mapping[tuple[int, ...], float]) -> float:
@@ -223,17 +204,9 @@ def angle_sections(
     names: Sequence[str],
     settings: Sequence[Config],
     *,
-    metric: str = 'accuracy',
+    metric: str,
 ) -> list[Section]:
-  """Angles at the start, and gains of pairs; empty without angles.
-
-  Args:
-    measured: `angles` `[K, K]`, in degrees.
-    pairs: by data set, fields of `jaxsoup.landscape.Pair`.
-    names: of the single models.
-    settings: hyper-parameters of each.
-    metric: what the scores of pairs are.
-  """
+  """Angles at the start, and gains of pairs; empty without angles."""
   if 'angles' not in measured:
     return []
   angles = np.array(measured['angles'], float)  # None becomes NaN.
@@ -260,8 +233,8 @@ def angle_sections(
     if where == 'settings' or not rows:
       continue
     of_where = [landscape.Pair(**row) for row in rows]
-    parts.append(_pairs_text(where, of_where))
-    pictures += _pair_pictures(where, of_where, settings, metric)
+    parts.append(text := _pairs_text(where, of_where))
+    pictures += _pair_pictures(where, of_where, settings, metric, text)
     records += [
         {
             'data': where,
@@ -303,29 +276,22 @@ def _points(values: Sequence[float]) -> str:
   return f'{100 * np.mean(values):+.1f} ± {100 * deviation:.1f}'
 
 
-def _pair_pictures(where, pairs, settings, metric) -> list[Picture]:
+def _pair_pictures(where, pairs, settings, metric, text) -> list[Picture]:
   values = pair_rates([pair.members for pair in pairs], settings)
   stem = where.replace(' ', '_')
-  text = _pairs_text(where, pairs)
   return [
       Picture(
           f'angles_and_gains_{stem}',
-          functools.partial(
-              _landscapes.angles_and_gains,
-              pairs=pairs,
-              values=values,
-              label=f'{metric} (points)',
+          lambda ax: _landscapes.angles_and_gains(
+              ax, pairs, values=values, label=f'{metric} (points)'
           ),
           f'Scatter of gain against angle. {text}',
           f'Gain of the soup of two on {_where(where)}, against their angle.',
       ),
       Picture(
           f'against_ensembles_{stem}',
-          functools.partial(
-              _landscapes.against_ensembles,
-              pairs=pairs,
-              values=values,
-              label=f'{metric} (%)',
+          lambda ax: _landscapes.against_ensembles(
+              ax, pairs, values=values, label=f'{metric} (%)'
           ),
           f'Scatter of soups against ensembles. {text}',
           f'On {_where(where)}: above the dotted line the soup is better than '
@@ -350,12 +316,13 @@ def diagnosis_sections(report: Config) -> list[Section]:
     parts.append(Labelled('Models:', ', '.join(verdict['names'])))
   for finding in report['findings']:
     mark = diagnosis.MARKS[finding['severity']].capitalize()
-    parts += [
-        Labelled(f'{mark}:', finding['title']),
-        Labelled('Seen:', finding['seen'], is_indented=True),
-        Labelled('Meaning:', finding['meaning'], is_indented=True),
-        Labelled('Do:', finding['remedy'], is_indented=True),
-    ]
+    parts.append(Labelled(f'{mark}:', finding['title']))
+    for label, key in (
+        ('Seen', 'seen'),
+        ('Meaning', 'meaning'),
+        ('Do', 'remedy'),
+    ):
+      parts.append(Labelled(f'{label}:', finding[key], is_indented=True))
   if not report['findings']:
     parts.append('No problems found.')
   barriers = np.array(report['measured'].get('barriers', []), float)

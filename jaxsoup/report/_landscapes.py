@@ -18,6 +18,7 @@ from jaxsoup.studies import Curve
 from jaxsoup.studies import Growth
 from jaxsoup.studies import Varied
 from jaxsoup.typing import ArrayLike
+from jaxsoup.typing import Json
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -36,7 +37,6 @@ def plane(
     *,
     label: str = 'loss',
     scale: float = 1,
-    num_levels: int = 16,
 ) -> None:
   """The loss on a plane, and where models and soups lie on it.
 
@@ -50,56 +50,45 @@ def plane(
       without a name is a dot, others are in the legend.
     label: what the loss is.
     scale: multiplies the loss.
-    num_levels: how many colours. They are finer where the grid has more points.
 
   Source: figure 2 of Wortsman et al. 2022.
   """
   from matplotlib import colors
 
   loss = surface.loss * scale
-  levels = _levels(loss, num_levels)
+  levels = _levels(loss)
   norm = colors.BoundaryNorm(levels, 256)
   filled = ax.contourf(
       surface.x, surface.y, loss, levels, cmap=f'{_MAP}_r', norm=norm
   )
-  ax.contour(
-      surface.x,
-      surface.y,
-      loss,
-      levels,
-      colors=_WHITE,
-      linewidths=0.4,
-      alpha=0.6,
-  )
+  lines: Json = dict(colors=_WHITE, linewidths=0.4, alpha=0.6)
+  ax.contour(surface.x, surface.y, loss, levels, **lines)
   bar = ax.figure.colorbar(filled, ax=ax, label=label, format='%.3g')
   bar.ax.tick_params(labelsize=8)
   from_origin = np.hypot(*surface.points.T)
   is_off = surface.off > 0.5 * np.hypot(from_origin, surface.off)
   soups = [i for i, name in enumerate(names) if name and i > 2]
   for i, (name, point) in enumerate(zip(names, surface.points)):
-    row = soups.index(i) if i in soups else None
-    _mark_point(ax, point, row, is_off=is_off[i], is_corner=i < 3, label=name)
+    look: Json = {'s': 40 if i < 3 else 14, 'marker': 'o'}
+    if i in soups:
+      _, marker, area = _plots.look(soups.index(i))
+      look = {'s': 0.6 * area, 'marker': marker, 'label': name}
+    ax.scatter(
+        *point,
+        facecolors=_GREY if is_off[i] else _WHITE,
+        edgecolors=_BLACK,
+        linewidths=0.8 if i < 3 or i in soups else 0.5,
+        zorder=4 if i < 3 or i in soups else 3,
+        **look,
+    )
     if i < 3:
       _name_point(ax, point, name, is_below=not i)
   if soups:
-    _plots.legend_below(ax, 3)
-  ax.set_xlabel(f'from {names[0]} towards {names[1]}')
-  ax.set_ylabel('orthogonal to it')
-  ax.set_aspect('equal')
-
-
-def _mark_point(ax, point, row, *, is_off, is_corner, label) -> None:
-  """A corner, a soup (`row` is its place among them), or another model."""
-  is_soup = row is not None
-  ax.scatter(
-      *point,
-      s=0.6 * _plots.AREAS[row % 6] if is_soup else 40 if is_corner else 14,
-      marker=_plots.MARKERS[row % 6] if is_soup else 'o',
-      facecolors=_GREY if is_off else _WHITE,
-      edgecolors=_BLACK,
-      linewidths=0.8 if is_soup or is_corner else 0.5,
-      label=label if is_soup else None,
-      zorder=4 if is_soup or is_corner else 3,
+    _plots.legend(ax, 'below', 3)
+  ax.set(
+      xlabel=f'from {names[0]} towards {names[1]}',
+      ylabel='orthogonal to it',
+      aspect='equal',
   )
 
 
@@ -118,7 +107,7 @@ def _name_point(ax, point, name: str, *, is_below: bool) -> None:
   )
 
 
-def _levels(loss: np.ndarray, num: int) -> np.ndarray:
+def _levels(loss: np.ndarray, num: int = 16) -> np.ndarray:
   """Of equal mass: a cliff in a corner takes no colours from the basin."""
   levels = np.unique(np.quantile(loss, np.linspace(0, 1, num)))
   return levels if len(levels) > 1 else levels[0] + np.array([0, 1])
@@ -148,20 +137,19 @@ def lines(
   """
   colours = _colours(ax, values, values_label)
   for i, (name, path) in enumerate(paths.items()):
-    chord = (1 - path.t) * path.loss[0] + path.t * path.loss[-1]
     ax.plot(
         path.t,
-        (path.loss - chord) * scale,
-        color=_plots.COLOURS[i % 6] if colours is None else colours[name],
+        path.above_chord * scale,
+        color=_plots.look(i)[0] if colours is None else colours[name],
         linewidth=1.4,
         label=str(name) if colours is None else None,
     )
   ax.axhline(0, color='black', linewidth=0.8, linestyle=':')
-  ax.set_xlabel('from one model (0) to the other (1)')
-  ax.set_ylabel(f'{label} above the chord')
-  _plots.tidy(ax)
+  _plots.tidy(
+      ax, 'from one model (0) to the other (1)', f'{label} above the chord'
+  )
   if colours is None and is_named:
-    ax.legend(frameon=False, fontsize=8)
+    _plots.legend(ax)
 
 
 def angles_and_gains(
@@ -170,26 +158,21 @@ def angles_and_gains(
     *,
     values: Sequence[float] | None = None,
     label: str = 'accuracy (points)',
-    values_label: str = 'mean learning rate',
-    scale: float = 100,
 ) -> None:
   """What each pair gains against its angle at the initialization.
 
   Args:
     ax: a matplotlib Axes.
     pairs: from `landscape.pairs`.
-    values: a number for each pair, which colours it.
+    values: the mean learning rate of each pair, which colours it.
     label: what the scores are.
-    values_label: what the values are.
-    scale: multiplies the scores.
 
   Source: figure 3 of Wortsman et al. 2022.
   """
-  x, y = [p.angle for p in pairs], [p.gain * scale for p in pairs]
-  _scatter(ax, x, y, values, values_label)
+  _scatter(ax, [p.angle for p in pairs], [p.gain * 100 for p in pairs], values)
   ax.axhline(0, color='black', linewidth=0.8, linestyle=':')
-  ax.set_xlabel('angle at the initialization (degrees)')
-  ax.set_ylabel(f'soup minus mean of the two, {label}')
+  x = 'angle at the initialization (degrees)'
+  _plots.tidy(ax, x, f'soup minus mean of the two, {label}')
 
 
 def against_ensembles(
@@ -198,26 +181,20 @@ def against_ensembles(
     *,
     values: Sequence[float] | None = None,
     label: str = 'accuracy (%)',
-    values_label: str = 'mean learning rate',
-    scale: float = 100,
 ) -> None:
   """The soup of each pair against its ensemble.
 
   Args:
     ax: a matplotlib Axes.
     pairs: from `landscape.pairs`.
-    values: a number for each pair, which colours it.
+    values: the mean learning rate of each pair, which colours it.
     label: what the scores are.
-    values_label: what the values are.
-    scale: multiplies the scores.
 
   Source: figure 4 of Wortsman et al. 2022.
   """
-  x, y = [p.ensemble * scale for p in pairs], [p.soup * scale for p in pairs]
-  _scatter(ax, x, y, values, values_label)
-  _diagonal(ax, x, y)
-  ax.set_xlabel(f'ensemble, {label}')
-  ax.set_ylabel(f'soup, {label}')
+  x, y = [p.ensemble * 100 for p in pairs], [p.soup * 100 for p in pairs]
+  _scatter(ax, x, y, values, has_diagonal=True)
+  _plots.tidy(ax, f'ensemble, {label}', f'soup, {label}')
 
 
 def theory(
@@ -225,24 +202,20 @@ def theory(
     terms: Sequence[SoupMinusEnsemble],
     *,
     values: Sequence[float] | None = None,
-    values_label: str = 'mean learning rate',
 ) -> None:
   """The approximation of soup minus ensemble against the true difference.
 
   Args:
     ax: a matplotlib Axes.
     terms: from `landscape.soup_minus_ensemble`, one for each pair.
-    values: a number for each pair, which colours it.
-    values_label: what the values are.
+    values: the mean learning rate of each pair, which colours it.
 
   Source: figure in section 4 of Wortsman et al. 2022.
   """
   x = [pair.soup - pair.ensemble for pair in terms]
   y = [pair.approximation for pair in terms]
-  _scatter(ax, x, y, values, values_label)
-  _diagonal(ax, x, y)
-  ax.set_xlabel('loss of soup minus loss of ensemble')
-  ax.set_ylabel('approximation')
+  _scatter(ax, x, y, values, has_diagonal=True)
+  _plots.tidy(ax, 'loss of soup minus loss of ensemble', 'approximation')
 
 
 def growth(
@@ -263,29 +236,17 @@ def growth(
   Source: Wortsman et al. 2022, appendix B.
   """
   for i, (name, rows) in enumerate(grown.scores.items()):
-    colour = _plots.COLOURS[i % 6]
-    mean, error = rows.mean(0) * scale, _standard_error(rows) * scale
-    ax.plot(
-        grown.nums,
-        mean,
-        color=colour,
-        marker=_plots.MARKERS[i % 6],
-        markersize=5,
-        label=name,
-    )
+    colour, marker, _ = _plots.look(i)
+    error = rows.std(0, ddof=int(len(rows) > 1)) / np.sqrt(len(rows))
+    mean, error = rows.mean(0) * scale, error * scale
+    look: Json = dict(color=colour, marker=marker, markersize=5)
+    ax.plot(grown.nums, mean, label=name, **look)
     ax.fill_between(
         grown.nums, mean - error, mean + error, color=colour, alpha=0.15, lw=0
     )
-  ax.set_xlabel('number of models')
-  ax.set_ylabel(label)
   ax.locator_params(axis='x', integer=True)
-  _plots.tidy(ax)
-  ax.legend(frameon=False, fontsize=8)
-
-
-def _standard_error(rows: np.ndarray) -> np.ndarray:
-  num = len(rows)
-  return rows.std(0, ddof=int(num > 1)) / np.sqrt(num)
+  _plots.tidy(ax, 'number of models', label)
+  _plots.legend(ax)
 
 
 def varied(
@@ -318,57 +279,38 @@ def varied(
 def compared(
     ax: 'Axes',
     scores: Mapping[str, Mapping[str, Sequence[float]]],
-    *,
-    label: str = '',
-    scale: float = 1,
 ) -> None:
   """Scores side by side: a row each, repeats as small dots around their mean.
 
   Args:
     ax: a matplotlib Axes.
     scores: by row, the first on top, and by data set: one for each repeat.
-    label: what the scores are.
-    scale: multiplies the scores.
   """
   names = list(dict.fromkeys(name for row in scores.values() for name in row))
   rows = dict(zip(scores, range(len(scores) - 1, -1, -1)))
   for i, name in enumerate(names):
     there = [(rows[row], x[name]) for row, x in scores.items() if name in x]
-    means = [scale * float(np.mean(values)) for _, values in there]
+    means = [float(np.mean(values)) for _, values in there]
     _dots(ax, means, [row for row, _ in there], i, name)
     for row, values in there:
       if len(values) > 1:
-        ax.scatter(
-            scale * np.asarray(values),
-            [row] * len(values),
-            s=8,
-            color=_plots.COLOURS[i % 6],
-            alpha=0.6,
-            linewidths=0,
-        )
+        look: Json = dict(s=8, color=_plots.look(i)[0], alpha=0.6, linewidths=0)
+        ax.scatter(values, [row] * len(values), **look)
   ax.set_yticks(list(rows.values()), list(rows))
-  _finish_rows(ax, label)
+  _finish_rows(ax)
 
 
 def _dots(ax, values, rows, i: int, name: str) -> None:
-  ax.scatter(
-      values,
-      rows,
-      s=0.5 * _plots.AREAS[i % 6],
-      marker=_plots.MARKERS[i % 6],
-      color=_plots.COLOURS[i % 6],
-      linewidths=0,
-      label=name,
-      zorder=3,
-  )
+  colour, marker, area = _plots.look(i)
+  look: Json = dict(s=0.5 * area, marker=marker, color=colour, linewidths=0)
+  ax.scatter(values, rows, label=name, zorder=3, **look)
 
 
-def _finish_rows(ax, label: str) -> None:
+def _finish_rows(ax, label: str = '') -> None:
   ax.margins(y=0.1)
   ax.tick_params(axis='y', length=0)
-  ax.set_xlabel(label)
-  _plots.tidy(ax)
-  _plots.legend_below(ax, 3)
+  _plots.tidy(ax, label, '')
+  _plots.legend(ax, 'below', 3)
 
 
 def contributions(ax: 'Axes', effects: Sequence[Contribution]) -> None:
@@ -387,83 +329,42 @@ def contributions(ax: 'Axes', effects: Sequence[Contribution]) -> None:
   ):
     chosen = is_sure == sure
     if chosen.any():
-      ax.barh(
-          rows[chosen],
-          correlations[chosen],
-          height=0.55,
-          color=colour,
-          label=name,
-      )
+      look: Json = dict(height=0.55, color=colour, label=name)
+      ax.barh(rows[chosen], correlations[chosen], **look)
   inclusion = [(c.inclusion, row) for c, row in zip(effects, rows)]
   inclusion = [pair for pair in inclusion if np.isfinite(pair[0])]
   if inclusion:
-    _plots.mark(
-        ax,
-        inclusion,
-        'D',
-        facecolors='white',
-        edgecolors='black',
-        label='chosen by greedy',
-    )
+    look = dict(facecolors='white', edgecolors='black')
+    _plots.mark(ax, inclusion, 'D', label='chosen by greedy', **look)
   ax.axvline(0, color='black', linewidth=0.8)
   ax.set_yticks(rows, [c.name.replace('_', ' ') for c in effects])
   ax.set_xlim(-1, 1)
   ax.set_xticks([-1, -0.5, 0, 0.5, 1])
-  ax.set_xlabel("Spearman's correlation")
-  _plots.tidy(ax)
-  ax.legend(
-      frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1.01, 1)
-  )
+  _plots.tidy(ax, "Spearman's correlation", '')
+  _plots.legend(ax, 'right')
 
 
-def wise_ft(
-    ax: 'Axes',
-    curves: Mapping[str, Curve],
-    *,
-    x: str = 'test',
-    label: str = 'accuracy (%)',
-    scale: float = 100,
-) -> None:
-  """The mean of shifted scores against that on one set, along each line.
+def wise_ft(ax: 'Axes', curves: Mapping[str, Curve]) -> None:
+  """The mean of all shifted accuracies against that on test, along each line.
 
   Args:
     ax: a matplotlib Axes.
     curves: from `studies.wise_ft`.
-    x: the data set of the x axis; the y axis is the mean of all others.
-    label: what the scores are.
-    scale: multiplies the scores.
 
   Source: figure 1 of Wortsman et al. 2022, "Robust fine-tuning".
   """
   for i, (name, curve) in enumerate(curves.items()):
-    others = [v for k, v in curve.scores.items() if k != x]
-    across, up = curve.scores[x] * scale, np.mean(others, axis=0) * scale
+    shifts = [v for k, v in curve.scores.items() if k != 'test']
+    across, up = curve.scores['test'] * 100, np.mean(shifts, axis=0) * 100
     if not i:
-      ax.scatter(
-          across[0],
-          up[0],
-          s=40,
-          color='black',
-          label='initialization',
-          zorder=3,
-      )
-    colour = _plots.COLOURS[i % 6]
+      start: Json = dict(s=40, color='black', label='initialization', zorder=3)
+      ax.scatter(across[0], up[0], **start)
+    colour, marker, area = _plots.look(i)
     ax.plot(across, up, color=colour, marker='o', markersize=3, linewidth=1.2)
-    ax.scatter(
-        across[-1],
-        up[-1],
-        s=_plots.AREAS[i % 6],
-        marker=_plots.MARKERS[i % 6],
-        color=colour,
-        edgecolors='white',
-        linewidths=0.7,
-        label=name,
-        zorder=3,
-    )
-  ax.set_xlabel(f'{x} {label}')
-  ax.set_ylabel(f'mean of shifts, {label}')
-  _plots.tidy(ax)
-  ax.legend(frameon=False, fontsize=8)
+    look: Json = dict(s=area, marker=marker, color=colour, edgecolors='white')
+    ax.scatter(across[-1], up[-1], linewidths=0.7, label=name, zorder=3, **look)
+  _plots.tidy(ax, 'test accuracy (%)', 'mean of shifts, accuracy (%)')
+  _plots.legend(ax)
 
 
 def matrix(
@@ -494,16 +395,9 @@ def matrix(
       if not np.isfinite(value):  # Not measured.
         continue
       text = format(value, fmt)
+      text = text if float(text) else text.lstrip('-')
       colour = _BLACK if value > (low + high) / 2 else _WHITE
-      ax.text(
-          j,
-          i,
-          text if float(text) else text.lstrip('-'),
-          ha='center',
-          va='center',
-          fontsize=8,
-          color=colour,
-      )
+      ax.text(j, i, text, ha='center', va='center', fontsize=8, color=colour)
   # Names that would overlap are left out.
   ticks = range(0, len(names), -(-len(names) // _MAX_NUMBERS))
   for set_ticks in (ax.set_xticks, ax.set_yticks):
@@ -535,17 +429,14 @@ def _norm(values: Iterable[float]) -> Any:
   return colors.Normalize(low, high)
 
 
-def _scatter(ax: 'Axes', x, y, values, label: str) -> None:
+def _scatter(ax: 'Axes', x, y, values, *, has_diagonal: bool = False) -> None:
+  """A dot for each pair of models, coloured by its mean learning rate."""
   if values is None:
     ax.scatter(x, y, s=26, color=_plots.COLOURS[0], linewidths=0, alpha=0.8)
   else:
-    dots = ax.scatter(
-        x, y, s=30, c=values, cmap=_MAP, norm=_norm(values), linewidths=0
-    )
-    ax.figure.colorbar(dots, ax=ax, label=label)
-  _plots.tidy(ax)
-
-
-def _diagonal(ax: 'Axes', x: Sequence[float], y: Sequence[float]) -> None:
-  ends = [min(*x, *y), max(*x, *y)]
-  ax.plot(ends, ends, color='black', linewidth=0.8, linestyle=':', zorder=1)
+    colours: Json = dict(c=values, cmap=_MAP, norm=_norm(values))
+    dots = ax.scatter(x, y, s=30, linewidths=0, **colours)
+    ax.figure.colorbar(dots, ax=ax, label='mean learning rate')
+  if has_diagonal:
+    ends = [min(*x, *y), max(*x, *y)]
+    ax.plot(ends, ends, color='black', linewidth=0.8, linestyle=':', zorder=1)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pathlib
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from jaxsoup._soup import AtMost
 from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Trial
 from jaxsoup.report._tables import Row
+from jaxsoup.report._tables import best_single
+from jaxsoup.report._tables import singles
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
 
 if TYPE_CHECKING:
@@ -21,54 +26,43 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _GREY = '#9a9a9a'
+_DASHED: Json = dict(color='#8c8c8c', linewidth=1, linestyle='--')
+_MAX_LABELS = 24  # More would overlap.
 MARKERS = ('*', 'P', 'X', 'D', '^', 'v')
 _TRIALS = {'accepted': 'o', 'rejected': 'o', 'rejected early, at most': 'v'}
 AREAS = (190, 90, 90, 60, 80, 80)
 
 
-def scatter(
-    ax: 'Axes', rows: Sequence[Row], *, label: str | None = None
-) -> None:
+def scatter(ax: 'Axes', rows: Sequence[Row]) -> None:
   """Test against shifted score of every model and soup.
 
   Args:
     ax: a matplotlib Axes.
     rows: all models, singles included.
-    label: what the scores are; by default the metric of the rows.
 
   Source: figure 1 of Wortsman et al. 2022.
   """
-  label = f'{rows[0].metric} (%)' if label is None else label
-  singles = [row for row in rows if row.kind == 'single']
-  best = max(singles, key=lambda row: row.held_out, default=None)
-  ax.scatter(
-      [row.test * 100 for row in singles],
-      [row.mean_shift * 100 for row in singles],
-      s=22,
-      color=_GREY,
-      linewidths=0,
-      alpha=0.75,
+  label = f'{rows[0].metric} (%)'
+
+  def dots(shown: Sequence[Row], **look: Any) -> None:
+    x = [100 * row.test for row in shown]
+    ax.scatter(x, [100 * row.mean_shift for row in shown], **look)
+
+  dots(
+      singles(rows), s=22, color=_GREY, linewidths=0, alpha=0.75, zorder=2,
       label='fine-tuned models',
-      zorder=2,
-  )
-  if best is not None:
-    ax.scatter(
-        best.test * 100,
-        best.mean_shift * 100,
-        s=64,
-        facecolors='none',
-        edgecolors='black',
-        linewidths=1.3,
-        label='best on held-out',
-        zorder=4,
-    )
+  )  # fmt: skip
+  if (best := best_single(rows)) is not None:
+    dots(
+        [rows[best]], s=64, facecolors='none', edgecolors='black', zorder=4,
+        linewidths=1.3, label='best on held-out',
+    )  # fmt: skip
   for kind, filled in (('soup', True), ('ensemble', False)):
     for i, row in enumerate(row for row in rows if row.kind == kind):
       # Other colours in each round of the markers: no two look alike.
       colour = COLOURS[(i + i // len(MARKERS)) % len(COLOURS)]
-      ax.scatter(
-          row.test * 100,
-          row.mean_shift * 100,
+      dots(
+          [row],
           s=AREAS[i % len(AREAS)] if filled else 48,
           marker=MARKERS[i % len(MARKERS)] if filled else 's',
           facecolors=colour if filled else 'white',
@@ -78,12 +72,8 @@ def scatter(
           # Where two coincide, the one that the legend names first is on top.
           zorder=3 - 0.05 * i,
       )
-  ax.set_xlabel(f'test {label}')
-  ax.set_ylabel(f'mean of shifts, {label}')
-  tidy(ax)
-  ax.legend(
-      frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1.01, 1)
-  )
+  tidy(ax, f'test {label}', f'mean of shifts, {label}')
+  legend(ax, 'right')
 
 
 def trials(
@@ -127,11 +117,14 @@ def trials(
     if outcome in outcomes or marker == 'o':
       face = 'black' if outcome == 'accepted' else 'white'
       mark(ax, [], marker, edgecolors='black', facecolors=face, label=outcome)
-  ax.set_xlabel('trial')
-  ax.set_ylabel(label)
   ax.locator_params(axis='x', integer=True)
-  tidy(ax)
-  ax.legend(frameon=False, fontsize=8)
+  tidy(ax, 'trial', label)
+  legend(ax)
+
+
+def look(i: int) -> tuple[str, str, int]:
+  """Colour, marker and area of the i-th kind of mark."""
+  return COLOURS[i % 6], MARKERS[i % 6], AREAS[i % 6]
 
 
 def mark(ax: 'Axes', points: Sequence[Any], marker: str, **kwargs) -> None:
@@ -148,6 +141,172 @@ def _outcome(trial: Trial) -> str:
     return 'accepted'
   is_bound = isinstance(trial.score, AtMost)
   return 'rejected early, at most' if is_bound else 'rejected'
+
+
+class LineFit(NamedTuple):
+  """`y = slope x + intercept` by least squares.
+
+  Attributes:
+    slope: of the line.
+    intercept: of the line.
+    r_squared: the share of the variance of y that it explains.
+  """
+
+  slope: float
+  intercept: float
+  r_squared: float
+
+
+def line_fit(rows: Sequence[Row]) -> LineFit | None:
+  """Mean of shifts against test, over the single models.
+
+  Args:
+    rows: a row a model; only singles count.
+
+  Returns:
+    A `LineFit`; None where there is no line: for fewer than three models, or
+    equal scores.
+
+  Source: Miller et al. 2021, "Accuracy on the line"; figure 1 of Wortsman et
+  al. 2022.
+  """
+  x = np.array([row.test for row in singles(rows)])
+  y = np.array([row.mean_shift for row in singles(rows)])
+  if len(x) < 3 or not np.isfinite(y).all() or not np.ptp(x) * np.ptp(y):
+    return None
+  slope, intercept = np.polyfit(x, y, 1)
+  r_squared = np.corrcoef(x, y)[0, 1] ** 2
+  return LineFit(float(slope), float(intercept), float(r_squared))
+
+
+def figure_1(ax: 'Axes', rows: Sequence[Row]) -> None:
+  """The scatter of `scatter`, its line, and the legend below."""
+  scatter(ax, rows)
+  fit = line_fit(rows)
+  if fit is not None:
+    tests = [row.test for row in singles(rows)]
+    x = np.array([min(tests), max(tests)])
+    label = f'fit to single models, R² = {fit.r_squared:.2f}'
+    y = fit.slope * x + fit.intercept
+    ax.plot(100 * x, 100 * y, label=label, zorder=1, **_DASHED)
+  legend(ax, 'below', 2)
+
+
+def alphas(ax: 'Axes', alpha: Mapping[str, np.ndarray]) -> None:
+  """A row of bars for each soup: how much it takes of every model, `[K]`.
+
+  Each row has its own scale; its largest coefficient is written next to it.
+  """
+  names = list(alpha)[::-1]
+  num = max(map(len, alpha.values()), default=0)
+  for i, name in enumerate(names):
+    values = np.asarray(alpha[name], float)
+    top = np.abs(values).max() or 1.0
+    x, y = np.arange(len(values)), 0.8 * values / top
+    ax.bar(x, y, bottom=i, color=COLOURS[0])
+    ax.axhline(i, color='black', linewidth=0.6)
+    ax.text(num - 0.3, i, f' max {values.max():.2g}', fontsize=8, va='bottom')
+  ax.set_yticks(range(len(names)), names)
+  ax.tick_params(axis='y', length=0)
+  ax.set_ylim(-0.2, len(names))
+  ax.set_xlim(-0.7, num - 0.3)
+  ax.set_xlabel('model')
+  ax.locator_params(axis='x', integer=True)
+  ax.spines[['top', 'right', 'left']].set_visible(False)
+
+
+def alpha_map(ax: 'Axes', paths: Sequence[str], alpha: np.ndarray) -> None:
+  """Mixing coefficients of each tensor (rows) and model (columns), `[L, K]`."""
+  shown = ax.imshow(
+      alpha, cmap='cividis', aspect='auto', interpolation='nearest'
+  )
+  ax.figure.colorbar(shown, ax=ax, label='alpha')
+  labels = list(paths)
+  if len(paths) > _MAX_LABELS:
+    # The first tensor of each block, as far as there is room.
+    blocks = [path.partition('/')[0] for path in paths]
+    labels = [
+        block if i == 0 or block != blocks[i - 1] else ''
+        for i, block in enumerate(blocks)
+    ]
+  ticks = [i for i, label in enumerate(labels) if label]
+  ticks = ticks[:: -(-len(ticks) // _MAX_LABELS)]
+  ax.set_yticks(ticks, [labels[i] for i in ticks], fontsize=8)
+  ax.set_xlabel('model')
+  ax.locator_params(axis='x', integer=True)
+
+
+def reliability(ax: 'Axes', curves: Mapping[str, Config]) -> None:
+  """Accuracy against confidence; curves are `metrics.Reliability` by model."""
+  low = 100.0
+  for i, (name, curve) in enumerate(curves.items()):
+    x, y = (100 * np.asarray(curve[k]) for k in ('confidence', 'accuracy'))
+    low = min(low, x.min(), y.min())
+    colour, marker, _ = look(i - 1) if i else ('black', 'o', 0)
+    style: Json = dict(
+        linestyle='-' if i < 7 else ':', linewidth=1.1, markersize=4
+    )
+    ax.plot(x, y, color=colour, marker=marker, label=name, **style)
+  ax.plot([low, 100], [low, 100], **_DASHED)
+  tidy(ax, 'confidence (%)', 'accuracy (%)')
+  legend(ax, 'below', 2)
+
+
+def frequencies(
+    ax: 'Axes', frequency: Sequence[float], chosen: Sequence[int]
+) -> None:
+  """How often resamples of the held-out set choose each model."""
+  values = 100 * np.asarray(frequency)
+  for is_chosen, label in ((True, 'chosen'), (False, 'not chosen')):
+    models = [k for k in range(len(values)) if (k in chosen) == is_chosen]
+    colour = COLOURS[0] if is_chosen else 'white'
+    look: Json = dict(color=colour, edgecolor=COLOURS[0], label=label)
+    ax.bar(models, values[models], **look)
+  ax.set_ylim(0, 100)
+  ax.locator_params(axis='x', integer=True)
+  tidy(ax, 'model', 'resamples that choose it (%)')
+  legend(ax, 'below', 2)
+
+
+def against(
+    ax: 'Axes',
+    name: str,
+    values: Sequence[Any],
+    scores: Sequence[float],
+    chosen: Sequence[int] = (),
+    *,
+    label: str = 'held-out accuracy (%)',
+) -> None:
+  """Scores of single models against one hyper-parameter; chosen are filled."""
+  x = np.arange(len(values), dtype=float)
+  if is_numeric(values):
+    x = np.array(values, float)
+    if x.min() > 0 and x.max() / x.min() > 20:
+      ax.set_xscale('log')
+    else:  # 2, 4, 6 and 1e-5 at the end of the axis: long numbers overlap.
+      ax.ticklabel_format(axis='x', scilimits=(-3, 4))
+      ax.locator_params(axis='x', nbins=6)
+  else:
+    kinds = sorted(set(map(str, values)))
+    x = np.array([kinds.index(str(value)) for value in values], float)
+    ax.set_xticks(range(len(kinds)), kinds)
+    ax.set_xlim(-0.5, len(kinds) - 0.5)
+  y = 100 * np.asarray(scores, float)
+  is_chosen = np.isin(np.arange(len(x)), list(chosen))
+  colour = COLOURS[0]
+  for mask, face in ((~is_chosen, 'none'), (is_chosen, colour)):
+    ax.scatter(
+        x[mask], y[mask], s=26, facecolors=face, edgecolors=colour, zorder=3
+    )
+  tidy(ax, name, label)
+
+
+def is_numeric(values: Sequence[Any]) -> bool:
+  """Whether all values are numbers, and not just true or false."""
+  return all(
+      isinstance(value, (int, float)) and not isinstance(value, bool)
+      for value in values
+  )
 
 
 def save(
@@ -172,18 +331,19 @@ def save(
   fig.savefig(path, dpi=160)
 
 
-def tidy(ax: 'Axes') -> None:
+def tidy(ax: 'Axes', x: str, y: str) -> None:
+  """Names the axes, and leaves out what says nothing."""
+  ax.set(xlabel=x, ylabel=y)
   ax.spines[['top', 'right']].set_visible(False)
   ax.grid(color='#e6e6e6', linewidth=0.6, zorder=0)
   ax.set_axisbelow(True)
 
 
-def legend_below(ax: 'Axes', ncols: int) -> None:
-  """A legend outside of the axes, so that it hides nothing."""
-  ax.legend(
-      frameon=False,
-      fontsize=8,
-      ncols=ncols,
-      loc='upper center',
-      bbox_to_anchor=(0.5, -0.17),
-  )
+def legend(ax: 'Axes', where: str = 'best', ncols: int = 1) -> None:
+  """A legend: 'right' and 'below' are outside of the axes, and hide nothing."""
+  places: Json = {
+      'right': dict(loc='upper left', bbox_to_anchor=(1.01, 1)),
+      'below': dict(loc='upper center', bbox_to_anchor=(0.5, -0.17)),
+  }
+  place = places.get(where, {'loc': where})
+  ax.legend(frameon=False, fontsize=8, ncols=ncols, **place)

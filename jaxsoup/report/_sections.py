@@ -18,7 +18,6 @@ import numpy as np
 
 from jaxsoup._soup import AtMost
 from jaxsoup._soup import SearchInfo
-from jaxsoup.report import _charts
 from jaxsoup.report import _plots
 from jaxsoup.report import _tables
 from jaxsoup.report._page import Part
@@ -42,12 +41,9 @@ def table_section(
 ) -> Section:
   """The table of the paper, and what is significant in it.
 
-  Args:
-    rows: a row a model, singles included.
-    settings: hyper-parameters of each row, for the file of all models.
-    tables: the rows of each split, where the held-out set was drawn several
-      times.
-    sets: as in `markdown`.
+  `settings` are the hyper-parameters of each row, for the file of all models;
+  `tables` the rows of each split, where the held-out set was drawn several
+  times.
   """
   shown, deviations = _tables.averaged(
       [_tables.summary(table) for table in tables or [rows]]
@@ -75,18 +71,11 @@ def _findings(shown: Sequence[Row]) -> list[str]:
   """Who is significantly better than the best single model, in words."""
   sentences = []
   for key, where in (('test', 'On test data'), ('shifts', 'On the shifts')):
-    compared = [row for row in shown if key in row.gains]
-    better = [
-        row.name
-        for row in compared
-        if row.gains[key].is_significant and row.gains[key].gain > 0
-    ]
-    worse = [
-        row.name
-        for row in compared
-        if row.gains[key].is_significant and row.gains[key].gain < 0
-    ]
-    if compared:
+    gains = [(row.name, row.gains[key]) for row in shown if key in row.gains]
+    sure = [(name, x.gain) for name, x in gains if x.is_significant]
+    better = [name for name, gain in sure if gain > 0]
+    worse = [name for name, gain in sure if gain < 0]
+    if gains:
       text = f'{where}, significantly better than the best single model: '
       text += f'{_listed(better)}.'
       sentences.append(text + (f' Worse: {_listed(worse)}.' if worse else ''))
@@ -114,8 +103,8 @@ def scatter_sections(rows: Sequence[Row]) -> list[Section]:
   """Test against shifts; empty without shifted data."""
   if not np.isfinite([row.mean_shift for row in rows]).any():
     return []
-  fit = _charts.line_fit(rows)
-  singles = [row for row in rows if row.kind == 'single']
+  fit = _plots.line_fit(rows)
+  singles = _tables.singles(rows)
   others = [row for row in rows if row.kind != 'single']
   alt = f'Scatter of the mean of shifts against test {rows[0].metric}. ' + (
       f'{len(singles)} single models: test {_range(r.test for r in singles)}, '
@@ -135,7 +124,7 @@ def scatter_sections(rows: Sequence[Row]) -> list[Section]:
     )
   picture = Picture(
       'test_against_shifts',
-      lambda ax: _charts.figure_1(ax, rows),
+      lambda ax: _plots.figure_1(ax, rows),
       alt,
       caption,
       (4.8, 4.6),
@@ -146,13 +135,7 @@ def scatter_sections(rows: Sequence[Row]) -> list[Section]:
 def trial_sections(
     infos: Mapping[str, SearchInfo], *, label: str, scale: float = 100
 ) -> list[Section]:
-  """What the searches tried; empty without searches.
-
-  Args:
-    infos: of soups from `greedy` and `pruned`, by name.
-    label: what the scores are.
-    scale: multiplies them.
-  """
+  """What the searches tried; empty without searches."""
   if not infos:
     return []
   pictures, records = [], []
@@ -183,7 +166,9 @@ def trial_sections(
             'soup': name,
             'trial': i,
             'ingredient': trial.ingredient,
-            **_columns(trial.score),
+            # A score and a bound stand in different columns.
+            'score': None if isinstance(trial.score, AtMost) else trial.score,
+            'at_most': getattr(trial.score, 'bound', None),
             'accepted': trial.accepted,
         }
         for i, trial in enumerate(info.trials, 1)
@@ -191,19 +176,8 @@ def trial_sections(
   return [Section('Trials of the searches', pictures, {'trials': records})]
 
 
-def _columns(score: float | AtMost) -> dict[str, float | None]:
-  """A score and a bound stand in different columns."""
-  if isinstance(score, AtMost):
-    return {'score': None, 'at_most': score.bound}
-  return {'score': score, 'at_most': None}
-
-
 def alpha_sections(alphas: Mapping[str, Nested]) -> list[Section]:
-  """The mixing coefficients of each soup; empty without soups.
-
-  Args:
-    alphas: by soup: `[K]`, or nested dicts of those.
-  """
+  """The mixing coefficients of each soup; empty without soups."""
   if not alphas:
     return []
   by_path = {name: _paths(alpha) for name, alpha in alphas.items()}
@@ -212,19 +186,15 @@ def alpha_sections(alphas: Mapping[str, Nested]) -> list[Section]:
       for name, tensors in by_path.items()
   }
   header = ['soup', 'models', 'effective number', 'sum']
-  body = [
-      [
-          name,
-          str(np.count_nonzero(alpha)),
-          f'{_effective_number(alpha):.1f}',
-          f'{alpha.sum():.3f}',
-      ]
-      for name, alpha in means.items()
-  ]
+  body = []
+  for name, alpha in means.items():
+    effective = alpha.sum() ** 2 / np.square(alpha).sum()
+    numbers = np.count_nonzero(alpha), f'{effective:.1f}', f'{alpha.sum():.3f}'
+    body.append([name, *map(str, numbers)])
   pictures = [
       Picture(
           'alpha',
-          lambda ax: _charts.alphas(ax, means),
+          lambda ax: _plots.alphas(ax, means),
           'Bars of the mixing coefficients. '
           + ' '.join(f'{n}: {_largest(a)}.' for n, a in means.items()),
           'Mixing coefficients of each model; each row has its own scale. '
@@ -262,7 +232,7 @@ def _alpha_map(name: str, paths: list[str], values: np.ndarray) -> Picture:
   )
   return Picture(
       f'alpha_{_file(name)}',
-      lambda ax: _charts.alpha_map(ax, paths, values),
+      lambda ax: _plots.alpha_map(ax, paths, values),
       f'Heat map of mixing coefficients. {text}',
       text,
       (4.8, 4.2),
@@ -279,24 +249,13 @@ def _paths(tree: Nested, prefix: str = '') -> dict[str, np.ndarray]:
   }
 
 
-def _effective_number(alpha: np.ndarray) -> float:
-  return float(alpha.sum() ** 2 / np.square(alpha).sum())
-
-
 def _largest(alpha: np.ndarray, num: int = 3) -> str:
   order = np.argsort(-alpha, kind='stable')[:num]
   return 'most of ' + ', '.join(f'{k} ({alpha[k]:.2g})' for k in order)
 
 
-def calibration_sections(
-    curves: Mapping[str, Config],
-) -> list[Section]:
-  """Whether models are calibrated; empty without curves.
-
-  Args:
-    curves: by model: fields of `jaxsoup.metrics.Reliability`. The first is
-      what the others are compared with.
-  """
+def calibration_sections(curves: Mapping[str, Config]) -> list[Section]:
+  """Whether models are calibrated; empty without `metrics.Reliability`."""
   if not curves:
     return []
   body = [
@@ -312,7 +271,7 @@ def calibration_sections(
       'In per cent, on test data.',
       Picture(
           'calibration',
-          lambda ax: _charts.reliability(ax, curves),
+          lambda ax: _plots.reliability(ax, curves),
           f'{alt}.',
           f'{num_bins} bins with equal numbers of examples. Below the dashed '
           'line a model is overconfident, above it underconfident.',
@@ -345,17 +304,9 @@ def setting_sections(
 ) -> list[Section]:
   """Hyper-parameters against scores; empty if none of them varies.
 
-  Args:
-    rows: a row a model; singles count.
-    settings: hyper-parameters of each row.
-    chosen: which singles the greedy soup took, by their place among singles.
+  `chosen` are places among the singles of those that the greedy soup took.
   """
-  pairs = [
-      (row, setting)
-      for row, setting in zip(rows, settings)
-      if row.kind == 'single'
-  ]
-  names = list(dict.fromkeys(name for _, setting in pairs for name in setting))
+  pairs, names = singles_with(settings, rows)
   pictures = []
   for name in names:
     known = [k for k, (_, setting) in enumerate(pairs) if name in setting]
@@ -378,33 +329,35 @@ def setting_sections(
   return [Section('Hyper-parameters', [text, *pictures])]
 
 
+def singles_with(
+    settings: Settings, rows: Sequence[Row]
+) -> tuple[list[tuple[Row, Config]], list[str]]:
+  """Single models with their hyper-parameters, and the names of all those."""
+  pairs = [pair for pair in zip(rows, settings) if pair[0].kind == 'single']
+  return pairs, list(dict.fromkeys(name for _, x in pairs for name in x))
+
+
 def _setting(name, values, rows, chosen) -> Picture:
   scores = [row.held_out for row in rows]
   best = int(np.argmax(scores))
-  if _charts.is_numeric(values):
+  if _plots.is_numeric(values):
     span = f'from {min(values):.3g} to {max(values):.3g}'
   else:
     span = _listed(sorted(set(map(str, values))))
   shown = values[best]
-  shown = f'{shown:.3g}' if _charts.is_numeric([shown]) else str(shown)
+  shown = f'{shown:.3g}' if _plots.is_numeric([shown]) else str(shown)
   label = f'held-out {rows[0].metric} (%)'
   return Picture(
       f'setting_{_file(name)}',
-      lambda ax: _charts.against(ax, name, values, scores, chosen, label=label),
+      lambda ax: _plots.against(ax, name, values, scores, chosen, label=label),
       f'Held-out {rows[0].metric} against {name}, {span}. The best of '
       f'{len(rows)} models, at {shown}, scores {_percent(scores[best])}.',
       size=(4.8, 3.2),
   )
 
 
-def stability_sections(
-    searches: Mapping[str, Config],
-) -> list[Section]:
-  """How stable the choice of a search is; empty without resamples.
-
-  Args:
-    searches: fields of `jaxsoup.statistics.Stability` by name of the search.
-  """
+def stability_sections(searches: Mapping[str, Config]) -> list[Section]:
+  """How stable the choice of each search is; empty without resamples."""
   return [_stability_section(name, stable) for name, stable in searches.items()]
 
 
@@ -421,7 +374,7 @@ def _stability_section(name: str, stable: Config) -> Section:
   often = [k for k, x in enumerate(frequency) if x >= 0.5]
   picture = Picture(
       f'stability_{_file(name)}',
-      lambda ax: _charts.frequencies(ax, frequency, chosen),
+      lambda ax: _plots.frequencies(ax, frequency, chosen),
       'Bars: how many resamples choose each model. At least half choose '
       f'{_listed(list(map(str, often)))}.',
   )
@@ -429,11 +382,8 @@ def _stability_section(name: str, stable: Config) -> Section:
       {'model': k, 'frequency': x, 'chosen': k in chosen}
       for k, x in enumerate(frequency)
   ]
-  return Section(
-      f'Stability: {name}',
-      [text, picture],
-      {f'stability_{_file(name)}': records},
-  )
+  data = {f'stability_{_file(name)}': records}
+  return Section(f'Stability: {name}', [text, picture], data)
 
 
 def _file(name: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import itertools
 import shutil
 from typing import Any
 from typing import NamedTuple
@@ -181,10 +182,14 @@ def refuse_twice(logits: Mapping[str, Array]) -> None:
       )
 
 
+def singles(rows: Sequence[Row]) -> list[Row]:
+  return [row for row in rows if row.kind == 'single']
+
+
 def best_single(rows: Sequence[Row]) -> int | None:
   """The index of the best single model on held-out data, if there is one."""
-  singles = [i for i, row in enumerate(rows) if row.kind == 'single']
-  return max(singles, key=lambda i: rows[i].held_out, default=None)
+  single = [i for i, row in enumerate(rows) if row.kind == 'single']
+  return max(single, key=lambda i: rows[i].held_out, default=None)
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
@@ -197,12 +202,11 @@ def summary(rows: Sequence[Row]) -> list[Row]:
   Returns:
     Rows, with those of the single models replaced by the first two.
   """
-  singles = [row for row in rows if row.kind == 'single']
   others = [row for row in rows if row.kind != 'single']
   best = best_single(rows)
   if best is None:
     return others
-  mean = mean_rows([[single] for single in singles])[0][0]
+  mean = mean_rows([[single] for single in singles(rows)])[0][0]
   return [
       rows[best]._replace(name=_BEST),
       mean._replace(name='mean of singles'),
@@ -364,7 +368,9 @@ def cells(
 ) -> tuple[list[str], list[list[str]]]:
   """Headers and cells of a table; `bold` gets the significant gains."""
   columns = _shown(rows)
-  headers = ['', *(h for column in columns for h in _headers(column))]
+  headers = ['']
+  for column in columns:
+    headers += [column.header, 'gain'] if column.gain else [column.header]
   body = []
   for row, deviation in _with(rows, deviations):
     line = [row.name]
@@ -397,45 +403,40 @@ def rich_table(
   Returns:
     A `rich.table.Table`.
   """
+  from rich import console
+
+  width = shutil.get_terminal_size().columns if width is None else width
+  caption = '\n'.join(legend(rows, sets, bold='[bold]bold[/bold]'))
+  pairs = list(_with(rows, deviations))
+  for breaks in ((' ', ' '), ('\n', ' '), ('\n', '\n')):
+    table = _rich_table(pairs, _shown(rows), caption, breaks)
+    if console.Console(width=10_000).measure(table).maximum <= width:
+      break
+  return table
+
+
+def _rich_table(pairs, columns, caption, breaks) -> Any:
   from rich import box
   from rich import table as rich_table_lib
   from rich import text
 
-  width = shutil.get_terminal_size().columns if width is None else width
   table = rich_table_lib.Table(
       box=box.SIMPLE_HEAD,
       show_edge=False,
       pad_edge=False,
       collapse_padding=True,
-      caption=text.Text.from_markup(
-          '\n'.join(legend(rows, sets, bold='[bold]bold[/bold]'))
-      ),
+      caption=text.Text.from_markup(caption),
       caption_justify='left',
   )
   table.add_column('', no_wrap=True)
-  for column in _shown(rows):
+  for column in columns:
     header = column.header.removesuffix(' at inference')
-    header = ' of\n'.join(header.split(' of '))
-    table.add_column(header, justify='right', no_wrap=True)
-  for before_deviation, before_interval in (
-      (' ', ' '),
-      ('\n', ' '),
-      ('\n', '\n'),
-  ):
-    cells = [
-        [text.Text(row.name)]
-        + [
-            _rich_cell(
-                column, row, deviation, before_deviation, before_interval
-            )
-            for column in _shown(rows)
-        ]
-        for row, deviation in _with(rows, deviations)
-    ]
-    if _width_of(table, cells) <= width:
-      break
-  for row_cells in cells:
-    table.add_row(*row_cells)
+    table.add_column(
+        header.replace(' of ', ' of\n'), justify='right', no_wrap=True
+    )
+  for row, deviation in pairs:
+    cells = (_rich_cell(column, row, deviation, *breaks) for column in columns)
+    table.add_row(text.Text(row.name), *cells)
   return table
 
 
@@ -451,24 +452,10 @@ def _rich_cell(column, row, deviation, before_deviation, before_interval):
   return cell
 
 
-def _width_of(table: Any, cells: Sequence[Sequence[Any]]) -> int:
-  """The columns that a table with these cells takes, two between cells."""
-  widths = [
-      max(
-          len(line)
-          for part in (column.header, *(cell.plain for cell in of_rows))
-          for line in part.split('\n')
-      )
-      for column, of_rows in zip(table.columns, zip(*cells))
-  ]
-  return sum(widths) + 2 * (len(widths) - 1)
-
-
 def _with(
     rows: Sequence[Row], deviations: Sequence[Row] | None
 ) -> Iterator[tuple[Row, Row | None]]:
-  for i, row in enumerate(rows):
-    yield row, None if deviations is None else deviations[i]
+  return zip(rows, itertools.repeat(None) if deviations is None else deviations)
 
 
 def _shown(rows: Sequence[Row]) -> list[_Column]:
@@ -479,10 +466,6 @@ def _shown(rows: Sequence[Row]) -> list[_Column]:
       for column in _COLUMNS
       if not np.isnan([column.value(row) for row in rows]).all()
   ]
-
-
-def _headers(column: _Column) -> list[str]:
-  return [column.header, *(['gain'] if column.gain else [])]
 
 
 def _score(column: _Column, row: Row, deviation: Row | None) -> str:
@@ -534,11 +517,8 @@ def legend(
       if 'optimism' in row.gains
   ]
   if optimism:
-    lines.append(
-        'Selection optimism (held-out gain minus test gain): '
-        + ', '.join(optimism)
-        + '.'
-    )
+    what = 'Selection optimism (held-out gain minus test gain)'
+    lines.append(f'{what}: {", ".join(optimism)}.')
   return lines
 
 
@@ -569,25 +549,20 @@ def _sets_of(row: Row) -> dict[str, dict[str, int]]:
   sizes = {key: gain.num for key, gain in row.gains.items() if gain.num}
   names = list(row.shifts)
   shifts = ', '.join(names) if len(names) <= 4 else f'{len(names)} shifts'
-  sets = {
-      'selected': {'held-out': sizes.get('held_out', 0)},
-      'reported': {
-          'test': sizes.get('test', 0),
-          shifts: sizes.get('shifts', 0),
-      },
-  }
-  known = {
-      role: {name: num for name, num in used.items() if num}
-      for role, used in sets.items()
-  }
-  return {role: used for role, used in known.items() if used}
+  sets: dict[str, dict[str, int]] = {}
+  for role, name, key in (
+      ('selected', 'held-out', 'held_out'),
+      ('reported', 'test', 'test'),
+      ('reported', shifts, 'shifts'),
+  ):
+    if key in sizes:
+      sets.setdefault(role, {})[name] = sizes[key]
+  return sets
 
 
 def _on_what(sets: Mapping[str, Mapping[str, int]]) -> str:
-  roles = [
-      f'{role} on '
-      + ', '.join(f'{name} ({num:,})' for name, num in used.items())
-      for role, used in sets.items()
-  ]
-  text = '; '.join(roles)
-  return f'Examples: {text}.'
+  roles = []
+  for role, used in sets.items():
+    names = (f'{name} ({num:,})' for name, num in used.items())
+    roles.append(f'{role} on {", ".join(names)}')
+  return f'Examples: {"; ".join(roles)}.'

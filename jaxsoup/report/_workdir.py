@@ -179,19 +179,11 @@ def sections_of(contents: Contents) -> list[Section]:
   """The sections of an experiment; the last says how it was made."""
   rows, settings = contents.rows, contents.settings
   results = contents.results
-  infos = {
-      name: own['info']
-      for name, own in contents.soups.items()
-      if isinstance(own.get('info'), SearchInfo)
-  }
-  alphas = {
-      name: own['alpha']
-      for name, own in contents.soups.items()
-      if 'alpha' in own
-  }
-  greedy = next(
-      (info for name, info in infos.items() if 'greedy' in name), None
-  )
+  soups = contents.soups.items()
+  infos: Json = {name: own.get('info') for name, own in soups}
+  infos = {k: x for k, x in infos.items() if isinstance(x, SearchInfo)}
+  alphas = {name: own['alpha'] for name, own in soups if 'alpha' in own}
+  greedy = next((x for name, x in infos.items() if 'greedy' in name), None)
   is_nll = results['config'].get('select_by') == 'nll'
   return [
       _sections.table_section(
@@ -225,12 +217,8 @@ def sections_of(contents: Contents) -> list[Section]:
 def _around(contents: Contents) -> list[Section]:
   """The landscape between the models."""
   parts = contents.landscape
-  singles = [
-      (row.name, setting)
-      for row, setting in zip(contents.rows, contents.settings)
-      if row.kind == 'single'
-  ]
-  names = [name for name, _ in singles]
+  singles, _ = _sections.singles_with(contents.settings, contents.rows)
+  names = [row.name for row, _ in singles]
   settings = [setting for _, setting in singles]
   return [
       *_landscape_sections.plane_sections(parts.get('plane', {}), names),
@@ -301,25 +289,15 @@ def _command(argv: Sequence[str]) -> str:
 
 def _data(record: Mapping[str, Config]) -> Table:
   body = [
-      [
-          name,
-          f'{entry["num"]:,}',
-          str(entry.get('rule', '')),
-          entry.get('sha256', '')[:16],
-      ]
-      for name, entry in record.items()
+      [name, f'{x["num"]:,}', str(x.get('rule', '')), x.get('sha256', '')[:16]]
+      for name, x in record.items()
   ]
   header = ['data set', 'examples', 'rule', 'SHA-256, first 16']
   return Table(header, body, 'Data', is_folded=True)
 
 
 def _models(contents: Contents) -> Table:
-  pairs = [
-      (row, setting)
-      for row, setting in zip(contents.rows, contents.settings)
-      if row.kind == 'single'
-  ]
-  names = list(dict.fromkeys(name for _, setting in pairs for name in setting))
+  pairs, names = _sections.singles_with(contents.settings, contents.rows)
   body = [
       [
           row.name,
@@ -330,9 +308,8 @@ def _models(contents: Contents) -> Table:
       for row, setting in pairs
   ]
   caption = f'The {len(pairs)} single models'
-  return Table(
-      ['model', 'held-out', 'test', *names], body, caption, is_folded=True
-  )
+  header = ['model', 'held-out', 'test', *names]
+  return Table(header, body, caption, is_folded=True)
 
 
 def _text(value: object) -> str:
@@ -350,15 +327,12 @@ def _provenance(soups: Mapping[str, Config]) -> Table:
 
 
 def _intro(rows: Sequence[Row]) -> str:
-  numbers = {
-      kind: sum(row.kind == kind for row in rows) for kind in _scores.KINDS
-  }
   names = {'single': 'fine-tuned model', 'soup': 'soup', 'ensemble': 'ensemble'}
-  text = ', '.join(
-      f'{num} {names[kind]}{"s" * (num != 1)}'
-      for kind, num in numbers.items()
-      if num
-  )
+  counts = [
+      (sum(row.kind == kind for row in rows), name)
+      for kind, name in names.items()
+  ]
+  text = ', '.join(f'{n} {name}{"s" * (n != 1)}' for n, name in counts if n)
   best = _tables.best_single(rows)
   if best is None:
     return f'{text}.'

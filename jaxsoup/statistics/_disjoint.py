@@ -72,12 +72,7 @@ def split(
   digest = hashlib.sha256()
   for name, part in rows.items():
     digest.update(f'{name}:{",".join(map(str, part.tolist()))};'.encode())
-  made = {
-      'num': num,
-      'sizes': dict(sizes),
-      'seed': seed,
-      'hash': digest.hexdigest(),
-  }
+  made = dict(num=num, sizes=dict(sizes), seed=seed, hash=digest.hexdigest())
   if record is not None and dict(record) != made:
     raise ValueError(
         f'The split is {made}, the record {dict(record)}. Scores of different '
@@ -228,10 +223,8 @@ def _row_hashes(data: Rows) -> Iterator[bytes]:
 
 def _in_chunks(data: Rows) -> Iterator[list[np.ndarray]]:
   """The inputs of a data set, sorted by name, some rows at a time."""
-  if isinstance(data, Mapping):
-    num = len(next(iter(data.values())))
-  else:
-    num = len(data)
+  first = next(iter(data.values())) if isinstance(data, Mapping) else data
+  num = len(first)
   for start in range(0, num, _NUM_AT_ONCE):
     rows = np.arange(start, min(start + _NUM_AT_ONCE, num))
     if isinstance(data, Mapping):
