@@ -5,29 +5,17 @@ import contextlib
 import json
 import pathlib
 from typing import Any
-from typing import NamedTuple
 
 import typer
 
 from jaxsoup.commands import _common
+from jaxsoup.commands import _options
 
 NOTHING_SAVED = 'nothing is saved, and the command starts from scratch'
 
 
-class Order(NamedTuple):
-  """What was asked for, whatever the recipe."""
-
-  runs: list[pathlib.Path]
-  out: pathlib.Path
-  item: str | None
-  max_shard_bytes: int
-  is_sharded: bool
-  is_distributed: bool
-  as_json: bool
-
-
 def cook(
-    order: Order,
+    order: _options.Order,
     recipe: str,
     recipe_fn: Callable[[Any], Any] | None = None,
     *,
@@ -47,7 +35,7 @@ def cook(
     saved: what a SIGTERM leaves.
   """
   with _common.failures():
-    if order.is_distributed:
+    if order.distributed:
       from jaxsoup.runtime import distributed
 
       distributed.start()
@@ -64,15 +52,10 @@ def cook(
       ingredients = stopping.Ingredients(
           order.runs, item=order.item, stop=stop, saved=saved
       )
-      if order.is_sharded or order.is_distributed:
+      if order.shard or order.distributed:
         ingredients = ingredients.onto(_sharded(ingredients.abstract_params))
-      soup = _make_and_save(
-          order,
-          ingredients,
-          recipe_fn,
-          alpha,
-          metadata={'recipe': recipe, 'seed': seed},
-      )
+      metadata = {'recipe': recipe, 'seed': seed}
+      soup = _make_and_save(order, ingredients, recipe_fn, alpha, metadata)
     if is_main:
       _show(soup, ingredients, order, recipe)
 
@@ -125,7 +108,7 @@ def _make_and_save(order, ingredients, recipe_fn, alpha, metadata):
         ingredients,
         soup,
         alpha=alpha,
-        max_shard_bytes=order.max_shard_bytes,
+        max_shard_bytes=order.max_shard_size,
         metadata=metadata,
     )
   elif is_streamed:
