@@ -195,7 +195,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     raise UsageError(
         _explain(overrides, module.get_config(arg or None), e)
     ) from e
-  if problems := list(_problems(_flat(values.config))):
+  if problems := list(_problems(flat(values.config))):
     raise UsageError(f'{path}: {"; ".join(problems)}.')
   sweep_fn = lambda config: list(module.sweep(config))
   runs = _called(module, path, 'sweep', sweep_fn, values.config)
@@ -283,7 +283,7 @@ def _problems(fields: Json) -> Iterator[str]:
 
 def _explain(overrides, config, error) -> str:
   """Names the wrong override, and what is expected."""
-  known = _flat(config)
+  known = flat(config)
   for override in overrides:
     name = override.lstrip('-').partition('=')[0].removeprefix('config.')
     if name not in known and not any(k.startswith(f'{name}[') for k in known):
@@ -303,14 +303,15 @@ def _explain(overrides, config, error) -> str:
   return f'{first} ({"; ".join(types)})' if types else first
 
 
-def _flat(config: ml_collections.ConfigDict) -> Json:
-  flat: Json = {}
+def flat(config: ml_collections.ConfigDict) -> Json:
+  """Its fields by their names, such as 'finetune.num_epochs'."""
+  fields: Json = {}
   for key, value in config.items():
     if isinstance(value, ml_collections.ConfigDict):
-      flat |= {f'{key}.{k}': v for k, v in _flat(value).items()}
+      fields |= {f'{key}.{k}': v for k, v in flat(value).items()}
     else:
-      flat[key] = value
-  return flat
+      fields[key] = value
+  return fields
 
 
 def _module(file: str) -> Any:
@@ -336,7 +337,7 @@ def check_unchanged(
     ValueError: the stored config is unreadable.
   """
   try:
-    now = _lasting(json.loads(json.dumps(_flat(config))))
+    now = _lasting(json.loads(json.dumps(flat(config))))
   except TypeError as e:
     raise UsageError(
         f'The config holds what JSON cannot hold: {e}. Use numbers, text, '

@@ -106,7 +106,10 @@ def make(
       num_parameters=sum(math.prod(x.shape) for x in leaves),
       model_bytes=sum(map(recipes.total_bytes, leaves)),
       read_bytes=recipes.read_bytes(leaves)[1],
-      batch_sizes=_batch_sizes(config, mesh),
+      batch_sizes={
+          'fine-tuning': config.finetune.batch_size,
+          **{k: x.size for k, x in programs.batches(config, mesh).items()},
+      },
       num_runs=len(experiment.runs),
       sweep_flops=step.flops * mesh.size * programs.sweep(experiment).times,
       rates=rates,
@@ -137,31 +140,12 @@ LEARNED_FIELDS = (
 
 
 def _check_complete(config: ml_collections.ConfigDict) -> None:
-  def is_missing(name):
-    node = config
-    for part in name.split('.'):
-      if not isinstance(node, ml_collections.ConfigDict) or part not in node:
-        return True
-      node = node[part]
-    return False
-
+  known = configs.flat(config)
   fields = FIELDS + (LEARNED_FIELDS if 'learned' in config else ())
-  missing = [name for name in fields if is_missing(name)]
-  if missing:
+  if missing := [name for name in fields if name not in known]:
     raise configs.UsageError(
         f'The config lacks {", ".join(missing)}: see configs/digits.py.'
     )
-
-
-def _batch_sizes(config, mesh) -> dict[str, int]:
-  sizes = {
-      'fine-tuning': config.finetune.batch_size,
-      'evaluation': programs.evaluated(config, mesh).size,
-  }
-  if 'learned' in config:
-    batches, val_batches = programs.learned(config, mesh)
-    sizes |= {'learned': batches.size, 'early stopping': val_batches.size}
-  return sizes
 
 
 def as_json(plan: Plan) -> Json:
