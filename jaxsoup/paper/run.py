@@ -73,7 +73,7 @@ def run(
   figures: dict[int, list[Figures]] = {n: [] for n in chosen}
   for i, seed in enumerate(range(first, first + num_seeds)):
     loaded = configs.load(path, [*overrides, f'--config.seed={seed}'])
-    with pools.opened(loaded, workdir / f'seed{seed}', stop=stop) as bench:
+    with pools.Bench(loaded, workdir / f'seed{seed}', stop=stop) as bench:
       for j, number in enumerate(chosen):
         done = (i + j / len(chosen)) / num_seeds
         progress_fn(_STAGE, done)
@@ -150,13 +150,10 @@ def _cell(values: Sequence[float | None]) -> str:
   """`96.1 ± 0.8`; small numbers have three digits."""
   known = np.array([np.nan if x is None else x for x in values], float)
   mean = known.mean()
-  text = f'{mean:.1f}' if abs(mean) >= 2 else f'{mean:.2f}'
+  digits = 1 if abs(mean) >= 2 else 2
   if len(known) < 2:
-    return text
-  deviation = known.std(ddof=1)
-  return f'{text} ± {deviation:.1f}' if abs(mean) >= 2 else (
-      f'{text} ± {deviation:.2f}'
-  )  # fmt: skip
+    return f'{mean:.{digits}f}'
+  return f'{mean:.{digits}f} ± {known.std(ddof=1):.{digits}f}'
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """The experiments of the paper, each of them one function of a bench.
 
 ```
-result = studies.EXPERIMENTS[4].study(bench)     # of `pools.opened`
+result = studies.EXPERIMENTS[4].study(bench)     # a `pools.Bench`
 result.figures                     # by row and column
 ```
 
@@ -35,6 +35,7 @@ Draw = Callable[[Any], None]
 # Figures by row and column; those of a column with '%' are drawn.
 Figures = dict[str, dict[str, float]]
 _TEST, _SHIFTS = 'test, %', 'shifts, %'
+_WHERE = ('test', 'shifts')
 
 
 class Result(NamedTuple):
@@ -80,15 +81,11 @@ def _prefixed(prefix: str, figures: Figures) -> Figures:
   return {f'{prefix}: {name}': row for name, row in figures.items()}
 
 
-def _file(bench: pools.Bench, pool: str, name: str) -> Any:
-  path = bench[pool].work.workdir / name
-  return json.loads(path.read_text())
-
-
 def plane(bench: pools.Bench) -> Result:
   """Error at the start, at two models and in the middle of them."""
   pool = bench['sweep']
-  surfaces = _file(bench, 'sweep', 'landscape/plane.json')
+  path = pool.work.workdir / 'landscape/plane.json'
+  surfaces = json.loads(path.read_text())
   first, second = surfaces['corners']
   figures = {
       'start': _scores(pool.of(pool.theta_0)),
@@ -101,6 +98,13 @@ def plane(bench: pools.Bench) -> Result:
   return Result(figures, pictures[-1].draw)
 
 
+def _sets(pool: pools.Pool, where: str) -> landscapes.Sets:
+  """All test data ('test'), or all that are shifted ('shifts')."""
+  names = ['test'] if where == 'test' else list(pool.work.splits.shifts)
+  num = len(names) * len(pool.work.splits.test)
+  return landscapes.Sets(pool.work, names, num)
+
+
 def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
   """Pairs that differ in one hyper-parameter, on test data and on shifts."""
   if 'pairs' not in bench.cache:
@@ -111,14 +115,10 @@ def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
         for group in sets
         for pair in itertools.combinations(group, 2)
     ]
-    pairs = {}
-    for name, names in (
-        ('test', ['test']),
-        ('shifts', list(pool.work.splits.shifts)),
-    ):
-      num = len(names) * len(pool.work.splits.test)
-      sets = landscapes.Sets(pool.work, names, num)
-      pairs[name] = landscape.pairs(
+    pairs = bench.cache['pairs'] = {}
+    for where in _WHERE:
+      sets = _sets(pool, where)
+      pairs[where] = landscape.pairs(
           pool.models,
           pool.theta_0,
           pool.work.model.logits_fn,
@@ -126,7 +126,6 @@ def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
           metric=sets.score,
           members=sorted(members),
       )
-    bench.cache['pairs'] = pairs
   return bench.cache['pairs']
 
 
@@ -184,8 +183,8 @@ def against_ensembles(bench: pools.Bench) -> Result:
 
 def _lines(pool: pools.Pool, members) -> dict[Any, landscape.Path]:
   """The test error between pairs."""
-  sets = landscapes.Sets(pool.work, ['test'], len(pool.work.splits.test))
-  error_fn = lambda params: 1 - sets.score(sets.logits_of(params), sets.labels)
+  sets = _sets(pool, 'test')
+  error_fn = lambda params: 1 - sets.score_of(params)
   return landscape.lines(error_fn, pool.models, members, 11, is_traced=False)
 
 
@@ -212,21 +211,21 @@ def basin(bench: pools.Bench) -> Result:
   return Result(figures, draw)
 
 
-def _rows(bench: pools.Bench) -> dict[str, report.Row]:
-  path = bench['sweep'].work.workdir / 'results.json'
-  rows = report.summary(report.read_rows(path))
-  return {row.name: row for row in rows}
+def _rows(bench: pools.Bench) -> list[report.Row]:
+  return report.read_rows(bench['sweep'].work.workdir / 'results.json')
+
+
+def _summary(bench: pools.Bench) -> dict[str, report.Row]:
+  return {row.name: row for row in report.summary(_rows(bench))}
 
 
 def table(bench: pools.Bench) -> Result:
   """Every recipe."""
   figures = {
       name: {_TEST: 100 * row.test, _SHIFTS: 100 * row.mean_shift}
-      for name, row in _rows(bench).items()
+      for name, row in _summary(bench).items()
   }
-  path = bench['sweep'].work.workdir / 'results.json'
-  rows = report.read_rows(path)
-  return Result(figures, lambda ax: report.scatter(ax, rows))
+  return Result(figures, functools.partial(report.scatter, rows=_rows(bench)))
 
 
 def random_orders(bench: pools.Bench) -> Result:
@@ -240,10 +239,9 @@ def random_orders(bench: pools.Bench) -> Result:
       'greedy, by score': _scores(pool.soup(pool.greedy().info.accepted)),
       'greedy, random order': _mean_row(shuffled),
   }
-  spread = {k: float(np.std([r[k] for r in shuffled], ddof=1)) for k in
-            shuffled[0]}  # fmt: skip
   figures['spread of three orders'] = {
-      k.replace('%', 'points'): x for k, x in spread.items()
+      k.replace('%', 'points'): float(np.std([r[k] for r in shuffled], ddof=1))
+      for k in shuffled[0]
   }
   return Result(figures)
 
@@ -258,7 +256,7 @@ def growth(bench: pools.Bench) -> Result:
   nums = _nums(len(pool))
   figures: Figures = {}
   grown = {}
-  for field, column in (('test', _TEST), ('shifts', _SHIFTS)):
+  for field, column in zip(_WHERE, (_TEST, _SHIFTS)):
     curves = studies.recipes(
         pool.models, pool.eval_fn, _field(pool.soup, field), scores=pool.known
     )
@@ -289,7 +287,7 @@ def one_varied(bench: pools.Bench) -> Result:
   pool = bench['one_factor']
   figures: Figures = {}
   of_shifts = []
-  for field, column in (('test', _TEST), ('shifts', _SHIFTS)):
+  for field, column in zip(_WHERE, (_TEST, _SHIFTS)):
     groups = studies.one_varied(pool.runs, _field(pool.soup, field), ignore=())
     of_shifts = groups
     for group in groups:
@@ -304,7 +302,7 @@ def one_varied(bench: pools.Bench) -> Result:
 
 def greedy_ensemble(bench: pools.Bench) -> Result:
   """The greedy rule over logits, against that over parameters."""
-  rows = _rows(bench)
+  rows = _summary(bench)
   names = ('greedy', 'ensemble', 'greedy ensemble')
   figures = {
       name: {
@@ -323,14 +321,14 @@ def theory(bench: pools.Bench) -> Result:
   for name in ('one_factor', 'rates'):
     pool = bench[name]
     members = [(k, k + 1) for k in range(0, len(pool), 2)]
-    sets = landscapes.Sets(pool.work, ['test'], len(pool.work.splits.test))
+    batches = _sets(pool, 'test').batches
     for i, j in members:
       terms.append(
           landscape.soup_minus_ensemble(
               pool.work.model.logits_fn,
               pool.models[i],
               pool.models[j],
-              sets.batches,
+              batches,
           )
       )
     values += report.pair_rates(members, pool.runs) or []
@@ -485,15 +483,7 @@ def wise_ft(bench: pools.Bench) -> Result:
       'greedy soup': pool.greedy().params,
       'uniform soup': jaxsoup.uniform(pool.models).params,
   }
-  names = list(pool.work.splits.shifts)
-  score_fns = {}
-  for where, sets in (('test', ['test']), ('shifts', names)):
-    of = landscapes.Sets(
-        pool.work, sets, len(sets) * len(pool.work.splits.test)
-    )
-    score_fns[where] = lambda params, of=of: of.score(
-        of.logits_of(params), of.labels
-    )
+  score_fns = {where: _sets(pool, where).score_of for where in _WHERE}
   curves = studies.wise_ft(
       pool.theta_0, models, score_fns, num=11, is_traced=False
   )
@@ -523,20 +513,15 @@ def data_sets(bench: pools.Bench) -> Result:
   }
 
   def row(params):
-    right = {
-        name: 100
-        * float(
-            metrics.accuracy(
-                logits_fn(params, jax.device_put(x)), jnp.asarray(x['label'])
-            )
-        )
-        for name, x in sets.items()
-    }
+    right = {}
+    for name, x in sets.items():
+      logits = logits_fn(params, jax.device_put(x))
+      accuracy = metrics.accuracy(logits, jnp.asarray(x['label']))
+      right[name] = 100 * float(accuracy)
+    mean = lambda names: float(np.mean([right[name] for name in names]))
     return {
-        'their data sets, %': float(
-            np.mean([right[name] for name in pools.DATA_SETS])
-        ),
-        'elsewhere, %': float(np.mean([right[name] for name in elsewhere])),
+        'their data sets, %': mean(pools.DATA_SETS),
+        'elsewhere, %': mean(elsewhere),
     }
 
   models = {name: one.models[0] for name, one in own.items()}
@@ -562,7 +547,7 @@ def heads(bench: pools.Bench) -> Result:
 def significance(bench: pools.Bench) -> Result:
   """Gains over the best single model, and their p-values."""
   figures: Figures = {}
-  for name, row in _rows(bench).items():
+  for name, row in _summary(bench).items():
     if row.gains:
       figures[name] = {
           'gain on test, points': 100 * row.gains['test'].gain,
@@ -570,8 +555,7 @@ def significance(bench: pools.Bench) -> Result:
           'gain on shifts, points': 100 * row.gains['shifts'].gain,
           'p, paired bootstrap': row.gains['shifts'].p_value,
       }
-  rows = report.read_rows(bench['sweep'].work.workdir / 'results.json')
-  return Result(figures, lambda ax: report.scatter(ax, rows))
+  return Result(figures, functools.partial(report.scatter, rows=_rows(bench)))
 
 
 # By the number that they have in docs/experiments.md; 21 is text.
