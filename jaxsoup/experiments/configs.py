@@ -70,6 +70,7 @@ class Arguments(NamedTuple):
     overrides: such as '--config.seed=1'.
     num_seeds: how many seeds, from `config.seed` on.
     is_distributed: whether other processes take part.
+    only: numbers of what is wanted, if that can be chosen; empty for all.
   """
 
   config: str
@@ -77,13 +78,15 @@ class Arguments(NamedTuple):
   overrides: list[str]
   num_seeds: int
   is_distributed: bool
+  only: list[int]
 
 
-def parse(argv: Sequence[str]) -> Arguments:
+def parse(argv: Sequence[str], *, has_only: bool = False) -> Arguments:
   """Parses `--config=FILE --workdir=DIR --config.x=y ...`.
 
   Args:
     argv: the arguments, without the program's name.
+    has_only: whether there is `--only=4,13`.
 
   Returns:
     The parsed arguments.
@@ -96,6 +99,8 @@ def parse(argv: Sequence[str]) -> Arguments:
   flags.DEFINE_string('workdir', None, '', flag_values=values)
   flags.DEFINE_integer('seeds', 1, '', lower_bound=1, flag_values=values)
   flags.DEFINE_bool('distributed', False, '', flag_values=values)
+  if has_only:
+    flags.DEFINE_list('only', [], '', flag_values=values)
   is_override = lambda a: a.lstrip('-').startswith('config.')
   try:
     rest = values(['main', *(a for a in argv if not is_override(a))])
@@ -109,12 +114,17 @@ def parse(argv: Sequence[str]) -> Arguments:
         '(gcsfuse) or another file system that all hosts share, and pass the '
         'path there.'
     )
+  try:
+    only = [int(number) for number in values.only] if has_only else []
+  except ValueError as e:
+    raise UsageError(f'{e}. Write --only=4,13.') from e
   return Arguments(
       values.config,
       values.workdir,
       [a for a in argv if is_override(a)],
       num_seeds=values.seeds,
       is_distributed=values.distributed,
+      only=only,
   )
 
 

@@ -219,7 +219,8 @@ def locked(
   config = experiment.config
   shard, num_shards = shard_of(config)
   name = '.lock' if num_shards == 1 else f'.lock_{shard}_{num_shards}'
-  if jax.process_count() > 1 and not config.get('is_sharded', False):
+  mesh = mesh_of(config)
+  if jax.process_count() > 1 and mesh is None:
     raise configs.UsageError(
         f'{jax.process_count()} processes can train one run together only if '
         'config.is_sharded is True: set it, or start the processes separately, '
@@ -230,7 +231,7 @@ def locked(
       if _processes.is_main()
       else contextlib.nullcontext()
   )
-  with held, mesh_of(config):
+  with held, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
     is_alone = _processes.is_main() and num_shards == 1
     if is_alone:
       _files.clear_leftovers(folder, 'config.json')
@@ -353,25 +354,18 @@ def shard_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
   return int(i), int(n)
 
 
+def mesh_of(config: ml_collections.ConfigDict) -> jax.sharding.Mesh | None:
+  """The mesh of all devices, if the experiment is sharded."""
+  return loop.all_devices() if config.get('is_sharded', False) else None
+
+
 def abstract(config: ml_collections.ConfigDict, params: Params) -> Params:
   """Shapes of the parameters, with shardings if the experiment is sharded."""
-  shapes = jax.eval_shape(lambda: params)
-  if not config.get('is_sharded', False):
-    return shapes
-  return sharding.fsdp(shapes, loop.all_devices())
-
-
-def mesh_of(
-    config: ml_collections.ConfigDict,
-) -> contextlib.AbstractContextManager[Any]:
-  """The context in which a sharded experiment runs: its mesh is set."""
-  if not config.get('is_sharded', False):
-    return contextlib.nullcontext()
-  return jax.set_mesh(loop.all_devices())
+  shapes, mesh = jax.eval_shape(lambda: params), mesh_of(config)
+  return sharding.fsdp(shapes, mesh) if mesh else shapes
 
 
 def on(config: ml_collections.ConfigDict) -> NamedSharding | None:
   """How batches lie, if the experiment is sharded."""
-  if not config.get('is_sharded', False):
-    return None
-  return loop.split(loop.all_devices())
+  mesh = mesh_of(config)
+  return loop.split(mesh) if mesh else None

@@ -17,7 +17,6 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import flags
 import numpy as np
 
 from jaxsoup import _files
@@ -158,17 +157,8 @@ def _cell(values: Sequence[float | None]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
-  argv = list(sys.argv[1:] if argv is None else argv)
-  values = flags.FlagValues()
-  flags.DEFINE_list('only', [], '', flag_values=values)
   try:
-    is_own = lambda a: a.lstrip('-').startswith('only=')
-    try:
-      values(['paper', *filter(is_own, argv)])
-      only = [int(number) for number in values.only]
-    except (flags.Error, ValueError) as e:
-      raise configs.UsageError(f'{e}. Write --only=4,13.') from e
-    asked = configs.parse([a for a in argv if not is_own(a)])
+    asked = configs.parse(sys.argv[1:] if argv is None else argv, has_only=True)
     workdir = asked.workdir
     print(distributed.banner(workdir), file=sys.stderr)
     with (
@@ -180,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
           workdir,
           asked.overrides,
           num_seeds=asked.num_seeds,
-          only=only,
+          only=asked.only,
           progress_fn=progress_fn,
           stop=stop,
       )

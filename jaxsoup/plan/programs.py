@@ -119,7 +119,7 @@ def of(
   }
   if 'learned' in config:
     resident = _learned.Resident([], groups, alphas, loss_at)
-    stacked = [_stacked(x, num_ingredients) for x in flat.leaves]
+    stacked = [loop.stacked(x, num_ingredients) for x in flat.leaves]
     batch, other = (batch_of(model, x) for x in of_held_out.values())
     calls |= {
         'mix': (resident.mix, w, stacked),
@@ -162,15 +162,6 @@ def batches(
     parts = cook.learning_batches(config, held_out, on)
     made |= zip(('learned', 'early stopping'), parts)
   return made
-
-
-def _stacked(x, num_ingredients):
-  spec = PartitionSpec(None, *x.sharding.spec)
-  return jax.ShapeDtypeStruct(
-      (num_ingredients, *x.shape),
-      x.dtype,
-      sharding=NamedSharding(x.sharding.mesh, spec),
-  )
 
 
 def fine_tuned(
