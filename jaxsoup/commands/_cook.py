@@ -49,11 +49,15 @@ def cook(
     held = _common.held(order.out) if is_main else contextlib.nullcontext()
     with preemption.handled() as stop, held:
       _refuse_adapters(order.runs)
-      ingredients = stopping.Ingredients(
-          order.runs, item=order.item, stop=stop, saved=saved
-      )
+      options: Any = {'item': order.item, 'stop': stop, 'saved': saved}
+      ingredients = stopping.Ingredients(order.runs, **options)
       if order.shard or order.distributed:
-        ingredients = ingredients.onto(_sharded(ingredients.abstract_params))
+        from jaxsoup import sharding
+        from jaxsoup.train import loop
+
+        mesh = loop.all_devices()
+        shapes = sharding.fsdp(ingredients.abstract_params, mesh)
+        ingredients = stopping.Ingredients(ingredients.paths, shapes, **options)
       metadata = {'recipe': recipe, 'seed': seed}
       soup = _make_and_save(order, ingredients, recipe_fn, alpha, metadata)
     if is_main:
@@ -70,19 +74,6 @@ def _refuse_adapters(runs: list[pathlib.Path]) -> None:
       )
 
 
-def _sharded(abstract_params):
-  """The same shapes, sharded over all devices of all processes."""
-  import jax
-  from jax.sharding import AxisType
-
-  from jaxsoup import sharding
-
-  mesh = jax.make_mesh(
-      (jax.device_count(),), ('fsdp',), axis_types=(AxisType.Auto,)
-  )
-  return sharding.fsdp(abstract_params, mesh)
-
-
 def _make_and_save(order, ingredients, recipe_fn, alpha, metadata):
   """Makes a soup and saves it, from file to file where that is possible."""
   import jaxsoup
@@ -96,12 +87,10 @@ def _make_and_save(order, ingredients, recipe_fn, alpha, metadata):
   soup = None
   if recipe_fn is not None:
     soup = recipe_fn(ingredients)
+  elif alpha is not None and not is_streamed:
+    soup = jaxsoup.average(ingredients, alpha)
   elif not is_streamed:
-    soup = (
-        jaxsoup.uniform(ingredients)
-        if alpha is None
-        else jaxsoup.average(ingredients, alpha)
-    )
+    soup = jaxsoup.uniform(ingredients)
   if is_directory:
     checkpoints.save_directory(
         out,

@@ -106,8 +106,12 @@ def parse(argv: Sequence[str], *, has_only: bool = False) -> Arguments:
     rest = values(['main', *(a for a in argv if not is_override(a))])
   except flags.Error as e:
     raise UsageError(f'{e}. Usage: {USAGE}') from e
-  if rest[1:] or not values.config or not values.workdir:
-    raise UsageError(f'{_missing(values, rest[1:])}. Usage: {USAGE}')
+  absent = [x for x in ('config', 'workdir') if not values[x].value]
+  problem = f'--{absent[0]} is missing' if absent else ''
+  if rest[1:]:
+    problem = f'Unexpected argument {rest[1]!r}: write --NAME=VALUE'
+  if problem:
+    raise UsageError(f'{problem}. Usage: {USAGE}')
   if '://' in values.workdir:
     raise UsageError(
         f'{values.workdir} is not a local directory: mount the bucket '
@@ -134,12 +138,6 @@ USAGE = (
 )
 
 
-def _missing(values, rest) -> str:
-  if rest:
-    return f'Unexpected argument {rest[0]!r}: write --NAME=VALUE'
-  return '--config is missing' if not values.config else '--workdir is missing'
-
-
 def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
   """Reads a config and draws the runs of its sweep.
 
@@ -160,9 +158,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
   file, _, arg = path.partition(':')
   if not pathlib.Path(file).is_file():
     folder = pathlib.Path(file).parent
-    there = (
-        sorted(p.name for p in folder.glob('*.py')) if folder.is_dir() else []
-    )
+    there = sorted(p.name for p in folder.glob('*.py'))
     raise UsageError(
         f'There is no config {file}.'
         + (f' Give one of {folder}: {", ".join(there)}.' if there else '')
@@ -247,13 +243,8 @@ _POSITIVE = {
 _OF_TRAINING = ('finetune', 'learned', 'pretrain', 'sweep')
 _SEEDS = ('draw', 'seed')
 _SHARES = {
-    'ema',
-    'final',
-    'label_smoothing',
-    'momentum',
-    'val_fraction',
-    'warmup',
-}
+    'ema', 'final', 'label_smoothing', 'momentum', 'val_fraction', 'warmup',
+}  # fmt: skip
 
 
 def _problems(fields: Json) -> Iterator[str]:
@@ -294,8 +285,11 @@ def _problems(fields: Json) -> Iterator[str]:
 def _explain(overrides, config, error) -> str:
   """Names the wrong override, and what is expected."""
   known = flat(config)
-  for override in overrides:
-    name = override.lstrip('-').partition('=')[0].removeprefix('config.')
+  names = [
+      override.lstrip('-').partition('=')[0].removeprefix('config.')
+      for override in overrides
+  ]
+  for name in names:
     if name not in known and not any(k.startswith(f'{name}[') for k in known):
       near = difflib.get_close_matches(name, known, 3, 0.4)
       return (
@@ -306,9 +300,8 @@ def _explain(overrides, config, error) -> str:
   first = str(error).strip().split('\n')[0]
   types = [
       f'{name} is {type(known[name]).__name__}, such as {known[name]!r}'
-      for o in overrides
-      if (name := o.lstrip('-').partition('=')[0].removeprefix('config.'))
-      in known
+      for name in names
+      if name in known
   ]
   return f'{first} ({"; ".join(types)})' if types else first
 
