@@ -96,17 +96,15 @@ def run(
         'matplotlib is not installed: pip install "jaxsoup[demo]"'
     )
   workdir = pathlib.Path(workdir).absolute()
-  with _files.room_for(
-      workdir,
+  advice = (
       'Finished work is kept: free some space, and run the same command again '
-      'to continue.',
-  ):
-    return _run(experiment, workdir, progress_fn, stop or preemption.Stop())
-
-
-def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
+      'to continue.'
+  )
   is_part = workdirs.shard_of(experiment.config)[1] > 1
-  with workdirs.locked(experiment, workdir):
+  with (
+      _files.room_for(workdir, advice),
+      workdirs.locked(experiment, workdir),
+  ):
     rows = [] if is_part else results.finished(experiment, workdir)
     if not rows:
       work = workdirs.work_of(experiment, workdir, progress_fn, stop)

@@ -209,24 +209,22 @@ def splits(work: workdirs.Work) -> list[Split]:
   held_out, test = work.splits.held_out, work.splits.test
   num_select, num = len(held_out), len(held_out) + len(test)
   number = work.config.get('num_splits', 1)
-  drawn = [Split(work.workdir, held_out)]
   if number == 1:
-    return drawn
+    return [Split(work.workdir, held_out)]
   pool = {
       name: np.concatenate([x, sources.in_memory(test).arrays[name]])
       for name, x in sources.in_memory(held_out).arrays.items()
   }
+  folder = work.workdir / 'splits'
+  drawn = [Split(folder / '0', held_out)]
   for i in range(1, number):
     rng = np.random.default_rng([work.config.seed, i, *b'split'])
     order = rng.permutation(num)
     select, rest = np.sort(order[:num_select]), np.sort(order[num_select:])
     part = sources.Arrays({name: x[select] for name, x in pool.items()})
     rows = {'held_out': select, 'test': rest}
-    drawn.append(Split(work.workdir, part, rows))
-  return [
-      split._replace(folder=work.workdir / 'splits' / str(i))
-      for i, split in enumerate(drawn)
-  ]
+    drawn.append(Split(folder / str(i), part, rows))
+  return drawn
 
 
 def _resamples(config) -> dict[str, int]:
@@ -485,10 +483,9 @@ def roles(work: workdirs.Work) -> dict[str, dict[str, int]]:
   shifts = {name: len(x) for name, x in work.splits.shifts.items()}
   if len(shifts) > 4:
     shifts = {f'{len(shifts)} shifts': sum(shifts.values())}
-  held_out = {'held-out': len(work.splits.held_out)}
   return {
       'trained': {'train': len(work.splits.train)},
-      'selected and tuned': held_out,
+      'selected and tuned': {'held-out': len(work.splits.held_out)},
       'reported': {'test': len(work.splits.test), **shifts},
   }
 
@@ -513,7 +510,8 @@ def _content(work, tables, all_splits, soups, calibration) -> Json:
   workdir = work.workdir
   paths = [workdir / 'theta_0', *(path for _, _, path in work.copies())]
   paths += [split.soup_path(name) for split in all_splits for name in soups]
-  pictures = [_SCATTER, *([_TRIALS] if _searches(soups) else [])]
+  names = [path.relative_to(workdir).as_posix() for path in paths]
+  names += [_SCATTER, *([_TRIALS] if _searches(soups) else []), _TABLE]
   content = {
       'config': json.loads((workdir / 'config.json').read_text()),
       'runs': list(work.experiment.runs),
@@ -527,11 +525,7 @@ def _content(work, tables, all_splits, soups, calibration) -> Json:
       },
       'roles': roles(work),
       'calibration': calibration,
-      'files': [
-          *(path.relative_to(workdir).as_posix() for path in paths),
-          *pictures,
-          _TABLE,
-      ],
+      'files': names,
   }
   if len(tables) > 1:
     content['splits'] = [[r._asdict() for r in table] for table in tables]
@@ -551,21 +545,13 @@ def _write(work, content: Json, tables, soups) -> None:
   """Pictures and the table; results.json last, as it stands for them all."""
   workdir = work.workdir
   rows = report.averaged(tables)[0]
-  report.save(
-      lambda ax: report.scatter(ax, rows),
-      workdir / _SCATTER,
-      size=(7.2, 4.2),
-  )
+  draw = functools.partial(report.scatter, rows=rows)
+  report.save(draw, workdir / _SCATTER, size=(7.2, 4.2))
   if searches := _searches(soups):
     report.save(lambda ax: report.trials(ax, searches), workdir / _TRIALS)
-  means, deviations = report.averaged(
-      [report.summary(table) for table in tables]
-  )
-  text = report.markdown(
-      means,
-      deviations if len(tables) > 1 else None,
-      sets=content['roles'],
-  )
+  means, spread = report.averaged([report.summary(table) for table in tables])
+  deviations = spread if len(tables) > 1 else None
+  text = report.markdown(means, deviations, sets=content['roles'])
   if names := ', '.join(content['diverged']):
     text += f'\n\nLeft out, with NaN or infinite values: {names}.'
   (workdir / _TABLE).write_text(text + '\n')

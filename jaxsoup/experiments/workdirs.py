@@ -6,10 +6,10 @@ with workdirs.opened(experiment, folder) as work:
 ```
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
-from collections.abc import Mapping
 import contextlib
 import dataclasses
 import functools
@@ -44,27 +44,19 @@ from jaxsoup.typing import Json
 from jaxsoup.typing import Params
 
 
-class Logits(Mapping[str, np.ndarray]):
+class Logits(collections.UserDict[str, Any]):
   """Logits `[N, C]` of a model by data set, made or read on each access."""
 
   def __init__(
       self, names: Iterable[str], read_fn: Callable[[str], np.ndarray]
   ):
-    self._names, self._read_fn = list(names), read_fn
+    super().__init__(dict.fromkeys(names))
+    self._read_fn = read_fn
 
   def __getitem__(self, name: str) -> np.ndarray:
-    if name not in self._names:
+    if name not in self:
       raise KeyError(name)
     return self._read_fn(name)
-
-  def __contains__(self, name: object) -> bool:
-    return name in self._names
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._names)
-
-  def __len__(self) -> int:
-    return len(self._names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +70,7 @@ class Work:
   progress_fn: progress.ProgressFn
   stop: preemption.Stop
   log: metric_log.MetricLog
+  _stored: dict[pathlib.Path, Json] = dataclasses.field(default_factory=dict)
 
   @property
   def config(self) -> ml_collections.ConfigDict:
@@ -157,13 +150,13 @@ class Work:
     Not of what diverged.
     """
     names = self.config.get('ingredients', None)
-    return [
-        (i, name, path)
+    copies = [
+        (i, name, self.workdir / 'runs' / f'{i:02d}_{name}'.rstrip('_'))
         for i in range(len(self.experiment.runs))
         for name in loop.names_of(self.config.finetune)
         if names is None or name in names
-        if not self.stored(path := self._path(i, name)).get('diverged')
     ]
+    return [x for x in copies if not self.stored(x[-1]).get('diverged')]
 
   def diverged(self) -> list[str]:
     """Names of the runs that are there with NaN or infinite values."""
@@ -175,14 +168,6 @@ class Work:
     if path not in self._stored and path.exists():
       self._stored[path] = checkpoints.provenance(path)['metadata']
     return self._stored.get(path, {})
-
-  @functools.cached_property
-  def _stored(self) -> dict[pathlib.Path, Json]:
-    return {}
-
-  def _path(self, run: int, name: str) -> pathlib.Path:
-    stem = f'{run:02d}_{name}' if name else f'{run:02d}'
-    return self.workdir / 'runs' / stem
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ result.figures                     # by row and column
 """
 
 from collections.abc import Callable
-from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 import itertools
@@ -188,6 +187,11 @@ def _lines(pool: pools.Pool, members) -> dict[Any, landscape.Path]:
   return landscape.lines(error_fn, pool.models, members, 11, is_traced=False)
 
 
+_draw_lines = functools.partial(
+    report.lines, label='test error (points)', scale=100
+)
+
+
 def basin(bench: pools.Bench) -> Result:
   """The barrier between two runs at each learning rate."""
   pool = bench['rates']
@@ -201,13 +205,7 @@ def basin(bench: pools.Bench) -> Result:
       }
       for pair, path in paths.items()
   }
-  draw = functools.partial(
-      report.lines,
-      paths=paths,
-      values=values,
-      label='test error (points)',
-      scale=100,
-  )
+  draw = functools.partial(_draw_lines, paths=paths, values=values)
   return Result(figures, draw)
 
 
@@ -219,12 +217,13 @@ def _summary(bench: pools.Bench) -> dict[str, report.Row]:
   return {row.name: row for row in report.summary(_rows(bench))}
 
 
+def _of_row(row: report.Row) -> dict[str, float]:
+  return {_TEST: 100 * row.test, _SHIFTS: 100 * row.mean_shift}
+
+
 def table(bench: pools.Bench) -> Result:
   """Every recipe."""
-  figures = {
-      name: {_TEST: 100 * row.test, _SHIFTS: 100 * row.mean_shift}
-      for name, row in _summary(bench).items()
-  }
+  figures = {name: _of_row(row) for name, row in _summary(bench).items()}
   return Result(figures, functools.partial(report.scatter, rows=_rows(bench)))
 
 
@@ -237,17 +236,17 @@ def random_orders(bench: pools.Bench) -> Result:
   shuffled = [_scores(pool.soup(sorted(info.accepted))) for info in infos]
   figures = {
       'greedy, by score': _scores(pool.soup(pool.greedy().info.accepted)),
-      'greedy, random order': _mean_row(shuffled),
-  }
-  figures['spread of three orders'] = {
-      k.replace('%', 'points'): float(np.std([r[k] for r in shuffled], ddof=1))
-      for k in shuffled[0]
+      'greedy, random order': {
+          k: float(np.mean([row[k] for row in shuffled])) for k in shuffled[0]
+      },
+      'spread of three orders': {
+          k.replace('%', 'points'): float(
+              np.std([row[k] for row in shuffled], ddof=1)
+          )
+          for k in shuffled[0]
+      },
   }
   return Result(figures)
-
-
-def _mean_row(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-  return {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
 
 
 def growth(bench: pools.Bench) -> Result:
@@ -304,15 +303,12 @@ def greedy_ensemble(bench: pools.Bench) -> Result:
   """The greedy rule over logits, against that over parameters."""
   rows = _summary(bench)
   names = ('greedy', 'ensemble', 'greedy ensemble')
-  figures = {
-      name: {
-          _TEST: 100 * rows[name].test,
-          _SHIFTS: 100 * rows[name].mean_shift,
-          'passes': float(rows[name].cost),
+  return Result(
+      {
+          name: {**_of_row(rows[name]), 'passes': float(rows[name].cost)}
+          for name in names
       }
-      for name in names
-  }
-  return Result(figures)
+  )
 
 
 def theory(bench: pools.Bench) -> Result:
@@ -409,10 +405,7 @@ def scratch(bench: pools.Bench) -> Result:
         'mean of singles, %': pool.mean(range(pools.NUM_RUNS)).test,
         'uniform soup, %': pool.soup(range(pools.NUM_RUNS)).test,
     }
-  draw = functools.partial(
-      report.lines, paths=paths, label='test error (points)', scale=100
-  )
-  return Result(figures, draw)
+  return Result(figures, functools.partial(_draw_lines, paths=paths))
 
 
 def averages(bench: pools.Bench) -> Result:
@@ -445,9 +438,8 @@ def averages(bench: pools.Bench) -> Result:
 def sharpness_aware(bench: pools.Bench) -> Result:
   """Runs with and without SAM, and soups of both."""
   plain, sharp = bench['sweep'], bench['sam']
-  half = range(pools.NUM_RUNS // 2)
-  both = [plain.models[k] for k in half]
-  both += [sharp.models[k + len(half)] for k in half]
+  half = pools.NUM_RUNS // 2
+  both = plain.models[:half] + sharp.models[half : 2 * half]
   figures = _prefixed('plain', _compared(plain, range(pools.NUM_RUNS)))
   figures |= _prefixed('SAM', _compared(sharp, range(pools.NUM_RUNS)))
   figures['half of each: uniform soup'] = _scores(
