@@ -70,17 +70,15 @@ _PARTS = {
 
 def _asked(settings: Config) -> dict[str, Json]:
   """The parts that are asked for, and the settings of each."""
-  is_left_out = {
-      'diagnosis': not settings['is_diagnosed'],
-      'pairs': not settings['num_pairs'],
-      'lines': not (settings['num_pairs'] and settings['num_points']),
-      'plane': not settings['num_points'],
-  }
-  return {
+  off = {name for name in ('num_pairs', 'num_points') if not settings[name]}
+  parts = {
       name: {key: settings[key] for key in keys}
       for name, keys in _PARTS.items()
-      if not is_left_out.get(name)
+      if not off.intersection(keys)
   }
+  if not settings['is_diagnosed']:
+    del parts['diagnosis']
+  return parts
 
 
 def are_made(
@@ -114,12 +112,11 @@ class Sets:
     """
     all_sets = {'train': work.splits.train, **work.data}
     parts = [_some(all_sets[name], num // len(names)) for name in names]
-    views = [work.splits.views.get(name, lambda x: x) for name in names]
+    self._views = [work.splits.views.get(name, lambda x: x) for name in names]
     starts = list(itertools.accumulate(map(len, parts), initial=0))
-    fields = [*work.model.inputs, 'label']
     pooled = {
         name: np.concatenate([part.arrays[name] for part in parts])
-        for name in fields
+        for name in (*work.model.inputs, 'label')
     }
     self.labels = pooled['label']
     batches = cook.batches_of(
@@ -128,7 +125,6 @@ class Sets:
     self.batches = work.stopping(batches)
     self.logits_of = evaluation.logits_of(work.model.logits_fn, self.batches)
     self._rows = list(itertools.starmap(slice, itertools.pairwise(starts)))
-    self._views = views
     self._metric = cook.metric_of(work.config)
 
   def score_of(self, params: Params) -> float:
@@ -251,18 +247,12 @@ def make(
 
     on_points(0, 1)
     path = _file(work.workdir, name)
-    _make_once(path, asked[name], make_fn, on_points)
+    if not _is_made(path, asked[name]):
+      content = _json.plain({'settings': asked[name], **make_fn(on_points)})
+      path.parent.mkdir(exist_ok=True)
+      with _files.replaced(path) as unfinished:
+        unfinished.write_text(json.dumps(content, allow_nan=False))
     num_done += num_models
-
-
-def _make_once(path: pathlib.Path, settings, make_fn, on_points) -> None:
-  """Writes what `make_fn` returns, unless the file has the same settings."""
-  if _is_made(path, settings):
-    return
-  content = _json.plain({'settings': settings, **make_fn(on_points)})
-  path.parent.mkdir(exist_ok=True)
-  with _files.replaced(path) as unfinished:
-    unfinished.write_text(json.dumps(content, allow_nan=False))
 
 
 def _is_made(path: pathlib.Path, settings) -> bool:

@@ -358,8 +358,7 @@ def check_divided(batch_size: int, mesh: jax.sharding.Mesh) -> None:
 def mesh_of(params: steps.Params) -> jax.sharding.Mesh | None:
   """The mesh that the parameters lie on; None if that is one device."""
   for x in jax.tree.leaves(params):
-    on = getattr(x, 'sharding', None)
-    mesh = getattr(on, 'mesh', None)
+    mesh = getattr(getattr(x, 'sharding', None), 'mesh', None)
     if isinstance(mesh, jax.sharding.Mesh) and mesh.size > 1:
       return mesh
   return None
