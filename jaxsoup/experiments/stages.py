@@ -156,9 +156,8 @@ def finetune_all(work: workdirs.Work, start: Params) -> bool:
   """
   _check_trained(work)
   size = work.config.sweep.group_size
-  groups = steps.grouped(work.experiment.runs, size)
   shard, num_shards = workdirs.shard_of(work.config)
-  mine = groups[shard::num_shards]
+  mine = steps.grouped(work.experiment.runs, size)[shard::num_shards]
   num_runs = sum(map(len, mine))
   num_done = 0
   for group in mine:

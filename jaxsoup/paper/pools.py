@@ -229,8 +229,7 @@ class Bench(contextlib.ExitStack):
     )
     path = work.workdir / 'theta_0'
     if variant.start_fn is not None and not path.exists():
-      start = variant.start_fn(work, self['sweep'].theta_0)
-      checkpoints.save(path, start)
+      checkpoints.save(path, variant.start_fn(work, self['sweep'].theta_0))
     theta_0 = stages.theta_0(work)
     if variant.frozen:
       # One model for all pools, or each would be compiled.
@@ -339,11 +338,6 @@ def _averaged(bench: Bench) -> Variant:
   return Variant(bench.runs[:NUM_RUNS], change_fn=change_fn)
 
 
-def _sam(bench: Bench) -> Variant:
-  runs = [{**run, 'sam': SAM_RADIUS} for run in bench.runs[:NUM_RUNS]]
-  return Variant(runs)
-
-
 def _probed(bench: Bench) -> Variant:
   """A linear probe first, from a new random head."""
 
@@ -354,10 +348,6 @@ def _probed(bench: Bench) -> Variant:
     )
 
   return Variant(bench.runs[:NUM_RUNS], start_fn=start_fn)
-
-
-def _random_head(bench: Bench) -> Variant:
-  return Variant(bench.runs[:NUM_RUNS], start_fn=_new_head)
 
 
 def _new_head(work: workdirs.Work, theta_0: Params) -> Params:
@@ -399,9 +389,13 @@ VARIANTS: dict[str, Callable[[Bench], Variant]] = {
     'scratch_shared': functools.partial(_scratch, is_shared=True),
     'scratch_apart': functools.partial(_scratch, is_shared=False),
     'averaged': _averaged,
-    'sam': _sam,
+    'sam': lambda bench: Variant(
+        [{**run, 'sam': SAM_RADIUS} for run in bench.runs[:NUM_RUNS]]
+    ),
     'probed': _probed,
-    'random_head': _random_head,
+    'random_head': lambda bench: Variant(
+        bench.runs[:NUM_RUNS], start_fn=_new_head
+    ),
     'distilled': _distilled,
     **{
         f'on_{name}': functools.partial(_on_data_set, name=name)

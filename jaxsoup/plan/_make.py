@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 import jax
-import ml_collections
 
 from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
@@ -85,7 +84,12 @@ def make(
       devices do not divide, or held-out examples that are too few to learn.
   """
   config = experiment.config
-  _check_complete(config)
+  known = configs.flat(config)
+  fields = FIELDS + (LEARNED_FIELDS if 'learned' in config else ())
+  if missing := [name for name in fields if name not in known]:
+    raise configs.UsageError(
+        f'The config lacks {", ".join(missing)}: see configs/digits.py.'
+    )
   model = architectures.of(experiment)
   num_devices, mesh = mesh.size, programs.used(config, mesh)
   lowerings = programs.of(experiment, mesh, num_ingredients)
@@ -137,15 +141,6 @@ LEARNED_FIELDS = (
     'learned.num_epochs',
     'learned.val_fraction',
 )
-
-
-def _check_complete(config: ml_collections.ConfigDict) -> None:
-  known = configs.flat(config)
-  fields = FIELDS + (LEARNED_FIELDS if 'learned' in config else ())
-  if missing := [name for name in fields if name not in known]:
-    raise configs.UsageError(
-        f'The config lacks {", ".join(missing)}: see configs/digits.py.'
-    )
 
 
 def as_json(plan: Plan) -> Json:
