@@ -64,10 +64,8 @@ def as_text(summary: dict[str, Any]) -> str:
   lines.append(
       f'devices              {", ".join(summary["devices"]) or "none"}'
   )
-  lines += [f'Problem: {problem}' for problem in summary['problems']]
-  if not summary['problems']:
-    lines.append('No problems found.')
-  return '\n'.join(lines)
+  problems = [f'Problem: {problem}' for problem in summary['problems']]
+  return '\n'.join([*lines, *(problems or ['No problems found.'])])
 
 
 def _version(name: str) -> str | None:

@@ -224,7 +224,7 @@ def test_the_teacher_is_the_ensemble(made, problem):
   logits = np.mean(
       [model.logits_fn(p, train) for p in pool_of(workdir, 'sweep')], axis=0
   )
-  with pools.opened(configs.load(CONFIG, TINY), workdir / 'seed0') as bench:
+  with pools.Bench(configs.load(CONFIG, TINY), workdir / 'seed0') as bench:
     pool = bench['distilled']
     target = pool.work.splits.train.arrays['target']
   np.testing.assert_allclose(target, special.softmax(logits, -1), atol=1e-5)

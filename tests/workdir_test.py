@@ -344,16 +344,15 @@ def work_with(folder, num_models, num=NUM, **others):
   )
 
 
-def scored_of(work, split):
+def models_of(work, split):
   logits = stages.logits(work, lambda k: None)
   cooked = results.Cooked([], None, {}, {})
-  models = results._models(work, split, cooked, logits)
-  return models, [results._scored(work, split, model) for model in models]
+  return results._models(work, split, cooked, logits)
 
 
 def table(work):
   split = results.splits(work)[0]
-  return results._with_gains(work, split, *scored_of(work, split))
+  return results._table(work, split, models_of(work, split))[0]
 
 
 def peak_of(function):
@@ -390,10 +389,11 @@ def test_other_metrics_and_draws(tmp_path):
   split = results.Split(
       tmp_path, work.splits.held_out, dict(zip(('held_out', 'test'), rows))
   )
-  _, made = scored_of(work, split)
+  models = models_of(work, split)
   pool = lambda x: np.concatenate([x['held_out'], x['test']])
   label = pool(work.labels)
-  for k, (row, *_) in enumerate(made[:3]):
+  for k, model in enumerate(models[:3]):
+    row, *_ = results._scored(work, split, model)
     logits = pool(np.load(tmp_path / 'logits' / f'{k:02d}.npz'))
     for name, at in zip(('held_out', 'test'), rows):
       expected = float(metrics.f1(logits[at], label[at]))

@@ -5,29 +5,17 @@ import contextlib
 import json
 import pathlib
 from typing import Any
-from typing import NamedTuple
 
 import typer
 
 from jaxsoup.commands import _common
+from jaxsoup.commands import _options
 
 NOTHING_SAVED = 'nothing is saved, and the command starts from scratch'
 
 
-class Order(NamedTuple):
-  """What was asked for, whatever the recipe."""
-
-  runs: list[pathlib.Path]
-  out: pathlib.Path
-  item: str | None
-  max_shard_bytes: int
-  is_sharded: bool
-  is_distributed: bool
-  as_json: bool
-
-
 def cook(
-    order: Order,
+    order: _options.Order,
     recipe: str,
     recipe_fn: Callable[[Any], Any] | None = None,
     *,
@@ -47,7 +35,7 @@ def cook(
     saved: what a SIGTERM leaves.
   """
   with _common.failures():
-    if order.is_distributed:
+    if order.distributed:
       from jaxsoup.runtime import distributed
 
       distributed.start()
@@ -61,18 +49,17 @@ def cook(
     held = _common.held(order.out) if is_main else contextlib.nullcontext()
     with preemption.handled() as stop, held:
       _refuse_adapters(order.runs)
-      ingredients = stopping.Ingredients(
-          order.runs, item=order.item, stop=stop, saved=saved
-      )
-      if order.is_sharded or order.is_distributed:
-        ingredients = ingredients.onto(_sharded(ingredients.abstract_params))
-      soup = _make_and_save(
-          order,
-          ingredients,
-          recipe_fn,
-          alpha,
-          metadata={'recipe': recipe, 'seed': seed},
-      )
+      options: Any = {'item': order.item, 'stop': stop, 'saved': saved}
+      ingredients = stopping.Ingredients(order.runs, **options)
+      if order.shard or order.distributed:
+        from jaxsoup import sharding
+        from jaxsoup.train import loop
+
+        mesh = loop.all_devices()
+        shapes = sharding.fsdp(ingredients.abstract_params, mesh)
+        ingredients = stopping.Ingredients(ingredients.paths, shapes, **options)
+      metadata = {'recipe': recipe, 'seed': seed}
+      soup = _make_and_save(order, ingredients, recipe_fn, alpha, metadata)
     if is_main:
       _show(soup, ingredients, order, recipe)
 
@@ -85,19 +72,6 @@ def _refuse_adapters(runs: list[pathlib.Path]) -> None:
           f'{run} is a LoRA adapter. Average adapters with jaxsoup.lora, or '
           'merge each into its base model first.'
       )
-
-
-def _sharded(abstract_params):
-  """The same shapes, sharded over all devices of all processes."""
-  import jax
-  from jax.sharding import AxisType
-
-  from jaxsoup import sharding
-
-  mesh = jax.make_mesh(
-      (jax.device_count(),), ('fsdp',), axis_types=(AxisType.Auto,)
-  )
-  return sharding.fsdp(abstract_params, mesh)
 
 
 def _make_and_save(order, ingredients, recipe_fn, alpha, metadata):
@@ -113,19 +87,17 @@ def _make_and_save(order, ingredients, recipe_fn, alpha, metadata):
   soup = None
   if recipe_fn is not None:
     soup = recipe_fn(ingredients)
+  elif alpha is not None and not is_streamed:
+    soup = jaxsoup.average(ingredients, alpha)
   elif not is_streamed:
-    soup = (
-        jaxsoup.uniform(ingredients)
-        if alpha is None
-        else jaxsoup.average(ingredients, alpha)
-    )
+    soup = jaxsoup.uniform(ingredients)
   if is_directory:
     checkpoints.save_directory(
         out,
         ingredients,
         soup,
         alpha=alpha,
-        max_shard_bytes=order.max_shard_bytes,
+        max_shard_bytes=order.max_shard_size,
         metadata=metadata,
     )
   elif is_streamed:

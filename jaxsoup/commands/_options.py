@@ -6,12 +6,11 @@ import pathlib
 import re
 from typing import Annotated
 from typing import Any
+from typing import NamedTuple
 
 import typer
 
 from jaxsoup.commands import _common
-
-SHARD_BYTES = 5 * 10**9
 
 
 def _new_path(text: str) -> pathlib.Path:
@@ -38,43 +37,53 @@ def _floats(text: str) -> list[float]:
     ) from e
 
 
-Out = Annotated[
-    pathlib.Path,
-    typer.Option(
-        parser=_new_path,
-        help='New file NAME.safetensors, or new directory: in Hugging Face '
-        'format if all runs are (config.json next to the weights), '
-        'otherwise Orbax.',
-    ),
-]
-MaxShardSize = Annotated[
-    int,
-    typer.Option(
-        metavar='SIZE',
-        parser=_num_bytes,
-        help='Hugging Face format: largest size of a file, such as 500MB; '
-        'larger soups are split. Default: 5GB.',
-        show_default=False,
-    ),
-]
-Shard = Annotated[
-    bool,
-    typer.Option(
-        '--shard',
-        help='Shard each model over all devices.',
-        rich_help_panel='Several devices',
-    ),
-]
-Distributed = Annotated[
-    bool,
-    typer.Option(
-        '--distributed',
-        help='Join the other processes of a TPU pod or Slurm job, and shard. '
-        'Elsewhere, set JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), '
-        'JAX_NUM_PROCESSES and JAX_PROCESS_ID.',
-        rich_help_panel='Several devices',
-    ),
-]
+class Order(NamedTuple):
+  """What every recipe is told."""
+
+  runs: _common.Runs
+  out: Annotated[
+      pathlib.Path,
+      typer.Option(
+          parser=_new_path,
+          help='New file NAME.safetensors, or new directory: in Hugging Face '
+          'format if all runs are (config.json next to the weights), '
+          'otherwise Orbax.',
+      ),
+  ]
+  item: _common.Item = None
+  max_shard_size: Annotated[
+      int,
+      typer.Option(
+          metavar='SIZE',
+          parser=_num_bytes,
+          help='Hugging Face format: largest size of a file, such as 500MB; '
+          'larger soups are split. Default: 5GB.',
+          show_default=False,
+      ),
+  ] = (
+      5 * 10**9
+  )
+  shard: Annotated[
+      bool,
+      typer.Option(
+          '--shard',
+          help='Shard each model over all devices.',
+          rich_help_panel='Several devices',
+      ),
+  ] = False
+  distributed: Annotated[
+      bool,
+      typer.Option(
+          '--distributed',
+          help='Join the other processes of a TPU pod or Slurm job, and shard. '
+          'Elsewhere, set JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), '
+          'JAX_NUM_PROCESSES and JAX_PROCESS_ID.',
+          rich_help_panel='Several devices',
+      ),
+  ] = False
+  as_json: _common.Json = False
+
+
 Eval = Annotated[
     str,
     typer.Option(

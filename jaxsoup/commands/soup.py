@@ -3,8 +3,11 @@
 Each recipe is a command, with its own options and those that all share.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import functools
+import inspect
 import logging
 import pathlib
 from typing import Annotated
@@ -45,49 +48,44 @@ app = typer.Typer(
     no_args_is_help=True,
     subcommand_metavar='RECIPE RUN... --out OUT',
 )
-recipe_command = app.command(rich_help_panel='Recipes')
+Asked = dict[str, Any]
 
 
-@recipe_command
-def uniform(
-    runs: _common.Runs,
-    out: _options.Out,
-    item: _common.Item = None,
-    max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
-    shard: _options.Shard = False,
-    distributed: _options.Distributed = False,
-    as_json: _common.Json = False,
-) -> None:
+def _command(function: Callable[..., Asked]) -> None:
+  """A command with the options of a recipe, and of `_options.Order`.
+
+  Args:
+    function: of its own options; returns further arguments of `_cook.cook`.
+  """
+  own = inspect.signature(function).parameters
+  runs, out, *others = inspect.signature(_options.Order).parameters.values()
+  parameters = [runs, out, *own.values(), *others]
+
+  @functools.wraps(function)
+  def command(**given):
+    asked = function(**{name: given.pop(name) for name in own})
+    _cook.cook(_options.Order(**given), function.__name__, **asked)
+
+  # Where typer looks.
+  vars(command)['__signature__'] = inspect.Signature(parameters)
+  command.__annotations__ = {p.name: p.annotation for p in parameters}
+  app.command(rich_help_panel='Recipes')(command)
+
+
+@_command
+def uniform() -> Asked:
   """Mean of all runs. Start here: it needs no data."""
-  _cook.cook(
-      _cook.Order(runs, out, item, max_shard_size, shard, distributed, as_json),
-      'uniform',
-  )
+  return {}
 
 
-@recipe_command
-def average(
-    runs: _common.Runs,
-    out: _options.Out,
-    alpha: _options.Alpha,
-    item: _common.Item = None,
-    max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
-    shard: _options.Shard = False,
-    distributed: _options.Distributed = False,
-    as_json: _common.Json = False,
-) -> None:
+@_command
+def average(alpha: _options.Alpha) -> Asked:
   """Weighted mean, if you know the mixing coefficients."""
-  _cook.cook(
-      _cook.Order(runs, out, item, max_shard_size, shard, distributed, as_json),
-      'average',
-      alpha=alpha,
-  )
+  return {'alpha': alpha}
 
 
-@recipe_command
+@_command
 def model_stock(
-    runs: _common.Runs,
-    out: _options.Out,
     init: Annotated[
         pathlib.Path,
         typer.Option(
@@ -95,32 +93,21 @@ def model_stock(
             help='Checkpoint that all runs were fine-tuned from.',
         ),
     ],
-    item: _common.Item = None,
-    max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
-    shard: _options.Shard = False,
-    distributed: _options.Distributed = False,
-    as_json: _common.Json = False,
-) -> None:
+) -> Asked:
   """Mean, pulled to the start where runs disagree. For few runs, no data."""
 
   def recipe_fn(ingredients):
     import jaxsoup
     from jaxsoup import checkpoints
 
-    theta_0 = checkpoints.Ingredients([init], item=item)[0]
+    theta_0 = checkpoints.Ingredients([init], item=ingredients.item)[0]
     return jaxsoup.model_stock(ingredients, theta_0)
 
-  _cook.cook(
-      _cook.Order(runs, out, item, max_shard_size, shard, distributed, as_json),
-      'model_stock',
-      recipe_fn,
-  )
+  return {'recipe_fn': recipe_fn}
 
 
-@recipe_command
+@_command
 def greedy(
-    runs: _common.Runs,
-    out: _options.Out,
     eval_name: _options.Eval,
     strict: _options.Strict = False,
     seed: Annotated[
@@ -132,12 +119,7 @@ def greedy(
         ),
     ] = None,
     scores: _options.Scores = None,
-    item: _common.Item = None,
-    max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
-    shard: _options.Shard = False,
-    distributed: _options.Distributed = False,
-    as_json: _common.Json = False,
-) -> None:
+) -> Asked:
   """Adds runs while the held-out score does not drop. The safe choice."""
 
   def recipe_fn(ingredients):
@@ -153,28 +135,16 @@ def greedy(
         scores=_score_log(scores, ingredients, eval_name),
     )
 
-  _cook.cook(
-      _cook.Order(runs, out, item, max_shard_size, shard, distributed, as_json),
-      'greedy',
-      recipe_fn,
-      seed=seed,
-      saved=_saved(scores),
-  )
+  saved = _saved(scores)
+  return {'recipe_fn': recipe_fn, 'seed': seed, 'saved': saved}
 
 
-@recipe_command
+@_command
 def pruned(
-    runs: _common.Runs,
-    out: _options.Out,
     eval_name: _options.Eval,
     strict: _options.Strict = False,
     scores: _options.Scores = None,
-    item: _common.Item = None,
-    max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
-    shard: _options.Shard = False,
-    distributed: _options.Distributed = False,
-    as_json: _common.Json = False,
-) -> None:
+) -> Asked:
   """Removes runs while the score does not drop. For mostly good runs."""
 
   def recipe_fn(ingredients):
@@ -187,18 +157,11 @@ def pruned(
         scores=_score_log(scores, ingredients, eval_name),
     )
 
-  _cook.cook(
-      _cook.Order(runs, out, item, max_shard_size, shard, distributed, as_json),
-      'pruned',
-      recipe_fn,
-      saved=_saved(scores),
-  )
+  return {'recipe_fn': recipe_fn, 'saved': _saved(scores)}
 
 
-@recipe_command
+@_command
 def learned(
-    runs: _common.Runs,
-    out: _options.Out,
     loss_name: Annotated[
         str,
         typer.Option(
@@ -224,12 +187,7 @@ def learned(
             'resident if they fit, else streamed.'
         ),
     ] = _options.Memory.auto,
-    item: _common.Item = None,
-    max_shard_size: _options.MaxShardSize = _options.SHARD_BYTES,
-    shard: _options.Shard = False,
-    distributed: _options.Distributed = False,
-    as_json: _common.Json = False,
-) -> None:
+) -> Asked:
   """Learns the coefficients. For a differentiable loss on held-out data."""
 
   def recipe_fn(ingredients):
@@ -253,11 +211,7 @@ def learned(
           memory=memory.value,  # type: ignore[arg-type]
       )
 
-  _cook.cook(
-      _cook.Order(runs, out, item, max_shard_size, shard, distributed, as_json),
-      'learned',
-      recipe_fn,
-  )
+  return {'recipe_fn': recipe_fn}
 
 
 def _problem(loss_name: str) -> tuple[Any, ...]:

@@ -70,6 +70,7 @@ class Arguments(NamedTuple):
     overrides: such as '--config.seed=1'.
     num_seeds: how many seeds, from `config.seed` on.
     is_distributed: whether other processes take part.
+    only: numbers of what is wanted, if that can be chosen; empty for all.
   """
 
   config: str
@@ -77,13 +78,15 @@ class Arguments(NamedTuple):
   overrides: list[str]
   num_seeds: int
   is_distributed: bool
+  only: list[int]
 
 
-def parse(argv: Sequence[str]) -> Arguments:
+def parse(argv: Sequence[str], *, has_only: bool = False) -> Arguments:
   """Parses `--config=FILE --workdir=DIR --config.x=y ...`.
 
   Args:
     argv: the arguments, without the program's name.
+    has_only: whether there is `--only=4,13`.
 
   Returns:
     The parsed arguments.
@@ -96,23 +99,34 @@ def parse(argv: Sequence[str]) -> Arguments:
   flags.DEFINE_string('workdir', None, '', flag_values=values)
   flags.DEFINE_integer('seeds', 1, '', lower_bound=1, flag_values=values)
   flags.DEFINE_bool('distributed', False, '', flag_values=values)
+  if has_only:
+    flags.DEFINE_list('only', [], '', flag_values=values)
   is_override = lambda a: a.lstrip('-').startswith('config.')
   try:
     rest = values(['main', *(a for a in argv if not is_override(a))])
   except flags.Error as e:
     raise UsageError(f'{e}. Usage: {USAGE}') from e
-  if rest[1:] or not values.config or not values.workdir:
-    raise UsageError(f'{_missing(values, rest[1:])}. Usage: {USAGE}')
+  absent = [x for x in ('config', 'workdir') if not values[x].value]
+  problem = f'--{absent[0]} is missing' if absent else ''
+  if rest[1:]:
+    problem = f'Unexpected argument {rest[1]!r}: write --NAME=VALUE'
+  if problem:
+    raise UsageError(f'{problem}. Usage: {USAGE}')
   try:
     _files.path_of(values.workdir)
   except ValueError as e:
     raise UsageError(str(e)) from e
+  try:
+    only = [int(number) for number in values.only] if has_only else []
+  except ValueError as e:
+    raise UsageError(f'{e}. Write --only=4,13.') from e
   return Arguments(
       values.config,
       values.workdir,
       [a for a in argv if is_override(a)],
       num_seeds=values.seeds,
       is_distributed=values.distributed,
+      only=only,
   )
 
 
@@ -120,12 +134,6 @@ USAGE = (
     'python -m jaxsoup.experiments.main --config=FILE[:ARG] --workdir=DIR '
     '[--config.NAME=VALUE ...] [--seeds=N] [--distributed]'
 )
-
-
-def _missing(values, rest) -> str:
-  if rest:
-    return f'Unexpected argument {rest[0]!r}: write --NAME=VALUE'
-  return '--config is missing' if not values.config else '--workdir is missing'
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -148,9 +156,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
   file, _, arg = path.partition(':')
   if not pathlib.Path(file).is_file():
     folder = pathlib.Path(file).parent
-    there = (
-        sorted(p.name for p in folder.glob('*.py')) if folder.is_dir() else []
-    )
+    there = sorted(p.name for p in folder.glob('*.py'))
     raise UsageError(
         f'There is no config {file}.'
         + (f' Give one of {folder}: {", ".join(there)}.' if there else '')
@@ -193,7 +199,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     raise UsageError(
         _explain(overrides, module.get_config(arg or None), e)
     ) from e
-  if problems := list(_problems(_flat(values.config))):
+  if problems := list(_problems(flat(values.config))):
     raise UsageError(f'{path}: {"; ".join(problems)}.')
   sweep_fn = lambda config: list(module.sweep(config))
   runs = _called(module, path, 'sweep', sweep_fn, values.config)
@@ -235,13 +241,8 @@ _POSITIVE = {
 _OF_TRAINING = ('finetune', 'learned', 'pretrain', 'sweep')
 _SEEDS = ('draw', 'seed')
 _SHARES = {
-    'ema',
-    'final',
-    'label_smoothing',
-    'momentum',
-    'val_fraction',
-    'warmup',
-}
+    'ema', 'final', 'label_smoothing', 'momentum', 'val_fraction', 'warmup',
+}  # fmt: skip
 
 
 def _problems(fields: Json) -> Iterator[str]:
@@ -281,9 +282,12 @@ def _problems(fields: Json) -> Iterator[str]:
 
 def _explain(overrides, config, error) -> str:
   """Names the wrong override, and what is expected."""
-  known = _flat(config)
-  for override in overrides:
-    name = override.lstrip('-').partition('=')[0].removeprefix('config.')
+  known = flat(config)
+  names = [
+      override.lstrip('-').partition('=')[0].removeprefix('config.')
+      for override in overrides
+  ]
+  for name in names:
     if name not in known and not any(k.startswith(f'{name}[') for k in known):
       near = difflib.get_close_matches(name, known, 3, 0.4)
       return (
@@ -294,21 +298,21 @@ def _explain(overrides, config, error) -> str:
   first = str(error).strip().split('\n')[0]
   types = [
       f'{name} is {type(known[name]).__name__}, such as {known[name]!r}'
-      for o in overrides
-      if (name := o.lstrip('-').partition('=')[0].removeprefix('config.'))
-      in known
+      for name in names
+      if name in known
   ]
   return f'{first} ({"; ".join(types)})' if types else first
 
 
-def _flat(config: ml_collections.ConfigDict) -> Json:
-  flat: Json = {}
+def flat(config: ml_collections.ConfigDict) -> Json:
+  """Its fields by their names, such as 'finetune.num_epochs'."""
+  fields: Json = {}
   for key, value in config.items():
     if isinstance(value, ml_collections.ConfigDict):
-      flat |= {f'{key}.{k}': v for k, v in _flat(value).items()}
+      fields |= {f'{key}.{k}': v for k, v in flat(value).items()}
     else:
-      flat[key] = value
-  return flat
+      fields[key] = value
+  return fields
 
 
 def _module(file: str) -> Any:
@@ -334,7 +338,7 @@ def check_unchanged(
     ValueError: the stored config is unreadable.
   """
   try:
-    now = _lasting(json.loads(json.dumps(_flat(config))))
+    now = _lasting(json.loads(json.dumps(flat(config))))
   except TypeError as e:
     raise UsageError(
         f'The config holds what JSON cannot hold: {e}. Use numbers, text, '

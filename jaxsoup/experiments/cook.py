@@ -95,21 +95,15 @@ def recipes(
   if prepare_fn is not None:
     eval_fn = _prepared(eval_fn, prepare_fn)
 
+  learned_fn = functools.partial(
+      learned, config, model, ingredients, held_out, sharding
+  )
   made: dict[str, Callable[[], Soup[Info]]] = {
       'uniform': lambda: jaxsoup.uniform(ingredients),
       'greedy': lambda: jaxsoup.greedy(ingredients, eval_fn, scores=scores),
       'pruned': lambda: jaxsoup.pruned(ingredients, eval_fn, scores=scores),
-      'learned': lambda: learned(
-          config, model, ingredients, held_out, sharding
-      ),
-      'learned by tensor': lambda: learned(
-          config,
-          model,
-          ingredients,
-          held_out,
-          sharding,
-          group_fn=lambda path: path,
-      ),
+      'learned': learned_fn,
+      'learned by tensor': lambda: learned_fn(group_fn=lambda path: path),
       'Model Stock': lambda: jaxsoup.model_stock(ingredients, theta_0),
   }
   wanted = config.get('recipes', tuple(made))
@@ -183,11 +177,8 @@ def statistics_fns(
     batches = itertools.islice(batches, num_batches)
     return recalibrate_fn(params, checked_fn(batches))
 
-  fns = {
-      'averaged': lambda params: params,
-      'first': first,
-      're-estimated': estimated,
-  }
+  averaged = lambda params: params
+  fns = {'averaged': averaged, 'first': first, 're-estimated': estimated}
   chosen = config.get('batch_norm', 'averaged')
   if chosen not in fns:
     raise configs.UsageError(
@@ -330,24 +321,19 @@ def score_of_batches(
 ) -> Any:
   """The same, of batches that are there; its `step` is what is compiled."""
   select_by = config.get('select_by', 'metric')
-  if select_by == 'nll':
-    return evaluation.mean_of(
-        lambda params, batch: -optax.softmax_cross_entropy_with_integer_labels(
-            logits_fn(params, batch), batch['label']
-        ),
-        batches,
-    )
-  if select_by != 'metric':
+  if select_by not in ('metric', 'nll'):
     raise ValueError(
         f"config.select_by is {select_by!r}: choose 'metric' or 'nll'."
     )
-  if config.get('metric', 'accuracy') == 'accuracy':
-    return evaluation.mean_of(
-        lambda params, batch: metrics.correct(
-            logits_fn(params, batch), batch['label']
-        ),
-        batches,
-    )
+
+  def each_fn(params, batch):
+    logits, label = logits_fn(params, batch), batch['label']
+    if select_by == 'metric':
+      return metrics.correct(logits, label)
+    return -optax.softmax_cross_entropy_with_integer_labels(logits, label)
+
+  if select_by == 'nll' or config.get('metric', 'accuracy') == 'accuracy':
+    return evaluation.mean_of(each_fn, batches)
   return evaluation.score_of(metric_of(config), logits_fn, batches)
 
 

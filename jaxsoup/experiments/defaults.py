@@ -80,6 +80,5 @@ def learned(**others: Any) -> Json:
 def package_folder(name: str) -> pathlib.Path | None:
   """The folder of an installed package that holds weights, or None."""
   spec = importlib.util.find_spec(name)
-  if spec is None or not spec.submodule_search_locations:
-    return None
-  return pathlib.Path(spec.submodule_search_locations[0])
+  folders = spec and spec.submodule_search_locations
+  return pathlib.Path(folders[0]) if folders else None

@@ -97,20 +97,19 @@ def splits(
     is_prefixed: whether each text names the task, as for T5.
   """
   data = config.data
-  options = dict(share=data.share, seed=config.seed, is_prefixed=is_prefixed)
-  tokenize = tokenizer(config)
-  if data.is_made_up:
-    sizes = dict(train=sum(data.sizes.values()), dev=200)
-    with tempfile.TemporaryDirectory() as folder:
-      made_up.glue(folder, data.task, sizes, config.seed)
-      return glue.splits(data.task, tokenize, folder=folder, **options)
-  return glue.splits(
-      data.task,
-      tokenize,
-      folder=data.folder or None,
-      data_dir=data.data_dir or None,
-      **options,
-  )
+  with tempfile.TemporaryDirectory() as synthetic:
+    if data.is_made_up:
+      sizes = dict(train=sum(data.sizes.values()), dev=200)
+      made_up.glue(synthetic, data.task, sizes, config.seed)
+    return glue.splits(
+        data.task,
+        tokenizer(config),
+        folder=synthetic if data.is_made_up else data.folder or None,
+        data_dir=data.data_dir or None,
+        share=data.share,
+        seed=config.seed,
+        is_prefixed=is_prefixed,
+    )
 
 
 def sweep(config: ml_collections.ConfigDict) -> list[Json]:

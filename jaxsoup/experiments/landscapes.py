@@ -23,7 +23,6 @@ import json
 import math
 import pathlib
 from typing import Any
-from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -48,6 +47,7 @@ from jaxsoup.runtime import progress
 from jaxsoup.typing import Array
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
+from jaxsoup.typing import MetricFn
 from jaxsoup.typing import Params
 from jaxsoup.typing import ParamsFn
 
@@ -56,21 +56,6 @@ OnPoints = Callable[[float, float], None]
 _STAGE = 'landscapes'
 # Two copies of one run span no plane.
 _LEAST_ANGLE = 10.0
-
-
-class Part(NamedTuple):
-  """One file of `landscape/`.
-
-  Attributes:
-    name: of the file.
-    num: how many models are evaluated for it, about.
-    make_fn: is called with a callback for the points done, and of all; returns
-      what goes into the file.
-  """
-
-  name: str
-  num: int
-  make_fn: Callable[[OnPoints], Json]
 
 
 # The parts, and the settings that each depends on.
@@ -85,17 +70,15 @@ _PARTS = {
 
 def _asked(settings: Config) -> dict[str, Json]:
   """The parts that are asked for, and the settings of each."""
-  is_left_out = {
-      'diagnosis': not settings['is_diagnosed'],
-      'pairs': not settings['num_pairs'],
-      'lines': not (settings['num_pairs'] and settings['num_points']),
-      'plane': not settings['num_points'],
-  }
-  return {
+  off = {name for name in ('num_pairs', 'num_points') if not settings[name]}
+  parts = {
       name: {key: settings[key] for key in keys}
       for name, keys in _PARTS.items()
-      if not is_left_out.get(name)
+      if not off.intersection(keys)
   }
+  if not settings['is_diagnosed']:
+    del parts['diagnosis']
+  return parts
 
 
 def are_made(
@@ -129,12 +112,11 @@ class Sets:
     """
     all_sets = {'train': work.splits.train, **work.data}
     parts = [_some(all_sets[name], num // len(names)) for name in names]
-    views = [work.splits.views.get(name, lambda x: x) for name in names]
+    self._views = [work.splits.views.get(name, lambda x: x) for name in names]
     starts = list(itertools.accumulate(map(len, parts), initial=0))
-    fields = [*work.model.inputs, 'label']
     pooled = {
         name: np.concatenate([part.arrays[name] for part in parts])
-        for name in fields
+        for name in (*work.model.inputs, 'label')
     }
     self.labels = pooled['label']
     batches = cook.batches_of(
@@ -143,20 +125,19 @@ class Sets:
     self.batches = work.stopping(batches)
     self.logits_of = evaluation.logits_of(work.model.logits_fn, self.batches)
     self._rows = list(itertools.starmap(slice, itertools.pairwise(starts)))
-    self._views = views
     self._metric = cook.metric_of(work.config)
 
-  def score(self, logits: Array, labels: Array) -> float:
-    """The experiment's metric, the mean over the sets."""
-    return self._mean(self._metric, logits, labels)
+  def score_of(self, params: Params) -> float:
+    """The score of a model."""
+    return self.score(self.logits_of(params), self.labels)
 
-  def loss(self, logits: Array, labels: Array) -> float:
-    """The negative log-likelihood, the mean over the sets."""
-    return self._mean(metrics.negative_log_likelihood, logits, labels)
-
-  def _mean(self, metric, logits, labels) -> float:
+  def score(
+      self, logits: Array, labels: Array, metric: MetricFn | None = None
+  ) -> float:
+    """A metric, by default the experiment's; the mean over the sets."""
+    metric_fn = metric or self._metric
     values = [
-        float(metric(view(logits[rows]), labels[rows]))
+        float(metric_fn(view(logits[rows]), labels[rows]))
         for rows, view in zip(self._rows, self._views)
     ]
     return float(np.mean(values))
@@ -256,28 +237,22 @@ def make(
   theta_0 = checkpoints.Ingredients([work.workdir / 'theta_0'], shapes)[0]
   ingredients = _ingredients(work, theta_0)
   parts = Parts(work, theta_0, ingredients, soups, scores, prepare_fn).all()
-  total, num_done = sum(part.num for part in parts), 0
-  for part in parts:
+  parts = {name: part for name, part in parts.items() if name in asked}
+  total, num_done = sum(num for num, _ in parts.values()), 0
+  for name, (num_models, make_fn) in parts.items():
 
-    def on_points(num, num_of_part, part=part, before=num_done):
+    def on_points(num, num_of_part, size=num_models, before=num_done):
       work.stop.check(f'{work.workdir} holds all soups')
-      done = before + part.num * num / num_of_part
-      work.progress_fn(_STAGE, done / total)
+      work.progress_fn(_STAGE, (before + size * num / num_of_part) / total)
 
     on_points(0, 1)
-    path = _file(work.workdir, part.name)
-    _make_once(path, asked[part.name], part.make_fn, on_points)
-    num_done += part.num
-
-
-def _make_once(path: pathlib.Path, settings, make_fn, on_points) -> None:
-  """Writes what `make_fn` returns, unless the file has the same settings."""
-  if _is_made(path, settings):
-    return
-  content = _json.plain({'settings': settings, **make_fn(on_points)})
-  path.parent.mkdir(exist_ok=True)
-  with _files.replaced(path) as unfinished:
-    unfinished.write_text(json.dumps(content, allow_nan=False))
+    path = _file(work.workdir, name)
+    if not _is_made(path, asked[name]):
+      content = _json.plain({'settings': asked[name], **make_fn(on_points)})
+      path.parent.mkdir(exist_ok=True)
+      with _files.replaced(path) as unfinished:
+        unfinished.write_text(json.dumps(content, allow_nan=False))
+    num_done += num_models
 
 
 def _is_made(path: pathlib.Path, settings) -> bool:
@@ -302,22 +277,23 @@ class Parts:
     self._settings = work.config.landscape
     self._pairs = pairs_of(scores, self._settings.num_pairs)
 
-  def all(self) -> list[Part]:
-    """Those that the config asks for."""
+  def all(self) -> dict[str, tuple[int, Callable[[OnPoints], Json]]]:
+    """How many models are evaluated for a file, about, and what makes it.
+
+    Functions get a callback for the points done, and of all.
+    """
     num, num_pairs = len(self._ingredients), len(self._pairs)
     num_points = self._settings.num_points
     num_trials = 2 * num + len(studies.connected_pairs(self._scores))
     num_sets = 1 + bool(self._work.splits.shifts)
-    parts = [
-        Part('angles', 1, self._angles),
-        Part('diagnosis', num_trials, self._diagnosis),
-        Part('pairs', (num + num_pairs) * num_sets, self._pairs_part),
-        Part('lines', num_pairs * num_points, self._lines),
+    return {
+        'angles': (1, self._angles),
+        'diagnosis': (num_trials, self._diagnosis),
+        'pairs': ((num + num_pairs) * num_sets, self._pairs_part),
+        'lines': (num_pairs * num_points, self._lines),
         # Each point is evaluated on three sets.
-        Part('plane', 3 * num_points**2, self._plane),
-    ]
-    asked = _asked(self._settings.to_dict())
-    return [part for part in parts if part.name in asked]
+        'plane': (3 * num_points**2, self._plane),
+    }
 
   def _sets(self, names: Sequence[str]) -> Sets:
     return Sets(self._work, names, self._settings.num_examples)
@@ -328,16 +304,13 @@ class Parts:
 
   def _diagnosis(self, on_points: OnPoints) -> Json:
     held_out = self._sets(['held_out'])
-    score = lambda params: held_out.score(
-        held_out.logits_of(params), held_out.labels
-    )
     mean, num = float(np.mean(self._scores)), len(held_out.labels)
     noise = 3 * math.sqrt(max(mean * (1 - mean), 0) / num)
     has_statistics = self._work.model.recalibrate_fn is not None
     report = diagnosis.diagnose(
         self._ingredients,
         theta_0=self._theta_0,
-        eval_fn=score,
+        eval_fn=held_out.score_of,
         logits_fn=held_out.logits_of,
         recalibrate_fn=self._prepare_fn if has_statistics else None,
         tolerance=max(0.02, noise),
@@ -422,8 +395,10 @@ class Parts:
     """What is drawn on the plane: as figure 2 of the paper."""
     train, test = self._sets(['train']), self._sets(['test'])
     surfaces = {
-        'training loss': lambda params: train.loss(
-            train.logits_of(self._prepare_fn(params)), train.labels
+        'training loss': lambda params: train.score(
+            train.logits_of(self._prepare_fn(params)),
+            train.labels,
+            metrics.negative_log_likelihood,
         ),
         'test error': self._error_fn(test),
     }
@@ -434,9 +409,7 @@ class Parts:
 
   def _error_fn(self, sets: Sets) -> Callable[[Params], float]:
     """`params -> 1 - score`."""
-    return lambda params: 1 - sets.score(
-        sets.logits_of(self._prepare_fn(params)), sets.labels
-    )
+    return lambda params: 1 - sets.score_of(self._prepare_fn(params))
 
   def _corners(self) -> tuple[int, int] | None:
     """The best two models that are not close: two copies of a run are."""

@@ -97,20 +97,18 @@ def run(
   folder = _files.path_of(workdir)
   if not _files.is_remote(folder):
     folder = folder.absolute()
-  with _files.room_for(
-      folder,
+  advice = (
       'Finished work is kept: free some space, and run the same command again '
-      'to continue.',
-  ):
-    return _run(experiment, folder, progress_fn, stop or preemption.Stop())
-
-
-def _run(experiment, workdir, progress_fn, stop) -> list[report.Row]:
+      'to continue.'
+  )
   is_part = workdirs.shard_of(experiment.config)[1] > 1
-  with workdirs.locked(experiment, workdir):
-    rows = [] if is_part else results.finished(experiment, workdir)
+  with (
+      _files.room_for(folder, advice),
+      workdirs.locked(experiment, folder),
+  ):
+    rows = [] if is_part else results.finished(experiment, folder)
     if not rows:
-      work = workdirs.work_of(experiment, workdir, progress_fn, stop)
+      work = workdirs.work_of(experiment, folder, progress_fn, stop)
       theta_0 = stages.theta_0(work)
       if not stages.finetune_all(work, theta_0) or is_part:
         return []

@@ -69,6 +69,10 @@ class Split(NamedTuple):
 
     return workdirs.Logits(arrays, read_fn)
 
+  def soup_path(self, name: str) -> pathlib.Path:
+    stem = name.replace(',', '').replace(' ', '_').lower()
+    return self.folder / 'soups' / stem
+
 
 class Cooked(NamedTuple):
   """The soups of a split, and what they were made with.
@@ -102,21 +106,6 @@ class Model(NamedTuple):
   logits: Mapping[str, np.ndarray]
   beta: float = 1.0
   cost: int = 1
-
-
-class Scored(NamedTuple):
-  """What a table and its pictures need of one model.
-
-  Attributes:
-    row: without gains.
-    answers: by data set whether each example is right, `[N]`. For metrics that
-      are not a mean, the logits.
-    curve: the reliability on test data.
-  """
-
-  row: report.Row
-  answers: Mapping[str, np.ndarray]
-  curve: Json
 
 
 def finished(
@@ -195,9 +184,9 @@ def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
     if content is not None:
       break  # All that is left to do is of the first split.
     models = _models(work, split, cooked, logits)
-    scored = [_scored(work, split, model) for model in models]
-    tables.append(_with_gains(work, split, models, scored))
-    calibration = calibration or _calibration(scored)
+    rows, curves = _table(work, split, models)
+    tables.append(rows)
+    calibration = calibration or curves
   assert first is not None
   work.progress_fn('reporting', 0.0)
   if content is None:
@@ -220,24 +209,22 @@ def splits(work: workdirs.Work) -> list[Split]:
   held_out, test = work.splits.held_out, work.splits.test
   num_select, num = len(held_out), len(held_out) + len(test)
   number = work.config.get('num_splits', 1)
-  drawn = [Split(work.workdir, held_out)]
   if number == 1:
-    return drawn
+    return [Split(work.workdir, held_out)]
   pool = {
       name: np.concatenate([x, sources.in_memory(test).arrays[name]])
       for name, x in sources.in_memory(held_out).arrays.items()
   }
+  folder = work.workdir / 'splits'
+  drawn = [Split(folder / '0', held_out)]
   for i in range(1, number):
     rng = np.random.default_rng([work.config.seed, i, *b'split'])
     order = rng.permutation(num)
     select, rest = np.sort(order[:num_select]), np.sort(order[num_select:])
     part = sources.Arrays({name: x[select] for name, x in pool.items()})
     rows = {'held_out': select, 'test': rest}
-    drawn.append(Split(work.workdir, part, rows))
-  return [
-      split._replace(folder=work.workdir / 'splits' / str(i))
-      for i, split in enumerate(drawn)
-  ]
+    drawn.append(Split(folder / str(i), part, rows))
+  return drawn
 
 
 def _resamples(config) -> dict[str, int]:
@@ -265,18 +252,9 @@ def _add_stability(
 ) -> None:
   """Adds how far greedy's choice depends on the held-out examples.
 
-  Each soup that no search met before is evaluated; the ensembles are of the
-  logits alone.
-
-  Args:
-    work: the experiment; `config.stability` says how often the held-out set is
-      resampled: 0, or no such field, leaves it out.
-    content: of results.json, where 'stability' gets the fields of
-      `jaxsoup.statistics.Stability`, as lists.
-    ingredients: the fine-tuned runs.
-    split: whose held-out set it is.
-    logits: of each run by data set.
-    prepare_fn: gives a soup its running statistics; None without any.
+  As the fields of `statistics.Stability`, of as many resamples as
+  `config.stability` says. Each soup that no search met before is evaluated; the
+  ensembles are of the logits alone.
   """
   if _is_stable(work.config, content):
     return
@@ -295,34 +273,30 @@ def _add_stability(
   def of_ensemble(members):
     return singles[list(members)].astype(np.float32).mean(0)
 
+  label = split.of(work.labels)['held_out']
+  is_nll = work.config.get('select_by', 'metric') == 'nll'
+  metric = metrics.log_likelihood if is_nll else metrics.correct
   fns = {'greedy': of_soup, 'greedy ensemble': of_ensemble}
+
+  def metric_fn(logits_fn, members):
+    return metric(jnp.asarray(logits_fn(members)), label)
+
   stable = {}
   for name, num in _resamples(work.config).items():
-    known = content['stability'].get(name, {'sizes': ()})
-    is_made = len(known['sizes']) == num
-    stable[name] = (
-        known
-        if is_made
-        else _stability(work, split, fns[name], len(singles), num)
-    )
+    stable[name] = content['stability'].get(name, {'sizes': ()})
+    if len(stable[name]['sizes']) != num:
+      made = statistics.stability(
+          functools.partial(metric_fn, fns[name]),
+          len(singles),
+          num_resamples=num,
+          seed=work.config.seed,
+      )
+      stable[name] = _json.plain(made._asdict())
     # Each is kept when it is made.
     content['stability'] = {**content['stability'], **stable}
     _store(work, content)
   content['stability'] = stable
   _store(work, content)
-
-
-def _stability(work, split, logits_fn, num, num_resamples) -> Json:
-  label = split.of(work.labels)['held_out']
-  is_nll = work.config.get('select_by', 'metric') == 'nll'
-  of_logits = metrics.log_likelihood if is_nll else metrics.correct
-  stable = statistics.stability(
-      lambda members: of_logits(jnp.asarray(logits_fn(members)), label),
-      num,
-      num_resamples=num_resamples,
-      seed=work.config.seed,
-  )
-  return _json.plain(stable._asdict())
 
 
 def _cooked(work, ingredients, theta_0, split, logits, part) -> Cooked:
@@ -374,7 +348,7 @@ def _soups(work, ingredients, theta_0, split, scores, singles, fns, part):
     mixture = functools.cache(recipe)
     for way, fn in (fns or {'': lambda params: params}).items():
       name = f'{recipe_name}, {way}' if way else recipe_name
-      path = _soup_path(split, name)
+      path = split.soup_path(name)
       if not _processes.agreed(_files.is_whole(path)):
         soup = mixture()
         metadata = {'recipe': recipe_name, 'seed': config.seed}
@@ -388,16 +362,11 @@ def _soups(work, ingredients, theta_0, split, scores, singles, fns, part):
   return soups
 
 
-def _soup_path(split: Split, name: str) -> pathlib.Path:
-  stem = name.replace(',', '').replace(' ', '_').lower()
-  return split.folder / 'soups' / stem
-
-
 def _models(work, split, cooked: Cooked, logits) -> list[Model]:
   """All that is compared, as this split has it."""
 
   def soup(name, params_fn, info=None):
-    of_soup = work.logits_of(_soup_path(split, name), params_fn)
+    of_soup = work.logits_of(split.soup_path(name), params_fn)
     return Model('soup', name, split.of(of_soup), getattr(info, 'beta', 1.0))
 
   mine = [split.of(x) for x in logits]
@@ -434,8 +403,13 @@ def _mean(
   return total
 
 
-def _scored(work, split, model: Model) -> Scored:
-  """Scores of one model, for which each of its arrays is read once."""
+def _scored(work, split, model: Model):
+  """Scores of one model, for which each of its arrays is read once.
+
+  Returns:
+    Its row, without gains; by data set whether each example is right, or for
+    metrics that are not a mean the logits; and the reliability on test data.
+  """
   metric_name = work.config.get('metric', 'accuracy')
   labels = split.of(work.labels)
   views = work.splits.views  # Of sets with their own classes.
@@ -452,7 +426,7 @@ def _scored(work, split, model: Model) -> Scored:
       scaled = np.float32(model.beta) * x
       nll = float(metrics.negative_log_likelihood(scaled, label))
       ece = float(metrics.expected_calibration_error(scaled, label))
-      curve = metrics.reliability(scaled, label)
+      curve = metrics.reliability(scaled, label)._asdict()
   row = report.Row(
       name=model.name,
       kind=model.kind,
@@ -465,38 +439,34 @@ def _scored(work, split, model: Model) -> Scored:
       metric=metric_name,
       shares=shares(work),
   )
-  return Scored(
+  return (
       row,
       answers if metric_name == 'accuracy' else logits,
-      {key: x.tolist() for key, x in curve._asdict().items()},
+      {key: x.tolist() for key, x in curve.items()},
   )
 
 
-def _calibration(scored: Sequence[Scored]) -> Json:
-  """Reliability on test data: of the best single, soups and ensembles."""
-  best = report.best_single([of_model.row for of_model in scored])
-  return {
+def _table(work, split, models) -> tuple[list[report.Row], Json]:
+  """Rows with their gains, and the reliability of what a user would choose.
+
+  What is resampled for the gains are the examples of this split.
+  """
+  scored = [_scored(work, split, model) for model in models]
+  rows, answers, curves = (list(parts) for parts in zip(*scored))
+  best = report.best_single(rows)
+  report.refuse_twice(models[best].logits)
+  name = work.config.get('metric', 'accuracy')
+  # Answers one by one are known: the exact test is of those.
+  metric = None if name == 'accuracy' else cook.METRICS[name]
+  with_gains = report.with_gains(
+      rows, answers, split.of(work.labels), metric=metric
+  )
+  calibration = {
       'best single' if i == best else row.name: curve
-      for i, (row, _, curve) in enumerate(scored)
+      for i, (row, curve) in enumerate(zip(rows, curves))
       if i == best or row.kind != 'single'
   }
-
-
-def _with_gains(work, split, models, scored) -> list[report.Row]:
-  """Rows with the gain over the best single model and how sure it is.
-
-  What is resampled for that are the examples of this split.
-  """
-  rows = [of_model.row for of_model in scored]
-  report.refuse_twice(models[report.best_single(rows)].logits)
-  name = work.config.get('metric', 'accuracy')
-  return report.with_gains(
-      rows,
-      [of_model.answers for of_model in scored],
-      split.of(work.labels),
-      # Answers one by one are known: the exact test is of those.
-      metric=None if name == 'accuracy' else cook.METRICS[name],
-  )
+  return with_gains, calibration
 
 
 def shares(work: workdirs.Work) -> dict[str, float]:
@@ -514,10 +484,9 @@ def roles(work: workdirs.Work) -> dict[str, dict[str, int]]:
   shifts = {name: len(x) for name, x in work.splits.shifts.items()}
   if len(shifts) > 4:
     shifts = {f'{len(shifts)} shifts': sum(shifts.values())}
-  held_out = {'held-out': len(work.splits.held_out)}
   return {
       'trained': {'train': len(work.splits.train)},
-      'selected and tuned': held_out,
+      'selected and tuned': {'held-out': len(work.splits.held_out)},
       'reported': {'test': len(work.splits.test), **shifts},
   }
 
@@ -541,8 +510,9 @@ def _content(work, tables, all_splits, soups, calibration) -> Json:
   """What is in results.json, but for the stability."""
   workdir = work.workdir
   paths = [workdir / 'theta_0', *(path for _, _, path in work.copies())]
-  paths += [_soup_path(split, name) for split in all_splits for name in soups]
-  pictures = [_SCATTER, *([_TRIALS] if _searches(soups) else [])]
+  paths += [split.soup_path(name) for split in all_splits for name in soups]
+  names = [path.relative_to(workdir).as_posix() for path in paths]
+  names += [_SCATTER, *([_TRIALS] if _searches(soups) else []), _TABLE]
   content = {
       'config': json.loads((workdir / 'config.json').read_text()),
       'runs': list(work.experiment.runs),
@@ -556,11 +526,7 @@ def _content(work, tables, all_splits, soups, calibration) -> Json:
       },
       'roles': roles(work),
       'calibration': calibration,
-      'files': [
-          *(path.relative_to(workdir).as_posix() for path in paths),
-          *pictures,
-          _TABLE,
-      ],
+      'files': names,
   }
   if len(tables) > 1:
     content['splits'] = [[r._asdict() for r in table] for table in tables]
@@ -580,20 +546,15 @@ def _write(work, content: Json, tables, soups) -> None:
   """Pictures and the table; results.json last, as it stands for them all."""
   workdir = work.workdir
   rows = report.averaged(tables)[0]
-  scatter = lambda ax: report.scatter(ax, rows)
+  draw = functools.partial(report.scatter, rows=rows)
   with _files.local_copy(workdir / _SCATTER) as file:
-    report.save(scatter, file, size=(7.2, 4.2))
+    report.save(draw, file, size=(7.2, 4.2))
   if searches := _searches(soups):
     with _files.local_copy(workdir / _TRIALS) as file:
       report.save(lambda ax: report.trials(ax, searches), file)
-  means, deviations = report.averaged(
-      [report.summary(table) for table in tables]
-  )
-  text = report.markdown(
-      means,
-      deviations if len(tables) > 1 else None,
-      sets=content['roles'],
-  )
+  means, spread = report.averaged([report.summary(table) for table in tables])
+  deviations = spread if len(tables) > 1 else None
+  text = report.markdown(means, deviations, sets=content['roles'])
   if names := ', '.join(content['diverged']):
     text += f'\n\nLeft out, with NaN or infinite values: {names}.'
   (workdir / _TABLE).write_text(text + '\n')

@@ -54,9 +54,7 @@ def theta_0(work: workdirs.Work) -> Params:
         checkpoints.save(path, _start(work), metadata=metadata)
         work.saved('theta_0').delete()
   # Always from the disk, so that a second start sees the same parameters.
-  shapes = checkpoints.Ingredients([path]).abstract_params
-  shapes = workdirs.abstract(work.config, shapes)
-  return checkpoints.Ingredients([path], shapes)[0]
+  return _read(work, path)
 
 
 @contextlib.contextmanager
@@ -127,7 +125,12 @@ def _pretrained(work: workdirs.Work, params: Params) -> Params:
   return _read(work, path, params)
 
 
-def _read(work: workdirs.Work, path: pathlib.Path, params: Params) -> Params:
+def _read(
+    work: workdirs.Work, path: pathlib.Path, params: Params | None = None
+) -> Params:
+  """A checkpoint; its shapes are those of `params`, or stored."""
+  if params is None:
+    params = checkpoints.Ingredients([path]).abstract_params
   abstract = workdirs.abstract(work.config, params)
   return checkpoints.Ingredients([path], abstract)[0]
 
@@ -153,13 +156,16 @@ def finetune_all(work: workdirs.Work, start: Params) -> bool:
   """
   _check_trained(work)
   size = work.config.sweep.group_size
-  groups = steps.grouped(work.experiment.runs, size)
   shard, num_shards = workdirs.shard_of(work.config)
-  mine = groups[shard::num_shards]
+  mine = steps.grouped(work.experiment.runs, size)[shard::num_shards]
   num_runs = sum(map(len, mine))
   num_done = 0
   for group in mine:
-    progress_fn = functools.partial(_part, work, group, num_done, num_runs)
+
+    def progress_fn(epoch, num_epochs, _, group=group, before=num_done):
+      done = (before + len(group) * epoch / num_epochs) / num_runs
+      work.progress_fn('fine-tuning', done)
+
     with _alone(work, work.workdir / 'runs' / f'{group[0]:02d}'):
       _finetune_group(work, start, group, progress_fn)
     num_done += len(group)
@@ -204,12 +210,6 @@ def _check_trained(work: workdirs.Work) -> None:
           f'{path} was trained with {", ".join(differing)}: sweep(config) was '
           'changed since. Undo that, or use another workdir.'
       )
-
-
-def _part(work, group, num_done, num_runs, epoch, num_epochs, losses) -> None:
-  del losses
-  done = (num_done + len(group) * epoch / num_epochs) / num_runs
-  work.progress_fn('fine-tuning', done)
 
 
 def _finetune_group(work: workdirs.Work, start, group, progress_fn) -> None:

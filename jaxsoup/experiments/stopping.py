@@ -5,7 +5,6 @@ from typing import Any
 
 from jaxsoup import checkpoints
 from jaxsoup.runtime import preemption
-from jaxsoup.typing import Params
 from jaxsoup.typing import Tree
 
 
@@ -22,16 +21,6 @@ class Ingredients(checkpoints.Ingredients):
   def __getitem__(self, k):
     self._stop.check(self._saved)
     return super().__getitem__(k)
-
-  def onto(self, abstract_params: Params) -> 'Ingredients':
-    """The same checkpoints, read with other shardings."""
-    return Ingredients(
-        self.paths,
-        abstract_params,
-        item=self.item,
-        stop=self._stop,
-        saved=self._saved,
-    )
 
   def stopping(self, batches: Iterable[Tree]) -> 'Batches':
     """Batches that look for a request to stop before each one."""

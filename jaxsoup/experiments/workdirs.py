@@ -6,10 +6,10 @@ with workdirs.opened(experiment, folder) as work:
 ```
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
-from collections.abc import Mapping
 import contextlib
 import dataclasses
 import functools
@@ -45,27 +45,19 @@ from jaxsoup.typing import Json
 from jaxsoup.typing import Params
 
 
-class Logits(Mapping[str, np.ndarray]):
+class Logits(collections.UserDict[str, Any]):
   """Logits `[N, C]` of a model by data set, made or read on each access."""
 
   def __init__(
       self, names: Iterable[str], read_fn: Callable[[str], np.ndarray]
   ):
-    self._names, self._read_fn = list(names), read_fn
+    super().__init__(dict.fromkeys(names))
+    self._read_fn = read_fn
 
   def __getitem__(self, name: str) -> np.ndarray:
-    if name not in self._names:
+    if name not in self:
       raise KeyError(name)
     return self._read_fn(name)
-
-  def __contains__(self, name: object) -> bool:
-    return name in self._names
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._names)
-
-  def __len__(self) -> int:
-    return len(self._names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +71,7 @@ class Work:
   progress_fn: progress.ProgressFn
   stop: preemption.Stop
   log: metric_log.MetricLog
+  _stored: dict[pathlib.Path, Json] = dataclasses.field(default_factory=dict)
 
   @property
   def config(self) -> ml_collections.ConfigDict:
@@ -158,13 +151,13 @@ class Work:
     Not of what diverged.
     """
     names = self.config.get('ingredients', None)
-    return [
-        (i, name, path)
+    copies = [
+        (i, name, self.workdir / 'runs' / f'{i:02d}_{name}'.rstrip('_'))
         for i in range(len(self.experiment.runs))
         for name in loop.names_of(self.config.finetune)
         if names is None or name in names
-        if not self.stored(path := self._path(i, name)).get('diverged')
     ]
+    return [x for x in copies if not self.stored(x[-1]).get('diverged')]
 
   def diverged(self) -> list[str]:
     """Names of the runs that are there with NaN or infinite values."""
@@ -176,14 +169,6 @@ class Work:
     if path not in self._stored and _files.is_whole(path):
       self._stored[path] = checkpoints.provenance(path)['metadata']
     return self._stored.get(path, {})
-
-  @functools.cached_property
-  def _stored(self) -> dict[pathlib.Path, Json]:
-    return {}
-
-  def _path(self, run: int, name: str) -> pathlib.Path:
-    stem = f'{run:02d}_{name}' if name else f'{run:02d}'
-    return self.workdir / 'runs' / stem
 
 
 @contextlib.contextmanager
@@ -220,7 +205,8 @@ def locked(
   config = experiment.config
   shard, num_shards = shard_of(config)
   name = '.lock' if num_shards == 1 else f'.lock_{shard}_{num_shards}'
-  if jax.process_count() > 1 and not config.get('is_sharded', False):
+  mesh = mesh_of(config)
+  if jax.process_count() > 1 and mesh is None:
     raise configs.UsageError(
         f'{jax.process_count()} processes can train one run together only if '
         'config.is_sharded is True: set it, or start the processes separately, '
@@ -236,7 +222,7 @@ def locked(
         f'There are no locks in a bucket: make sure that no other process uses '
         f'{folder}.'
     )
-  with held, mesh_of(config):
+  with held, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
     is_alone = _processes.is_main() and num_shards == 1
     if is_alone:
       _files.clear_leftovers(folder, 'config.json')
@@ -359,25 +345,18 @@ def shard_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
   return int(i), int(n)
 
 
+def mesh_of(config: ml_collections.ConfigDict) -> jax.sharding.Mesh | None:
+  """The mesh of all devices, if the experiment is sharded."""
+  return loop.all_devices() if config.get('is_sharded', False) else None
+
+
 def abstract(config: ml_collections.ConfigDict, params: Params) -> Params:
   """Shapes of the parameters, with shardings if the experiment is sharded."""
-  shapes = jax.eval_shape(lambda: params)
-  if not config.get('is_sharded', False):
-    return shapes
-  return sharding.fsdp(shapes, loop.all_devices())
-
-
-def mesh_of(
-    config: ml_collections.ConfigDict,
-) -> contextlib.AbstractContextManager[Any]:
-  """The context in which a sharded experiment runs: its mesh is set."""
-  if not config.get('is_sharded', False):
-    return contextlib.nullcontext()
-  return jax.set_mesh(loop.all_devices())
+  shapes, mesh = jax.eval_shape(lambda: params), mesh_of(config)
+  return sharding.fsdp(shapes, mesh) if mesh else shapes
 
 
 def on(config: ml_collections.ConfigDict) -> NamedSharding | None:
   """How batches lie, if the experiment is sharded."""
-  if not config.get('is_sharded', False):
-    return None
-  return loop.split(loop.all_devices())
+  mesh = mesh_of(config)
+  return loop.split(mesh) if mesh else None

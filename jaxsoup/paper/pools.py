@@ -1,7 +1,7 @@
 """Pools of fine-tuned models: a sweep, and what else the paper's studies vary.
 
 ```
-with pools.opened(experiment, workdir) as bench:
+with pools.Bench(experiment, workdir) as bench:
   pool = bench['rates']                     # trained, if it is missing
   pool.soup((0, 1)).shifts, pool.ensemble((0, 1)).shifts
 ```
@@ -10,7 +10,6 @@ Each pool is a separate workdir in `workdir`, in which everything resumes.
 """
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
@@ -38,7 +37,6 @@ from jaxsoup.experiments import results
 from jaxsoup.experiments import stages
 from jaxsoup.experiments import workdirs
 from jaxsoup.runtime import preemption
-from jaxsoup.runtime import progress
 from jaxsoup.train import loop
 from jaxsoup.train import modeling
 from jaxsoup.typing import Params
@@ -140,19 +138,20 @@ class Pool:
         for k in range(len(self))
     ]
 
+  def _of(self, members: Sequence[int] | None) -> Sequence[int]:
+    return range(len(self)) if members is None else members
+
   def mean(self, members: Sequence[int] | None = None) -> Scores:
     """The mean of the scores of single models."""
-    members = range(len(self)) if members is None else members
-    return mean_scores([self.singles[k] for k in members])
+    return mean_scores([self.singles[k] for k in self._of(members)])
 
   def best(self, members: Sequence[int] | None = None) -> int:
     """Which single model is the best on the held-out data."""
-    members = range(len(self)) if members is None else members
-    return max(members, key=lambda k: self.singles[k].held_out)
+    return max(self._of(members), key=lambda k: self.singles[k].held_out)
 
   def soup(self, members: Sequence[int] | None = None) -> Scores:
     """The uniform soup of some models, all by default."""
-    members = tuple(range(len(self)) if members is None else members)
+    members = tuple(self._of(members))
     if members not in self._soups:
       soup = jaxsoup.uniform([self.models[k] for k in members])
       self._soups[members] = self.of(soup.params)
@@ -160,9 +159,9 @@ class Pool:
 
   def ensemble(self, members: Sequence[int] | None = None) -> Scores:
     """The mean of the logits of some models, all by default."""
-    members = list(range(len(self)) if members is None else members)
+    rows = list(self._of(members))
     return self.scores_of(
-        {name: x[members].mean(0) for name, x in self.logits.items()}
+        {name: x[rows].mean(0) for name, x in self.logits.items()}
     )
 
   def greedy(self) -> jaxsoup.Soup[SearchInfo]:
@@ -175,14 +174,29 @@ def mean_scores(scores: Sequence[Scores]) -> Scores:
   return Scores(*np.mean(scores, axis=0).tolist())
 
 
-class Bench:
-  """The pools of one experiment by name, each trained on first access."""
+class Bench(contextlib.ExitStack):
+  """The pools of one experiment by name, each trained on first access.
 
-  def __init__(self, experiment, workdir, progress_fn, stop, stack):
-    self.experiment: configs.Experiment = experiment
-    self.workdir = pathlib.Path(workdir).absolute()
-    self._options = {'progress_fn': progress_fn, 'stop': stop}
-    self._stack = stack
+  A context, at the end of which their workdirs are no longer locked.
+  """
+
+  def __init__(
+      self,
+      experiment: configs.Experiment,
+      workdir: PathLike,
+      stop: preemption.Stop | None = None,
+  ):
+    """Trains nothing yet.
+
+    Args:
+      experiment: of `configs.load`, with data in memory and the ranges of
+        `configs/digits.py` in its sweep.
+      workdir: where the pools go.
+      stop: whether the script is asked to stop.
+    """
+    super().__init__()
+    self.experiment = experiment
+    self.workdir, self._stop = pathlib.Path(workdir).absolute(), stop
     self._pools: dict[str, Pool] = {}
     self._frozen: modeling.Model | None = None
     self.cache: dict[str, Any] = {}
@@ -210,13 +224,12 @@ class Bench:
         runs=variant.runs,
         data_fn=lambda config: variant.data_fn(config, make_fn(config)),
     )
-    work = self._stack.enter_context(
-        workdirs.opened(experiment, self.workdir / name, **self._options)
+    work = self.enter_context(
+        workdirs.opened(experiment, self.workdir / name, stop=self._stop)
     )
     path = work.workdir / 'theta_0'
     if variant.start_fn is not None and not path.exists():
-      start = variant.start_fn(work, self['sweep'].theta_0)
-      checkpoints.save(path, start)
+      checkpoints.save(path, variant.start_fn(work, self['sweep'].theta_0))
     theta_0 = stages.theta_0(work)
     if variant.frozen:
       # One model for all pools, or each would be compiled.
@@ -237,29 +250,6 @@ class Bench:
     )
     logits = ensembles.collect(pool.models, pool.work.model.logits_fn, batches)
     return np.mean(logits, axis=0)
-
-
-@contextlib.contextmanager
-def opened(
-    experiment: configs.Experiment,
-    workdir: PathLike,
-    progress_fn: progress.ProgressFn = progress.silent,
-    stop: preemption.Stop | None = None,
-) -> Iterator[Bench]:
-  """The pools of an experiment; their workdirs are locked till the end.
-
-  Args:
-    experiment: of `configs.load`, with data in memory and the ranges of
-      `configs/digits.py` in its sweep.
-    workdir: where the pools go.
-    progress_fn: called with the stages of `main.STAGES`.
-    stop: whether the script is asked to stop.
-
-  Yields:
-    A `Bench`.
-  """
-  with contextlib.ExitStack() as stack:
-    yield Bench(experiment, workdir, progress_fn, stop, stack)
 
 
 def middle(config: ml_collections.ConfigDict) -> configs.Run:
@@ -305,13 +295,11 @@ def rates(config: ml_collections.ConfigDict) -> list[float]:
 
 def _rates(bench: Bench) -> Variant:
   """Two runs at each learning rate."""
-  centre = middle(bench.config)
-  return Variant(
-      [
-          {**centre, 'learning_rate': rate, 'seed': seed}
-          for rate, seed in itertools.product(rates(bench.config), (1, 2))
-      ]
-  )
+  runs = [
+      {**middle(bench.config), 'learning_rate': rate, 'seed': seed}
+      for rate, seed in itertools.product(rates(bench.config), (1, 2))
+  ]
+  return Variant(runs)
 
 
 def _narrow(bench: Bench) -> Variant:
@@ -350,11 +338,6 @@ def _averaged(bench: Bench) -> Variant:
   return Variant(bench.runs[:NUM_RUNS], change_fn=change_fn)
 
 
-def _sam(bench: Bench) -> Variant:
-  runs = [{**run, 'sam': SAM_RADIUS} for run in bench.runs[:NUM_RUNS]]
-  return Variant(runs)
-
-
 def _probed(bench: Bench) -> Variant:
   """A linear probe first, from a new random head."""
 
@@ -365,10 +348,6 @@ def _probed(bench: Bench) -> Variant:
     )
 
   return Variant(bench.runs[:NUM_RUNS], start_fn=start_fn)
-
-
-def _random_head(bench: Bench) -> Variant:
-  return Variant(bench.runs[:NUM_RUNS], start_fn=_new_head)
 
 
 def _new_head(work: workdirs.Work, theta_0: Params) -> Params:
@@ -410,9 +389,13 @@ VARIANTS: dict[str, Callable[[Bench], Variant]] = {
     'scratch_shared': functools.partial(_scratch, is_shared=True),
     'scratch_apart': functools.partial(_scratch, is_shared=False),
     'averaged': _averaged,
-    'sam': _sam,
+    'sam': lambda bench: Variant(
+        [{**run, 'sam': SAM_RADIUS} for run in bench.runs[:NUM_RUNS]]
+    ),
     'probed': _probed,
-    'random_head': _random_head,
+    'random_head': lambda bench: Variant(
+        bench.runs[:NUM_RUNS], start_fn=_new_head
+    ),
     'distilled': _distilled,
     **{
         f'on_{name}': functools.partial(_on_data_set, name=name)

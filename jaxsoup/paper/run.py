@@ -17,7 +17,6 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import flags
 import numpy as np
 
 from jaxsoup import _files
@@ -73,7 +72,7 @@ def run(
   figures: dict[int, list[Figures]] = {n: [] for n in chosen}
   for i, seed in enumerate(range(first, first + num_seeds)):
     loaded = configs.load(path, [*overrides, f'--config.seed={seed}'])
-    with pools.opened(loaded, workdir / f'seed{seed}', stop=stop) as bench:
+    with pools.Bench(loaded, workdir / f'seed{seed}', stop=stop) as bench:
       for j, number in enumerate(chosen):
         done = (i + j / len(chosen)) / num_seeds
         progress_fn(_STAGE, done)
@@ -150,28 +149,16 @@ def _cell(values: Sequence[float | None]) -> str:
   """`96.1 ± 0.8`; small numbers have three digits."""
   known = np.array([np.nan if x is None else x for x in values], float)
   mean = known.mean()
-  text = f'{mean:.1f}' if abs(mean) >= 2 else f'{mean:.2f}'
+  digits = 1 if abs(mean) >= 2 else 2
   if len(known) < 2:
-    return text
-  deviation = known.std(ddof=1)
-  return f'{text} ± {deviation:.1f}' if abs(mean) >= 2 else (
-      f'{text} ± {deviation:.2f}'
-  )  # fmt: skip
+    return f'{mean:.{digits}f}'
+  return f'{mean:.{digits}f} ± {known.std(ddof=1):.{digits}f}'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
-  argv = list(sys.argv[1:] if argv is None else argv)
-  values = flags.FlagValues()
-  flags.DEFINE_list('only', [], '', flag_values=values)
   try:
-    is_own = lambda a: a.lstrip('-').startswith('only=')
-    try:
-      values(['paper', *filter(is_own, argv)])
-      only = [int(number) for number in values.only]
-    except (flags.Error, ValueError) as e:
-      raise configs.UsageError(f'{e}. Write --only=4,13.') from e
-    asked = configs.parse([a for a in argv if not is_own(a)])
+    asked = configs.parse(sys.argv[1:] if argv is None else argv, has_only=True)
     workdir = asked.workdir
     print(distributed.banner(workdir), file=sys.stderr)
     with (
@@ -183,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
           workdir,
           asked.overrides,
           num_seeds=asked.num_seeds,
-          only=only,
+          only=asked.only,
           progress_fn=progress_fn,
           stop=stop,
       )

@@ -1,7 +1,7 @@
 """The experiments of the paper, each of them one function of a bench.
 
 ```
-result = studies.EXPERIMENTS[4].study(bench)     # of `pools.opened`
+result = studies.EXPERIMENTS[4].study(bench)     # a `pools.Bench`
 result.figures                     # by row and column
 ```
 
@@ -9,7 +9,6 @@ result.figures                     # by row and column
 """
 
 from collections.abc import Callable
-from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 import itertools
@@ -35,6 +34,7 @@ Draw = Callable[[Any], None]
 # Figures by row and column; those of a column with '%' are drawn.
 Figures = dict[str, dict[str, float]]
 _TEST, _SHIFTS = 'test, %', 'shifts, %'
+_WHERE = ('test', 'shifts')
 
 
 class Result(NamedTuple):
@@ -80,15 +80,11 @@ def _prefixed(prefix: str, figures: Figures) -> Figures:
   return {f'{prefix}: {name}': row for name, row in figures.items()}
 
 
-def _file(bench: pools.Bench, pool: str, name: str) -> Any:
-  path = bench[pool].work.workdir / name
-  return json.loads(path.read_text())
-
-
 def plane(bench: pools.Bench) -> Result:
   """Error at the start, at two models and in the middle of them."""
   pool = bench['sweep']
-  surfaces = _file(bench, 'sweep', 'landscape/plane.json')
+  path = pool.work.workdir / 'landscape/plane.json'
+  surfaces = json.loads(path.read_text())
   first, second = surfaces['corners']
   figures = {
       'start': _scores(pool.of(pool.theta_0)),
@@ -101,6 +97,13 @@ def plane(bench: pools.Bench) -> Result:
   return Result(figures, pictures[-1].draw)
 
 
+def _sets(pool: pools.Pool, where: str) -> landscapes.Sets:
+  """All test data ('test'), or all that are shifted ('shifts')."""
+  names = ['test'] if where == 'test' else list(pool.work.splits.shifts)
+  num = len(names) * len(pool.work.splits.test)
+  return landscapes.Sets(pool.work, names, num)
+
+
 def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
   """Pairs that differ in one hyper-parameter, on test data and on shifts."""
   if 'pairs' not in bench.cache:
@@ -111,14 +114,10 @@ def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
         for group in sets
         for pair in itertools.combinations(group, 2)
     ]
-    pairs = {}
-    for name, names in (
-        ('test', ['test']),
-        ('shifts', list(pool.work.splits.shifts)),
-    ):
-      num = len(names) * len(pool.work.splits.test)
-      sets = landscapes.Sets(pool.work, names, num)
-      pairs[name] = landscape.pairs(
+    pairs = bench.cache['pairs'] = {}
+    for where in _WHERE:
+      sets = _sets(pool, where)
+      pairs[where] = landscape.pairs(
           pool.models,
           pool.theta_0,
           pool.work.model.logits_fn,
@@ -126,7 +125,6 @@ def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
           metric=sets.score,
           members=sorted(members),
       )
-    bench.cache['pairs'] = pairs
   return bench.cache['pairs']
 
 
@@ -184,9 +182,14 @@ def against_ensembles(bench: pools.Bench) -> Result:
 
 def _lines(pool: pools.Pool, members) -> dict[Any, landscape.Path]:
   """The test error between pairs."""
-  sets = landscapes.Sets(pool.work, ['test'], len(pool.work.splits.test))
-  error_fn = lambda params: 1 - sets.score(sets.logits_of(params), sets.labels)
+  sets = _sets(pool, 'test')
+  error_fn = lambda params: 1 - sets.score_of(params)
   return landscape.lines(error_fn, pool.models, members, 11, is_traced=False)
+
+
+_draw_lines = functools.partial(
+    report.lines, label='test error (points)', scale=100
+)
 
 
 def basin(bench: pools.Bench) -> Result:
@@ -202,31 +205,26 @@ def basin(bench: pools.Bench) -> Result:
       }
       for pair, path in paths.items()
   }
-  draw = functools.partial(
-      report.lines,
-      paths=paths,
-      values=values,
-      label='test error (points)',
-      scale=100,
-  )
+  draw = functools.partial(_draw_lines, paths=paths, values=values)
   return Result(figures, draw)
 
 
-def _rows(bench: pools.Bench) -> dict[str, report.Row]:
-  path = bench['sweep'].work.workdir / 'results.json'
-  rows = report.summary(report.read_rows(path))
-  return {row.name: row for row in rows}
+def _rows(bench: pools.Bench) -> list[report.Row]:
+  return report.read_rows(bench['sweep'].work.workdir / 'results.json')
+
+
+def _summary(bench: pools.Bench) -> dict[str, report.Row]:
+  return {row.name: row for row in report.summary(_rows(bench))}
+
+
+def _of_row(row: report.Row) -> dict[str, float]:
+  return {_TEST: 100 * row.test, _SHIFTS: 100 * row.mean_shift}
 
 
 def table(bench: pools.Bench) -> Result:
   """Every recipe."""
-  figures = {
-      name: {_TEST: 100 * row.test, _SHIFTS: 100 * row.mean_shift}
-      for name, row in _rows(bench).items()
-  }
-  path = bench['sweep'].work.workdir / 'results.json'
-  rows = report.read_rows(path)
-  return Result(figures, lambda ax: report.scatter(ax, rows))
+  figures = {name: _of_row(row) for name, row in _summary(bench).items()}
+  return Result(figures, functools.partial(report.scatter, rows=_rows(bench)))
 
 
 def random_orders(bench: pools.Bench) -> Result:
@@ -238,18 +236,17 @@ def random_orders(bench: pools.Bench) -> Result:
   shuffled = [_scores(pool.soup(sorted(info.accepted))) for info in infos]
   figures = {
       'greedy, by score': _scores(pool.soup(pool.greedy().info.accepted)),
-      'greedy, random order': _mean_row(shuffled),
-  }
-  spread = {k: float(np.std([r[k] for r in shuffled], ddof=1)) for k in
-            shuffled[0]}  # fmt: skip
-  figures['spread of three orders'] = {
-      k.replace('%', 'points'): x for k, x in spread.items()
+      'greedy, random order': {
+          k: float(np.mean([row[k] for row in shuffled])) for k in shuffled[0]
+      },
+      'spread of three orders': {
+          k.replace('%', 'points'): float(
+              np.std([row[k] for row in shuffled], ddof=1)
+          )
+          for k in shuffled[0]
+      },
   }
   return Result(figures)
-
-
-def _mean_row(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-  return {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
 
 
 def growth(bench: pools.Bench) -> Result:
@@ -258,7 +255,7 @@ def growth(bench: pools.Bench) -> Result:
   nums = _nums(len(pool))
   figures: Figures = {}
   grown = {}
-  for field, column in (('test', _TEST), ('shifts', _SHIFTS)):
+  for field, column in zip(_WHERE, (_TEST, _SHIFTS)):
     curves = studies.recipes(
         pool.models, pool.eval_fn, _field(pool.soup, field), scores=pool.known
     )
@@ -289,7 +286,7 @@ def one_varied(bench: pools.Bench) -> Result:
   pool = bench['one_factor']
   figures: Figures = {}
   of_shifts = []
-  for field, column in (('test', _TEST), ('shifts', _SHIFTS)):
+  for field, column in zip(_WHERE, (_TEST, _SHIFTS)):
     groups = studies.one_varied(pool.runs, _field(pool.soup, field), ignore=())
     of_shifts = groups
     for group in groups:
@@ -304,17 +301,14 @@ def one_varied(bench: pools.Bench) -> Result:
 
 def greedy_ensemble(bench: pools.Bench) -> Result:
   """The greedy rule over logits, against that over parameters."""
-  rows = _rows(bench)
+  rows = _summary(bench)
   names = ('greedy', 'ensemble', 'greedy ensemble')
-  figures = {
-      name: {
-          _TEST: 100 * rows[name].test,
-          _SHIFTS: 100 * rows[name].mean_shift,
-          'passes': float(rows[name].cost),
+  return Result(
+      {
+          name: {**_of_row(rows[name]), 'passes': float(rows[name].cost)}
+          for name in names
       }
-      for name in names
-  }
-  return Result(figures)
+  )
 
 
 def theory(bench: pools.Bench) -> Result:
@@ -323,14 +317,14 @@ def theory(bench: pools.Bench) -> Result:
   for name in ('one_factor', 'rates'):
     pool = bench[name]
     members = [(k, k + 1) for k in range(0, len(pool), 2)]
-    sets = landscapes.Sets(pool.work, ['test'], len(pool.work.splits.test))
+    batches = _sets(pool, 'test').batches
     for i, j in members:
       terms.append(
           landscape.soup_minus_ensemble(
               pool.work.model.logits_fn,
               pool.models[i],
               pool.models[j],
-              sets.batches,
+              batches,
           )
       )
     values += report.pair_rates(members, pool.runs) or []
@@ -411,10 +405,7 @@ def scratch(bench: pools.Bench) -> Result:
         'mean of singles, %': pool.mean(range(pools.NUM_RUNS)).test,
         'uniform soup, %': pool.soup(range(pools.NUM_RUNS)).test,
     }
-  draw = functools.partial(
-      report.lines, paths=paths, label='test error (points)', scale=100
-  )
-  return Result(figures, draw)
+  return Result(figures, functools.partial(_draw_lines, paths=paths))
 
 
 def averages(bench: pools.Bench) -> Result:
@@ -447,9 +438,8 @@ def averages(bench: pools.Bench) -> Result:
 def sharpness_aware(bench: pools.Bench) -> Result:
   """Runs with and without SAM, and soups of both."""
   plain, sharp = bench['sweep'], bench['sam']
-  half = range(pools.NUM_RUNS // 2)
-  both = [plain.models[k] for k in half]
-  both += [sharp.models[k + len(half)] for k in half]
+  half = pools.NUM_RUNS // 2
+  both = plain.models[:half] + sharp.models[half : 2 * half]
   figures = _prefixed('plain', _compared(plain, range(pools.NUM_RUNS)))
   figures |= _prefixed('SAM', _compared(sharp, range(pools.NUM_RUNS)))
   figures['half of each: uniform soup'] = _scores(
@@ -485,15 +475,7 @@ def wise_ft(bench: pools.Bench) -> Result:
       'greedy soup': pool.greedy().params,
       'uniform soup': jaxsoup.uniform(pool.models).params,
   }
-  names = list(pool.work.splits.shifts)
-  score_fns = {}
-  for where, sets in (('test', ['test']), ('shifts', names)):
-    of = landscapes.Sets(
-        pool.work, sets, len(sets) * len(pool.work.splits.test)
-    )
-    score_fns[where] = lambda params, of=of: of.score(
-        of.logits_of(params), of.labels
-    )
+  score_fns = {where: _sets(pool, where).score_of for where in _WHERE}
   curves = studies.wise_ft(
       pool.theta_0, models, score_fns, num=11, is_traced=False
   )
@@ -523,20 +505,15 @@ def data_sets(bench: pools.Bench) -> Result:
   }
 
   def row(params):
-    right = {
-        name: 100
-        * float(
-            metrics.accuracy(
-                logits_fn(params, jax.device_put(x)), jnp.asarray(x['label'])
-            )
-        )
-        for name, x in sets.items()
-    }
+    right = {}
+    for name, x in sets.items():
+      logits = logits_fn(params, jax.device_put(x))
+      accuracy = metrics.accuracy(logits, jnp.asarray(x['label']))
+      right[name] = 100 * float(accuracy)
+    mean = lambda names: float(np.mean([right[name] for name in names]))
     return {
-        'their data sets, %': float(
-            np.mean([right[name] for name in pools.DATA_SETS])
-        ),
-        'elsewhere, %': float(np.mean([right[name] for name in elsewhere])),
+        'their data sets, %': mean(pools.DATA_SETS),
+        'elsewhere, %': mean(elsewhere),
     }
 
   models = {name: one.models[0] for name, one in own.items()}
@@ -562,7 +539,7 @@ def heads(bench: pools.Bench) -> Result:
 def significance(bench: pools.Bench) -> Result:
   """Gains over the best single model, and their p-values."""
   figures: Figures = {}
-  for name, row in _rows(bench).items():
+  for name, row in _summary(bench).items():
     if row.gains:
       figures[name] = {
           'gain on test, points': 100 * row.gains['test'].gain,
@@ -570,8 +547,7 @@ def significance(bench: pools.Bench) -> Result:
           'gain on shifts, points': 100 * row.gains['shifts'].gain,
           'p, paired bootstrap': row.gains['shifts'].p_value,
       }
-  rows = report.read_rows(bench['sweep'].work.workdir / 'results.json')
-  return Result(figures, lambda ax: report.scatter(ax, rows))
+  return Result(figures, functools.partial(report.scatter, rows=_rows(bench)))
 
 
 # By the number that they have in docs/experiments.md; 21 is text.

@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 import jax
-import ml_collections
 
 from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
@@ -85,7 +84,12 @@ def make(
       devices do not divide, or held-out examples that are too few to learn.
   """
   config = experiment.config
-  _check_complete(config)
+  known = configs.flat(config)
+  fields = FIELDS + (LEARNED_FIELDS if 'learned' in config else ())
+  if missing := [name for name in fields if name not in known]:
+    raise configs.UsageError(
+        f'The config lacks {", ".join(missing)}: see configs/digits.py.'
+    )
   model = architectures.of(experiment)
   num_devices, mesh = mesh.size, programs.used(config, mesh)
   lowerings = programs.of(experiment, mesh, num_ingredients)
@@ -106,7 +110,10 @@ def make(
       num_parameters=sum(math.prod(x.shape) for x in leaves),
       model_bytes=sum(map(recipes.total_bytes, leaves)),
       read_bytes=recipes.read_bytes(leaves)[1],
-      batch_sizes=_batch_sizes(config, mesh),
+      batch_sizes={
+          'fine-tuning': config.finetune.batch_size,
+          **{k: x.size for k, x in programs.batches(config, mesh).items()},
+      },
       num_runs=len(experiment.runs),
       sweep_flops=step.flops * mesh.size * programs.sweep(experiment).times,
       rates=rates,
@@ -134,34 +141,6 @@ LEARNED_FIELDS = (
     'learned.num_epochs',
     'learned.val_fraction',
 )
-
-
-def _check_complete(config: ml_collections.ConfigDict) -> None:
-  def is_missing(name):
-    node = config
-    for part in name.split('.'):
-      if not isinstance(node, ml_collections.ConfigDict) or part not in node:
-        return True
-      node = node[part]
-    return False
-
-  fields = FIELDS + (LEARNED_FIELDS if 'learned' in config else ())
-  missing = [name for name in fields if is_missing(name)]
-  if missing:
-    raise configs.UsageError(
-        f'The config lacks {", ".join(missing)}: see configs/digits.py.'
-    )
-
-
-def _batch_sizes(config, mesh) -> dict[str, int]:
-  sizes = {
-      'fine-tuning': config.finetune.batch_size,
-      'evaluation': programs.evaluated(config, mesh).size,
-  }
-  if 'learned' in config:
-    batches, val_batches = programs.learned(config, mesh)
-    sizes |= {'learned': batches.size, 'early stopping': val_batches.size}
-  return sizes
 
 
 def as_json(plan: Plan) -> Json:

@@ -109,7 +109,8 @@ def of(
       tuple(x.dtype for x in flat.leaves),
       [x.sharding for x in flat.leaves],
   )
-  evaluation = batch_of(model, evaluated(config, mesh), mask=bool)
+  of_held_out = batches(config, mesh)
+  evaluation = batch_of(model, of_held_out.pop('evaluation'), mask=bool)
   score = cook.score_of_batches(config, model.logits_fn, batches=())
   calls = {
       'add to a sum': (_mixing.add, wide, flat.leaves, number()),
@@ -118,25 +119,19 @@ def of(
   }
   if 'learned' in config:
     resident = _learned.Resident([], groups, alphas, loss_at)
-    stacked = [_stacked(x, num_ingredients) for x in flat.leaves]
-    batch, other = (batch_of(model, x) for x in learned(config, mesh))
+    stacked = [loop.stacked(x, num_ingredients) for x in flat.leaves]
+    batch, other = (batch_of(model, x) for x in of_held_out.values())
     calls |= {
         'mix': (resident.mix, w, stacked),
         'learned step, resident': (
-            resident.step,
-            (w, number()),
-            stacked,
-            batch,
+            resident.step, (w, number()), stacked, batch
         ),
         'learned step, streamed': (
-            streamed.step,
-            flat.leaves,
-            number(),
-            batch,
+            streamed.step, flat.leaves, number(), batch
         ),
         'inner products, streamed': (streamed.inner, flat.leaves, flat.leaves),
         'early stopping': (jax.jit(loss_at), flat.leaves, number(), other),
-    }
+    }  # fmt: skip
   return {
       name: functools.partial(fn.trace, *arguments)
       for name, (fn, *arguments) in calls.items()
@@ -152,29 +147,21 @@ def used(
   return loop.all_devices(list(mesh.devices.flat[:1]))
 
 
-def evaluated(
+def batches(
     config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
-) -> cook.Batches:
-  """The batches of an evaluation: their number, size and sharding."""
-  held_out = range(config.data.sizes.held_out)
-  return cook.Batches(held_out, config.batch_size, loop.split(mesh))
+) -> dict[str, cook.Batches]:
+  """The batches of held-out examples: their number, size and sharding.
 
-
-def learned(
-    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
-) -> tuple[cook.Rows, cook.Rows]:
-  """Those of learned soups: to learn, and to stop early."""
+  Returns:
+    By what they are for: 'evaluation', 'learned', 'early stopping'.
+  """
   held_out: Any = range(config.data.sizes.held_out)  # Counted, not read.
-  return cook.learning_batches(config, held_out, loop.split(mesh))
-
-
-def _stacked(x, num_ingredients):
-  spec = PartitionSpec(None, *x.sharding.spec)
-  return jax.ShapeDtypeStruct(
-      (num_ingredients, *x.shape),
-      x.dtype,
-      sharding=NamedSharding(x.sharding.mesh, spec),
-  )
+  on = loop.split(mesh)
+  made = {'evaluation': cook.Batches(held_out, config.batch_size, on)}
+  if 'learned' in config:
+    parts = cook.learning_batches(config, held_out, on)
+    made |= zip(('learned', 'early stopping'), parts)
+  return made
 
 
 def fine_tuned(
@@ -192,7 +179,7 @@ def batch_of(
 
   Args:
     model: with the shapes of its inputs.
-    batches: of `evaluated`, `learned` or `fine_tuned`.
+    batches: of `batches` or `fine_tuned`.
     **more: dtypes of further vectors, by name.
 
   Returns:
@@ -218,27 +205,15 @@ def _fine_tuning(experiment, model, mesh, params):
       x.shape, x.dtype, sharding=replicated
   )
   hyper = jax.tree.map(on_each, steps.stack_runs(runs))
-  inputs = {
-      name: jax.ShapeDtypeStruct(
+  inputs = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
           (len(runs), 1, *x.shape), x.dtype, sharding=loop.stacked_split(mesh)
-      )
-      for name, x in batch_of(
-          model, fine_tuned(config, mesh, settings.batch_size)
-      ).items()
-  }
-  state = loop.abstract_state(settings, mesh, params, hyper)
-  number = on_each(jax.ShapeDtypeStruct((), jnp.int32))
-  return (
-      loop.advance,
-      model,
-      settings,
-      state,
-      hyper,
-      None,
-      number,
-      number,
-      inputs,
+      ),
+      batch_of(model, fine_tuned(config, mesh, settings.batch_size)),
   )
+  state = loop.abstract_state(settings, mesh, params, hyper)
+  place = [on_each(jax.ShapeDtypeStruct((), jnp.int32))] * 2
+  return loop.advance, model, settings, state, hyper, None, *place, inputs
 
 
 def _largest_group(experiment: configs.Experiment) -> list[configs.Run]:
@@ -275,15 +250,15 @@ def sweep(experiment: configs.Experiment) -> Sweep:
   """Counts the steps and examples of all runs, each of its own length."""
   config, runs = experiment.config, experiment.runs
   num = config.data.sizes.train
-  num_steps = examples = 0
+  num_steps = examples = largest = 0
   for group in steps.grouped(runs, config.sweep.group_size):
     settings = steps.settings_of(config.finetune, [runs[group[0]]], num)
     in_group = settings.num_epochs * (num // settings.batch_size)
     num_steps += in_group
-    examples += len(group) * in_group * settings.batch_size
-  largest = _largest_group(experiment)
-  size = steps.settings_of(config.finetune, largest, num).batch_size
-  return Sweep(num_steps, examples, examples / (len(largest) * size))
+    in_step = len(group) * settings.batch_size
+    examples += in_group * in_step
+    largest = max(largest, in_step)
+  return Sweep(num_steps, examples, examples / largest)
 
 
 def compile_program(
@@ -294,40 +269,34 @@ def compile_program(
   with jax.set_mesh(mesh):
     traced = trace_fn()
     jaxpr = traced.jaxpr.jaxpr
-    flops = hlo.flops_of(jaxpr) / mesh.size
-    wide_flops = hlo.flops_of(jaxpr, jnp.float32) / mesh.size
+    program = Program(
+        name,
+        peak=0,
+        flops=hlo.flops_of(jaxpr) / mesh.size,
+        wide_flops=hlo.flops_of(jaxpr, jnp.float32) / mesh.size,
+    )
     lowered = traced.lower()
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
-    problem = str(e).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ')
-    seconds = time.monotonic() - start
     leaves = jax.tree.leaves(trace_fn.args)
     shapes = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
-    arguments = sum(map(shard_bytes, shapes))
-    needed = _needed(str(e), arguments)
-    return Program(
-        name,
-        needed,
-        flops=flops,
-        wide_flops=wide_flops,
-        seconds=seconds,
-        problem=problem,
+    return program._replace(
+        peak=_needed(str(e), sum(map(shard_bytes, shapes))),
+        seconds=time.monotonic() - start,
+        problem=str(e).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: '),
     )
   memory = compiled.memory_analysis()
   arguments = memory.argument_size_in_bytes
   temporaries = memory.temp_size_in_bytes
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return Program(
-      name=name,
+  return program._replace(
       peak=arguments + temporaries + output,
       arguments=arguments,
       temporaries=temporaries,
       output=output,
-      flops=flops,
-      wide_flops=wide_flops,
       collectives=hlo.collectives_of(compiled.as_text()),
       seconds=time.monotonic() - start,
   )

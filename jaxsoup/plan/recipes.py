@@ -6,9 +6,10 @@ made = recipes.of(experiment, mesh, device_bytes, 58, compiled, rates)
 ```
 """
 
+import collections
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import functools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -56,17 +57,21 @@ class Recipe(NamedTuple):
   evaluations: int
   steps: int
   calls: Mapping[str, float]
-  compute_seconds: float | None
-  read_seconds: float | None
-  fits: bool
+  compute_seconds: float | None = None
+  read_seconds: float | None = None
+  fits: bool = True
   note: str = ''
 
 
-class _Counts(NamedTuple):
+class _Row(NamedTuple):
+  """What a recipe needs besides what all do, at most."""
+
+  device: int
   reads: int  # Models.
-  evaluations: int
-  steps: int
-  calls: Mapping[str, float]
+  evaluations: int = 0
+  steps: int = 0
+  calls: Mapping[str, int] = {}
+  host: int = 0
 
 
 def of(
@@ -96,63 +101,75 @@ def of(
   leaves = jax.tree.leaves(programs.abstract_params(model, mesh))
   host_reads, all_read = read_bytes(leaves)
   model_bytes = sum(map(total_bytes, leaves))
+  batches = programs.batches(config, mesh)
+  evaluated = batches['evaluation']
+  batch = programs.batch_of(model, evaluated).values()
+  example_bytes = sum(map(total_bytes, batch)) // evaluated.size
+  is_kept = cook.are_kept(
+      config.data.sizes.held_out * example_bytes, device_bytes
+  )
+  # Examples in a batch, of programs that read such.
+  sizes = {'evaluation step': evaluated.size}
+  if 'learned' in batches:
+    sizes |= dict.fromkeys(_LEARNED, batches['learned'].size)
+    sizes['early stopping'] = batches['early stopping'].size
+  most = {'evaluation step': len(evaluated)} if is_kept else {}
   one, total = _sizes(by_name['add to a sum'], leaves)
-  num_logits = config.data.sizes.held_out * model.num_classes
-  device = _on_device(
-      by_name,
+  masked = programs.batch_of(model, evaluated, mask=bool).values()
+  # Batches on a device that an evaluation does not use now: in flight, or all
+  # in the order given, and once more the hardest first.
+  num_waiting = 2 * (len(evaluated) if is_kept else 1)
+  rows = _rows(
+      config,
       num_ingredients,
-      one,
-      total,
-      _waiting_bytes(config, model, mesh, device_bytes),
-      4 * num_logits,
+      by_name,
+      batches,
+      one=one,
+      total=total,
+      waiting=num_waiting * sum(map(programs.shard_bytes, masked)),
+      logits=4 * config.data.sizes.held_out * model.num_classes,
+      copy=_copy_bytes(leaves),
   )
-  example_bytes = _example_bytes(model, programs.evaluated(config, mesh))
-  num_seen = functools.partial(_num_read, config, mesh, example_bytes)
-  host = {
-      'learned, cached': num_ingredients * _copy_bytes(leaves),
-      # And the logits of the model that is run, in parts and as a whole.
-      'ensembles': (num_ingredients + 2) * num_logits * 4,
-  }
-  made = [_fine_tuning(experiment, model, mesh, by_name, model_bytes, rates)]
-  for name, counts in _counts(config, mesh, num_ingredients).items():
-    examples = example_bytes * num_seen(counts.calls, device_bytes)
-    made.append(
-        Recipe(
-            name=name,
-            device=device[name],
-            host=host_reads + host.get(name, 0),
-            reads=counts.reads * all_read,
-            examples=examples,
-            writes=0 if name == 'ensembles' else model_bytes,
-            evaluations=counts.evaluations,
-            steps=counts.steps,
-            calls=counts.calls,
-            compute_seconds=_compute_seconds(counts.calls, by_name, rates),
-            read_seconds=rates.read_seconds(
-                counts.reads * host_reads + examples
-            ),
-            fits=True,
-        )
-    )
-  made = [
-      recipe._replace(
-          fits=recipe.device <= device_bytes
-          and not any(by_name[name].problem for name in recipe.calls)
+  made = [_fine_tuning(experiment, model, mesh, by_name, model_bytes)]
+  made += [
+      Recipe(
+          name=name,
+          device=row.device,
+          host=host_reads + row.host,
+          reads=row.reads * all_read,
+          examples=example_bytes
+          * sum(
+              min(num, most.get(called, num)) * sizes.get(called, 0)
+              for called, num in row.calls.items()
+          ),
+          writes=0 if name == 'ensembles' else model_bytes,
+          evaluations=row.evaluations,
+          steps=row.steps,
+          calls=row.calls,
       )
-      for recipe in made
+      for name, row in rows.items()
   ]
-  return _with_notes(made, mesh, device_bytes, num_ingredients, one)
 
+  def finished(recipe):
+    times = [(num, by_name[name]) for name, num in recipe.calls.items()]
+    return recipe._replace(
+        compute_seconds=rates.compute_seconds(
+            sum(num * p.flops for num, p in times),
+            sum(num * p.wide_flops for num, p in times),
+        ),
+        read_seconds=rates.read_seconds(
+            recipe.reads // all_read * host_reads + recipe.examples
+        ),
+        fits=recipe.device <= device_bytes
+        and not any(p.problem for _, p in times),
+    )
 
-def _compute_seconds(calls, by_name, rates) -> float | None:
-  times = [(n, by_name[name]) for name, n in calls.items()]
-  return rates.compute_seconds(
-      sum(n * p.flops for n, p in times),
-      sum(n * p.wide_flops for n, p in times),
+  return _with_notes(
+      list(map(finished, made)), mesh, device_bytes, num_ingredients, one
   )
 
 
-def _fine_tuning(experiment, model, mesh, by_name, model_bytes, rates):
+def _fine_tuning(experiment, model, mesh, by_name, model_bytes) -> Recipe:
   """All runs of the sweep; examples are read as the model takes them."""
   config, step = experiment.config, by_name['fine-tuning step']
   swept = programs.sweep(experiment)
@@ -166,26 +183,20 @@ def _fine_tuning(experiment, model, mesh, by_name, model_bytes, rates):
   batch_bytes = sum(map(total_bytes, batch))
   example_bytes = batch_bytes // config.finetune.batch_size
   data_bytes = config.data.sizes.train * example_bytes
-  is_sharded = config.get('is_sharded', False)
-  reads = swept.examples * example_bytes // num_hosts
   names = loop.names_of(config.finetune)
   wanted = config.get('ingredients', names) or names
   copies = len(experiment.runs) * len({*names} & {*wanted})
   return Recipe(
       name='fine-tuning',
-      device=step.peak + (waiting if is_sharded else data_bytes),
+      device=step.peak
+      + (waiting if config.get('is_sharded', False) else data_bytes),
       host=3 * batch_bytes // num_hosts,
       reads=0,
-      examples=reads,
+      examples=swept.examples * example_bytes // num_hosts,
       writes=copies * model_bytes,
       evaluations=copies,
       steps=swept.steps,
       calls={step.name: swept.times},
-      compute_seconds=_compute_seconds(
-          {step.name: swept.times}, by_name, rates
-      ),
-      read_seconds=rates.read_seconds(reads),
-      fits=True,
   )
 
 
@@ -198,145 +209,95 @@ def _sizes(add: programs.Program, leaves) -> tuple[int, int]:
   return one, add.arguments - one
 
 
-def _waiting_bytes(config, model, mesh, device_bytes) -> int:
-  """Bytes on a device of batches that an evaluation does not use now."""
-  batches = programs.evaluated(config, mesh)
-  batch = programs.batch_of(model, batches, mask=bool).values()
-  batch_bytes = sum(map(programs.shard_bytes, batch))
-  if _are_kept(config, _example_bytes(model, batches), device_bytes):
-    # In the order given, and once more the hardest first.
-    return 2 * len(batches) * batch_bytes
-  return 2 * batch_bytes  # In flight.
-
-
-def _example_bytes(model, batches) -> int:
-  """Bytes of an example, as the model takes it."""
-  batch = programs.batch_of(model, batches).values()
-  return sum(map(total_bytes, batch)) // batches.size
-
-
-def _are_kept(config, example_bytes, device_bytes) -> bool:
-  all_bytes = config.data.sizes.held_out * example_bytes
-  return cook.are_kept(all_bytes, device_bytes)
-
-
-def _num_read(config, mesh, example_bytes, calls, device_bytes) -> int:
-  """Examples that each host reads for these calls of programs."""
-  batches = programs.evaluated(config, mesh)
-  num_evaluated = calls.get('evaluation step', 0)
-  if _are_kept(config, example_bytes, device_bytes):
-    num_evaluated = min(num_evaluated, len(batches))
-  num = num_evaluated * batches.size
-  if 'learned' in config:
-    learning, stopping = programs.learned(config, mesh)
-    num_steps = sum(n for name, n in calls.items() if name in _LEARNED)
-    num += num_steps * learning.size
-    num += calls.get('early stopping', 0) * stopping.size
-  return num
-
-
 _LEARNED = ('learned step, resident', 'learned step, streamed')
 
 
-def _copy_bytes(leaves) -> int:
-  """Bytes of a model in bfloat16, of what one host has of it, at most."""
-  by_host: dict[int, int] = {}
-  for x in leaves:
-    parts = {
-        (device.process_index, str(index))
-        for device, index in x.sharding.devices_indices_map(x.shape).items()
-    }
-    size = math.prod(x.sharding.shard_shape(x.shape)) * min(2, x.dtype.itemsize)
-    for host, _ in parts:
-      by_host[host] = by_host.get(host, 0) + size
-  return max(by_host.values())
+def _rows(
+    config, k, by_name, batches, *, one, total, waiting, logits, copy
+) -> dict[str, _Row]:
+  """By recipe: on a device what it keeps, and its largest program.
 
-
-def _on_device(
-    by_name: Mapping[str, programs.Program],
-    num_ingredients: int,
-    one: int,
-    total: int,
-    waiting: int,
-    logits: int,
-) -> dict[str, int]:
-  """Bytes by recipe: what it keeps, and its largest program.
-
-  `one` is the model that a recipe works on, `ahead` the one read ahead.
+  Args:
+    config: of the experiment.
+    k: number of ingredients.
+    by_name: programs.
+    batches: of `programs.batches`.
+    one: bytes of a model on a device: that which is worked on, or read ahead.
+    total: of a sum of models.
+    waiting: of batches for later.
+    logits: of one model, on the host.
+    copy: of a model in bfloat16, on the host.
   """
-  ahead = one
-  evaluated = by_name['evaluation step'].peak + waiting
-  device = {
-      'uniform': one,  # Checkpoints are summed on the hosts.
-      'greedy': evaluated + total + one + ahead,
-      'pruned, one pass': evaluated + total + one + ahead,
-      # The sums of theta_k and of unit vectors, theta_0, and the soup.
-      'Model Stock': 2 * total + 3 * one + ahead,
-      # Or greedy on them: their sum, a candidate, a model and the one ahead.
-      'ensembles': max(evaluated + ahead, 4 * logits),
-  }
-  if 'learned step, resident' not in by_name:
-    return device
-  inner = by_name['inner products, streamed'].peak
-  # The ingredient that was read last is kept.
-  forward = by_name['learned step, streamed'].peak + one
-  mixing = total + one
-  return {
-      **device,
-      # Or when the last one is put on the stack.
-      'learned, resident': max(
-          by_name['learned step, resident'].peak,
-          num_ingredients * one + one + ahead,
-      ),
-      'learned, streamed': max(forward, mixing, inner) + ahead,
-      # Nothing is read ahead; a copy is widened on the device.
-      'learned, cached': max(forward, mixing + one, inner + one),
-  }
-
-
-def _counts(config, mesh, num_ingredients) -> dict[str, _Counts]:
-  """By recipe, at most: what it reads and calls."""
-  k = num_ingredients
-  add, mix = 'add to a sum', 'mix'
-  walks = lambda n: {
-      'evaluation step': n * len(programs.evaluated(config, mesh))
-  }
+  add, mix, ahead = 'add to a sum', 'mix', one
+  peak = lambda name: by_name[name].peak
+  evaluated = peak('evaluation step') + waiting
+  search = evaluated + total + one + ahead
+  walks = lambda n: {'evaluation step': n * len(batches['evaluation'])}
   learned = {}
-  if 'learned' in config:
-    batches, val_batches = programs.learned(config, mesh)
+  if 'learned' in batches:
     epochs = config.learned.num_epochs
-    steps = epochs * len(batches)
+    steps = epochs * len(batches['learned'])
     # One at the start, one an epoch; each mixes once, and so does the end.
-    stopping = {'early stopping': (epochs + 1) * len(val_batches)}
+    stopping = {'early stopping': (epochs + 1) * len(batches['early stopping'])}
     resident, streamed = _LEARNED
+    inner = 'inner products, streamed'
     # Two walks through the ingredients a step, for the mix and its gradient.
     mixes, products = steps + epochs + 2, steps
     walked = {
-        streamed: steps,
-        'inner products, streamed': products * k,
-        add: mixes * k,
-        **stopping,
-    }
+        streamed: steps, inner: products * k, add: mixes * k, **stopping
+    }  # fmt: skip
+    # The ingredient that was read last is kept.
+    forward, mixing = peak(streamed) + one, total + one
+    counts = (epochs + 1, steps)
     learned = {
-        'learned, resident': _Counts(
-            k, epochs + 1, steps, {resident: steps, mix: epochs + 2, **stopping}
+        'learned, resident': _Row(
+            # Or when the last one is put on the stack.
+            max(peak(resident), k * one + one + ahead),
+            k,
+            *counts,
+            {resident: steps, mix: epochs + 2, **stopping},
         ),
-        # Each walk begins with the ingredient that is there.
-        'learned, streamed': _Counts(
-            (mixes + products) * (k - 1) + 1, epochs + 1, steps, walked
+        'learned, streamed': _Row(
+            max(forward, mixing, peak(inner)) + ahead,
+            # Each walk begins with the ingredient that is there.
+            (mixes + products) * (k - 1) + 1,
+            *counts,
+            walked,
         ),
-        'learned, cached': _Counts(2 * k, epochs + 1, steps, walked),
+        'learned, cached': _Row(
+            # Nothing is read ahead; a copy is widened on the device.
+            max(forward, mixing + one, peak(inner) + one),
+            2 * k,
+            *counts,
+            walked,
+            host=k * copy,
+        ),
     }
   return {
-      'uniform': _Counts(k, 0, 0, {}),
-      'greedy': _Counts(2 * k, 2 * k - 1, 0, {add: k, **walks(2 * k - 1)}),
-      'pruned, one pass': _Counts(
-          3 * k + 1, 2 * k + 1, 0, {add: 2 * k, **walks(2 * k + 1)}
+      'uniform': _Row(one, k),  # Checkpoints are summed on the hosts.
+      'greedy': _Row(
+          search, 2 * k, 2 * k - 1, calls={add: k, **walks(2 * k - 1)}
+      ),
+      'pruned, one pass': _Row(
+          search,
+          3 * k + 1,
+          2 * k + 1,
+          calls={add: 2 * k, **walks(2 * k + 1)},
       ),
       **learned,
-      'Model Stock': _Counts(k + 2, 0, 0, {}),
-      # The logits of a batch are the work of an evaluation step.
-      'ensembles': _Counts(k, k, 0, walks(k)),
+      # The sums of theta_k and of unit vectors, theta_0, and the soup.
+      'Model Stock': _Row(2 * total + 3 * one + ahead, k + 2),
+      'ensembles': _Row(
+          # Or greedy on them: their sum, a candidate, a model and the one
+          # ahead.
+          max(evaluated + ahead, 4 * logits),
+          k,
+          k,
+          # The logits of a batch are the work of an evaluation step.
+          calls=walks(k),
+          # And those of the model that is run, in parts and as a whole.
+          host=(k + 2) * logits,
+      ),
   }
 
 
@@ -380,28 +341,51 @@ def _what_would_fit(num_bytes: int, mesh: jax.sharding.Mesh) -> str:
   return f'try {others}more devices, or smaller batches'
 
 
+def _by_host(
+    leaves: Sequence[jax.ShapeDtypeStruct],
+    size_fn: Callable[[jax.ShapeDtypeStruct, list[Any]], int],
+) -> list[int]:
+  """Sums, by host, the sizes of what its devices hold of each leaf."""
+  sizes: collections.Counter[int] = collections.Counter()
+  for x in leaves:
+    held: dict[int, list[Any]] = {}
+    for device, index in x.sharding.devices_indices_map(x.shape).items():
+      held.setdefault(device.process_index, []).append(index)
+    for host, indices in held.items():
+      sizes[host] += size_fn(x, indices)
+  return list(sizes.values())
+
+
+def _copy_bytes(leaves) -> int:
+  """Bytes of a model in bfloat16, of what one host has of it, at most."""
+
+  def size_fn(x, indices):
+    size = math.prod(x.sharding.shard_shape(x.shape)) * min(2, x.dtype.itemsize)
+    return len(set(map(str, indices))) * size
+
+  return max(_by_host(leaves, size_fn))
+
+
 def read_bytes(leaves: Sequence[jax.ShapeDtypeStruct]) -> tuple[int, int]:
   """Bytes that one host reads of a model, at most, and that all read.
 
   A host reads of a leaf the smallest box with all that its devices hold, see
   `checkpoints`: more than they hold where these are no neighbours in the mesh.
   """
-  by_host: dict[int, int] = {}
-  for x in leaves:
-    boxes: dict[int, list[Any]] = {}
-    for device, index in x.sharding.devices_indices_map(x.shape).items():
-      boxes.setdefault(device.process_index, []).append(index)
-    for host, indices in boxes.items():
-      sides = [
-          [i.indices(n)[:2] for i in of_axis]
-          for of_axis, n in zip(zip(*indices), x.shape)
-      ]
-      size = math.prod(
-          max(end for _, end in side) - min(start for start, _ in side)
-          for side in sides
-      )
-      by_host[host] = by_host.get(host, 0) + size * x.dtype.itemsize
-  return max(by_host.values()), sum(by_host.values())
+
+  def size_fn(x, indices):
+    sides = [
+        [i.indices(n)[:2] for i in of_axis]
+        for of_axis, n in zip(zip(*indices), x.shape)
+    ]
+    lengths = [
+        max(end for _, end in side) - min(start for start, _ in side)
+        for side in sides
+    ]
+    return math.prod(lengths) * x.dtype.itemsize
+
+  by_host = _by_host(leaves, size_fn)
+  return max(by_host), sum(by_host)
 
 
 def total_bytes(x: jax.ShapeDtypeStruct) -> int:

@@ -129,17 +129,14 @@ def _recipe_rows(made: Plan) -> list[list[str]]:
        'evaluations', 'steps', 'compute s', 'read s', ''],
   ]  # fmt: skip
   for r in made.recipes:
+    amounts = (r.device, r.host, r.reads, r.examples, r.writes)
     rows.append(
         [
             r.name,
-            *map(
-                _memory.amount,
-                (r.device, r.host, r.reads, r.examples, r.writes),
-            ),
+            *map(_memory.amount, amounts),
             str(r.evaluations),
             f'{r.steps:,}',
-            _seconds(r.compute_seconds),
-            _seconds(r.read_seconds),
+            *map(_seconds, (r.compute_seconds, r.read_seconds)),
             r.note or 'fits',
         ]
     )

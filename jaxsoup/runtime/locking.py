@@ -11,7 +11,6 @@ import socket
 
 from jaxsoup import _files
 from jaxsoup import _warnings
-from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
 
 try:
@@ -89,8 +88,10 @@ def _acquired(path: pathlib.Path, what: object) -> int | None:
         f'{path} would be the lock of {what}, but holds something else, and is '
         'left as it is. Move it elsewhere.'
     )
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+  held = {'host': socket.gethostname(), 'pid': os.getpid(), 'since': now}
   os.ftruncate(file, 0)
-  os.write(file, json.dumps(_self()).encode())
+  os.write(file, json.dumps(held).encode())
   return file
 
 
@@ -115,15 +116,6 @@ def _is_lock(file: int) -> bool:
   except (TypeError, ValueError):
     # One that was cut off as it was written.
     return b'{"host": '.startswith(content[:9])
-
-
-def _self() -> Json:
-  now = datetime.datetime.now(datetime.UTC)
-  return {
-      'host': socket.gethostname(),
-      'pid': os.getpid(),
-      'since': now.isoformat(timespec='seconds'),
-  }
 
 
 def _holder(file: int) -> str:

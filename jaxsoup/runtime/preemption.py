@@ -81,32 +81,23 @@ def handled() -> Iterator[Stop]:
       stopped the script.
   """
   stop = Stop()
-  is_main = threading.current_thread() is threading.main_thread()
-  if not is_main or jax.process_count() > 1:  # Then jax handles it.
-    with _reported():
-      yield stop
-    return
 
   def on_term(*_):
     stop.requested = True
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-  before = signal.signal(signal.SIGTERM, on_term)
-  try:
-    with _reported():
+  is_main = threading.current_thread() is threading.main_thread()
+  with contextlib.ExitStack() as stack:
+    if is_main and jax.process_count() == 1:  # Else jax handles it.
+      before = signal.signal(signal.SIGTERM, on_term)
+      # None: the handler was not set from Python, which cannot set it again.
+      after = signal.SIG_DFL if before is None else before
+      stack.callback(signal.signal, signal.SIGTERM, after)
+    try:
       yield stop
-  finally:
-    # None: the handler was not set from Python, which cannot set it again.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-
-
-@contextlib.contextmanager
-def _reported() -> Iterator[None]:
-  try:
-    yield
-  except Preempted as e:
-    print(
-        f'Stopped by SIGTERM: {e}. Run the same command again to continue.',
-        file=sys.stderr,
-    )
-    raise SystemExit(EXIT_CODE) from None
+    except Preempted as e:
+      print(
+          f'Stopped by SIGTERM: {e}. Run the same command again to continue.',
+          file=sys.stderr,
+      )
+      raise SystemExit(EXIT_CODE) from None

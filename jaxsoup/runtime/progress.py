@@ -33,7 +33,7 @@ def shown(shares: Mapping[str, float], *, file: Any = None):
     with _bar(shares, file) as progress_fn:
       yield progress_fn
   else:
-    yield _Lines(shares, file)
+    yield _lines(shares, file)
 
 
 def total_done(shares: Mapping[str, float], stage: str, done: float) -> float:
@@ -70,26 +70,20 @@ def _bar(shares, file):
     bar.update(task, description='done', completed=1.0)
 
 
-class _Lines:
+def _lines(shares, file) -> ProgressFn:
   """One line when a stage begins, and every ten seconds."""
+  start = time.monotonic()
+  last_stage, last_time = '', start
 
-  def __init__(self, shares, file):
-    self._shares = shares
-    self._file = file
-    self._start = time.monotonic()
-    self._last = ('', -float('inf'))
-
-  def __call__(self, stage: str, done: float) -> None:
+  def progress_fn(stage, done):
+    nonlocal last_stage, last_time
     now = time.monotonic()
-    last_stage, last_time = self._last
     if stage == last_stage and now - last_time < _SECONDS_BETWEEN_LINES:
       return
-    self._last = (stage, now)
-    total = total_done(self._shares, stage, done)
-    elapsed = now - self._start
+    last_stage, last_time = stage, now
+    total, elapsed = total_done(shares, stage, done), now - start
     left = f', {elapsed / total - elapsed:.0f} s left' if total > 0.05 else ''
-    print(
-        f'{stage}: {total:.0%} of all, {elapsed:.0f} s{left}',
-        file=self._file,
-        flush=True,
-    )
+    text = f'{stage}: {total:.0%} of all, {elapsed:.0f} s{left}'
+    print(text, file=file, flush=True)
+
+  return progress_fn

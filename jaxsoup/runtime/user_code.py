@@ -75,15 +75,13 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
         f'{option} {name}: importing {module_name} raised {described(e)}'
     ) from e
   function = getattr(module, function_name, None)
+  file = getattr(module, '__file__', None)
   if not callable(function):
-    file = getattr(module, '__file__', None)
     there = [k for k, x in vars(module).items() if _is_from(x, module)]
     raise ValueError(
         f'{option} {name}: {module_name} has no such function. {file} has: '
         f'{", ".join(there[:8]) or "none"}.'
     )
-
-  file = getattr(module, '__file__', None)
   called = guarded(function, file, name)
   if hasattr(function, 'at_least'):
     called.at_least = guarded(function.at_least, file, name)

@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import functools
-import json
 import time
 from typing import Any
 
@@ -36,7 +35,6 @@ from jaxsoup import evaluation
 from jaxsoup import running_average
 from jaxsoup import sharding
 from jaxsoup.data import sources
-from jaxsoup.train import augmentation
 from jaxsoup.train import modeling
 from jaxsoup.train import steps
 from jaxsoup.train import unfinished
@@ -321,13 +319,16 @@ def abstract_state(settings, mesh, params, hyper):
   init_fn = functools.partial(steps.initial_state, settings)
   one = jax.eval_shape(init_fn, params, jax.tree.map(scalar, hyper))
 
-  def stacked(x):
-    spec = PartitionSpec(None, *x.sharding.spec)
-    return jax.ShapeDtypeStruct(
-        (num, *x.shape), x.dtype, sharding=NamedSharding(mesh, spec)
-    )
+  one = sharding.fsdp(one, mesh)
+  return jax.tree.map(functools.partial(stacked, num=num), one)
 
-  return jax.tree.map(stacked, sharding.fsdp(one, mesh))
+
+def stacked(x: jax.ShapeDtypeStruct, num: int) -> jax.ShapeDtypeStruct:
+  """The shape of `num` such arrays on one mesh, each sharded like it."""
+  spec = PartitionSpec(None, *x.sharding.spec)
+  return jax.ShapeDtypeStruct(
+      (num, *x.shape), x.dtype, sharding=NamedSharding(x.sharding.mesh, spec)
+  )
 
 
 def all_devices(
@@ -362,8 +363,7 @@ def check_divided(batch_size: int, mesh: jax.sharding.Mesh) -> None:
 def mesh_of(params: steps.Params) -> jax.sharding.Mesh | None:
   """The mesh that the parameters lie on; None if that is one device."""
   for x in jax.tree.leaves(params):
-    on = getattr(x, 'sharding', None)
-    mesh = getattr(on, 'mesh', None)
+    mesh = getattr(getattr(x, 'sharding', None), 'mesh', None)
     if isinstance(mesh, jax.sharding.Mesh) and mesh.size > 1:
       return mesh
   return None
@@ -401,7 +401,7 @@ def train_one(
 ) -> steps.Params:
   """Trains one run; arguments as of `train`, the parameters are not stacked."""
   stacked = train(model, phase, params, [run], source, **options)
-  return jax.jit(functools.partial(jax.tree.map, lambda x: x[0]))(stacked)
+  return jax.jit(functools.partial(jax.tree.map, _first))(stacked)
 
 
 def probe(
@@ -454,7 +454,10 @@ def probe(
       features,
       saved=saved,
   )
-  return {**params, 'head': {**params['head'], **_without_bias(params, head)}}
+  # Of a model without a bias in its head, such as a CLIP's zero-shot head, that
+  # of the probe is left out.
+  head = {name: head.get(name, x) for name, x in params['head'].items()}
+  return {**params, 'head': head}
 
 
 def _features(model, params, batches, sharding) -> sources.Arrays:
@@ -470,15 +473,6 @@ def _features(model, params, batches, sharding) -> sources.Arrays:
   )
   arrays = evaluation.logits_of(both_fn, batches)(params)
   return sources.Arrays({**arrays, 'label': arrays['label'].astype(np.int32)})
-
-
-def _without_bias(params, head):
-  """The head that was trained; of a model without a bias in its head, no bias.
-
-  A bias that all classes share changes nothing; others are lost, as the
-  zero-shot head of a CLIP has none.
-  """
-  return {name: x for name, x in head.items() if name in params['head']}
 
 
 def names_of(phase: Config) -> list[str]:
@@ -522,11 +516,5 @@ def augmented_batches(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _augmented(model, settings, key, batch, hyper):
-  return augmentation.apply(
-      key,
-      batch,
-      jax.tree.map(lambda x: x[0], hyper),
-      settings.augmentations,
-      model.num_classes,
-      json.loads(settings.augmentation),
-  )[0]
+  hyper = jax.tree.map(_first, hyper)
+  return steps.augmented(model, settings, key, batch, hyper)[0]

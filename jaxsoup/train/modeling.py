@@ -186,6 +186,7 @@ def _paths(tree: Any, prefix: tuple[str, ...] = ()):
     yield from _paths(node, (*prefix, key))
 
 
+@functools.cache
 def linear(num_features: int, num_classes: int) -> Model:
   """The model of a linear probe: `logits = feature kernel + bias`, from zero.
 
@@ -196,11 +197,7 @@ def linear(num_features: int, num_classes: int) -> Model:
   Returns:
     A `Model` of batches with `feature` [B, D].
   """
-  return _linear(num_features, num_classes)
 
-
-@functools.cache
-def _linear(num_features, num_classes):
   def init_fn(key):
     del key
     return {

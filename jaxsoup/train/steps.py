@@ -279,14 +279,7 @@ def train_step(
   Returns:
     The state after it, and `loss` and `gradient_norm`, before any clipping.
   """
-  batch, target = augmentation.apply(
-      key,
-      batch,
-      hyper,
-      settings.augmentations,
-      model.num_classes,
-      json.loads(settings.augmentation),
-  )
+  batch, target = augmented(model, settings, key, batch, hyper)
 
   def loss_fn(params):
     if settings.batch_norm == 'train':
@@ -317,6 +310,18 @@ def train_step(
   ]
   metrics = {'loss': loss, 'gradient_norm': jnp.sqrt(sum(squares))}
   return State(params, opt_state, ema), metrics
+
+
+def augmented(model, settings, key, batch, hyper):
+  """What `augmentation.apply` returns, with what the settings say."""
+  return augmentation.apply(
+      key,
+      batch,
+      hyper,
+      settings.augmentations,
+      model.num_classes,
+      json.loads(settings.augmentation),
+  )
 
 
 def is_trained(model: modeling.Model, params: Params) -> Any:
