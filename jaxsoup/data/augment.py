@@ -9,11 +9,14 @@ input_ids = augment.token_dropout(
 )
 ```
 
-Every strength may be an array, so that a sweep over strengths runs under
-`jax.vmap`; at strength 0 an example comes back as it was. Labels are smoothed
-by `optax.smooth_labels`.
+Every function takes a jax key, images [B, H, W, C] (of which each has its own
+draws) and a scalar strength, and returns images of that shape. Some take and
+return targets as well: probabilities [B, num_classes]. Every strength may be an
+array, so that a sweep over strengths runs under `jax.vmap`; at strength 0 an
+example comes back as it was. Labels are smoothed by `optax.smooth_labels`.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 
 import jax
@@ -31,18 +34,15 @@ def affine(
     max_angle: float = 0.5,
     max_log_scale: float = 0.3,
 ) -> jax.Array:
-  """Shifts, rotates and scales every image at random, each by its own draw.
+  """Shifts, rotates and scales images at random; zero where they do not reach.
 
   Args:
-    key: jax key.
+    key: see above, as the next two.
     image: [B, H, W, C].
-    strength: scalar; multiplies the three limits.
+    strength: multiplies the three limits.
     max_shift: largest shift along either axis, in pixels.
     max_angle: largest rotation either way, in radians.
     max_log_scale: largest log of the magnification either way.
-
-  Returns:
-    [B, H, W, C]; zero where the image did not reach.
 
   Example:
     >>> image = jnp.ones((2, 8, 8, 1))
@@ -90,32 +90,14 @@ def warp(
 def noise(
     key: jax.Array, image: jax.Array, strength: jax.Array | float
 ) -> jax.Array:
-  """Adds Gaussian noise of standard deviation `strength`.
-
-  Args:
-    key: jax key.
-    image: [B, H, W, C].
-    strength: scalar, in units of the pixels.
-
-  Returns:
-    [B, H, W, C].
-  """
+  """Adds Gaussian noise of standard deviation `strength`, in their units."""
   return image + strength * jax.random.normal(key, image.shape)
 
 
 def flip(
     key: jax.Array, image: jax.Array, strength: jax.Array | float
 ) -> jax.Array:
-  """Mirrors images at random, left to right.
-
-  Args:
-    key: jax key.
-    image: [B, H, W, C].
-    strength: the probability; 0.5 is usual.
-
-  Returns:
-    [B, H, W, C].
-  """
+  """Mirrors images left to right with probability `strength`; 0.5 is usual."""
   is_hit = jax.random.uniform(key, (len(image), 1, 1, 1)) < strength
   return jnp.where(is_hit, image[:, :, ::-1], image)
 
@@ -137,15 +119,12 @@ def crop(
   again: a loop under a traced strength costs as much as its slowest draw.
 
   Args:
-    key: jax key.
+    key: see above, as the next two.
     image: [B, H, W, C].
-    strength: scalar in 0..1; 1 is the original.
+    strength: in 0..1; 1 is the original.
     min_area: the smallest part, as a share of the image.
     max_ratio: the largest ratio of its width to its height, and of its height
       to its width, relative to the image.
-
-  Returns:
-    [B, H, W, C].
 
   Source: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015.
   """
@@ -160,10 +139,10 @@ def crop(
 
 
 MOVES = ('rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y')
-BLENDS = {
+BLENDS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'color': pixels.grey,
     'contrast': pixels.flat,
-    'brightness': pixels.black,
+    'brightness': jnp.zeros_like,
     'sharpness': pixels.smooth,
 }
 TONES = ('solarize', 'posterize', 'autocontrast', 'equalize')
@@ -185,13 +164,10 @@ def rand(
   two operations have no strength. Uncovered pixels become grey.
 
   Args:
-    key: jax key.
+    key: see above, as the next two.
     image: [B, H, W, C] in 0..1.
-    strength: scalar in 0..1: the magnitude M of the paper, of 10.
+    strength: in 0..1: the magnitude M of the paper, of 10.
     num_ops: N of the paper.
-
-  Returns:
-    [B, H, W, C].
 
   Example:
     >>> image = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3))
@@ -288,15 +264,6 @@ def mixup(
   The share is uniform rather than from a Beta distribution, which has no
   sampler of fixed length: a traced strength would cost a loop in every step.
 
-  Args:
-    key: jax key.
-    image: [B, H, W, C].
-    target: [B, num_classes], probabilities.
-    strength: scalar in 0..1.
-
-  Returns:
-    The mixed images and targets.
-
   Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
   """
   order_key, share_key = jax.random.split(key)
@@ -320,16 +287,8 @@ def cutmix(
 
   The box has the share s_i ~ Uniform(0, strength) of the image's area, its
   shape, and its centre anywhere; what reaches over the edge is lost. The
-  target is mixed by the share of pixels that were pasted.
-
-  Args:
-    key: jax key.
-    image: [B, H, W, C].
-    target: [B, num_classes], probabilities.
-    strength: scalar in 0..1; 1 is the Beta(1, 1) of the paper.
-
-  Returns:
-    The mixed images and targets.
+  target is mixed by the share of pixels that were pasted. Strength 1 is the
+  Beta(1, 1) of the paper.
 
   Source: Yun et al., "CutMix: Regularization Strategy to Train Strong
   Classifiers with Localizable Features", ICCV 2019.

@@ -1,7 +1,7 @@
 """Operations on one image, as the Python Imaging Library has them.
 
 ```
-bright = pixels.blend(pixels.black(image), image, 1.5)
+bright = pixels.blend(jnp.zeros_like(image), image, 1.5)
 flat = pixels.equalize(image)
 ```
 
@@ -11,6 +11,7 @@ levels that some of them count. Every argument but the image may be traced.
 
 import jax
 import jax.numpy as jnp
+from jax.scipy import ndimage
 
 NUM_LEVELS = 256
 # Of red, green and blue in luma: ITU-R 601-2.
@@ -44,27 +45,8 @@ def warp(image: jax.Array, matrix: jax.Array, offset: jax.Array) -> jax.Array:
       m[0] * rows + m[1] * columns + o + (size - 1) / 2
       for m, o, size in zip(matrix, offset, (height, width))
   ]
-  corners = [jnp.floor(s) for s in source]
-  shares = [s - c for s, c in zip(source, corners)]
-  starts = [c.astype(jnp.int32) for c in corners]
-  out = jnp.zeros(image.shape)
-  for down in (0, 1):
-    for right in (0, 1):
-      share = shares[0] if down else 1 - shares[0]
-      share = share * (shares[1] if right else 1 - shares[1])
-      out += share[..., None] * _take(
-          image, starts[0] + down, starts[1] + right
-      )
-  return out.astype(image.dtype)
-
-
-def _take(image, row, column):
-  """The pixels at rows and columns [H, W]; zero outside."""
-  height, width, channels = image.shape
-  is_inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-  index = jnp.where(is_inside, row * width + column, 0)
-  values = image.reshape(height * width, channels)[index]
-  return jnp.where(is_inside[..., None], values, 0)
+  channel_fn = lambda x: ndimage.map_coordinates(x, source, order=1)
+  return jax.vmap(channel_fn, in_axes=-1, out_axes=-1)(image)
 
 
 def crop(image: jax.Array, start: jax.Array, size: jax.Array) -> jax.Array:
@@ -74,9 +56,6 @@ def crop(image: jax.Array, start: jax.Array, size: jax.Array) -> jax.Array:
     image: [H, W, C].
     start: [2], the upper and the left edge of the part, in pixels.
     size: [2], its height and width.
-
-  Returns:
-    [H, W, C].
   """
   scale = jnp.array(image.shape[:2]) / size
   return jax.image.scale_and_translate(
@@ -93,16 +72,7 @@ def crop(image: jax.Array, start: jax.Array, size: jax.Array) -> jax.Array:
 def blend(
     first: jax.Array, second: jax.Array, factor: jax.Array | float
 ) -> jax.Array:
-  """The line through two images: 0 is the first, 1 the second, in 0..1.
-
-  Args:
-    first: [H, W, C].
-    second: [H, W, C].
-    factor: scalar; beyond 1 it leads away from the first.
-
-  Returns:
-    [H, W, C].
-  """
+  """The line through two images: 0 is the first, 1 the second, 2 beyond it."""
   return jnp.clip(first + factor * (second - first), 0, 1)
 
 
@@ -119,11 +89,6 @@ def grey(image: jax.Array) -> jax.Array:
 def flat(image: jax.Array) -> jax.Array:
   """An image that is everywhere as bright as this one is on average."""
   return jnp.broadcast_to(grey(image).mean(), image.shape)
-
-
-def black(image: jax.Array) -> jax.Array:
-  """An image of zeros."""
-  return jnp.zeros_like(image)
 
 
 def smooth(image: jax.Array) -> jax.Array:
@@ -163,13 +128,8 @@ def equalize(image: jax.Array) -> jax.Array:
 
   level <- (step // 2 + number of pixels below it) // step
 
-  where step is a 255th of the number of pixels below the highest level.
-
-  Args:
-    image: [H, W, C].
-
-  Returns:
-    [H, W, C]; a channel of one level, or of too few pixels, as it was.
+  where step is a 255th of the number of pixels below the highest level. A
+  channel of one level, or of too few pixels, stays.
   """
   num_channels, top = image.shape[-1], NUM_LEVELS - 1
   level = _levels(image).reshape(-1, num_channels)
