@@ -217,7 +217,7 @@ def test_what_does_not_fit():
       ('position_embedding_type', 'relative_key'),
       ('is_decoder', True),
   ):
-    with pytest.raises(ValueError, match=f'config.json has {name} {value!r}'):
+    with pytest.raises(ValueError, match=f'config.json has {name} = {value!r}'):
       bert.arguments('hf', shapes, {name: value})
   headless = {n: x for n, x in shapes.items() if 'pooler' not in n}
   with pytest.raises(ValueError, match='this is not a BERT model'):

@@ -382,7 +382,7 @@ def test_ties_of_configs(config, has_head, is_tied, is_scaled):
 
 def test_a_file_of_another_kind():
   file = file_of(make()[1])
-  with pytest.raises(ValueError, match="'gated-silu', but .* need 'relu'"):
+  with pytest.raises(ValueError, match="'gated-silu', but .* only 'relu'"):
     t5.arguments('hf', file, {'feed_forward_proj': 'gated-silu'})
   encoder = {n: x for n, x in file.items() if not n.startswith('decoder.')}
   with pytest.raises(ValueError, match="'decoder.final_.* is missing"):

@@ -1,7 +1,7 @@
 """Tokens: WordPiece by hand, transformers, sentencepiece, real vocabularies."""
 
-import builtins
 import pathlib
+import sys
 import unicodedata
 
 import jax
@@ -162,14 +162,8 @@ def test_errors(vocabulary, tmp_path):
 
 @pytest.mark.parametrize('name', ['tokenizer.json', 'spiece.model'])
 def test_a_library_that_is_missing_is_named(name, tmp_path, monkeypatch):
-  import_fn = builtins.__import__
-
-  def failing_import(module, *args):
-    if module in ('tokenizers', 'sentencepiece'):
-      raise ImportError(module)
-    return import_fn(module, *args)
-
-  monkeypatch.setattr(builtins, '__import__', failing_import)
+  for library in ('tokenizers', 'sentencepiece'):
+    monkeypatch.setitem(sys.modules, library, None)
   (tmp_path / name).write_text('')
   with pytest.raises(ImportError, match=r'pip install "jaxsoup\[text\]"'):
     text.tokenizer(tmp_path / name, 8)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxsoup.data import sources
+
 Dataset = dict[str, np.ndarray]
 
 NUM_EXAMPLES = 1797
@@ -38,18 +40,10 @@ def load(seed: int, sizes: Mapping[str, int]) -> dict[str, Dataset]:
   Digits", UCI, 1998; the test part, as `sklearn.datasets.load_digits`.
   """
   full = _read()
-  num_examples, num_wanted = len(full['label']), sum(sizes.values())
-  if num_wanted > num_examples:
-    raise ValueError(
-        f'sizes {dict(sizes)} ask for {num_wanted} examples, but there are '
-        f'{num_examples} digits: make a set smaller.'
-    )
-  order = np.random.default_rng(seed).permutation(num_examples)
-  ends = np.cumsum(list(sizes.values()))
-  parts = np.split(order[:num_wanted], ends[:-1])
+  parts = sources.disjoint(len(full['label']), sizes, seed, 'digits')
   return {
-      name: {field: values[part] for field, values in full.items()}
-      for name, part in zip(sizes, parts, strict=True)
+      name: {field: values[rows] for field, values in full.items()}
+      for name, rows in parts.items()
   }
 
 

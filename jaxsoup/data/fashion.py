@@ -111,14 +111,16 @@ def splits(
   drawn = _drawn(folder, sizes, seed)
   severities = SEVERITIES if severities is None else severities
   shifted = {
-      name: shifts.apply(drawn['test'], name, severity, seed=seed)
+      name: sources.Arrays(
+          shifts.apply(drawn['test'], name, severity, seed=seed)
+      )
       for name, severity in severities.items()
       if severity
   }
   arrays: dict[str, Any] = {k: sources.Arrays(x) for k, x in drawn.items()}
   return sources.Splits(
       **arrays,
-      shifts={name: sources.Arrays(data) for name, data in shifted.items()},
+      shifts=shifted,
       pools={
           'held_out': _PARTS['train'][1],
           **dict.fromkeys(('test', *shifted), _PARTS['test'][1]),
@@ -140,19 +142,14 @@ def _drawn(
     of_part = {
         k: n for k, n in sizes.items() if (k == 'test') == (part == 'test')
     }
-    if sum(of_part.values()) > num_examples:
-      raise ValueError(
-          f'sizes {of_part} ask for {sum(of_part.values())} examples, but the '
-          f'{part} split has {num_examples}: make a set smaller.'
-      )
-    data = _read(folder, part)
     # The name keeps the streams of the two splits apart.
-    rng = np.random.default_rng([seed, *part.encode()])
-    order, start = rng.permutation(num_examples), 0
-    for name, size in of_part.items():
-      rows = order[start : start + size]
+    own_seed = [seed, *part.encode()]
+    rows_of = sources.disjoint(
+        num_examples, of_part, own_seed, f'{part} images'
+    )
+    data = _read(folder, part)
+    for name, rows in rows_of.items():
       drawn[name] = _scaled({key: x[rows] for key, x in data.items()})
-      start += size
   return drawn
 
 

@@ -288,7 +288,7 @@ def splits(
       for name in shifts
   }
   views: dict[str, Callable[..., Any]] = {
-      name: functools.partial(_sliced, classes=np.array(classes))
+      name: functools.partial(_largest, groups=np.array(classes)[:, None])
       for name in shifts
       if (classes := SHIFTS[name].classes) is not None
   }
@@ -332,10 +332,8 @@ def _train(
   """Training set, held-out set and its rule."""
   label_fn = functools.partial(_label, shift=Shift('imagenet2012', 'train'))
   options = {**options, 'label_fn': label_fn}
-  train_fn = functools.partial(_training_example, spec, min_area, label_fn)
   held_out_fn = functools.partial(_example, spec, label_fn)
-  if folder is None and labels is None:
-    return _consecutive(train_fn, held_out_fn, share, seed, options)
+  train_fn = functools.partial(held_out_fn, min_area=min_area)
   both: list[Any]
   if folder is not None:
     num_workers = options['num_workers']
@@ -345,16 +343,17 @@ def _train(
         files.records, held_out_fn, label_fn=label_fn, num_workers=num_workers
     )
     both, labels = [files, again], files.labels
+  elif labels is None:
+    return _consecutive(train_fn, held_out_fn, share, seed, options)
   else:
     both = [
         tfds.source('imagenet2012', 'train', fn, **options)
         for fn in (train_fn, held_out_fn)
     ]
-  num = 0 if labels is None else len(labels)
-  if labels is None or num != len(both[0]):
+  if len(labels) != len(both[0]):
     raise ValueError(
-        f'There are {num} labels for {len(both[0])} training images: compute '
-        'them again with `train_labels`.'
+        f'There are {len(labels)} labels for {len(both[0])} training images: '
+        'compute them again with `train_labels`.'
     )
   held_out = sources.held_out_rows(labels, share, seed)
   return (
@@ -405,7 +404,9 @@ def _shift(
           f'A folder has one label per image, but {shift.name} has several: '
           'read it from TFDS.'
       )
-    own_fn = functools.partial(_example, spec, _own_label)
+    # Folders count their own classes.
+    label_fn = functools.partial(_label, shift=Shift(shift.name))
+    own_fn = functools.partial(_example, spec, label_fn)
     return _folder(folder, own_fn, shift.classes, options['num_workers'])
   source = tfds.source(
       shift.name, shift.split, example_fn, label_fn=label_fn, **options
@@ -444,23 +445,13 @@ def _example(
     label_fn: Callable[..., Any],
     record: Mapping[str, Any],
     rng: np.random.Generator | None,
+    min_area: float | None = None,
 ) -> dict[str, Any]:
-  """An example of an evaluation, also where the batches are shuffled."""
-  del rng
-  image = evaluated(record['image'], spec)
-  return {'image': image, 'label': label_fn(record)}
-
-
-def _training_example(
-    spec: preparation.ImageSpec,
-    min_area: float,
-    label_fn: Callable[..., Any],
-    record: Mapping[str, Any],
-    rng: np.random.Generator | None,
-) -> dict[str, Any]:
-  if rng is None:
-    return _example(spec, label_fn, record, rng)
-  image = trained(record['image'], spec, rng, min_area=min_area)
+  """Without `min_area` of an evaluation, also where batches are shuffled."""
+  if rng is None or min_area is None:
+    image = evaluated(record['image'], spec)
+  else:
+    image = trained(record['image'], spec, rng, min_area=min_area)
   return {'image': image, 'label': label_fn(record)}
 
 
@@ -475,15 +466,6 @@ def _label(record: Mapping[str, Any], shift: Shift) -> Any:
   if shift.classes is not None:
     return np.int32(shift.classes.index(int(label)))
   return np.int32(label)
-
-
-def _own_label(record: Mapping[str, Any]) -> np.int32:
-  return np.int32(record['label'])
-
-
-def _sliced(logits: Any, classes: np.ndarray) -> Any:
-  """Logits [..., 1000] of some classes, [..., len(classes)]."""
-  return logits[..., classes]
 
 
 def _largest(logits: Any, groups: np.ndarray) -> Any:

@@ -12,7 +12,6 @@ and nothing else.
 """
 
 from collections.abc import Mapping
-from collections.abc import Sequence
 import itertools
 import pathlib
 import zlib
@@ -20,6 +19,7 @@ import zlib
 import numpy as np
 
 from jaxsoup.data import glue as real
+from jaxsoup.data import text
 from jaxsoup.typing import PathLike
 
 WORDS = [a + b for a, b in itertools.product('bdfgklmnprst', 'aeiou')]
@@ -50,7 +50,7 @@ def glue(
       label = i % 2
       *texts, _ = details.fields
       fields = dict.fromkeys(columns, '-')
-      fields |= {text: _text(rng, label) for text in texts}
+      fields |= {name: _text(rng, label) for name in texts}
       fields[details.fields[-1]] = str(label)
       lines.append('\t'.join(fields.values()))
     (place / f'{name}.tsv').write_text('\n'.join(lines) + '\n')
@@ -63,38 +63,34 @@ def _text(rng: np.random.Generator, label: int) -> str:
   return ' '.join(WORDS[i] for i in number)
 
 
-def tokenizer(length: int, vocab_size: int = 512):
+def tokenizer(length: int, vocab_size: int = 512) -> text.Tokenizer:
   """A token for each word, by a hash of it: a vocabulary without a file.
 
   Args:
     length: T, number of tokens of every text; more is cut.
     vocab_size: number of tokens; 0 fills up, and 1 ends a text.
 
-  Returns:
-    A function of N texts, or of N pairs, to `input_ids`, `attention_mask` and
-    `token_type_ids`, int32 [N, T], as a `jaxsoup.data.text.Tokenizer`.
-
   Example:
     >>> tokenizer(length=4)(['ba', 'ba bo'])['attention_mask'].tolist()
     [[1, 1, 0, 0], [1, 1, 1, 0]]
   """
 
-  def ids_of(text):
-    words = [zlib.crc32(word.encode()) for word in text.split()]
+  def ids_of(line):
+    words = [zlib.crc32(word.encode()) for word in line.split()]
     return [2 + word % (vocab_size - 2) for word in words] + [1]
 
-  def tokenize(texts: Sequence[str], seconds: Sequence[str] | None = None):
-    arrays = {
-        name: np.zeros((len(texts), length), np.int32)
-        for name in ('input_ids', 'attention_mask', 'token_type_ids')
-    }
-    for row, parts in enumerate(zip(texts, seconds or [''] * len(texts))):
-      first = ids_of(parts[0])
-      ids = first if seconds is None else first + ids_of(parts[1])
-      ids = ids[:length]
-      arrays['input_ids'][row, : len(ids)] = ids
-      arrays['attention_mask'][row, : len(ids)] = 1
-      arrays['token_type_ids'][row, len(first) : len(ids)] = 1
-    return arrays
+  def encode_fn(texts, seconds):
+    for first, second in zip(texts, seconds or [''] * len(texts)):
+      first = ids_of(first)
+      second = ids_of(second) if seconds else []
+      types = [0] * len(first) + [1] * len(second)
+      yield (first + second)[:length], types[:length]
 
-  return tokenize
+  return text.Tokenizer(
+      encode_fn=encode_fn,
+      length=length,
+      vocab_size=vocab_size,
+      pad_id=0,
+      mask_id=None,
+      special_ids=(0, 1),
+  )

@@ -16,42 +16,34 @@ from scipy import ndimage
 
 from jaxsoup.data.digits import Dataset
 
+Rng = np.random.Generator
 
-def noise(
-    image: np.ndarray, severity: float, rng: np.random.Generator
-) -> np.ndarray:
+
+def noise(image: np.ndarray, severity: float, rng: Rng) -> np.ndarray:
   """Adds Gaussian noise; severity is its standard deviation."""
   return np.clip(image + severity * rng.standard_normal(image.shape), 0, 1)
 
 
-def impulse(
-    image: np.ndarray, severity: float, rng: np.random.Generator
-) -> np.ndarray:
+def impulse(image: np.ndarray, severity: float, rng: Rng) -> np.ndarray:
   """Makes pixels black or white; severity is the share of such pixels."""
   is_hit = rng.random(image.shape) < severity
   return np.where(is_hit, rng.random(image.shape) < 0.5, image)
 
 
-def blur(
-    image: np.ndarray, severity: float, rng: np.random.Generator
-) -> np.ndarray:
+def blur(image: np.ndarray, severity: float, rng: Rng) -> np.ndarray:
   """Blurs with a Gaussian; severity is its standard deviation in pixels."""
   del rng
   return ndimage.gaussian_filter(image, (0, severity, severity, 0))
 
 
-def contrast(
-    image: np.ndarray, severity: float, rng: np.random.Generator
-) -> np.ndarray:
+def contrast(image: np.ndarray, severity: float, rng: Rng) -> np.ndarray:
   """Pulls every image to its mean; severity 1 leaves nothing else."""
   del rng
   mean = image.mean(axis=(1, 2), keepdims=True)
   return mean + (1 - severity) * (image - mean)
 
 
-def fog(
-    image: np.ndarray, severity: float, rng: np.random.Generator
-) -> np.ndarray:
+def fog(image: np.ndarray, severity: float, rng: Rng) -> np.ndarray:
   """Lays a smooth bright veil over the image; severity is its opacity."""
   veil = rng.random((len(image), 2, 2, 1))
   scale = (1, image.shape[1] / 2, image.shape[2] / 2, 1)
@@ -59,9 +51,7 @@ def fog(
   return (1 - severity * veil) * image + severity * veil
 
 
-def occlusion(
-    image: np.ndarray, severity: float, rng: np.random.Generator
-) -> np.ndarray:
+def occlusion(image: np.ndarray, severity: float, rng: Rng) -> np.ndarray:
   """Blackens one square at random; severity is its side, a share of H."""
   height, width = image.shape[1:3]
   side = round(severity * height)
@@ -73,18 +63,14 @@ def occlusion(
   return np.where(is_inside, 0.0, image)
 
 
-def rotation(
-    image: np.ndarray, severity: float, rng: np.random.Generator
-) -> np.ndarray:
+def rotation(image: np.ndarray, severity: float, rng: Rng) -> np.ndarray:
   """Rotates by +severity or -severity degrees, at random."""
   angle = np.radians(severity) * _signs(rng, len(image))
   cos, sin = np.cos(angle), np.sin(angle)
   return _affine(image, np.array([[cos, -sin], [sin, cos]]))
 
 
-def translation(
-    image: np.ndarray, severity: float, rng: np.random.Generator
-) -> np.ndarray:
+def translation(image: np.ndarray, severity: float, rng: Rng) -> np.ndarray:
   """Moves by severity pixels in a random direction."""
   angle = rng.uniform(0, 2 * np.pi, len(image))
   offset = severity * np.array([np.cos(angle), np.sin(angle)])
@@ -92,18 +78,14 @@ def translation(
   return _affine(image, identity, offset)
 
 
-def shear(
-    image: np.ndarray, severity: float, rng: np.random.Generator
-) -> np.ndarray:
+def shear(image: np.ndarray, severity: float, rng: Rng) -> np.ndarray:
   """Slants by severity pixels a row, to the left or to the right."""
   slant = severity * _signs(rng, len(image))
   zero, one = np.zeros_like(slant), np.ones_like(slant)
   return _affine(image, np.array([[one, zero], [slant, one]]))
 
 
-def shrink(
-    image: np.ndarray, severity: float, rng: np.random.Generator
-) -> np.ndarray:
+def shrink(image: np.ndarray, severity: float, rng: Rng) -> np.ndarray:
   """Scales the image down by the factor 1 - severity, about its centre."""
   del rng
   factor = np.full(len(image), 1 / (1 - severity))
@@ -155,7 +137,7 @@ def apply(data: Dataset, name: str, severity: float, *, seed: int) -> Dataset:
   return {'image': image.astype(np.float32), 'label': data['label']}
 
 
-def _signs(rng: np.random.Generator, num: int) -> np.ndarray:
+def _signs(rng: Rng, num: int) -> np.ndarray:
   return rng.choice([-1.0, 1.0], num)
 
 

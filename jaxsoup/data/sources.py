@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import copy
+import dataclasses
 import hashlib
 import multiprocessing
 import os
@@ -267,29 +268,24 @@ class Folder(Examples):
     return self.labels[rows]
 
 
+@dataclasses.dataclass
 class _Files:
   """Records of a folder, each made on access.
 
   There may be a million, of which each worker gets a copy: bytes in one array.
   """
 
-  def __init__(
-      self,
-      root: pathlib.Path,
-      classes: list[str],
-      names: np.ndarray,
-      labels: np.ndarray,
-  ):
-    self._root, self._classes = root, classes
-    self._names, self._labels = names, labels
+  root: pathlib.Path
+  classes: list[str]
+  names: np.ndarray
+  labels: np.ndarray
 
   def __len__(self) -> int:
-    return len(self._names)
+    return len(self.names)
 
   def __getitem__(self, row: int) -> dict[str, Any]:
-    label = int(self._labels[row])
-    name = os.fsdecode(self._names[row])
-    return {'image': self._root / self._classes[label] / name, 'label': label}
+    label, name = int(self.labels[row]), os.fsdecode(self.names[row])
+    return {'image': self.root / self.classes[label] / name, 'label': label}
 
 
 class Subset:
@@ -554,6 +550,37 @@ def held_out_rows(
       'sha256': hashlib.sha256(rows.astype('<i8').tobytes()).hexdigest(),
   }
   return HeldOut(rows, rest, rule)
+
+
+def disjoint(
+    num_examples: int,
+    sizes: Mapping[str, int],
+    seed: int | Sequence[int],
+    name: str,
+) -> dict[str, np.ndarray]:
+  """Draws disjoint sets of rows.
+
+  Args:
+    num_examples: number of rows there are.
+    sizes: number of rows of each set, by its name, in order.
+    seed: decides the draw.
+    name: of the rows, for the error.
+
+  Returns:
+    For each name its rows.
+
+  Raises:
+    ValueError: sizes ask for more examples than there are.
+  """
+  num_wanted = sum(sizes.values())
+  if num_wanted > num_examples:
+    raise ValueError(
+        f'sizes {dict(sizes)} ask for {num_wanted} examples, but the {name} '
+        f'are {num_examples}: make a set smaller.'
+    )
+  order = np.random.default_rng(seed).permutation(num_examples)
+  ends = np.cumsum(list(sizes.values()))
+  return dict(zip(sizes, np.split(order, ends)))
 
 
 def files_of(source: Any) -> list[pathlib.Path]:

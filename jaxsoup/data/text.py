@@ -10,8 +10,10 @@ pairs = tokenize(premises, hypotheses)  # one text of two, as in GLUE
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
+import importlib
 import pathlib
 
 import numpy as np
@@ -23,7 +25,7 @@ FILES = ('tokenizer.json', 'spiece.model', 'sentencepiece.model', 'vocab.txt')
 
 # The tokens of a text by number, and the type of each: first text 0, second 1.
 Encoded = tuple[Sequence[int], Sequence[int]]
-EncodeFn = Callable[[Sequence[str], Sequence[str] | None], list[Encoded]]
+EncodeFn = Callable[[Sequence[str], Sequence[str] | None], Iterable[Encoded]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,18 +107,17 @@ def tokenizer(path: PathLike, length: int) -> Tokenizer:
     ValueError: the file is of another kind, or length is too short.
   """
   file = _file(pathlib.Path(path))
-  if file.suffix == '.json':
-    made = _from_json(file, length)
-  elif file.suffix == '.txt':
-    made = _from_vocabulary(file, length)
-  elif file.suffix == '.model':
-    made = _from_sentencepiece(file, length)
-  else:
+  from_fns = {
+      '.json': _from_json,
+      '.txt': _from_vocabulary,
+      '.model': _from_sentencepiece,
+  }
+  if file.suffix not in from_fns:
     raise ValueError(
         f'{file} is not a tokenizer.json, vocab.txt or spiece.model: pass the '
         'path of one.'
     )
-  return made
+  return from_fns[file.suffix](file, length)
 
 
 def _file(path: pathlib.Path) -> pathlib.Path:
@@ -238,13 +239,7 @@ def _check_length(length: int, num_ends: int, file: pathlib.Path):
 def _library(name: str):
   """Imported late: only texts need one of them."""
   try:
-    if name == 'tokenizers':
-      import tokenizers
-
-      return tokenizers
-    import sentencepiece
-
-    return sentencepiece
+    return importlib.import_module(name)
   except ImportError as error:
     raise ImportError(
         f'The tokenizer needs {name}, which is not installed: '

@@ -7,6 +7,7 @@ label = [x['label'] for x in tfds.features('imagenet2012', 'train', ['label'])]
 """
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent import futures
@@ -168,29 +169,22 @@ class Stream:
     return self._builder.info.splits[self._split].num_examples
 
   def __getitem__(self, rows: np.ndarray) -> sources.Batch:
-    """Reads up to the last of the rows; meant for a few of the first."""
-    rows = np.asarray(rows)
-    wanted = set(rows.tolist())
-    records: dict[int, Any] = {}
-    for row, record in enumerate(self._records(None, 0)):
-      if row in wanted:
-        records[row] = record
-      if len(records) == len(wanted):
-        break
-    return sources.stacked(
-        [self._example(None, row, records[row]) for row in rows.tolist()]
-    )
+    """Meant for a few of the first: reads up to the last of the rows."""
+    examples = self._made(rows, lambda record: self._example_fn(record, None))
+    return sources.stacked(examples)
 
   def labels_of(self, rows: np.ndarray) -> np.ndarray:
     """Labels of these rows, by one walk through all records."""
     label_fn = self._label_fn or (lambda x: self._example_fn(x, None)['label'])
-    wanted = set(np.asarray(rows).tolist())
-    labels = {
-        row: label_fn(record)
-        for row, record in enumerate(self._records(None, 0))
-        if row in wanted
-    }
-    return np.stack([labels[int(row)] for row in rows])
+    return np.stack(self._made(rows, label_fn))
+
+  def _made(self, rows: np.ndarray, make_fn: Callable[[Any], Any]) -> list[Any]:
+    """Reads up to the last of the rows."""
+    rows = np.asarray(rows)
+    records = itertools.islice(self._records(None, 0), rows.max(initial=-1) + 1)
+    wanted = set(rows.tolist())
+    made = {i: make_fn(x) for i, x in enumerate(records) if i in wanted}
+    return [made[row] for row in rows.tolist()]
 
   def only(self, rows: np.ndarray) -> 'Stream':
     """Some rows, ascending; they can be walked in order, not shuffled."""

@@ -7,6 +7,9 @@ table = TABLES['open_clip'](**arguments('open_clip', arrays.shapes, config))
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import functools
+import re
+from typing import Any
 
 from jaxsoup.models import _names
 from jaxsoup.models import _torch
@@ -15,134 +18,104 @@ from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import ShapeDtype
 
-_HF_ATTENTION = {
-    'query': 'q_proj',
-    'key': 'k_proj',
-    'value': 'v_proj',
-    'out': 'out_proj',
+# By our names theirs; blocks are followed by their numbers.
+_NAMES = {
+    'hf': {
+        'image/embed': 'vision_model.embeddings.patch_embedding',
+        'image/cls_token': 'vision_model.embeddings.class_embedding',
+        'image/position': 'vision_model.embeddings.position_embedding.weight',
+        'image/norm_embed': 'vision_model.pre_layrnorm',
+        'image/block': 'vision_model.encoder.layers',
+        'image/norm': 'vision_model.post_layernorm',
+        'image/projection/kernel': 'visual_projection.weight',
+        'text/embed/embedding': 'text_model.embeddings.token_embedding.weight',
+        'text/position': 'text_model.embeddings.position_embedding.weight',
+        'text/block': 'text_model.encoder.layers',
+        'text/norm': 'text_model.final_layer_norm',
+        'text/projection/kernel': 'text_projection.weight',
+    },
+    # OpenAI's own, which open_clip keeps.
+    'open_clip': {
+        'image/embed': 'visual.conv1',
+        'image/cls_token': 'visual.class_embedding',
+        'image/position': 'visual.positional_embedding',
+        'image/norm_embed': 'visual.ln_pre',
+        'image/block': 'visual.transformer.resblocks',
+        'image/norm': 'visual.ln_post',
+        'image/projection/kernel': 'visual.proj',
+        'text/embed/embedding': 'token_embedding.weight',
+        'text/position': 'positional_embedding',
+        'text/block': 'transformer.resblocks',
+        'text/norm': 'ln_final',
+        'text/projection/kernel': 'text_projection',
+    },
 }
-# A vector in the file, a row [1, width] here.
-_row = _names.Layout(lambda x, shape: x.reshape(shape), lambda x: x[0])
+_BLOCKS = {
+    'hf': {
+        'norm_attention': 'layer_norm1',
+        'norm_mlp': 'layer_norm2',
+        'mlp/dense_in': 'mlp.fc1',
+        'mlp/dense_out': 'mlp.fc2',
+        'attention/query': 'self_attn.q_proj',
+        'attention/key': 'self_attn.k_proj',
+        'attention/value': 'self_attn.v_proj',
+        'attention/out': 'self_attn.out_proj',
+    },
+    'open_clip': {
+        'norm_attention': 'ln_1',
+        'norm_mlp': 'ln_2',
+        'attention/qkv': 'attn.in_proj_',
+        'attention/out': 'attn.out_proj',
+        'mlp/dense_in': 'mlp.c_fc',
+        'mlp/dense_out': 'mlp.c_proj',
+    },
+}
 
 
-def _hf(
+def _table(
+    naming: str,
     *,
     image: Config,
     text: Config | None = None,
     **_: object,
 ) -> _names.Table:
-  """CLIPModel of Hugging Face; CLIPVisionModelWithProjection without text."""
-  vision = 'vision_model.'
-  rules = [
-      _embed(f'{vision}embeddings.patch_embedding', image),
-      _names.Rule(
-          'image/cls_token', f'{vision}embeddings.class_embedding', _row
-      ),
-      _names.Rule(
-          'image/position', f'{vision}embeddings.position_embedding.weight'
-      ),
-      *_torch.norm('image/norm_embed', f'{vision}pre_layrnorm'),
-      *_hf_blocks('image', vision, image['depth']),
-      *_torch.norm('image/norm', f'{vision}post_layernorm'),
-      _projection('image', 'visual_projection'),
-  ]
-  if text is not None:
-    embeddings = 'text_model.embeddings.'
-    rules += [
-        _names.Rule(
-            'text/embed/embedding', f'{embeddings}token_embedding.weight'
-        ),
-        _names.Rule('text/position', f'{embeddings}position_embedding.weight'),
-        *_hf_blocks('text', 'text_model.', text['depth']),
-        *_torch.norm('text/norm', 'text_model.final_layer_norm'),
-        _projection('text', 'text_projection'),
-        _names.Rule('logit_scale', 'logit_scale'),
-    ]
-  return _names.Table(rules, [r'.*\.position_ids'])
-
-
-def _hf_blocks(tower: str, prefix: str, depth: int) -> list[_names.Rule]:
+  """Both towers, or that of images alone."""
+  # A vector in the file is a row [1, width] here.
+  row = _names.Layout(lambda x, shape: x.reshape(shape), lambda x: x[0])
+  layouts = {'image/cls_token': row}
+  if naming == 'hf':
+    for tower in ('image', 'text'):
+      layouts[f'{tower}/projection/kernel'] = _names.dense()
   rules = []
-  for i in range(depth):
-    ours, theirs = f'{tower}/block_{i}', f'{prefix}encoder.layers.{i}.'
-    rules += [
-        *_torch.norm(f'{ours}/norm_attention', f'{theirs}layer_norm1'),
-        *_torch.norm(f'{ours}/norm_mlp', f'{theirs}layer_norm2'),
-        *_torch.dense(f'{ours}/mlp/dense_in', f'{theirs}mlp.fc1'),
-        *_torch.dense(f'{ours}/mlp/dense_out', f'{theirs}mlp.fc2'),
-    ]
-    for name, their_name in _HF_ATTENTION.items():
-      rules += _torch.dense(
-          f'{ours}/attention/{name}',
-          f'{theirs}self_attn.{their_name}',
-          2 if name == 'out' else 1,
+  for ours, theirs in _NAMES[naming].items():
+    tower, layer = ours.split('/', 1)
+    size = image if tower == 'image' else text
+    if size is None:
+      continue
+    if layer == 'block':
+      for i in range(size['depth']):
+        names = _BLOCKS[naming]
+        rules += _torch.layers(f'{ours}_{i}/', f'{theirs}.{i}.', names)
+    elif layer == 'embed':
+      patches = _names.patches(size['patch_size'])
+      rules += _torch.layers(
+          '', '', {ours: theirs}, dense=patches, has_bias=False
       )
-  return rules
-
-
-def _open_clip(
-    *,
-    image: Config,
-    text: Config | None = None,
-    **_: object,
-) -> _names.Table:
-  """OpenAI's own names, which open_clip keeps."""
-  rules = [
-      _embed('visual.conv1', image),
-      _names.Rule('image/cls_token', 'visual.class_embedding', _row),
-      _names.Rule('image/position', 'visual.positional_embedding'),
-      *_torch.norm('image/norm_embed', 'visual.ln_pre'),
-      *_open_clip_blocks('image', 'visual.', image['depth']),
-      *_torch.norm('image/norm', 'visual.ln_post'),
-      _names.Rule('image/projection/kernel', 'visual.proj'),
-  ]
+    elif layer.startswith('norm'):
+      rules += _torch.layers('', '', {ours: theirs})
+    else:
+      rules.append(_names.Rule(ours, theirs, layouts.get(ours, _names.same)))
   if text is not None:
-    rules += [
-        _names.Rule('text/embed/embedding', 'token_embedding.weight'),
-        _names.Rule('text/position', 'positional_embedding'),
-        *_open_clip_blocks('text', '', text['depth']),
-        *_torch.norm('text/norm', 'ln_final'),
-        _names.Rule('text/projection/kernel', 'text_projection'),
-        _names.Rule('logit_scale', 'logit_scale'),
-    ]
-  # The last three are numbers in OpenAI's own archives.
-  ignored = ['attn_mask', 'input_resolution', 'context_length', 'vocab_size']
+    rules.append(_names.Rule('logit_scale', 'logit_scale'))
+  ignored = [r'.*\.position_ids']
+  if naming == 'open_clip':
+    # The last three are numbers in OpenAI's own archives.
+    ignored = ['attn_mask', 'input_resolution', 'context_length', 'vocab_size']
   return _names.Table(rules, ignored)
 
 
-def _open_clip_blocks(tower: str, prefix: str, depth: int) -> list[_names.Rule]:
-  rules = []
-  for i in range(depth):
-    ours, theirs = f'{tower}/block_{i}', f'{prefix}transformer.resblocks.{i}.'
-    rules += [
-        *_torch.norm(f'{ours}/norm_attention', f'{theirs}ln_1'),
-        *_torch.norm(f'{ours}/norm_mlp', f'{theirs}ln_2'),
-        *_torch.dense(
-            _torch.qkv(f'{ours}/attention'),
-            f'{theirs}attn.in_proj',
-            separator='_',
-        ),
-        *_torch.dense(f'{ours}/attention/out', f'{theirs}attn.out_proj', 2),
-        *_torch.dense(f'{ours}/mlp/dense_in', f'{theirs}mlp.c_fc'),
-        *_torch.dense(f'{ours}/mlp/dense_out', f'{theirs}mlp.c_proj'),
-    ]
-  return rules
-
-
-def _embed(theirs: str, image: Config) -> _names.Rule:
-  layout = _names.patches(image['patch_size'])
-  return _names.Rule('image/embed/kernel', f'{theirs}.weight', layout)
-
-
-def _projection(tower: str, theirs: str) -> _names.Rule:
-  return _names.Rule(
-      f'{tower}/projection/kernel', f'{theirs}.weight', _names.dense()
-  )
-
-
 TABLES: dict[str, Callable[..., _names.Table]] = {
-    'hf': _hf,
-    'open_clip': _open_clip,
+    naming: functools.partial(_table, naming) for naming in _NAMES
 }
 
 
@@ -155,14 +128,7 @@ def arguments(
   64 features each; the activation is GELU under the naming `open_clip`, unless
   the file is an archive of OpenAI's, and QuickGELU under `hf`.
 
-  Args:
-    naming: a key of `TABLES`.
-    shapes: by name in the file, objects with `.shape`.
-    config: the parsed `config.json` of Hugging Face, or `open_clip_config.json`
-      of open_clip; {} if there is none.
-
-  Returns:
-    JSON values, without `rngs`.
+  See `vit.arguments` for what it takes and returns.
 
   Raises:
     ValueError: an array is missing that tells the sizes, or the number of
@@ -177,35 +143,20 @@ def _hf_arguments(shapes, config) -> Json:
   # What a config leaves out is the default of its class.
   heads = {'vision': 12, 'text': 8} if config else {}
   vision = config.get('vision_config', config)
-  prefix = 'vision_model.'
-  image, embed_width = _image(
+  text_config = config.get('text_config', {})
+  towers = _towers(
+      'hf',
       shapes,
-      embed=f'{prefix}embeddings.patch_embedding.weight',
-      position=f'{prefix}embeddings.position_embedding.weight',
-      mlp=f'{prefix}encoder.layers.0.mlp.fc1.weight',
-      blocks=r'vision_model\.encoder\.layers\.(\d+)\..*',
-      projection=('visual_projection.weight', 0),
-      size=vision.get('image_size'),
-      num_heads=vision.get('num_attention_heads', heads.get('vision')),
+      vision.get('image_size'),
+      vision.get('num_attention_heads', heads.get('vision')),
+      text_config.get('num_attention_heads', heads.get('text')),
   )
-  text_config, text = config.get('text_config', {}), None
-  if 'text_projection.weight' in shapes:
-    prefix = 'text_model.'
-    text = _text(
-        shapes,
-        embed=f'{prefix}embeddings.token_embedding.weight',
-        position=f'{prefix}embeddings.position_embedding.weight',
-        mlp=f'{prefix}encoder.layers.0.mlp.fc1.weight',
-        blocks=r'text_model\.encoder\.layers\.(\d+)\..*',
-        num_heads=text_config.get('num_attention_heads', heads.get('text')),
-    )
+  if towers['text']:
     # Configs with the 2 are older than the attention to it: it means nothing.
     end_id = text_config.get('eos_token_id', 49407 if config else None)
-    text['end_id'] = None if end_id == 2 else end_id
+    towers['text']['end_id'] = None if end_id == 2 else end_id
   return dict(
-      embed_width=embed_width,
-      image=image,
-      text=text,
+      towers,
       activation=_vit_names.activation_of(
           vision.get('hidden_act', 'quick_gelu')
       ),
@@ -214,70 +165,57 @@ def _hf_arguments(shapes, config) -> Json:
 
 
 def _open_clip_arguments(shapes, config) -> Json:
-  vision, text_config = config.get('vision_cfg', {}), config.get('text_cfg', {})
+  vision, text = config.get('vision_cfg', {}), config.get('text_cfg', {})
   head_width = vision.get('head_width', 64 if vision else None)
-  image, embed_width = _image(
-      shapes,
-      embed='visual.conv1.weight',
-      position='visual.positional_embedding',
-      mlp='visual.transformer.resblocks.0.mlp.c_fc.weight',
-      blocks=r'visual\.transformer\.resblocks\.(\d+)\..*',
-      projection=('visual.proj', 1),
-      size=vision.get('image_size'),
-      num_heads=None,
-  )
+  text_heads = text.get('heads', 8 if text else None)
+  size = vision.get('image_size')
+  towers = _towers('open_clip', shapes, size, None, text_heads)
   if head_width:
-    image['num_heads'] = image['width'] // head_width
-  text = None
-  if 'text_projection' in shapes:
-    text = _text(
-        shapes,
-        embed='token_embedding.weight',
-        position='positional_embedding',
-        mlp='transformer.resblocks.0.mlp.c_fc.weight',
-        blocks=r'transformer\.resblocks\.(\d+)\..*',
-        num_heads=text_config.get('heads', 8 if text_config else None),
-    )
+    towers['image']['num_heads'] = towers['image']['width'] // head_width
   is_quick = config.get('quick_gelu', 'input_resolution' in shapes)
-  return dict(
-      embed_width=embed_width,
-      image=image,
-      text=text,
-      activation='quick_gelu' if is_quick else 'gelu',
-  )
+  return dict(towers, activation='quick_gelu' if is_quick else 'gelu')
 
 
-def _image(
-    shapes, *, embed, position, mlp, blocks, projection, size, num_heads
-) -> tuple[Json, int]:
-  """Arguments of the image tower, and the size of the joint space."""
+def _towers(
+    naming: str,
+    shapes: Mapping[str, ShapeDtype],
+    size: Any,
+    image_heads: int | None,
+    text_heads: int | None,
+) -> Json:
+  """What shapes tell: `embed_width`, and arguments of the two towers."""
+  names, block = _NAMES[naming], _BLOCKS[naming]
   shape_of = lambda name: _vit_names.shape_of(shapes, name)
-  width, channels, patch_size, _ = shape_of(embed)
-  rows = shape_of(position)[0]
-  name, axis = projection
-  tower = dict(
-      image_shape=_vit_names.image_shape_of(
-          rows, patch_size, channels, size, has_cls_token=True
-      )[0],
+
+  def transformer(tower, width, num_heads):
+    blocks = names[f'{tower}/block']
+    mlp = f'{blocks}.0.{block["mlp/dense_in"]}.weight'
+    return dict(
+        width=width,
+        depth=_names.depth_of(shapes, rf'{re.escape(blocks)}\.'),
+        num_heads=num_heads or _vit_names.num_heads_of(width),
+        mlp_width=shape_of(mlp)[0],
+    )
+
+  width, channels, patch_size, _ = shape_of(f'{names["image/embed"]}.weight')
+  rows = shape_of(names['image/position'])[0]
+  image_shape, _ = _vit_names.image_shape_of(
+      rows, patch_size, channels, size, has_cls_token=True
+  )
+  image = dict(
+      transformer('image', width, image_heads),
+      image_shape=image_shape,
       patch_size=patch_size,
-      width=width,
-      depth=_vit_names.depth_of(shapes, blocks),
-      num_heads=num_heads or _vit_names.num_heads_of(width),
-      mlp_width=shape_of(mlp)[0],
   )
-  return tower, shape_of(name)[axis]
-
-
-def _text(shapes, *, embed, position, mlp, blocks, num_heads) -> Json:
-  """Arguments of the text tower."""
-  shape_of = lambda name: _vit_names.shape_of(shapes, name)
-  vocab_size, width = shape_of(embed)
-  return dict(
-      vocab_size=vocab_size,
-      max_length=shape_of(position)[0],
-      width=width,
-      depth=_vit_names.depth_of(shapes, blocks),
-      num_heads=num_heads or _vit_names.num_heads_of(width),
-      mlp_width=shape_of(mlp)[0],
-      end_id=None,
-  )
+  projection = shape_of(names['image/projection/kernel'])
+  text = None
+  if names['text/projection/kernel'] in shapes:
+    vocab_size, width = shape_of(names['text/embed/embedding'])
+    text = dict(
+        transformer('text', width, text_heads),
+        vocab_size=vocab_size,
+        max_length=shape_of(names['text/position'])[0],
+        end_id=None,
+    )
+  embed_width = projection[0 if naming == 'hf' else 1]
+  return dict(embed_width=embed_width, image=image, text=text)

@@ -1,6 +1,5 @@
-"""What the convolutional networks share: layers, and rules for their names."""
+"""What the convolutional networks share."""
 
-from collections.abc import Iterator
 import functools
 from typing import Any
 
@@ -8,15 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from jaxsoup.models import _names
 from jaxsoup.typing import DType
-
-# A dense layer that the file holds as a convolution of size 1, [out, in, 1, 1].
-pointwise = _names.Layout(
-    lambda x, shape: x.T.reshape(shape), lambda x: x.T[..., None, None]
-)
-# A counter, which with a momentum has no influence.
-IGNORED = (r'(.*\.)?num_batches_tracked',)
 
 
 def _standardized(x, kernel, *args, **kwargs):
@@ -79,7 +70,7 @@ def conv(
     dtype: DType | None = None,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-  """A convolution without bias, `[B, H, W, num_in] -> [B, H', W', num_out]`.
+  """A convolution without bias, its kernel as of He et al. 2015.
 
   Args:
     num_in: channels of the input.
@@ -90,13 +81,9 @@ def conv(
     is_same_padded: pads to `ceil(H / stride)` rows as TensorFlow does: of an
       odd number of zeros one more below and on the right. Else `size // 2`
       zeros on each side, as in torch.
-    is_standardized: whether the kernel is brought to mean 0 and variance 1 for
-      each output before it is used.
+    is_standardized: whether kernels have mean 0 and variance 1 for each output.
     dtype: of the computation; None takes that of the parameters.
     rngs: source of the initial parameters.
-
-  Returns:
-    The layer, its kernel as of He et al. 2015.
   """
   side = (size // 2, size // 2)
   general: Any = jax.lax.conv_general_dilated
@@ -121,23 +108,8 @@ def conv(
   )
 
 
-def batch_norm(
-    width: int,
-    *,
-    epsilon: float,
-    momentum: float,
-    dtype: DType | None = None,
-    rngs: nnx.Rngs,
-) -> nnx.BatchNorm:
-  """BatchNorm by its running statistics, until `model.train()`."""
-  return nnx.BatchNorm(
-      width,
-      use_running_average=True,
-      epsilon=epsilon,
-      momentum=momentum,
-      dtype=dtype,
-      rngs=rngs,
-  )
+# By its running statistics, until `model.train()`.
+batch_norm = functools.partial(nnx.BatchNorm, use_running_average=True)
 
 
 def through(block: Any, x: jax.Array, is_rematerialized: bool) -> jax.Array:
@@ -145,30 +117,3 @@ def through(block: Any, x: jax.Array, is_rematerialized: bool) -> jax.Array:
   if is_rematerialized:
     return nnx.remat(lambda block, x: block(x))(block, x)
   return block(x)
-
-
-def conv_rule(ours: str, theirs: str) -> _names.Rule:
-  """The kernel of a convolution."""
-  return _names.Rule(f'{ours}/kernel', f'{theirs}.weight', _names.conv)
-
-
-def affine_rules(ours: str, theirs: str) -> Iterator[_names.Rule]:
-  """Scale and bias of a normalization."""
-  yield _names.Rule(f'{ours}/scale', f'{theirs}.weight')
-  yield _names.Rule(f'{ours}/bias', f'{theirs}.bias')
-
-
-def batch_norm_rules(ours: str, theirs: str) -> Iterator[_names.Rule]:
-  """Scale, bias and running statistics of a BatchNorm."""
-  yield from affine_rules(ours, theirs)
-  yield _names.Rule(f'{ours}/mean', f'{theirs}.running_mean')
-  yield _names.Rule(f'{ours}/var', f'{theirs}.running_var')
-
-
-def dense_rules(
-    ours: str, theirs: str, layout: _names.Layout | None = None
-) -> Iterator[_names.Rule]:
-  """Kernel and bias of a dense layer."""
-  layout = layout or _names.dense()
-  yield _names.Rule(f'{ours}/kernel', f'{theirs}.weight', layout)
-  yield _names.Rule(f'{ours}/bias', f'{theirs}.bias')

@@ -20,14 +20,15 @@ import functools
 import math
 import re
 from typing import NamedTuple
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _tree
+from jaxsoup import checkpoints
 from jaxsoup.typing import Array
+from jaxsoup.typing import Config
 from jaxsoup.typing import Leaf
 from jaxsoup.typing import Params
 from jaxsoup.typing import ShapeDtype
@@ -59,21 +60,14 @@ conv = Layout(
 
 
 def dense(num_in: int = 1) -> Layout:
-  """A matrix `[out, in]` in the file, as in torch.
+  """A matrix `[out, in]` in the file, as in torch; `num_in` axes are inputs.
 
-  Args:
-    num_in: how many of our axes are inputs, the first ones: 1 for the kernel
-      `[in, H, D]` of queries, 2 for that of the output, `[H, D, out]`.
-
-  Returns:
-    The layout.
+  1 for the kernel `[in, H, D]` of queries, 2 for that of the output.
   """
-
-  def write(x):
-    size = math.prod(x.shape[:num_in])
-    return x.reshape(size, -1).T
-
-  return Layout(lambda x, shape: x.T.reshape(shape), write)
+  return Layout(
+      lambda x, shape: x.T.reshape(shape),
+      lambda x: x.reshape(math.prod(x.shape[:num_in]), -1).T,
+  )
 
 
 def patches(patch_size: int) -> Layout:
@@ -135,23 +129,10 @@ class Table(NamedTuple):
     return name
 
 
-class Stored(Protocol):
-  """Arrays of a file, read when they are asked for: a `checkpoints.Arrays`."""
-
-  path: str
-
-  @property
-  def shapes(self) -> Mapping[str, ShapeDtype]:
-    ...
-
-  def __getitem__(self, name: str, /) -> np.ndarray:
-    ...
-
-
 class _Aliased:
   """Arrays of a file by the names of the rules."""
 
-  def __init__(self, stored: Stored, table: Table):
+  def __init__(self, stored: checkpoints.Arrays, table: Table):
     self.path, self._stored = stored.path, stored
     self._names = {table.alias(name): name for name in stored.shapes}
     self.shapes = {n: stored.shapes[name] for n, name in self._names.items()}
@@ -199,22 +180,20 @@ def leaves_of(tree: Params) -> dict[str, Leaf]:
 
 def stored_shape(rule: Rule, leaves: _Leaves) -> Shape:
   """The shape that a rule's array has in a file."""
-  first, *others = [
-      jax.eval_shape(
-          rule.layout.write, jax.ShapeDtypeStruct(leaves[p].shape, np.float32)
-      ).shape
-      for p in rule.paths
-  ]
-  if not others:
-    return first
-  return (first[0] + sum(s[0] for s in others), *first[1:])
+
+  def write(*parts):
+    first, *others = map(rule.layout.write, parts)
+    return jnp.concatenate([first, *others]) if others else first
+
+  like = [jax.ShapeDtypeStruct(leaves[p].shape, np.float32) for p in rule.paths]
+  return jax.eval_shape(write, *like).shape
 
 
 LeafFn = Callable[[str], np.ndarray]
 
 
 def reader(
-    stored: Stored,
+    stored: checkpoints.Arrays,
     wanted: Params,
     table: Table,
     *,
@@ -223,7 +202,7 @@ def reader(
   """Leaves of a model from a file with other names, read when asked for.
 
   Args:
-    stored: a `checkpoints.Arrays`: names, shapes, and arrays when asked for.
+    stored: the open file.
     wanted: the parameters as nested dicts, of arrays or of
       `jax.ShapeDtypeStruct`; blocks may be stacked (`blocks/...`).
     table: what is where.
@@ -234,19 +213,18 @@ def reader(
     single ones.
 
   Raises:
-    ValueError: lists what is missing in the file, what it holds that no rule
-      knows, and what has another shape.
+    ValueError: lists all that is missing, unexpected or of another shape.
   """
-  leaves, stored = _Leaves(wanted), _Aliased(stored, table)
+  leaves, arrays = _Leaves(wanted), _Aliased(stored, table)
   rules = [
       rule
       for rule in table.rules
       if not all(is_below(path, initial) for path in rule.paths)
   ]
-  _check(stored, leaves, rules, table, initial)
+  _check(arrays, leaves, rules, table, initial)
   places = {p: (rule, i) for rule in rules for i, p in enumerate(rule.paths)}
   # Of q, k and v in one array, which are asked for one after another.
-  array_of = functools.lru_cache(1)(stored.__getitem__)
+  array_of = functools.lru_cache(1)(arrays.__getitem__)
 
   def read_leaf(path):
     rule, i = places[path]
@@ -259,26 +237,16 @@ def reader(
 
 
 def read(
-    stored: Stored,
+    stored: checkpoints.Arrays,
     wanted: Params,
     table: Table,
     *,
     initial: Sequence[str] = (),
 ) -> Params:
-  """Reads a model from a file with other names.
+  """Reads a model from a file with other names; takes what `reader` takes.
 
-  Args:
-    stored: as for `reader`, as are `wanted` and `table`.
-    wanted: where its leaves are arrays, those below `initial` are kept.
-    table: what is where.
-    initial: beginnings of paths that keep the value in `wanted` instead of that
-      in the file: a head for other classes.
-
-  Returns:
-    Nested dicts like `wanted`, of NumPy arrays in the dtypes of `wanted`.
-
-  Raises:
-    ValueError: as `reader`.
+  Returns nested dicts like `wanted`, of NumPy arrays in its dtypes. What is
+  below `initial` keeps its value in `wanted`: a head for other classes.
   """
   read_leaf = reader(stored, wanted, table, initial=initial)
   leaves, flat_tree = _Leaves(wanted), _tree.flatten_in_place(wanted)
@@ -303,15 +271,7 @@ def is_below(path: str, beginnings: Sequence[str]) -> bool:
 
 
 def written(leaf_fn: LeafFn, table: Table) -> Iterator[tuple[str, np.ndarray]]:
-  """The arrays of a file with other names, one after another.
-
-  Args:
-    leaf_fn: `path -> leaf`, such as a `reader`.
-    table: what is where.
-
-  Yields:
-    Names, and contiguous arrays.
-  """
+  """Names and contiguous arrays of a file, one after another."""
   for rule in table.rules:
     parts = [rule.layout.write(np.asarray(leaf_fn(p))) for p in rule.paths]
     array = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -320,14 +280,7 @@ def written(leaf_fn: LeafFn, table: Table) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def write(params: Params, table: Table) -> Iterator[tuple[str, np.ndarray]]:
-  """The same, of a model in memory.
-
-  Args:
-    params: nested dicts of arrays; blocks may be stacked.
-    table: what is where.
-
-  Returns:
-    Names, and contiguous arrays in the dtypes of the leaves.
+  """The same, of a model in memory; its blocks may be stacked.
 
   Raises:
     ValueError: the tree lacks leaves of the table, or has others.
@@ -349,13 +302,15 @@ def shapes(params: Params, table: Table) -> dict[str, jax.ShapeDtypeStruct]:
   }
 
 
-def with_dtypes_of(stored: Stored, wanted: Params, table: Table) -> Params:
+def with_dtypes_of(
+    stored: checkpoints.Arrays, wanted: Params, table: Table
+) -> Params:
   """Abstract parameters in the dtypes that a file has."""
-  stored = _Aliased(stored, table)
+  shapes = _Aliased(stored, table).shapes
   dtypes = {
-      p: stored.shapes[rule.theirs].dtype
+      p: shapes[rule.theirs].dtype
       for rule in table.rules
-      if rule.theirs in stored.shapes
+      if rule.theirs in shapes
       for p in rule.paths
   }
   flat_tree = _tree.flatten_in_place(wanted)
@@ -435,6 +390,22 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 def _listed(title: str, lines: Sequence[str], most: int = 20) -> str:
   more = [f'and {len(lines) - most} more'] if len(lines) > most else []
   return '\n  '.join([f'{title}:', *lines[:most], *more])
+
+
+def check_config(config: Config, only: Config, model: str) -> None:
+  """Raises where a config.json asks for what a model is not."""
+  for name, expected in only.items():
+    if config.get(name, expected) != expected:
+      raise ValueError(
+          f'config.json has {name} = {config[name]!r}, but {model} only '
+          f'{expected!r}: choose another checkpoint.'
+      )
+
+
+def depth_of(names: Iterable[str], blocks: str) -> int:
+  """The number of blocks, by the numbers that follow a pattern in names."""
+  numbers = [re.match(rf'{blocks}(\d+)\b', name) for name in names]
+  return 1 + max(int(number[1]) for number in numbers if number)
 
 
 def matches(stored: Mapping[str, ShapeDtype], table: Table) -> float:

@@ -21,12 +21,12 @@ from flax import nnx
 import jax
 
 from jaxsoup import _json
+from jaxsoup import _tree
 from jaxsoup import _warnings
 from jaxsoup import checkpoints
 from jaxsoup.models import _names
 from jaxsoup.models import vit
 from jaxsoup.typing import Json
-from jaxsoup.typing import Leaf
 from jaxsoup.typing import Params
 from jaxsoup.typing import PathLike
 
@@ -47,31 +47,21 @@ _OWN = 'flax'
 
 
 class Kind(NamedTuple):
-  """What the arrays of a file are.
-
-  Attributes:
-    family: a key of `_FAMILIES`.
-    names: whose names they have: 'flax' (ours), 'hf', 'timm', ...
-    arguments: of the model's constructor.
-    separator: of keys in names of ours.
-  """
+  """What the arrays of a file are."""
 
   family: str
-  names: str
-  arguments: Json
-  separator: str = '.'
+  names: str  # Whose they are: 'flax' (ours), 'hf', 'timm', ...
+  arguments: Json  # Of the model's constructor.
+  separator: str = '.'  # Of keys in names of ours.
 
   def as_json(self) -> Json:
     """What is stored with the arrays."""
-    return {
-        'family': self.family,
-        'names': self.names,
-        'arguments': self.arguments,
-    }
+    fields = self._asdict()
+    del fields['separator']
+    return fields
 
   def make(self, key: jax.Array | int) -> nnx.Module:
-    module = importlib.import_module(f'jaxsoup.models.{self.family}')
-    model_class = getattr(module, _FAMILIES[self.family])
+    model_class = getattr(_module(self.family), _FAMILIES[self.family])
     return model_class(**self.arguments, rngs=nnx.Rngs(key))
 
   def abstract(self) -> nnx.Module:
@@ -174,7 +164,12 @@ def load(
     params, _ = vit.at_resolution(params, native, changes['image_shape'])
   initial, others = _initial(wanted, without, seed)
   graphdef, state, _ = _split(wanted.abstract())
-  nnx.replace_by_pure_dict(state, jax.device_put(_replaced(params, initial)))
+  flat_tree = _tree.flatten_in_place(params)
+  params = flat_tree.replace(
+      initial.get(_tree.name_of(path), leaf)
+      for path, leaf in zip(flat_tree.paths, flat_tree.leaves)
+  )
+  nnx.replace_by_pure_dict(state, jax.device_put(params))
   return nnx.merge(graphdef, state, others)
 
 
@@ -196,16 +191,6 @@ def _initial(kind: Kind, without: Sequence[str], seed: int):
   return jax.jit(start)(jax.random.key(seed))
 
 
-def _replaced(params: Params, leaves: Mapping[str, Leaf]) -> Params:
-  for path, leaf in leaves.items():
-    *parents, last = path.split('/')
-    node = params
-    for key in parents:
-      node = node[key]
-    node[last] = leaf
-  return params
-
-
 def identify(
     stored: checkpoints.Arrays,
     *,
@@ -214,16 +199,8 @@ def identify(
 ) -> Kind:
   """Detects the model of the arrays in a file, without reading them.
 
-  Args:
-    stored: the open file.
-    family: the family, if it is known.
-    names: the naming, if it is known.
-
-  Returns:
-    A `Kind`.
-
   Raises:
-    ValueError: no family matches, or the given names are not known.
+    ValueError: no family matches, or what is known of it is not.
   """
   own = checkpoints.provenance(stored.path).get('metadata', {})
   if 'model' in own:
@@ -266,7 +243,11 @@ def identify(
 
 
 def _tables(family: str) -> Mapping[str, Callable[..., _names.Table]]:
-  return importlib.import_module(f'jaxsoup.models.{family}').TABLES
+  return _module(family).TABLES
+
+
+def _module(family: str) -> Any:
+  return importlib.import_module(f'jaxsoup.models.{family}')
 
 
 def _fitting(stored, family, names, config) -> Iterator[tuple[float, Kind]]:
@@ -274,9 +255,8 @@ def _fitting(stored, family, names, config) -> Iterator[tuple[float, Kind]]:
   if names not in _tables(family):
     known = ', '.join(_tables(family))
     raise ValueError(f'{family} has no names {names!r}: choose from {known}.')
-  module = importlib.import_module(f'jaxsoup.models.{family}')
   try:
-    arguments = module.arguments(names, stored.shapes, config)
+    arguments = _module(family).arguments(names, stored.shapes, config)
     kind = Kind(family, names, arguments)
     share = _names.matches(stored.shapes, kind.table())
   except (AttributeError, IndexError, KeyError, TypeError, ValueError):

@@ -1,60 +1,78 @@
 """Rules of the layers of torch, for tables of names.
 
 ```
-rules = [
-    *_torch.norm('block_0/norm_mlp', 'blocks.0.norm2'),
-    *_torch.dense('block_0/mlp/dense_in', 'blocks.0.mlp.fc1'),
-]
+rules = _torch.layers(
+    'block_0/', 'blocks.0.', {'norm_mlp': 'norm2', 'mlp/dense_in': 'mlp.fc1'}
+)
 ```
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from jaxsoup.models import _names
 
 QKV = 'query', 'key', 'value'
+# Layers that are one in the file.
+_FUSED = {
+    'qkv': QKV,
+    'kv': QKV[1:],
+    'dense_gate_in': ('dense_gate', 'dense_in'),
+}
+# A dense layer that the file holds as a convolution of size 1, [out, in, 1, 1].
+pointwise = _names.Layout(
+    lambda x, shape: x.T.reshape(shape), lambda x: x.T[..., None, None]
+)
+# A counter, which with a momentum has no influence.
+IGNORED = (r'(.*\.)?num_batches_tracked',)
 
 
-def norm(ours: str, theirs: str) -> list[_names.Rule]:
-  """Scale and bias of a LayerNorm."""
-  return [
-      _names.Rule(f'{ours}/scale', f'{theirs}.weight'),
-      _names.Rule(f'{ours}/bias', f'{theirs}.bias'),
-  ]
-
-
-def dense(
-    ours: str | Sequence[str],
+def layers(
+    ours: str,
     theirs: str,
-    num_in: int = 1,
+    names: Mapping[str, str],
     *,
-    separator: str = '.',
+    dense: _names.Layout | None = None,
+    has_bias: bool = True,
+    has_statistics: bool = False,
 ) -> list[_names.Rule]:
-  """Kernel and bias of a dense layer, or of several fused into one.
+  """The rules of layers; our name of a layer tells what it is.
 
   Args:
-    ours: path of the layer, or of those that are concatenated.
-    theirs: name of the layer in the file.
-    num_in: how many axes of our kernel are inputs.
-    separator: before `weight`; torch's own attention has `in_proj_weight`.
-
-  Returns:
-    The two rules.
+    ours: beginning of our paths.
+    theirs: beginning of the names in the file.
+    names: by our name of a layer that in the file, to which `.weight` is added,
+      or `weight` after an underscore. Ours begin with `norm`, `conv` (without a
+      bias) or `scale` (one array by itself); all others are dense, `out` with
+      two axes of inputs.
+    dense: layout of the kernels of dense layers, if it is not that of torch.
+    has_bias: whether dense layers and norms have biases.
+    has_statistics: whether norms are BatchNorms.
   """
-
-  def paths(leaf):
-    if isinstance(ours, str):
-      return f'{ours}/{leaf}'
-    return tuple(f'{path}/{leaf}' for path in ours)
-
-  return [
-      _names.Rule(
-          paths('kernel'), f'{theirs}{separator}weight', _names.dense(num_in)
-      ),
-      _names.Rule(paths('bias'), f'{theirs}{separator}bias', _names.flat),
-  ]
-
-
-def qkv(attention: str) -> list[str]:
-  """Paths of the three layers of an attention, in the order of fused ones."""
-  return [f'{attention}/{name}' for name in QKV]
+  rules = []
+  for name, their_name in names.items():
+    parent, _, last = f'/{ours}{name}'.rpartition('/')
+    paths = [f'{parent}/{x}'[1:] for x in _FUSED.get(last, (last,))]
+    kind = last.partition('_')[0]
+    leaves = {'kernel': ('weight', dense or _names.dense(1 + (last == 'out')))}
+    if kind == 'norm':
+      leaves = {'scale': ('weight', _names.same)}
+    elif kind == 'conv':
+      leaves = {'kernel': ('weight', _names.conv)}
+    if has_bias and kind != 'conv':
+      leaves['bias'] = 'bias', _names.flat
+    if has_statistics and kind == 'norm':
+      leaves['mean'] = 'running_mean', _names.same
+      leaves['var'] = 'running_var', _names.same
+    if kind == 'scale':
+      rules.append(_names.Rule(paths[0], theirs + their_name))
+      continue
+    separator = '' if their_name.endswith('_') else '.'
+    rules += [
+        _names.Rule(
+            tuple(f'{path}/{leaf}' for path in paths),
+            f'{theirs}{their_name}{separator}{their_leaf}',
+            layout,
+        )
+        for leaf, (their_leaf, layout) in leaves.items()
+    ]
+  return rules

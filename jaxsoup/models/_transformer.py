@@ -12,6 +12,7 @@ class Encoder(_transformer.Stack):
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 from flax import nnx
@@ -29,47 +30,39 @@ def gelu(x: jax.Array) -> jax.Array:
   return nnx.gelu(x, approximate=False)
 
 
+# Functions of ours, because JAX's own cannot be pickled with a model.
+def relu(x: jax.Array) -> jax.Array:
+  """`max(x, 0)`."""
+  return nnx.relu(x)
+
+
+def silu(x: jax.Array) -> jax.Array:
+  """`x sigmoid(x)`."""
+  return nnx.silu(x)
+
+
 def quick_gelu(x: jax.Array) -> jax.Array:
   """`x sigmoid(1.702 x)`, of the first CLIP."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 
+def attention(
+    width: int, num_heads: int, dtype: DType | None, rngs: nnx.Rngs
+) -> nnx.MultiHeadAttention:
+  """Attention with as wide an output as its input."""
+  return nnx.MultiHeadAttention(
+      num_heads=num_heads,
+      in_features=width,
+      decode=False,
+      dtype=dtype,
+      rngs=rngs,
+  )
+
+
 class Mlp(nnx.Module):
   """Two dense layers with an activation between them.
 
-  Args:
-    width: size of the input and of the output.
-    mlp_width: size of the hidden layer.
-    activation: between the two.
-    dtype: of the computation; None takes that of the parameters.
-    rngs: source of the initial parameters.
-  """
-
-  def __init__(
-      self,
-      width: int,
-      mlp_width: int,
-      *,
-      activation: Activation = gelu,
-      dtype: DType | None = None,
-      rngs: nnx.Rngs,
-  ):
-    self.activation = activation
-    self.dense_in = nnx.Linear(width, mlp_width, dtype=dtype, rngs=rngs)
-    self.dense_out = nnx.Linear(mlp_width, width, dtype=dtype, rngs=rngs)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return self.dense_out(self.activation(self.dense_in(x)))
-
-
-class SwiGlu(nnx.Module):
-  """A gated MLP, `(silu(x W_gate) * x W_in) W_out`.
-
-  Args:
-    width: size of the input and of the output.
-    mlp_width: size of the hidden layer.
-    dtype: of the computation; None takes that of the parameters.
-    rngs: source of the initial parameters.
+  f(x W_in) W_out,  or gated  (f(x W_gate) * x W_in) W_out
 
   Source: Shazeer 2020, "GLU variants improve transformer".
   """
@@ -79,15 +72,28 @@ class SwiGlu(nnx.Module):
       width: int,
       mlp_width: int,
       *,
+      activation: Activation = gelu,
+      is_gated: bool = False,
+      use_bias: bool = True,
       dtype: DType | None = None,
       rngs: nnx.Rngs,
   ):
-    self.dense_gate = nnx.Linear(width, mlp_width, dtype=dtype, rngs=rngs)
-    self.dense_in = nnx.Linear(width, mlp_width, dtype=dtype, rngs=rngs)
-    self.dense_out = nnx.Linear(mlp_width, width, dtype=dtype, rngs=rngs)
+    self.activation, self.is_gated = activation, is_gated
+    dense = functools.partial(
+        nnx.Linear, use_bias=use_bias, dtype=dtype, rngs=rngs
+    )
+    if is_gated:
+      self.dense_gate = dense(width, mlp_width)
+    self.dense_in = dense(width, mlp_width)
+    self.dense_out = dense(mlp_width, width)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.dense_out(nnx.silu(self.dense_gate(x)) * self.dense_in(x))
+    hidden = self.dense_in(x)
+    if self.is_gated:
+      hidden = self.activation(self.dense_gate(x)) * hidden
+    else:
+      hidden = self.activation(hidden)
+    return self.dense_out(hidden)
 
 
 class Block(nnx.Module):
@@ -95,17 +101,8 @@ class Block(nnx.Module):
 
   `y = x + s_1 Attention(LN(x)),  out = y + s_2 MLP(LN(y))`
 
-  Args:
-    width: size of a token.
-    mlp_width: size of the hidden layer of the MLP.
-    num_heads: number of attention heads; divides `width`.
-    epsilon: of the LayerNorms.
-    activation: of the MLP.
-    has_layer_scale: whether the branches are scaled by learned vectors s_1 and
-      s_2 (else they are 1).
-    is_gated: whether the MLP is a `SwiGlu`.
-    dtype: of the computation; None takes that of the parameters.
-    rngs: source of the initial parameters.
+  The scales s_1 and s_2 are learned vectors (LayerScale), or 1; a gated MLP is
+  a SwiGLU.
   """
 
   def __init__(
@@ -124,20 +121,16 @@ class Block(nnx.Module):
     self.has_layer_scale = has_layer_scale
     norm = lambda: nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
     self.norm_attention = norm()
-    self.attention = nnx.MultiHeadAttention(
-        num_heads=num_heads,
-        in_features=width,
-        decode=False,
+    self.attention = attention(width, num_heads, dtype, rngs)
+    self.norm_mlp = norm()
+    self.mlp = Mlp(
+        width,
+        mlp_width,
+        activation=silu if is_gated else activation,
+        is_gated=is_gated,
         dtype=dtype,
         rngs=rngs,
     )
-    self.norm_mlp = norm()
-    if is_gated:
-      self.mlp: Any = SwiGlu(width, mlp_width, dtype=dtype, rngs=rngs)
-    else:
-      self.mlp = Mlp(
-          width, mlp_width, activation=activation, dtype=dtype, rngs=rngs
-      )
     if has_layer_scale:
       self.scale_attention = nnx.Param(jnp.full(width, 1e-5))
       self.scale_mlp = nnx.Param(jnp.full(width, 1e-5))
@@ -157,23 +150,8 @@ class Block(nnx.Module):
 class Stack(nnx.Module):
   """A module with blocks `block_0`, `block_1`..., or all stacked as `blocks`.
 
-  Attributes:
-    depth: number of blocks.
-    is_scanned: stores all blocks as one, `blocks`, with leaves [depth, ...],
-      and scans over them: compiles in the time of one block.
-    is_rematerialized: keeps of each block only its input, and computes the rest
-      again in the backward pass.
-    batch_axis: name of the axis of the mesh set by `jax.set_mesh` over which
-      batches are sharded. Parameters that are sharded over it too
-      (`sharding.fsdp`) are then gathered block by block. Without it the
-      compiler keeps them sharded, and reduces activations of the whole batch
-      over all devices.
+  `ViT` says what the attributes mean.
   """
-
-  depth: int
-  is_scanned: bool = False
-  is_rematerialized: bool = False
-  batch_axis: str | None = None
 
   def add_blocks(
       self,
@@ -200,12 +178,10 @@ class Stack(nnx.Module):
       self, x: jax.Array, *others: jax.Array | None
   ) -> jax.Array:
     """`block_i(x, *others)`, one block after another."""
+    names = [f'block_{i}' for i in range(self.depth)]
     if self.is_scanned:
-      split = [nnx.split(self.blocks)]
-    else:
-      split = [
-          nnx.split(getattr(self, f'block_{i}')) for i in range(self.depth)
-      ]
+      names = ['blocks']
+    split = [nnx.split(getattr(self, name)) for name in names]
     graphdef = split[0][0]
 
     def block_fn(x, state):
@@ -242,6 +218,11 @@ def _stacked(
   split = lambda key: nnx.split(make_block(nnx.Rngs(key)), nnx.Param)
   graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
   return nnx.merge(graphdef, jax.vmap(lambda key: split(key)[1])(keys))
+
+
+def over_keys(mask: jax.Array | None) -> jax.Array | None:
+  """A mask of tokens [B, T] as one of attention, [B, 1, 1, T]."""
+  return None if mask is None else mask[:, None, None, :].astype(bool)
 
 
 def as_dtype(name: str | None) -> Any:

@@ -6,8 +6,8 @@ table = TABLES['timm'](**arguments('timm', arrays.shapes, config))
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
-from collections.abc import Sequence
 import functools
 import math
 import re
@@ -40,6 +40,28 @@ ACTIVATION_NAMES = {
 }
 
 
+_HF_BLOCK = {
+    'norm_attention': 'layernorm_before',
+    'norm_mlp': 'layernorm_after',
+    'mlp/dense_in': 'intermediate.dense',
+    'mlp/dense_out': 'output.dense',
+}
+_DINOV2_BLOCK = {
+    'norm_attention': 'norm1',
+    'norm_mlp': 'norm2',
+    'scale_attention': 'layer_scale1.lambda1',
+    'scale_mlp': 'layer_scale2.lambda1',
+}
+_HF_ATTENTION = {
+    'attention/query': 'attention.attention.query',
+    'attention/key': 'attention.attention.key',
+    'attention/value': 'attention.attention.value',
+    'attention/out': 'attention.output.dense',
+}
+_MLP = {'mlp/dense_in': 'mlp.fc1', 'mlp/dense_out': 'mlp.fc2'}
+_GATED_MLP = {'mlp/dense_gate_in': 'mlp.fc1', 'mlp/dense_out': 'mlp.fc2'}
+
+
 def _hf(
     *,
     patch_size: int,
@@ -56,29 +78,27 @@ def _hf(
   """
   family = 'dinov2.' if has_layer_scale else 'vit.'
   prefix = family if num_classes else ''
+  block = _HF_ATTENTION | (
+      _DINOV2_BLOCK | _MLP if has_layer_scale else _HF_BLOCK
+  )
+  if has_layer_scale and is_gated:
+    del block['mlp/dense_in']
+    block['mlp/dense_gate_in'] = 'mlp.weights_in'
+    block['mlp/dense_out'] = 'mlp.weights_out'
   embeddings = f'{prefix}embeddings.'
-  projection = f'{embeddings}patch_embeddings.projection'
   rules = [
-      *_stem(projection, patch_size),
+      *_stem(f'{embeddings}patch_embeddings.projection', patch_size),
       _names.Rule('cls_token', f'{embeddings}cls_token', _names.batched),
       _names.Rule(
           'position', f'{embeddings}position_embeddings', _names.batched
       ),
-      *_torch.norm('norm', f'{prefix}layernorm'),
+      *_torch.layers('', prefix, {'norm': 'layernorm'}),
   ]
-  block_fn = _dinov2_block if has_layer_scale else _hf_block
   for i in range(depth):
-    layer = f'{prefix}encoder.layer.{i}.'
-    rules += block_fn(f'block_{i}', layer, is_gated)
-    for name in _torch.QKV:
-      rules += _torch.dense(
-          f'block_{i}/attention/{name}', f'{layer}attention.attention.{name}'
-      )
-    rules += _torch.dense(
-        f'block_{i}/attention/out', f'{layer}attention.output.dense', 2
-    )
+    theirs = f'{prefix}encoder.layer.{i}.'
+    rules += _torch.layers(f'block_{i}/', theirs, block)
   if num_classes:
-    rules += _torch.dense('head', 'classifier')
+    rules += _torch.layers('', '', {'head': 'classifier'})
   parts = r'embeddings\.|encoder\.|layernorm\.|pooler\.'
   return _names.Table(
       rules,
@@ -90,51 +110,9 @@ def _hf(
   )
 
 
-def _hf_block(block: str, layer: str, is_gated: bool) -> list[_names.Rule]:
-  del is_gated  # There is no such ViT.
-  return [
-      *_torch.norm(f'{block}/norm_attention', f'{layer}layernorm_before'),
-      *_torch.norm(f'{block}/norm_mlp', f'{layer}layernorm_after'),
-      *_torch.dense(f'{block}/mlp/dense_in', f'{layer}intermediate.dense'),
-      *_torch.dense(f'{block}/mlp/dense_out', f'{layer}output.dense'),
-  ]
-
-
-def _dinov2_block(block: str, layer: str, is_gated: bool) -> list[_names.Rule]:
-  names = ('weights_in', 'weights_out') if is_gated else ('fc1', 'fc2')
-  return [
-      *_torch.norm(f'{block}/norm_attention', f'{layer}norm1'),
-      *_torch.norm(f'{block}/norm_mlp', f'{layer}norm2'),
-      _names.Rule(f'{block}/scale_attention', f'{layer}layer_scale1.lambda1'),
-      _names.Rule(f'{block}/scale_mlp', f'{layer}layer_scale2.lambda1'),
-      *_mlp(f'{block}/mlp', f'{layer}mlp', is_gated, *names),
-  ]
-
-
 def _stem(theirs: str, patch_size: int) -> list[_names.Rule]:
-  return [
-      _names.Rule(
-          'embed/kernel', f'{theirs}.weight', _names.patches(patch_size)
-      ),
-      _names.Rule('embed/bias', f'{theirs}.bias'),
-  ]
-
-
-def _mlp(
-    ours: str,
-    theirs: str,
-    is_gated: bool = False,
-    name_in: str = 'fc1',
-    name_out: str = 'fc2',
-) -> list[_names.Rule]:
-  """Two dense layers, the first one with the gate before it."""
-  dense_in: Any = f'{ours}/dense_in'
-  if is_gated:
-    dense_in = f'{ours}/dense_gate', dense_in
-  return [
-      *_torch.dense(dense_in, f'{theirs}.{name_in}'),
-      *_torch.dense(f'{ours}/dense_out', f'{theirs}.{name_out}'),
-  ]
+  layout = _names.patches(patch_size)
+  return _torch.layers('', '', {'embed': theirs}, dense=layout)
 
 
 def _timm(
@@ -150,66 +128,42 @@ def _timm(
     **_: object,
 ) -> _names.Table:
   """VisionTransformer of timm."""
+  ends = {'norm': 'fc_norm' if is_pooled_first else 'norm'}
   rules = [
       *_stem('patch_embed.proj', patch_size),
       _names.Rule('position', 'pos_embed', _names.batched),
-      *_torch.norm('norm', 'fc_norm' if is_pooled_first else 'norm'),
   ]
   if has_cls_token:
     rules.append(_names.Rule('cls_token', 'cls_token', _names.batched))
+  block = {
+      'norm_attention': 'norm1',
+      'norm_mlp': 'norm2',
+      'attention/qkv': 'attn.qkv',
+      'attention/out': 'attn.proj',
+      **(_GATED_MLP if is_gated else _MLP),
+  }
+  if has_layer_scale:
+    block |= {'scale_attention': 'ls1.gamma', 'scale_mlp': 'ls2.gamma'}
   for i in range(depth):
-    ours, theirs = f'block_{i}', f'blocks.{i}'
-    rules += [
-        *_torch.norm(f'{ours}/norm_attention', f'{theirs}.norm1'),
-        *_torch.norm(f'{ours}/norm_mlp', f'{theirs}.norm2'),
-        *_torch.dense(_torch.qkv(f'{ours}/attention'), f'{theirs}.attn.qkv'),
-        *_torch.dense(f'{ours}/attention/out', f'{theirs}.attn.proj', 2),
-        *_mlp(f'{ours}/mlp', f'{theirs}.mlp', is_gated),
-    ]
-    if has_layer_scale:
-      rules += [
-          _names.Rule(f'{ours}/scale_attention', f'{theirs}.ls1.gamma'),
-          _names.Rule(f'{ours}/scale_mlp', f'{theirs}.ls2.gamma'),
-      ]
+    rules += _torch.layers(f'block_{i}/', f'blocks.{i}.', block)
   if pool == 'map':
-    attention = 'map_head/attention'
-    rules += [
-        _names.Rule('map_head/probe', 'attn_pool.latent', _names.batched),
-        *_torch.dense(f'{attention}/query', 'attn_pool.q'),
-        *_torch.dense(_torch.qkv(attention)[1:], 'attn_pool.kv'),
-        *_torch.dense(f'{attention}/out', 'attn_pool.proj', 2),
-        *_torch.norm('map_head/norm', 'attn_pool.norm'),
-        *_mlp('map_head/mlp', 'attn_pool.mlp'),
-    ]
+    map_head = {
+        'attention/query': 'q',
+        'attention/kv': 'kv',
+        'attention/out': 'proj',
+        'norm': 'norm',
+    }
+    rules.append(
+        _names.Rule('map_head/probe', 'attn_pool.latent', _names.batched)
+    )
+    rules += _torch.layers('map_head/', 'attn_pool.', map_head | _MLP)
   if num_classes:
-    rules += _torch.dense('head', 'head')
-  return _names.Table(rules)
+    ends['head'] = 'head'
+  return _names.Table([*rules, *_torch.layers('', '', ends)])
 
 
-def _augreg(
-    *,
-    patch_size: int,
-    depth: int = 4,
-    num_classes: int,
-    has_cls_token: bool = False,
-    **_: object,
-) -> _names.Table:
-  """The npz files of the ViT and AugReg papers."""
-  position = 'Transformer/posembed_input/pos_embedding'
-  rules = _flax_ends('', patch_size, position, has_cls_token, num_classes)
-  names = _flax_block(
-      'MultiHeadDotProductAttention_1',
-      ('LayerNorm_0', 'LayerNorm_2'),
-      'MlpBlock_3',
-  )
-  for i in range(depth):
-    theirs = f'Transformer/encoderblock_{i}'
-    rules += [_names.Rule(f'block_{i}/{x}', f'{theirs}/{y}') for x, y in names]
-  return _names.Table(rules, _without_head('', num_classes))
-
-
-def _big_vision(
-    is_scanned_there: bool,
+def _flax(
+    naming: str,
     *,
     patch_size: int,
     depth: int = 4,
@@ -218,96 +172,77 @@ def _big_vision(
     pool: str | None = None,
     **_: object,
 ) -> _names.Table:
-  """The npz files of big_vision, with blocks apart or stacked."""
-  rules = _flax_ends(
-      'params/', patch_size, 'params/pos_embedding', has_cls_token, num_classes
+  """The npz files of AugReg and of big_vision, with blocks apart or stacked."""
+  prefix, position = 'params/', ''
+  attention, mlp, second = (
+      'MultiHeadDotProductAttention_0',
+      'MlpBlock_0',
+      'LayerNorm_1',
   )
-  attention, mlp = 'MultiHeadDotProductAttention_0', 'MlpBlock_0'
-  names = _flax_block(attention, ('LayerNorm_0', 'LayerNorm_1'), mlp)
-  block = 'params/Transformer/encoderblock'
-  for x, y in names:
-    if is_scanned_there:
-      ours = tuple(f'block_{i}/{x}' for i in range(depth))
-      rules.append(_names.Rule(ours, f'{block}/{y}', _names.batched))
-    else:
-      rules += [
-          _names.Rule(f'block_{i}/{x}', f'{block}_{i}/{y}')
-          for i in range(depth)
-      ]
-  if pool == 'map':
-    head = 'params/MAPHead_0'
-    rules.append(_names.Rule('map_head/probe', f'{head}/probe', _names.batched))
-    rules += [
-        _names.Rule(f'map_head/{x}', f'{head}/{y}')
-        for x, y in _flax_block(attention, ('LayerNorm_0',), mlp)
-    ]
-  ignored = ['opt/.*', 'chrono/.*', *_without_head('params/', num_classes)]
-  return _names.Table(rules, ignored)
-
-
-def _without_head(prefix: str, num_classes: int) -> list[str]:
-  # A head on top of a layer that we lack says nothing without it.
-  return [] if num_classes else [f'{prefix}pre_logits/.*', f'{prefix}head/.*']
-
-
-def _flax_ends(
-    prefix: str,
-    patch_size: int,
-    position: str,
-    has_cls_token: bool,
-    num_classes: int,
-) -> list[_names.Rule]:
-  """What lies before and after the blocks, in files of Flax."""
-  norm = f'{prefix}Transformer/encoder_norm'
+  if naming == 'augreg':
+    prefix, position = '', 'Transformer/posembed_input/'
+    attention, mlp, second = (
+        'MultiHeadDotProductAttention_1',
+        'MlpBlock_3',
+        'LayerNorm_2',
+    )
+  inside = {f'attention/{n}': f'{attention}/{n}' for n in (*_torch.QKV, 'out')}
+  inside |= {
+      'mlp/dense_in': f'{mlp}/Dense_0',
+      'mlp/dense_out': f'{mlp}/Dense_1',
+  }
+  layers = {'embed': 'embedding', 'norm': 'Transformer/encoder_norm'}
+  arrays = {'position': f'{position}pos_embedding'}
+  ignored = ['opt/.*', 'chrono/.*']
+  if has_cls_token:
+    arrays['cls_token'] = 'cls'
+  if num_classes:
+    layers['head'] = 'head'
+  else:  # A head on top of a layer that we lack says nothing without it.
+    ignored += [f'{prefix}pre_logits/.*', f'{prefix}head/.*']
+  if pool == 'map' and naming != 'augreg':
+    arrays['map_head/probe'] = 'MAPHead_0/probe'
+    layers |= {f'map_head/{x}': f'MAPHead_0/{y}' for x, y in inside.items()}
+    layers['map_head/norm'] = 'MAPHead_0/LayerNorm_0'
+  rules = [
+      _names.Rule(x, prefix + y, _names.batched) for x, y in arrays.items()
+  ]
   conv = _names.Layout(
       lambda x, shape: x.reshape(shape),
       lambda x: x.reshape(patch_size, patch_size, -1, x.shape[-1]),
   )
-  rules = [
-      _names.Rule('embed/kernel', f'{prefix}embedding/kernel', conv),
-      _names.Rule('embed/bias', f'{prefix}embedding/bias'),
-      _names.Rule('position', position, _names.batched),
-      _names.Rule('norm/scale', f'{norm}/scale'),
-      _names.Rule('norm/bias', f'{norm}/bias'),
-  ]
-  if has_cls_token:
-    rules.append(_names.Rule('cls_token', f'{prefix}cls', _names.batched))
-  if num_classes:
-    rules += [
-        _names.Rule(f'head/{leaf}', f'{prefix}head/{leaf}')
-        for leaf in ('kernel', 'bias')
-    ]
-  return rules
+  for x, y, leaf in _flax_leaves(layers):
+    layout = conv if (x, leaf) == ('embed', 'kernel') else _names.same
+    rules.append(_names.Rule(f'{x}/{leaf}', f'{prefix}{y}/{leaf}', layout))
+  block = inside | {'norm_attention': 'LayerNorm_0', 'norm_mlp': second}
+  for x, y, leaf in _flax_leaves(block):
+    ours = tuple(f'block_{i}/{x}/{leaf}' for i in range(depth))
+    theirs = f'{prefix}Transformer/encoderblock'
+    if naming == 'big_vision_scanned':
+      rules.append(_names.Rule(ours, f'{theirs}/{y}/{leaf}', _names.batched))
+    else:
+      rules += [
+          _names.Rule(path, f'{theirs}_{i}/{y}/{leaf}')
+          for i, path in enumerate(ours)
+      ]
+  return _names.Table(rules, ignored)
 
 
-def _flax_block(
-    attention: str, norms: Sequence[str], mlp: str
-) -> list[tuple[str, str]]:
-  """Our and their paths within a block; with one norm, within a MAP head."""
-  our_norms = ('norm_attention', 'norm_mlp') if len(norms) == 2 else ('norm',)
-  modules = [
-      *((f'attention/{n}', f'{attention}/{n}') for n in (*_torch.QKV, 'out')),
-      ('mlp/dense_in', f'{mlp}/Dense_0'),
-      ('mlp/dense_out', f'{mlp}/Dense_1'),
-  ]
-  pairs = [
-      (f'{x}/{leaf}', f'{y}/{leaf}')
-      for x, y in modules
-      for leaf in ('kernel', 'bias')
-  ]
-  return pairs + [
-      (f'{x}/{leaf}', f'{y}/{leaf}')
-      for x, y in zip(our_norms, norms)
-      for leaf in ('scale', 'bias')
-  ]
+def _flax_leaves(layers: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+  """Our and their name of each layer with those of its two leaves."""
+  for x, y in layers.items():
+    is_norm = x.rpartition('/')[2].startswith('norm')
+    yield x, y, 'scale' if is_norm else 'kernel'
+    yield x, y, 'bias'
 
 
 TABLES: dict[str, Callable[..., _names.Table]] = {
     'hf': _hf,
     'timm': _timm,
-    'augreg': _augreg,
-    'big_vision': functools.partial(_big_vision, False),
-    'big_vision_scanned': functools.partial(_big_vision, True),
+    **{
+        naming: functools.partial(_flax, naming)
+        for naming in ('augreg', 'big_vision', 'big_vision_scanned')
+    },
 }
 
 
@@ -365,7 +300,7 @@ def _hf_arguments(shapes, config) -> Json:
       num_classes=num_classes,
       patch_size=patch_size,
       width=width,
-      depth=depth_of(shapes, rf'{re.escape(prefix)}encoder\.layer\.(\d+)\..*'),
+      depth=_names.depth_of(shapes, rf'{re.escape(prefix)}encoder\.layer\.'),
       num_heads=config.get('num_attention_heads') or num_heads_of(width),
       mlp_width=shape_of(shapes, f'{layer}{mlp}.weight')[1],
       has_cls_token=True,
@@ -396,7 +331,7 @@ def _timm_arguments(shapes, config) -> Json:
       num_classes=_num_classes(shapes, 'head.weight', 0),
       patch_size=patch_size,
       width=width,
-      depth=depth_of(shapes, r'blocks\.(\d+)\..*'),
+      depth=_names.depth_of(shapes, r'blocks\.'),
       num_heads=num_heads_of(width),
       mlp_width=mlp_width,
       has_cls_token=has_cls_token,
@@ -422,7 +357,7 @@ def _flax_arguments(naming, shapes) -> Json:
   pool = 'cls' if has_cls_token else 'mean'
   depth = query[0]
   if not is_scanned:
-    depth = depth_of(shapes, rf'{prefix}Transformer/encoderblock_(\d+)/.*')
+    depth = _names.depth_of(shapes, f'{prefix}Transformer/encoderblock_')
   num_classes = _num_classes(shapes, f'{prefix}head/kernel', 1)
   if f'{prefix}pre_logits/kernel' in shapes:
     num_classes = 0  # The head needs pre_logits, which our model lacks.
@@ -462,11 +397,6 @@ def activation_of(name: str) -> str:
   return ACTIVATION_NAMES[name]
 
 
-def depth_of(shapes: Mapping[str, ShapeDtype], pattern: str) -> int:
-  matches = [re.fullmatch(pattern, name) for name in shapes]
-  return 1 + max(int(m[1]) for m in matches if m)
-
-
 def _num_classes(shapes: Mapping[str, ShapeDtype], name: str, axis: int) -> int:
   return shapes[name].shape[axis] if name in shapes else 0
 
@@ -485,12 +415,8 @@ def image_shape_of(
 ) -> tuple[list[int], bool]:
   """(H, W, C), and whether the first of the positions is of the class token.
 
-  Args:
-    rows: number of positions.
-    patch_size: of the patches.
-    channels: of the images.
-    size: of the images, one or two numbers, if the config has it.
-    has_cls_token: whether a class token may have a position.
+  `rows` is the number of positions, and `size`, if the config has it, one or
+  two numbers.
   """
   for num_prefix in (1, 0) if has_cls_token else (0,):
     side = math.isqrt(rows - num_prefix) * patch_size

@@ -8,6 +8,7 @@ params = batch_norm.recalibrated(nnx.graphdef(model), params, images)
 
 from collections.abc import Callable
 from collections.abc import Iterable
+import operator
 from typing import Any
 
 from flax import nnx
@@ -22,16 +23,12 @@ from jaxsoup.typing import Params
 from jaxsoup.typing import Tree
 
 
-def _call(model: Any, batch: Tree) -> Tree:
-  return model(batch)
-
-
 def recalibrated(
     graphdef: nnx.GraphDef[Any],
     params: Params,
     images: Iterable[Tree],
     *,
-    call: Callable[[Any, Tree], Tree] = _call,
+    call: Callable[[Any, Tree], Tree] = operator.call,
 ) -> Params:
   """Replaces running means and variances with those of some images.
 

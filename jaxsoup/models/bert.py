@@ -9,13 +9,13 @@ sentences = bert.mean_pooled(tokens, attention_mask)  # [B, 768]
 """
 
 from collections.abc import Mapping
-import re
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from jaxsoup.models import _names
+from jaxsoup.models import _torch
 from jaxsoup.models import _transformer
 from jaxsoup.typing import Config
 from jaxsoup.typing import DType
@@ -23,18 +23,10 @@ from jaxsoup.typing import Json
 from jaxsoup.typing import ShapeDtype
 
 
-class Block(nnx.Module):
+class _Block(nnx.Module):
   """One post-LN transformer block, with exact GELU.
 
   `y = LN(x + Attention(x)),  out = LN(y + MLP(y))`
-
-  Args:
-    width: size of a token.
-    mlp_width: size of the hidden layer of the MLP.
-    num_heads: number of attention heads; divides `width`.
-    epsilon: of the LayerNorms.
-    dtype: of the computation; None takes that of the parameters.
-    rngs: source of the initial parameters.
 
   Source: Vaswani et al., "Attention is all you need", NeurIPS 2017.
   """
@@ -45,18 +37,12 @@ class Block(nnx.Module):
       mlp_width: int,
       num_heads: int,
       *,
-      epsilon: float = 1e-12,
-      dtype: DType | None = None,
+      epsilon: float,
+      dtype: DType | None,
       rngs: nnx.Rngs,
   ):
     norm = lambda: nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
-    self.attention = nnx.MultiHeadAttention(
-        num_heads=num_heads,
-        in_features=width,
-        decode=False,
-        dtype=dtype,
-        rngs=rngs,
-    )
+    self.attention = _transformer.attention(width, num_heads, dtype, rngs)
     self.norm_attention = norm()
     self.mlp = _transformer.Mlp(width, mlp_width, dtype=dtype, rngs=rngs)
     self.norm_mlp = norm()
@@ -83,9 +69,8 @@ class Bert(_transformer.Stack):
     num_token_types: kinds of tokens: first and second sentence.
     has_pooler: whether a dense layer and tanh follow on the first token.
     epsilon: of the LayerNorms.
-    dtype: name of the dtype of the computation, such as 'bfloat16'; None takes
-      that of the parameters, which are float32. Logits are float32.
-    is_scanned: see `ViT`, as the next two.
+    dtype: see `ViT`, as all that follow.
+    is_scanned: stores all blocks as one.
     is_rematerialized: keeps of each block only its input.
     batch_axis: name of the mesh axis over which batches are sharded.
     rngs: source of the initial parameters.
@@ -141,7 +126,7 @@ class Bert(_transformer.Stack):
     self.token_type = embed(num_token_types)
     self.norm = nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype_, rngs=rngs)
     self.add_blocks(
-        lambda rngs: Block(
+        lambda rngs: _Block(
             width,
             mlp_width or 4 * width,
             num_heads,
@@ -188,10 +173,7 @@ class Bert(_transformer.Stack):
     word = self.gathered(*nnx.split(self.word))
     x = self.on_batch_axis(word(input_ids)) + self.token_type(token_type_ids)
     x = self.norm(x + self.position[...][:length].astype(x.dtype))
-    mask = None
-    if attention_mask is not None:
-      mask = attention_mask[:, None, None, :].astype(bool)
-    return self.through_blocks(x, mask)
+    return self.through_blocks(x, _transformer.over_keys(attention_mask))
 
   def features(
       self,
@@ -257,43 +239,16 @@ def mean_pooled(
 
 # --- Names in files -----------------------------------------------------------
 
-Rule = _names.Rule
-
-
-def _dense(
-    ours: str, theirs: str, kernel: _names.Layout, bias: _names.Layout
-) -> list[Rule]:
-  return [
-      Rule(f'{ours}/kernel', f'{theirs}.weight', kernel),
-      Rule(f'{ours}/bias', f'{theirs}.bias', bias),
-  ]
-
-
-def _norm(ours: str, theirs: str) -> list[Rule]:
-  return [
-      Rule(f'{ours}/scale', f'{theirs}.weight'),
-      Rule(f'{ours}/bias', f'{theirs}.bias'),
-  ]
-
-
-def _block(ours: str, theirs: str) -> list[Rule]:
-  """The rules of one block; both names end in a separator."""
-  kernel, same = _names.dense(), _names.same
-  rules = []
-  for name in ('query', 'key', 'value'):
-    path = f'{ours}attention/{name}', f'{theirs}attention.self.{name}'
-    rules += _dense(*path, kernel, _names.flat)
-  path = f'{ours}attention/out', f'{theirs}attention.output.dense'
-  return [
-      *rules,
-      *_dense(*path, _names.dense(2), same),
-      *_norm(f'{ours}norm_attention', f'{theirs}attention.output.LayerNorm'),
-      *_dense(
-          f'{ours}mlp/dense_in', f'{theirs}intermediate.dense', kernel, same
-      ),
-      *_dense(f'{ours}mlp/dense_out', f'{theirs}output.dense', kernel, same),
-      *_norm(f'{ours}norm_mlp', f'{theirs}output.LayerNorm'),
-  ]
+_BLOCK = {
+    'attention/query': 'attention.self.query',
+    'attention/key': 'attention.self.key',
+    'attention/value': 'attention.self.value',
+    'attention/out': 'attention.output.dense',
+    'norm_attention': 'attention.output.LayerNorm',
+    'mlp/dense_in': 'intermediate.dense',
+    'mlp/dense_out': 'output.dense',
+    'norm_mlp': 'output.LayerNorm',
+}
 
 
 def hf_table(
@@ -310,20 +265,24 @@ def hf_table(
   pre-training, `cls.*`, are ignored: no model here has them.
   """
   prefix = 'bert.' if num_classes else ''
-  kernel, same = _names.dense(), _names.same
   embeddings = f'{prefix}embeddings.'
   rules = [
-      Rule('word/embedding', f'{embeddings}word_embeddings.weight'),
-      Rule('position', f'{embeddings}position_embeddings.weight'),
-      Rule('token_type/embedding', f'{embeddings}token_type_embeddings.weight'),
-      *_norm('norm', f'{embeddings}LayerNorm'),
+      _names.Rule(ours, f'{embeddings}{theirs}_embeddings.weight')
+      for ours, theirs in (
+          ('word/embedding', 'word'),
+          ('position', 'position'),
+          ('token_type/embedding', 'token_type'),
+      )
   ]
   for i in range(depth):
-    rules += _block(f'block_{i}/', f'{prefix}encoder.layer.{i}.')
+    theirs = f'{prefix}encoder.layer.{i}.'
+    rules += _torch.layers(f'block_{i}/', theirs, _BLOCK)
+  ends = {'norm': f'{embeddings}LayerNorm'}
   if has_pooler:
-    rules += _dense('pooler', f'{prefix}pooler.dense', kernel, same)
+    ends['pooler'] = f'{prefix}pooler.dense'
   if num_classes:
-    rules += _dense('head', 'classifier', kernel, same)
+    ends['head'] = 'classifier'
+  rules += _torch.layers('', '', ends)
   return _names.Table(
       rules,
       ignored=(r'(bert\.)?embeddings\.position_ids', r'cls\..*'),
@@ -337,6 +296,11 @@ def hf_table(
 
 
 TABLES = {'hf': hf_table}
+_ONLY = {
+    'hidden_act': 'gelu',
+    'position_embedding_type': 'absolute',
+    'is_decoder': False,
+}
 
 
 def arguments(
@@ -344,19 +308,13 @@ def arguments(
 ) -> Json:
   """The arguments of `Bert` for a file.
 
-  Args:
-    naming: 'hf'.
-    shapes: of the arrays, by name.
-    config: the parsed `config.json`; {} if there is none.
-
-  Returns:
-    Keyword arguments.
+  See `vit.arguments` for what it takes and returns.
 
   Raises:
     ValueError: it is another kind of model.
   """
   del naming
-  _check_config(config)
+  _names.check_config(config, _ONLY, '`Bert` supports')
   shape_of = {n.removeprefix('bert.'): x.shape for n, x in shapes.items()}
   if 'embeddings.word_embeddings.weight' not in shape_of:
     raise ValueError(
@@ -370,14 +328,13 @@ def arguments(
         "The file has 'classifier.weight' but no 'pooler.dense.weight': its "
         'head classifies tokens. Load a model that classifies texts.'
     )
-  layers = [re.match(r'encoder\.layer\.(\d+)\.', name) for name in shape_of]
   # Heads have size 64; MiniLM keeps its teacher's number of heads instead.
   num_heads = 12 if width == 384 else max(1, width // 64)
   return {
       'num_classes': shape_of.get('classifier.weight', (0,))[0],
       'vocab_size': vocab_size,
       'width': width,
-      'depth': 1 + max(int(layer[1]) for layer in layers if layer),
+      'depth': _names.depth_of(shape_of, r'encoder\.layer\.'),
       'num_heads': config.get('num_attention_heads', num_heads),
       'mlp_width': shape_of['encoder.layer.0.intermediate.dense.weight'][0],
       'num_positions': shape_of['embeddings.position_embeddings.weight'][0],
@@ -385,17 +342,3 @@ def arguments(
       'has_pooler': has_pooler,
       'epsilon': config.get('layer_norm_eps', 1e-12),
   }
-
-
-def _check_config(config: Config) -> None:
-  for name, expected in {
-      'hidden_act': 'gelu',
-      'position_embedding_type': 'absolute',
-      'is_decoder': False,
-  }.items():
-    actual = config.get(name, expected)
-    if actual != expected:
-      raise ValueError(
-          f'config.json has {name} {actual!r}, but `Bert` supports only '
-          f'{expected!r}: choose another checkpoint.'
-      )

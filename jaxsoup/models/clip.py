@@ -23,143 +23,24 @@ from jaxsoup.typing import ArrayLike
 from jaxsoup.typing import Config
 
 
-class ImageTower(_transformer.Stack):
-  """The transformer of images, up to the joint space.
-
-  ```
-  patches, class token + position -> LN -> blocks -> class token -> LN -> linear
-  ```
-
-  Args:
-    image_shape: (H, W, C) of one image; `patch_size` divides H and W.
-    embed_width: size of the joint space.
-    patch_size: side of a square patch, in pixels.
-    width: size of a token.
-    depth: number of blocks.
-    num_heads: number of attention heads; divides `width`.
-    mlp_width: size of the hidden layers, `4 * width` if not given.
-    activation: of the MLPs: 'quick_gelu', 'gelu' or 'gelu_tanh'.
-    epsilon: of the LayerNorms.
-    dtype: name of the dtype of the computation; None takes that of the
-      parameters. Features are float32.
-    rngs: source of the initial parameters.
-    **stack: `is_scanned`, `is_rematerialized` and `batch_axis`, as of `ViT`.
-
-  Source: Radford et al., "Learning transferable visual models from natural
-  language supervision", ICML 2021, Section 2.4.
-  """
+class _Tower(_transformer.Stack):
+  """What both towers have after their embedding."""
 
   def __init__(
       self,
-      image_shape: Sequence[int],
       embed_width: int,
       *,
-      patch_size: int,
       width: int,
       depth: int,
       num_heads: int,
       mlp_width: int | None = None,
       activation: str = 'quick_gelu',
       epsilon: float = 1e-5,
-      dtype: str | None = None,
+      dtype: Any,
       rngs: nnx.Rngs,
       **stack: Any,
   ):
-    shared = dict(epsilon=epsilon, dtype=_transformer.as_dtype(dtype))
-    normal = nnx.initializers.normal(width**-0.5)
-    num_tokens = 1 + math.prod(vit.grid(image_shape, patch_size))
-    self.patch_size = patch_size
-    self.embed = nnx.Linear(
-        patch_size**2 * image_shape[2],
-        width,
-        use_bias=False,
-        dtype=shared['dtype'],
-        rngs=rngs,
-    )
-    self.cls_token = nnx.Param(normal(rngs.params(), (1, width)))
-    self.position = nnx.Param(normal(rngs.params(), (num_tokens, width)))
-    self.norm_embed = nnx.LayerNorm(width, rngs=rngs, **shared)
-    self.add_blocks(
-        lambda rngs: _transformer.Block(
-            width,
-            mlp_width or 4 * width,
-            num_heads,
-            activation=vit.activation_fn(activation),
-            rngs=rngs,
-            **shared,
-        ),
-        depth,
-        rngs=rngs,
-        **stack,
-    )
-    self.norm = nnx.LayerNorm(width, rngs=rngs, **shared)
-    self.projection = nnx.Linear(
-        width, embed_width, use_bias=False, kernel_init=normal, rngs=rngs
-    )
-
-  def __call__(self, image: jax.Array) -> jax.Array:
-    """Returns features, [B, embed_width], for images [B, H, W, C]."""
-    embed = self.gathered(*nnx.split(self.embed))
-    x = self.on_batch_axis(embed(vit.patchify(image, self.patch_size)))
-    x = jnp.concatenate([vit.repeated(self.cls_token[...], x), x], axis=1)
-    x = self.norm_embed(x + self.position[...].astype(x.dtype))
-    x = self.norm(self.through_blocks(x)[:, 0])
-    return self.gathered(*nnx.split(self.projection))(x)
-
-
-class TextTower(_transformer.Stack):
-  """The transformer of texts, up to the joint space.
-
-  `tokens + position -> causal blocks -> LN -> token of the end -> linear`
-
-  Args:
-    embed_width: size of the joint space.
-    vocab_size: number of tokens.
-    max_length: number of positions.
-    width: size of a token.
-    depth: number of blocks.
-    num_heads: number of attention heads; divides `width`.
-    mlp_width: size of the hidden layers, `4 * width` if not given.
-    end_id: id of the token that ends a text, the first one of which is taken;
-      None takes the token with the largest id, as the first CLIP did.
-    activation: of the MLPs: 'quick_gelu', 'gelu' or 'gelu_tanh'.
-    epsilon: of the LayerNorms.
-    dtype: name of the dtype of the computation; None takes that of the
-      parameters. Features are float32.
-    rngs: source of the initial parameters.
-    **stack: `is_scanned`, `is_rematerialized` and `batch_axis`, as of `ViT`.
-
-  Source: Radford et al., ICML 2021, Section 2.4.
-  """
-
-  def __init__(
-      self,
-      embed_width: int,
-      *,
-      vocab_size: int,
-      max_length: int,
-      width: int,
-      depth: int,
-      num_heads: int,
-      mlp_width: int | None = None,
-      end_id: int | None = None,
-      activation: str = 'quick_gelu',
-      epsilon: float = 1e-5,
-      dtype: str | None = None,
-      rngs: nnx.Rngs,
-      **stack: Any,
-  ):
-    shared = dict(epsilon=epsilon, dtype=_transformer.as_dtype(dtype))
-    normal = nnx.initializers.normal
-    self.end_id = end_id
-    self.embed = nnx.Embed(
-        vocab_size,
-        width,
-        embedding_init=normal(0.02),
-        dtype=shared['dtype'],
-        rngs=rngs,
-    )
-    self.position = nnx.Param(normal(0.01)(rngs.params(), (max_length, width)))
+    shared = dict(epsilon=epsilon, dtype=dtype)
     self.add_blocks(
         lambda rngs: _transformer.Block(
             width,
@@ -178,9 +59,110 @@ class TextTower(_transformer.Stack):
         width,
         embed_width,
         use_bias=False,
-        kernel_init=normal(width**-0.5),
+        kernel_init=nnx.initializers.normal(width**-0.5),
         rngs=rngs,
     )
+
+
+class ImageTower(_Tower):
+  """The transformer of images, up to the joint space.
+
+  ```
+  patches, class token + position -> LN -> blocks -> class token -> LN -> linear
+  ```
+
+  Args:
+    image_shape: (H, W, C) of one image; `patch_size` divides H and W.
+    embed_width: size of the joint space.
+    patch_size: side of a square patch, in pixels.
+    width: size of a token.
+    epsilon: of the LayerNorms.
+    dtype: name of the dtype of the computation; None takes that of the
+      parameters. Features are float32.
+    rngs: source of the initial parameters.
+    **others: `depth`, the number of blocks; `num_heads` of attention, which
+      divides `width`; `mlp_width`, size of the hidden layers, `4 * width` if
+      not given; `activation` of the MLPs: 'quick_gelu' (the default), 'gelu' or
+      'gelu_tanh'; `is_scanned`, `is_rematerialized` and `batch_axis`, as of
+      `ViT`.
+
+  Source: Radford et al., "Learning transferable visual models from natural
+  language supervision", ICML 2021, Section 2.4.
+  """
+
+  def __init__(
+      self,
+      image_shape: Sequence[int],
+      embed_width: int,
+      *,
+      patch_size: int,
+      width: int,
+      epsilon: float = 1e-5,
+      dtype: str | None = None,
+      rngs: nnx.Rngs,
+      **others: Any,
+  ):
+    shared: Any = dict(dtype=_transformer.as_dtype(dtype), rngs=rngs)
+    normal = nnx.initializers.normal(width**-0.5)
+    num_tokens = 1 + math.prod(vit.grid(image_shape, patch_size))
+    self.patch_size = patch_size
+    self.embed = nnx.Linear(
+        patch_size**2 * image_shape[2],
+        width,
+        use_bias=False,
+        **shared,
+    )
+    self.cls_token = nnx.Param(normal(rngs.params(), (1, width)))
+    self.position = nnx.Param(normal(rngs.params(), (num_tokens, width)))
+    shared['epsilon'] = epsilon
+    self.norm_embed = nnx.LayerNorm(width, **shared)
+    super().__init__(embed_width, width=width, **shared, **others)
+
+  def __call__(self, image: jax.Array) -> jax.Array:
+    """Returns features, [B, embed_width], for images [B, H, W, C]."""
+    embed = self.gathered(*nnx.split(self.embed))
+    x = self.on_batch_axis(embed(vit.patchify(image, self.patch_size)))
+    x = jnp.concatenate([vit.repeated(self.cls_token[...], x), x], axis=1)
+    x = self.norm_embed(x + self.position[...].astype(x.dtype))
+    x = self.norm(self.through_blocks(x)[:, 0])
+    return self.gathered(*nnx.split(self.projection))(x)
+
+
+class TextTower(_Tower):
+  """The transformer of texts, up to the joint space.
+
+  `tokens + position -> causal blocks -> LN -> token of the end -> linear`
+
+  Args:
+    embed_width: see `ImageTower`, as all that is not listed here.
+    vocab_size: number of tokens.
+    max_length: number of positions.
+    end_id: id of the token that ends a text, the first one of which is taken;
+      None takes the token with the largest id, as the first CLIP did.
+
+  Source: Radford et al., ICML 2021, Section 2.4.
+  """
+
+  def __init__(
+      self,
+      embed_width: int,
+      *,
+      vocab_size: int,
+      max_length: int,
+      width: int,
+      end_id: int | None = None,
+      dtype: str | None = None,
+      rngs: nnx.Rngs,
+      **others: Any,
+  ):
+    shared: Any = dict(dtype=_transformer.as_dtype(dtype), rngs=rngs)
+    normal = nnx.initializers.normal
+    self.end_id = end_id
+    self.embed = nnx.Embed(
+        vocab_size, width, embedding_init=normal(0.02), **shared
+    )
+    self.position = nnx.Param(normal(0.01)(rngs.params(), (max_length, width)))
+    super().__init__(embed_width, width=width, **shared, **others)
 
   def __call__(self, text: jax.Array) -> jax.Array:
     """Returns features, [B, embed_width], for ids of tokens [B, T]."""
@@ -398,11 +380,11 @@ def image_classifier(model: CLIP, kernel: jax.Array) -> ImageClassifier:
   """
   embed_width, num_classes = kernel.shape
   # Its own tower is replaced: as small a one as there can be.
-  smallest = dict(image_shape=(1, 1, 3), patch_size=1, depth=1, num_heads=1)
+  smallest = dict(image_shape=(1, 1, 3), patch_size=1, width=1)
   classifier = ImageClassifier(
       num_classes,
       embed_width=embed_width,
-      image=smallest | {'width': 1},
+      image=smallest | dict(depth=1, num_heads=1),
       rngs=nnx.Rngs(0),
   )
   classifier.image = model.image

@@ -9,7 +9,6 @@ logits = model(image)  # [B, 224, 224, 3] -> [B, 1000]
 ```
 """
 
-from collections.abc import Iterator
 from collections.abc import Mapping
 import functools
 import math
@@ -21,6 +20,7 @@ import jax
 
 from jaxsoup.models import _convolution
 from jaxsoup.models import _names
+from jaxsoup.models import _torch
 from jaxsoup.models import _transformer
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
@@ -170,10 +170,8 @@ class EfficientNet(nnx.Module):
       weights trained in torch.
     epsilon: of BatchNorm.
     momentum: of BatchNorm's running statistics, 0.9 where torch says 0.1.
-    dtype: name of the dtype of the computation, such as 'bfloat16'; None takes
-      that of the parameters, which are float32. Logits are float32.
-    is_rematerialized: keeps of each block only its input, and computes the rest
-      again in the backward pass.
+    dtype: see `ViT`, as the next two.
+    is_rematerialized: keeps of each block only its input.
     rngs: source of the initial parameters.
 
   Running statistics are used, and left alone, but between `model.train()` and
@@ -228,7 +226,7 @@ class EfficientNet(nnx.Module):
     self.conv_stem = conv(num_channels, stem_width, 3, 2)
     self.norm_stem = norm(stem_width)
     for i, place in enumerate(places):
-      block = Block(place, self.activation, not is_lite, conv, norm, dense)
+      block = _Block(place, self.activation, not is_lite, conv, norm, dense)
       setattr(self, f'block_{i}', block)
     self.conv_head = conv(places[-1].num_out, head_width, 1)
     self.norm_head = norm(head_width)
@@ -248,20 +246,12 @@ class EfficientNet(nnx.Module):
     return self.head(self.features(image))
 
 
-class Block(nnx.Module):
+class _Block(nnx.Module):
   """An inverted residual block, MBConv.
 
   `expand (1x1) -> depthwise -> squeeze and excite -> project (1x1) [+ input]`
 
   The input is added in all blocks of a stage but the first.
-
-  Args:
-    place: its shape.
-    activation: after all convolutions but the last.
-    has_excitation: whether channels are scaled by what all pixels say.
-    conv: makes a convolution.
-    norm: makes a BatchNorm.
-    dense: makes a dense layer.
 
   Source: Sandler et al., "MobileNetV2", CVPR 2018; Hu et al., "Squeeze-and-
   excitation networks", CVPR 2018.
@@ -298,73 +288,73 @@ class Block(nnx.Module):
     return x + y if self.is_residual else y
 
 
-class _Naming(NamedTuple):
-  """Where the layers of an EfficientNet are in a file.
-
-  Of blocks i; of stages s and blocks j in them.
-  """
-
-  conv_stem: str
-  norm_stem: str
-  block: str
-  expand: tuple[str, str]
-  depthwise: tuple[str, str]
-  squeeze: str
-  excite: str
-  project: tuple[str, str]
-  conv_head: str
-  norm_head: str
-  head: str
-
-
-_NAMINGS = {
-    'hf': _Naming(
-        conv_stem='efficientnet.embeddings.convolution',
-        norm_stem='efficientnet.embeddings.batchnorm',
-        block='efficientnet.encoder.blocks.{i}.',
-        expand=('expansion.expand_conv', 'expansion.expand_bn'),
-        depthwise=(
-            'depthwise_conv.depthwise_conv',
-            'depthwise_conv.depthwise_norm',
-        ),
-        squeeze='squeeze_excite.reduce',
-        excite='squeeze_excite.expand',
-        project=('projection.project_conv', 'projection.project_bn'),
-        conv_head='efficientnet.encoder.top_conv',
-        norm_head='efficientnet.encoder.top_bn',
-        head='classifier',
-    ),
-    'timm': _Naming(
-        conv_stem='conv_stem',
-        norm_stem='bn1',
-        block='blocks.{s}.{j}.',
-        expand=('conv_pw', 'bn1'),
-        depthwise=('conv_dw', 'bn2'),
-        squeeze='se.conv_reduce',
-        excite='se.conv_expand',
-        project=('conv_pwl', 'bn3'),
-        conv_head='conv_head',
-        norm_head='bn2',
-        head='classifier',
-    ),
-    'torch': _Naming(
-        conv_stem='_conv_stem',
-        norm_stem='_bn0',
-        block='_blocks.{i}.',
-        expand=('_expand_conv', '_bn0'),
-        depthwise=('_depthwise_conv', '_bn1'),
-        squeeze='_se_reduce',
-        excite='_se_expand',
-        project=('_project_conv', '_bn2'),
-        conv_head='_conv_head',
-        norm_head='_bn1',
-        head='_fc',
-    ),
+# Where the layers are in a file: of blocks i; of stages s and blocks j in them.
+_ENDS = {
+    'hf': {
+        'conv_stem': 'efficientnet.embeddings.convolution',
+        'norm_stem': 'efficientnet.embeddings.batchnorm',
+        'conv_head': 'efficientnet.encoder.top_conv',
+        'norm_head': 'efficientnet.encoder.top_bn',
+        'head': 'classifier',
+    },
+    'timm': {
+        'conv_stem': 'conv_stem',
+        'norm_stem': 'bn1',
+        'conv_head': 'conv_head',
+        'norm_head': 'bn2',
+        'head': 'classifier',
+    },
+    'torch': {
+        'conv_stem': '_conv_stem',
+        'norm_stem': '_bn0',
+        'conv_head': '_conv_head',
+        'norm_head': '_bn1',
+        'head': '_fc',
+    },
+}
+_BLOCKS = {
+    'hf': 'efficientnet.encoder.blocks.{i}.',
+    'timm': 'blocks.{s}.{j}.',
+    'torch': '_blocks.{i}.',
+}
+_INSIDE = {
+    'hf': {
+        'conv_expand': 'expansion.expand_conv',
+        'norm_expand': 'expansion.expand_bn',
+        'conv_depthwise': 'depthwise_conv.depthwise_conv',
+        'norm_depthwise': 'depthwise_conv.depthwise_norm',
+        'squeeze': 'squeeze_excite.reduce',
+        'excite': 'squeeze_excite.expand',
+        'conv_project': 'projection.project_conv',
+        'norm_project': 'projection.project_bn',
+    },
+    'timm': {
+        'conv_expand': 'conv_pw',
+        'norm_expand': 'bn1',
+        'conv_depthwise': 'conv_dw',
+        'norm_depthwise': 'bn2',
+        'squeeze': 'se.conv_reduce',
+        'excite': 'se.conv_expand',
+        'conv_project': 'conv_pwl',
+        'norm_project': 'bn3',
+    },
+    'torch': {
+        'conv_expand': '_expand_conv',
+        'norm_expand': '_bn0',
+        'conv_depthwise': '_depthwise_conv',
+        'norm_depthwise': '_bn1',
+        'squeeze': '_se_reduce',
+        'excite': '_se_expand',
+        'conv_project': '_project_conv',
+        'norm_project': '_bn2',
+    },
 }
 # Blocks that do not expand are another class in timm, with its own numbers.
-_TIMM_SEPARABLE = _NAMINGS['timm']._replace(
-    depthwise=('conv_dw', 'bn1'), project=('conv_pw', 'bn2')
-)
+_TIMM_SEPARABLE = {
+    'norm_depthwise': 'bn1',
+    'conv_project': 'conv_pw',
+    'norm_project': 'bn2',
+}
 
 
 def _table(
@@ -378,36 +368,25 @@ def _table(
 ) -> _names.Table:
   """All arrays of a file; the other arguments change only their shapes."""
   del num_classes, others
-  names = _NAMINGS[naming]
-  rules = [*_conv_norm('{}_stem', names.conv_stem, names.norm_stem)]
+  rules = _torch.layers('', '', _ENDS[naming], has_statistics=True)
   for i, place in enumerate(_places(width_factor, depth_factor, is_lite)):
-    is_separable = naming == 'timm' and place.expansion == 1
-    inside = _TIMM_SEPARABLE if is_separable else names
-    theirs = names.block.format(i=i, s=place.stage, j=place.block)
-    layers = {'depthwise': inside.depthwise, 'project': inside.project}
-    if place.expansion > 1:
-      layers['expand'] = inside.expand
-    for layer, (conv, norm) in layers.items():
-      ours = f'block_{i}/{{}}_{layer}'
-      rules += _conv_norm(ours, theirs + conv, theirs + norm)
-    if not is_lite:
-      for layer in ('squeeze', 'excite'):
-        rules += _convolution.dense_rules(
-            f'block_{i}/{layer}',
-            theirs + getattr(inside, layer),
-            _convolution.pointwise,
-        )
-  rules += _conv_norm('{}_head', names.conv_head, names.norm_head)
-  rules += _convolution.dense_rules('head', names.head)
-  return _names.Table(rules, _convolution.IGNORED)
+    layers = dict(_INSIDE[naming])
+    if place.expansion == 1:
+      del layers['conv_expand'], layers['norm_expand']
+      layers |= _TIMM_SEPARABLE if naming == 'timm' else {}
+    if is_lite:
+      del layers['squeeze'], layers['excite']
+    rules += _torch.layers(
+        f'block_{i}/',
+        _BLOCKS[naming].format(i=i, s=place.stage, j=place.block),
+        layers,
+        dense=_torch.pointwise,
+        has_statistics=True,
+    )
+  return _names.Table(rules, _torch.IGNORED)
 
 
-def _conv_norm(ours: str, conv: str, norm: str) -> Iterator[_names.Rule]:
-  yield _convolution.conv_rule(ours.format('conv'), conv)
-  yield from _convolution.batch_norm_rules(ours.format('norm'), norm)
-
-
-TABLES = {naming: functools.partial(_table, naming) for naming in _NAMINGS}
+TABLES = {naming: functools.partial(_table, naming) for naming in _ENDS}
 
 # What is built here, of what a config.json of Hugging Face may ask for. Its
 # `depthwise_padding` lists the blocks where sides are odd at the resolution of
@@ -435,39 +414,29 @@ def arguments(
   weights trained in torch, unless `config` has an `architecture` that begins
   with `tf_`; all others for weights that come from TensorFlow.
 
-  Args:
-    naming: a key of `TABLES`.
-    shapes: from the names of the file's arrays to what has their `.shape`.
-    config: the parsed config.json of Hugging Face, or empty.
-
-  Returns:
-    Keyword arguments of `EfficientNet`, without `rngs`.
+  See `vit.arguments` for what it takes and returns.
 
   Raises:
     ValueError: the file is not such an EfficientNet, or the config asks for a
       variant that is not supported.
   """
-  for name, only in _ONLY.items():
-    if naming == 'hf' and config.get(name, only) != only:
-      raise ValueError(
-          f'config.json has {name} = {config[name]!r}, but this EfficientNet '
-          f'supports only {only!r}: choose another checkpoint.'
-      )
+  if naming == 'hf':
+    _names.check_config(config, _ONLY, 'this EfficientNet supports')
   if 'width_coefficient' in config:
     width_factor, is_lite = config['width_coefficient'], False
     depth_factor = config['depth_coefficient']
   else:
     width_factor, depth_factor, _, is_lite = _size_of(naming, shapes)
-  names = _NAMINGS[naming]
+  ends = _ENDS[naming]
   is_from_torch = naming == 'timm' and not str(
       config.get('architecture')
   ).startswith('tf_')
   return {
-      'num_classes': shapes[f'{names.head}.weight'].shape[0],
+      'num_classes': shapes[f'{ends["head"]}.weight'].shape[0],
       'width_factor': width_factor,
       'depth_factor': depth_factor,
       'is_lite': is_lite,
-      'num_channels': shapes[f'{names.conv_stem}.weight'].shape[1],
+      'num_channels': shapes[f'{ends["conv_stem"]}.weight'].shape[1],
       'is_same_padded': not is_from_torch,
       'epsilon': 1e-5 if is_from_torch else config.get('batch_norm_eps', 1e-3),
   }
@@ -480,7 +449,7 @@ def _size_of(naming: str, shapes: Mapping[str, ShapeDtype]) -> Size:
     factors: Json = size._asdict()
     del factors['resolution']
     rules = _table(naming, 0, **factors).rules
-    theirs = {str(rule.ours): rule.theirs for rule in rules}
+    theirs = {rule.paths[0]: rule.theirs for rule in rules}
     widths = {
         f'block_{i}/norm_project/scale': place.num_out
         for i, place in enumerate(_places(**factors))

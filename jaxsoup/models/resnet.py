@@ -7,6 +7,7 @@ params = nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
 ```
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 
 from jaxsoup.models import _convolution
 from jaxsoup.models import _names
+from jaxsoup.models import _torch
 from jaxsoup.models import _transformer
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
@@ -82,10 +84,8 @@ class ResNet(nnx.Module):
     num_groups: of the GroupNorms.
     epsilon: of the normalization.
     momentum: of BatchNorm's running statistics, 0.9 where torch says 0.1.
-    dtype: name of the dtype of the computation, such as 'bfloat16'; None takes
-      that of the parameters, which are float32. Logits are float32.
-    is_rematerialized: keeps of each block only its input, and computes the rest
-      again in the backward pass.
+    dtype: see `ViT`, as the next two.
+    is_rematerialized: keeps of each block only its input.
     rngs: source of the initial parameters.
 
   Running statistics are used, and left alone, but between `model.train()` and
@@ -117,22 +117,42 @@ class ResNet(nnx.Module):
       is_rematerialized: bool = False,
       rngs: nnx.Rngs,
   ):
-    self.num_stages, self.is_bit = len(depths), is_bit
+    self.depths, self.is_bit = tuple(depths), is_bit
     self.is_rematerialized = is_rematerialized
     self.has_small_stem = has_small_stem
-    dtype_ = _transformer.as_dtype(dtype)
-    make = _Maker(is_bit, num_groups, epsilon, momentum, dtype_, rngs)
-    stem = (3, 1) if has_small_stem else (7, 2)
-    self.conv_stem = make.conv(num_channels, width, *stem)
-    if not is_bit:
-      self.norm_stem = make.norm(width)
-    num_in = width
-    for i, depth in enumerate(depths):
-      stage = Stage(num_in, width * 2**i, depth, i > 0, is_bottleneck, make)
-      setattr(self, f'stage_{i}', stage)
-      num_in = width * 2**i * (4 if is_bottleneck else 1)
+    options: Any = dict(dtype=_transformer.as_dtype(dtype), rngs=rngs)
+    conv: Callable[..., nnx.Conv] = functools.partial(
+        _convolution.conv, is_standardized=is_bit, **options
+    )
+    norm: Callable[[int], nnx.Module] = functools.partial(
+        _convolution.batch_norm, epsilon=epsilon, momentum=momentum, **options
+    )
     if is_bit:
-      self.norm = make.norm(num_in)
+      norm = functools.partial(
+          nnx.GroupNorm,
+          num_groups=num_groups,
+          epsilon=epsilon,
+          # Variances as differences of squares lose digits, and there is no
+          # running statistic that would hide it.
+          use_fast_variance=False,
+          **options,
+      )
+    stem = (3, 1) if has_small_stem else (7, 2)
+    self.conv_stem = conv(num_channels, width, *stem)
+    if not is_bit:
+      self.norm_stem = norm(width)
+    make, num_in = _Maker(is_bit, conv, norm), width
+    for i, depth in enumerate(depths):
+      stage = _Stage()
+      for j in range(depth):
+        stride = 2 if i > 0 and j == 0 else 1
+        inside = width * 2**i
+        block = _Block(num_in, inside, stride, j == 0, is_bottleneck, make)
+        setattr(stage, f'block_{j}', block)
+        num_in = inside * (4 if is_bottleneck else 1)
+      setattr(self, f'stage_{i}', stage)
+    if is_bit:
+      self.norm = norm(num_in)
     self.head = nnx.Linear(num_in, num_classes, rngs=rngs)
 
   def features(self, image: jax.Array) -> jax.Array:
@@ -142,8 +162,11 @@ class ResNet(nnx.Module):
       x = nnx.relu(self.norm_stem(x))
     if not self.has_small_stem:
       x = _max_pool(x, 0.0 if self.is_bit else -jnp.inf)
-    for i in range(self.num_stages):
-      x = getattr(self, f'stage_{i}')(x, self.is_rematerialized)
+    for i, depth in enumerate(self.depths):
+      stage = getattr(self, f'stage_{i}')
+      for j in range(depth):
+        block = getattr(stage, f'block_{j}')
+        x = _convolution.through(block, x, self.is_rematerialized)
     if self.is_bit:
       x = nnx.relu(self.norm(x))
     return x.mean(axis=(1, 2))
@@ -160,87 +183,25 @@ def _max_pool(x: jax.Array, padding: float) -> jax.Array:
   return nnx.max_pool(x, (3, 3), (2, 2), 'VALID')
 
 
-class _Maker:
-  """Makes the layers of one network."""
+class _Maker(NamedTuple):
+  """What makes the layers of one network: channels in and out, size, stride."""
 
-  def __init__(self, is_bit, num_groups, epsilon, momentum, dtype, rngs):
-    self.is_bit, self.num_groups = is_bit, num_groups
-    self.momentum = momentum
-    self.options = {'dtype': dtype, 'rngs': rngs}
-    self.norm_options = {'epsilon': epsilon, **self.options}
-
-  def conv(self, num_in: int, num_out: int, size: int, stride: int = 1):
-    return _convolution.conv(
-        num_in,
-        num_out,
-        size,
-        stride,
-        is_standardized=self.is_bit,
-        **self.options,
-    )
-
-  def norm(self, width: int):
-    if not self.is_bit:
-      return _convolution.batch_norm(
-          width, momentum=self.momentum, **self.norm_options
-      )
-    # Variances as differences of squares lose digits, and there is no running
-    # statistic that would hide it.
-    return nnx.GroupNorm(
-        width, self.num_groups, use_fast_variance=False, **self.norm_options
-    )
+  is_bit: bool
+  conv: Callable[..., nnx.Conv]
+  norm: Callable[[int], nnx.Module]
 
 
-class Stage(nnx.Module):
-  """Blocks `block_0`, `block_1`... of one width; the first may have a stride.
-
-  Args:
-    num_in: channels of the input.
-    width: channels inside the blocks.
-    depth: number of blocks.
-    is_strided: whether the first block halves height and width.
-    is_bottleneck: as in `ResNet`.
-    make: makes the layers.
-  """
-
-  def __init__(
-      self,
-      num_in: int,
-      width: int,
-      depth: int,
-      is_strided: bool,
-      is_bottleneck: bool,
-      make: _Maker,
-  ):
-    self.depth = depth
-    for j in range(depth):
-      stride = 2 if is_strided and j == 0 else 1
-      block = Block(num_in, width, stride, j == 0, is_bottleneck, make)
-      setattr(self, f'block_{j}', block)
-      num_in = width * 4 if is_bottleneck else width
-
-  def __call__(self, x: jax.Array, is_rematerialized: bool) -> jax.Array:
-    for j in range(self.depth):
-      block = getattr(self, f'block_{j}')
-      x = _convolution.through(block, x, is_rematerialized)
-    return x
+class _Stage(nnx.Module):
+  """Blocks of one width, `block_0`, `block_1`..."""
 
 
-class Block(nnx.Module):
-  """One residual block.
+class _Block(nnx.Module):
+  """One residual block, of a whole stride; `width` channels are inside.
 
   ```
   out = relu(branch(x) + shortcut(x)),  branch = norm . conv . relu . norm ...
   BiT: y = relu(norm(x)),  out = branch(y) + shortcut(y or x)
   ```
-
-  Args:
-    num_in: channels of the input.
-    width: channels inside.
-    stride: of the whole.
-    is_first: whether it is the first of its stage.
-    is_bottleneck: as in `ResNet`.
-    make: makes the layers.
   """
 
   def __init__(
@@ -274,10 +235,14 @@ class Block(nnx.Module):
         self.norm_shortcut = make.norm(num_out)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self._preactivated(x) if self.is_bit else self._activated(x)
-
-  def _activated(self, x):
     y = x
+    if self.is_bit:
+      for i in range(self.num_convs):
+        y = nnx.relu(getattr(self, f'norm_{i}')(y))
+        if i == 0 and self.has_shortcut:
+          x = self.conv_shortcut(y)
+        y = getattr(self, f'conv_{i}')(y)
+      return x + y
     for i in range(self.num_convs):
       y = nnx.relu(y) if i else y
       y = getattr(self, f'norm_{i}')(getattr(self, f'conv_{i}')(y))
@@ -285,85 +250,51 @@ class Block(nnx.Module):
       x = self.norm_shortcut(self.conv_shortcut(x))
     return nnx.relu(x + y)
 
-  def _preactivated(self, x):
-    y = x
-    for i in range(self.num_convs):
-      y = nnx.relu(getattr(self, f'norm_{i}')(y))
-      if i == 0 and self.has_shortcut:
-        x = self.conv_shortcut(y)
-      y = getattr(self, f'conv_{i}')(y)
-    return x + y
 
-
-class _Naming(NamedTuple):
-  """Where the layers of a ResNet are in a file.
-
-  Of stages i, blocks j and layers k, counted from 0; i1 and k1 count from 1.
-  BiT has no norm_stem and norm_shortcut, v1 has no norm before the head.
-  """
-
-  conv_stem: str
-  norm_stem: str
-  block: str
-  conv: str
-  norm: str
-  conv_shortcut: str
-  norm_shortcut: str
-  last_norm: str
-  head: str
-
-  def in_block(self, layer: str, i: int, j: int, k: int = 0) -> str:
-    name = f'{self.block}.{layer}'
-    return name.format(i=i, j=j, k=k, i1=i + 1, k1=k + 1)
-
-
+# Where the layers are in a file: of stages i, blocks j and layers k, counted
+# from 0; i1 and k1 count from 1.
 _V1 = {
-    'hf': _Naming(
-        conv_stem='resnet.embedder.embedder.convolution',
-        norm_stem='resnet.embedder.embedder.normalization',
-        block='resnet.encoder.stages.{i}.layers.{j}',
-        conv='layer.{k}.convolution',
-        norm='layer.{k}.normalization',
-        conv_shortcut='shortcut.convolution',
-        norm_shortcut='shortcut.normalization',
-        last_norm='',
-        head='classifier.1',
-    ),
-    'timm': _Naming(
-        conv_stem='conv1',
-        norm_stem='bn1',
-        block='layer{i1}.{j}',
-        conv='conv{k1}',
-        norm='bn{k1}',
-        conv_shortcut='downsample.0',
-        norm_shortcut='downsample.1',
-        last_norm='',
-        head='fc',
-    ),
+    'hf': {
+        'conv_stem': 'resnet.embedder.embedder.convolution',
+        'norm_stem': 'resnet.embedder.embedder.normalization',
+        'block': 'resnet.encoder.stages.{i}.layers.{j}.',
+        'conv': 'layer.{k}.convolution',
+        'norm': 'layer.{k}.normalization',
+        'conv_shortcut': 'shortcut.convolution',
+        'norm_shortcut': 'shortcut.normalization',
+        'head': 'classifier.1',
+    },
+    'timm': {
+        'conv_stem': 'conv1',
+        'norm_stem': 'bn1',
+        'block': 'layer{i1}.{j}.',
+        'conv': 'conv{k1}',
+        'norm': 'bn{k1}',
+        'conv_shortcut': 'downsample.0',
+        'norm_shortcut': 'downsample.1',
+        'head': 'fc',
+    },
+}
+_BIT_BLOCK = {
+    'conv': 'conv{k1}',
+    'norm': 'norm{k1}',
+    'conv_shortcut': 'downsample.conv',
 }
 _BIT = {
-    'hf': _Naming(
-        conv_stem='bit.embedder.convolution',
-        norm_stem='',
-        block='bit.encoder.stages.{i}.layers.{j}',
-        conv='conv{k1}',
-        norm='norm{k1}',
-        conv_shortcut='downsample.conv',
-        norm_shortcut='',
-        last_norm='bit.norm',
-        head='classifier.1',
-    ),
-    'timm': _Naming(
-        conv_stem='stem.conv',
-        norm_stem='',
-        block='stages.{i}.blocks.{j}',
-        conv='conv{k1}',
-        norm='norm{k1}',
-        conv_shortcut='downsample.conv',
-        norm_shortcut='',
-        last_norm='norm',
-        head='head.fc',
-    ),
+    'hf': {
+        'conv_stem': 'bit.embedder.convolution',
+        'block': 'bit.encoder.stages.{i}.layers.{j}.',
+        **_BIT_BLOCK,
+        'last_norm': 'bit.norm',
+        'head': 'classifier.1',
+    },
+    'timm': {
+        'conv_stem': 'stem.conv',
+        'block': 'stages.{i}.blocks.{j}.',
+        **_BIT_BLOCK,
+        'last_norm': 'norm',
+        'head': 'head.fc',
+    },
 }
 
 
@@ -379,30 +310,31 @@ def _table(
   """All arrays of a file; the other arguments change only their shapes."""
   del num_classes, others
   names = (_BIT if is_bit else _V1)[naming]
-  norm_rules = _convolution.batch_norm_rules
+  layers = functools.partial(_torch.layers, has_statistics=not is_bit)
+  is_conv = is_bit and naming == 'timm'  # Of the head.
+  dense = _torch.pointwise if is_conv else None
+  rules = layers('', '', {'head': names['head']}, dense=dense)
+  rules += layers(
+      '', '', {x: y for x, y in names.items() if x.endswith('_stem')}
+  )
   if is_bit:
-    norm_rules = _convolution.affine_rules
-  rules = [_convolution.conv_rule('conv_stem', names.conv_stem)]
-  if not is_bit:
-    rules += norm_rules('norm_stem', names.norm_stem)
+    rules += layers('', '', {'norm': names['last_norm']})
   for i, depth in enumerate(depths):
     for j in range(depth):
-      ours = f'stage_{i}/block_{j}'
-      for k in range(3 if is_bottleneck else 2):
-        conv, norm = (names.in_block(x, i, j, k) for x in names[3:5])
-        rules += [_convolution.conv_rule(f'{ours}/conv_{k}', conv)]
-        rules += norm_rules(f'{ours}/norm_{k}', norm)
+      block = {
+          f'{x}_{k}': _formatted(names[x], i, j, k)
+          for k in range(3 if is_bottleneck else 2)
+          for x in ('conv', 'norm')
+      }
       if j == 0 and (i > 0 or is_bottleneck or is_bit):
-        conv, norm = (names.in_block(x, i, j) for x in names[5:7])
-        rules += [_convolution.conv_rule(f'{ours}/conv_shortcut', conv)]
-        rules += [] if is_bit else norm_rules(f'{ours}/norm_shortcut', norm)
-  if is_bit:
-    rules += norm_rules('norm', names.last_norm)
-  # The head of BiT is a convolution in timm.
-  is_conv = is_bit and naming == 'timm'
-  layout = _convolution.pointwise if is_conv else _names.dense()
-  rules += _convolution.dense_rules('head', names.head, layout)
-  return _names.Table(rules, _convolution.IGNORED)
+        block |= {x: y for x, y in names.items() if x.endswith('_shortcut')}
+      theirs = _formatted(names['block'], i, j)
+      rules += layers(f'stage_{i}/block_{j}/', theirs, block)
+  return _names.Table(rules, _torch.IGNORED)
+
+
+def _formatted(name: str, i: int, j: int, k: int = 0) -> str:
+  return name.format(i=i, j=j, k=k, i1=i + 1, k1=k + 1)
 
 
 TABLES = {naming: functools.partial(_table, naming) for naming in _V1}
@@ -423,42 +355,33 @@ def arguments(
 ) -> Json:
   """The constructor's arguments for a file.
 
-  Args:
-    naming: a key of `TABLES`.
-    shapes: from the names of the file's arrays to what has their `.shape`.
-    config: the parsed config.json of Hugging Face, or empty.
-
-  Returns:
-    Keyword arguments of `ResNet`, without `rngs`.
+  See `vit.arguments` for what it takes and returns.
 
   Raises:
     ValueError: the file is not such a ResNet, or the config asks for a variant
       that is not supported.
   """
-  for name, only in _ONLY.items():
-    if config.get(name, only) != only:
-      raise ValueError(
-          f'config.json has {name} = {config[name]!r}, but this ResNet '
-          f'supports only {only!r}: choose another checkpoint.'
-      )
-  is_bit = f'{_BIT[naming].conv_stem}.weight' in shapes
+  _names.check_config(config, _ONLY, 'this ResNet supports')
+  is_bit = f'{_BIT[naming]["conv_stem"]}.weight' in shapes
   names = (_BIT if is_bit else _V1)[naming]
-  if not {f'{names.conv_stem}.weight', f'{names.head}.weight'} <= set(shapes):
+  stem, head = f'{names["conv_stem"]}.weight', f'{names["head"]}.weight'
+  if stem not in shapes or head not in shapes:
     raise ValueError(
-        f'No ResNet with names {naming!r}: {names.conv_stem}.weight or '
-        f'{names.head}.weight is missing. Are the names of another library '
-        f'(supported: {list(TABLES)}), or is the head missing?'
+        f'No ResNet with names {naming!r}: {stem} or {head} is missing. Are '
+        f'the names of another library (supported: {list(TABLES)}), or is the '
+        'head missing?'
     )
 
   def has(i, j, k=0):
-    return f'{names.in_block(names.conv, i, j, k)}.weight' in shapes
+    conv = _formatted(f'{names["block"]}{names["conv"]}.weight', i, j, k)
+    return conv in shapes
 
   def depth(i):
     return next(j for j in itertools.count() if not has(i, j))
 
-  width, num_channels, size, _ = shapes[f'{names.conv_stem}.weight'].shape
+  width, num_channels, size, _ = shapes[stem].shape
   return {
-      'num_classes': shapes[f'{names.head}.weight'].shape[0],
+      'num_classes': shapes[head].shape[0],
       'depths': tuple(itertools.takewhile(bool, map(depth, itertools.count()))),
       'is_bottleneck': has(0, 0, 2),
       'width': width,

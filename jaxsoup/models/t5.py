@@ -8,8 +8,9 @@ texts = t5.greedy_decode(model, input_ids, attention_mask, num_tokens=8)
 ```
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
-import re
+import functools
 
 from flax import nnx
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup.models import _names
+from jaxsoup.models import _torch
 from jaxsoup.models import _transformer
 from jaxsoup.typing import Config
 from jaxsoup.typing import DType
@@ -24,17 +26,10 @@ from jaxsoup.typing import Json
 from jaxsoup.typing import ShapeDtype
 
 
-class Attention(nnx.Module):
+class _Attention(nnx.Module):
   """Attention without biases, whose scores are not scaled by 1 / sqrt(d).
 
   softmax(Q K^T + bias) V W_out
-
-  Args:
-    width: size of a token.
-    num_heads: H, number of attention heads.
-    head_width: size of each.
-    dtype: of the computation; None takes that of the parameters.
-    rngs: source of the initial parameters.
   """
 
   def __init__(
@@ -43,27 +38,20 @@ class Attention(nnx.Module):
       num_heads: int,
       head_width: int,
       *,
-      dtype: DType | None = None,
+      dtype: DType | None,
       rngs: nnx.Rngs,
   ):
     heads = num_heads, head_width
-
-    def project(scale):
-      # The scale that other models give to the scores is in the queries here.
-      return nnx.LinearGeneral(
-          width,
-          heads,
-          use_bias=False,
-          kernel_init=nnx.initializers.normal(scale),
-          dtype=dtype,
-          rngs=rngs,
-      )
-
-    self.query = project((width * head_width) ** -0.5)
-    self.key, self.value = project(width**-0.5), project(width**-0.5)
-    self.out = nnx.LinearGeneral(
-        heads, width, axis=(-2, -1), use_bias=False, dtype=dtype, rngs=rngs
+    general = functools.partial(
+        nnx.LinearGeneral, use_bias=False, dtype=dtype, rngs=rngs
     )
+    # The scale that other models give to the scores is in the queries here.
+    scales = (width * head_width) ** -0.5, width**-0.5, width**-0.5
+    self.query, self.key, self.value = (
+        general(width, heads, kernel_init=nnx.initializers.normal(scale))
+        for scale in scales
+    )
+    self.out = general(heads, width, axis=(-2, -1))
 
   def __call__(
       self,
@@ -72,16 +60,9 @@ class Attention(nnx.Module):
       bias: jax.Array | None = None,
       mask: jax.Array | None = None,
   ) -> jax.Array:
-    """Reads from a context.
+    """Tokens [B, T, width] that ask those of a context, [B, S, width].
 
-    Args:
-      x: tokens that ask, [B, T, width].
-      context: tokens that answer, [B, S, width].
-      bias: added to the scores, [1, H, T, S].
-      mask: [B or 1, 1, T or 1, S], True is seen.
-
-    Returns:
-      [B, T, width].
+    The bias is [1, H, T, S]; mask [B or 1, 1, T or 1, S], True is seen.
     """
     x = jax.nn.dot_product_attention(
         self.query(x),
@@ -94,63 +75,10 @@ class Attention(nnx.Module):
     return self.out(x)
 
 
-class Mlp(nnx.Module):
-  """The feed-forward layer, without biases.
-
-  relu(x W_in) W_out,  or gated  (gelu(x W_gate) * x W_in) W_out
-
-  The GELU is its approximation by tanh.
-
-  Args:
-    width: size of the input and of the output.
-    mlp_width: size of the hidden layer.
-    is_gated: as in T5 1.1.
-    dtype: of the computation; None takes that of the parameters.
-    rngs: source of the initial parameters.
-  """
-
-  def __init__(
-      self,
-      width: int,
-      mlp_width: int,
-      *,
-      is_gated: bool,
-      dtype: DType | None = None,
-      rngs: nnx.Rngs,
-  ):
-    self.is_gated = is_gated
-    dense = lambda *size: nnx.Linear(
-        *size, use_bias=False, dtype=dtype, rngs=rngs
-    )
-    if is_gated:
-      self.dense_gate = dense(width, mlp_width)
-    self.dense_in = dense(width, mlp_width)
-    self.dense_out = dense(mlp_width, width)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    hidden = self.dense_in(x)
-    if self.is_gated:
-      hidden = nnx.gelu(self.dense_gate(x), approximate=True) * hidden
-    else:
-      hidden = nnx.relu(hidden)
-    return self.dense_out(hidden)
-
-
-class Block(nnx.Module):
+class _Block(nnx.Module):
   """One pre-LN block of either tower; the norms are RMSNorms.
 
   x += Attention(N(x), N(x)),  x += Attention(N(x), encoded),  x += MLP(N(x))
-
-  Args:
-    width: size of a token.
-    mlp_width: size of the hidden layer of the MLP.
-    num_heads: number of attention heads.
-    head_width: size of each.
-    is_decoder: whether it attends to what the encoder returned.
-    is_gated: whether the MLP is gated.
-    epsilon: of the norms.
-    dtype: of the computation; None takes that of the parameters.
-    rngs: source of the initial parameters.
   """
 
   def __init__(
@@ -163,18 +91,27 @@ class Block(nnx.Module):
       is_decoder: bool,
       is_gated: bool,
       epsilon: float,
-      dtype: DType | None = None,
+      dtype: DType | None,
       rngs: nnx.Rngs,
   ):
     norm = lambda: nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
-    attention = lambda: Attention(
+    attention = lambda: _Attention(
         width, num_heads, head_width, dtype=dtype, rngs=rngs
     )
     self.norm_attention, self.attention = norm(), attention()
     if is_decoder:
       self.norm_cross, self.cross = norm(), attention()
     self.norm_mlp = norm()
-    self.mlp = Mlp(width, mlp_width, is_gated=is_gated, dtype=dtype, rngs=rngs)
+    self.mlp = _transformer.Mlp(
+        width,
+        mlp_width,
+        # The GELU is its approximation by tanh.
+        activation=nnx.gelu if is_gated else _transformer.relu,
+        is_gated=is_gated,
+        use_bias=False,
+        dtype=dtype,
+        rngs=rngs,
+    )
 
   def __call__(
       self,
@@ -193,22 +130,10 @@ class Block(nnx.Module):
     return x + self.mlp(self.norm_mlp(x))
 
 
-class Tower(_transformer.Stack):
+class _Tower(_transformer.Stack):
   """The encoder or the decoder: blocks that share a bias by distance.
 
-  Args:
-    width: size of a token.
-    depth: number of blocks.
-    num_heads: number of attention heads.
-    is_decoder: whether tokens see only those before them, and what the encoder
-      returned.
-    num_buckets: number of classes of distances.
-    max_distance: from which on all distances are in one class.
-    epsilon: of the norms.
-    dtype: of the computation; None takes that of the parameters.
-    block: other arguments of `Block`.
-    stack: arguments of `add_blocks`.
-    rngs: source of the initial parameters.
+  Tokens of a decoder see only those before them, and what the encoder returned.
   """
 
   def __init__(
@@ -220,30 +145,16 @@ class Tower(_transformer.Stack):
       is_decoder: bool,
       num_buckets: int,
       max_distance: int,
-      epsilon: float,
-      dtype: DType,
-      block: Config,
+      make_block: Callable[..., nnx.Module],
+      make_norm: Callable[..., nnx.Module],
       stack: Config,
       rngs: nnx.Rngs,
   ):
     self.is_decoder, self.max_distance = is_decoder, max_distance
     normal = nnx.initializers.normal(width**-0.5)
     self.distance = nnx.Param(normal(rngs.params(), (num_buckets, num_heads)))
-    self.add_blocks(
-        lambda rngs: Block(
-            width,
-            num_heads=num_heads,
-            is_decoder=is_decoder,
-            epsilon=epsilon,
-            dtype=dtype,
-            rngs=rngs,
-            **block,
-        ),
-        depth,
-        rngs=rngs,
-        **stack,
-    )
-    self.norm = nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+    self.add_blocks(make_block, depth, rngs=rngs, **stack)
+    self.norm = make_norm(rngs=rngs)
 
   def __call__(
       self,
@@ -252,17 +163,7 @@ class Tower(_transformer.Stack):
       encoded: jax.Array | None = None,
       encoded_mask: jax.Array | None = None,
   ) -> jax.Array:
-    """Tokens after the last block.
-
-    Args:
-      x: embedded tokens, [B, T, width].
-      mask: [B, T], 0 where there is padding; None if there is none.
-      encoded: what the encoder returned, [B, S, width]; for the decoder.
-      encoded_mask: of `encoded`, [B, S].
-
-    Returns:
-      [B, T, width].
-    """
+    """Tokens [B, T, width] after the last block; masks are 0 for padding."""
     length = x.shape[1]
     table = self.distance[...]
     buckets = distance_buckets(
@@ -272,16 +173,14 @@ class Tower(_transformer.Stack):
         max_distance=self.max_distance,
     )
     bias = table[buckets].transpose(2, 0, 1)[None]
-    mask = _over_keys(mask)
+    mask = _transformer.over_keys(mask)
     if self.is_decoder:
       causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
       mask = causal if mask is None else causal & mask
-    x = self.through_blocks(x, bias, mask, encoded, _over_keys(encoded_mask))
+    x = self.through_blocks(
+        x, bias, mask, encoded, _transformer.over_keys(encoded_mask)
+    )
     return self.norm(x)
-
-
-def _over_keys(mask: jax.Array | None) -> jax.Array | None:
-  return None if mask is None else mask[:, None, None, :].astype(bool)
 
 
 def distance_buckets(
@@ -352,9 +251,8 @@ class T5(nnx.Module):
     num_buckets: number of classes of distances between tokens.
     max_distance: from which on all distances are in one class.
     epsilon: of the RMSNorms.
-    dtype: name of the dtype of the computation, such as 'bfloat16'; None takes
-      that of the parameters, which are float32. Logits are float32.
-    is_scanned: see `ViT`, as the next two; for both towers.
+    dtype: see `ViT`, as all that follow.
+    is_scanned: stores all blocks of a tower as one.
     is_rematerialized: keeps of each block only its input.
     batch_axis: name of the mesh axis over which batches are sharded.
     rngs: source of the initial parameters.
@@ -399,20 +297,18 @@ class T5(nnx.Module):
       has_scaled_logits = is_tied
     self.has_scaled_logits = has_scaled_logits
     dtype_ = _transformer.as_dtype(dtype)
-    tower = lambda depth, is_decoder: Tower(
+    shared = dict(epsilon=epsilon, dtype=dtype_)
+    sizes = width, mlp_width or 4 * width, num_heads, head_width
+    block = functools.partial(_Block, *sizes, is_gated=is_gated, **shared)
+    tower = lambda depth, is_decoder: _Tower(
         width,
         depth,
         num_heads,
         is_decoder=is_decoder,
         num_buckets=num_buckets,
         max_distance=max_distance,
-        epsilon=epsilon,
-        dtype=dtype_,
-        block=dict(
-            mlp_width=mlp_width or 4 * width,
-            head_width=head_width,
-            is_gated=is_gated,
-        ),
+        make_block=lambda rngs: block(is_decoder=is_decoder, rngs=rngs),
+        make_norm=functools.partial(nnx.RMSNorm, width, **shared),
         stack=dict(
             is_scanned=is_scanned,
             is_rematerialized=is_rematerialized,
@@ -609,39 +505,29 @@ def greedy_decode(
 
 # --- Names in files -----------------------------------------------------------
 
-Rule = _names.Rule
+
+def _attention(i: int, ours: str, theirs: str) -> dict[str, str]:
+  names = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
+  layer = f'layer.{i}.'
+  return {f'{ours}/{x}': f'{layer}{theirs}.{y}' for x, y in names.items()} | {
+      f'norm_{ours}': f'{layer}layer_norm'
+  }
 
 
-def _attention(ours: str, theirs: str) -> list[Rule]:
-  return [
-      Rule(f'{ours}/query/kernel', f'{theirs}.q.weight', _names.dense()),
-      Rule(f'{ours}/key/kernel', f'{theirs}.k.weight', _names.dense()),
-      Rule(f'{ours}/value/kernel', f'{theirs}.v.weight', _names.dense()),
-      Rule(f'{ours}/out/kernel', f'{theirs}.o.weight', _names.dense(2)),
-  ]
-
-
-def _block(ours: str, theirs: str, is_decoder: bool, is_gated: bool):
-  """The rules of one block; both names end in a separator."""
-  kinds = [('attention', 'SelfAttention'), ('cross', 'EncDecAttention')]
-  rules = []
-  for i, (name, their_name) in enumerate(kinds[: 1 + is_decoder]):
-    layer = f'{theirs}layer.{i}'
-    rules += _attention(f'{ours}{name}', f'{layer}.{their_name}')
-    rules.append(Rule(f'{ours}norm_{name}/scale', f'{layer}.layer_norm.weight'))
-  layer = f'{theirs}layer.{1 + is_decoder}'
+def _block(is_decoder: bool, is_gated: bool) -> dict[str, str]:
+  """The layers of one block."""
+  layers = _attention(0, 'attention', 'SelfAttention')
+  if is_decoder:
+    layers |= _attention(1, 'cross', 'EncDecAttention')
   denses = {'dense_in': 'wi', 'dense_out': 'wo'}
   if is_gated:
     denses = {'dense_gate': 'wi_0', 'dense_in': 'wi_1', 'dense_out': 'wo'}
-  rules += [
-      Rule(
-          f'{ours}mlp/{name}/kernel',
-          f'{layer}.DenseReluDense.{their_name}.weight',
-          _names.dense(),
-      )
-      for name, their_name in denses.items()
-  ]
-  return [*rules, Rule(f'{ours}norm_mlp/scale', f'{layer}.layer_norm.weight')]
+  layer = f'layer.{1 + is_decoder}.'
+  return {
+      **layers,
+      **{f'mlp/{x}': f'{layer}DenseReluDense.{y}' for x, y in denses.items()},
+      'norm_mlp': f'{layer}layer_norm',
+  }
 
 
 def hf_table(
@@ -657,16 +543,18 @@ def hf_table(
   Files of older releases hold copies of the embedding, which are ignored; and a
   bias of distances in the decoder's attention to the encoder, never used.
   """
-  rules = [Rule('embed/embedding', 'shared.weight')]
+  rules = [_names.Rule('embed/embedding', 'shared.weight')]
   depths = depth, depth if decoder_depth is None else decoder_depth
+  bias = 'block.0.layer.0.SelfAttention.relative_attention_bias.weight'
+  ends = {} if is_tied else {'head': 'lm_head'}
   for tower, number in zip(('encoder', 'decoder'), depths):
-    bias = 'block.0.layer.0.SelfAttention.relative_attention_bias.weight'
-    rules.append(Rule(f'{tower}/distance', f'{tower}.{bias}'))
+    rules.append(_names.Rule(f'{tower}/distance', f'{tower}.{bias}'))
+    ends[f'{tower}/norm'] = f'{tower}.final_layer_norm'
+    block = _block(tower == 'decoder', is_gated)
     for i in range(number):
-      names = f'{tower}/block_{i}/', f'{tower}.block.{i}.'
-      rules += _block(*names, tower == 'decoder', is_gated)
-    norm = f'{tower}.final_layer_norm.weight'
-    rules.append(Rule(f'{tower}/norm/scale', norm))
+      ours, theirs = f'{tower}/block_{i}/', f'{tower}.block.{i}.'
+      rules += _torch.layers(ours, theirs, block, has_bias=False)
+  rules += _torch.layers('', '', ends, has_bias=False)
   ignored = [
       r'(encoder|decoder)\.embed_tokens\.weight',
       r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias'
@@ -674,8 +562,6 @@ def hf_table(
   ]
   if is_tied:
     ignored.append(r'lm_head\.weight')
-  else:
-    rules.append(Rule('head/kernel', 'lm_head.weight', _names.dense()))
   return _names.Table(rules, ignored)
 
 
@@ -687,13 +573,7 @@ def arguments(
 ) -> Json:
   """The arguments of `T5` for a file.
 
-  Args:
-    naming: 'hf'.
-    shapes: of the arrays, by name.
-    config: the parsed `config.json`; {} if there is none.
-
-  Returns:
-    Keyword arguments.
+  See `vit.arguments` for what it takes and returns.
 
   Raises:
     ValueError: it is another kind of model, or has another activation.
@@ -708,12 +588,8 @@ def arguments(
   first = 'encoder.block.0.layer.'
   is_gated = f'{first}1.DenseReluDense.wi_0.weight' in shapes
   expected = 'gated-gelu' if is_gated else 'relu'
-  actual = config.get('feed_forward_proj', expected)
-  if actual != expected:
-    raise ValueError(
-        f'config.json has feed_forward_proj {actual!r}, but these arrays need '
-        f'{expected!r}: choose another checkpoint.'
-    )
+  only = {'feed_forward_proj': expected}
+  _names.check_config(config, only, 'a T5 of these arrays supports')
   attention = f'{first}0.SelfAttention.'
   bias = shapes[f'{attention}relative_attention_bias.weight']
   num_buckets, num_heads = bias.shape
@@ -726,8 +602,8 @@ def arguments(
   return {
       'vocab_size': vocab_size,
       'width': width,
-      'depth': _depth('encoder', shapes),
-      'decoder_depth': _depth('decoder', shapes),
+      'depth': _names.depth_of(shapes, r'encoder\.block\.'),
+      'decoder_depth': _names.depth_of(shapes, r'decoder\.block\.'),
       'num_heads': num_heads,
       'head_width': shapes[f'{attention}q.weight'].shape[0] // num_heads,
       'mlp_width': shapes[mlp].shape[0],
@@ -739,8 +615,3 @@ def arguments(
       'max_distance': config.get('relative_attention_max_distance', 128),
       'epsilon': config.get('layer_norm_epsilon', 1e-6),
   }
-
-
-def _depth(tower: str, shapes: Mapping[str, ShapeDtype]) -> int:
-  blocks = [re.match(rf'{tower}\.block\.(\d+)\.', name) for name in shapes]
-  return 1 + max(int(block[1]) for block in blocks if block)

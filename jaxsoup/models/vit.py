@@ -66,19 +66,10 @@ def size(name: str) -> dict[str, int]:
   return dict(zip(('width', 'depth', 'num_heads', 'mlp_width'), SIZES[name]))
 
 
-class MapHead(nnx.Module):
+class _MapHead(nnx.Module):
   """Pools by attention of a learned probe.
 
   `y = Attention(probe, x, x),  out = y + MLP(LN(y))`
-
-  Args:
-    width: size of a token.
-    mlp_width: size of the hidden layer of the MLP.
-    num_heads: number of attention heads; divides `width`.
-    epsilon: of the LayerNorm.
-    activation: of the MLP.
-    dtype: of the computation; None takes that of the parameters.
-    rngs: source of the initial parameters.
 
   Source: Zhai et al., "Scaling vision transformers", CVPR 2022, Section 3.2;
   Lee et al., "Set transformer", ICML 2019.
@@ -90,20 +81,14 @@ class MapHead(nnx.Module):
       mlp_width: int,
       num_heads: int,
       *,
-      epsilon: float = 1e-6,
-      activation: _transformer.Activation = _transformer.gelu,
-      dtype: DType | None = None,
+      epsilon: float,
+      activation: _transformer.Activation,
+      dtype: DType | None,
       rngs: nnx.Rngs,
   ):
     normal = nnx.initializers.normal(width**-0.5)
     self.probe = nnx.Param(normal(rngs.params(), (1, width)))
-    self.attention = nnx.MultiHeadAttention(
-        num_heads=num_heads,
-        in_features=width,
-        decode=False,
-        dtype=dtype,
-        rngs=rngs,
-    )
+    self.attention = _transformer.attention(width, num_heads, dtype, rngs)
     self.norm = nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
     self.mlp = _transformer.Mlp(
         width, mlp_width, activation=activation, dtype=dtype, rngs=rngs
@@ -111,8 +96,7 @@ class MapHead(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns one token, [B, width], for tokens [B, T, width]."""
-    probe = repeated(self.probe[...], x)
-    y = self.attention(probe, x)
+    y = self.attention(repeated(self.probe[...], x), x)
     return (y + self.mlp(self.norm(y)))[:, 0]
 
 
@@ -134,8 +118,8 @@ class ViT(_transformer.Stack):
     has_cls_token: whether a class token precedes the patches.
     has_cls_position: whether the class token has a position too.
     pool: 'cls', the class token; 'mean' over the patches (GAP); 'map', by
-      attention (`MapHead`); 'cls+mean', both side by side, [B, 2 width]. If not
-      given, 'cls' where there is a class token, else 'mean'.
+      attention of a learned probe; 'cls+mean', both side by side, [B, 2 width].
+      If not given, 'cls' where there is a class token, else 'mean'.
     is_pooled_first: whether the last LayerNorm comes after the pool.
     has_layer_scale: whether learned vectors scale the branches of the blocks.
     is_gated: whether the MLPs of the blocks are SwiGLUs.
@@ -193,10 +177,8 @@ class ViT(_transformer.Stack):
   ):
     num_tokens = math.prod(grid(image_shape, patch_size))
     self.patch_size, self.has_cls_token = patch_size, has_cls_token
-    self.pool, self.is_pooled_first = (
-        _pool(pool, has_cls_token),
-        is_pooled_first,
-    )
+    self.pool = _pool(pool, has_cls_token)
+    self.is_pooled_first = is_pooled_first
     self.has_cls_position = has_cls_token and has_cls_position
     mlp_width = mlp_width or 4 * width
     shared = dict(dtype=_transformer.as_dtype(dtype), epsilon=epsilon)
@@ -230,7 +212,7 @@ class ViT(_transformer.Stack):
     )
     self.norm = nnx.LayerNorm(width, rngs=rngs, **shared)
     if self.pool == 'map':
-      self.map_head = MapHead(width, mlp_width, num_heads, rngs=rngs, **mlp)
+      self.map_head = _MapHead(width, mlp_width, num_heads, rngs=rngs, **mlp)
     self.num_classes = num_classes
     if num_classes:
       num_features = 2 * width if self.pool == 'cls+mean' else width
