@@ -16,9 +16,6 @@ import shutil
 import tempfile
 from typing import Any
 
-from jaxsoup import _processes
-from jaxsoup.typing import PathLike
-
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Orbax and tensorstore write in their own threads, and raise ValueError.
 _SAID = ('No space left', 'File too large', 'quota exceeded')
@@ -53,66 +50,9 @@ def room_for(
     ) from reason
 
 
-def is_remote(path: PathLike) -> bool:
+def is_remote(path: object) -> bool:
   """Whether it is the address of a bucket, such as `gs://bucket/runs`."""
   return '://' in str(path)
-
-
-def path_of(path: PathLike) -> Any:
-  """A path of this machine, or of a bucket, by `etils.epath`.
-
-  Raises:
-    ValueError: an address of another kind.
-    ImportError: the package that opens it is missing.
-  """
-  if not is_remote(path):
-    return pathlib.Path(path)
-  from etils import epath
-
-  address = str(path)
-  if not address.startswith(('gs://', 's3://', 'az://')):
-    raise ValueError(
-        f'{address} is not the address of a bucket: expected gs://, s3:// or '
-        'az://, or a path of this machine.'
-    )
-  place = epath.Path(address)
-  place.exists()  # It names the package that is missing.
-  return place
-
-
-def remove(folder: Any) -> None:
-  """Deletes a folder with all that is in it, if it is there."""
-  if not is_remote(folder):
-    shutil.rmtree(folder, ignore_errors=True)
-  elif folder.exists():
-    folder.rmtree()
-
-
-@contextlib.contextmanager
-def local_copy(path: Any) -> Iterator[pathlib.Path]:
-  """The file itself; of one in a bucket a copy that is sent there at the end.
-
-  Those cannot be appended to.
-  """
-  if not is_remote(path):
-    yield path
-    return
-  with tempfile.TemporaryDirectory() as folder:
-    copy = pathlib.Path(folder, path.name)
-    if path.exists():
-      copy.write_bytes(path.read_bytes())
-    try:
-      yield copy
-    finally:
-      if copy.exists() and _processes.is_main():
-        path.write_bytes(copy.read_bytes())
-
-
-def is_whole(path: Any) -> bool:
-  """Whether it is there; in a bucket Orbax writes a file when it is done."""
-  if not is_remote(path) or not path.is_dir():
-    return path.exists()
-  return (path / 'commit_success.txt').exists()
 
 
 def unfinished_name(path: pathlib.Path) -> pathlib.Path:
@@ -120,7 +60,7 @@ def unfinished_name(path: pathlib.Path) -> pathlib.Path:
   return path.with_name(f'{path.name}{_UNFINISHED}{secrets.token_hex(6)}')
 
 
-def clear_leftovers(folder: pathlib.Path, name: str = '') -> None:
+def clear_leftovers(folder: Any, name: str = '') -> None:
   """Deletes what killed processes left of a file of this name; '' is any.
 
   Only under a lock, or it may belong to a process that writes now.
@@ -128,8 +68,9 @@ def clear_leftovers(folder: pathlib.Path, name: str = '') -> None:
   for path in folder.iterdir() if folder.is_dir() else ():
     if is_remote(folder):
       # Only Orbax writes there in place, and these files first and last.
-      if (path / '_CHECKPOINT_METADATA').exists() and not is_whole(path):
-        remove(path)
+      begun, ended = path / '_CHECKPOINT_METADATA', path / 'commit_success.txt'
+      if begun.exists() and not ended.exists():
+        path.rmtree()
       continue
     match = _LEFTOVER.fullmatch(path.name)
     if match is None or name not in ('', match[1]):

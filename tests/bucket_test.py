@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from jaxsoup import _files
+from jaxsoup.runtime import buckets
 from jaxsoup.runtime import locking
 
 HERE = pathlib.Path(__file__).parent
@@ -112,8 +112,8 @@ def test_a_workdir_in_a_bucket_is_one_of_this_machine(tmp_path, bucket):
 
 def test_addresses_that_are_not_of_buckets():
   with pytest.raises(ValueError, match='https://x/y is not the address of a'):
-    _files.path_of('https://x/y')
-  assert _files.path_of('runs/00') == pathlib.Path('runs/00')
+    buckets.path_of('https://x/y')
+  assert buckets.path_of('runs/00') == pathlib.Path('runs/00')
   # There are none there.
   with locking.locked('gs://bucket/.lock', 'gs://bucket'):
     pass

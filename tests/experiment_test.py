@@ -316,6 +316,27 @@ def test_batches_stay_on_the_host_where_they_fit(monkeypatch, free, is_kept):
   assert len(decoded) == (0 if is_kept else 12)
 
 
+@pytest.mark.parametrize('select_by', ['metric', 'nll'])
+def test_scores_of_logits_are_those_of_the_searches(select_by):
+  """To the last bit, or a search takes a tie for a loss or a gain."""
+  config = configs.load(CONFIG, TINY).config
+  with config.unlocked():
+    config.select_by = select_by
+  rng = np.random.default_rng(0)
+  label = rng.integers(0, 10, 400).astype(np.int32)
+  data = sources.Arrays({'x': np.arange(400), 'label': label})
+  right = 10 * np.eye(10, dtype=np.float32)[label]
+  for num_wrong in (3, 77, 135):  # Accuracies that float32 does not hold.
+    logits = np.where(np.arange(400)[:, None] < num_wrong, 1 - right, right)
+    logits_fn = lambda params, batch: params[batch['x']]
+    score_fn = cook.score_fn(config, logits_fn, data)
+    score = cook.selection_score(config, logits, label)
+    if select_by == 'metric':
+      assert score == score_fn(logits) == 1 - num_wrong / 400
+    else:
+      assert score == pytest.approx(score_fn(logits), rel=1e-4)
+
+
 def test_metrics_of_the_training(uninterrupted):
   lines = (uninterrupted / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]

@@ -49,7 +49,7 @@ LAYERS = (
 BASIC = {'jax', 'numpy', 'jaxsoup'}
 FLAX = BASIC | {'flax', 'optax', 'ml_collections'}
 ALLOWED = (
-    BASIC | {'rich', 'tensorboardX'},
+    BASIC | {'etils', 'rich', 'tensorboardX'},
     BASIC | {'optax', 'scipy'},
     BASIC
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'scipy', 'tensorstore'}

@@ -25,6 +25,7 @@ from ml_collections import config_flags
 from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _processes
+from jaxsoup.runtime import buckets
 from jaxsoup.runtime import user_code
 from jaxsoup.typing import Json
 
@@ -113,7 +114,7 @@ def parse(argv: Sequence[str], *, has_only: bool = False) -> Arguments:
   if problem:
     raise UsageError(f'{problem}. Usage: {USAGE}')
   try:
-    _files.path_of(values.workdir)
+    buckets.path_of(values.workdir)
   except ValueError as e:
     raise UsageError(str(e)) from e
   try:

@@ -343,6 +343,11 @@ def selection_score(
   """What `score_fn` returns, from logits."""
   if config.get('select_by', 'metric') == 'nll':
     return -float(metrics.negative_log_likelihood(logits, label))
+  if config.get('metric', 'accuracy') == 'accuracy':
+    # As `mean_of` adds it up: rounded to float32, a tie would be a loss.
+    return float(
+        np.mean(np.asarray(metrics.correct(logits, label)), dtype=float)
+    )
   return float(metric_of(config)(logits, label))
 
 

@@ -48,6 +48,7 @@ from jaxsoup.experiments import configs
 from jaxsoup.experiments import results
 from jaxsoup.experiments import stages
 from jaxsoup.experiments import workdirs
+from jaxsoup.runtime import buckets
 from jaxsoup.runtime import distributed
 from jaxsoup.runtime import preemption
 from jaxsoup.runtime import progress
@@ -94,7 +95,7 @@ def run(
     raise ImportError(
         'matplotlib is not installed: pip install "jaxsoup[demo]"'
     )
-  folder = _files.path_of(workdir)
+  folder = buckets.path_of(workdir)
   if not _files.is_remote(folder):
     folder = folder.absolute()
   advice = (
@@ -135,7 +136,7 @@ def run_seeds(
   Returns:
     A table a seed, as of `run`.
   """
-  parent = _files.path_of(workdir)
+  parent = buckets.path_of(workdir)
   if num_seeds > 1 and not any(parent.glob('seed*/config.json')):
     configs.require_new(parent)
   first = configs.load(path, overrides).config.seed

@@ -34,6 +34,7 @@ from jaxsoup.experiments import cook
 from jaxsoup.experiments import landscapes
 from jaxsoup.experiments import stages
 from jaxsoup.experiments import workdirs
+from jaxsoup.runtime import buckets
 from jaxsoup.typing import Json
 from jaxsoup.typing import Params
 from jaxsoup.typing import ParamsFn
@@ -154,7 +155,7 @@ def _stored(
 def _is_whole(content: Json, workdir: pathlib.Path) -> bool:
   """Whether the files that results.json names are there."""
   paths = [workdir / name for name in content['files']]
-  return _processes.agreed(all(map(_files.is_whole, paths)))
+  return _processes.agreed(all(map(buckets.is_whole, paths)))
 
 
 def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
@@ -315,7 +316,7 @@ def _cooked(work, ingredients, theta_0, split, logits, part) -> Cooked:
       best_fn,
       work.stopping,
   )
-  with _files.local_copy(split.folder / 'scores.jsonl') as file:
+  with buckets.local_copy(split.folder / 'scores.jsonl') as file:
     log = checkpoints.ScoreLog(file, ingredients)
     soups = _soups(work, ingredients, theta_0, split, log, scores, fns, part)
   return Cooked(scores, best_fn, fns, soups)
@@ -349,7 +350,7 @@ def _soups(work, ingredients, theta_0, split, scores, singles, fns, part):
     for way, fn in (fns or {'': lambda params: params}).items():
       name = f'{recipe_name}, {way}' if way else recipe_name
       path = split.soup_path(name)
-      if not _processes.agreed(_files.is_whole(path)):
+      if not _processes.agreed(buckets.is_whole(path)):
         soup = mixture()
         metadata = {'recipe': recipe_name, 'seed': config.seed}
         checkpoints.save(
@@ -547,10 +548,10 @@ def _write(work, content: Json, tables, soups) -> None:
   workdir = work.workdir
   rows = report.averaged(tables)[0]
   draw = functools.partial(report.scatter, rows=rows)
-  with _files.local_copy(workdir / _SCATTER) as file:
+  with buckets.local_copy(workdir / _SCATTER) as file:
     report.save(draw, file, size=(7.2, 4.2))
   if searches := _searches(soups):
-    with _files.local_copy(workdir / _TRIALS) as file:
+    with buckets.local_copy(workdir / _TRIALS) as file:
       report.save(lambda ax: report.trials(ax, searches), file)
   means, spread = report.averaged([report.summary(table) for table in tables])
   deviations = spread if len(tables) > 1 else None

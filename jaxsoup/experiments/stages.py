@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup import _warnings
 from jaxsoup import checkpoints
@@ -32,6 +31,7 @@ from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import stopping
 from jaxsoup.experiments import workdirs
+from jaxsoup.runtime import buckets
 from jaxsoup.runtime import locking
 from jaxsoup.runtime import preemption
 from jaxsoup.train import loop
@@ -46,9 +46,9 @@ def theta_0(work: workdirs.Work) -> Params:
   Of several processes with one workdir one makes it, and the others wait.
   """
   path = work.workdir / 'theta_0'
-  if not _processes.agreed(_files.is_whole(path)):
+  if not _processes.agreed(buckets.is_whole(path)):
     with _alone(work, path):
-      if not _processes.agreed(_files.is_whole(path)):
+      if not _processes.agreed(buckets.is_whole(path)):
         work.progress_fn('pre-training', 0.0)
         metadata = {'seed': work.config.seed}
         checkpoints.save(path, _start(work), metadata=metadata)
@@ -102,7 +102,7 @@ def _start(work: workdirs.Work) -> Params:
 def _pretrained(work: workdirs.Work, params: Params) -> Params:
   """Kept until theta_0 is there: the probe may be stopped."""
   path = work.workdir / 'unfinished' / 'pretrained'
-  if not _processes.agreed(_files.is_whole(path)):
+  if not _processes.agreed(buckets.is_whole(path)):
     if work.splits.pretrain is None:
       raise configs.UsageError(
           'config.pretrain is set, but data(config) returns no `pretrain` set: '
@@ -170,7 +170,7 @@ def finetune_all(work: workdirs.Work, start: Params) -> bool:
       _finetune_group(work, start, group, progress_fn)
     num_done += len(group)
   is_complete = _processes.agreed(
-      all(_files.is_whole(path) for _, _, path in work.copies())
+      all(buckets.is_whole(path) for _, _, path in work.copies())
   )
   if is_complete and (diverged := work.diverged()):
     warn_of(diverged)
@@ -180,7 +180,7 @@ def finetune_all(work: workdirs.Work, start: Params) -> bool:
           'another workdir.'
       )
   if is_complete and _processes.is_main():
-    _files.remove(work.workdir / 'unfinished')
+    buckets.remove(work.workdir / 'unfinished')
   return is_complete
 
 
@@ -221,10 +221,10 @@ def _finetune_group(work: workdirs.Work, start, group, progress_fn) -> None:
   paths = {(i, name): path for i, name, path in work.copies() if i in group}
   for (i, name), path in paths.items():
     unscored = _unscored(work, path)
-    if _processes.agreed(_files.is_whole(unscored)):
+    if _processes.agreed(buckets.is_whole(unscored)):
       _save(work, path, i, name, _read(work, unscored, start))
   if not _processes.agreed(
-      all(_files.is_whole(path) for path in paths.values())
+      all(buckets.is_whole(path) for path in paths.values())
   ):
 
     def keep_fn(name, stacked):
@@ -261,12 +261,12 @@ def _save(work: workdirs.Work, path, run: int, name: str, params) -> None:
 
   When the script is to stop, without a score: the next call does the rest.
   """
-  if _processes.agreed(_files.is_whole(path)):
+  if _processes.agreed(buckets.is_whole(path)):
     return
   try:
     logits = work.logits_of(path, lambda: params)
   except preemption.Preempted:
-    if not _processes.agreed(_files.is_whole(_unscored(work, path))):
+    if not _processes.agreed(buckets.is_whole(_unscored(work, path))):
       checkpoints.save(_unscored(work, path), params)
     return
   metric = cook.metric_of(work.config)

@@ -33,6 +33,7 @@ from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import stopping
+from jaxsoup.runtime import buckets
 from jaxsoup.runtime import locking
 from jaxsoup.runtime import metric_log
 from jaxsoup.runtime import preemption
@@ -166,7 +167,7 @@ class Work:
 
   def stored(self, path: pathlib.Path) -> Json:
     """What was saved with a run; empty if it is not there. Read once."""
-    if path not in self._stored and _files.is_whole(path):
+    if path not in self._stored and buckets.is_whole(path):
       self._stored[path] = checkpoints.provenance(path)['metadata']
     return self._stored.get(path, {})
 

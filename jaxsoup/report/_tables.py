@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import metrics
 from jaxsoup import statistics
+from jaxsoup.runtime import buckets
 from jaxsoup.statistics import Comparison
 from jaxsoup.typing import Array
 from jaxsoup.typing import Config
@@ -88,7 +88,7 @@ _SCORES = {
 
 def read_rows(path: PathLike) -> list[Row]:
   """Reads the rows of `results.json`, or of any JSON list of such rows."""
-  content = _json.read(_files.path_of(path))
+  content = _json.read(buckets.path_of(path))
   return rows_of(content['rows'] if isinstance(content, dict) else content)
 
 

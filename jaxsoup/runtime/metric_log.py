@@ -16,8 +16,8 @@ import pathlib
 import time
 from typing import Any
 
-from jaxsoup import _files
 from jaxsoup import _processes
+from jaxsoup.runtime import buckets
 from jaxsoup.typing import PathLike
 
 # Between two copies to a bucket.
@@ -47,7 +47,7 @@ class MetricLog:
     Raises:
       ImportError: tensorboardX is not installed.
     """
-    self._path, self._sent = _files.path_of(path), 0.0
+    self._path, self._sent = buckets.path_of(path), 0.0
     self._file: pathlib.Path | None = None  # A copy, if that is in a bucket.
     self._end = contextlib.ExitStack()
     atexit.register(self._end.close)
@@ -81,7 +81,7 @@ class MetricLog:
       return
     line = json.dumps({'time': round(time.time(), 1), **values})
     if self._file is None:
-      self._file = self._end.enter_context(_files.local_copy(self._path))
+      self._file = self._end.enter_context(buckets.local_copy(self._path))
       self._file.parent.mkdir(parents=True, exist_ok=True)
     # One write per line, so that lines of other processes stay whole.
     with self._file.open('a') as file:

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from jaxsoup import _files
 from jaxsoup import _processes
+from jaxsoup.runtime import buckets
 from jaxsoup.runtime import preemption
 from jaxsoup.typing import Leaf
 from jaxsoup.typing import PathLike
@@ -47,7 +48,7 @@ class Saved:
       stop: whether the script is to stop.
       minutes: the least time between two states.
     """
-    self._folder = epath.Path(_files.path_of(folder))
+    self._folder = epath.Path(buckets.path_of(folder))
     if not _files.is_remote(folder):  # Orbax wants it absolute.
       self._folder = self._folder.absolute()
     self._stop = stop
@@ -118,7 +119,7 @@ class Saved:
       self._manager.close()
       self._manager = None
     if _processes.is_main():
-      _files.remove(self._folder)
+      buckets.remove(self._folder)
 
   def _is_due(self, num_done: int) -> bool:
     """Whether the time has come, by the clock of the main process.
