@@ -23,6 +23,8 @@ def status(name: str) -> int:
 
 def ones(info, sharding):
   """An argument; what a program does not use has no sharding."""
+  if info is None:
+    return None
   is_key = jax.dtypes.issubdtype(info.dtype, jax.dtypes.prng_key)
   make_fn = lambda: jnp.ones(info.shape, info.dtype)
   make = jax.jit(

@@ -266,7 +266,7 @@ def test_stopped_and_resumed_is_the_same(experiment, workdir, tmp_path):
     if (again / 'landscape/pairs.json').exists():
       stop.requested = True
 
-  with pytest.raises(preemption.Preempted, match='copy holds all'):
+  with pytest.raises(preemption.Preempted, match='copy holds'):
     main.run(experiment, again, stop_at, stop)
   before = kept(again)
   assert {'angles', 'diagnosis', 'pairs'} <= before.keys() < set(PARTS)

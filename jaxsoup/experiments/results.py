@@ -91,7 +91,7 @@ class Cooked(NamedTuple):
   soups: dict[str, jaxsoup.Soup[Any]]
 
 
-class Model(NamedTuple):
+class Compared(NamedTuple):
   """What is compared.
 
   Attributes:
@@ -197,6 +197,7 @@ def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
       _write(work, content, tables, first.soups)
   prepare_fn = next(iter(first.statistics_fns.values()), None)
   _add_stability(work, content, ingredients, all_splits[0], logits, prepare_fn)
+  _processes.wait_for_all(f'{_RESULTS} is written')
   landscapes.make(work, theta_0, first.soups, first.scores, prepare_fn)
   return report.averaged(tables)[0] or report.read_rows(work.workdir / _RESULTS)
 
@@ -363,16 +364,16 @@ def _soups(work, ingredients, theta_0, split, scores, singles, fns, part):
   return soups
 
 
-def _models(work, split, cooked: Cooked, logits) -> list[Model]:
+def _models(work, split, cooked: Cooked, logits) -> list[Compared]:
   """All that is compared, as this split has it."""
 
   def soup(name, params_fn, info=None):
     of_soup = work.logits_of(split.soup_path(name), params_fn)
-    return Model('soup', name, split.of(of_soup), getattr(info, 'beta', 1.0))
+    return Compared('soup', name, split.of(of_soup), getattr(info, 'beta', 1.0))
 
   mine = [split.of(x) for x in logits]
   models = [
-      Model('single', path.name, x)
+      Compared('single', path.name, x)
       for (_, _, path), x in zip(work.copies(), mine)
   ]
   models += [
@@ -385,7 +386,7 @@ def _models(work, split, cooked: Cooked, logits) -> list[Model]:
   for name, alpha in alphas.items():
     mean = workdirs.Logits(mine[0], functools.partial(_mean, mine, alpha))
     cost = int(np.count_nonzero(alpha))
-    models.append(Model('ensemble', name, mean, cost=cost))
+    models.append(Compared('ensemble', name, mean, cost=cost))
   if fns := cooked.statistics_fns:
     # What the statistics do by themselves, without any averaging.
     params_fn = lambda: fns['re-estimated'](cooked.best_fn())
@@ -404,7 +405,7 @@ def _mean(
   return total
 
 
-def _scored(work, split, model: Model):
+def _scored(work, split, model: Compared):
   """Scores of one model, for which each of its arrays is read once.
 
   Returns:
@@ -566,4 +567,3 @@ def _store(work, content: Json) -> None:
   if _processes.is_main():
     with _files.replaced(work.workdir / _RESULTS) as unfinished:
       unfinished.write_text(json.dumps(_json.sealed(content), indent=1))
-  _processes.wait_for_all(f'{_RESULTS} is written')

@@ -22,12 +22,12 @@ class Ingredients(checkpoints.Ingredients):
     self._stop.check(self._saved)
     return super().__getitem__(k)
 
-  def stopping(self, batches: Iterable[Tree]) -> 'Batches':
+  def stopping(self, batches: Iterable[Tree]) -> 'Stoppable':
     """Batches that look for a request to stop before each one."""
-    return Batches(batches, self._stop, self._saved)
+    return Stoppable(batches, self._stop, self._saved)
 
 
-class Batches:
+class Stoppable:
   """Batches that look for a request to stop before each one.
 
   Unlike a generator, they can be read in every epoch.

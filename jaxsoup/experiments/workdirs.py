@@ -121,10 +121,10 @@ class Work:
 
     return Logits(self.data, read_fn)
 
-  def stopping(self, batches: Iterable[Any]) -> stopping.Batches:
+  def stopping(self, batches: Iterable[Any]) -> stopping.Stoppable:
     """Batches that look for a request to stop before each one."""
     saved = f'{self.workdir} holds what is finished'
-    return stopping.Batches(batches, self.stop, saved)
+    return stopping.Stoppable(batches, self.stop, saved)
 
   @functools.cached_property
   def _logits_fns(self) -> dict[str, Any]:

@@ -441,7 +441,9 @@ def probe(
     raise ValueError(
         'The model has no linear head for a linear probe: remove config.probe.'
     )
-  batches = checked_fn(sources.batches(source, batch_size))
+  batches = checked_fn(
+      sources.batches(source, evaluation.divided(batch_size, sharding))
+  )
   features = _features(model, params, batches, sharding)
   head_model = modeling.linear(
       features.arrays['feature'].shape[-1], model.num_classes
