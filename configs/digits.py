@@ -18,7 +18,7 @@ changes the split, the pre-training and the sweep):
   best single      97.5 ± 1.0  96.0 ± 0.8  68.1 ± 3.2
   mean of singles  95.4 ± 1.2  95.1 ± 0.9  71.0 ± 1.9
   uniform          96.4 ± 1.4  96.2 ± 0.9  76.1 ± 2.3
-  greedy           97.8 ± 1.1  96.4 ± 0.8  72.5 ± 3.2
+  greedy           97.7 ± 1.0  96.4 ± 0.8  72.6 ± 3.2
   pruned           97.7 ± 0.9  96.2 ± 0.5  69.8 ± 4.1
   learned          97.0 ± 1.3  96.5 ± 0.9  75.5 ± 2.6
   ... by tensor    98.2 ± 0.8  96.8 ± 1.0  75.2 ± 2.4
