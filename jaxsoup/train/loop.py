@@ -185,55 +185,48 @@ class _Seen:
 
   def __init__(self, settings, hyper, before, num_steps, log_fn, every):
     self._settings, self._before, self._num_steps = settings, before, num_steps
-    self._rates = jax.device_get(hyper['learning_rate'])
+    self._rates = jax.device_get(hyper['learning_rate']).tolist()
     self._log_fn, self._every = log_fn, every
-    self._values: list[Any] = []
-    self._num_logged, self._time = 0, time.monotonic()
+    self._recent: list[Any] = []
+    self._num_recent, self._time = 0, time.monotonic()
+    self._losses: list[np.ndarray] = []
 
   def add(self, values, done: int) -> int:
     """Adds the metrics of a program, [K, steps]; returns how many steps."""
-    self._values.append(values)
-    # Few programs ahead of the device: batches in flight take memory.
-    jax.block_until_ready(self._values[-3:][0])
     num = values['loss'].shape[1]
-    is_due = sum(x['loss'].shape[1] for x in self._values) - self._num_logged
-    if self._log_fn and (
-        is_due >= self._every or done + num == self._num_steps
-    ):
-      self._log(done + num, is_due)
+    self._recent.append(values)
+    self._num_recent += num
+    # Few programs ahead of the device: batches in flight take memory.
+    jax.block_until_ready(self._recent[-3:][0])
+    is_last = done + num == self._num_steps
+    if self._num_recent >= self._every or is_last:
+      self._log(done + num)
     return num
 
   def losses(self) -> np.ndarray:
     """Their means, [K]."""
-    losses = jax.device_get([x['loss'] for x in self._values])
-    return np.concatenate(losses, axis=1).mean(1)
+    return np.concatenate(self._losses, axis=1).mean(1)
 
-  def _log(self, done: int, num: int) -> None:
-    recent = jax.device_get(self._values)
-    recent = {
-        k: np.concatenate([x[k] for x in recent], axis=1)[:, -num:]
-        for k in recent[0]
-    }
-    now, settings = time.monotonic(), self._settings
-    seen = num * settings.batch_size * len(self._rates)
-    rate = round(seen / max(now - self._time, 1e-9), 1)
-    for first in range(0, num, self._every):
+  def _log(self, done: int) -> None:
+    recent = jax.device_get(self._recent)
+    recent = {k: np.concatenate([x[k] for x in recent], 1) for k in recent[0]}
+    self._losses.append(recent['loss'])
+    num, now, settings = self._num_recent, time.monotonic(), self._settings
+    examples = num * settings.batch_size * len(self._rates)
+    speed = round(examples / max(now - self._time, 1e-9), 1)
+    self._recent, self._num_recent, self._time = [], 0, now
+    for first in range(0, num if self._log_fn else 0, self._every):
       last = min(first + self._every, num)
       step = self._before + done - num + last
       share = steps.schedule(settings, (step - 1) // settings.num_accumulated)
-      for row, peak in enumerate(self._rates.tolist()):
+      for row, peak in enumerate(self._rates):
         means = {k: float(x[row, first:last].mean()) for k, x in recent.items()}
-        self._log_fn(
-            row,
-            {
-                'step': step,
-                'epoch': (step - 1) // self._num_steps + 1,
-                **means,
-                'learning_rate': peak * float(share),
-                'examples_per_second': rate,
-            },
-        )
-    self._num_logged, self._time = self._num_logged + num, now
+        place = {'step': step, 'epoch': (step - 1) // self._num_steps + 1}
+        rates = {
+            'learning_rate': peak * float(share),
+            'examples_per_second': speed,
+        }
+        self._log_fn(row, {**place, **means, **rates})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
