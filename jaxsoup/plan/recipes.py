@@ -140,6 +140,8 @@ def of(
           examples=example_bytes
           * sum(
               min(num, most.get(called, num)) * sizes.get(called, 0)
+              # What stays on the devices each host reads as a whole.
+              // (1 if called in most else programs.num_hosts(mesh))
               for called, num in row.calls.items()
           ),
           writes=0 if name == 'ensembles' else model_bytes,
