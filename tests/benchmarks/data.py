@@ -9,14 +9,13 @@ batches, which are read ahead; the best of the repeats, in turns. `start` is the
 time to the first batch, with the start of the workers. A core's second is one
 of processor time of all processes, the median.
 
-Measured on two cores that other programs used as well, so that only the last
-column says what a worker adds; --repeats 9:
+Measured on two cores that little else used; --images 768 --repeats 9:
 
                         start (s)  images/s  x PIL in a loop  images/s of a core
-PIL in a loop                0.00       203             1.00                 365
-threads of one process       0.26       232             1.14                 366
-1 worker process             1.97       237             1.17                 325
-2 worker processes           2.67       300             1.48                 327
+PIL in a loop                0.00       434             1.00                 409
+threads of one process       0.09       823             1.90                 408
+1 worker process             0.83       399             0.92                 369
+2 worker processes           0.91       756             1.74                 362
 
 PIL can decode at half the size (`Image.draft`), but not files of this size:
 224 pixels need more than half. Of 1000 x 750 it changed pixels by up to 7 of
