@@ -9,6 +9,7 @@ with _files.replaced(path, marker='<meta name="generator"') as unfinished:
 from collections.abc import Iterator
 import contextlib
 import errno
+import os
 import pathlib
 import re
 import secrets
@@ -118,3 +119,10 @@ def replaced(
     unfinished.replace(path)
   finally:
     unfinished.unlink(missing_ok=True)
+
+
+def write_at(number: int, data: memoryview, place: int) -> None:
+  """Writes all bytes to an open file, from byte `place` on."""
+  while data:
+    num_written = os.pwrite(number, data, place)
+    data, place = data[num_written:], place + num_written

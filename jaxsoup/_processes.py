@@ -1,12 +1,18 @@
 """Several processes with one task: who writes, who waits, what is agreed on."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
+import json
+from typing import TypeVar
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
 from jaxsoup.typing import Leaf
+
+_T = TypeVar('_T')
 
 
 def is_main() -> bool:
@@ -78,3 +84,31 @@ def gathered(leaf: Leaf) -> np.ndarray:
   if leaf.is_fully_replicated:
     return np.asarray(leaf)
   return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Work that fails on all processes if it fails on one: none waits."""
+  try:
+    yield
+  except BaseException:
+    is_any(True)
+    raise
+  if is_any(False):
+    raise RuntimeError('Another process failed: see what it says.')
+
+
+def merged(texts: dict[str, str]) -> dict[str, str]:
+  """What all processes know together."""
+  if jax.process_count() == 1:
+    return texts
+  own = json.dumps(texts).encode()
+  lengths = multihost_utils.process_allgather(np.int32(len(own)))
+  padded = np.frombuffer(own.ljust(int(np.max(lengths))), np.uint8)
+  rows = np.asarray(multihost_utils.process_allgather(padded))
+  return {k: v for row in rows for k, v in json.loads(row.tobytes()).items()}
+
+
+def share_of(parts: Sequence[_T]) -> list[_T]:
+  """Those of many parts that this process works on."""
+  return list(parts[jax.process_index() :: jax.process_count()])

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _directories
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _orbax
+from jaxsoup.checkpoints import _orbax_files
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _soups
 from jaxsoup.checkpoints import _source
@@ -133,19 +133,12 @@ def save_arrays(
         if _directories.is_directory(like.parent):
           _directories.copy_other_files(like, folder)
     else:
-      _write_orbax(path, arrays, separator, own)
+      _write(_orbax_files.write, path, shapes, arrays, own, separator)
   return str(path)
 
 
 def _write_file(path, shapes, arrays, own) -> None:
-  paths = dict(zip(shapes, _source.paths_of(shapes, '.')))
-  leaves = {paths[name]: x for name, x in shapes.items()}
-
-  def fill_fn(put_fn):
-    for name, array in arrays:
-      put_fn(paths[name], 0, array)
-
-  _safetensors.write(path, leaves, lambda: own, fill_fn)
+  _write(_safetensors.write, path, shapes, arrays, own, '.')
   try:
     _directories.verify(path)
   except ValueError:
@@ -153,19 +146,12 @@ def _write_file(path, shapes, arrays, own) -> None:
     raise
 
 
-def _write_orbax(path, arrays, separator, own) -> None:
-  """Orbax takes whole trees: of arrays in temporary files next to it."""
-  folder = _files.unfinished_name(path)
-  folder.mkdir()
-  try:
-    tree = {}
-    for i, (name, array) in enumerate(arrays):
-      file = folder / str(i)
-      file.write_bytes(array.reshape(-1).view(np.uint8).data)
-      if array.nbytes:  # An empty file cannot be mapped.
-        mapped = _orbax.OnDisk(file, np.uint8, 'r')
-        array = mapped.view(array.dtype).reshape(array.shape)
-      tree[tuple(name.split(separator))] = array
-    _orbax.write(path, _tree.nest(tree), {'jaxsoup': own})
-  finally:
-    shutil.rmtree(folder)
+def _write(write_fn, path, shapes, arrays, own, separator) -> None:
+  paths = dict(zip(shapes, _source.paths_of(shapes, separator)))
+  leaves = {paths[name]: x for name, x in shapes.items()}
+
+  def fill_fn(put_fn):
+    for name, array in arrays:
+      put_fn(paths[name], 0, array)
+
+  write_fn(path, leaves, lambda: own, fill_fn)

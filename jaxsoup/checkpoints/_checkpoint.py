@@ -1,14 +1,18 @@
 """One checkpoint: the paths of the wanted leaves, and their checksums."""
 
+import collections
 from collections.abc import Callable
 from collections.abc import Container
 from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 import pathlib
+import re
+from typing import Any
 
 import jax
 
+from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup import _warnings
 from jaxsoup.checkpoints import _checksum
@@ -16,6 +20,7 @@ from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _pieces
 from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Params
+from jaxsoup.typing import ShapeDtype
 
 # Checksums of the leaves that are being read.
 Sums = dict[_tree.Path, _checksum.Checksum]
@@ -29,6 +34,8 @@ class Checkpoint:
     flat: what is wanted: names, shapes, dtypes and shardings of the leaves.
     stored: shape and dtype in the file, by name.
     places: paths in the file, by name.
+    targets: the same for a soup, in which a selected copy of the parameters,
+      such as their moving average, takes their place.
   """
 
   def __init__(
@@ -36,19 +43,38 @@ class Checkpoint:
       source: _source.Source,
       abstract: _tree.Flat | None,
       item: str | None = None,
+      is_whole: bool = False,
   ):
     self.source = source
-    places = _places(source.metadata, abstract, item)
+    places = _places(source.metadata, abstract, item, is_whole)
     leaves = source.metadata.leaves
     self.stored = {name: leaves[path] for name, path in places.items()}
     self.flat = abstract or _tree.flatten_in_place(_tree.nest(self.stored))
     self.places = places
+    self.targets = self._targets(item)
     self._digests: dict[str, str] = {}
     self._stored_digests = {
         name: digest
         for name, digest in source.metadata.checksums.items()
         if _checksum.is_current(digest)
     }
+
+  def _targets(self, item: str | None) -> dict[_tree.Path, _tree.Path]:
+    metadata = self.source.metadata
+    if item is None:
+      return self.places
+    usual = _places(metadata, None, None)
+    if {n: metadata.leaves[p].shape for n, p in usual.items()} == {
+        n: x.shape for n, x in self.stored.items()
+    }:
+      return usual
+    return self.places
+
+  def left_out(self) -> dict[str, int]:
+    """Numbers of leaves that a soup does not have, by their first key."""
+    kept = set(self.targets.values())
+    stored = self.source.metadata.leaves
+    return dict(collections.Counter(p[0] for p in stored if p not in kept))
 
   def read(self) -> Params:
     """All wanted leaves, in their dtypes and shardings."""
@@ -132,6 +158,10 @@ class Checkpoint:
           'start again.'
       )
 
+  def exchange(self) -> None:
+    """Processes that each read some of the leaves tell their checksums."""
+    self._digests = _processes.merged(self._digests)
+
   def _new_checksum(self, name: _tree.Path) -> _checksum.Checksum:
     return _checksum.Checksum(_tree.num_bytes(self.stored[name]))
 
@@ -172,15 +202,17 @@ def below(
 
 
 def _places(
-    source: _source.Metadata, abstract: _tree.Flat | None, item: str | None
+    source: _source.Metadata,
+    abstract: _tree.Flat | None,
+    item: str | None,
+    is_whole: bool = False,
 ) -> dict[_tree.Path, _tree.Path]:
   """The path in the checkpoint of each wanted leaf."""
   stored = below(source, item)
   if abstract is None:
-    params = {p[1:]: q for p, q in stored.items() if p[:1] == ('params',)}
-    stored = params or stored
-    named = _orbax.without_value_keys(list(stored))
-    return {name: stored[p] for name, p in named.items()}
+    model = stored if is_whole else _model_of(stored, source.leaves)
+    named = _orbax.without_value_keys(list(model))
+    return {name: model[p] for name, p in named.items()}
   wanted = abstract.by_path
   matches = _matches(stored, wanted)
   fitting = {
@@ -204,6 +236,37 @@ def _places(
   best = max(matches.values(), key=len, default={})
   _check_fits(source, wanted, best)
   return best
+
+
+def _model_of(
+    stored: Mapping[_tree.Path, _tree.Path],
+    leaves: Mapping[_tree.Path, ShapeDtype],
+) -> dict[_tree.Path, _tree.Path]:
+  """The leaves of the model, if this is the state of a training.
+
+  Without its optimizer, its counters and keys, and copies of the parameters;
+  below `params` or `model`, if all of them are there.
+  """
+  trees: dict[str, dict[_tree.Path, Any]] = {}
+  for path, place in stored.items():
+    trees.setdefault(path[:1][0], {})[path[1:]] = leaves[place].shape
+  main = next((key for key in ('params', 'model') if key in trees), None)
+  if main is None or main == 'model' and not any(map(_is_optimizer, trees)):
+    return dict(stored)
+  of_model = {
+      key
+      for key, tree in trees.items()
+      if key == main
+      or not _is_optimizer(key)
+      and tree.keys() != {()}
+      and tree != trees[main]
+  }
+  num_keys = 1 if of_model == {main} else 0
+  return {p[num_keys:]: q for p, q in stored.items() if p[0] in of_model}
+
+
+def _is_optimizer(key: str) -> bool:
+  return bool(re.fullmatch(r'opt(_state|imizer(_state)?)?', key))
 
 
 def _matches(

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent import futures
+import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _formats
+from jaxsoup.checkpoints import _orbax_files
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _streaming
 from jaxsoup.typing import Alpha
@@ -39,6 +42,7 @@ class Ingredients(Sequence[Params]):
   Attributes:
     paths: the files or directories that hold the pytrees, as strings.
     item: as given.
+    whole: as given.
   """
 
   def __init__(
@@ -47,6 +51,7 @@ class Ingredients(Sequence[Params]):
       abstract_params: Params | None = None,
       *,
       item: str | None = None,
+      whole: bool = False,
   ):
     """Finds the checkpoints; reads no arrays.
 
@@ -66,6 +71,8 @@ class Ingredients(Sequence[Params]):
         'default' is the default. Or which subtree of the checkpoint, such as
         'ema_params', where the parameters fit into several; or both, as in
         'state/ema_params'.
+      whole: without `abstract_params`: read the whole state of a training, with
+        its optimizer, and not only the model.
 
     Raises:
       FileNotFoundError: a path without a finished checkpoint.
@@ -77,6 +84,7 @@ class Ingredients(Sequence[Params]):
       raise TypeError(f'paths must be a list of paths, not {paths!r}.')
     self.paths = tuple(_formats.resolve(path, item) for path in paths)
     self.item = item
+    self.whole = whole
     self._abstract = (
         None if abstract_params is None else _tree.flatten(abstract_params)
     )
@@ -195,10 +203,30 @@ class Ingredients(Sequence[Params]):
     opened = {k: self._checkpoint(k) for k in order}
     return _streaming.Average(opened, order, alpha, count)
 
+  def targets(self) -> tuple[Any, dict[_tree.Path, _tree.Path]]:
+    """The Orbax layout of a soup, None if the first ingredient has no such
+    layout, and the path there of each leaf that is read.
+    """
+    first = self._checkpoint(0)
+    layout = first.source.layout
+    if layout is None:
+      return None, first.places
+    layouts = [self._checkpoint(k).source.layout for k in range(len(self))]
+    steps = [x.step for x in layouts if x is not None]
+    number = lambda step: int(re.findall(r'\d+', step)[-1]) if step else -1
+    return layout._replace(step=max(steps, key=number)), first.targets
+
+  def left_out(self) -> list[str]:
+    """What the first checkpoint holds in addition to what is read, as text."""
+    first = self._checkpoint(0)
+    said = [f'{k} ({n} arrays)' for k, n in first.left_out().items()]
+    items = first.source.layout.items() if first.source.layout else []
+    return said + [f'item {p.name}' for p in items if _orbax_files.is_tree(p)]
+
   def unsharded(self) -> 'Ingredients':
     """The same, for one process alone."""
     if self._abstract is None:  # Then extra leaves of others are mismatches.
-      return Ingredients(self.paths, item=self.item)
+      return Ingredients(self.paths, item=self.item, whole=self.whole)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.abstract_params
     )
@@ -211,6 +239,6 @@ class Ingredients(Sequence[Params]):
     if k not in self._checkpoints:
       source = _formats.open_source(self.paths[k])
       self._checkpoints[k] = _checkpoint.Checkpoint(
-          source, self._abstract, self.item
+          source, self._abstract, self.item, self.whole
       )
     return self._checkpoints[k]

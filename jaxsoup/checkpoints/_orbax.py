@@ -1,15 +1,13 @@
-"""Reads and writes Orbax checkpoints: layouts, metadata, checksums."""
+"""Reads Orbax checkpoints: which one is meant, its metadata, its arrays."""
 
 from collections.abc import Iterator
-import contextlib
 import errno
 import itertools
+import math
 import os
-import pathlib
 import re
 from typing import Any
 
-from absl import logging
 from etils import epath
 import jax
 import numpy as np
@@ -17,10 +15,11 @@ import tensorstore
 
 from jaxsoup import _files
 from jaxsoup import _json
-from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup import _warnings
 from jaxsoup.checkpoints import _checksum
+from jaxsoup.checkpoints import _orbax_files
+from jaxsoup.checkpoints import _raw
 from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Array
 from jaxsoup.typing import Json
@@ -30,24 +29,11 @@ from jaxsoup.typing import PathLike
 
 # A directory with this file holds one pytree, written by Orbax v0, by v1
 # (below `state/`) or a CheckpointManager (below `STEP/ITEM/`).
-_PYTREE_FILE = '_METADATA'
+_PYTREE_FILE = _orbax_files.TREE_FILE
 _UNFINISHED = '.orbax-checkpoint-tmp'
-_COMMITTED = 'commit_success.txt'
 # What is looked at before a directory is too large to be a run's.
 _MOST_DIRECTORIES = 10_000
 _DEEPEST = 8
-_MOST_AXES = 32  # Of tensorstore.
-
-
-class OnDisk(np.memmap):
-  """An array that stays in its file while it is saved.
-
-  Orbax would first copy the whole model on the host, in case its arrays change
-  while it writes.
-  """
-
-  def __deepcopy__(self, memo: object) -> 'OnDisk':
-    return self
 
 
 def resolve(path: PathLike, item: str | None = None) -> epath.Path:
@@ -122,9 +108,11 @@ def _resolve(
   if steps and len(steps) == len(children):
     # Where a step has the file that Orbax writes last in a bucket, steps that
     # lack it are not finished, for Orbax neither.
-    marked = {n for n in steps if (path / str(n) / _COMMITTED).exists()}
+    marked = {
+        n for n in steps if (path / str(n) / _orbax_files.COMMITTED).exists()
+    }
     return steps[max(marked or steps)]
-  for usual in ('params', 'state', 'default'):
+  for usual in ('params', 'model_params', 'state', 'default'):
     if usual in children and item is None:
       return children[usual]
   if len(children) > 1:
@@ -163,7 +151,7 @@ def open_source(path: epath.Path) -> _source.Source:
     layout = _json.parsed((path / _PYTREE_FILE).read_bytes())
     rows = list(layout['tree_metadata'].values())
     stored = {
-        tuple(str(key['key']) for key in row['key_metadata'])
+        _orbax_files.path_of(row)
         for row in rows
         if not row['value_metadata'].get('skip_deserialize')
     }
@@ -189,6 +177,9 @@ def open_source(path: epath.Path) -> _source.Source:
 
   def reader_of(leaf_path):
     array = arrays[leaf_path]
+    raw = _raw_reader(path / '.'.join(leaf_path), array)
+    if raw is not None:
+      return raw
 
     def read(index):
       try:
@@ -200,10 +191,49 @@ def open_source(path: epath.Path) -> _source.Source:
 
   def rows_of(leaf_path):
     # A chunk is decoded as a whole.
+    if _raw_reader(path / '.'.join(leaf_path), arrays[leaf_path]):
+      return 1
     chunk = arrays[leaf_path].chunk_layout.read_chunk.shape or (1,)
     return max(chunk[0], 1)
 
-  return _source.Source(metadata, reader_of, rows_of)
+  _check_described(metadata)
+  place = _orbax_files.Layout.of(path, layout)
+  return _source.Source(metadata, reader_of, rows_of, layout=place)
+
+
+def _check_described(metadata: _source.Metadata) -> None:
+  """Raises if names, shapes or dtypes are not those that we stored."""
+  own, sums = metadata.custom.get('jaxsoup', {}), metadata.checksums
+  by_name = {_tree.name_of(p): x for p, x in metadata.leaves.items()}
+  if 'content_hash' not in own or not all(
+      map(_checksum.is_current, sums.values())
+  ):
+    return
+  if sums.keys() != by_name.keys() or own['content_hash'] != (
+      _checksum.content_hash(by_name, sums)
+  ):
+    raise _source.damaged(
+        metadata.path, 'its leaves are not those that were stored'
+    )
+
+
+def _raw_reader(folder: epath.Path, array: Any) -> _source.ReadFn | None:
+  """Reads files that hold nothing but rows of an array, as ours do."""
+  if _files.is_remote(folder) or not (folder / '.zarray').exists():
+    return None
+  spec = array.spec().to_json()['metadata']
+  shape, columns = array.shape, array.shape[1:]
+  num_rows, *others = spec['chunks'] or [0]
+  is_raw = spec['order'] == 'C' and not (spec['compressor'] or spec['filters'])
+  if not (is_raw and shape and tuple(others) == columns) or spec['dtype'] > '=':
+    return None
+  rest = ''.join('.0' for _ in columns)
+  dtype = array.dtype.numpy_dtype
+  files = [
+      _raw.Array(f'{folder}/{i}{rest}', 0, (num_rows, *columns), dtype)
+      for i in range(math.ceil(shape[0] / num_rows))
+  ]
+  return _raw.chunked_reader(files)
 
 
 def _open_arrays(path, layout, leaf_paths) -> dict[_tree.Path, Any]:
@@ -237,7 +267,7 @@ def _kvstore(path: epath.Path) -> str | dict[str, str]:
 def _describe(path: epath.Path) -> Json:
   """`_CHECKPOINT_METADATA`, which a manager writes one level up."""
   for directory in (path, path.parent):
-    file = directory / '_CHECKPOINT_METADATA'
+    file = directory / _orbax_files.ROOT_FILE
     if file.exists():
       return _json.parsed(file.read_bytes())
   return {}
@@ -252,50 +282,6 @@ def without_value_keys(paths: list[_tree.Path]) -> dict[_tree.Path, _tree.Path]:
   return {path: path for path in paths}
 
 
-def write(path: PathLike, params: Params, custom: Json) -> epath.Path:
-  """Writes a tree as nested dicts, with a checksum for each leaf.
-
-  It gets its name only when it is complete.
-  """
-  root = absolute(path)
-  if root.exists():
-    raise FileExistsError(
-        f'{root} exists and is not overwritten. Delete it, or give another '
-        'path.'
-    )
-  import orbax.checkpoint as ocp  # Slow to import, not needed for reading.
-
-  arrays = savable(params)
-  dotted = {'.'.join(p) for p in arrays}
-  if len(dotted) < len(arrays) or () in arrays:
-    raise ValueError(
-        'Orbax would confuse leaves of this tree: its keys contain dots that '
-        "make two paths equal (such as 'a.b' and {'a': {'b'}}), or it is a "
-        'bare array. Rename the keys, or wrap it in a dict.'
-    )
-  by_name = {_tree.name_of(p): x for p, x in arrays.items()}
-  if odd := [n for n, x in by_name.items() if x.ndim > _MOST_AXES]:
-    raise ValueError(
-        f'Leaf {odd[0]!r} has {by_name[odd[0]].ndim} axes, and Orbax stores at '
-        f'most {_MOST_AXES}. Save a .safetensors file.'
-    )
-  checksums = {name: _checksum.of(x) for name, x in by_name.items()}
-  own = {
-      'checksums': checksums,
-      'content_hash': _checksum.content_hash(by_name, checksums),
-      **custom.pop('jaxsoup', {}),
-  }
-  _processes.wait_for_all('every process has seen that the path is free')
-  with _quiet(), _cleared(root):
-    # Compression saves 7 % of the bytes and takes most of the time.
-    ocp.PyTreeCheckpointer(use_compression=False).save(
-        root,
-        _tree.nest(arrays),
-        custom_metadata={'jaxsoup': _json.sealed(own), **custom},
-    )
-  return root
-
-
 def savable(params: Params) -> dict[_tree.Path, Array]:
   """The leaves of a tree as they can be saved, by path."""
   leaves = _tree.flatten_in_place(params).by_path
@@ -304,8 +290,6 @@ def savable(params: Params) -> dict[_tree.Path, Array]:
 
 def _savable(leaf: Leaf, path: _tree.Path) -> Array:
   """On the host, unless it is sharded over processes, which all write."""
-  if isinstance(leaf, OnDisk):
-    return leaf
   if isinstance(leaf, np.ndarray):  # As it is: a device may have no float64.
     return _tree.as_numbers(leaf, path)
   leaf = _tree.on_device(leaf, path)
@@ -317,25 +301,3 @@ def _savable(leaf: Leaf, path: _tree.Path) -> Array:
   if leaf.is_fully_addressable or leaf.is_fully_replicated:
     return np.asarray(jax.device_get(leaf))
   return leaf
-
-
-@contextlib.contextmanager
-def _cleared(root: epath.Path) -> Iterator[None]:
-  """Leaves nothing of a save that failed; of a bucket Orbax does it later."""
-  try:
-    yield
-  except Exception:
-    if '://' not in str(root) and _processes.is_main():
-      _files.clear_leftovers(pathlib.Path(root).parent, root.name)
-    raise
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Silences Orbax, which logs every step, and its errors before it raises."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.FATAL)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(verbosity)

@@ -1,5 +1,6 @@
 """Arrays that are stored in a file as in memory, read row by row."""
 
+from collections.abc import Sequence
 import math
 import os
 import pathlib
@@ -61,6 +62,29 @@ def reader(array: Array, file: File) -> _source.ReadFn:
     rows = _source.scratch('read', shape, dtype)
     if rows.size:
       file.read(rows, start)
+    return rows[(slice(None), *index[1:])] if len(index) > 1 else rows
+
+  return read
+
+
+def chunked_reader(chunks: Sequence[Array]) -> _source.ReadFn:
+  """Reads rows of an array whose equal parts are files, one after another."""
+  num_rows, *columns = chunks[0].shape
+  dtype = chunks[0].dtype
+  row_bytes = math.prod(columns) * dtype.itemsize
+
+  def read(index):
+    first, end = index[0].start, index[0].stop
+    rows = _source.scratch('read', (end - first, *columns), dtype)
+    while first < end and rows.size:
+      chunk, row = divmod(first, num_rows)
+      last = min(end, (chunk + 1) * num_rows)
+      place = slice(first - index[0].start, last - index[0].start)
+      try:
+        File(chunks[chunk].file).read(rows[place], row * row_bytes)
+      except FileNotFoundError as e:
+        raise _source.damaged(chunks[chunk].file, 'it is missing') from e
+      first = last
     return rows[(slice(None), *index[1:])] if len(index) > 1 else rows
 
   return read

@@ -249,7 +249,8 @@ def write(
 
     def put(leaf_path, start, piece):
       place = length + rows['.'.join(leaf_path)]['data_offsets'][0] + start
-      _write_all(number, piece, place)
+      data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+      _files.write_at(number, data, place)
       checksums[leaf_path].add(piece, start)
 
     fill_fn(put)
@@ -257,7 +258,7 @@ def write(
     header = _header_bytes(rows, leaves, own_fn(), digests)
     # Spaces at the end of a header belong to the format.
     start = struct.pack('<Q', length - 8) + header.ljust(length - 8)
-    _write_all(number, np.frombuffer(start, np.uint8), 0)
+    _files.write_at(number, memoryview(start), 0)
     os.link(unfinished, path)  # Unlike a rename, it never overwrites a file.
   finally:
     os.close(number)
@@ -289,10 +290,3 @@ def _header_bytes(rows, leaves, own, digests, num_more=0) -> bytes:
   metadata = {'format': 'pt', 'jaxsoup': json.dumps(_json.sealed(own))}
   header = json.dumps({'__metadata__': metadata, **rows}).encode()
   return header + b' ' * (num_more + -(len(header) + num_more) % 8)
-
-
-def _write_all(number: int, array: np.ndarray, place: int) -> None:
-  buffer = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-  while buffer:
-    num_written = os.pwrite(number, buffer, place)
-    buffer, place = buffer[num_written:], place + num_written

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import datetime
 import importlib.metadata
-import os
 import pathlib
 import platform
 from typing import Any
@@ -23,6 +22,7 @@ from jaxsoup.checkpoints import _card
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
+from jaxsoup.checkpoints import _orbax_files
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _streaming
@@ -50,7 +50,9 @@ def save(
 ) -> str:
   """Writes a soup with its provenance, or plain parameters.
 
-  An Orbax checkpoint of nested dicts with string keys, which any Orbax
+  An Orbax checkpoint, in the layout of its ingredients if those are given: the
+  item and the keys at which their owner looks for the parameters, in a step of
+  the same number. Otherwise nested dicts with string keys, which any Orbax
   restores; or one safetensors file, with keys joined by dots.
   In addition to the arrays it holds a checksum for each leaf, alpha and info,
   and the provenance: each ingredient's path and content hash, the versions of
@@ -84,10 +86,9 @@ def save(
   soup = params if isinstance(params, Soup) else None
   params = params.params if isinstance(params, Soup) else params
   own = own_of(soup, ingredients, metadata)
-  if not str(path).endswith(_FILE):
-    with _files.room_for(path):
-      return str(_orbax.write(path, params, {'jaxsoup': own}))
   leaves = _orbax.savable(params)
+  if not str(path).endswith(_FILE):
+    return _save_orbax(path, leaves, lambda: own, ingredients)
 
   def fill_fn(put_fn):
     for leaf_path, leaf in leaves.items():
@@ -104,6 +105,29 @@ def save(
   return str(path)
 
 
+def _save_orbax(path, leaves, own_fn, ingredients, streamed=None) -> str:
+  """Writes arrays, or an average, as its ingredients are stored."""
+  path = new_path(path)
+  layout, targets = ingredients.targets() if ingredients else (None, {})
+  if layout is None or targets.keys() != leaves.keys():
+    layout, targets = _orbax_files.BARE, {p: p for p in leaves}
+
+  def fill_fn(put_fn):
+    put = lambda name, start, piece: put_fn(targets[name], start, piece)
+    if streamed is not None:
+      streamed.put_all(put, _processes.share_of(list(leaves)))
+      streamed.exchange()
+      return
+    for name, leaf in leaves.items():
+      if _processes.is_main() or _orbax_files.is_spread(leaf):
+        put(name, 0, leaf)
+
+  placed = {targets[name]: leaf for name, leaf in leaves.items()}
+  with _files.room_for(path):
+    _orbax_files.write(path, placed, own_fn, fill_fn, layout)
+  return str(path)
+
+
 def save_average(
     path: PathLike,
     ingredients: _ingredients.Ingredients,
@@ -111,14 +135,15 @@ def save_average(
     *,
     metadata: Config | None = None,
 ) -> str:
-  """Averages checkpoints into a file, without holding a model in memory.
+  """Averages checkpoints on disk, without holding a model in memory.
 
   `theta = sum_k alpha_k theta_k`, piece by piece from file to file: what
-  `save(path, uniform(ingredients))` writes, in some hundred megabytes of memory
-  whatever the size and number of the models.
+  `save(path, uniform(ingredients), ingredients=ingredients)` writes, in some
+  hundred megabytes of memory whatever the size and number of the models.
+  Several processes each take a part of the leaves of an Orbax checkpoint.
 
   Args:
-    path: a `.safetensors` file that does not exist yet.
+    path: as in `save`.
     ingredients: the checkpoints.
     alpha: as in `jaxsoup.average`; None is the uniform soup.
     metadata: as in `save`.
@@ -141,10 +166,12 @@ def save_average(
     {'w': Array([1.5, 1. ], dtype=float32)}
   """
   num = len(ingredients)
-  path = new_path(path)
   ingredients = ingredients.unsharded()
   streamed, soup_fn = streamed_soup(ingredients, alpha)
   own_fn = lambda: own_of(soup_fn(), ingredients, metadata)
+  if not str(path).endswith(_FILE):
+    return _save_orbax(path, streamed.leaves, own_fn, ingredients, streamed)
+  path = new_path(path)
 
   # A hash of each ingredient, and duplicates, are known when all is read.
   num_more = 200 * num
@@ -179,14 +206,17 @@ def streamed_soup(
 
 
 def new_path(path: PathLike) -> pathlib.Path:
-  path = pathlib.Path(path).absolute()
-  if os.path.lexists(path):
+  """The absolute path of something that does not exist yet."""
+  root: Any = _orbax.absolute(path)
+  if not _files.is_remote(path):
+    root = pathlib.Path(root)
+  if root.exists() or root.is_symlink():
     raise FileExistsError(
-        f'{path} exists and is not overwritten. Delete it, or give another '
+        f'{root} exists and is not overwritten. Delete it, or give another '
         'path.'
     )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  return path
+  root.parent.mkdir(parents=True, exist_ok=True)
+  return root
 
 
 def own_of(

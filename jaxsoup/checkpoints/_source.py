@@ -67,12 +67,14 @@ class Source(NamedTuple):
       good until the same thread reads again. Threads may read at the same time.
     rows_fn: `path -> int`: how many rows are the least that can be read.
     separator: of the keys of a path, in the names of the format.
+    layout: of an Orbax checkpoint: an `_orbax_files.Layout`.
   """
 
   metadata: Metadata
   reader_fn: Callable[[_tree.Path], ReadFn]
   rows_fn: Callable[[_tree.Path], int]
   separator: str = '/'
+  layout: Any = None
 
 
 _scratch = threading.local()

@@ -78,6 +78,11 @@ class Average:
     for i in _pieces.run([self._plan(n) for n in names], piece_fn):
       self._verify(names[i])
 
+  def exchange(self) -> None:
+    """Processes that each read some of the leaves tell their checksums."""
+    for checkpoint in self._opened.values():
+      checkpoint.exchange()
+
   def duplicates(self) -> tuple[Members, ...]:
     """Groups of equal ingredients among those read; warns of them."""
     groups: dict[str, list[int]] = {}

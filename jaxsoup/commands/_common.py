@@ -18,8 +18,10 @@ Json = Annotated[bool, typer.Option('--json', help='Print the result as JSON.')]
 Item = Annotated[
     str | None,
     typer.Option(
+        '--item',
+        '--select',
         help='Item to read from checkpoints that hold several, such as params, '
-        'or the subtree that holds the parameters, such as ema_params.'
+        'or the subtree that holds the parameters, such as ema_params.',
     ),
 ]
 

@@ -49,7 +49,9 @@ def cook(
     held = _common.held(order.out) if is_main else contextlib.nullcontext()
     with preemption.handled() as stop, held:
       _refuse_adapters(order.runs)
-      options: Any = {'item': order.item, 'stop': stop, 'saved': saved}
+      options: Any = {
+          'item': order.item, 'whole': order.whole, 'stop': stop, 'saved': saved
+      }  # fmt: skip
       ingredients = stopping.Ingredients(order.runs, **options)
       if order.shard or order.distributed:
         from jaxsoup import sharding
@@ -80,17 +82,11 @@ def _make_and_save(order, ingredients, recipe_fn, alpha, metadata):
   from jaxsoup import checkpoints
 
   out = order.out
-  is_file = out.suffix == '.safetensors'
   # As the directories are that come in.
-  is_directory = not is_file and all(map(checkpoints.is_directory, order.runs))
-  is_streamed = recipe_fn is None and (is_file or is_directory)
-  soup = None
-  if recipe_fn is not None:
-    soup = recipe_fn(ingredients)
-  elif alpha is not None and not is_streamed:
-    soup = jaxsoup.average(ingredients, alpha)
-  elif not is_streamed:
-    soup = jaxsoup.uniform(ingredients)
+  is_directory = out.suffix != '.safetensors' and all(
+      map(checkpoints.is_directory, order.runs)
+  )
+  soup = recipe_fn(ingredients) if recipe_fn else None
   if is_directory:
     checkpoints.save_directory(
         out,
@@ -100,11 +96,11 @@ def _make_and_save(order, ingredients, recipe_fn, alpha, metadata):
         max_shard_bytes=order.max_shard_size,
         metadata=metadata,
     )
-  elif is_streamed:
+  elif soup is None:
     checkpoints.save_average(out, ingredients, alpha, metadata=metadata)
   else:
     checkpoints.save(out, soup, ingredients=ingredients, metadata=metadata)
-  if is_streamed:
+  if soup is None:
     own = checkpoints.provenance(out)
     soup = jaxsoup.Soup(None, own['alpha'], own['info'])
   return soup
@@ -125,6 +121,9 @@ def _show(soup, ingredients, order, recipe) -> None:
     }  # fmt: skip
     typer.echo(json.dumps(content))
     return
+  left_out = ingredients.left_out()
+  if left_out:
+    _common.echo(f'Left out: {", ".join(left_out)}. --whole keeps them.')
   for path, value in zip(ingredients.paths, alpha):
     _common.echo(f'{value:8.4f}  {path}')
   if isinstance(soup.alpha, dict):

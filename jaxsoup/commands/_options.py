@@ -51,6 +51,14 @@ class Order(NamedTuple):
       ),
   ]
   item: _common.Item = None
+  whole: Annotated[
+      bool,
+      typer.Option(
+          '--whole',
+          help='Average the whole state of a training, its optimizer too, to '
+          'go on from it. Default: the model.',
+      ),
+  ] = False
   max_shard_size: Annotated[
       int,
       typer.Option(

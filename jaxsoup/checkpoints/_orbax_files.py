@@ -1,0 +1,364 @@
+"""Writes Orbax checkpoints, piece by piece, in the layout of their source.
+
+A chunk of a zarr array without compression is a file with its bytes. So any
+process can write any piece of any leaf, and none has to hold more than that.
+
+```
+_orbax_files.write(path, leaves, own_fn, fill_fn, layout)
+```
+"""
+
+import base64
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Mapping
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from typing import Any
+from typing import NamedTuple
+
+from etils import epath
+import jax
+import numpy as np
+
+from jaxsoup import _files
+from jaxsoup import _json
+from jaxsoup import _processes
+from jaxsoup import _tree
+from jaxsoup.checkpoints import _checksum
+from jaxsoup.typing import Array
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+from jaxsoup.typing import PathLike
+from jaxsoup.typing import ShapeDtype
+
+TREE_FILE = '_METADATA'
+ROOT_FILE = '_CHECKPOINT_METADATA'
+COMMITTED = 'commit_success.txt'
+_SHARDING = '_sharding'
+_HANDLER = (
+    'orbax.checkpoint._src.handlers.pytree_checkpoint_handler.'
+    'PyTreeCheckpointHandler'
+)
+_MOST_AXES = 32  # Of tensorstore.
+# Whoever reads a part of a chunk reads all of it.
+_CHUNK_BYTES = 64 << 20
+# Files in a step that describe it, such as JSON items, are copied.
+_MOST_COPIED = 10 << 20
+
+PutFn = Callable[[_tree.Path, int, Array], None]
+
+
+class Layout(NamedTuple):
+  """Where a tree lies in an Orbax checkpoint, and what is said of it there.
+
+  Attributes:
+    root: the directory of the checkpoint or step; None without a source.
+    item: the directory of the tree below it, such as 'default', or ''.
+    step: the name by which a `CheckpointManager` finds the root, or ''.
+    rows: the rows of `_METADATA`, by the path of their leaf.
+    custom: what the owner stored with the tree.
+  """
+
+  root: epath.Path | None = None
+  item: str = ''
+  step: str = ''
+  rows: Mapping[_tree.Path, Json] = {}
+  custom: Config | None = None
+
+  @classmethod
+  def of(cls, tree: epath.Path, content: Json) -> 'Layout':
+    """That of a tree, whose `_METADATA` has this content."""
+    is_root = (tree / ROOT_FILE).exists() or not (
+        tree.parent / ROOT_FILE
+    ).exists()
+    root, item = (tree, '') if is_root else (tree.parent, tree.name)
+    # Steps of a manager have an item; those of flax have a name of their own.
+    pattern = r'checkpoint_\d+' if is_root else r'(.*[_-])?\d+'
+    return cls(
+        root=root,
+        item=item,
+        step=root.name if re.fullmatch(pattern, root.name) else '',
+        rows={path_of(row): row for row in content['tree_metadata'].values()},
+        custom=content.get('custom_metadata'),
+    )
+
+  def items(self) -> list[epath.Path]:
+    """The other directories of the step: further trees, JSON, iterators."""
+    if self.root is None or not self.item:
+      return []
+    others = (p for p in self.root.iterdir() if p.is_dir())
+    return sorted(p for p in others if p.name != self.item)
+
+
+BARE = Layout()
+
+
+def path_of(row: Json) -> _tree.Path:
+  """The path of a leaf, from its row in `_METADATA`."""
+  return tuple(str(key['key']) for key in row['key_metadata'])
+
+
+def write(
+    path: PathLike,
+    leaves: Mapping[_tree.Path, ShapeDtype],
+    own_fn: Callable[[], Config],
+    fill_fn: Callable[[PutFn], None],
+    layout: Layout = BARE,
+) -> None:
+  """Writes a checkpoint; it gets its name when it is complete.
+
+  Several processes write into one file system: all call this, and each puts
+  what it has.
+
+  Args:
+    path: a directory that does not exist yet.
+    leaves: shape and dtype of each leaf, by its path in the checkpoint.
+    own_fn: what is stored with the arrays, in JSON; called when all is written.
+    fill_fn: is given `put_fn(path, start, piece)`, see `_safetensors.write`; a
+      piece may be a whole array that is sharded over processes, all of which
+      put it.
+    layout: of the source, which the checkpoint gets as well.
+  """
+  path = unfinished = epath.Path(path)
+  if not _files.is_remote(path):  # A bucket has no renames: clear_leftovers.
+    name = str(_files.unfinished_name(pathlib.Path(path))).encode()
+    unfinished = epath.Path(_processes.from_main(name).decode())
+  root = unfinished / layout.step
+  tree = root / layout.item
+  arrays = {p: _Array(tree / _file_name(p), x, p) for p, x in leaves.items()}
+  if len({array.folder for array in arrays.values()}) < len(leaves):
+    raise ValueError(
+        'Orbax would confuse leaves of this tree: its keys contain dots that '
+        "make two paths equal (such as 'a.b' and {'a': {'b'}}). Rename them."
+    )
+  _processes.wait_for_all('every process has seen that the path is free')
+  try:
+    with _processes.together():
+      if _processes.is_main():
+        tree.mkdir(parents=True, exist_ok=True)
+        _write_root_file(root, layout, {})
+        for array in arrays.values():
+          array.create()
+    with _processes.together():
+      fill_fn(lambda p, start, piece: arrays[p].put(start, piece))
+    known = {_tree.name_of(p): array.digest() for p, array in arrays.items()}
+    digests = _processes.merged({n: x for n, x in known.items() if x})
+    with _processes.together():
+      if _processes.is_main():
+        _describe(tree, leaves, layout)
+        by_name = {_tree.name_of(p): x for p, x in leaves.items()}
+        own = {
+            **own_fn(),
+            'checksums': {name: digests[name] for name in known},
+            'content_hash': _checksum.content_hash(by_name, digests),
+        }
+        _write_root_file(root, layout, own)
+        _copy_others(root, layout)
+        (root / COMMITTED).write_text('The checkpoint is complete.\n')
+        if unfinished != path:
+          unfinished.rename(path)
+  except BaseException:
+    if _processes.is_main() and unfinished.exists():
+      unfinished.rmtree()
+    raise
+
+
+def _file_name(path: _tree.Path) -> str:
+  """The directory of a leaf, which Orbax makes of its keys."""
+  name = '.'.join(path)
+  parts = name.split('/')
+  if '\0' in name or any(p in ('', '.', '..') or len(p) > 255 for p in parts):
+    raise ValueError(
+        f'Leaf {_tree.name_of(path)!r} cannot be the name of a directory, as '
+        'Orbax needs it. Rename it, wrap a bare array in a dict, or save a '
+        '.safetensors file.'
+    )
+  return name
+
+
+class _Array:
+  """The files of one array, and the checksum of what is written to them."""
+
+  def __init__(self, folder: epath.Path, leaf: ShapeDtype, path: _tree.Path):
+    if len(leaf.shape) > _MOST_AXES:
+      raise ValueError(
+          f'Leaf {_tree.name_of(path)!r} has {len(leaf.shape)} axes, and Orbax '
+          f'stores at most {_MOST_AXES}. Save a .safetensors file.'
+      )
+    self.folder = folder
+    self._leaf, self._dtype = leaf, np.dtype(leaf.dtype)
+    self._chunks = self._chunk_shape()
+    self._chunk_bytes = math.prod(self._chunks) * self._dtype.itemsize
+    self._checksum = _checksum.Checksum(_tree.num_bytes(leaf))
+    self._spread: jax.Array | None = None
+
+  def _chunk_shape(self) -> list[int]:
+    leaf: Any = self._leaf
+    shape = leaf.shape
+    if is_spread(leaf):  # Each process writes its own.
+      return list(leaf.sharding.shard_shape(shape))
+    row_bytes = math.prod(shape[1:]) * self._dtype.itemsize
+    num_rows = max(1, _CHUNK_BYTES // max(1, row_bytes))
+    return [
+        max(1, n) for n in (*(min(n, num_rows) for n in shape[:1]), *shape[1:])
+    ]
+
+  def create(self) -> None:
+    """Writes what says how the files are to be read."""
+    is_own = self._dtype.kind in 'biufc'
+    content = {
+        'zarr_format': 2,
+        'shape': list(self._leaf.shape),
+        'chunks': self._chunks,
+        'dtype': self._dtype.str if is_own else self._dtype.name,
+        'compressor': None,
+        'dimension_separator': '.',
+        'fill_value': None,
+        'filters': None,
+        'order': 'C',
+    }
+    self.folder.mkdir(parents=True, exist_ok=True)
+    (self.folder / '.zarray').write_text(json.dumps(content))
+
+  def put(self, start: int, piece: Any) -> None:
+    """Writes a piece, or the part that this process has of a whole array."""
+    if is_spread(piece):
+      self._put_shards(piece)
+      return
+    piece = np.ascontiguousarray(piece)
+    self._checksum.add(piece, start)
+    data = _bytes(piece)
+    rest = [0] * (len(self._chunks) - 1)
+    while data:
+      row, offset = divmod(start, self._chunk_bytes)
+      part = data[: self._chunk_bytes - offset]
+      self._write([row, *rest], offset, part)
+      data, start = data[len(part) :], start + len(part)
+
+  def _put_shards(self, array: jax.Array) -> None:
+    self._spread = array
+    for shard in array.addressable_shards:
+      if not shard.replica_id:
+        starts = [s.indices(n)[0] for s, n in zip(shard.index, array.shape)]
+        chunk = [start // n for start, n in zip(starts, self._chunks)]
+        self._write(chunk, 0, _bytes(jax.device_get(shard.data)))
+
+  def _write(self, chunk: list[int], offset: int, data: memoryview) -> None:
+    file = self.folder / '.'.join(map(str, chunk or [0]))
+    if _files.is_remote(file):
+      file.write_bytes(bytes(data).ljust(self._chunk_bytes, b'\0'))
+      return
+    number = os.open(file, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+      # All chunks have one size, the last one too.
+      os.truncate(number, self._chunk_bytes)
+      _files.write_at(number, data, offset)
+    finally:
+      os.close(number)
+
+  def digest(self) -> str | None:
+    """The checksum, if the processes, or this one alone, wrote all of it."""
+    if self._spread is not None:
+      return _checksum.of(self._spread)
+    return self._checksum.digest() if self._checksum.is_complete else None
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+  return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def is_spread(leaf: Any) -> bool:
+  """Whether no process has the whole of an array."""
+  return isinstance(leaf, jax.Array) and not (
+      leaf.is_fully_addressable or leaf.is_fully_replicated
+  )
+
+
+def _describe(
+    tree: epath.Path, leaves: Collection[_tree.Path], layout: Layout
+) -> None:
+  """What Orbax reads of a tree: its keys, and for a source its shardings."""
+  first_keys = {p[:1] for p in leaves}
+  is_empty = lambda row: row['value_metadata'].get('skip_deserialize')
+  rows = {
+      p: row
+      for p, row in layout.rows.items()
+      if p in leaves or is_empty(row) and p[:1] in first_keys
+  }
+  rows |= {p: _new_row(p) for p in leaves if p not in rows}
+  content = {
+      'tree_metadata': {str(p): row for p, row in rows.items()},
+      'use_ocdbt': False,
+      'use_zarr3': False,
+      'store_array_data_equal_to_fill_value': True,
+      'custom_metadata': layout.custom,
+  }
+  (tree / TREE_FILE).write_text(json.dumps(content))
+  file = layout.root and layout.root / layout.item / _SHARDING
+  if file and file.exists():
+    names = {base64.b64encode('.'.join(p).encode()).decode() for p in leaves}
+    stored = _json.parsed(file.read_bytes())
+    kept = {name: x for name, x in stored.items() if name in names}
+    (tree / _SHARDING).write_text(json.dumps(kept))
+
+
+def _new_row(path: _tree.Path) -> Json:
+  return {
+      'key_metadata': [{'key': key, 'key_type': 2} for key in path],
+      'value_metadata': {
+          'value_type': 'np.ndarray', 'skip_deserialize': False
+      },  # fmt: skip
+  }
+
+
+def _write_root_file(root: epath.Path, layout: Layout, own: Json) -> None:
+  """`_CHECKPOINT_METADATA`, with what is stored with the arrays."""
+  described: Json = {'item_handlers': _HANDLER, 'custom_metadata': {}}
+  file = layout.root and layout.root / ROOT_FILE
+  if file and file.exists():
+    described = _json.parsed(file.read_bytes())
+  handlers = described.get('item_handlers')
+  if isinstance(handlers, dict):
+    kept = {layout.item, *(p.name for p in layout.items() if not is_tree(p))}
+    handlers = {name: x for name, x in handlers.items() if name in kept}
+  custom = dict(described.get('custom_metadata') or {})
+  custom.pop('jaxsoup', None)
+  now = time.time_ns()
+  content = {
+      'item_handlers': handlers,
+      'metrics': {},
+      'performance_metrics': {},
+      'init_timestamp_nsecs': now,
+      'commit_timestamp_nsecs': now,
+      'custom_metadata': {
+          **custom,
+          **({'jaxsoup': _json.sealed(own)} if own else {}),
+      },
+  }
+  (root / ROOT_FILE).write_text(json.dumps(content))
+
+
+def is_tree(item: epath.Path) -> bool:
+  return (item / TREE_FILE).exists()
+
+
+def _copy_others(root: epath.Path, layout: Layout) -> None:
+  """Copies what describes the step of the source: small files, JSON items."""
+  if layout.root is None or not layout.item:
+    return
+  items = [p for p in layout.items() if (p / 'metadata').exists()]
+  for folder in (layout.root, *(p for p in items if not is_tree(p))):
+    for file in sorted(folder.iterdir()):
+      new = root / file.relative_to(layout.root)
+      if (
+          file.is_file()
+          and not new.exists()
+          and file.stat().length <= _MOST_COPIED
+      ):
+        new.parent.mkdir(exist_ok=True)
+        new.write_bytes(file.read_bytes())

@@ -1,0 +1,302 @@
+"""Soups in the layout of their ingredients: the owner's own restore finds them.
+
+Each layout is saved twice and restored by the calls that its owner's users
+write, and the soup is compared with the mean by NumPy.
+"""
+
+import json
+import pathlib
+
+from flax import nnx
+from flax.training import train_state
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import v1
+import pytest
+from typer import testing
+
+import jaxsoup
+from jaxsoup import checkpoints
+from jaxsoup import cli
+
+# Orbax says it where a restore is not told on which devices.
+pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')
+
+
+def soup(folder: pathlib.Path, *options: str) -> str:
+  """What `jaxsoup soup uniform` says of the two runs in a folder."""
+  runs = [str(folder / f'run{k}') for k in range(2)]
+  command = ['soup', 'uniform', *runs, '--out', str(folder / 'soup'), *options]
+  result = testing.CliRunner().invoke(cli.app, command)
+  assert result.exit_code == 0, result.output
+  return result.output
+
+
+def assert_mean(actual, trees):
+  """Compares by NumPy, whatever the container is."""
+  first, other = trees
+  assert jax.tree.structure(actual) == jax.tree.structure(first)
+  for a, x, y in zip(*map(jax.tree.leaves, (actual, first, other))):
+    assert isinstance(a, (jax.Array, np.ndarray))
+    assert a.dtype == x.dtype
+    expected = np.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      wide = np.asarray(x, np.float32) + np.asarray(y, np.float32)
+      expected = (wide / 2).astype(x.dtype)
+    np.testing.assert_array_equal(np.asarray(a), expected)
+
+
+def abstract_of(tree):
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+  return jax.tree.map(shape, tree)
+
+
+def params_of(seed):
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  return {
+      'layers': {'kernel': draw(3, 4, 5).astype(jnp.bfloat16)},
+      'list': [draw(2), draw(3)],
+      'scale': draw(),
+  }
+
+
+class State(train_state.TrainState):
+  batch_stats: dict
+
+
+def state_of(seed):
+  """As of flax's imagenet example, after one step."""
+  params = params_of(seed)
+  state = State.create(
+      apply_fn=lambda: 0,
+      params=params,
+      tx=optax.adamw(0.1),
+      batch_stats={'norm': {'mean': params['list'][0] + 1}},
+  )
+  state = state.apply_gradients(grads=params)
+  return state.replace(step=jnp.asarray(state.step))
+
+
+def manager_of(folder, **options):
+  return ocp.CheckpointManager(folder, **options)
+
+
+# --- Managers and steps -------------------------------------------------------
+
+
+def test_a_manager_finds_the_step(tmp_path):
+  trees = [{'params': params_of(k)} for k in range(2)]
+  for k, tree in enumerate(trees):
+    with manager_of(tmp_path / f'run{k}') as manager:
+      manager.save(100 + k, args=ocp.args.StandardSave(tree))
+  soup(tmp_path)
+  with manager_of(tmp_path / 'soup') as manager:
+    step = manager.latest_step()
+    assert step == 101
+    args = ocp.args.StandardRestore(abstract_of(trees[0]))
+    assert_mean(manager.restore(step, args=args), trees)
+    assert_mean(manager.restore(step), trees)
+
+
+def test_items_of_a_step(tmp_path):
+  """As Tunix saves: parameters and the optimizer apart, and JSON."""
+  names = ('model_params', 'optimizer_state', 'notes')
+  trees = [params_of(k) for k in range(2)]
+  for k, tree in enumerate(trees):
+    with manager_of(tmp_path / f'run{k}', item_names=names) as manager:
+      args = ocp.args.Composite(
+          model_params=ocp.args.PyTreeSave(tree),
+          optimizer_state=ocp.args.PyTreeSave({'mu': tree}),
+          notes=ocp.args.JsonSave({'tokenizer': 'sp'}),
+      )
+      manager.save(7, args=args, custom_metadata={'lr': 0.1})
+  assert 'Left out: item optimizer_state.' in soup(tmp_path)
+  with manager_of(tmp_path / 'soup', item_names=names) as manager:
+    args = ocp.args.Composite(
+        model_params=ocp.args.PyTreeRestore(
+            trees[0],
+            restore_args=ocp.checkpoint_utils.construct_restore_args(
+                abstract_of(trees[0])
+            ),
+        ),
+        notes=ocp.args.JsonRestore(),
+    )
+    restored = manager.restore(manager.latest_step(), args=args)
+    assert_mean(restored.model_params, trees)
+    assert restored.notes == {'tokenizer': 'sp'}
+    custom = manager.metadata(7).custom_metadata
+    assert custom['lr'] == 0.1 and 'jaxsoup' in custom
+
+
+@pytest.mark.parametrize('is_checkpointables', [False, True])
+def test_orbax_v1(tmp_path, is_checkpointables):
+  trees = [params_of(k) for k in range(2)]
+  for k, tree in enumerate(trees):
+    if is_checkpointables:
+      v1.save_checkpointables(tmp_path / f'run{k}', {'model': tree})
+    else:
+      (getattr(v1, 'save', None) or v1.save_pytree)(tmp_path / f'run{k}', tree)
+  soup(tmp_path)
+  if is_checkpointables:
+    abstract = {'model': abstract_of(trees[0])}
+    restored = v1.load_checkpointables(tmp_path / 'soup', abstract)['model']
+  else:
+    load = getattr(v1, 'load', None) or v1.load_pytree
+    restored = load(tmp_path / 'soup', abstract_of(trees[0]))
+  assert_mean(restored, trees)
+
+
+# --- Trees --------------------------------------------------------------------
+
+
+def test_nnx_as_its_guide_saves_it(tmp_path):
+  make = lambda k: nnx.Sequential(
+      nnx.Linear(2, 3, rngs=nnx.Rngs(k)),
+      nnx.BatchNorm(3, rngs=nnx.Rngs(k)),
+      nnx.Dropout(0.5, rngs=nnx.Rngs(k)),
+  )
+  models = [make(k) for k in range(2)]
+  with ocp.StandardCheckpointer() as checkpointer:
+    for k, model in enumerate(models):
+      checkpointer.save(
+          tmp_path / f'run{k}', nnx.split(model, nnx.RngState, ...)[2]
+      )
+  soup(tmp_path)
+  abstract = nnx.eval_shape(lambda: make(0))
+  graphdef, _, state = nnx.split(abstract, nnx.RngState, ...)
+  with ocp.StandardCheckpointer() as checkpointer:
+    restored = checkpointer.restore(tmp_path / 'soup', state)
+  expected = [nnx.split(model, nnx.RngState, ...)[2] for model in models]
+  assert_mean(restored, expected)
+
+
+def test_a_train_state_keeps_its_statistics(tmp_path):
+  states = [state_of(k) for k in range(2)]
+  for k, state in enumerate(states):
+    with manager_of(tmp_path / f'run{k}') as manager:
+      manager.save(1, args=ocp.args.StandardSave(state))
+  said = soup(tmp_path)
+  assert 'Left out: opt_state (9 arrays), step (1 arrays).' in said
+  with manager_of(tmp_path / 'soup') as manager:
+    restored = manager.restore(1)
+  expected = [
+      {'params': s.params, 'batch_stats': s.batch_stats} for s in states
+  ]
+  assert_mean(restored, expected)
+
+
+def test_a_whole_train_state(tmp_path):
+  states = [state_of(k) for k in range(2)]
+  for k, state in enumerate(states):
+    with manager_of(tmp_path / f'run{k}') as manager:
+      manager.save(1, args=ocp.args.StandardSave(state))
+  assert 'Left out' not in soup(tmp_path, '--whole')
+  with manager_of(tmp_path / 'soup') as manager:
+    args = ocp.args.StandardRestore(abstract_of(states[0]))
+    restored = manager.restore(1, args=args)
+  assert_mean(restored, states)
+  restored.apply_gradients(grads=restored.params)  # Training goes on.
+
+
+def test_parameters_two_levels_down(tmp_path):
+  """As MaxText saves and loads them."""
+  states = [
+      {
+          'params': {'params': params_of(k)},
+          'opt_state': {'mu': {'params': params_of(k + 2)}},
+          'step': jnp.int32(5),
+      }
+      for k in range(2)
+  ]
+  for k, state in enumerate(states):
+    with manager_of(tmp_path / f'run{k}', item_names=('items',)) as manager:
+      args = ocp.args.PyTreeSave(state, custom_metadata={'scan': True})
+      manager.save(5, args=ocp.args.Composite(items=args))
+  soup(tmp_path)
+  wanted = {'params': abstract_of(states[0]['params'])}
+  checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  restored = checkpointer.restore(
+      tmp_path / 'soup/5/items',
+      args=ocp.args.PyTreeRestore(
+          wanted,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+          partial_restore=True,
+      ),
+  )
+  assert_mean(restored['params'], [state['params'] for state in states])
+  content = json.loads((tmp_path / 'soup/5/items/_METADATA').read_text())
+  assert content['custom_metadata'] == {'scan': True}
+
+
+@pytest.mark.parametrize('selected', ['ema_params', 'opt_state/ema'])
+def test_a_moving_average_takes_the_place_of_the_parameters(tmp_path, selected):
+  emas = [params_of(k + 5) for k in range(2)]
+  for k, ema in enumerate(emas):
+    state = {'params': params_of(k), 'opt_state': {'mu': params_of(k + 2)}}
+    if selected == 'ema_params':
+      state['ema_params'] = ema
+    else:
+      state['opt_state']['ema'] = ema
+    ocp.PyTreeCheckpointer().save(tmp_path / f'run{k}', state)
+  said = soup(tmp_path, '--select', selected)
+  restored = ocp.PyTreeCheckpointer().restore(tmp_path / 'soup')
+  assert restored.keys() == {'params'}
+  assert 'Left out:' in said and 'opt_state' in said
+  assert_mean(restored['params'], emas)
+
+
+def test_a_soup_in_memory_is_written_so_too(tmp_path):
+  states = [state_of(k) for k in range(2)]
+  paths = [tmp_path / f'run{k}' for k in range(2)]
+  for path, state in zip(paths, states):
+    with manager_of(path) as manager:
+      manager.save(3, args=ocp.args.StandardSave(state))
+  abstract = jax.eval_shape(lambda: params_of(0))
+  ingredients = checkpoints.Ingredients(paths, abstract)
+  made = jaxsoup.greedy(ingredients, lambda params: 1.0)
+  path = checkpoints.save(tmp_path / 'soup', made, ingredients=ingredients)
+  with manager_of(tmp_path / 'soup') as manager:
+    restored = manager.restore(3)
+  assert_mean(restored['params'], [state.params for state in states])
+  loaded = checkpoints.load(path, abstract)
+  assert_mean(loaded.params, [state.params for state in states])
+  assert loaded.info.accepted == made.info.accepted
+
+
+@pytest.mark.parametrize('num_rows', [1, 5, 7, 64])
+def test_arrays_in_several_files(tmp_path, monkeypatch, num_rows):
+  row_bytes = 3 * 4
+  monkeypatch.setattr(
+      'jaxsoup.checkpoints._orbax_files._CHUNK_BYTES', num_rows * row_bytes
+  )
+  trees = [
+      {'w': np.random.default_rng(k).normal(size=(13, 3)).astype(np.float32)}
+      for k in range(2)
+  ]
+  for k, tree in enumerate(trees):
+    checkpoints.save(tmp_path / f'run{k}', tree)
+  files = list((tmp_path / 'run0/w').glob('*.0'))
+  assert len(files) == -(-13 // num_rows)
+  soup(tmp_path)
+  assert_mean(ocp.PyTreeCheckpointer().restore(tmp_path / 'soup'), trees)
+  assert_mean(jax.device_get(checkpoints.load(tmp_path / 'soup').params), trees)
+
+
+@pytest.mark.parametrize(
+    'dtype',
+    ['bool', 'int8', 'uint16', 'int64', 'float16', 'float64', 'complex64']
+    + ['bfloat16', 'float8_e4m3fn', 'float8_e5m2'],
+)  # fmt: skip
+def test_dtypes(tmp_path, dtype):
+  x = np.arange(6).reshape(2, 3).astype(jnp.dtype(dtype))
+  tree = {'x': x, 'scalar': x[1, 2], 'w': np.zeros(1, np.float32)}
+  checkpoints.save(tmp_path / 'run', tree)
+  restored = ocp.PyTreeCheckpointer().restore(tmp_path / 'run')
+  assert restored['x'].dtype == x.dtype
+  np.testing.assert_array_equal(restored['x'], x)
+  np.testing.assert_array_equal(restored['scalar'], x[1, 2])
