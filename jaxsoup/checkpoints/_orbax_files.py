@@ -210,7 +210,7 @@ class _Array:
 
   def create(self) -> None:
     """Writes what says how the files are to be read."""
-    is_own = self._dtype.kind in 'biufc'
+    is_own = self._dtype.isbuiltin == 1  # Of NumPy, not of ml_dtypes.
     content = {
         'zarr_format': 2,
         'shape': list(self._leaf.shape),
