@@ -21,6 +21,8 @@ from typer import testing
 import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup import cli
+from jaxsoup.experiments import stopping
+from jaxsoup.runtime import preemption
 
 # Orbax says it where a restore is not told on which devices.
 pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')
@@ -300,3 +302,16 @@ def test_dtypes(tmp_path, dtype):
   assert restored['x'].dtype == x.dtype
   np.testing.assert_array_equal(restored['x'], x)
   np.testing.assert_array_equal(restored['scalar'], x[1, 2])
+
+
+@pytest.mark.parametrize('name', ['soup', 'soup.safetensors'])
+def test_an_average_that_is_asked_to_stop_leaves_nothing(tmp_path, name):
+  runs = [tmp_path / f'run{k}' for k in range(2)]
+  for k, run in enumerate(runs):
+    checkpoints.save(run, params_of(k))
+  stop = preemption.Stop()
+  ingredients = stopping.Ingredients(runs, stop=stop, saved='nothing')
+  stop.requested = True
+  with pytest.raises(preemption.Preempted):
+    checkpoints.save_average(tmp_path / name, ingredients)
+  assert {p.name for p in tmp_path.iterdir()} == {'run0', 'run1'}

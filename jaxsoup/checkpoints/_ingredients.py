@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent import futures
+import copy
 import re
 from typing import Any
 
@@ -201,7 +202,7 @@ class Ingredients(Sequence[Params]):
   ) -> _streaming.Average:
     """The same, not yet computed: it can go to a file instead."""
     opened = {k: self._checkpoint(k) for k in order}
-    return _streaming.Average(opened, order, alpha, count)
+    return _streaming.Average(opened, order, alpha, count, self.look_for_stop)
 
   def targets(self) -> tuple[Any, dict[_tree.Path, _tree.Path]]:
     """The Orbax layout of a soup, None if the first ingredient has no such
@@ -225,12 +226,16 @@ class Ingredients(Sequence[Params]):
 
   def unsharded(self) -> 'Ingredients':
     """The same, for one process alone."""
-    if self._abstract is None:  # Then extra leaves of others are mismatches.
-      return Ingredients(self.paths, item=self.item, whole=self.whole)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.abstract_params
-    )
-    return Ingredients(self.paths, shapes, item=self.item)
+    alone = copy.copy(self)
+    alone._checkpoints = {}
+    if self._abstract is not None:  # Else extra leaves are mismatches.
+      shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+      leaves = list(map(shape, self._abstract.leaves))
+      alone._abstract = self._abstract._replace(leaves=leaves)
+    return alone
+
+  def look_for_stop(self) -> None:
+    """Called between two leaves of a long average; may raise to end it."""
 
   def _read(self, k: int) -> Params:
     return self._checkpoint(k).read()

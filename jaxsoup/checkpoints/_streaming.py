@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxsoup import _checked
@@ -35,7 +36,9 @@ class Average:
       order: Sequence[int],
       alpha: Alpha | None,
       count: float,
+      stop_fn: Callable[[], None] = lambda: None,
   ):
+    self._stop_fn = stop_fn
     self._opened = opened
     self._order = order
     self._count = count
@@ -75,8 +78,12 @@ class Average:
       start = index[0].start * row_bytes if index else 0
       put_fn(names[i], start, piece)
 
+    # As often in each of several processes.
+    num_questions = len(self.leaves) // jax.process_count()
     for i in _pieces.run([self._plan(n) for n in names], piece_fn):
       self._verify(names[i])
+      if i < num_questions:
+        self._stop_fn()
 
   def exchange(self) -> None:
     """Processes that each read some of the leaves tell their checksums."""

@@ -19,8 +19,11 @@ class Ingredients(checkpoints.Ingredients):
     self._saved = saved
 
   def __getitem__(self, k):
-    self._stop.check(self._saved)
+    self.look_for_stop()
     return super().__getitem__(k)
+
+  def look_for_stop(self) -> None:
+    self._stop.check(self._saved)
 
   def stopping(self, batches: Iterable[Tree]) -> 'Stoppable':
     """Batches that look for a request to stop before each one."""
