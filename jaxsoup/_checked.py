@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import _layers
 from jaxsoup import _tree
 from jaxsoup import _warnings
 from jaxsoup.typing import Leaf
 from jaxsoup.typing import Members
 from jaxsoup.typing import Params
+from jaxsoup.typing import Stacks
 
 _LeavesByPath = Mapping[_tree.Path, Leaf]
 
@@ -173,12 +175,16 @@ class Checked:
   The first one that is read is the template: the others must have its paths,
   shapes and dtypes, finite values, and equal leaves where those are neither
   floats nor state (PRNG keys, steps, counters). Those on other devices are
-  moved to its devices. Floats are not kept.
+  moved to its devices. Floats are not kept. A leaf that `stacks` names is taken
+  as its layers.
   """
 
-  def __init__(self, ingredients: Sequence[Params]):
+  def __init__(
+      self, ingredients: Sequence[Params], stacks: Stacks | None = None
+  ):
     require_ingredients(ingredients)
     self._source = ingredients
+    self.stacks = stacks or {}
     # None of those that are traced.
     self._sums: dict[int, bytes | None] = {}
     self._others: dict[int, list[Leaf]] = {}
@@ -203,10 +209,12 @@ class Checked:
       self._check(k, flat)
     # Sorted as the template is: a State may list its leaves in another order.
     leaves = flat.by_path
-    floats = [leaves[path] for path in self.float_paths]
+    floats = [leaves[path] for path in self.template.floats]
     if not self._shardings:
       self._shardings = list(map(_sharding_of, floats))
-    return list(map(_on_devices_of, self._shardings, floats))
+    return self._layers.split(
+        list(map(_on_devices_of, self._shardings, floats))
+    )
 
   @property
   def template(self) -> _tree.Flat:
@@ -226,12 +234,16 @@ class Checked:
     return f'ingredient {k}' + (f' ({paths[k]})' if paths else '')
 
   @functools.cached_property
-  def float_paths(self) -> list[_tree.Path]:
-    return list(self.template.floats)
+  def _layers(self) -> _layers.Layers:
+    return _layers.Layers(self.template.floats, self.stacks)
 
-  @functools.cached_property
+  @property
+  def float_paths(self) -> list[_tree.Path]:
+    return self._layers.paths
+
+  @property
   def float_dtypes(self) -> tuple[np.dtype[Any], ...]:
-    return tuple(x.dtype for x in self.template.floats.values())
+    return self._layers.dtypes
 
   def replace(
       self, floats: Iterable[jax.Array], k: int | None = None
@@ -240,7 +252,8 @@ class Checked:
 
     Without k it is that of the template.
     """
-    return self.template.combine(floats, None if k is None else self._others[k])
+    others = None if k is None else self._others[k]
+    return self.template.combine(self._layers.join(list(floats)), others)
 
   def duplicates(self) -> tuple[Members, ...]:
     """Groups of equal ingredients among those read so far; warns of them."""
@@ -274,14 +287,15 @@ class Checked:
         continue
       if not _all_equal([expected], [actual]):
         raise non_float_error(self.name(k), path, expected, actual)
-    floats = [leaves[path] for path in self.float_paths]
-    _require_same_devices(self.name(k), self.float_paths, floats)
+    paths = list(self.template.floats)
+    floats = [leaves[path] for path in paths]
+    _require_same_devices(self.name(k), paths, floats)
     finite, sums = jax.device_get(_summary(floats))
-    bad = [path for path, ok in zip(self.float_paths, finite) if not ok]
+    bad = [path for path, ok in zip(paths, finite) if not ok]
     if bad:
       raise not_finite_error(self.name(k), bad)
     sum_bytes = b''.join(np.asarray(s).tobytes() for s in sums)
-    self._find_duplicate(k, floats, sum_bytes)
+    self._find_duplicate(k, self._layers.split(floats), sum_bytes)
 
   def _find_duplicate(
       self, k: int, floats: list[jax.Array], sums: bytes
@@ -391,7 +405,7 @@ def fitting_leaves(
 
   Raises if it does not match the ingredients; the error calls it `name`.
   """
-  pair = Checked([checked.replace(checked[0]), params])
+  pair = Checked([checked.replace(checked[0]), params], checked.stacks)
   try:
     pair[0]
     return pair[1]

@@ -48,6 +48,9 @@ PathLike = str | os.PathLike[str]
 #: Mixing coefficients as they are passed in: `[K]`, or nested dicts of `[K]`
 #: whose paths lead to groups of leaves.
 Alpha = Array | Sequence[float | jax.Array] | Mapping[str, 'Alpha']
+#: Modules whose leaves are stacks of layers, and the axis of the layers in each
+#: of those leaves: `{'decoder/layers': 0}`.
+Stacks = Mapping[str, int]
 #: One value of the whole model, or nested dicts of values, one for each group
 #: of leaves. (A union would have to be narrowed wherever a value is used.)
 Nested = Any

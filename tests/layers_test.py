@@ -18,6 +18,7 @@ LAYERS = (
         '_soup',
         'typing',
         '_json',
+        '_layers',
         '_masks',
         '_memory',
         '_processes',
@@ -145,6 +146,7 @@ def test_models_and_data_know_nothing_of_soups():
       # Trees and files of arrays; nothing that chooses or mixes.
       basic = (
           '_json',
+          '_layers',
           '_masks',
           '_programs',
           '_tree',

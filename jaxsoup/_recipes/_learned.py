@@ -31,6 +31,7 @@ from jaxsoup.typing import GroupFn
 from jaxsoup.typing import LossFn
 from jaxsoup.typing import Params
 from jaxsoup.typing import Path
+from jaxsoup.typing import Stacks
 from jaxsoup.typing import Tree
 
 ByGroup = _streamed.ByGroup
@@ -66,6 +67,7 @@ def learned(
     tx: optax.GradientTransformation,
     num_epochs: int = 5,
     group_fn: GroupFn = _tree.whole,
+    stacks: Stacks | None = None,
     alpha_fn: AlphaFn = jax.nn.softmax,
     beta: float | None = None,
     val_batches: Iterable[Tree] | None = None,
@@ -106,6 +108,10 @@ def learned(
       of one group share one alpha. `lambda path: path[:1]` learns one for each
       top-level module, `lambda path: path` one for each tensor. By default
       there is one for the whole model.
+    stacks: modules whose leaves are stacks of layers, and the axis of the
+      layers there: `{'decoder/layers': 0}`. `group_fn` is then asked for the
+      group of each layer, whose path has its number after the name of the
+      stack: `('decoder', 'layers', '3', 'mlp', 'kernel')`.
     alpha_fn: alpha `[K]` from unconstrained w `[K]`: `jax.nn.softmax`,
       `hyperplane`, or your own.
     beta: None learns the temperature from 1; a number keeps it fixed.
@@ -157,7 +163,7 @@ def learned(
         "(they are read in each step) or 'cached' (streamed from 16-bit "
         "copies in the host's memory)."
     )
-  checked = _checked.Checked(ingredients)
+  checked = _checked.Checked(ingredients, stacks)
   first = checked[0]
   _checked.require_floats(checked.float_paths)
   if _tree.is_traced(*first):

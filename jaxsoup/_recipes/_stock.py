@@ -18,12 +18,16 @@ from jaxsoup import _tree
 from jaxsoup._soup import Soup
 from jaxsoup._soup import StockInfo
 from jaxsoup.typing import Params
+from jaxsoup.typing import Stacks
 
 _Leaves = list[jax.Array]
 
 
 def model_stock(
-    ingredients: Sequence[Params], theta_0: Params
+    ingredients: Sequence[Params],
+    theta_0: Params,
+    *,
+    stacks: Stacks | None = None,
 ) -> Soup[StockInfo]:
   """Moves from the initialization towards the mean, tensor by tensor.
 
@@ -37,6 +41,9 @@ def model_stock(
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     theta_0: the parameters they were all fine-tuned from.
+    stacks: modules whose leaves are stacks of layers, and the axis of the
+      layers there, as of a scanned Transformer: `{'decoder/layers': 0}`. Each
+      layer then has a t of its own.
 
   Returns:
     A `Soup` with alpha a nested dict of `[K]`, t/K each: the rest, 1 - t, is
@@ -56,7 +63,7 @@ def model_stock(
   Source: Jang et al. 2024, "Model Stock: All we need is just a few fine-tuned
   models", equations 3 and 5.
   """
-  checked = _checked.Checked(ingredients)
+  checked = _checked.Checked(ingredients, stacks)
   start = _checked.fitting_leaves(checked, theta_0)
   num = len(checked)
   sums: _Leaves | None = None
