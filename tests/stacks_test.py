@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from typer import testing
 
 import jaxsoup
+from jaxsoup import checkpoints
+from jaxsoup import cli
 
 
 def unscanned(seed):
@@ -87,3 +90,19 @@ def test_learned(memory, depth):
 def test_mistakes(stacks, said):
   with pytest.raises(ValueError, match=said):
     jaxsoup.model_stock(MODELS, MODELS[0], stacks=stacks)
+
+
+def test_the_command(tmp_path):
+  theta_0 = unscanned(9)
+  for name, model in zip('abcs', [*MODELS, theta_0]):
+    checkpoints.save(tmp_path / name, scanned(model, 1))
+  command = ['soup', 'model-stock', *(str(tmp_path / name) for name in 'abc')]
+  command += ['--init', str(tmp_path / 's'), '--out', str(tmp_path / 'soup')]
+  command += ['--stack', 'decoder/layers:1']
+  result = testing.CliRunner().invoke(cli.app, [*command, '--stack', 'a:b'])
+  assert result.exit_code == 2 and 'NAME:AXIS' in result.output
+  result = testing.CliRunner().invoke(cli.app, command)
+  assert result.exit_code == 0, result.output
+  expected = jaxsoup.model_stock(MODELS, theta_0)
+  soup = checkpoints.load(tmp_path / 'soup')
+  assert_close(soup.params, scanned(expected.params, 1))

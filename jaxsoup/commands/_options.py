@@ -37,6 +37,14 @@ def _floats(text: str) -> list[float]:
     ) from e
 
 
+def _stacks(text: str) -> tuple[str, int]:
+  """A module and the axis of its layers, from NAME or NAME:AXIS."""
+  name, _, axis = text.partition(':')
+  if not re.fullmatch(r'\d*', axis):
+    raise typer.BadParameter(f'{text!r}: write NAME or NAME:AXIS.')
+  return name, int(axis or 0)
+
+
 class Order(NamedTuple):
   """What every recipe is told."""
 
@@ -109,6 +117,17 @@ Scores = Annotated[
     typer.Option(
         parser=_common.local_path,
         help='File of scores, from which a repeated command resumes.',
+    ),
+]
+Stacks = Annotated[
+    list[Any],
+    typer.Option(
+        '--stack',
+        metavar='NAME[:AXIS]',
+        parser=_stacks,
+        help='Module whose arrays hold all layers along an axis (default 0), '
+        'such as params/decoder/layers: each layer counts as one. Repeatable.',
+        show_default=False,
     ),
 ]
 # Of each run; a list of floats when it is parsed.

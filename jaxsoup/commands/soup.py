@@ -93,6 +93,7 @@ def model_stock(
             help='Checkpoint that all runs were fine-tuned from.',
         ),
     ],
+    stacks: _options.Stacks = (),  # type: ignore[assignment]
 ) -> Asked:
   """Mean, pulled to the start where runs disagree. For few runs, no data."""
 
@@ -101,7 +102,7 @@ def model_stock(
     from jaxsoup import checkpoints
 
     theta_0 = checkpoints.Ingredients([init], item=ingredients.item)[0]
-    return jaxsoup.model_stock(ingredients, theta_0)
+    return jaxsoup.model_stock(ingredients, theta_0, stacks=dict(stacks))
 
   return {'recipe_fn': recipe_fn}
 
@@ -187,6 +188,7 @@ def learned(
             'resident if they fit, else streamed.'
         ),
     ] = _options.Memory.auto,
+    stacks: _options.Stacks = (),  # type: ignore[assignment]
 ) -> Asked:
   """Learns the coefficients. For a differentiable loss on held-out data."""
 
@@ -205,6 +207,7 @@ def learned(
           tx=optax.adamw(learning_rate, weight_decay=0.0),
           num_epochs=epochs,
           group_fn=lambda path: path if per_tensor else (),
+          stacks=dict(stacks),
           val_batches=user_code.Guarded(val_batches[0], loss_name)
           if val_batches
           else None,
