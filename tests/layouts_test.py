@@ -69,6 +69,7 @@ def params_of(seed):
 
 class State(train_state.TrainState):
   batch_stats: dict
+  dynamic_scale: None = None
 
 
 def state_of(seed):
@@ -153,6 +154,19 @@ def test_orbax_v1(tmp_path, is_checkpointables):
   assert_mean(restored, trees)
 
 
+def test_a_step_keeps_its_place_in_the_run(tmp_path):
+  trees = [params_of(k) for k in range(2)]
+  for k, tree in enumerate(trees):
+    options = ocp.CheckpointManagerOptions(step_prefix='ckpt')
+    folder = tmp_path / f'run{k}/checkpoints'
+    with manager_of(folder, options=options) as manager:
+      manager.save(9, args=ocp.args.StandardSave(tree))
+  soup(tmp_path)
+  folder = tmp_path / 'soup/checkpoints'
+  with manager_of(folder, options=options) as manager:
+    assert_mean(manager.restore(manager.latest_step()), trees)
+
+
 # --- Trees --------------------------------------------------------------------
 
 
@@ -177,6 +191,22 @@ def test_nnx_as_its_guide_saves_it(tmp_path):
   assert_mean(restored, expected)
 
 
+def test_keys_are_the_first_run_s(tmp_path):
+  """Of a scanned stack there is one for each layer."""
+  trees = [
+      {'w': params_of(k), 'keys': jax.random.split(jax.random.key(k), 3)}
+      for k in range(2)
+  ]
+  with ocp.StandardCheckpointer() as checkpointer:
+    for k, tree in enumerate(trees):
+      checkpointer.save(tmp_path / f'run{k}', tree)
+  soup(tmp_path)
+  with ocp.StandardCheckpointer() as checkpointer:
+    restored = checkpointer.restore(tmp_path / 'soup', abstract_of(trees[0]))
+  assert_mean(restored['w'], [tree['w'] for tree in trees])
+  assert jnp.array_equal(restored['keys'], trees[0]['keys'])
+
+
 def test_a_train_state_keeps_its_statistics(tmp_path):
   states = [state_of(k) for k in range(2)]
   for k, state in enumerate(states):
@@ -186,6 +216,7 @@ def test_a_train_state_keeps_its_statistics(tmp_path):
   assert 'Left out: opt_state (9 arrays), step (1 arrays).' in said
   with manager_of(tmp_path / 'soup') as manager:
     restored = manager.restore(1)
+  assert restored.pop('dynamic_scale') is None
   expected = [
       {'params': s.params, 'batch_stats': s.batch_stats} for s in states
   ]

@@ -59,6 +59,13 @@ class Checkpoint:
         if _checksum.is_current(digest)
     }
 
+  def is_state(self, name: _tree.Path) -> bool:
+    """Whether it is a PRNG key, a step or a counter, which may differ."""
+    layout = self.source.layout
+    return _tree.is_state(self.stored[name]) or (
+        layout is not None and layout.is_key(self.places[name])
+    )
+
   def _targets(self, item: str | None) -> dict[_tree.Path, _tree.Path]:
     metadata = self.source.metadata
     if item is None:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _formats
+from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _orbax_files
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _streaming
@@ -83,6 +84,7 @@ class Ingredients(Sequence[Params]):
     """
     if isinstance(paths, (str, bytes)) or not hasattr(paths, '__len__'):
       raise TypeError(f'paths must be a list of paths, not {paths!r}.')
+    self._given = [_orbax.absolute(path) for path in paths]
     self.paths = tuple(_formats.resolve(path, item) for path in paths)
     self.item = item
     self.whole = whole
@@ -212,10 +214,18 @@ class Ingredients(Sequence[Params]):
     layout = first.source.layout
     if layout is None:
       return None, first.places
-    layouts = [self._checkpoint(k).source.layout for k in range(len(self))]
-    steps = [x.step for x in layouts if x is not None]
-    number = lambda step: int(re.findall(r'\d+', step)[-1]) if step else -1
-    return layout._replace(step=max(steps, key=number)), first.targets
+    number = lambda step: int((re.findall(r'\d+', step) or ['-1'])[-1])
+    step = max(map(self._step, range(len(self))), key=number)
+    return layout._replace(step=step), first.targets
+
+  def _step(self, k: int) -> str:
+    """Where a checkpoint lies in the run that was given."""
+    layout, given = self._checkpoint(k).source.layout, self._given[k]
+    if layout is None or layout.root == given:
+      return layout.step if layout else ''
+    if layout.root.is_relative_to(given):
+      return str(layout.root.relative_to(given))
+    return layout.step
 
   def left_out(self) -> list[str]:
     """What the first checkpoint holds in addition to what is read, as text."""

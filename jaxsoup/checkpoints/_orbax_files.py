@@ -10,7 +10,6 @@ _orbax_files.write(path, leaves, own_fn, fill_fn, layout)
 
 import base64
 from collections.abc import Callable
-from collections.abc import Collection
 from collections.abc import Mapping
 import json
 import math
@@ -40,6 +39,7 @@ TREE_FILE = '_METADATA'
 ROOT_FILE = '_CHECKPOINT_METADATA'
 COMMITTED = 'commit_success.txt'
 _SHARDING = '_sharding'
+_ARRAYS = 'array_metadatas'
 _HANDLER = (
     'orbax.checkpoint._src.handlers.pytree_checkpoint_handler.'
     'PyTreeCheckpointHandler'
@@ -59,7 +59,7 @@ class Layout(NamedTuple):
   Attributes:
     root: the directory of the checkpoint or step; None without a source.
     item: the directory of the tree below it, such as 'default', or ''.
-    step: the name by which a `CheckpointManager` finds the root, or ''.
+    step: where the root lies in its run, for a `CheckpointManager`; or ''.
     rows: the rows of `_METADATA`, by the path of their leaf.
     custom: what the owner stored with the tree.
   """
@@ -86,6 +86,22 @@ class Layout(NamedTuple):
         rows={path_of(row): row for row in content['tree_metadata'].values()},
         custom=content.get('custom_metadata'),
     )
+
+  def arrays(self) -> dict[str, Json]:
+    """What `array_metadatas` says of each array, by its name."""
+    folder = self.root and self.root / self.item / _ARRAYS
+    files = sorted(folder.iterdir()) if folder and folder.exists() else []
+    rows = [
+        row['array_metadata']
+        for file in files
+        for row in _json.parsed(file.read_bytes())['array_metadatas']
+    ]
+    return {row['param_name']: row for row in rows}
+
+  def is_key(self, path: _tree.Path) -> bool:
+    """Whether Orbax makes PRNG keys of an array of integers."""
+    row = self.arrays().get('.'.join(path), {})
+    return bool((row.get('ext_metadata') or {}).get('random_key_impl'))
 
   def items(self) -> list[epath.Path]:
     """The other directories of the step: further trees, JSON, iterators."""
@@ -150,7 +166,7 @@ def write(
     digests = _processes.merged({n: x for n, x in known.items() if x})
     with _processes.together():
       if _processes.is_main():
-        _describe(tree, leaves, layout)
+        _describe(tree, arrays, layout)
         by_name = {_tree.name_of(p): x for p, x in leaves.items()}
         own = {
             **own_fn(),
@@ -192,8 +208,8 @@ class _Array:
       )
     self.folder = folder
     self._leaf, self._dtype = leaf, np.dtype(leaf.dtype)
-    self._chunks = self._chunk_shape()
-    self._chunk_bytes = math.prod(self._chunks) * self._dtype.itemsize
+    self.chunks = self._chunk_shape()
+    self._chunk_bytes = math.prod(self.chunks) * self._dtype.itemsize
     self._checksum = _checksum.Checksum(_tree.num_bytes(leaf))
     self._spread: jax.Array | None = None
 
@@ -214,7 +230,7 @@ class _Array:
     content = {
         'zarr_format': 2,
         'shape': list(self._leaf.shape),
-        'chunks': self._chunks,
+        'chunks': self.chunks,
         'dtype': self._dtype.str if is_own else self._dtype.name,
         'compressor': None,
         'dimension_separator': '.',
@@ -233,7 +249,7 @@ class _Array:
     piece = np.ascontiguousarray(piece)
     self._checksum.add(piece, start)
     data = _bytes(piece)
-    rest = [0] * (len(self._chunks) - 1)
+    rest = [0] * (len(self.chunks) - 1)
     while data:
       row, offset = divmod(start, self._chunk_bytes)
       part = data[: self._chunk_bytes - offset]
@@ -245,7 +261,7 @@ class _Array:
     for shard in array.addressable_shards:
       if not shard.replica_id:
         starts = [s.indices(n)[0] for s, n in zip(shard.index, array.shape)]
-        chunk = [start // n for start, n in zip(starts, self._chunks)]
+        chunk = [start // n for start, n in zip(starts, self.chunks)]
         self._write(chunk, 0, _bytes(jax.device_get(shard.data)))
 
   def _write(self, chunk: list[int], offset: int, data: memoryview) -> None:
@@ -280,17 +296,17 @@ def is_spread(leaf: Any) -> bool:
 
 
 def _describe(
-    tree: epath.Path, leaves: Collection[_tree.Path], layout: Layout
+    tree: epath.Path, arrays: Mapping[_tree.Path, _Array], layout: Layout
 ) -> None:
   """What Orbax reads of a tree: its keys, and for a source its shardings."""
-  first_keys = {p[:1] for p in leaves}
-  is_empty = lambda row: row['value_metadata'].get('skip_deserialize')
+  stored = layout.rows.items()
+  left_out = {p[:1] for p, x in stored if p not in arrays and not _is_empty(x)}
   rows = {
       p: row
-      for p, row in layout.rows.items()
-      if p in leaves or is_empty(row) and p[:1] in first_keys
+      for p, row in stored
+      if p in arrays or _is_empty(row) and p[:1] not in left_out
   }
-  rows |= {p: _new_row(p) for p in leaves if p not in rows}
+  rows |= {p: _new_row(p) for p in arrays if p not in rows}
   content = {
       'tree_metadata': {str(p): row for p, row in rows.items()},
       'use_ocdbt': False,
@@ -299,12 +315,27 @@ def _describe(
       'custom_metadata': layout.custom,
   }
   (tree / TREE_FILE).write_text(json.dumps(content))
+  names = {'.'.join(p): array.chunks for p, array in arrays.items()}
+  if described := layout.arrays():
+    kept = [
+        {**row, 'write_shape': names[name], 'chunk_shape': names[name]}
+        for name, row in described.items()
+        if name in names
+    ]
+    (tree / _ARRAYS).mkdir()
+    content = {'array_metadatas': [{'array_metadata': row} for row in kept]}
+    (tree / _ARRAYS / 'process_0').write_text(json.dumps(content))
   file = layout.root and layout.root / layout.item / _SHARDING
   if file and file.exists():
-    names = {base64.b64encode('.'.join(p).encode()).decode() for p in leaves}
-    stored = _json.parsed(file.read_bytes())
-    kept = {name: x for name, x in stored.items() if name in names}
-    (tree / _SHARDING).write_text(json.dumps(kept))
+    known = _json.parsed(file.read_bytes())
+    encoded = {base64.b64encode(name.encode()).decode() for name in names}
+    shardings = {name: x for name, x in known.items() if name in encoded}
+    (tree / _SHARDING).write_text(json.dumps(shardings))
+
+
+def _is_empty(row: Json) -> bool:
+  """Whether it is that of an empty node, such as optax's `EmptyState`."""
+  return bool(row['value_metadata'].get('skip_deserialize'))
 
 
 def _new_row(path: _tree.Path) -> Json:

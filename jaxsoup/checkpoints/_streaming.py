@@ -157,7 +157,8 @@ class Average:
     expected = read(self._order[0]).copy()
     for k in self._order[1:]:
       actual = read(k)
-      is_checked = not _tree.is_state(self._template.stored[name])
-      if is_checked and not np.array_equal(expected, actual):
+      if not np.array_equal(expected, actual) and not (
+          self._template.is_state(name)
+      ):
         raise _checked.non_float_error(self._name(k), name, expected, actual)
     return expected
