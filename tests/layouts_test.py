@@ -136,6 +136,30 @@ def test_items_of_a_step(tmp_path):
     assert custom['lr'] == 0.1 and 'jaxsoup' in custom
 
 
+def test_all_items_of_a_step(tmp_path):
+  names = ('model_params', 'optimizer_state')
+  trees = [params_of(k) for k in range(2)]
+  for k, tree in enumerate(trees):
+    with manager_of(tmp_path / f'run{k}', item_names=names) as manager:
+      args = ocp.args.Composite(
+          model_params=ocp.args.StandardSave(tree),
+          optimizer_state=ocp.args.StandardSave({'mu': tree}),
+      )
+      manager.save(7, args=args)
+  assert 'Left out' not in soup(tmp_path, '--whole')
+  with manager_of(tmp_path / 'soup', item_names=names) as manager:
+    args = ocp.args.Composite(
+        model_params=ocp.args.StandardRestore(abstract_of(trees[0])),
+        optimizer_state=ocp.args.StandardRestore(abstract_of({'mu': trees[0]})),
+    )
+    restored = manager.restore(7, args=args)
+  assert_mean(restored.model_params, trees)
+  assert_mean(restored.optimizer_state['mu'], trees)
+  # One of the items is an ingredient again, verified.
+  again = checkpoints.Ingredients([tmp_path / 'soup'])[0]
+  np.testing.assert_array_equal(again['scale'], restored.model_params['scale'])
+
+
 @pytest.mark.parametrize('is_checkpointables', [False, True])
 def test_orbax_v1(tmp_path, is_checkpointables):
   trees = [params_of(k) for k in range(2)]

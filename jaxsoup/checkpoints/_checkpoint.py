@@ -22,6 +22,8 @@ from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Params
 from jaxsoup.typing import ShapeDtype
 
+# Where trainings have their parameters.
+_MODELS = ('params', 'model', 'trainable_variables')
 # Checksums of the leaves that are being read.
 Sums = dict[_tree.Path, _checksum.Checksum]
 
@@ -257,7 +259,7 @@ def _model_of(
   trees: dict[str, dict[_tree.Path, Any]] = {}
   for path, place in stored.items():
     trees.setdefault(path[:1][0], {})[path[1:]] = leaves[place].shape
-  main = next((key for key in ('params', 'model') if key in trees), None)
+  main = next((key for key in _MODELS if key in trees), None)
   if main is None or main == 'model' and not any(map(_is_optimizer, trees)):
     return dict(stored)
   of_model = {
@@ -273,7 +275,7 @@ def _model_of(
 
 
 def _is_optimizer(key: str) -> bool:
-  return bool(re.fullmatch(r'opt(_state|imizer(_state)?)?', key))
+  return bool(re.fullmatch(r'opt(_state|imizer(_state|_variables)?)?', key))
 
 
 def _matches(

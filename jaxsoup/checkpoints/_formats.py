@@ -44,9 +44,9 @@ def find(path: PathLike) -> pathlib.Path | None:
   return file
 
 
-def open_source(resolved: str) -> _source.Source:
-  """Opens what `resolve` returned; reads no array."""
-  source = _opened(resolved)
+def open_source(resolved: str, is_whole: bool = False) -> _source.Source:
+  """Opens what `resolve` returned, or its whole step; reads no array."""
+  source = _opened(resolved, is_whole)
   for path, leaf in source.metadata.leaves.items():
     num_bytes = math.prod(max(n, 1) for n in leaf.shape) * leaf.dtype.itemsize
     if len(leaf.shape) > _MOST_AXES or num_bytes > _MOST_BYTES:
@@ -58,13 +58,14 @@ def open_source(resolved: str) -> _source.Source:
   return source
 
 
-def _opened(resolved: str) -> _source.Source:
+def _opened(resolved: str, is_whole: bool) -> _source.Source:
   suffix = pathlib.PurePath(resolved).suffix
   if suffix in _FILES:
     return _FILES[suffix](pathlib.Path(resolved))
   if resolved.endswith(('.safetensors', '.json')):
     return _safetensors.open_source(pathlib.Path(resolved))
-  return _orbax.open_source(epath.Path(resolved))
+  open_fn = _orbax.open_whole if is_whole else _orbax.open_source
+  return open_fn(epath.Path(resolved))
 
 
 def metadata(path: PathLike, item: str | None = None) -> _source.Metadata:

@@ -252,7 +252,8 @@ class Ingredients(Sequence[Params]):
 
   def _checkpoint(self, k: int) -> _checkpoint.Checkpoint:
     if k not in self._checkpoints:
-      source = _formats.open_source(self.paths[k])
+      is_whole = self.whole and self.item is None
+      source = _formats.open_source(self.paths[k], is_whole)
       self._checkpoints[k] = _checkpoint.Checkpoint(
           source, self._abstract, self.item, self.whole
       )

@@ -98,6 +98,12 @@ def _resolve(
         f'{path}: {", ".join(unfinished)} is unfinished (its writer was '
         'stopped) and is skipped. Delete it, or save that step again.'
     )
+  if len(children) > 1:
+    children = {
+        name: resolved
+        for name, resolved in children.items()
+        if resolved.parent != path or _orbax_files.is_tree(resolved)
+    }
   if item and item.partition('/')[0] in children:
     return children[item.partition('/')[0]]
   steps = {
@@ -112,7 +118,7 @@ def _resolve(
         n for n in steps if (path / str(n) / _orbax_files.COMMITTED).exists()
     }
     return steps[max(marked or steps)]
-  for usual in ('params', 'model_params', 'state', 'default'):
+  for usual in ('params', 'model_params', 'state', 'default', 'pytree'):
     if usual in children and item is None:
       return children[usual]
   if len(children) > 1:
@@ -142,6 +148,34 @@ def _siblings(path: epath.Path) -> str:
   return f' Its parent holds {", ".join(names[:8])}.' if names else ''
 
 
+def open_whole(path: epath.Path) -> _source.Source:
+  """Opens all trees of a step as one, their names before their paths."""
+  source = open_source(path)
+  others = filter(_orbax_files.is_tree, source.layout.items())
+  sources = {p.name: open_source(p) for p in (path, *others)}
+  if len(sources) == 1:
+    return source
+  of_all = lambda fn: {k: x for n, s in sources.items() for k, x in fn(n, s)}
+  metadata = source.metadata._replace(
+      leaves=of_all(
+          lambda n, s: (((n, *p), x) for p, x in s.metadata.leaves.items())
+      ),
+      checksums=of_all(
+          lambda n, s: (
+              (f'{n}/{name}', x) for name, x in s.metadata.checksums.items()
+          )
+      ),
+  )
+  parts = {name: s.layout for name, s in sources.items()}
+  layout = source.layout._replace(item='', rows={}, parts=parts)
+  return _source.Source(
+      metadata,
+      reader_fn=lambda p: sources[p[0]].reader_fn(p[1:]),
+      rows_fn=lambda p: sources[p[0]].rows_fn(p[1:]),
+      layout=layout,
+  )
+
+
 def open_source(path: epath.Path) -> _source.Source:
   """Opens the directory of a pytree, leaf by leaf, through tensorstore.
 
@@ -153,11 +187,11 @@ def open_source(path: epath.Path) -> _source.Source:
     stored = {
         _orbax_files.path_of(row)
         for row in rows
-        if not row['value_metadata'].get('skip_deserialize')
+        if not _orbax_files.is_empty(row)
     }
     described = _describe(path)
     custom = dict(described.get('custom_metadata') or {})
-    own = _source.own_of(custom.get('jaxsoup', {}))
+    own = _of_item(path.name, _source.own_of(custom.get('jaxsoup', {})))
     arrays = _open_arrays(path, layout, sorted(stored))
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise _source.damaged(path, e) from e
@@ -172,6 +206,7 @@ def open_source(path: epath.Path) -> _source.Source:
       custom={**custom, **({'jaxsoup': own} if own else {})},
       checksums=own.get('checksums') or {},
       identity=own.get('content_hash')
+      or own.get('identity')
       or str(described.get('init_timestamp_nsecs')),
   )
 
@@ -199,6 +234,18 @@ def open_source(path: epath.Path) -> _source.Source:
   _check_described(metadata)
   place = _orbax_files.Layout.of(path, layout)
   return _source.Source(metadata, reader_of, rows_of, layout=place)
+
+
+def _of_item(name: str, own: Json) -> Json:
+  """What we stored with the arrays of one of several items."""
+  if name not in own.get('items', ()):
+    return own
+  sums = own.pop('checksums').items()
+  inside = {
+      n.removeprefix(f'{name}/'): x for n, x in sums if n.startswith(f'{name}/')
+  }
+  identity = f'{own.pop("content_hash")}/{name}'
+  return {**own, 'checksums': inside, 'identity': identity}
 
 
 def _check_described(metadata: _source.Metadata) -> None:

@@ -10,6 +10,7 @@ _orbax_files.write(path, leaves, own_fn, fill_fn, layout)
 
 import base64
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 import json
 import math
@@ -19,6 +20,7 @@ import re
 import time
 from typing import Any
 from typing import NamedTuple
+from typing import TypeVar
 
 from etils import epath
 import jax
@@ -40,6 +42,7 @@ ROOT_FILE = '_CHECKPOINT_METADATA'
 COMMITTED = 'commit_success.txt'
 _SHARDING = '_sharding'
 _ARRAYS = 'array_metadatas'
+_STRINGS = '_strings.json'
 _HANDLER = (
     'orbax.checkpoint._src.handlers.pytree_checkpoint_handler.'
     'PyTreeCheckpointHandler'
@@ -51,6 +54,7 @@ _CHUNK_BYTES = 64 << 20
 _MOST_COPIED = 10 << 20
 
 PutFn = Callable[[_tree.Path, int, Array], None]
+_T = TypeVar('_T')
 
 
 class Layout(NamedTuple):
@@ -62,6 +66,8 @@ class Layout(NamedTuple):
     step: where the root lies in its run, for a `CheckpointManager`; or ''.
     rows: the rows of `_METADATA`, by the path of their leaf.
     custom: what the owner stored with the tree.
+    parts: if this is a whole step, the layouts of its items, by the first key
+      of their leaves.
   """
 
   root: epath.Path | None = None
@@ -69,6 +75,7 @@ class Layout(NamedTuple):
   step: str = ''
   rows: Mapping[_tree.Path, Json] = {}
   custom: Config | None = None
+  parts: Mapping[str, 'Layout'] = {}
 
   @classmethod
   def of(cls, tree: epath.Path, content: Json) -> 'Layout':
@@ -105,10 +112,20 @@ class Layout(NamedTuple):
 
   def items(self) -> list[epath.Path]:
     """The other directories of the step: further trees, JSON, iterators."""
-    if self.root is None or not self.item:
+    own = {self.item, *self.parts} - {''}
+    if self.root is None or not own:
       return []
     others = (p for p in self.root.iterdir() if p.is_dir())
-    return sorted(p for p in others if p.name != self.item)
+    return sorted(p for p in others if p.name not in own)
+
+  def trees(self, arrays: Mapping[_tree.Path, _T]) -> list[Any]:
+    """Each tree: its layout, and its arrays by their path in it."""
+    if not self.parts:
+      return [(self, dict(arrays))]
+    return [
+        (part, {p[1:]: x for p, x in arrays.items() if p[0] == name})
+        for name, part in self.parts.items()
+    ]
 
 
 BARE = Layout()
@@ -145,8 +162,12 @@ def write(
     name = str(_files.unfinished_name(pathlib.Path(path))).encode()
     unfinished = epath.Path(_processes.from_main(name).decode())
   root = unfinished / layout.step
-  tree = root / layout.item
-  arrays = {p: _Array(tree / _file_name(p), x, p) for p, x in leaves.items()}
+  folders = {
+      p: root / part.item / _file_name(inside)
+      for part, inner in layout.trees({p: p for p in leaves})
+      for inside, p in inner.items()
+  }
+  arrays = {p: _Array(folders[p], x, p) for p, x in leaves.items()}
   if len({array.folder for array in arrays.values()}) < len(leaves):
     raise ValueError(
         'Orbax would confuse leaves of this tree: its keys contain dots that '
@@ -156,7 +177,7 @@ def write(
   try:
     with _processes.together():
       if _processes.is_main():
-        tree.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         _write_root_file(root, layout, {})
         for array in arrays.values():
           array.create()
@@ -166,12 +187,14 @@ def write(
     digests = _processes.merged({n: x for n, x in known.items() if x})
     with _processes.together():
       if _processes.is_main():
-        _describe(tree, arrays, layout)
+        for part, inner in layout.trees(arrays):
+          _describe(root / part.item, inner, part)
         by_name = {_tree.name_of(p): x for p, x in leaves.items()}
         own = {
             **own_fn(),
             'checksums': {name: digests[name] for name in known},
             'content_hash': _checksum.content_hash(by_name, digests),
+            'items': list(layout.parts),
         }
         _write_root_file(root, layout, own)
         _copy_others(root, layout)
@@ -300,11 +323,11 @@ def _describe(
 ) -> None:
   """What Orbax reads of a tree: its keys, and for a source its shardings."""
   stored = layout.rows.items()
-  left_out = {p[:1] for p, x in stored if p not in arrays and not _is_empty(x)}
+  left_out = {p[:1] for p, x in stored if p not in arrays and not is_empty(x)}
   rows = {
       p: row
       for p, row in stored
-      if p in arrays or _is_empty(row) and p[:1] not in left_out
+      if p in arrays or is_empty(row) and p[:1] not in left_out
   }
   rows |= {p: _new_row(p) for p in arrays if p not in rows}
   content = {
@@ -331,11 +354,14 @@ def _describe(
     encoded = {base64.b64encode(name.encode()).decode() for name in names}
     shardings = {name: x for name, x in known.items() if name in encoded}
     (tree / _SHARDING).write_text(json.dumps(shardings))
+  file = layout.root and layout.root / layout.item / _STRINGS
+  if file and file.exists():
+    file.copy(tree / _STRINGS)
 
 
-def _is_empty(row: Json) -> bool:
-  """Whether it is that of an empty node, such as optax's `EmptyState`."""
-  return bool(row['value_metadata'].get('skip_deserialize'))
+def is_empty(row: Json) -> bool:
+  """Whether no array belongs to it: optax's `EmptyState`, a string."""
+  return is_text(row) or bool(row['value_metadata'].get('skip_deserialize'))
 
 
 def _new_row(path: _tree.Path) -> Json:
@@ -355,7 +381,8 @@ def _write_root_file(root: epath.Path, layout: Layout, own: Json) -> None:
     described = _json.parsed(file.read_bytes())
   handlers = described.get('item_handlers')
   if isinstance(handlers, dict):
-    kept = {layout.item, *(p.name for p in layout.items() if not is_tree(p))}
+    others = (p.name for p in layout.items() if not is_tree(p))
+    kept = {layout.item, *layout.parts, *others}
     handlers = {name: x for name, x in handlers.items() if name in kept}
   custom = dict(described.get('custom_metadata') or {})
   custom.pop('jaxsoup', None)
@@ -375,21 +402,34 @@ def _write_root_file(root: epath.Path, layout: Layout, own: Json) -> None:
 
 
 def is_tree(item: epath.Path) -> bool:
-  return (item / TREE_FILE).exists()
+  """Whether an item of a step holds arrays, and not settings."""
+  file = item / TREE_FILE
+  if not file.exists():
+    return False
+  rows = _json.parsed(file.read_bytes())['tree_metadata'].values()
+  kinds = {row['value_metadata'].get('value_type') for row in rows}
+  return not kinds <= {'string', 'scalar'}
+
+
+def is_text(row: Json) -> bool:
+  """Whether a leaf is a string, which Orbax keeps apart from the arrays."""
+  return row['value_metadata'].get('value_type') == 'string'
 
 
 def _copy_others(root: epath.Path, layout: Layout) -> None:
   """Copies what describes the step of the source: small files, JSON items."""
-  if layout.root is None or not layout.item:
+  if layout.root is None or not (layout.item or layout.parts):
     return
-  items = [p for p in layout.items() if (p / 'metadata').exists()]
-  for folder in (layout.root, *(p for p in items if not is_tree(p))):
-    for file in sorted(folder.iterdir()):
-      new = root / file.relative_to(layout.root)
-      if (
-          file.is_file()
-          and not new.exists()
-          and file.stat().length <= _MOST_COPIED
-      ):
-        new.parent.mkdir(exist_ok=True)
-        new.write_bytes(file.read_bytes())
+  files = [p for p in layout.root.iterdir() if p.is_file()]
+  for item in layout.items():
+    files += [] if is_tree(item) else _files_below(item)
+  for file in files:
+    new = root / file.relative_to(layout.root)
+    if not new.exists() and file.stat().length <= _MOST_COPIED:
+      new.parent.mkdir(parents=True, exist_ok=True)
+      file.copy(new)
+
+
+def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in sorted(folder.iterdir()):
+    yield from _files_below(path) if path.is_dir() else [path]

@@ -1,0 +1,61 @@
+"""Soups of runs that other libraries saved, in the layout of those runs.
+
+`layouts/golden` holds two runs of each; `layouts/owners.py` made them in the
+owners' environments, and restores soups there by the owners' own calls.
+"""
+
+import pathlib
+import tarfile
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsoup import checkpoints
+from jaxsoup.checkpoints import _formats
+
+GOLDEN = pathlib.Path(__file__).parent / 'layouts' / 'golden'
+# What a soup leaves out, by its first key.
+TRAINING = {'opt_state', 'optimizer', 'optimizer_variables', 'step'}
+
+
+def layouts():
+  paths = sorted(GOLDEN.glob('*/*.tar.xz'))
+  return [str(p.relative_to(GOLDEN)).removesuffix('.tar.xz') for p in paths]
+
+
+def arrays_of(run):
+  """All arrays of a checkpoint, by their names in it."""
+  source = _formats.open_source(_formats.resolve(run))
+  everything = lambda shape: tuple(slice(0, n) for n in shape)
+  return {
+      path: np.array(source.reader_fn(path)(everything(leaf.shape)))
+      for path, leaf in source.metadata.leaves.items()
+  }, source
+
+
+@pytest.mark.parametrize('layout', layouts())
+def test_mean_of_two_runs(tmp_path, layout):
+  with tarfile.open(GOLDEN / f'{layout}.tar.xz') as archive:
+    archive.extractall(tmp_path, filter='data')
+  runs = sorted(tmp_path.glob('run[01]*'))
+  (first, source), (other, _) = map(arrays_of, runs)
+  is_orbax = source.layout is not None
+  soup = tmp_path / ('soup' if is_orbax else 'soup.safetensors')
+  checkpoints.save_average(soup, checkpoints.Ingredients(runs))
+  averaged, written = arrays_of(soup)
+  if is_orbax:
+    place = lambda run, path: pathlib.Path(path).relative_to(run)
+    actual = place(soup, written.metadata.path)
+    assert actual == place(runs[0], source.metadata.path)
+    rows = {p: r['key_metadata'] for p, r in source.layout.rows.items()}
+    for path, row in written.layout.rows.items():
+      assert row['key_metadata'] == rows[path]
+    assert {p[0] for p in first.keys() - averaged.keys()} <= TRAINING
+  assert averaged
+  for path, x in averaged.items():
+    expected = first[path]
+    if jnp.issubdtype(expected.dtype, jnp.inexact):
+      mean = (first[path].astype(np.float32) + other[path]) / 2
+      expected = mean.astype(expected.dtype)
+    np.testing.assert_array_equal(x, expected)
