@@ -192,6 +192,8 @@ class Checked:
   def __getitem__(self, k: int) -> list[jax.Array]:
     """The leaves of ingredient k that are floats."""
     k = range(len(self))[k]
+    if k not in self._sums:  # Of checkpoints, what their names and files say.
+      getattr(self._source, 'require_averageable', lambda _: None)(k)
     flat = _tree.flatten(self._source[k])
     if self._first is None:
       # Only their shapes are needed, so that no model stays in memory.

@@ -30,18 +30,16 @@ from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _pieces
+from jaxsoup.checkpoints import _refusals
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _soups
-from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _torch
 from jaxsoup.typing import Alpha
 from jaxsoup.typing import Config
-from jaxsoup.typing import Json
 from jaxsoup.typing import Params
 from jaxsoup.typing import PathLike
 from jaxsoup.typing import ShapeDtype
 
-_CONFIG = 'config.json'
 # Files without weights that belong to a model. Others may be private.
 _OF_A_MODEL = (
     'config.json', '*_config.json', 'modules.json', 'LICENSE*', 'NOTICE*',
@@ -75,7 +73,7 @@ def is_directory(path: PathLike) -> bool:
   if '://' in str(path):
     return False
   path = pathlib.Path(path).absolute()
-  return (path / _CONFIG).is_file() and _formats.find(path) is not None
+  return (path / _refusals.CONFIG).is_file() and _formats.find(path) is not None
 
 
 def save_directory(
@@ -132,7 +130,6 @@ def save_directory(
   """
   path = _soups.new_path(path)
   first = _first(ingredients)
-  _warn_of_configs(ingredients.paths)
   if soup is None:
     ingredients = ingredients.unsharded()
     streamed, soup_fn = _soups.streamed_soup(ingredients, alpha)
@@ -140,6 +137,7 @@ def save_directory(
   else:
     soup_fn = lambda: soup
     fill_fn = _filler(soup.params, first.stored)
+  _warn_of_configs(ingredients.paths)
   shards = _shards(first.stored, max_shard_bytes)
   _processes.wait_for_all('every process has seen that the path is free')
   if not _processes.is_main():
@@ -166,8 +164,8 @@ def _first(ingredients) -> _checkpoint.Checkpoint:
   for path in ingredients.paths:
     if not is_directory(pathlib.Path(path).parent):
       raise ValueError(
-          f'{path} is not in a Hugging Face directory ({_CONFIG} next to the '
-          'weights). Give such directories, or use checkpoints.save.'
+          f'{path} is not in a Hugging Face directory (config.json next to '
+          'the weights). Give such directories, or use checkpoints.save.'
       )
   source = _formats.open_source(ingredients.paths[0])
   first = _checkpoint.Checkpoint(source, None)
@@ -182,23 +180,18 @@ def _first(ingredients) -> _checkpoint.Checkpoint:
 def _warn_of_configs(paths: Sequence[str]) -> None:
   """Equal shapes can hide classes in another order, or another activation."""
   folders = [pathlib.Path(path).parent for path in paths]
-  configs = [_config(folder / _CONFIG) for folder in folders]
+  configs = [
+      _refusals.config_of(folder / _refusals.CONFIG) for folder in folders
+  ]
   for folder, config in zip(folders[1:], configs[1:]):
     keys = (configs[0].keys() | config.keys()) - _NOT_COMPARED
     odd = sorted(k for k in keys if configs[0].get(k) != config.get(k))
     if odd:
       _warnings.warn(
-          f'{folder / _CONFIG} differs from that of {folders[0]} in '
+          f'{folder / _refusals.CONFIG} differs from that of {folders[0]} in '
           f'{", ".join(odd[:5])}: the soup gets the latter. Check that the '
           'outputs of the models have the same meaning.'
       )
-
-
-def _config(file: pathlib.Path) -> Json:
-  try:
-    return dict(_json.parsed(file.read_bytes()))
-  except (TypeError, ValueError) as e:
-    raise _source.damaged(file, e) from e
 
 
 def _filler(params: Params, stored: Mapping[_tree.Path, ShapeDtype]) -> FillFn:

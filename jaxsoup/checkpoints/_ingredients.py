@@ -10,6 +10,7 @@ import numpy as np
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _formats
+from jaxsoup.checkpoints import _refusals
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _streaming
 from jaxsoup.typing import Alpha
@@ -192,8 +193,17 @@ class Ingredients(Sequence[Params]):
       self, order: Sequence[int], alpha: Alpha | None, count: float
   ) -> _streaming.Average:
     """The same, not yet computed: it can go to a file instead."""
+    for k in order:
+      self.require_averageable(k)
     opened = {k: self._checkpoint(k) for k in order}
     return _streaming.Average(opened, order, alpha, count)
+
+  def require_averageable(self, k: int) -> None:
+    """Raises a ValueError where ingredient k is quantized, or has LoRA factors.
+
+    Recipes call it before they read the ingredient.
+    """
+    _refusals.require_averageable(self._checkpoint(k))
 
   def unsharded(self) -> 'Ingredients':
     """The same, for one process alone."""
