@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Container
 from collections.abc import Mapping
 from collections.abc import Sequence
+import copy
 import math
 import pathlib
 
@@ -49,6 +50,16 @@ class Checkpoint:
         for name, digest in source.metadata.checksums.items()
         if _checksum.is_current(digest)
     }
+
+  def part(self, names: Sequence[_tree.Path]) -> 'Checkpoint':
+    """The same with these leaves only, in nested dicts."""
+    part, leaves = copy.copy(self), self.flat.by_path
+    part.stored = {n: self.stored[n] for n in names}
+    part.places = {n: self.places[n] for n in names}
+    part.flat = _tree.flatten_in_place(
+        _tree.nest({n: leaves[n] for n in names})
+    )
+    return part
 
   def read(self) -> Params:
     """All wanted leaves, in their dtypes and shardings."""

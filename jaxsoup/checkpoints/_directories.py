@@ -89,10 +89,10 @@ def save_directory(
 
   `theta = sum_k alpha_k theta_k`, piece by piece from file to file, or the
   params of a soup that another recipe made. Tensors keep the names and dtypes
-  that they have in the first ingredient, and its config and tokenizer are
-  copied. A model card and `soup.json` say how the soup was made. What was
-  written is read back and compared; the directory gets its name only when it is
-  complete.
+  that they have in the first ingredient, unless `ingredients` have a `dtype`,
+  which its config then gets too; config and tokenizer are copied. A model card
+  and `soup.json` say how the soup was made. What was written is read back and
+  compared; the directory gets its name only when it is complete.
 
   Args:
     path: a directory that does not exist yet.
@@ -130,15 +130,17 @@ def save_directory(
   """
   path = _soups.new_path(path)
   first = _first(ingredients)
+  wanted = first.flat.by_path
+  leaves = {name: wanted[name] for name in first.stored}  # In their order.
   if soup is None:
     ingredients = ingredients.unsharded()
     streamed, soup_fn = _soups.streamed_soup(ingredients, alpha)
     fill_fn: FillFn = streamed.put_all
   else:
     soup_fn = lambda: soup
-    fill_fn = _filler(soup.params, first.stored)
+    fill_fn = _filler(soup.params, leaves)
   _warn_of_configs(ingredients.paths)
-  shards = _shards(first.stored, max_shard_bytes)
+  shards = _shards(leaves, max_shard_bytes)
   _processes.wait_for_all('every process has seen that the path is free')
   if not _processes.is_main():
     if soup is not None:  # Their shards are gathered by the main process.
@@ -152,6 +154,10 @@ def save_directory(
       card = _card.text(path.name, names, made, metadata or {})
       (folder / 'README.md').write_text(card)
       copy_other_files(pathlib.Path(first.source.metadata.path), folder)
+      if ingredients.dtype is not None:
+        config = folder / _refusals.CONFIG
+        dtype = str(np.dtype(ingredients.dtype))
+        write_json(config, _with_dtype(_refusals.config_of(config), dtype))
       own = _soups.own_of(made, ingredients, metadata)
       own['files'] = {file.name: _digest(file) for file in _of_model(folder)}
       write_json(folder / _soups.SIDECAR_FILE, _json.sealed(own))
@@ -168,13 +174,13 @@ def _first(ingredients) -> _checkpoint.Checkpoint:
           'the weights). Give such directories, or use checkpoints.save.'
       )
   source = _formats.open_source(ingredients.paths[0])
-  first = _checkpoint.Checkpoint(source, None)
-  if len(first.places) < len(source.metadata.leaves):
+  whole = _checkpoint.Checkpoint(source, None)
+  if len(whole.places) < len(source.metadata.leaves):
     raise ValueError(
         f'{source.metadata.path} holds tensors inside and outside of params; '
         'only those inside would be averaged. Rename them.'
     )
-  return first
+  return _ingredients.first_of(ingredients)
 
 
 def _warn_of_configs(paths: Sequence[str]) -> None:
@@ -194,7 +200,19 @@ def _warn_of_configs(paths: Sequence[str]) -> None:
       )
 
 
-def _filler(params: Params, stored: Mapping[_tree.Path, ShapeDtype]) -> FillFn:
+def _with_dtype(config: Any, dtype: str) -> Any:
+  """A config in which a model and its parts are of this dtype."""
+  if not isinstance(config, dict):
+    return config
+  return {
+      key: dtype
+      if key in ('dtype', 'torch_dtype') and value
+      else _with_dtype(value, dtype)
+      for key, value in config.items()
+  }
+
+
+def _filler(params: Params, wanted: Mapping[_tree.Path, ShapeDtype]) -> FillFn:
   flat = _tree.flatten_in_place(params)
   leaves = flat.by_path
 
@@ -202,7 +220,7 @@ def _filler(params: Params, stored: Mapping[_tree.Path, ShapeDtype]) -> FillFn:
     for name in names:
       array = _processes.gathered(leaves[name])
       # jax has no 64-bit arrays by default.
-      put_fn(name, 0, array.astype(stored[name].dtype))
+      put_fn(name, 0, array.astype(wanted[name].dtype))
 
   return fill
 
@@ -240,7 +258,7 @@ def _write_weights(folder, first, shards, fill_fn) -> None:
         for file, shard in zip(files, shards)
         for name in shard
     }
-    size = sum(map(_tree.num_bytes, first.stored.values()))
+    size = sum(_tree.num_bytes(x) for shard in shards for x in shard.values())
     content = {'metadata': {'total_size': size}, 'weight_map': weight_map}
     write_json(index, content)
   verify(index if num > 1 else folder / files[0])

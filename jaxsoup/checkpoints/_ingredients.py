@@ -3,20 +3,29 @@
 from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent import futures
+import fnmatch
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import _checked
 from jaxsoup import _tree
+from jaxsoup import _warnings
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _refusals
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _streaming
 from jaxsoup.typing import Alpha
+from jaxsoup.typing import DType
 from jaxsoup.typing import Members
 from jaxsoup.typing import Params
 from jaxsoup.typing import PathLike
+
+# Buffers that some versions of torch and transformers do not save.
+_OF_FIRST = ('*position_ids', '*num_batches_tracked')
 
 
 class Ingredients(Sequence[Params]):
@@ -39,7 +48,7 @@ class Ingredients(Sequence[Params]):
 
   Attributes:
     paths: the files or directories that hold the pytrees, as strings.
-    item: as given.
+    item, dtype: as given.
   """
 
   def __init__(
@@ -48,6 +57,9 @@ class Ingredients(Sequence[Params]):
       abstract_params: Params | None = None,
       *,
       item: str | None = None,
+      dtype: DType | None = None,
+      ignore: Sequence[str] = (),
+      intersect: bool = False,
   ):
     """Finds the checkpoints; reads no arrays.
 
@@ -67,6 +79,14 @@ class Ingredients(Sequence[Params]):
         'default' is the default. Or which subtree of the checkpoint, such as
         'ema_params', where the parameters fit into several; or both, as in
         'state/ema_params'.
+      dtype: of all floats, in which ingredients of different dtypes are read.
+        An average adds up what is stored, in float32 or wider, and rounds once.
+      ignore: patterns such as 'head*' for the names of leaves that are not
+        averaged: those of the first ingredient are taken, and what only others
+        have is left out. So are `position_ids` and `num_batches_tracked` where
+        some ingredients lack them.
+      intersect: leaves out what some ingredients lack, with a warning. No
+        effect with `abstract_params`, which say what is wanted.
 
     Raises:
       FileNotFoundError: a path without a finished checkpoint.
@@ -81,6 +101,12 @@ class Ingredients(Sequence[Params]):
     self._abstract = (
         None if abstract_params is None else _tree.flatten(abstract_params)
     )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(f'dtype is {dtype}, expected one of floats.')
+    self.dtype = dtype
+    self._ignore = tuple(ignore)
+    self._intersect = intersect
+    self._whole: dict[int, _checkpoint.Checkpoint] = {}
     self._checkpoints: dict[int, _checkpoint.Checkpoint] = {}
     self._pending: tuple[int, futures.Future[Params]] | None = None
     # One thread: it also keeps the reads out of the caller's mesh context,
@@ -125,7 +151,8 @@ class Ingredients(Sequence[Params]):
 
   def stored(self, k: int) -> dict[_tree.Path, jax.ShapeDtypeStruct]:
     """Shape and dtype of each leaf that is read, as stored; reads no array."""
-    return self._checkpoint(k).stored
+    first = {n: self._checkpoint(0).stored[n] for n in self._of_first(k)}
+    return self._checkpoint(k).stored | first
 
   def pieces(
       self, k: int, path: _tree.Path, like: int = 0
@@ -145,6 +172,7 @@ class Ingredients(Sequence[Params]):
       ValueError: the file is damaged; after the last piece, if its checksum
         differs.
     """
+    k = 0 if path in self._of_first(k) else k
     checkpoint, sums = self._checkpoint(k), _checkpoint.Sums()
     read = checkpoint.reader(path, sums)
     for index, _ in self._checkpoint(like).plan(path):
@@ -195,8 +223,10 @@ class Ingredients(Sequence[Params]):
     """The same, not yet computed: it can go to a file instead."""
     for k in order:
       self.require_averageable(k)
-    opened = {k: self._checkpoint(k) for k in order}
-    return _streaming.Average(opened, order, alpha, count)
+    of_first = {name for k in order for name in self._of_first(k)}
+    first = 0 if of_first else order[0]
+    opened = {k: self._checkpoint(k) for k in (first, *order)}
+    return _streaming.Average(opened, order, alpha, count, first, of_first)
 
   def require_averageable(self, k: int) -> None:
     """Raises a ValueError where ingredient k is quantized, or has LoRA factors.
@@ -205,22 +235,137 @@ class Ingredients(Sequence[Params]):
     """
     _refusals.require_averageable(self._checkpoint(k))
 
+  def of(self, paths: Sequence[PathLike]) -> 'Ingredients':
+    """Other checkpoints with the same options, but without a template."""
+    return Ingredients(
+        paths,
+        item=self.item,
+        dtype=self.dtype,
+        ignore=self._ignore,
+        intersect=self._intersect,
+    )
+
   def unsharded(self) -> 'Ingredients':
     """The same, for one process alone."""
-    if self._abstract is None:  # Then extra leaves of others are mismatches.
-      return Ingredients(self.paths, item=self.item)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.abstract_params
-    )
-    return Ingredients(self.paths, shapes, item=self.item)
+    ingredients = self.of(self.paths)
+    if self._abstract is not None:  # Else extra leaves of others mismatch.
+      shapes = jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.abstract_params
+      )
+      ingredients._abstract = _tree.flatten(shapes)
+    return ingredients
 
   def _read(self, k: int) -> Params:
-    return self._checkpoint(k).read()
+    params = self._checkpoint(k).read()
+    if not (names := self._of_first(k)):
+      return params
+    first = self._checkpoint(0)
+    trees = (first.part(names).read(), params)
+    leaves = {p: x for t in trees for p, x in _by_path(t).items()}
+    if leaves.keys() != set(first.flat.paths):
+      return _tree.nest(leaves)  # A mismatch, which recipes report.
+    return first.flat.replace(leaves[path] for path in first.flat.paths)
+
+  def _whole_checkpoint(self, k: int) -> _checkpoint.Checkpoint:
+    if k not in self._whole:
+      source = _formats.open_source(self.paths[k])
+      abstract = self._abstract
+      if k and abstract is not None:
+        ends = {p[i:] for p in source.metadata.leaves for i in range(len(p))}
+        leaves = abstract.by_path
+        kept = {
+            name: leaf
+            for name, leaf in leaves.items()
+            if not _is_named(name, self._ignore)
+            and (name in ends or not _is_named(name, _OF_FIRST))
+        }
+        if len(kept) < len(leaves):
+          abstract = _tree.flatten_in_place(_tree.nest(kept))
+      whole = _checkpoint.Checkpoint(source, abstract, self.item)
+      if self.dtype is not None:
+        whole.flat = _in_dtype(whole.flat, self.dtype)
+      self._whole[k] = whole
+    return self._whole[k]
 
   def _checkpoint(self, k: int) -> _checkpoint.Checkpoint:
+    """What is averaged of ingredient k; of the first, all that a soup has."""
     if k not in self._checkpoints:
-      source = _formats.open_source(self.paths[k])
-      self._checkpoints[k] = _checkpoint.Checkpoint(
-          source, self._abstract, self.item
-      )
+      whole = self._whole_checkpoint(k)
+      names = [n for n in whole.stored if self._is_wanted(k, n)]
+      part = whole.part(names) if len(names) < len(whole.stored) else whole
+      self._checkpoints[k] = part
     return self._checkpoints[k]
+
+  def _is_wanted(self, k: int, name: _tree.Path) -> bool:
+    is_ignored = _is_named(name, self._ignore)
+    is_buffer = _is_named(name, _OF_FIRST)
+    is_everywhere = self._common is None or name in self._common
+    if not k:
+      return is_everywhere or is_ignored or is_buffer
+    is_of_first = name in self._checkpoint(0).stored
+    return is_everywhere and not is_ignored and (is_of_first or not is_buffer)
+
+  def _of_first(self, k: int) -> list[_tree.Path]:
+    """The leaves that ingredient k takes from the first one."""
+    if not k:
+      return []
+    own = self._checkpoint(k).stored
+    patterns = (*self._ignore, *_OF_FIRST)
+    names = [n for n in self._checkpoint(0).stored if n not in own]
+    return [n for n in names if _is_named(n, patterns)]
+
+  @functools.cached_property
+  def _common(self) -> set[_tree.Path] | None:
+    """What all have, if only that is wanted; checks and tells what is not."""
+    if self._abstract is not None or not (self._ignore or self._intersect):
+      return None
+    names = [
+        self._whole_checkpoint(k).stored.keys() for k in range(len(self.paths))
+    ]
+    union, common = set().union(*names), set(names[0]).intersection(*names)
+    for pattern in self._ignore:
+      if not any(_is_named(name, [pattern]) for name in union):
+        raise ValueError(
+            f'No leaf has a name like {pattern!r}, which is to be ignored. '
+            f'Names are {", ".join(sorted(map(_tree.name_of, union))[:6])}, ...'
+        )
+    if not self._intersect:
+      return None
+    patterns = (*self._ignore, *_OF_FIRST)
+    out = [n for n in union - common if not _is_named(n, patterns)]
+    if not common:
+      raise ValueError(
+          f'There is nothing that all {len(names)} ingredients have: are they '
+          'models of one architecture? Compare with `jaxsoup inspect`.'
+      )
+    if out:
+      _warnings.warn(
+          f'{len(out)} leaves that not all ingredients have are left out: '
+          + _checked.listed(sorted(map(_tree.name_of, out)))
+      )
+    return common
+
+
+def first_of(ingredients: Ingredients) -> _checkpoint.Checkpoint:
+  """All that a soup of these ingredients has, as it lies in the first one."""
+  return ingredients.of(ingredients.paths)._checkpoint(0)
+
+
+def _by_path(tree: Params) -> dict[_tree.Path, jax.Array]:
+  return _tree.flatten_in_place(tree).by_path
+
+
+def _in_dtype(flat: _tree.Flat, dtype: DType) -> _tree.Flat:
+  def cast(x):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    sharding = getattr(x, 'sharding', None)
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
+
+  return flat._replace(leaves=list(map(cast, flat.leaves)))
+
+
+def _is_named(path: _tree.Path, patterns: Sequence[str]) -> bool:
+  """With keys joined by `/` as in our messages, or by dots as in torch."""
+  names = (_tree.name_of(path), '.'.join(path))
+  return any(fnmatch.fnmatchcase(n, p) for n in names for p in patterns)

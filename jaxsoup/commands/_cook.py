@@ -49,7 +49,14 @@ def cook(
     held = _common.held(order.out) if is_main else contextlib.nullcontext()
     with preemption.handled() as stop, held:
       _refuse_adapters(order.runs)
-      options: Any = {'item': order.item, 'stop': stop, 'saved': saved}
+      options: Any = {
+          'item': order.item,
+          'dtype': order.dtype and order.dtype.value,
+          'ignore': order.ignore or (),
+          'intersect': order.intersect,
+          'stop': stop,
+          'saved': saved,
+      }
       ingredients = stopping.Ingredients(order.runs, **options)
       if order.shard or order.distributed:
         from jaxsoup import sharding

@@ -37,6 +37,9 @@ def _floats(text: str) -> list[float]:
     ) from e
 
 
+Dtype = enum.StrEnum('Dtype', 'float32 bfloat16 float16 float64')
+
+
 class Order(NamedTuple):
   """What every recipe is told."""
 
@@ -51,6 +54,27 @@ class Order(NamedTuple):
       ),
   ]
   item: _common.Item = None
+  dtype: Annotated[
+      Dtype | None,
+      typer.Option(
+          help='Dtype of the soup, and for runs of different dtypes. Sums are '
+          'in float32 or wider. Default: that of the runs.',
+      ),
+  ] = None
+  ignore: Annotated[
+      list[str] | None,
+      typer.Option(
+          metavar='PATTERN',
+          help="Names of arrays, such as 'head*', that are not averaged but "
+          'taken from the first run. May be repeated.',
+      ),
+  ] = None
+  intersect: Annotated[
+      bool,
+      typer.Option(
+          '--intersect', help='Leave out arrays that some of the runs lack.'
+      ),
+  ] = False
   max_shard_size: Annotated[
       int,
       typer.Option(

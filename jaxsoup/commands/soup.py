@@ -98,9 +98,9 @@ def model_stock(
 
   def recipe_fn(ingredients):
     import jaxsoup
-    from jaxsoup import checkpoints
 
-    theta_0 = checkpoints.Ingredients([init], item=ingredients.item)[0]
+    # As the last of them, because of what is taken from the first, or left out.
+    theta_0 = ingredients.of([*ingredients.paths, init])[-1]
     return jaxsoup.model_stock(ingredients, theta_0)
 
   return {'recipe_fn': recipe_fn}
