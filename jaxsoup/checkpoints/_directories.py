@@ -33,6 +33,7 @@ from jaxsoup.checkpoints import _pieces
 from jaxsoup.checkpoints import _refusals
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _soups
+from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _torch
 from jaxsoup.typing import Alpha
 from jaxsoup.typing import Config
@@ -43,12 +44,14 @@ from jaxsoup.typing import ShapeDtype
 # Files without weights that belong to a model. Others may be private.
 _OF_A_MODEL = (
     'config.json', '*_config.json', 'modules.json', 'LICENSE*', 'NOTICE*',
+    'config_sentence_transformers.json',
     'tokenizer*.json', 'tokenizer.model', 'spiece.model', '*.tiktoken',
     'sentencepiece*.model', 'vocab.*', 'merges.txt', 'special_tokens_map.json',
     'added_tokens.json', 'chat_template*', 'configuration_*.py',
     'modeling_*.py', 'tokenization_*.py', '*processing_*.py',
 )  # fmt: skip
 _MOST_BYTES = 100_000_000
+_MODULES = 'modules.json'  # Of sentence-transformers.
 # What may differ between the configs of one model.
 _NOT_COMPARED = {
     '_name_or_path', 'dtype', 'torch_dtype', 'transformers_version'
@@ -93,6 +96,7 @@ def save_directory(
   which its config then gets too; config and tokenizer are copied. A model card
   and `soup.json` say how the soup was made. What was written is read back and
   compared; the directory gets its name only when it is complete.
+  Modules of sentence-transformers are averaged and copied as well.
 
   Args:
     path: a directory that does not exist yet.
@@ -139,7 +143,10 @@ def save_directory(
   else:
     soup_fn = lambda: soup
     fill_fn = _filler(soup.params, leaves)
-  _warn_of_configs(ingredients.paths)
+  folders = [pathlib.Path(p).parent for p in ingredients.paths]
+  modules = _modules(folders[0])
+  for module in ('', *modules):
+    _warn_of_configs([folder / module for folder in folders])
   shards = _shards(leaves, max_shard_bytes)
   _processes.wait_for_all('every process has seen that the path is free')
   if not _processes.is_main():
@@ -150,6 +157,13 @@ def save_directory(
     with atomic_directory(path) as folder:
       _write_weights(folder, first, shards, fill_fn)
       made = soup_fn()
+      for module in modules:
+        paths = [path / module for path in folders]
+        if _formats.find(paths[0]) is not None:
+          (folder / module).mkdir()
+          own_alpha = alpha if soup is None else soup.alpha
+          of_module = _ingredients.Ingredients(paths, dtype=ingredients.dtype)
+          _write_module(folder / module, of_module, own_alpha)
       names = _names_of(ingredients.paths)
       card = _card.text(path.name, names, made, metadata or {})
       (folder / 'README.md').write_text(card)
@@ -159,7 +173,9 @@ def save_directory(
         dtype = str(np.dtype(ingredients.dtype))
         write_json(config, _with_dtype(_refusals.config_of(config), dtype))
       own = _soups.own_of(made, ingredients, metadata)
-      own['files'] = {file.name: _digest(file) for file in _of_model(folder)}
+      own['files'] = {
+          file: _digest(folder / file) for file in _of_model(folder)
+      }
       write_json(folder / _soups.SIDECAR_FILE, _json.sealed(own))
   _processes.wait_for_all('the directory is written')
   return str(path)
@@ -183,12 +199,10 @@ def _first(ingredients) -> _checkpoint.Checkpoint:
   return _ingredients.first_of(ingredients)
 
 
-def _warn_of_configs(paths: Sequence[str]) -> None:
+def _warn_of_configs(folders: Sequence[pathlib.Path]) -> None:
   """Equal shapes can hide classes in another order, or another activation."""
-  folders = [pathlib.Path(path).parent for path in paths]
-  configs = [
-      _refusals.config_of(folder / _refusals.CONFIG) for folder in folders
-  ]
+  files = [folder / _refusals.CONFIG for folder in folders]
+  configs = [_refusals.config_of(f) if f.is_file() else {} for f in files]
   for folder, config in zip(folders[1:], configs[1:]):
     keys = (configs[0].keys() | config.keys()) - _NOT_COMPARED
     odd = sorted(k for k in keys if configs[0].get(k) != config.get(k))
@@ -239,6 +253,21 @@ def _shards(
     shards[-1][name] = leaf
     total += num_bytes
   return shards
+
+
+def _write_module(folder, ingredients, alpha) -> None:
+  """The average of a module that has weights of its own."""
+  if alpha is not None and (
+      isinstance(alpha, dict) or abs(sum(alpha) - 1) > 1e-3
+  ):
+    raise ValueError(
+        f'{ingredients.paths[0]} is a module of its own, for which this recipe '
+        'has no coefficients. Make a uniform soup, or give one coefficient for '
+        'each model, with a sum of 1: jaxsoup soup average --alpha.'
+    )
+  streamed, _ = _soups.streamed_soup(ingredients, alpha)
+  first = _ingredients.first_of(ingredients)
+  _write_weights(folder, first, [streamed.leaves], streamed.put_all)
 
 
 def _write_weights(folder, first, shards, fill_fn) -> None:
@@ -305,10 +334,11 @@ def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
 def copy_other_files(weights: pathlib.Path, folder: pathlib.Path) -> None:
   """Copies config, tokenizer, preprocessor etc. of the first ingredient."""
   for file in _of_model(weights.parent):
-    shutil.copyfile(file, folder / file.name)
+    (folder / file).parent.mkdir(exist_ok=True)
+    shutil.copyfile(weights.parent / file, folder / file)
 
 
-def _of_model(own: pathlib.Path) -> Iterator[pathlib.Path]:
+def _of_model(own: pathlib.Path) -> Iterator[str]:
   """The files of a directory that belong to a model, without its weights.
 
   A link is followed within the directory only, or within that of the model in
@@ -316,14 +346,29 @@ def _of_model(own: pathlib.Path) -> Iterator[pathlib.Path]:
   """
   cached = [p for p in own.parents if p.name.startswith('models--')]
   model = (cached or [own])[0].resolve()
-  for file in sorted(own.iterdir()):
+  files = [f for x in ('', *_modules(own)) for f in sorted((own / x).iterdir())]
+  for file in files:
     if (
         any(fnmatch.fnmatch(file.name, pattern) for pattern in _OF_A_MODEL)
         and file.resolve().is_relative_to(model)
         and file.is_file()
         and file.stat().st_size <= _MOST_BYTES
     ):
-      yield file
+      yield file.relative_to(own).as_posix()
+
+
+def _modules(own: pathlib.Path) -> list[str]:
+  """The subdirectories with modules of sentence-transformers."""
+  file = own / _MODULES
+  try:
+    rows = _json.parsed(file.read_bytes()) if file.is_file() else []
+    paths = [row['path'] for row in rows]
+    # The list is data: it may not name other directories.
+    if odd := [p for p in paths if p and pathlib.PurePath(p).name != p]:
+      raise ValueError(f'{odd[0]!r} is not a subdirectory')
+  except (KeyError, TypeError, ValueError) as e:
+    raise _source.damaged(file, e) from e
+  return [p for p in paths if p and (own / p).is_dir()]
 
 
 def _digest(file: pathlib.Path) -> str:
@@ -336,7 +381,7 @@ def verify_others(folder: pathlib.Path) -> tuple[list[str], list[str]]:
   """
   stored = _soups.sidecar_of(folder).get('files') or {}
   is_model = is_directory(folder)
-  own = {file.name for file in _of_model(folder)} if is_model else set()
+  own = set(_of_model(folder)) if is_model else set()
   changed = [
       name
       for name, digest in stored.items()
