@@ -260,8 +260,7 @@ class Ingredients(Sequence[Params]):
     if not (names := self._of_first(k)):
       return params
     first = self._checkpoint(0)
-    trees = (first.part(names).read(), params)
-    leaves = {p: x for t in trees for p, x in _by_path(t).items()}
+    leaves = _by_path(first.part(names).read()) | _by_path(params)
     if leaves.keys() != set(first.flat.paths):
       return _tree.nest(leaves)  # A mismatch, which recipes report.
     return first.flat.replace(leaves[path] for path in first.flat.paths)
@@ -297,22 +296,18 @@ class Ingredients(Sequence[Params]):
     return self._checkpoints[k]
 
   def _is_wanted(self, k: int, name: _tree.Path) -> bool:
-    is_ignored = _is_named(name, self._ignore)
-    is_buffer = _is_named(name, _OF_FIRST)
-    is_everywhere = self._common is None or name in self._common
-    if not k:
-      return is_everywhere or is_ignored or is_buffer
-    is_of_first = name in self._checkpoint(0).stored
-    return is_everywhere and not is_ignored and (is_of_first or not is_buffer)
+    if _is_named(name, self._ignore):
+      return not k
+    if self._common is not None and name not in self._common:
+      return not k and _is_named(name, _OF_FIRST)
+    is_in_first = not k or name in self._checkpoint(0).stored
+    return is_in_first or not _is_named(name, _OF_FIRST)
 
   def _of_first(self, k: int) -> list[_tree.Path]:
     """The leaves that ingredient k takes from the first one."""
-    if not k:
-      return []
-    own = self._checkpoint(k).stored
+    own, first = self._checkpoint(k).stored, self._checkpoint(0).stored
     patterns = (*self._ignore, *_OF_FIRST)
-    names = [n for n in self._checkpoint(0).stored if n not in own]
-    return [n for n in names if _is_named(n, patterns)]
+    return [n for n in first if n not in own and _is_named(n, patterns)]
 
   @functools.cached_property
   def _common(self) -> set[_tree.Path] | None:
@@ -367,5 +362,8 @@ def _in_dtype(flat: _tree.Flat, dtype: DType) -> _tree.Flat:
 
 def _is_named(path: _tree.Path, patterns: Sequence[str]) -> bool:
   """With keys joined by `/` as in our messages, or by dots as in torch."""
-  names = (_tree.name_of(path), '.'.join(path))
-  return any(fnmatch.fnmatchcase(n, p) for n in names for p in patterns)
+  return any(
+      fnmatch.fnmatchcase(separator.join(path), pattern)
+      for pattern in patterns
+      for separator in '/.'
+  )

@@ -133,7 +133,7 @@ Alpha = Annotated[
     typer.Option(
         metavar='A,B,...',
         parser=_floats,
-        help='Mixing coefficient of each run.',
+        help='Mixing coefficient of each run. They are not normalized.',
     ),
 ]
 Memory = enum.StrEnum('Memory', 'auto resident streamed cached')

@@ -81,6 +81,12 @@ def uniform() -> Asked:
 @_command
 def average(alpha: _options.Alpha) -> Asked:
   """Weighted mean, if you know the mixing coefficients."""
+  if abs(sum(alpha) - 1) > 1e-3:
+    _common.echo(
+        f'Warning: alpha sums to {sum(alpha):g}, not 1. It is not normalized: '
+        'all parameters are scaled by this sum.',
+        err=True,
+    )
   return {'alpha': alpha}
 
 
