@@ -185,3 +185,90 @@ def test_names_that_only_look_like_it(tmp_path):
   runs = [written(tmp_path / 'a', arrays), written(tmp_path / 'b', other)]
   result = soup('uniform', *runs, '--out', tmp_path / 'soup.safetensors')
   assert result.exit_code == 0, result.output
+
+
+# --- Tokenizers ---------------------------------------------------------------
+
+WORDS = ['[PAD]', 'good', 'bad', 'film']
+
+
+def tokenizers(words):
+  """The same tokens, as they are stored by different tokenizers."""
+  ids = {w: i for i, w in enumerate(words)}
+  added = [{'id': len(words) - 1, 'content': words[-1]}]
+  first = {w: i for w, i in ids.items() if w != words[-1]}
+  scores = [[w, -1.0] for w in words]
+  return {
+      'vocab.txt': '\n'.join(words) + '\n',
+      'vocab.json': json.dumps(ids),
+      'tokenizer.json': json.dumps(
+          {'model': {'vocab': first}, 'added_tokens': added}
+      ),
+      'unigram/tokenizer.json': json.dumps({'model': {'vocab': scores}}),
+  }
+
+
+def with_tokens(folder, words, kind, num_rows=None):
+  rows = np.arange(num_rows or len(words), dtype=np.float32)
+  arrays = {
+      'embed.weight': rows[:, None] + np.ones(3, np.float32),
+      'head.bias': rows,
+      'classes': np.ones((2, 3), np.float32),
+  }
+  path = written(folder, arrays, {})
+  file = folder / kind.rpartition('/')[2]
+  file.write_text(tokenizers(words)[kind])
+  return path
+
+
+@pytest.mark.parametrize('kind', tokenizers(WORDS))
+def test_tokens_in_another_order(tmp_path, kind):
+  runs = [
+      with_tokens(tmp_path / 'a', WORDS, kind),
+      with_tokens(tmp_path / 'b', ['[PAD]', 'bad', 'good', 'film'], kind),
+  ]
+  result = soup('uniform', *runs, '--out', tmp_path / 'soup')
+  assert result.exit_code == 1
+  assert f"Token 'good' has id 1 in {runs[0]}/" in result.stderr
+  assert 'but 2 in' in result.stderr
+  with pytest.raises(ValueError, match="Token 'good' has id 1"):
+    jaxsoup.greedy(checkpoints.Ingredients(runs), lambda params: 0.0)
+
+
+@pytest.mark.parametrize('kind', tokenizers(WORDS))
+@pytest.mark.parametrize('is_first', [True, False])
+def test_more_tokens(tmp_path, kind, is_first):
+  more = [*WORDS, '<a>', '<b>', '<c>', '<d>']
+  runs = [
+      with_tokens(tmp_path / 'a', more if is_first else WORDS, kind),
+      with_tokens(tmp_path / 'b', WORDS if is_first else more, kind),
+  ]
+  result = soup('uniform', *runs, '--out', tmp_path / 'soup')
+  assert result.exit_code == 1
+  rows = '4 rows, expected 8' if is_first else '8 rows, expected 4'
+  assert f"leaf 'embed/weight' has {rows}. Rows 4 to 7 are" in result.stderr
+  assert "the tokens '<a>', '<b>', '<c>', ... of" in result.stderr
+  assert runs[not is_first] in result.stderr
+
+
+@pytest.mark.filterwarnings('ignore:.*have equal parameters')
+def test_tokenizers_that_go_together(tmp_path):
+  # One more token, in a row that both have; and the same ones in other files.
+  runs = [
+      with_tokens(tmp_path / 'a', WORDS, 'vocab.json', 6),
+      with_tokens(tmp_path / 'b', [*WORDS, '<a>'], 'tokenizer.json', 6),
+      with_tokens(tmp_path / 'c', WORDS, 'vocab.txt', 6),
+  ]
+  result = soup('uniform', *runs, '--out', tmp_path / 'soup')
+  assert result.exit_code == 0, result.output
+
+
+def test_heads_of_other_sizes_have_no_tokens(tmp_path):
+  runs = [with_tokens(tmp_path / n, WORDS, 'vocab.txt') for n in 'ab']
+  file = tmp_path / 'b' / 'model.safetensors'
+  arrays = safetensors.numpy.load_file(file)
+  arrays['classes'] = np.ones((3, 3), np.float32)
+  safetensors.numpy.save_file(arrays, file)
+  result = soup('uniform', *runs, '--out', tmp_path / 'soup')
+  assert result.exit_code == 1
+  assert 'has shape (3, 3), expected (2, 3)' in result.stderr

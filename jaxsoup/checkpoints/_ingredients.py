@@ -229,11 +229,13 @@ class Ingredients(Sequence[Params]):
     return _streaming.Average(opened, order, alpha, count, first, of_first)
 
   def require_averageable(self, k: int) -> None:
-    """Raises a ValueError where ingredient k is quantized, or has LoRA factors.
+    """Raises a ValueError where ingredient k is quantized, has LoRA factors, or
+    another tokenizer than the first.
 
     Recipes call it before they read the ingredient.
     """
     _refusals.require_averageable(self._checkpoint(k))
+    _refusals.require_same_tokens(self._checkpoint(0), self._checkpoint(k))
 
   def of(self, paths: Sequence[PathLike]) -> 'Ingredients':
     """Other checkpoints with the same options, but without a template."""
