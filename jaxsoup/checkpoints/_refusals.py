@@ -1,5 +1,6 @@
 """What cannot be averaged, although its structure fits."""
 
+import filecmp
 import pathlib
 import re
 from typing import Any
@@ -86,7 +87,6 @@ def require_same_tokens(
     first: _checkpoint.Checkpoint, other: _checkpoint.Checkpoint
 ) -> None:
   """Raises where rows of embeddings are of different tokens, or are more."""
-  files = [_vocabulary_next_to(c.source.metadata.path) for c in (first, other)]
   rows = {
       name: (x.shape[0], other.stored[name].shape[0])
       for name, x in first.stored.items()
@@ -94,10 +94,11 @@ def require_same_tokens(
       if x.shape[1:] == other.stored[name].shape[1:]
       if x.shape[0] != other.stored[name].shape[0]
   }
-  contents = [file and file.read_bytes() for file in files]
-  if None in contents or (contents[0] == contents[1] and not rows):
+  pair = (_vocabulary_next_to(c.source.metadata.path) for c in (first, other))
+  files = [file for file in pair if file is not None]
+  if len(files) < 2 or (not rows and filecmp.cmp(*files, shallow=False)):
     return
-  tokens = [_tokens_of(*pair) for pair in zip(files, contents)]
+  tokens = list(map(_tokens_of, files))
   ids = {token: i for i, token in tokens[1].items()}
   for i, token in sorted(tokens[0].items()):
     if tokens[1].get(i, token) != token or ids.get(token, i) != i:
@@ -126,8 +127,9 @@ def _vocabulary_next_to(path: str) -> pathlib.Path | None:
   return next((file for file in files if file.is_file()), None)
 
 
-def _tokens_of(file: pathlib.Path, content: bytes) -> dict[int, str]:
+def _tokens_of(file: pathlib.Path) -> dict[int, str]:
   """By id; empty where the file is of a kind that is not known."""
+  content = file.read_bytes()
   if file.suffix == '.txt':
     lines = content.decode(errors='replace').removesuffix('\n').split('\n')
     return dict(enumerate(line.removesuffix('\r') for line in lines))
