@@ -96,7 +96,7 @@ def require_same_tokens(
   }
   pair = (_vocabulary_next_to(c.source.metadata.path) for c in (first, other))
   files = [file for file in pair if file is not None]
-  if len(files) < 2 or (not rows and filecmp.cmp(*files, shallow=False)):
+  if len(files) < 2 or (not rows and filecmp.cmp(files[0], files[1], False)):
     return
   tokens = list(map(_tokens_of, files))
   ids = {token: i for i, token in tokens[1].items()}
