@@ -308,6 +308,22 @@ def test_what_is_not_ignored_still_has_to_match(heads):
   assert "No leaf has a name like 'heads*'" in result.stderr
 
 
+def test_what_only_others_have_is_seen_when_they_are_sharded(heads):
+  result = soup('uniform', *'ad', '--shard', '--out', 'out.safetensors')
+  assert (
+      result.exit_code == 1 and "'head/weight' is unexpected" in result.stderr
+  )
+  options = ('--shard', '--ignore', 'head*', '--dtype', 'bfloat16')
+  result = soup('uniform', *'acd', *options, '--out', 'out')
+  assert result.exit_code == 0, result.output
+  expected = mean([heads[0], heads[2], heads[3]], 'body.weight')
+  actual = read('out')['body.weight']
+  assert actual.dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+      actual.astype(float), expected, rtol=1e-2, atol=1e-6
+  )
+
+
 @pytest.mark.filterwarnings('default:.*leaves that not all')
 @pytest.mark.parametrize('recipe', ['uniform', 'greedy'])
 def test_only_what_all_have(heads, recipe):

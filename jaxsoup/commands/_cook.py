@@ -58,6 +58,9 @@ def cook(
           'saved': saved,
       }
       ingredients = stopping.Ingredients(order.runs, **options)
+      # All have to fit, which their metadata tell before anything is read. The
+      # template below would hide what only others have.
+      ingredients.streamed(range(len(ingredients)), None, 1)
       if order.shard or order.distributed:
         from jaxsoup import sharding
         from jaxsoup.train import loop
