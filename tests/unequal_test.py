@@ -207,6 +207,20 @@ def test_buffers_that_some_have(first, recipe, out):
   )
 
 
+def test_buffers_with_a_template():
+  written('a', arrays_of(0) | BUFFERS)
+  written('b', arrays_of(1))
+  abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+      nested(arrays_of(0) | BUFFERS),
+  )
+  params = jaxsoup.uniform(checkpoints.Ingredients([*'ab'], abstract)).params
+  assert params['bn']['num_batches_tracked'] == 7
+  result = soup('uniform', *'ab', '--shard', '--out', 'out')
+  assert result.exit_code == 0, result.output
+  assert read('out').keys() == arrays_of(0).keys() | BUFFERS.keys()
+
+
 def test_buffers_that_all_have_must_still_be_equal():
   written('a', BUFFERS | arrays_of(0))
   written(

@@ -220,7 +220,7 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     return config
   return {
       key: dtype
-      if key in ('dtype', 'torch_dtype') and value
+      if key in ('dtype', 'torch_dtype') and isinstance(value, str)
       else _with_dtype(value, dtype)
       for key, value in config.items()
   }

@@ -83,8 +83,8 @@ class Ingredients(Sequence[Params]):
         An average adds up what is stored, in float32 or wider, and rounds once.
       ignore: patterns such as 'head*' for the names of leaves that are not
         averaged: those of the first ingredient are taken, and what only others
-        have is left out. So are `position_ids` and `num_batches_tracked` where
-        some ingredients lack them.
+        have is left out. `position_ids` and `num_batches_tracked` are of this
+        kind where some lack them, and with `abstract_params`.
       intersect: leaves out what some ingredients lack, with a warning. No
         effect with `abstract_params`, which say what is wanted.
 
@@ -105,6 +105,7 @@ class Ingredients(Sequence[Params]):
       raise ValueError(f'dtype is {dtype}, expected one of floats.')
     self.dtype = dtype
     self._ignore = tuple(ignore)
+    self._may_lack = (*ignore, *_OF_FIRST)
     self._intersect = intersect
     self._whole: dict[int, _checkpoint.Checkpoint] = {}
     self._checkpoints: dict[int, _checkpoint.Checkpoint] = {}
@@ -272,13 +273,11 @@ class Ingredients(Sequence[Params]):
       source = _formats.open_source(self.paths[k])
       abstract = self._abstract
       if k and abstract is not None:
-        ends = {p[i:] for p in source.metadata.leaves for i in range(len(p))}
         leaves = abstract.by_path
         kept = {
             name: leaf
             for name, leaf in leaves.items()
-            if not _is_named(name, self._ignore)
-            and (name in ends or not _is_named(name, _OF_FIRST))
+            if not _is_named(name, self._may_lack)
         }
         if len(kept) < len(leaves):
           abstract = _tree.flatten_in_place(_tree.nest(kept))
@@ -308,8 +307,7 @@ class Ingredients(Sequence[Params]):
   def _of_first(self, k: int) -> list[_tree.Path]:
     """The leaves that ingredient k takes from the first one."""
     own, first = self._checkpoint(k).stored, self._checkpoint(0).stored
-    patterns = (*self._ignore, *_OF_FIRST)
-    return [n for n in first if n not in own and _is_named(n, patterns)]
+    return [n for n in first if n not in own and _is_named(n, self._may_lack)]
 
   @functools.cached_property
   def _common(self) -> set[_tree.Path] | None:
@@ -328,8 +326,7 @@ class Ingredients(Sequence[Params]):
         )
     if not self._intersect:
       return None
-    patterns = (*self._ignore, *_OF_FIRST)
-    out = [n for n in union - common if not _is_named(n, patterns)]
+    out = [n for n in union - common if not _is_named(n, self._may_lack)]
     if not common:
       raise ValueError(
           f'There is nothing that all {len(names)} ingredients have: are they '
@@ -356,8 +353,7 @@ def _in_dtype(flat: _tree.Flat, dtype: DType) -> _tree.Flat:
   def cast(x):
     if not jnp.issubdtype(x.dtype, jnp.floating):
       return x
-    sharding = getattr(x, 'sharding', None)
-    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
   return flat._replace(leaves=list(map(cast, flat.leaves)))
 

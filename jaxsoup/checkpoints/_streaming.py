@@ -41,15 +41,10 @@ class Average:
       first: int,
       of_first: Collection[_tree.Path] = (),
   ):
-    """Checks that the ingredients fit.
+    """Raises a ValueError if the ingredients do not fit.
 
-    Args:
-      opened: the checkpoints, by ingredient.
-      order: those that are averaged.
-      alpha: as in `Ingredients.average`.
-      count: as in `Ingredients.average`.
-      first: the one that the others have to fit.
-      of_first: the leaves that are not averaged, but those of the first one.
+    Args as in `Ingredients.average`. The leaves `of_first` are not averaged but
+    those of the ingredient `first`, which the others have to fit.
     """
     self._opened = opened
     self._order = order
