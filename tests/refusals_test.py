@@ -10,6 +10,7 @@ import safetensors.numpy
 from typer import testing
 
 import jaxsoup
+from jaxsoup import _tree
 from jaxsoup import checkpoints
 from jaxsoup import cli
 from jaxsoup import lora
@@ -117,11 +118,17 @@ def test_a_template_does_not_hide_the_scales(tmp_path):
     jaxsoup.uniform(checkpoints.Ingredients(runs, abstract))
 
 
-def test_jax_trees_that_are_quantized(tmp_path):
-  params = {'w': {'array': {'qvalue': np.ones((4, 4), np.int8)}}}
-  params['w']['array']['scale'] = np.ones((1, 4), np.float32)
+@pytest.mark.parametrize('kind', ['qwix', 'gemma'])
+def test_jax_trees_that_are_quantized(tmp_path, kind):
+  key, scale = {
+      'qwix': ('w/array/qvalue', 'w/array/scale'),
+      'gemma': ('q/kernel', 'q/scale'),
+  }[kind]
+  paths = [tuple(name.split('/')) for name in (key, scale)]
+  values = np.ones((4, 4), np.int8), np.ones((1, 4), np.float32)
+  params = _tree.nest(dict(zip(paths, values)))
   runs = [checkpoints.save(tmp_path / name, params) for name in 'ab']
-  with pytest.raises(ValueError, match="'w/array/qvalue' of dtype int8 is qu"):
+  with pytest.raises(ValueError, match=f'{key!r} of dtype int8 is quantized'):
     jaxsoup.uniform(checkpoints.Ingredients(runs))
 
 

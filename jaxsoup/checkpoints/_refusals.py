@@ -48,7 +48,7 @@ def require_averageable(checkpoint: _checkpoint.Checkpoint) -> None:
       if _OF_SCALES.search(key)
   }
   for path in checkpoint.places.values():
-    name, dtype = _tree.name_of(path), metadata.leaves[path].dtype
+    name, leaf = _tree.name_of(path), metadata.leaves[path]
     if _LORA.search(name):
       raise ValueError(
           f'{metadata.path} holds factors of LoRA, such as {name!r}: the '
@@ -57,10 +57,14 @@ def require_averageable(checkpoint: _checkpoint.Checkpoint) -> None:
           'into its base model first.'
       )
     stem, key = _stem_and_key(path)
-    is_scaled = stem in with_scales or key == 'qvalue'  # The latter of Qwix.
-    if _QUANTIZED.search(name) or (is_scaled and _is_narrow(dtype)):
+    is_scaled = (
+        stem in with_scales
+        or key == 'qvalue'  # Of Qwix.
+        or (key in ('kernel', 'weight') and not _tree.is_float(leaf))
+    )
+    if _QUANTIZED.search(name) or (is_scaled and _is_narrow(leaf.dtype)):
       raise ValueError(
-          f'{metadata.path}: {name!r} of dtype {dtype} is quantized. '
+          f'{metadata.path}: {name!r} of dtype {leaf.dtype} is quantized. '
           f'{_DEQUANTIZE}'
       )
 
