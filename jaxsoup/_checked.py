@@ -54,12 +54,24 @@ def listed(differences: Sequence[str]) -> str:
   return f'{"; ".join(differences[:5])}{more}'
 
 
-def mismatch_error(name: str, differences: Sequence[str]) -> ValueError:
+def mismatch_error(
+    name: str, differences: Sequence[str], is_stored: bool = False
+) -> ValueError:
   """The error for an ingredient that differs from the first one."""
-  if 'dtype' in differences[0]:
+  if 'dtype' in differences[0] and is_stored:
+    remedy = (
+        "Choose one: --dtype float32, or Ingredients(..., dtype='float32')."
+    )
+  elif 'dtype' in differences[0]:
     remedy = (
         'Cast one of them: '
         'jax.tree.map(lambda x: x.astype(jnp.float32), params)'
+    )
+  elif is_stored:
+    remedy = (
+        'Only models of the same architecture can be averaged. If only the '
+        'heads differ, take that of the first (--ignore PATTERN), or only what '
+        'all have (--intersect); in Python Ingredients(..., ignore=[PATTERN]).'
     )
   else:
     remedy = (
@@ -83,15 +95,25 @@ def not_finite_error(name: str, paths: Sequence[_tree.Path]) -> ValueError:
 
 
 def non_float_error(
-    name: str, path: _tree.Path, expected: Leaf, actual: Leaf
+    name: str,
+    path: _tree.Path,
+    expected: Leaf,
+    actual: Leaf,
+    is_stored: bool = False,
 ) -> ValueError:
   """The error for integers or booleans that are not equal."""
+  remedy = 'pass parameters without such a leaf: nnx.state(model, nnx.Param).'
+  if is_stored:
+    remedy = (
+        f'to take that of the first: --ignore {_tree.name_of(path)!r}, or '
+        f'Ingredients(..., ignore=[{_tree.name_of(path)!r}]).'
+    )
   return ValueError(
       f'{name}: leaf {_tree.name_of(path)!r} of dtype {actual.dtype} is '
       f'{_short(actual)}, but {_short(expected)} in the first ingredient. Only '
       'floats are averaged: quantized weights have to be converted to floats '
-      'first. Of the rest only PRNG keys and counters may differ; pass '
-      'parameters without such a leaf: nnx.state(model, nnx.Param).'
+      'first. Of the rest only PRNG keys and counters may differ; '
+      f'{remedy}'
   )
 
 
@@ -185,6 +207,7 @@ class Checked:
     require_ingredients(ingredients)
     self._source = ingredients
     self.stacks = stacks or {}
+    self._is_stored = hasattr(ingredients, 'paths')
     # None of those that are traced.
     self._sums: dict[int, bytes | None] = {}
     self._others: dict[int, list[Leaf]] = {}
@@ -198,6 +221,8 @@ class Checked:
   def __getitem__(self, k: int) -> list[jax.Array]:
     """The leaves of ingredient k that are floats."""
     k = range(len(self))[k]
+    if k not in self._sums:  # Of checkpoints, what their names and files say.
+      getattr(self._source, 'require_averageable', lambda _: None)(k)
     flat = _tree.flatten(self._source[k])
     if self._first is None:
       # Only their shapes are needed, so that no model stays in memory.
@@ -267,7 +292,7 @@ class Checked:
   def _check(self, k: int, flat: _tree.Flat) -> None:
     differences = mismatches(self.template.by_path, flat.by_path)
     if differences:
-      raise mismatch_error(self.name(k), differences)
+      raise mismatch_error(self.name(k), differences, self._is_stored)
     others, first = flat.others, self.template.others
     # What is no state has to be equal: only the template's is kept.
     self._others[k] = [
@@ -286,7 +311,9 @@ class Checked:
       if _tree.is_state(expected) or actual is expected:
         continue
       if not _all_equal([expected], [actual]):
-        raise non_float_error(self.name(k), path, expected, actual)
+        raise non_float_error(
+            self.name(k), path, expected, actual, self._is_stored
+        )
     paths = list(self.template.floats)
     floats = [leaves[path] for path in paths]
     _require_same_devices(self.name(k), paths, floats)

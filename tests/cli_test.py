@@ -149,6 +149,22 @@ def test_recipes(runs, recipe, options, expected):
   assert [row['path'] for row in stored['ingredients']] == paths
 
 
+@pytest.mark.parametrize(
+    'alpha, said',
+    [('1,1,1', '3'), ('0.5,0.5,-1', '0'), ('0.3333,0.3333,0.3333', None)],
+)
+def test_alpha_that_does_not_sum_to_one(runs, alpha, said):
+  args = ('average', *runs, '--alpha', alpha, '--out', 'out')
+  result = invoke('soup', *args)
+  assert result.exit_code == 0
+  expected = f'Warning: alpha sums to {said}, not 1. It is not normalized: '
+  assert result.stderr.startswith(expected) if said else not result.stderr
+  values = [float(x) for x in alpha.split(',')]
+  np.testing.assert_allclose(
+      checkpoints.load('out').params['w'], np.dot(values, range(3)), rtol=1e-6
+  )
+
+
 def test_best_single_is_said_if_all_were_scored(runs):
   args = ('soup', 'greedy', *runs, '--eval', 'mine:score', '--out')
   assert ', best single -0.4000' in invoke(*args, 'a').stdout

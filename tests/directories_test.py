@@ -432,6 +432,80 @@ def test_directories_of_torch(tmp_path, monkeypatch):
   assert 'model.safetensors' in os.listdir('soup')
 
 
+# --- Modules of sentence-transformers -----------------------------------------
+
+
+def made_of_modules(folder, k, names=('', '1_Pooling', '2_Dense')):
+  """A transformer, a pooling and a dense layer."""
+  made(folder, arrays_of(k))
+  rows = [{'idx': i, 'path': name} for i, name in enumerate(names)]
+  (folder / 'modules.json').write_text(json.dumps(rows))
+  (folder / 'config_sentence_transformers.json').write_text('{"prompts": {}}')
+  (folder / '1_Pooling').mkdir()
+  (folder / '1_Pooling' / 'config.json').write_text('{"mode": "mean"}')
+  weights = np.random.default_rng(k).random((4, 3), np.float32)
+  made(folder / '2_Dense', {'linear.weight': weights}, {'out': 3})
+  (folder / 'onnx').mkdir()
+  (folder / 'onnx' / 'config.json').write_text('{}')
+  return {'linear.weight': weights}
+
+
+@pytest.mark.parametrize('options', [(), ('--dtype', 'float32')])
+def test_modules_are_carried_over_and_averaged(tmp_path, monkeypatch, options):
+  monkeypatch.chdir(tmp_path)
+  dense = [made_of_modules(tmp_path / n, k) for k, n in enumerate('ab')]
+  result = uniform('a', 'b', *options)
+  assert result.exit_code == 0, result.output
+  files = {
+      f.relative_to('soup').as_posix()
+      for f in pathlib.Path('soup').rglob('*')
+      if f.is_file()
+  }
+  assert files == {
+      'README.md', 'config.json', 'config_sentence_transformers.json',
+      'model.safetensors', 'modules.json', 'soup.json', '1_Pooling/config.json',
+      '2_Dense/config.json', '2_Dense/model.safetensors',
+  }  # fmt: skip
+  assert_near(read('soup/2_Dense'), mean(dense))
+  args = ['inspect', 'soup', '--deep']
+  inspected = testing.CliRunner().invoke(cli.app, args)
+  assert 'No problems.' in inspected.stdout and inspected.exit_code == 0
+  pathlib.Path('soup/1_Pooling/config.json').write_text('{"mode": "cls"}')
+  inspected = testing.CliRunner().invoke(cli.app, args)
+  assert '1_Pooling/config.json was changed' in inspected.stdout
+
+
+def test_coefficients_of_modules(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  dense = [made_of_modules(tmp_path / n, k) for k, n in enumerate('ab')]
+  args = ('average', 'a', 'b', '--alpha', '0.25,0.75', '--out', 'soup')
+  assert invoke(*args).exit_code == 0
+  assert_near(read('soup/2_Dense'), mean(dense, [0.25, 0.75]))
+  # The start has no coefficient.
+  made_of_modules(tmp_path / 'start', 2)
+  args = ('model-stock', 'a', 'b', '--init', 'start', '--out', 'stock')
+  result = invoke(*args)
+  assert result.exit_code == 1
+  assert '2_Dense/model.safetensors is a module of its own' in result.stderr
+  assert not pathlib.Path('stock').exists()
+
+
+@pytest.mark.filterwarnings('always:.*differs from that of')
+def test_modules_that_differ(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for k, name in enumerate('abc'):
+    made_of_modules(tmp_path / name, k)
+  pathlib.Path('b/1_Pooling/config.json').write_text('{"mode": "cls"}')
+  result = uniform('a', 'b')
+  assert 'b/1_Pooling/config.json differs from that of' in result.stderr
+  pathlib.Path('c/2_Dense/model.safetensors').unlink()
+  result = invoke('uniform', 'a', 'c', '--out', 'other')
+  assert result.exit_code == 1 and 'c/2_Dense' in result.stderr
+  pathlib.Path('a/modules.json').write_text('[{"path": "../b"}]')
+  result = invoke('uniform', 'a', 'b', '--out', 'other')
+  assert result.exit_code == 1 and 'is not a subdirectory' in result.stderr
+
+
 # --- With transformers --------------------------------------------------------
 
 TINY = dict(
@@ -626,3 +700,40 @@ def test_inspect_directories(tmp_path, monkeypatch):
   inspected = json.loads(result.stdout)
   assert inspected['num_params'] == [model.num_parameters()] * 2
   assert inspected['problems'] == [] and len(set(inspected['norms'])) == 2
+
+
+@pytest.mark.reference
+@pytest.mark.slow
+def test_sentence_transformers_loads_the_soup(tmp_path, monkeypatch):
+  torch = pytest.importorskip('torch', reason='the reference')
+  transformers = pytest.importorskip('transformers', reason='the reference')
+  sentence = pytest.importorskip(
+      'sentence_transformers', reason='the reference'
+  )
+  modules = sentence.sentence_transformer.modules
+  monkeypatch.chdir(tmp_path)
+  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'good', 'bad', 'film']
+  pathlib.Path('vocab.txt').write_text('\n'.join(words))
+  make = lambda t: t.BertModel(t.BertConfig(vocab_size=8, **TINY))
+  models = []
+  for k, name in enumerate('ab'):
+    fine_tuned(torch, transformers, make, k).save_pretrained(f'base-{name}')
+    transformers.BertTokenizerFast('vocab.txt').save_pretrained(f'base-{name}')
+    torch.manual_seed(k)
+    parts = [
+        modules.Transformer(f'base-{name}'),
+        modules.Pooling(12, 'mean'),
+        modules.Dense(12, 6),
+        modules.Normalize(),
+    ]
+    models.append(sentence.SentenceTransformer(modules=parts, device='cpu'))
+    models[-1].save(name)
+  assert uniform('a', 'b').exit_code == 0
+  soup = sentence.SentenceTransformer('soup', device='cpu')
+  states = [m.state_dict() for m in models]
+  assert soup.state_dict().keys() == states[0].keys()
+  for name, x in soup.state_dict().items():
+    expected = (states[0][name] + states[1][name]) / 2
+    torch.testing.assert_close(x, expected.to(x.dtype))
+  norms = np.linalg.norm(soup.encode(['good film', 'bad']), axis=1)
+  np.testing.assert_allclose(norms, 1, rtol=1e-5)

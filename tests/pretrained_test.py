@@ -236,6 +236,27 @@ def test_a_config_of_timm_tells_the_padding(tmp_path, architecture):
   assert identified.arguments['epsilon'] == (1e-3 if is_ported else 1e-5)
 
 
+@pytest.mark.parametrize('name', ['m.safetensors', 'm.pth'])
+def test_padding_that_nothing_tells_is_asked_for(tmp_path, name):
+  kind = _pretrained.Kind('efficientnet', 'timm', {'num_classes': 3})
+  arrays = dict(_names.write(random_params(kind), kind.table()))
+  path = tmp_path / name
+  if name == 'm.pth':
+    torch = pytest.importorskip('torch', reason='writes a file of torch')
+    torch.save({n: torch.tensor(x) for n, x in arrays.items()}, path)
+  else:
+    safetensors.save_file(arrays, path)
+  with pytest.raises(ValueError, match='m.* does not say whether it came from'):
+    models.load(path)
+  result = run('convert', path, tmp_path / 'out')
+  assert result.exit_code == 1 and '"tf_efficientnet_b0"' in result.stderr
+  config = {'architecture': 'tf_efficientnet_b0'}
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  assert run('convert', path, tmp_path / 'out').exit_code == 0
+  model = checkpoints.provenance(tmp_path / 'out')['metadata']['model']
+  assert model['arguments']['is_same_padded']
+
+
 @pytest.mark.parametrize('is_quick', [False, True])
 def test_a_config_of_open_clip_tells_the_activation(tmp_path, is_quick):
   image = {'image_shape': [8, 8, 3], 'patch_size': 4, 'width': 64}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from collections.abc import Container
 from collections.abc import Mapping
 from collections.abc import Sequence
+import copy
 import math
 import pathlib
 import re
@@ -84,6 +85,17 @@ class Checkpoint:
     kept = set(self.targets.values())
     stored = self.source.metadata.leaves
     return dict(collections.Counter(p[0] for p in stored if p not in kept))
+
+  def part(self, names: Sequence[_tree.Path]) -> 'Checkpoint':
+    """The same with these leaves only, in nested dicts."""
+    part, leaves = copy.copy(self), self.flat.by_path
+    part.stored = {n: self.stored[n] for n in names}
+    part.places = {n: self.places[n] for n in names}
+    part.targets = {n: self.targets[n] for n in names}
+    part.flat = _tree.flatten_in_place(
+        _tree.nest({n: leaves[n] for n in names})
+    )
+    return part
 
   def read(self) -> Params:
     """All wanted leaves, in their dtypes and shardings."""

@@ -30,27 +30,28 @@ from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _pieces
+from jaxsoup.checkpoints import _refusals
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _soups
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _torch
 from jaxsoup.typing import Alpha
 from jaxsoup.typing import Config
-from jaxsoup.typing import Json
 from jaxsoup.typing import Params
 from jaxsoup.typing import PathLike
 from jaxsoup.typing import ShapeDtype
 
-_CONFIG = 'config.json'
 # Files without weights that belong to a model. Others may be private.
 _OF_A_MODEL = (
     'config.json', '*_config.json', 'modules.json', 'LICENSE*', 'NOTICE*',
+    'config_sentence_transformers.json',
     'tokenizer*.json', 'tokenizer.model', 'spiece.model', '*.tiktoken',
     'sentencepiece*.model', 'vocab.*', 'merges.txt', 'special_tokens_map.json',
     'added_tokens.json', 'chat_template*', 'configuration_*.py',
     'modeling_*.py', 'tokenization_*.py', '*processing_*.py',
 )  # fmt: skip
 _MOST_BYTES = 100_000_000
+_MODULES = 'modules.json'  # Of sentence-transformers.
 # What may differ between the configs of one model.
 _NOT_COMPARED = {
     '_name_or_path', 'dtype', 'torch_dtype', 'transformers_version'
@@ -75,7 +76,7 @@ def is_directory(path: PathLike) -> bool:
   if '://' in str(path):
     return False
   path = pathlib.Path(path).absolute()
-  return (path / _CONFIG).is_file() and _formats.find(path) is not None
+  return (path / _refusals.CONFIG).is_file() and _formats.find(path) is not None
 
 
 def save_directory(
@@ -91,10 +92,11 @@ def save_directory(
 
   `theta = sum_k alpha_k theta_k`, piece by piece from file to file, or the
   params of a soup that another recipe made. Tensors keep the names and dtypes
-  that they have in the first ingredient, and its config and tokenizer are
-  copied. A model card and `soup.json` say how the soup was made. What was
-  written is read back and compared; the directory gets its name only when it is
-  complete.
+  that they have in the first ingredient, unless `ingredients` have a `dtype`,
+  which its config then gets too; config and tokenizer are copied. A model card
+  and `soup.json` say how the soup was made. What was written is read back and
+  compared; the directory gets its name only when it is complete.
+  Modules of sentence-transformers are averaged and copied as well.
 
   Args:
     path: a directory that does not exist yet.
@@ -132,15 +134,20 @@ def save_directory(
   """
   path = _soups.new_path(path)
   first = _first(ingredients)
-  _warn_of_configs(ingredients.paths)
+  wanted = first.flat.by_path
+  leaves = {name: wanted[name] for name in first.stored}  # In their order.
   if soup is None:
     ingredients = ingredients.unsharded()
     streamed, soup_fn = _soups.streamed_soup(ingredients, alpha)
     fill_fn: FillFn = streamed.put_all
   else:
     soup_fn = lambda: soup
-    fill_fn = _filler(soup.params, first.stored)
-  shards = _shards(first.stored, max_shard_bytes)
+    fill_fn = _filler(soup.params, leaves)
+  folders = [pathlib.Path(p).parent for p in ingredients.paths]
+  modules = _modules(folders[0])
+  for module in ('', *modules):
+    _warn_of_configs([folder / module for folder in folders])
+  shards = _shards(leaves, max_shard_bytes)
   _processes.wait_for_all('every process has seen that the path is free')
   if not _processes.is_main():
     if soup is not None:  # Their shards are gathered by the main process.
@@ -150,12 +157,25 @@ def save_directory(
     with atomic_directory(path) as folder:
       _write_weights(folder, first, shards, fill_fn)
       made = soup_fn()
+      for module in modules:
+        paths = [path / module for path in folders]
+        if _formats.find(paths[0]) is not None:
+          (folder / module).mkdir()
+          own_alpha = alpha if soup is None else soup.alpha
+          of_module = _ingredients.Ingredients(paths, dtype=ingredients.dtype)
+          _write_module(folder / module, of_module, own_alpha)
       names = _names_of(ingredients.paths)
       card = _card.text(path.name, names, made, metadata or {})
       (folder / 'README.md').write_text(card)
       copy_other_files(pathlib.Path(first.source.metadata.path), folder)
+      if ingredients.dtype is not None:
+        config = folder / _refusals.CONFIG
+        dtype = str(np.dtype(ingredients.dtype))
+        write_json(config, _with_dtype(_refusals.config_of(config), dtype))
       own = _soups.own_of(made, ingredients, metadata)
-      own['files'] = {file.name: _digest(file) for file in _of_model(folder)}
+      own['files'] = {
+          file: _digest(folder / file) for file in _of_model(folder)
+      }
       write_json(folder / _soups.SIDECAR_FILE, _json.sealed(own))
   _processes.wait_for_all('the directory is written')
   return str(path)
@@ -166,42 +186,47 @@ def _first(ingredients) -> _checkpoint.Checkpoint:
   for path in ingredients.paths:
     if not is_directory(pathlib.Path(path).parent):
       raise ValueError(
-          f'{path} is not in a Hugging Face directory ({_CONFIG} next to the '
-          'weights). Give such directories, or use checkpoints.save.'
+          f'{path} is not in a Hugging Face directory (config.json next to '
+          'the weights). Give such directories, or use checkpoints.save.'
       )
   source = _formats.open_source(ingredients.paths[0])
-  first = _checkpoint.Checkpoint(source, None)
-  if len(first.places) < len(source.metadata.leaves):
+  whole = _checkpoint.Checkpoint(source, None)
+  if len(whole.places) < len(source.metadata.leaves):
     raise ValueError(
         f'{source.metadata.path} holds tensors inside and outside of params; '
         'only those inside would be averaged. Rename them.'
     )
-  return first
+  return _ingredients.first_of(ingredients)
 
 
-def _warn_of_configs(paths: Sequence[str]) -> None:
+def _warn_of_configs(folders: Sequence[pathlib.Path]) -> None:
   """Equal shapes can hide classes in another order, or another activation."""
-  folders = [pathlib.Path(path).parent for path in paths]
-  configs = [_config(folder / _CONFIG) for folder in folders]
+  files = [folder / _refusals.CONFIG for folder in folders]
+  configs = [_refusals.config_of(f) if f.is_file() else {} for f in files]
   for folder, config in zip(folders[1:], configs[1:]):
     keys = (configs[0].keys() | config.keys()) - _NOT_COMPARED
     odd = sorted(k for k in keys if configs[0].get(k) != config.get(k))
     if odd:
       _warnings.warn(
-          f'{folder / _CONFIG} differs from that of {folders[0]} in '
+          f'{folder / _refusals.CONFIG} differs from that of {folders[0]} in '
           f'{", ".join(odd[:5])}: the soup gets the latter. Check that the '
           'outputs of the models have the same meaning.'
       )
 
 
-def _config(file: pathlib.Path) -> Json:
-  try:
-    return dict(_json.parsed(file.read_bytes()))
-  except (TypeError, ValueError) as e:
-    raise _source.damaged(file, e) from e
+def _with_dtype(config: Any, dtype: str) -> Any:
+  """A config in which a model and its parts are of this dtype."""
+  if not isinstance(config, dict):
+    return config
+  return {
+      key: dtype
+      if key in ('dtype', 'torch_dtype') and isinstance(value, str)
+      else _with_dtype(value, dtype)
+      for key, value in config.items()
+  }
 
 
-def _filler(params: Params, stored: Mapping[_tree.Path, ShapeDtype]) -> FillFn:
+def _filler(params: Params, wanted: Mapping[_tree.Path, ShapeDtype]) -> FillFn:
   flat = _tree.flatten_in_place(params)
   leaves = flat.by_path
 
@@ -209,7 +234,7 @@ def _filler(params: Params, stored: Mapping[_tree.Path, ShapeDtype]) -> FillFn:
     for name in names:
       array = _processes.gathered(leaves[name])
       # jax has no 64-bit arrays by default.
-      put_fn(name, 0, array.astype(stored[name].dtype))
+      put_fn(name, 0, array.astype(wanted[name].dtype))
 
   return fill
 
@@ -230,6 +255,21 @@ def _shards(
   return shards
 
 
+def _write_module(folder, ingredients, alpha) -> None:
+  """The average of a module that has weights of its own."""
+  if alpha is not None and (
+      isinstance(alpha, dict) or abs(sum(alpha) - 1) > 1e-3
+  ):
+    raise ValueError(
+        f'{ingredients.paths[0]} is a module of its own, for which this recipe '
+        'has no coefficients. Make a uniform soup, or give one coefficient for '
+        'each model, with a sum of 1: jaxsoup soup average --alpha.'
+    )
+  streamed, _ = _soups.streamed_soup(ingredients, alpha)
+  first = _ingredients.first_of(ingredients)
+  _write_weights(folder, first, [streamed.leaves], streamed.put_all)
+
+
 def _write_weights(folder, first, shards, fill_fn) -> None:
   """One file, or several with an index, named as in the first ingredient."""
   weights = pathlib.Path(first.source.metadata.path).name
@@ -247,7 +287,7 @@ def _write_weights(folder, first, shards, fill_fn) -> None:
         for file, shard in zip(files, shards)
         for name in shard
     }
-    size = sum(map(_tree.num_bytes, first.stored.values()))
+    size = sum(_tree.num_bytes(x) for shard in shards for x in shard.values())
     content = {'metadata': {'total_size': size}, 'weight_map': weight_map}
     write_json(index, content)
   verify(index if num > 1 else folder / files[0])
@@ -294,10 +334,11 @@ def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
 def copy_other_files(weights: pathlib.Path, folder: pathlib.Path) -> None:
   """Copies config, tokenizer, preprocessor etc. of the first ingredient."""
   for file in _of_model(weights.parent):
-    shutil.copyfile(file, folder / file.name)
+    (folder / file).parent.mkdir(exist_ok=True)
+    shutil.copyfile(weights.parent / file, folder / file)
 
 
-def _of_model(own: pathlib.Path) -> Iterator[pathlib.Path]:
+def _of_model(own: pathlib.Path) -> Iterator[str]:
   """The files of a directory that belong to a model, without its weights.
 
   A link is followed within the directory only, or within that of the model in
@@ -305,14 +346,29 @@ def _of_model(own: pathlib.Path) -> Iterator[pathlib.Path]:
   """
   cached = [p for p in own.parents if p.name.startswith('models--')]
   model = (cached or [own])[0].resolve()
-  for file in sorted(own.iterdir()):
+  files = [f for x in ('', *_modules(own)) for f in sorted((own / x).iterdir())]
+  for file in files:
     if (
         any(fnmatch.fnmatch(file.name, pattern) for pattern in _OF_A_MODEL)
         and file.resolve().is_relative_to(model)
         and file.is_file()
         and file.stat().st_size <= _MOST_BYTES
     ):
-      yield file
+      yield file.relative_to(own).as_posix()
+
+
+def _modules(own: pathlib.Path) -> list[str]:
+  """The subdirectories with modules of sentence-transformers."""
+  file = own / _MODULES
+  try:
+    rows = _json.parsed(file.read_bytes()) if file.is_file() else []
+    paths = [row['path'] for row in rows]
+    # The list is data: it may not name other directories.
+    if odd := [p for p in paths if p and pathlib.PurePath(p).name != p]:
+      raise ValueError(f'{odd[0]!r} is not a subdirectory')
+  except (KeyError, TypeError, ValueError) as e:
+    raise _source.damaged(file, e) from e
+  return [p for p in paths if p and (own / p).is_dir()]
 
 
 def _digest(file: pathlib.Path) -> str:
@@ -325,7 +381,7 @@ def verify_others(folder: pathlib.Path) -> tuple[list[str], list[str]]:
   """
   stored = _soups.sidecar_of(folder).get('files') or {}
   is_model = is_directory(folder)
-  own = {file.name for file in _of_model(folder)} if is_model else set()
+  own = set(_of_model(folder)) if is_model else set()
   changed = [
       name
       for name, digest in stored.items()

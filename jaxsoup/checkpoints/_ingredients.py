@@ -4,23 +4,33 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent import futures
 import copy
+import fnmatch
+import functools
 import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import _checked
 from jaxsoup import _tree
+from jaxsoup import _warnings
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _orbax_files
+from jaxsoup.checkpoints import _refusals
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _streaming
 from jaxsoup.typing import Alpha
+from jaxsoup.typing import DType
 from jaxsoup.typing import Members
 from jaxsoup.typing import Params
 from jaxsoup.typing import PathLike
+
+# Buffers that some versions of torch and transformers do not save.
+_OF_FIRST = ('*position_ids', '*num_batches_tracked')
 
 
 class Ingredients(Sequence[Params]):
@@ -43,8 +53,7 @@ class Ingredients(Sequence[Params]):
 
   Attributes:
     paths: the files or directories that hold the pytrees, as strings.
-    item: as given.
-    whole: as given.
+    item, whole, dtype: as given.
   """
 
   def __init__(
@@ -54,6 +63,9 @@ class Ingredients(Sequence[Params]):
       *,
       item: str | None = None,
       whole: bool = False,
+      dtype: DType | None = None,
+      ignore: Sequence[str] = (),
+      intersect: bool = False,
   ):
     """Finds the checkpoints; reads no arrays.
 
@@ -75,6 +87,14 @@ class Ingredients(Sequence[Params]):
         'state/ema_params'.
       whole: without `abstract_params`: read the whole state of a training, with
         its optimizer, and not only the model.
+      dtype: of all floats, in which ingredients of different dtypes are read.
+        An average adds up what is stored, in float32 or wider, and rounds once.
+      ignore: patterns such as 'head*' for the names of leaves that are not
+        averaged: those of the first ingredient are taken, and what only others
+        have is left out. `position_ids` and `num_batches_tracked` are of this
+        kind where some lack them, and with `abstract_params`.
+      intersect: leaves out what some ingredients lack, with a warning. No
+        effect with `abstract_params`, which say what is wanted.
 
     Raises:
       FileNotFoundError: a path without a finished checkpoint.
@@ -91,6 +111,13 @@ class Ingredients(Sequence[Params]):
     self._abstract = (
         None if abstract_params is None else _tree.flatten(abstract_params)
     )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(f'dtype is {dtype}, expected one of floats.')
+    self.dtype = dtype
+    self._ignore = tuple(ignore)
+    self._may_lack = (*ignore, *_OF_FIRST)
+    self._intersect = intersect
+    self._opened: dict[int, _checkpoint.Checkpoint] = {}
     self._checkpoints: dict[int, _checkpoint.Checkpoint] = {}
     self._pending: tuple[int, futures.Future[Params]] | None = None
     # One thread: it also keeps the reads out of the caller's mesh context,
@@ -135,7 +162,8 @@ class Ingredients(Sequence[Params]):
 
   def stored(self, k: int) -> dict[_tree.Path, jax.ShapeDtypeStruct]:
     """Shape and dtype of each leaf that is read, as stored; reads no array."""
-    return self._checkpoint(k).stored
+    first = {n: self._checkpoint(0).stored[n] for n in self._of_first(k)}
+    return self._checkpoint(k).stored | first
 
   def pieces(
       self, k: int, path: _tree.Path, like: int = 0
@@ -155,6 +183,7 @@ class Ingredients(Sequence[Params]):
       ValueError: the file is damaged; after the last piece, if its checksum
         differs.
     """
+    k = 0 if path in self._of_first(k) else k
     checkpoint, sums = self._checkpoint(k), _checkpoint.Sums()
     read = checkpoint.reader(path, sums)
     for index, _ in self._checkpoint(like).plan(path):
@@ -203,8 +232,23 @@ class Ingredients(Sequence[Params]):
       self, order: Sequence[int], alpha: Alpha | None, count: float
   ) -> _streaming.Average:
     """The same, not yet computed: it can go to a file instead."""
-    opened = {k: self._checkpoint(k) for k in order}
-    return _streaming.Average(opened, order, alpha, count, self.look_for_stop)
+    for k in order:
+      self.require_averageable(k)
+    of_first = {name for k in order for name in self._of_first(k)}
+    first = 0 if of_first else order[0]
+    opened = {k: self._checkpoint(k) for k in (first, *order)}
+    return _streaming.Average(
+        opened, order, alpha, count, first, of_first, self.look_for_stop
+    )
+
+  def require_averageable(self, k: int) -> None:
+    """Raises a ValueError where ingredient k is quantized, has LoRA factors, or
+    another tokenizer than the first.
+
+    Recipes call it before they read the ingredient.
+    """
+    _refusals.require_averageable(self._checkpoint(k))
+    _refusals.require_same_tokens(self._checkpoint(0), self._checkpoint(k))
 
   def targets(self) -> tuple[Any, dict[_tree.Path, _tree.Path]]:
     """The Orbax layout of a soup, None if the first ingredient has no such
@@ -234,11 +278,21 @@ class Ingredients(Sequence[Params]):
     items = first.source.layout.items() if first.source.layout else []
     return said + [f'item {p.name}' for p in items if _orbax_files.is_tree(p)]
 
+  def of(self, paths: Sequence[PathLike]) -> 'Ingredients':
+    """Other checkpoints with the same options, but without a template."""
+    others = copy.copy(self)
+    vars(others).pop('_common', None)
+    others._given = [_orbax.absolute(path) for path in paths]
+    others.paths = tuple(_formats.resolve(path, self.item) for path in paths)
+    others._abstract, others._pending = None, None
+    others._opened, others._checkpoints = {}, {}
+    return others
+
   def unsharded(self) -> 'Ingredients':
     """The same, for one process alone."""
-    alone = copy.copy(self)
-    alone._checkpoints = {}
-    if self._abstract is not None:  # Else extra leaves are mismatches.
+    alone = self.of(self.paths)
+    alone._given = self._given
+    if self._abstract is not None:  # Else extra leaves of others mismatch.
       shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
       leaves = list(map(shape, self._abstract.leaves))
       alone._abstract = self._abstract._replace(leaves=leaves)
@@ -248,13 +302,110 @@ class Ingredients(Sequence[Params]):
     """Called between two leaves of a long average; may raise to end it."""
 
   def _read(self, k: int) -> Params:
-    return self._checkpoint(k).read()
+    params = self._checkpoint(k).read()
+    if not (names := self._of_first(k)):
+      return params
+    first = self._checkpoint(0)
+    leaves = _by_path(first.part(names).read()) | _by_path(params)
+    if leaves.keys() != set(first.flat.paths):
+      return _tree.nest(leaves)  # A mismatch, which recipes report.
+    return first.flat.replace(leaves[path] for path in first.flat.paths)
 
-  def _checkpoint(self, k: int) -> _checkpoint.Checkpoint:
-    if k not in self._checkpoints:
+  def _whole_checkpoint(self, k: int) -> _checkpoint.Checkpoint:
+    if k not in self._opened:
       is_whole = self.whole and self.item is None
       source = _formats.open_source(self.paths[k], is_whole)
-      self._checkpoints[k] = _checkpoint.Checkpoint(
-          source, self._abstract, self.item, self.whole
-      )
+      abstract = self._abstract
+      if k and abstract is not None:
+        leaves = abstract.by_path
+        kept = {
+            name: leaf
+            for name, leaf in leaves.items()
+            if not _is_named(name, self._may_lack)
+        }
+        if len(kept) < len(leaves):
+          abstract = _tree.flatten_in_place(_tree.nest(kept))
+      whole = _checkpoint.Checkpoint(source, abstract, self.item, self.whole)
+      if self.dtype is not None:
+        whole.flat = _in_dtype(whole.flat, self.dtype)
+      self._opened[k] = whole
+    return self._opened[k]
+
+  def _checkpoint(self, k: int) -> _checkpoint.Checkpoint:
+    """What is averaged of ingredient k; of the first, all that a soup has."""
+    if k not in self._checkpoints:
+      whole = self._whole_checkpoint(k)
+      names = [n for n in whole.stored if self._is_wanted(k, n)]
+      part = whole.part(names) if len(names) < len(whole.stored) else whole
+      self._checkpoints[k] = part
     return self._checkpoints[k]
+
+  def _is_wanted(self, k: int, name: _tree.Path) -> bool:
+    if _is_named(name, self._ignore):
+      return not k
+    if self._common is not None and name not in self._common:
+      return not k and _is_named(name, _OF_FIRST)
+    is_in_first = not k or name in self._checkpoint(0).stored
+    return is_in_first or not _is_named(name, _OF_FIRST)
+
+  def _of_first(self, k: int) -> list[_tree.Path]:
+    """The leaves that ingredient k takes from the first one."""
+    own, first = self._checkpoint(k).stored, self._checkpoint(0).stored
+    return [n for n in first if n not in own and _is_named(n, self._may_lack)]
+
+  @functools.cached_property
+  def _common(self) -> set[_tree.Path] | None:
+    """What all have, if only that is wanted; checks and tells what is not."""
+    if self._abstract is not None or not (self._ignore or self._intersect):
+      return None
+    names = [
+        self._whole_checkpoint(k).stored.keys() for k in range(len(self.paths))
+    ]
+    union, common = set().union(*names), set(names[0]).intersection(*names)
+    for pattern in self._ignore:
+      if not any(_is_named(name, [pattern]) for name in union):
+        raise ValueError(
+            f'No leaf has a name like {pattern!r}, which is to be ignored. '
+            f'Names are {", ".join(sorted(map(_tree.name_of, union))[:6])}, ...'
+        )
+    if not self._intersect:
+      return None
+    out = [n for n in union - common if not _is_named(n, self._may_lack)]
+    if not common:
+      raise ValueError(
+          f'There is nothing that all {len(names)} ingredients have: are they '
+          'models of one architecture? Compare with `jaxsoup inspect`.'
+      )
+    if out:
+      _warnings.warn(
+          f'{len(out)} leaves that not all ingredients have are left out: '
+          + _checked.listed(sorted(map(_tree.name_of, out)))
+      )
+    return common
+
+
+def first_of(ingredients: Ingredients) -> _checkpoint.Checkpoint:
+  """All that a soup of these ingredients has, as it lies in the first one."""
+  return ingredients.of(ingredients.paths)._checkpoint(0)
+
+
+def _by_path(tree: Params) -> dict[_tree.Path, jax.Array]:
+  return _tree.flatten_in_place(tree).by_path
+
+
+def _in_dtype(flat: _tree.Flat, dtype: DType) -> _tree.Flat:
+  def cast(x):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+  return flat._replace(leaves=list(map(cast, flat.leaves)))
+
+
+def _is_named(path: _tree.Path, patterns: Sequence[str]) -> bool:
+  """With keys joined by `/` as in our messages, or by dots as in torch."""
+  return any(
+      fnmatch.fnmatchcase(separator.join(path), pattern)
+      for pattern in patterns
+      for separator in '/.'
+  )

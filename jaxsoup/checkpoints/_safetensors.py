@@ -26,7 +26,8 @@ from jaxsoup.typing import ShapeDtype
 _DTYPES = {
     'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
     'BF16': jnp.bfloat16, 'F8_E4M3': jnp.float8_e4m3fn,
-    'F8_E5M2': jnp.float8_e5m2, 'I64': np.int64, 'I32': np.int32,
+    'F8_E5M2': jnp.float8_e5m2, 'F8_E8M0': jnp.float8_e8m0fnu,
+    'I64': np.int64, 'I32': np.int32,
     'I16': np.int16, 'I8': np.int8, 'U64': np.uint64, 'U32': np.uint32,
     'U16': np.uint16, 'U8': np.uint8, 'BOOL': np.bool_, 'C64': np.complex64,
 }  # fmt: skip

@@ -126,7 +126,8 @@ def own_of(content: Any) -> Json:
   for key, kind in _OWN.items():
     if own.get(key) is not None and not isinstance(own[key], kind):
       raise TypeError(f'its entry {key} is {str(own[key])[:60]!r}')
-  if odd := [f for f in own.get('files') or () if pathlib.Path(f).name != f]:
+  is_outside = lambda p: p.is_absolute() or '..' in p.parts
+  if odd := [f for f in own.get('files') or () if is_outside(pathlib.Path(f))]:
     raise TypeError(f'{odd[0]!r} is not a file of its directory')
   for key in ('checksums', 'files'):
     if not all(isinstance(x, str) for x in (own.get(key) or {}).values()):

@@ -1,12 +1,14 @@
 """Averages of checkpoints that are read in parallel, piece by piece."""
 
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _checked
@@ -15,6 +17,7 @@ from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _pieces
 from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Alpha
+from jaxsoup.typing import DType
 from jaxsoup.typing import Members
 from jaxsoup.typing import Params
 from jaxsoup.typing import ShapeDtype
@@ -36,25 +39,55 @@ class Average:
       order: Sequence[int],
       alpha: Alpha | None,
       count: float,
+      first: int,
+      of_first: Collection[_tree.Path] = (),
       stop_fn: Callable[[], None] = lambda: None,
   ):
+    """Raises a ValueError if the ingredients do not fit.
+
+    Args as in `Ingredients.average`. The leaves `of_first` are not averaged but
+    those of the ingredient `first`, which the others have to fit. `stop_fn` is
+    called between two leaves.
+    """
     self._stop_fn = stop_fn
     self._opened = opened
     self._order = order
     self._count = count
-    self._template = opened[order[0]]
+    self._first = first
+    self._of_first = frozenset(of_first)
+    self._template = opened[first]
     flat = self._template.flat
     self.leaves: dict[_tree.Path, ShapeDtype] = flat.by_path
+    expected = self._compared(first)
     for k in order:
-      stored = opened[k].stored
-      if mismatches := _checked.mismatches(self._template.stored, stored):
-        raise _checked.mismatch_error(self._name(k), mismatches)
+      if mismatches := _checked.mismatches(expected, self._compared(k)):
+        raise _checked.mismatch_error(self._name(k), mismatches, is_stored=True)
     self._sums = {k: _checkpoint.Sums() for k in opened}
     floats = [n for n in flat.paths if _tree.is_float(self._template.stored[n])]
-    rows: list[Any] = [None] * len(floats)
+    averaged = [n for n in floats if n not in self._of_first]
+    rows: dict[_tree.Path, Any] = dict.fromkeys(floats)
     if alpha is not None:
-      rows = _tree.alphas_of(alpha, floats, set(flat.paths) - set(floats))
-    self._terms = {n: self._terms_of(n, row) for n, row in zip(floats, rows)}
+      others = set(flat.paths) - set(averaged)
+      rows |= zip(averaged, _tree.alphas_of(alpha, averaged, others))
+    self._wide = {n: self._wide_dtype(n) for n in floats}
+    self._terms = {n: self._terms_of(n, row) for n, row in rows.items()}
+
+  def _compared(self, k: int) -> dict[_tree.Path, ShapeDtype]:
+    """Shapes, and dtypes: of floats those that are wanted."""
+    stored, wanted = self._opened[k].stored, self._opened[k].flat.by_path
+    return {
+        n: wanted[n] if _tree.is_float(x) else x
+        for n, x in stored.items()
+        if n not in self._of_first
+    }
+
+  def _wide_dtype(self, name: _tree.Path) -> np.dtype[Any]:
+    stored = [self._opened[k].stored[name].dtype for k in self._members(name)]
+    wanted = self.leaves[name].dtype
+    return np.result_type(*map(_tree.wide_dtype, (wanted, *stored)))
+
+  def _members(self, name: _tree.Path) -> Sequence[int]:
+    return [self._first] if name in self._of_first else self._order
 
   def params(self) -> Params:
     """The average as arrays, in the wanted container and shardings."""
@@ -106,13 +139,13 @@ class Average:
 
   def _terms_of(self, name, row) -> list[tuple[Any, _source.ReadFn]]:
     """The terms of the sum of a leaf: weights (None is one) and readers."""
-    wide = np.dtype(_tree.wide_dtype(self._template.stored[name].dtype)).type
+    wide = self._wide[name].type
     return [
         (
             None if row is None else wide(row[k]),
             self._opened[k].reader(name, self._sums[k]),
         )
-        for k in self._order
+        for k in self._members(name)
         if row is None or row[k]
     ]
 
@@ -121,15 +154,15 @@ class Average:
     return [(index, 3 * size) for index, size in self._template.plan(name)]
 
   def _verify(self, name: _tree.Path) -> None:
-    for k, checkpoint in self._opened.items():
+    for k in self._members(name):
+      checkpoint = self._opened[k]
       checkpoint.verify(name, self._sums[k])
 
   def _piece(self, name: _tree.Path, index: _source.Index) -> np.ndarray:
     dtype = self.leaves[name].dtype
     if not _tree.is_float(self._template.stored[name]):
       return self._non_float(name, index).astype(dtype)
-    stored = self._template.stored[name].dtype
-    wide = np.dtype(_tree.wide_dtype(stored)).type
+    wide = self._wide[name].type
     shape = [s.stop - s.start for s in index]
     total = _source.scratch('total', shape, wide)
     product = _source.scratch('product', shape, wide)
@@ -142,23 +175,42 @@ class Average:
         np.add(total, piece, out=total)
     if not np.isfinite(np.add.reduce(total, axis=None)):
       self._find_not_finite(name, index)
-    np.divide(total, wide(self._count), out=total)
+    if name not in self._of_first:
+      np.divide(total, wide(self._count), out=total)
+    _require_fits(total, dtype, name)
     return total.astype(dtype, copy=False)
 
   def _find_not_finite(self, name, index) -> None:
     """Raises for the ingredient that makes the sum not finite, if one does."""
-    for k in self._order:
+    for k in self._members(name):
       piece = self._opened[k].unverified(name)(index)
       if not np.isfinite(piece).all():
         raise _checked.not_finite_error(self._name(k), [name])
 
   def _non_float(self, name, index) -> np.ndarray:
     read = lambda k: self._opened[k].reader(name, self._sums[k])(index)
-    expected = read(self._order[0]).copy()
-    for k in self._order[1:]:
+    members = self._members(name)
+    expected = read(members[0]).copy()
+    for k in members[1:]:
       actual = read(k)
       if not np.array_equal(expected, actual) and not (
           self._template.is_state(name)
       ):
-        raise _checked.non_float_error(self._name(k), name, expected, actual)
+        raise _checked.non_float_error(
+            self._name(k), name, expected, actual, is_stored=True
+        )
     return expected
+
+
+def _require_fits(total: np.ndarray, dtype: DType, name: _tree.Path) -> None:
+  """Raises where a dtype with a smaller range than float32 would overflow."""
+  most = float(jnp.finfo(dtype).max)
+  if most > 1e38 or not total.size:
+    return
+  largest = max(float(total.max()), -float(total.min()))
+  if largest > most:
+    raise ValueError(
+        f'Leaf {_tree.name_of(name)!r} of the soup has a value of size '
+        f'{largest:.3g}, but {dtype} ends at {most:.3g}. Ask for bfloat16 or '
+        "float32: --dtype bfloat16, or Ingredients(..., dtype='bfloat16')."
+    )

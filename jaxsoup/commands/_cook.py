@@ -50,9 +50,18 @@ def cook(
     with preemption.handled() as stop, held:
       _refuse_adapters(order.runs)
       options: Any = {
-          'item': order.item, 'whole': order.whole, 'stop': stop, 'saved': saved
-      }  # fmt: skip
+          'item': order.item,
+          'whole': order.whole,
+          'dtype': order.dtype and order.dtype.value,
+          'ignore': order.ignore or (),
+          'intersect': order.intersect,
+          'stop': stop,
+          'saved': saved,
+      }
       ingredients = stopping.Ingredients(order.runs, **options)
+      # All have to fit, which their metadata tell before anything is read. The
+      # template below would hide what only others have.
+      ingredients.streamed(range(len(ingredients)), None, 1)
       if order.shard or order.distributed:
         from jaxsoup import sharding
         from jaxsoup.train import loop

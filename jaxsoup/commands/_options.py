@@ -37,6 +37,9 @@ def _floats(text: str) -> list[float]:
     ) from e
 
 
+Dtype = enum.StrEnum('Dtype', 'float32 bfloat16 float16 float64')
+
+
 def _stacks(text: str) -> tuple[str, int]:
   """A module and the axis of its layers, from NAME or NAME:AXIS."""
   name, _, axis = text.partition(':')
@@ -65,6 +68,27 @@ class Order(NamedTuple):
           '--whole',
           help='Average the whole state of a training, its optimizer too, to '
           'go on from it. Default: the model.',
+      ),
+  ] = False
+  dtype: Annotated[
+      Dtype | None,
+      typer.Option(
+          help='Dtype of the soup, and for runs of different dtypes. Sums are '
+          'in float32 or wider. Default: that of the runs.',
+      ),
+  ] = None
+  ignore: Annotated[
+      list[str] | None,
+      typer.Option(
+          metavar='PATTERN',
+          help="Names of arrays, such as 'head*', that are not averaged but "
+          'taken from the first run. May be repeated.',
+      ),
+  ] = None
+  intersect: Annotated[
+      bool,
+      typer.Option(
+          '--intersect', help='Leave out arrays that some of the runs lack.'
       ),
   ] = False
   max_shard_size: Annotated[
@@ -136,7 +160,7 @@ Alpha = Annotated[
     typer.Option(
         metavar='A,B,...',
         parser=_floats,
-        help='Mixing coefficient of each run.',
+        help='Mixing coefficient of each run. They are not normalized.',
     ),
 ]
 Memory = enum.StrEnum('Memory', 'auto resident streamed cached')

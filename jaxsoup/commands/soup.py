@@ -81,6 +81,12 @@ def uniform() -> Asked:
 @_command
 def average(alpha: _options.Alpha) -> Asked:
   """Weighted mean, if you know the mixing coefficients."""
+  if abs(sum(alpha) - 1) > 1e-3:
+    _common.echo(
+        f'Warning: alpha sums to {sum(alpha):g}, not 1. It is not normalized: '
+        'all parameters are scaled by this sum.',
+        err=True,
+    )
   return {'alpha': alpha}
 
 
@@ -99,9 +105,9 @@ def model_stock(
 
   def recipe_fn(ingredients):
     import jaxsoup
-    from jaxsoup import checkpoints
 
-    theta_0 = checkpoints.Ingredients([init], item=ingredients.item)[0]
+    # As the last of them, because of what is taken from the first, or left out.
+    theta_0 = ingredients.of([*ingredients.paths, init])[-1]
     return jaxsoup.model_stock(ingredients, theta_0, stacks=dict(stacks))
 
   return {'recipe_fn': recipe_fn}

@@ -239,7 +239,16 @@ def identify(
         f'holds {", ".join(list(stored.shapes)[:4])}, ... Give family= and '
         'names= (--family, --from-names) to see what does not match.'
     )
-  return max(candidates, key=lambda pair: pair[0])[1]
+  kind = max(candidates, key=lambda pair: pair[0])[1]
+  is_unclear = (kind.family, kind.names) == ('efficientnet', 'timm')
+  if is_unclear and 'architecture' not in config:
+    raise ValueError(
+        f'{stored.path} does not say whether it came from TensorFlow, as '
+        'those do whose names in timm begin with tf_: padding and epsilon '
+        'depend on it. Write a config.json next to it with the name in timm, '
+        'such as {"architecture": "tf_efficientnet_b0"}.'
+    )
+  return kind
 
 
 def _tables(family: str) -> Mapping[str, Callable[..., _names.Table]]:
@@ -270,15 +279,13 @@ def _config_next_to(path: str) -> Json:
   file = pathlib.Path(path)
   name = 'open_clip_config.json' if 'open_clip' in file.name else 'config.json'
   config = file.with_name(name)
-  if (
-      file.suffix not in ('.safetensors', '.json', '.bin')
-      or not config.is_file()
-  ):
+  if not config.is_file():
     return {}
   content = _json.read(config)
   if not isinstance(content, dict):
     raise ValueError(f'{config} is not a JSON object. Restore it from a copy.')
-  return content
+  is_of_hub = file.suffix in ('.safetensors', '.json', '.bin')
+  return content if is_of_hub or 'architecture' in content else {}
 
 
 def save(path: PathLike, params: Params, *, like: PathLike) -> str:

@@ -410,9 +410,9 @@ def arguments(
 ) -> Json:
   """The constructor's arguments for a file.
 
-  Padding and epsilon cannot be seen in a file. Files of timm are taken for
-  weights trained in torch, unless `config` has an `architecture` that begins
-  with `tf_`; all others for weights that come from TensorFlow.
+  Padding and epsilon cannot be seen in a file. Files of timm have weights
+  trained in torch, unless `config` has an `architecture` that begins with
+  `tf_` (`models.load` asks for one); all others come from TensorFlow.
 
   See `vit.arguments` for what it takes and returns.
 
