@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import pathlib
-from typing import Any
 
 import jax
 import ml_collections
@@ -31,7 +30,6 @@ import numpy as np
 from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _memory
-from jaxsoup import _processes
 from jaxsoup import checkpoints
 from jaxsoup import diagnosis
 from jaxsoup import evaluation
@@ -41,11 +39,9 @@ from jaxsoup import studies
 from jaxsoup.data import sources
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import stages
-from jaxsoup.experiments import stopping
 from jaxsoup.experiments import workdirs
 from jaxsoup.runtime import progress
 from jaxsoup.typing import Array
-from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import MetricFn
 from jaxsoup.typing import Params
@@ -68,63 +64,73 @@ _PARTS = {
 }
 
 
-def _asked(settings: Config) -> dict[str, Json]:
-  """The parts that are asked for, and the settings of each."""
+def missing(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, num_models: int
+) -> dict[str, Json]:
+  """The parts that `make` has to make for so many runs, with their settings."""
+  if 'landscape' not in config or num_models < 2:
+    return {}
+  if jax.process_count() > 1:  # The diagnosis takes parameters to the host.
+    return {}
+  settings = config.landscape.to_dict()
   off = {name for name in ('num_pairs', 'num_points') if not settings[name]}
-  parts = {
+  asked = {
       name: {key: settings[key] for key in keys}
       for name, keys in _PARTS.items()
       if not off.intersection(keys)
+      and (name != 'diagnosis' or settings['is_diagnosed'])
   }
-  if not settings['is_diagnosed']:
-    del parts['diagnosis']
-  return parts
-
-
-def are_made(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, num_models: int
-) -> bool:
-  """Whether `make` has nothing to do, for an experiment of so many runs."""
-  if 'landscape' not in config or num_models < 2:
-    return True
-  if jax.process_count() > 1:  # The diagnosis takes parameters to the host.
-    return True
-  return all(
-      _is_made(_file(workdir, name), settings)
-      for name, settings in _asked(config.landscape.to_dict()).items()
-  )
+  return {
+      name: wanted
+      for name, wanted in asked.items()
+      if _settings_of(_file(workdir, name)) != wanted
+  }
 
 
 def _file(workdir: pathlib.Path, name: str) -> pathlib.Path:
   return workdir / 'landscape' / f'{name}.json'
 
 
+def _settings_of(path: pathlib.Path) -> Json | None:
+  """What a part was made with, if it is there."""
+  try:
+    return json.loads(path.read_text())['settings'] if path.exists() else None
+  except (KeyError, TypeError, ValueError) as e:
+    raise ValueError(
+        f'{path} is unreadable: {e!r}. Delete it, and run the same command '
+        'again, which makes a new one.'
+    ) from e
+
+
 class Sets:
-  """Some examples of data sets, in memory, and the mean of scores on them."""
+  """Some examples of data sets, in memory, and the mean of scores on them.
+
+  Args:
+    work: the experiment.
+    names: of its data sets: 'train', or keys of `work.data`.
+    num: of all their examples together, at most; spread over each set.
+  """
 
   def __init__(self, work: workdirs.Work, names: Sequence[str], num: int):
-    """Reads them.
-
-    Args:
-      work: the experiment.
-      names: of its data sets: 'train', or keys of `work.data`.
-      num: of all their examples together, at most; spread over each set.
-    """
     all_sets = {'train': work.splits.train, **work.data}
-    parts = [_some(all_sets[name], num // len(names)) for name in names]
-    self._views = [work.splits.views.get(name, lambda x: x) for name in names]
-    starts = list(itertools.accumulate(map(len, parts), initial=0))
+    parts = []
+    for source in map(all_sets.__getitem__, names):
+      size = min(max(num // len(names), 1), len(source))
+      # Evenly spaced: some sets are sorted by class.
+      parts.append(source[np.linspace(0, len(source) - 1, size).astype(int)])
     pooled = {
-        name: np.concatenate([part.arrays[name] for part in parts])
+        name: np.concatenate([part[name] for part in parts])
         for name in (*work.model.inputs, 'label')
     }
+    ends = np.cumsum([len(part['label']) for part in parts])
+    self._views = [work.splits.views.get(name, lambda x: x) for name in names]
+    self._split = lambda x: np.split(x, ends[:-1])
     self.labels = pooled['label']
     batches = cook.batches_of(
         sources.Arrays(pooled), work.config.batch_size, workdirs.on(work.config)
     )
     self.batches = work.stopping(batches)
     self.logits_of = evaluation.logits_of(work.model.logits_fn, self.batches)
-    self._rows = list(itertools.starmap(slice, itertools.pairwise(starts)))
     self._metric = cook.metric_of(work.config)
 
   def score_of(self, params: Params) -> float:
@@ -137,70 +143,28 @@ class Sets:
     """A metric, by default the experiment's; the mean over the sets."""
     metric_fn = metric or self._metric
     values = [
-        float(metric_fn(view(logits[rows]), labels[rows]))
-        for rows, view in zip(self._rows, self._views)
+        float(metric_fn(view(x), label))
+        for view, x, label in zip(
+            self._views, self._split(logits), self._split(labels)
+        )
     ]
     return float(np.mean(values))
 
 
-def _some(source: sources.Source, num: int) -> sources.Arrays:
-  """At most `num` examples, evenly spaced: some sets are sorted by class."""
-  num = min(max(num, 1), len(source))
-  rows = np.linspace(0, len(source) - 1, num).astype(int)
-  return sources.Arrays(source[rows])
-
-
-class Held(stopping.Ingredients):
+class Held(checkpoints.Ingredients):
   """Ingredients that stay in memory: small ones take longer to read."""
 
   average = None  # type: ignore[assignment]  # It would read them again.
 
-  def __init__(self, *args: Any, **options: Any):
-    super().__init__(*args, **options)
-    self._held: dict[int, Params] = {}
+  def __init__(self, ingredients: checkpoints.Ingredients):
+    super().__init__(ingredients.paths, ingredients.abstract_params)
+    self._held = list(ingredients)
 
   def __getitem__(self, k):
-    if isinstance(k, slice):
-      return [self[i] for i in range(len(self))[k]]
-    k = range(len(self))[k]
-    if k not in self._held:
-      self._held[k] = super().__getitem__(k)
     return self._held[k]
 
   def prefetch(self, k: int) -> None:
-    if k not in self._held:
-      super().prefetch(k)
-
-
-def _ingredients(
-    work: workdirs.Work, theta_0: Params
-) -> checkpoints.Ingredients:
-  """The runs; in memory if all together take a fifth of it at most."""
-  runs = stages.ingredients(work, theta_0)
-  size = len(runs) * sum(x.nbytes for x in jax.tree.leaves(theta_0))
-  free = _memory.free_bytes(jax.local_devices()[0])
-  if _processes.is_any(size > free / 5):
-    return runs
-  return Held(
-      runs.paths,
-      workdirs.abstract(work.config, theta_0),
-      stop=work.stop,
-      saved=f'{work.workdir} holds all soups',
-  )
-
-
-class Models(Sequence[Params]):
-  """Ingredients, and soups in memory."""
-
-  def __init__(self, ingredients: Sequence[Params], soups: Sequence[Params]):
-    self._ingredients, self._soups = ingredients, soups
-
-  def __len__(self) -> int:
-    return len(self._ingredients) + len(self._soups)
-
-  def __getitem__(self, k):
-    num = len(self._ingredients)
-    return self._ingredients[k] if k < num else self._soups[k - num]
+    pass
 
 
 def make(
@@ -229,42 +193,32 @@ def make(
     ValueError: a damaged file of an earlier call.
     Preempted: the script is to stop; parts that are whole are saved.
   """
-  if are_made(work.config, work.workdir, len(scores)):
+  asked = missing(work.config, work.workdir, len(scores))
+  if not asked:
     return
-  asked = _asked(work.config.landscape.to_dict())
   # Where the ingredients are: on a mesh, if that is sharded.
   shapes = workdirs.abstract(work.config, theta_0)
   theta_0 = checkpoints.Ingredients([work.workdir / 'theta_0'], shapes)[0]
-  ingredients = _ingredients(work, theta_0)
+  runs = stages.ingredients(work, theta_0)
+  size = len(runs) * sum(x.nbytes for x in jax.tree.leaves(theta_0))
+  free = _memory.free_bytes(jax.local_devices()[0])
+  ingredients = runs if size > free / 5 else Held(runs)
   parts = Parts(work, theta_0, ingredients, soups, scores, prepare_fn).all()
-  parts = {name: part for name, part in parts.items() if name in asked}
-  total, num_done = sum(num for num, _ in parts.values()), 0
-  for name, (num_models, make_fn) in parts.items():
+  total, num_done = sum(parts[name][0] for name in asked), 0
+  for name, settings in asked.items():
+    num_models, make_fn = parts[name]
 
     def on_points(num, num_of_part, size=num_models, before=num_done):
       work.stop.check(f'{work.workdir} holds all soups')
       work.progress_fn(_STAGE, (before + size * num / num_of_part) / total)
 
     on_points(0, 1)
+    content = _json.plain({'settings': settings, **make_fn(on_points)})
     path = _file(work.workdir, name)
-    if not _is_made(path, asked[name]):
-      content = _json.plain({'settings': asked[name], **make_fn(on_points)})
-      path.parent.mkdir(exist_ok=True)
-      with _files.replaced(path) as unfinished:
-        unfinished.write_text(json.dumps(content, allow_nan=False))
+    path.parent.mkdir(exist_ok=True)
+    with _files.replaced(path) as unfinished:
+      unfinished.write_text(json.dumps(content, allow_nan=False))
     num_done += num_models
-
-
-def _is_made(path: pathlib.Path, settings) -> bool:
-  try:
-    return (
-        path.exists() and json.loads(path.read_text())['settings'] == settings
-    )
-  except (KeyError, TypeError, ValueError) as e:
-    raise ValueError(
-        f'{path} is unreadable: {e!r}. Delete it, and run the same command '
-        'again, which makes a new one.'
-    ) from e
 
 
 class Parts:
@@ -377,8 +331,9 @@ class Parts:
         loss_fn,
         self._theta_0,
         *(self._ingredients[k] for k in corners),
-        others=Models(
-            self._ingredients, [soup.params for soup in self._soups.values()]
+        others=itertools.chain(
+            map(self._ingredients.__getitem__, range(len(self._scores))),
+            (soup.params for soup in self._soups.values()),
         ),
         num=num,
         is_traced=False,

@@ -124,7 +124,7 @@ def finished(
     return []
   rows = report.read_rows(workdir / _RESULTS)
   num_models = sum(row.kind == 'single' for row in rows)
-  is_done = _is_stable(experiment.config, content) and landscapes.are_made(
+  is_done = _is_stable(experiment.config, content) and not landscapes.missing(
       experiment.config, workdir, num_models
   )
   if not _processes.agreed(is_done):
