@@ -47,9 +47,6 @@ from jaxsoup.typing import MetricFn
 from jaxsoup.typing import Params
 from jaxsoup.typing import ParamsFn
 
-# How much is done, and the total.
-OnPoints = Callable[[float, float], None]
-_STAGE = 'landscapes'
 # Two copies of one run span no plane.
 _LEAST_ANGLE = 10.0
 
@@ -68,9 +65,8 @@ def missing(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, num_models: int
 ) -> dict[str, Json]:
   """The parts that `make` has to make for so many runs, with their settings."""
-  if 'landscape' not in config or num_models < 2:
-    return {}
-  if jax.process_count() > 1:  # The diagnosis takes parameters to the host.
+  # Not in several processes: the diagnosis takes parameters to the host.
+  if 'landscape' not in config or num_models < 2 or jax.process_count() > 1:
     return {}
   settings = config.landscape.to_dict()
   off = {name for name in ('num_pairs', 'num_points') if not settings[name]}
@@ -83,12 +79,8 @@ def missing(
   return {
       name: wanted
       for name, wanted in asked.items()
-      if _settings_of(_file(workdir, name)) != wanted
+      if _settings_of(workdir / 'landscape' / f'{name}.json') != wanted
   }
-
-
-def _file(workdir: pathlib.Path, name: str) -> pathlib.Path:
-  return workdir / 'landscape' / f'{name}.json'
 
 
 def _settings_of(path: pathlib.Path) -> Json | None:
@@ -105,10 +97,8 @@ def _settings_of(path: pathlib.Path) -> Json | None:
 class Sets:
   """Some examples of data sets, in memory, and the mean of scores on them.
 
-  Args:
-    work: the experiment.
-    names: of its data sets: 'train', or keys of `work.data`.
-    num: of all their examples together, at most; spread over each set.
+  At most `num` of all sets together, as many of each. Their names are 'train',
+  and those of `work.data`.
   """
 
   def __init__(self, work: workdirs.Work, names: Sequence[str], num: int):
@@ -174,20 +164,16 @@ def make(
     scores: Sequence[float],
     prepare_fn: ParamsFn | None = None,
 ) -> None:
-  """Makes what is missing of `landscape/`.
+  """Makes what is missing of `landscape/`, by `config.landscape`.
 
   Several processes leave it out: the same command in one process makes it.
 
   Args:
-    work: the experiment. `config.landscape` says what is made; without it
-      nothing is. `num_points`: of a line, and along each axis of the plane;
-      `num_pairs`: how many pairs of models; `num_examples`: of each data set at
-      most; `is_diagnosed`. 0 or False leave a part out.
+    work: the experiment.
     theta_0: the start of the runs.
     soups: by name.
     scores: of the K runs on the examples that select, `[K]`.
-    prepare_fn: what is done to a mixture before it is evaluated, as in the
-      searches: new statistics of BatchNorm.
+    prepare_fn: new statistics of BatchNorm for a mixture, as in the searches.
 
   Raises:
     ValueError: a damaged file of an earlier call.
@@ -208,13 +194,13 @@ def make(
   for name, settings in asked.items():
     num_models, make_fn = parts[name]
 
-    def on_points(num, num_of_part, size=num_models, before=num_done):
+    def on_points(num, of, size=num_models, before=num_done):
       work.stop.check(f'{work.workdir} holds all soups')
-      work.progress_fn(_STAGE, (before + size * num / num_of_part) / total)
+      work.progress_fn('landscapes', (before + size * num / of) / total)
 
     on_points(0, 1)
     content = _json.plain({'settings': settings, **make_fn(on_points)})
-    path = _file(work.workdir, name)
+    path = work.workdir / 'landscape' / f'{name}.json'
     path.parent.mkdir(exist_ok=True)
     with _files.replaced(path) as unfinished:
       unfinished.write_text(json.dumps(content, allow_nan=False))
@@ -231,7 +217,7 @@ class Parts:
     self._settings = work.config.landscape
     self._pairs = pairs_of(scores, self._settings.num_pairs)
 
-  def all(self) -> dict[str, tuple[int, Callable[[OnPoints], Json]]]:
+  def all(self) -> dict[str, tuple[int, Callable[..., Json]]]:
     """How many models are evaluated for a file, about, and what makes it.
 
     Functions get a callback for the points done, and of all.
@@ -252,11 +238,11 @@ class Parts:
   def _sets(self, names: Sequence[str]) -> Sets:
     return Sets(self._work, names, self._settings.num_examples)
 
-  def _angles(self, on_points: OnPoints) -> Json:
+  def _angles(self, on_points) -> Json:
     del on_points  # One pass over the ingredients.
     return {'angles': landscape.angles(self._ingredients, self._theta_0)}
 
-  def _diagnosis(self, on_points: OnPoints) -> Json:
+  def _diagnosis(self, on_points) -> Json:
     held_out = self._sets(['held_out'])
     mean, num = float(np.mean(self._scores)), len(held_out.labels)
     noise = 3 * math.sqrt(max(mean * (1 - mean), 0) / num)
@@ -275,7 +261,7 @@ class Parts:
     )
     return report.as_json()
 
-  def _pairs_part(self, on_points: OnPoints) -> Json:
+  def _pairs_part(self, on_points) -> Json:
     where = {'test': ['test'], 'mean of shifts': list(self._work.splits.shifts)}
     where = {name: sets for name, sets in where.items() if sets}
     done, num = itertools.count(1), len(where) * len(self._pairs)
@@ -295,12 +281,12 @@ class Parts:
       by_name[name] = [pair._asdict() for pair in pairs]
     return by_name
 
-  def _lines(self, on_points: OnPoints) -> Json:
+  def _lines(self, on_points) -> Json:
     test = self._sets(['test'])
     num = self._settings.num_points
     done, num_all = itertools.count(1), num * len(self._pairs)
     paths = landscape.lines(
-        self._error_fn(test),
+        lambda params: 1 - test.score_of(self._prepare_fn(params)),
         self._ingredients,
         self._pairs,
         num,
@@ -313,18 +299,17 @@ class Parts:
         'error': [path.loss for path in paths.values()],
     }
 
-  def _plane(self, on_points: OnPoints) -> Json:
+  def _plane(self, on_points) -> Json:
     corners = self._corners()
     if corners is None:
       return {}
-    surfaces = self._surfaces()
-    values: dict[str, list[float]] = {name: [] for name in surfaces}
+    surfaces, values = self._surfaces(), []
 
     def loss_fn(params):
       # One walk over the grid for all of them.
-      for name, fn in surfaces.items():
-        values[name].append(fn(params))
-      return values[name][-1]
+      params = self._prepare_fn(params)
+      values.append([fn(params) for fn in surfaces.values()])
+      return values[-1][-1]
 
     num = self._settings.num_points
     plane = landscape.plane(
@@ -343,7 +328,10 @@ class Parts:
         'corners': corners,
         'soups': list(self._soups),
         **plane._asdict(),
-        'loss': {k: np.reshape(v, (num, num)) for k, v in values.items()},
+        'loss': {
+            name: np.reshape(of_name, (num, num))
+            for name, of_name in zip(surfaces, zip(*values))
+        },
     }
 
   def _surfaces(self) -> dict[str, Callable[[Params], float]]:
@@ -351,20 +339,17 @@ class Parts:
     train, test = self._sets(['train']), self._sets(['test'])
     surfaces = {
         'training loss': lambda params: train.score(
-            train.logits_of(self._prepare_fn(params)),
+            train.logits_of(params),
             train.labels,
             metrics.negative_log_likelihood,
         ),
-        'test error': self._error_fn(test),
+        'test error': lambda params: 1 - test.score_of(params),
     }
     if self._work.splits.shifts:
       shifts = self._sets(list(self._work.splits.shifts))
-      surfaces['mean error on shifts'] = self._error_fn(shifts)
+      name = 'mean error on shifts'
+      surfaces[name] = lambda params: 1 - shifts.score_of(params)
     return surfaces
-
-  def _error_fn(self, sets: Sets) -> Callable[[Params], float]:
-    """`params -> 1 - score`."""
-    return lambda params: 1 - sets.score_of(self._prepare_fn(params))
 
   def _corners(self) -> tuple[int, int] | None:
     """The best two models that are not close: two copies of a run are."""
