@@ -356,7 +356,8 @@ def test_what_runs_is_what_was_planned(tmp_path, counted):
   rows = planned_rows(experiment, mesh, num, planned)
   calls = counted()
   seen = set()
-  with workdirs.opened(experiment, tmp_path) as work:
+  with workdirs.locked(experiment, tmp_path):
+    work = workdirs.work_of(experiment, tmp_path)
     theta_0 = stages.theta_0(work)
     assert stages.finetune_all(work, theta_0)
     names = [row.name for row in rows]
@@ -388,7 +389,8 @@ def recipe_fns_of(work, theta_0):
 
   def searched(recipe_fn, **options):
     scores = {}
-    eval_fn = cook.score_fn(config, model.logits_fn, held_out, on)
+    batches = cook.batches_of(held_out, config.batch_size, on)
+    eval_fn = cook.score_fn(config, model.logits_fn, batches)
     recipe_fn(ingredients, eval_fn, scores=scores, **options)
     return len(scores)
 

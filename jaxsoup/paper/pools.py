@@ -100,14 +100,16 @@ class Pool:
     self.names = [path.name for path in paths]
     ingredients = checkpoints.Ingredients(paths)
     self.models = [ingredients[k] for k in range(len(paths))]
-    each = stages.logits(work, self.models.__getitem__)
+    each = [
+        work.logits_of(path, functools.partial(self.models.__getitem__, k))
+        for k, path in enumerate(paths)
+    ]
     self.logits = {
         name: np.stack([logits[name] for logits in each]) for name in work.data
     }
     self.known: dict[Any, Any] = {}  # Scores, or bounds on them.
-    self.eval_fn = cook.score_fn(
-        work.config, work.model.logits_fn, work.splits.held_out
-    )
+    batches = cook.batches_of(work.splits.held_out, work.config.batch_size)
+    self.eval_fn = cook.score_fn(work.config, work.model.logits_fn, batches)
     self._soups: dict[tuple[int, ...], Scores] = {}
 
   @property
@@ -224,9 +226,9 @@ class Bench(contextlib.ExitStack):
         runs=variant.runs,
         data_fn=lambda config: variant.data_fn(config, make_fn(config)),
     )
-    work = self.enter_context(
-        workdirs.opened(experiment, self.workdir / name, stop=self._stop)
-    )
+    folder = self.workdir / name
+    self.enter_context(workdirs.locked(experiment, folder))
+    work = workdirs.work_of(experiment, folder, stop=self._stop)
     path = work.workdir / 'theta_0'
     if variant.start_fn is not None and not path.exists():
       checkpoints.save(path, variant.start_fn(work, self['sweep'].theta_0))

@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
           asked.config,
           workdir,
           asked.overrides,
-          num_seeds=asked.num_seeds,
+          num_seeds=asked.seeds,
           only=asked.only,
           progress_fn=progress_fn,
           stop=stop,

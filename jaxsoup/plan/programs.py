@@ -111,7 +111,7 @@ def of(
   )
   of_held_out = batches(config, mesh)
   evaluation = batch_of(model, of_held_out.pop('evaluation'), mask=bool)
-  score = cook.score_of_batches(config, model.logits_fn, batches=())
+  score = cook.score_fn(config, model.logits_fn, batches=())
   calls = {
       'add to a sum': (_mixing.add, wide, flat.leaves, number()),
       'evaluation step': (score.step, params, evaluation),
