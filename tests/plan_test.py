@@ -181,7 +181,9 @@ def test_runs_of_other_lengths_and_batches_count_as_such():
   made = experiment._replace(config=config, runs=runs)
   examples = 224 + 5 * 224 + 2 * 192
   # The largest step is of 64 examples.
-  assert programs.sweep(made) == (7 + 5 * 7 + 2 * 3, examples, examples / 64)
+  counted = (7 + 5 * 7 + 2 * 3, examples, examples / 64)
+  swept = programs.sweep(made)
+  assert (swept.steps, swept.examples, swept.times) == counted
 
 
 def test_a_collective_in_a_loop_counts_as_often_as_it_runs():

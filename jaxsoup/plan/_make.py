@@ -85,8 +85,12 @@ def make(
   """
   config = experiment.config
   known = configs.flat(config)
-  fields = FIELDS + (LEARNED_FIELDS if 'learned' in config else ())
-  if missing := [name for name in fields if name not in known]:
+  if missing := [
+      name
+      for name in _FIELDS
+      if name not in known
+      and ('learned' in config or not name.startswith('learned.'))
+  ]:
     raise configs.UsageError(
         f'The config lacks {", ".join(missing)}: see configs/digits.py.'
     )
@@ -109,10 +113,9 @@ def make(
       num_ingredients=num_ingredients,
       num_parameters=sum(math.prod(x.shape) for x in leaves),
       model_bytes=sum(map(recipes.total_bytes, leaves)),
-      read_bytes=recipes.read_bytes(leaves)[1],
+      read_bytes=recipes.bytes_of_hosts(leaves)[2],
       batch_sizes={
-          'fine-tuning': config.finetune.batch_size,
-          **{k: x.size for k, x in programs.batches(config, mesh).items()},
+          name: x.size for name, x in programs.batches(config, mesh).items()
       },
       num_runs=len(experiment.runs),
       sweep_flops=step.flops * mesh.size * programs.sweep(experiment).times,
@@ -125,7 +128,7 @@ def make(
 
 
 # Fields that a plan reads, besides those of the model and the sweep.
-FIELDS = (
+_FIELDS = (
     'batch_size',
     'data.sizes.held_out',
     'data.sizes.train',
@@ -134,9 +137,6 @@ FIELDS = (
     'finetune.num_epochs',
     'finetune.warmup',
     'sweep.group_size',
-)
-# And those of learned soups.
-LEARNED_FIELDS = (
     'learned.batch_size',
     'learned.num_epochs',
     'learned.val_fraction',
@@ -145,15 +145,12 @@ LEARNED_FIELDS = (
 
 def as_json(plan: Plan) -> Json:
   """The plan as nested dicts, bytes and FLOPs as numbers."""
-  return {
-      **plan._asdict(),
-      'rates': plan.rates._asdict(),
-      'programs': [
-          {
-              **p._asdict(),
-              'collectives': {k: t._asdict() for k, t in p.collectives.items()},
-          }
-          for p in plan.programs
-      ],
-      'recipes': [r._asdict() for r in plan.recipes],
-  }
+
+  def nested(x):
+    if hasattr(x, '_asdict'):
+      x = x._asdict()
+    if isinstance(x, Mapping):
+      return {name: nested(value) for name, value in x.items()}
+    return list(map(nested, x)) if isinstance(x, tuple) else x
+
+  return nested(plan)
