@@ -16,7 +16,6 @@ import json
 from typing import Any
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,19 +24,16 @@ from jaxsoup import landscape
 from jaxsoup import metrics
 from jaxsoup import report
 from jaxsoup import studies
-from jaxsoup.data import shifts
-from jaxsoup.data import sources
 from jaxsoup.experiments import landscapes
 from jaxsoup.paper import pools
 
-Draw = Callable[[Any], None]
 # Figures by row and column; those of a column with '%' are drawn.
 Figures = dict[str, dict[str, float]]
 _TEST, _SHIFTS = 'test, %', 'shifts, %'
 _WHERE = ('test', 'shifts')
 
 
-class Result(NamedTuple):
+class Result:
   """The result of an experiment.
 
   Attributes:
@@ -45,8 +41,9 @@ class Result(NamedTuple):
     draw: the picture of one seed; None where it is the figures.
   """
 
-  figures: Figures
-  draw: Draw | None = None
+  def __init__(self, figures: Figures, draw: Any = None, **options: Any):
+    self.figures = figures
+    self.draw = draw and functools.partial(draw, **options)
 
 
 class Experiment(NamedTuple):
@@ -67,17 +64,22 @@ def _scores(scores: pools.Scores) -> dict[str, float]:
   return {_TEST: scores.test, _SHIFTS: scores.shifts}
 
 
-def _compared(pool: pools.Pool, members: Sequence[int]) -> Figures:
-  """The singles and the soup of some models."""
+def _compared(
+    prefix: str, singles: Sequence[pools.Scores], soup: pools.Scores
+) -> Figures:
+  """Some models and their soup."""
+  best = max(singles, key=lambda scores: scores.held_out)
   return {
-      'best single': _scores(pool.singles[pool.best(members)]),
-      'mean of singles': _scores(pool.mean(members)),
-      'uniform soup': _scores(pool.soup(members)),
+      f'{prefix}: best single': _scores(best),
+      f'{prefix}: mean of singles': _scores(pools.mean_scores(singles)),
+      f'{prefix}: uniform soup': _scores(soup),
   }
 
 
-def _prefixed(prefix: str, figures: Figures) -> Figures:
-  return {f'{prefix}: {name}': row for name, row in figures.items()}
+def _first(prefix: str, pool: pools.Pool) -> Figures:
+  """As many models of a pool as the larger ones have, and their soup."""
+  num = pools.NUM_RUNS
+  return _compared(prefix, pool.singles[:num], pool.soup(range(num)))
 
 
 def plane(bench: pools.Bench) -> Result:
@@ -108,76 +110,66 @@ def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
   """Pairs that differ in one hyper-parameter, on test data and on shifts."""
   if 'pairs' not in bench.cache:
     pool = bench['one_factor']
-    members = [
-        pair
-        for sets in studies.groups(pool.runs, ignore=()).values()
-        for group in sets
-        for pair in itertools.combinations(group, 2)
-    ]
-    pairs = bench.cache['pairs'] = {}
+    bench.cache['pairs'] = {}
     for where in _WHERE:
       sets = _sets(pool, where)
-      pairs[where] = landscape.pairs(
+      bench.cache['pairs'][where] = landscape.pairs(
           pool.models,
           pool.theta_0,
           pool.work.model.logits_fn,
           sets.batches,
           metric=sets.score,
-          members=sorted(members),
+          members=sorted(_varied(pool)),
       )
   return bench.cache['pairs']
 
 
-def _varied_of(bench: pools.Bench, pair: landscape.Pair) -> str:
-  """The hyper-parameter in which the two differ."""
-  first, second = (bench['one_factor'].runs[k] for k in pair.members)
-  (name,) = (name for name in first if first[name] != second[name])
-  return name
+def _varied(pool: pools.Pool) -> dict[tuple[int, int], str]:
+  """The hyper-parameter in which two runs differ, of pairs with one."""
+  return {
+      pair: name
+      for name, sets in studies.groups(pool.runs, ignore=()).items()
+      for group in sets
+      for pair in itertools.combinations(group, 2)
+  }
 
 
-def _rates_of(bench: pools.Bench, pairs: Sequence[landscape.Pair]):
+def _drawn_pairs(bench, figures: Figures, draw, unit: str) -> Result:
+  """With a picture of the pairs on shifts."""
+  pairs = _pairs(bench)['shifts']
   members = [pair.members for pair in pairs]
-  return report.pair_rates(members, bench['one_factor'].runs)
+  rates = report.pair_rates(members, bench['one_factor'].runs)
+  label = f'accuracy on shifts ({unit})'
+  return Result(figures, draw, pairs=pairs, values=rates, label=label)
 
 
 def angles_and_gains(bench: pools.Bench) -> Result:
   """Angle and gain by what varies, and their correlation over all pairs."""
   figures: Figures = {}
-  by_name = _pairs(bench)
-  for where, pairs in by_name.items():
-    angles, gains = [p.angle for p in pairs], [100 * p.gain for p in pairs]
+  varied = _varied(bench['one_factor'])
+  for where, pairs in _pairs(bench).items():
     column = f'gain on {where}, points'
     for name in pools.FACTORS:
-      rows = [i for i, p in enumerate(pairs) if _varied_of(bench, p) == name]
+      of_name = [p for p in pairs if varied[p.members] == name]
       row = figures.setdefault(f'only {name} varies', {})
-      row['angle, degrees'] = float(np.mean([angles[i] for i in rows]))
-      row[column] = float(np.mean([gains[i] for i in rows]))
-    correlation, _ = studies.rank_correlation(angles, gains)
+      row['angle, degrees'] = float(np.mean([p.angle for p in of_name]))
+      row[column] = float(np.mean([100 * p.gain for p in of_name]))
+    correlation, _ = studies.rank_correlation(
+        [p.angle for p in pairs], [100 * p.gain for p in pairs]
+    )
     figures.setdefault("Spearman's correlation", {})[column] = correlation
-  draw = functools.partial(
-      report.angles_and_gains,
-      pairs=by_name['shifts'],
-      values=_rates_of(bench, by_name['shifts']),
-      label='accuracy on shifts (points)',
-  )
-  return Result(figures, draw)
+  return _drawn_pairs(bench, figures, report.angles_and_gains, 'points')
 
 
 def against_ensembles(bench: pools.Bench) -> Result:
   """The soup of two minus their ensemble."""
-  by_name = _pairs(bench)
   row = {
       f'on {where}, points': 100
       * float(np.mean([p.soup - p.ensemble for p in pairs]))
-      for where, pairs in by_name.items()
+      for where, pairs in _pairs(bench).items()
   }
-  draw = functools.partial(
-      report.against_ensembles,
-      pairs=by_name['shifts'],
-      values=_rates_of(bench, by_name['shifts']),
-      label='accuracy on shifts (%)',
-  )
-  return Result({'soup less ensemble': row}, draw)
+  figures = {'soup less ensemble': row}
+  return _drawn_pairs(bench, figures, report.against_ensembles, '%')
 
 
 def _lines(pool: pools.Pool, members) -> dict[Any, landscape.Path]:
@@ -205,8 +197,7 @@ def basin(bench: pools.Bench) -> Result:
       }
       for pair, path in paths.items()
   }
-  draw = functools.partial(_draw_lines, paths=paths, values=values)
-  return Result(figures, draw)
+  return Result(figures, _draw_lines, paths=paths, values=values)
 
 
 def _rows(bench: pools.Bench) -> list[report.Row]:
@@ -224,7 +215,7 @@ def _of_row(row: report.Row) -> dict[str, float]:
 def table(bench: pools.Bench) -> Result:
   """Every recipe."""
   figures = {name: _of_row(row) for name, row in _summary(bench).items()}
-  return Result(figures, functools.partial(report.scatter, rows=_rows(bench)))
+  return Result(figures, report.scatter, rows=_rows(bench))
 
 
 def random_orders(bench: pools.Bench) -> Result:
@@ -233,20 +224,18 @@ def random_orders(bench: pools.Bench) -> Result:
   infos = studies.random_orders(
       pool.models, pool.eval_fn, num_orders=3, scores=pool.known
   )
-  shuffled = [_scores(pool.soup(sorted(info.accepted))) for info in infos]
-  figures = {
-      'greedy, by score': _scores(pool.soup(pool.greedy().info.accepted)),
-      'greedy, random order': {
-          k: float(np.mean([row[k] for row in shuffled])) for k in shuffled[0]
-      },
-      'spread of three orders': {
-          k.replace('%', 'points'): float(
-              np.std([row[k] for row in shuffled], ddof=1)
-          )
-          for k in shuffled[0]
-      },
-  }
-  return Result(figures)
+  shuffled = [pool.soup(sorted(info.accepted)) for info in infos]
+  spread = pools.Scores(*np.std(shuffled, axis=0, ddof=1).tolist())
+  return Result(
+      {
+          'greedy, by score': _scores(pool.soup(pool.greedy().info.accepted)),
+          'greedy, random order': _scores(pools.mean_scores(shuffled)),
+          'spread of three orders': {
+              'test, points': spread.test,
+              'shifts, points': spread.shifts,
+          },
+      }
+  )
 
 
 def growth(bench: pools.Bench) -> Result:
@@ -265,10 +254,9 @@ def growth(bench: pools.Bench) -> Result:
       for num, value in zip(nums, rows.mean(0)):
         if num in (1, nums[len(nums) // 2], nums[-1]):
           figures.setdefault(f'{name} of {num}', {})[column] = float(value)
-  draw = functools.partial(
-      report.growth, grown=grown['shifts'], label='shifts, %', scale=1
+  return Result(
+      figures, report.growth, grown=grown['shifts'], label='shifts, %', scale=1
   )
-  return Result(figures, draw)
 
 
 def _field(scores_fn: Callable[..., pools.Scores], field: str) -> Any:
@@ -293,10 +281,9 @@ def one_varied(bench: pools.Bench) -> Result:
       for what in ('best', 'mean', 'soup'):
         row = figures.setdefault(f'{group.name} varies: {what}', {})
         row[column] = getattr(group, what)
-  draw = functools.partial(
-      report.varied, groups=of_shifts, label='shifts, %', scale=1
+  return Result(
+      figures, report.varied, groups=of_shifts, label='shifts, %', scale=1
   )
-  return Result(figures, draw)
 
 
 def greedy_ensemble(bench: pools.Bench) -> Result:
@@ -344,9 +331,7 @@ def theory(bench: pools.Bench) -> Result:
           ('all rates', within | True),
       )
   }
-  return Result(
-      figures, functools.partial(report.theory, terms=terms, values=values)
-  )
+  return Result(figures, report.theory, terms=terms, values=values)
 
 
 def calibration(bench: pools.Bench) -> Result:
@@ -370,8 +355,7 @@ def calibration(bench: pools.Bench) -> Result:
       for num, value in zip(nums, rows.mean(0))
       if num in (1, nums[-1])
   }
-  draw = functools.partial(report.growth, grown=grown, label='test ECE, points')
-  return Result(figures, draw)
+  return Result(figures, report.growth, grown=grown, label='test ECE, points')
 
 
 def breadth(bench: pools.Bench) -> Result:
@@ -379,10 +363,10 @@ def breadth(bench: pools.Bench) -> Result:
   figures: Figures = {}
   for name, prefix in (('sweep', 'broad'), ('narrow', 'narrow')):
     pool = bench[name]
-    compared = _compared(pool, range(len(pool)))
+    soup = pool.soup(range(len(pool)))
+    figures |= _compared(prefix, pool.singles, soup)
     greedy = pool.greedy().info.accepted
-    compared['greedy soup'] = _scores(pool.soup(greedy))
-    figures |= _prefixed(prefix, compared)
+    figures[f'{prefix}: greedy soup'] = _scores(pool.soup(greedy))
   return Result(figures)
 
 
@@ -400,12 +384,13 @@ def scratch(bench: pools.Bench) -> Result:
     lines = _lines(pool, members)
     paths[words] = lines[members[0]]
     barriers = [100 * landscape.barrier(path) for path in lines.values()]
+    compared = _first(words, pool)
     figures[words] = {
         'barrier, points': float(np.mean(barriers)),
-        'mean of singles, %': pool.mean(range(pools.NUM_RUNS)).test,
-        'uniform soup, %': pool.soup(range(pools.NUM_RUNS)).test,
+        'mean of singles, %': compared[f'{words}: mean of singles'][_TEST],
+        'uniform soup, %': compared[f'{words}: uniform soup'][_TEST],
     }
-  return Result(figures, functools.partial(_draw_lines, paths=paths))
+  return Result(figures, _draw_lines, paths=paths)
 
 
 def averages(bench: pools.Bench) -> Result:
@@ -420,19 +405,12 @@ def averages(bench: pools.Bench) -> Result:
       ).params
       for i in last
   ]
-  averaged = [pool.of(params) for params in swa]
-  figures = _prefixed('last', _compared(pool, last))
-  figures |= _prefixed('EMA', _compared(pool, of('_ema')))
-  best = max(averaged, key=lambda scores: scores.held_out)
-  figures |= _prefixed(
-      'SWA',
-      {
-          'best single': _scores(best),
-          'mean of singles': _scores(pools.mean_scores(averaged)),
-          'uniform soup': _scores(pool.of(jaxsoup.uniform(swa).params)),
-      },
-  )
-  return Result(figures)
+  figures: Figures = {}
+  for prefix, members in (('last', last), ('EMA', of('_ema'))):
+    singles = [pool.singles[k] for k in members]
+    figures |= _compared(prefix, singles, pool.soup(members))
+  soup = pool.of(jaxsoup.uniform(swa).params)
+  return Result(figures | _compared('SWA', list(map(pool.of, swa)), soup))
 
 
 def sharpness_aware(bench: pools.Bench) -> Result:
@@ -440,29 +418,28 @@ def sharpness_aware(bench: pools.Bench) -> Result:
   plain, sharp = bench['sweep'], bench['sam']
   half = pools.NUM_RUNS // 2
   both = plain.models[:half] + sharp.models[half : 2 * half]
-  figures = _prefixed('plain', _compared(plain, range(pools.NUM_RUNS)))
-  figures |= _prefixed('SAM', _compared(sharp, range(pools.NUM_RUNS)))
-  figures['half of each: uniform soup'] = _scores(
-      plain.of(jaxsoup.uniform(both).params)
-  )
-  return Result(figures)
+  soup = _scores(plain.of(jaxsoup.uniform(both).params))
+  figures = _first('plain', plain) | _first('SAM', sharp)
+  return Result(figures | {'half of each: uniform soup': soup})
 
 
 def distillation(bench: pools.Bench) -> Result:
   """The ensemble in one model, against the soup."""
-  pool, taught = bench['sweep'], bench['distilled']
-  factor = bench['one_factor']
-  alone = [
-      k
-      for k, run in enumerate(factor.runs)
-      if {**run, 'seed': 0} == pools.middle(bench.config) and run['seed']
+  pool, factor = bench['sweep'], bench['one_factor']
+  centre = pools.middle(bench.config)
+  of_labels = [
+      scores
+      for scores, run in zip(factor.singles, factor.runs)
+      if {**run, 'seed': 0} == centre and run['seed']
   ]
+  of_ensemble = bench['distilled'].singles
+  everything = range(len(pool))
   return Result(
       {
-          'taught by labels': _scores(factor.mean(alone)),
-          'taught by the ensemble': _scores(taught.mean()),
-          'uniform soup': _scores(pool.soup()),
-          'ensemble': _scores(pool.ensemble()),
+          'taught by labels': _scores(pools.mean_scores(of_labels)),
+          'taught by the ensemble': _scores(pools.mean_scores(of_ensemble)),
+          'uniform soup': _scores(pool.soup(everything)),
+          'ensemble': _scores(pool.ensemble(everything)),
       }
   )
 
@@ -470,8 +447,9 @@ def distillation(bench: pools.Bench) -> Result:
 def wise_ft(bench: pools.Bench) -> Result:
   """On the line from the start to singles and soups."""
   pool = bench['sweep']
+  best = int(np.argmax([scores.held_out for scores in pool.singles]))
   models = {
-      'best single': pool.models[pool.best()],
+      'best single': pool.models[best],
       'greedy soup': pool.greedy().params,
       'uniform soup': jaxsoup.uniform(pool.models).params,
   }
@@ -488,52 +466,41 @@ def wise_ft(bench: pools.Bench) -> Result:
           _SHIFTS: 100 * float(curve.scores['shifts'][i]),
           't': float(curve.t[i]),
       }
-  return Result(figures, functools.partial(report.wise_ft, curves=curves))
+  return Result(figures, report.wise_ft, curves=curves)
 
 
 def data_sets(bench: pools.Bench) -> Result:
   """Models of several data sets under one frozen head, and their soup."""
-  own = {name: bench[f'on_{name}'] for name in pools.DATA_SETS}
   pool = bench['sweep']
-  config = pool.work.config
-  test = sources.in_memory(pool.work.splits.test).arrays
-  logits_fn = pool.work.model.logits_fn
-  elsewhere = [n for n in pool.work.splits.shifts if n not in pools.DATA_SETS]
-  sets = {
-      name: shifts.apply(test, name, config.shifts[name], seed=config.seed)
-      for name in (*pools.DATA_SETS, *elsewhere)
+  names = {
+      'their data sets, %': pools.DATA_SETS,
+      'elsewhere, %': pool.work.splits.shifts.keys() - pools.DATA_SETS,
   }
 
   def row(params):
-    right = {}
-    for name, x in sets.items():
-      logits = logits_fn(params, jax.device_put(x))
-      accuracy = metrics.accuracy(logits, jnp.asarray(x['label']))
-      right[name] = 100 * float(accuracy)
-    mean = lambda names: float(np.mean([right[name] for name in names]))
+    scores = pool.by_set(pool.work.logits(params))
     return {
-        'their data sets, %': mean(pools.DATA_SETS),
-        'elsewhere, %': mean(elsewhere),
+        column: float(np.mean([x for name, x in scores.items() if name in of]))
+        for column, of in names.items()
     }
 
-  models = {name: one.models[0] for name, one in own.items()}
-  figures = {'start': row(pool.theta_0)}
-  figures |= {f'on {name}': row(params) for name, params in models.items()}
-  figures['soup'] = row(jaxsoup.uniform(list(models.values())).params)
-  return Result(figures)
+  models = {name: bench[f'on_{name}'].models[0] for name in pools.DATA_SETS}
+  return Result(
+      {
+          'start': row(pool.theta_0),
+          **{f'on {name}': row(params) for name, params in models.items()},
+          'soup': row(jaxsoup.uniform(list(models.values())).params),
+      }
+  )
 
 
 def heads(bench: pools.Bench) -> Result:
   """The head of the start, a probed one, a random one."""
-  figures: Figures = {}
-  for name, prefix in (
-      ('sweep', 'head of the start'),
-      ('probed', 'linear probe'),
-      ('random_head', 'random head'),
-  ):
-    compared = _compared(bench[name], range(pools.NUM_RUNS))
-    figures |= _prefixed(prefix, compared)
-  return Result(figures)
+  return Result(
+      _first('head of the start', bench['sweep'])
+      | _first('linear probe', bench['probed'])
+      | _first('random head', bench['random_head'])
+  )
 
 
 def significance(bench: pools.Bench) -> Result:
@@ -547,7 +514,7 @@ def significance(bench: pools.Bench) -> Result:
           'gain on shifts, points': 100 * row.gains['shifts'].gain,
           'p, paired bootstrap': row.gains['shifts'].p_value,
       }
-  return Result(figures, functools.partial(report.scatter, rows=_rows(bench)))
+  return Result(figures, report.scatter, rows=_rows(bench))
 
 
 # By the number that they have in docs/experiments.md; 21 is text.
