@@ -47,17 +47,11 @@ class Result:
 
 
 class Experiment(NamedTuple):
-  """One experiment of the paper.
-
-  Attributes:
-    title: what it is.
-    study: runs it on a bench.
-    has_dots: whether its picture is its figures, of all seeds.
-  """
+  """One experiment of the paper: a title, and a function that runs it."""
 
   title: str
   study: Callable[[pools.Bench], Result]
-  has_dots: bool = False
+  has_dots: bool = False  # Its picture is its figures, of all seeds.
 
 
 def _scores(scores: pools.Scores) -> dict[str, float]:
@@ -172,9 +166,13 @@ def against_ensembles(bench: pools.Bench) -> Result:
   return _drawn_pairs(bench, figures, report.against_ensembles, '%')
 
 
-def _lines(pool: pools.Pool, members) -> dict[Any, landscape.Path]:
-  """The test error between pairs."""
-  sets = _sets(pool, 'test')
+def _neighbours(num: int) -> list[tuple[int, int]]:
+  return list(zip(range(0, num, 2), range(1, num, 2)))
+
+
+def _lines(pool: pools.Pool, num: int) -> dict[Any, landscape.Path]:
+  """The test error between neighbours."""
+  sets, members = _sets(pool, 'test'), _neighbours(num)
   error_fn = lambda params: 1 - sets.score_of(params)
   return landscape.lines(error_fn, pool.models, members, 11, is_traced=False)
 
@@ -187,9 +185,8 @@ _draw_lines = functools.partial(
 def basin(bench: pools.Bench) -> Result:
   """The barrier between two runs at each learning rate."""
   pool = bench['rates']
-  members = [(k, k + 1) for k in range(0, len(pool), 2)]
-  paths = _lines(pool, members)
-  values = {pair: pool.runs[pair[0]]['learning_rate'] for pair in members}
+  paths = _lines(pool, len(pool))
+  values = {pair: pool.runs[pair[0]]['learning_rate'] for pair in paths}
   figures = {
       f'rate {values[pair]:.2g}': {
           'barrier, points': 100 * landscape.barrier(path),
@@ -289,11 +286,10 @@ def one_varied(bench: pools.Bench) -> Result:
 def greedy_ensemble(bench: pools.Bench) -> Result:
   """The greedy rule over logits, against that over parameters."""
   rows = _summary(bench)
-  names = ('greedy', 'ensemble', 'greedy ensemble')
   return Result(
       {
           name: {**_of_row(rows[name]), 'passes': float(rows[name].cost)}
-          for name in names
+          for name in ('greedy', 'ensemble', 'greedy ensemble')
       }
   )
 
@@ -303,17 +299,11 @@ def theory(bench: pools.Bench) -> Result:
   terms, values = [], []
   for name in ('one_factor', 'rates'):
     pool = bench[name]
-    members = [(k, k + 1) for k in range(0, len(pool), 2)]
+    members, logits_fn = _neighbours(len(pool)), pool.work.model.logits_fn
     batches = _sets(pool, 'test').batches
     for i, j in members:
-      terms.append(
-          landscape.soup_minus_ensemble(
-              pool.work.model.logits_fn,
-              pool.models[i],
-              pool.models[j],
-              batches,
-          )
-      )
+      pair = logits_fn, pool.models[i], pool.models[j]
+      terms.append(landscape.soup_minus_ensemble(*pair, batches))
     values += report.pair_rates(members, pool.runs) or []
   true = np.array([pair.soup - pair.ensemble for pair in terms])
   guess = np.array([pair.approximation for pair in terms])
@@ -380,15 +370,15 @@ def scratch(bench: pools.Bench) -> Result:
       ('scratch_apart', 'a start for each'),
   ):
     pool = bench[name]
-    members = [(k, k + 1) for k in range(0, pools.NUM_RUNS, 2)]
-    lines = _lines(pool, members)
-    paths[words] = lines[members[0]]
-    barriers = [100 * landscape.barrier(path) for path in lines.values()]
-    compared = _first(words, pool)
+    lines = list(_lines(pool, pools.NUM_RUNS).values())
+    paths[words] = lines[0]
+    _, mean, soup = _first(words, pool).values()
     figures[words] = {
-        'barrier, points': float(np.mean(barriers)),
-        'mean of singles, %': compared[f'{words}: mean of singles'][_TEST],
-        'uniform soup, %': compared[f'{words}: uniform soup'][_TEST],
+        'barrier, points': float(
+            np.mean([100 * landscape.barrier(path) for path in lines])
+        ),
+        'mean of singles, %': mean[_TEST],
+        'uniform soup, %': soup[_TEST],
     }
   return Result(figures, _draw_lines, paths=paths)
 
@@ -426,22 +416,15 @@ def sharpness_aware(bench: pools.Bench) -> Result:
 def distillation(bench: pools.Bench) -> Result:
   """The ensemble in one model, against the soup."""
   pool, factor = bench['sweep'], bench['one_factor']
-  centre = pools.middle(bench.config)
-  of_labels = [
-      scores
-      for scores, run in zip(factor.singles, factor.runs)
-      if {**run, 'seed': 0} == centre and run['seed']
-  ]
-  of_ensemble = bench['distilled'].singles
-  everything = range(len(pool))
-  return Result(
-      {
-          'taught by labels': _scores(pools.mean_scores(of_labels)),
-          'taught by the ensemble': _scores(pools.mean_scores(of_ensemble)),
-          'uniform soup': _scores(pool.soup(everything)),
-          'ensemble': _scores(pool.ensemble(everything)),
-      }
-  )
+  # The others have the seed 0.
+  of_labels = [x for x, run in zip(factor.singles, factor.runs) if run['seed']]
+  scores = {
+      'taught by labels': pools.mean_scores(of_labels),
+      'taught by the ensemble': pools.mean_scores(bench['distilled'].singles),
+      'uniform soup': pool.soup(range(len(pool))),
+      'ensemble': pool.ensemble(range(len(pool))),
+  }
+  return Result({name: _scores(x) for name, x in scores.items()})
 
 
 def wise_ft(bench: pools.Bench) -> Result:
@@ -462,10 +445,9 @@ def wise_ft(bench: pools.Bench) -> Result:
     best = int(curve.scores['shifts'].argmax())
     for words, i in ((f'{name}, t = 1', -1), (f'{name}, best t', best)):
       figures[words] = {
-          _TEST: 100 * float(curve.scores['test'][i]),
-          _SHIFTS: 100 * float(curve.scores['shifts'][i]),
-          't': float(curve.t[i]),
+          f'{where}, %': 100 * float(x[i]) for where, x in curve.scores.items()
       }
+      figures[words]['t'] = float(curve.t[i])
   return Result(figures, report.wise_ft, curves=curves)
 
 

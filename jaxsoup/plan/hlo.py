@@ -149,16 +149,15 @@ def _equation_flops(eqn: Any, dtype: Any) -> float:
     is_other = dtype is not None and eqn.invars[0].aval.dtype != dtype
     return 0.0 if is_other else _product_flops(eqn)
   if eqn.primitive.name == 'cond':
-    return max(flops_of(b.jaxpr, dtype) for b in eqn.params['branches'])
+    return max(flops_of(branch, dtype) for branch in eqn.params['branches'])
+  inside = [
+      flops_of(one, dtype)
+      for value in eqn.params.values()
+      for one in (value if isinstance(value, (list, tuple)) else [value])
+      if isinstance(one, (core.ClosedJaxpr, core.Jaxpr))
+  ]
   times = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
-  inside = 0.0
-  for value in eqn.params.values():
-    for one in value if isinstance(value, (list, tuple)) else [value]:
-      if isinstance(one, core.ClosedJaxpr):
-        inside += flops_of(one.jaxpr, dtype)
-      elif isinstance(one, core.Jaxpr):
-        inside += flops_of(one, dtype)
-  return times * inside
+  return times * sum(inside)
 
 
 def _product_flops(eqn: Any) -> float:

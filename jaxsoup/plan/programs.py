@@ -267,14 +267,14 @@ def compile_program(
         problem=str(e).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: '),
     )
   memory = compiled.memory_analysis()
-  arguments = memory.argument_size_in_bytes
-  temporaries = memory.temp_size_in_bytes
-  output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  parts = {
+      'arguments': memory.argument_size_in_bytes,
+      'temporaries': memory.temp_size_in_bytes,
+      'output': memory.output_size_in_bytes - memory.alias_size_in_bytes,
+  }
   return program._replace(
-      peak=arguments + temporaries + output,
-      arguments=arguments,
-      temporaries=temporaries,
-      output=output,
+      **parts,
+      peak=sum(parts.values()),
       collectives=hlo.collectives_of(compiled.as_text()),
       seconds=time.monotonic() - start,
   )

@@ -2,7 +2,7 @@
 
 from jaxsoup import _memory
 from jaxsoup.plan import machines
-from jaxsoup.plan._make import Plan
+from jaxsoup.plan.recipes import Plan
 
 
 def as_text(made: Plan) -> str:
@@ -103,12 +103,12 @@ def _program_rows(made: Plan) -> list[list[str]]:
        'work', 'compiled', 'collectives'],
   ]  # fmt: skip
   for p in made.programs:
-    parts = [p.arguments, p.temporaries, p.output]
     collectives = ', '.join(
         f'{t.times} {name} {_memory.amount(t.num_bytes)}'
         for name, t in p.collectives.items()
     )
     is_fitting = not p.problem and p.peak <= made.device_bytes
+    parts = p.arguments, p.temporaries, p.output
     rows.append(
         [
             p.name,
@@ -124,23 +124,21 @@ def _program_rows(made: Plan) -> list[list[str]]:
 
 
 def _recipe_rows(made: Plan) -> list[list[str]]:
-  rows = [
-      ['recipe', 'device', 'host', 'reads', 'examples', 'writes',
-       'evaluations', 'steps', 'compute s', 'read s', ''],
-  ]  # fmt: skip
-  for r in made.recipes:
-    amounts = (r.device, r.host, r.reads, r.examples, r.writes)
-    rows.append(
-        [
-            r.name,
-            *map(_memory.amount, amounts),
-            str(r.evaluations),
-            f'{r.steps:,}',
-            *map(_seconds, (r.compute_seconds, r.read_seconds)),
-            r.note or 'fits',
-        ]
-    )
-  return rows
+  head = ['recipe', 'device', 'host', 'reads', 'examples', 'writes',
+          'evaluations', 'steps', 'compute s', 'read s', '']  # fmt: skip
+  return [head] + [
+      [
+          r.name,
+          *map(
+              _memory.amount, (r.device, r.host, r.reads, r.examples, r.writes)
+          ),
+          str(r.evaluations),
+          f'{r.steps:,}',
+          *map(_seconds, (r.compute_seconds, r.read_seconds)),
+          r.note or 'fits',
+      ]
+      for r in made.recipes
+  ]
 
 
 def _table(rows: list[list[str]]) -> str:
