@@ -379,7 +379,7 @@ def test_what_runs_is_what_was_planned(tmp_path, counted):
 def planned_rows(experiment, mesh, num, names):
   """Rows of a plan whose programs take a few bytes."""
   made = [programs.Program(name, 8, arguments=8) for name in names]
-  return recipes.of(experiment, mesh, GIB, num, made, machines.Rates())
+  return recipes.of(experiment, mesh, GIB, num, made, machines.Rates()).recipes
 
 
 def recipe_fns_of(work, theta_0):
@@ -473,7 +473,7 @@ def test_seconds_are_work_and_bytes_over_rates(file, chip, tflops):
       wide_flops=hlo.flops_of(jaxpr, np.float32) / 2,
   )
   rates = machines.Rates(chip, utilisation=0.25, read=2.0)
-  rows = recipes.of(experiment, mesh, GIB, num, made, rates)
+  rows = recipes.of(experiment, mesh, GIB, num, made, rates).recipes
   greedy = recipe_of(rows, 'greedy')
   num_batches = -(-config.data.sizes.held_out // config.batch_size)
   examples = (2 * num - 1) * num_batches * config.batch_size
@@ -531,7 +531,7 @@ def test_a_stack_that_does_not_fit_streams():
       r.name: r
       for r in recipes.of(
           experiment, mesh, num_bytes, num, made.programs, machines.Rates()
-      )
+      ).recipes
   }
   between = rows_at((streamed + resident) // 2)
   assert not between['learned, resident'].fits

@@ -60,7 +60,11 @@ def collectives_of(text: str) -> dict[str, Traffic]:
     if match is None:
       continue
     shapes, name = match.groups()
-    sizes = [_num_bytes(*shape) for shape in _SHAPE.findall(shapes)]
+    sizes = [
+        math.prod(map(int, filter(None, dimensions.split(','))))
+        * max(1, int(bits or 8) // 8)
+        for _, bits, dimensions in _SHAPE.findall(shapes)
+    ]
     # The start of an asynchronous one returns its operand as well.
     is_start = f'{name}-start(' in line and name != 'all-reduce'
     size = max(sizes, default=0) if is_start else sum(sizes)
@@ -112,11 +116,6 @@ def _trip_count(line: str, computations) -> int:
   lines = computations.get(condition[1], ()) if condition else ()
   bounds = [int(n) for x in lines for n in re.findall(r'constant\((\d+)\)', x)]
   return max(bounds, default=1)
-
-
-def _num_bytes(dtype: str, bits: str, dimensions: str) -> int:
-  sizes = [int(n) for n in dimensions.split(',') if n]
-  return math.prod(sizes) * max(1, int(bits or 8) // 8)
 
 
 def flops_of(jaxpr: Any, dtype: Any = None) -> float:
@@ -181,15 +180,9 @@ def _convolution_flops(eqn: Any) -> float:
   out = eqn.outvars[0].aval.shape
   lhs, rhs, result = params['dimension_numbers']
   pairs = 1
-  for i, j, o, stride, (before, _), spread, dilation in zip(
-      lhs[2:],
-      rhs[2:],
-      result[2:],
-      params['window_strides'],
-      params['padding'],
-      params['lhs_dilation'],
-      params['rhs_dilation'],
-  ):
+  names = 'window_strides', 'padding', 'lhs_dilation', 'rhs_dilation'
+  axes = zip(lhs[2:], rhs[2:], result[2:], *map(params.get, names))
+  for i, j, o, stride, (before, _), spread, dilation in axes:
     first = stride * np.arange(out[o])[:, None] - before
     tap = first + dilation * np.arange(kernel[j])
     is_inside = (tap >= 0) & (tap <= (image[i] - 1) * spread)

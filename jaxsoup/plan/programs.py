@@ -92,17 +92,8 @@ def of(
   groups = _tree.groups_of(flat.paths, _tree.whole)
   alphas = lambda w: {g: jax.nn.softmax(w[g]) for g in w}
   w = {groups[0]: number(num_ingredients)}
-  source: Any = range(num_ingredients)  # Counted; nothing is read.
-  streamed = _streamed.Streamed(
-      source,
-      groups,
-      alphas,
-      loss_at,
-      tuple(x.dtype for x in flat.leaves),
-      [x.sharding for x in flat.leaves],
-  )
-  of_held_out = batches(config, mesh)
-  evaluation = batch_of(model, of_held_out['evaluation'], mask=bool)
+  read = batches(config, mesh)
+  evaluation = batch_of(model, read['evaluation'], mask=bool)
   score = cook.score_of_batches(config, model.logits_fn, batches=())
   calls = {
       'add to a sum': (_mixing.add, wide, flat.leaves, number()),
@@ -110,10 +101,18 @@ def of(
       'fine-tuning step': _fine_tuning(experiment, model, mesh, params),
   }
   if 'learned' in config:
-    resident = _learned.Resident([], groups, alphas, loss_at)
+    # Of ingredients that are counted; nothing is read.
+    same = groups, alphas, loss_at
+    resident = _learned.Resident([], *same)
+    streamed = _streamed.Streamed(
+        range(num_ingredients),  # type: ignore[arg-type]
+        *same,
+        tuple(x.dtype for x in flat.leaves),
+        [x.sharding for x in flat.leaves],
+    )
     stacked = [loop.stacked(x, num_ingredients) for x in flat.leaves]
-    batch = batch_of(model, of_held_out['learned'])
-    other = batch_of(model, of_held_out['early stopping'])
+    batch = batch_of(model, read['learned'])
+    other = batch_of(model, read['early stopping'])
     calls |= {
         'mix': (resident.mix, w, stacked),
         'learned step, resident': (

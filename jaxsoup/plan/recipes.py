@@ -145,37 +145,14 @@ def make(
     raise configs.UsageError(
         f'The config lacks {", ".join(missing)}: see configs/digits.py.'
     )
-  model = architectures.of(experiment)
   num_devices, mesh = mesh.size, programs.used(config, mesh)
-  lowerings = programs.of(experiment, mesh, num_ingredients)
   compiled = []
-  for name, lower_fn in lowerings.items():
-    compiled.append(programs.compile_program(name, lower_fn, mesh))
+  for name, fn in programs.of(experiment, mesh, num_ingredients).items():
+    compiled.append(programs.compile_program(name, fn, mesh))
     if on_program is not None:
       on_program(compiled[-1])
-  leaves = jax.tree.leaves(programs.abstract_params(model, mesh))
-  step = next(p for p in compiled if p.name == 'fine-tuning step')
-  return Plan(
-      machine=machine,
-      num_devices=num_devices,
-      num_used=mesh.size,
-      num_hosts=programs.num_hosts(mesh),
-      device_bytes=device_bytes,
-      num_ingredients=num_ingredients,
-      num_parameters=sum(math.prod(x.shape) for x in leaves),
-      model_bytes=sum(map(total_bytes, leaves)),
-      read_bytes=bytes_of_hosts(leaves)[2],
-      batch_sizes={
-          name: x.size for name, x in programs.batches(config, mesh).items()
-      },
-      num_runs=len(experiment.runs),
-      sweep_flops=step.flops * mesh.size * programs.sweep(experiment).times,
-      rates=rates,
-      programs=tuple(compiled),
-      recipes=of(
-          experiment, mesh, device_bytes, num_ingredients, compiled, rates
-      ),
-  )
+  made = of(experiment, mesh, device_bytes, num_ingredients, compiled, rates)
+  return made._replace(machine=machine, num_devices=num_devices)
 
 
 def of(
@@ -185,7 +162,7 @@ def of(
     num_ingredients: int,
     compiled: Sequence[programs.Program],
     rates: machines.Rates,
-) -> tuple[Recipe, ...]:
+) -> Plan:
   """Adds up what the fine-tuning and each recipe reads, holds and evaluates.
 
   Args as in `make`; the mesh is that of `programs.used`, and the programs those
@@ -201,9 +178,8 @@ def of(
   evaluated = batches['evaluation']
   batch = programs.batch_of(model, evaluated).values()
   example_bytes = sum(map(total_bytes, batch)) // evaluated.size
-  is_kept = cook.are_kept(
-      config.data.sizes.held_out * example_bytes, device_bytes
-  )
+  held_out = config.data.sizes.held_out
+  is_kept = cook.are_kept(held_out * example_bytes, device_bytes)
   masked = programs.batch_of(model, evaluated, mask=bool).values()
   # Batches on a device that an evaluation does not use now: in flight, or all
   # in the order given, and once more the hardest first.
@@ -211,11 +187,8 @@ def of(
   # A model and a sum of them on a device, as the compiler pads their tiles.
   add = by_name['add to a sum']
   share = sum(map(programs.shard_bytes, leaves))
-  wider = sum(
-      programs.shard_bytes(x)
-      * (_tree.wide_dtype(x.dtype).itemsize / x.dtype.itemsize)
-      for x in leaves
-  )
+  wide = lambda x: _tree.wide_dtype(x.dtype).itemsize / x.dtype.itemsize
+  wider = sum(programs.shard_bytes(x) * wide(x) for x in leaves)
   one = int(add.arguments * share / (share + wider))
   rows = _rows(
       config,
@@ -225,7 +198,7 @@ def of(
       one=one,
       total=add.arguments - one,
       waiting=num_waiting * sum(map(programs.shard_bytes, masked)),
-      logits=4 * config.data.sizes.held_out * model.num_classes,
+      logits=4 * held_out * model.num_classes,
       narrow=narrow_bytes,
   )
 
@@ -237,7 +210,8 @@ def of(
     read = batches.get(_READ_BY.get(name, ''))
     return 0 if read is None else num * read.size // num_hosts
 
-  made = [_fine_tuning(experiment, model, mesh, by_name, model_bytes)]
+  swept, step = programs.sweep(experiment), by_name['fine-tuning step']
+  made = [_fine_tuning(experiment, model, mesh, step, swept, model_bytes)]
   made += [
       row._replace(
           host=host_reads + row.host,
@@ -267,13 +241,28 @@ def of(
   # What `jaxsoup.learned` chooses: it does not count activations.
   _, is_stacked = _streamed.fits(num_ingredients, one, device_bytes)
   note = functools.partial(_note, mesh, device_bytes, streams, is_stacked)
-  return tuple(r._replace(note=note(r)) for r in made)
+  return Plan(
+      machine='',
+      num_devices=mesh.size,
+      num_used=mesh.size,
+      num_hosts=num_hosts,
+      device_bytes=device_bytes,
+      num_ingredients=num_ingredients,
+      num_parameters=sum(x.size for x in leaves),
+      model_bytes=model_bytes,
+      read_bytes=all_read,
+      batch_sizes={name: x.size for name, x in batches.items()},
+      num_runs=len(experiment.runs),
+      sweep_flops=step.flops * mesh.size * swept.times,
+      rates=rates,
+      programs=tuple(compiled),
+      recipes=tuple(r._replace(note=note(r)) for r in made),
+  )
 
 
-def _fine_tuning(experiment, model, mesh, by_name, model_bytes) -> Recipe:
+def _fine_tuning(experiment, model, mesh, step, swept, model_bytes) -> Recipe:
   """All runs of the sweep; examples are read as the model takes them."""
-  config, step = experiment.config, by_name['fine-tuning step']
-  swept = programs.sweep(experiment)
+  config = experiment.config
   num_hosts = programs.num_hosts(mesh)
   batches = programs.batches(config, mesh)['fine-tuning']
   batch = programs.batch_of(model, batches).values()
@@ -440,7 +429,7 @@ def bytes_of_hosts(
 
 def total_bytes(x: jax.ShapeDtypeStruct) -> int:
   """Bytes of an array on all devices together."""
-  return math.prod(x.shape) * x.dtype.itemsize
+  return x.size * x.dtype.itemsize
 
 
 # Fields that a plan reads, besides those of the model and the sweep.
