@@ -35,9 +35,6 @@ def locked(path: PathLike, what: object) -> Iterator[None]:
       that a killed process left behind does no harm.
     what: the path that is protected, for messages.
 
-  Yields:
-    None, while it is held.
-
   Raises:
     InUseError: another process holds it.
   """

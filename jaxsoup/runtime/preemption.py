@@ -20,8 +20,6 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 128 + signal.SIGTERM
-
 
 class Preempted(Exception):
   """The script stops here; the message says what is saved."""
@@ -93,4 +91,4 @@ def handled() -> Iterator[Stop]:
           f'Stopped by SIGTERM: {e}. Run the same command again to continue.',
           file=sys.stderr,
       )
-      raise SystemExit(EXIT_CODE) from None
+      raise SystemExit(128 + signal.SIGTERM) from None

@@ -51,8 +51,7 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
     UserCodeError: its module raised when it was imported.
   """
   module_name, _, function_name = name.partition(':')
-  words = [*module_name.split('.'), function_name]
-  if not all(word.isidentifier() for word in words):
+  if not all(map(str.isidentifier, [*module_name.split('.'), function_name])):
     raise ValueError(f'{option} {name}: write package.module:function.')
   sys.path.insert(0, '')
   importlib.invalidate_caches()  # The file may be new.
