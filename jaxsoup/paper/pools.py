@@ -183,7 +183,7 @@ class Bench(contextlib.ExitStack):
     self.config, self.runs = experiment.config, experiment.runs
     self.workdir, self._stop = pathlib.Path(workdir).absolute(), stop
     self._pools: dict[str, Pool] = {}
-    self.cache: dict[str, Any] = {}
+    self._frozen: dict[str, modeling.Model] = {}
 
   def __getitem__(self, name: str) -> Pool:
     if name in self._pools:
@@ -206,8 +206,8 @@ class Bench(contextlib.ExitStack):
     theta_0 = stages.theta_0(work)
     if variant.frozen:
       # One model for all pools, or each would be compiled.
-      frozen = modeling.frozen(work.model, variant.frozen, theta_0)
-      model = self.cache.setdefault('frozen', frozen)
+      model = modeling.frozen(work.model, variant.frozen, theta_0)
+      model = self._frozen.setdefault(variant.frozen, model)
       work = dataclasses.replace(work, model=model)
     pool = self._pools[name] = Pool(work, theta_0)
     if name == 'sweep':
@@ -249,14 +249,12 @@ def _one_factor(bench: Bench) -> Variant:
 def _rates(bench: Bench) -> Variant:
   """Two runs at each rate, from the lowest to ten times the highest."""
   low, high = bench.config.sweep.learning_rate
-  centre = middle(bench.config)
-  return Variant(
-      [
-          {**centre, 'learning_rate': rate, 'seed': seed}
-          for rate in np.geomspace(low, 10 * high, NUM_VALUES).tolist()
-          for seed in (1, 2)
-      ]
-  )
+  runs = [
+      {**middle(bench.config), 'learning_rate': rate, 'seed': seed}
+      for rate in np.geomspace(low, 10 * high, NUM_VALUES).tolist()
+      for seed in (1, 2)
+  ]
+  return Variant(runs)
 
 
 def _narrow(bench: Bench) -> Variant:

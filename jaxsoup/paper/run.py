@@ -83,12 +83,12 @@ def _once(bench: pools.Bench, number: int) -> studies.Figures:
   path = bench.workdir / 'experiments' / f'{number:02d}.json'
   if path.exists():
     return json.loads(path.read_text())
-  result = experiment.study(bench)
-  if result.draw is not None:
-    report.save(result.draw, path.with_suffix('.png'), size=(6.4, 4.4))
+  figures, draw = experiment.study(bench)
+  if draw is not None:
+    report.save(draw, path.with_suffix('.png'), size=(6.4, 4.4))
   path.parent.mkdir(exist_ok=True)
   with _files.replaced(path) as unfinished:
-    unfinished.write_text(json.dumps(_json.plain(result.figures), indent=1))
+    unfinished.write_text(json.dumps(_json.plain(figures), indent=1))
   return json.loads(path.read_text())
 
 
@@ -126,10 +126,7 @@ def _write(workdir: pathlib.Path, figures) -> None:
 def _table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
   """Means over the seeds, and their deviations."""
   columns = list(dict.fromkeys(k for row in rows.values() for k in row))
-  lines = [
-      f'| | {" | ".join(columns)} |',
-      f'|---|{"---:|" * len(columns)}',
-  ]
+  lines = [f'| | {" | ".join(columns)} |', f'|---|{"---:|" * len(columns)}']
   for name, row in rows.items():
     cells = [_cell(row[k]) if k in row else '' for k in columns]
     lines.append(f'| {name} | {" | ".join(cells)} |')

@@ -1,8 +1,7 @@
 """The experiments of the paper, each of them one function of a bench.
 
 ```
-result = studies.EXPERIMENTS[4].study(bench)     # a `pools.Bench`
-result.figures                     # by row and column
+figures, draw = studies.EXPERIMENTS[4].study(bench)     # a `pools.Bench`
 ```
 
 `paper.run` is the command that runs them.
@@ -33,17 +32,8 @@ _TEST, _SHIFTS = 'test, %', 'shifts, %'
 _WHERE = ('test', 'shifts')
 
 
-class Result:
-  """The result of an experiment.
-
-  Attributes:
-    figures: by row and column.
-    draw: the picture of one seed; None where it is the figures.
-  """
-
-  def __init__(self, figures: Figures, draw: Any = None, **options: Any):
-    self.figures = figures
-    self.draw = draw and functools.partial(draw, **options)
+# The figures, and the picture of one seed; None where it is the figures.
+Result = tuple[Figures, Callable[[Any], None] | None]
 
 
 class Experiment(NamedTuple):
@@ -90,7 +80,7 @@ def plane(bench: pools.Bench) -> Result:
   }
   (section,) = report.plane_sections(surfaces, pool.names)
   pictures = [p for p in section.parts if isinstance(p, report.Picture)]
-  return Result(figures, pictures[-1].draw)
+  return figures, pictures[-1].draw
 
 
 def _sets(pool: pools.Pool, where: str) -> landscapes.Sets:
@@ -100,22 +90,22 @@ def _sets(pool: pools.Pool, where: str) -> landscapes.Sets:
   return landscapes.Sets(pool.work, names, num)
 
 
+@functools.lru_cache(maxsize=1)
 def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
   """Pairs that differ in one hyper-parameter, on test data and on shifts."""
-  if 'pairs' not in bench.cache:
-    pool = bench['one_factor']
-    bench.cache['pairs'] = {}
-    for where in _WHERE:
-      sets = _sets(pool, where)
-      bench.cache['pairs'][where] = landscape.pairs(
-          pool.models,
-          pool.theta_0,
-          pool.work.model.logits_fn,
-          sets.batches,
-          metric=sets.score,
-          members=sorted(_varied(pool)),
-      )
-  return bench.cache['pairs']
+  pool = bench['one_factor']
+  pairs = {}
+  for where in _WHERE:
+    sets = _sets(pool, where)
+    pairs[where] = landscape.pairs(
+        pool.models,
+        pool.theta_0,
+        pool.work.model.logits_fn,
+        sets.batches,
+        metric=sets.score,
+        members=sorted(_varied(pool)),
+    )
+  return pairs
 
 
 def _varied(pool: pools.Pool) -> dict[tuple[int, int], str]:
@@ -134,7 +124,9 @@ def _drawn_pairs(bench, figures: Figures, draw, unit: str) -> Result:
   members = [pair.members for pair in pairs]
   rates = report.pair_rates(members, bench['one_factor'].runs)
   label = f'accuracy on shifts ({unit})'
-  return Result(figures, draw, pairs=pairs, values=rates, label=label)
+  return figures, functools.partial(
+      draw, pairs=pairs, values=rates, label=label
+  )
 
 
 def angles_and_gains(bench: pools.Bench) -> Result:
@@ -157,11 +149,10 @@ def angles_and_gains(bench: pools.Bench) -> Result:
 
 def against_ensembles(bench: pools.Bench) -> Result:
   """The soup of two minus their ensemble."""
-  row = {
-      f'on {where}, points': 100
-      * float(np.mean([p.soup - p.ensemble for p in pairs]))
-      for where, pairs in _pairs(bench).items()
-  }
+  row = {}
+  for where, pairs in _pairs(bench).items():
+    mean = float(np.mean([p.soup - p.ensemble for p in pairs]))
+    row[f'on {where}, points'] = 100 * mean
   figures = {'soup less ensemble': row}
   return _drawn_pairs(bench, figures, report.against_ensembles, '%')
 
@@ -194,7 +185,7 @@ def basin(bench: pools.Bench) -> Result:
       }
       for pair, path in paths.items()
   }
-  return Result(figures, _draw_lines, paths=paths, values=values)
+  return figures, functools.partial(_draw_lines, paths=paths, values=values)
 
 
 def _rows(bench: pools.Bench) -> list[report.Row]:
@@ -212,7 +203,7 @@ def _of_row(row: report.Row) -> dict[str, float]:
 def table(bench: pools.Bench) -> Result:
   """Every recipe."""
   figures = {name: _of_row(row) for name, row in _summary(bench).items()}
-  return Result(figures, report.scatter, rows=_rows(bench))
+  return figures, functools.partial(report.scatter, rows=_rows(bench))
 
 
 def random_orders(bench: pools.Bench) -> Result:
@@ -222,17 +213,14 @@ def random_orders(bench: pools.Bench) -> Result:
       pool.models, pool.eval_fn, num_orders=3, scores=pool.known
   )
   shuffled = [pool.soup(sorted(info.accepted)) for info in infos]
-  spread = pools.Scores(*np.std(shuffled, axis=0, ddof=1).tolist())
-  return Result(
-      {
-          'greedy, by score': _scores(pool.soup(pool.greedy().info.accepted)),
-          'greedy, random order': _scores(pools.mean_scores(shuffled)),
-          'spread of three orders': {
-              'test, points': spread.test,
-              'shifts, points': spread.shifts,
-          },
-      }
-  )
+  spread = _scores(pools.Scores(*np.std(shuffled, axis=0, ddof=1).tolist()))
+  return {
+      'greedy, by score': _scores(pool.soup(pool.greedy().info.accepted)),
+      'greedy, random order': _scores(pools.mean_scores(shuffled)),
+      'spread of three orders': {
+          k.replace('%', 'points'): x for k, x in spread.items()
+      },
+  }, None
 
 
 def growth(bench: pools.Bench) -> Result:
@@ -241,18 +229,19 @@ def growth(bench: pools.Bench) -> Result:
   nums = _nums(len(pool))
   figures: Figures = {}
   grown = {}
-  for field, column in zip(_WHERE, (_TEST, _SHIFTS)):
+  for where in _WHERE:
     curves = studies.recipes(
-        pool.models, pool.eval_fn, _field(pool.soup, field), scores=pool.known
+        pool.models, pool.eval_fn, _field(pool.soup, where), scores=pool.known
     )
-    curves['ensemble'] = _field(pool.ensemble, field)
-    grown[field] = studies.growth(curves, len(pool), nums=nums, num_orders=3)
-    for name, rows in grown[field].scores.items():
+    curves['ensemble'] = _field(pool.ensemble, where)
+    grown[where] = studies.growth(curves, len(pool), nums=nums, num_orders=3)
+    for name, rows in grown[where].scores.items():
       for num, value in zip(nums, rows.mean(0)):
         if num in (1, nums[len(nums) // 2], nums[-1]):
-          figures.setdefault(f'{name} of {num}', {})[column] = float(value)
-  return Result(
-      figures, report.growth, grown=grown['shifts'], label='shifts, %', scale=1
+          row = figures.setdefault(f'{name} of {num}', {})
+          row[f'{where}, %'] = float(value)
+  return figures, functools.partial(
+      report.growth, grown=grown['shifts'], label='shifts, %', scale=1
   )
 
 
@@ -270,28 +259,24 @@ def one_varied(bench: pools.Bench) -> Result:
   """Soups of runs that differ in one hyper-parameter."""
   pool = bench['one_factor']
   figures: Figures = {}
-  of_shifts = []
-  for field, column in zip(_WHERE, (_TEST, _SHIFTS)):
-    groups = studies.one_varied(pool.runs, _field(pool.soup, field), ignore=())
-    of_shifts = groups
+  for where in _WHERE:
+    groups = studies.one_varied(pool.runs, _field(pool.soup, where), ignore=())
     for group in groups:
       for what in ('best', 'mean', 'soup'):
         row = figures.setdefault(f'{group.name} varies: {what}', {})
-        row[column] = getattr(group, what)
-  return Result(
-      figures, report.varied, groups=of_shifts, label='shifts, %', scale=1
+        row[f'{where}, %'] = getattr(group, what)
+  return figures, functools.partial(
+      report.varied, groups=groups, label='shifts, %', scale=1
   )
 
 
 def greedy_ensemble(bench: pools.Bench) -> Result:
   """The greedy rule over logits, against that over parameters."""
   rows = _summary(bench)
-  return Result(
-      {
-          name: {**_of_row(rows[name]), 'passes': float(rows[name].cost)}
-          for name in ('greedy', 'ensemble', 'greedy ensemble')
-      }
-  )
+  return {
+      name: {**_of_row(rows[name]), 'passes': float(rows[name].cost)}
+      for name in ('greedy', 'ensemble', 'greedy ensemble')
+  }, None
 
 
 def theory(bench: pools.Bench) -> Result:
@@ -321,7 +306,7 @@ def theory(bench: pools.Bench) -> Result:
           ('all rates', within | True),
       )
   }
-  return Result(figures, report.theory, terms=terms, values=values)
+  return figures, functools.partial(report.theory, terms=terms, values=values)
 
 
 def calibration(bench: pools.Bench) -> Result:
@@ -345,7 +330,9 @@ def calibration(bench: pools.Bench) -> Result:
       for num, value in zip(nums, rows.mean(0))
       if num in (1, nums[-1])
   }
-  return Result(figures, report.growth, grown=grown, label='test ECE, points')
+  return figures, functools.partial(
+      report.growth, grown=grown, label='test ECE, points'
+  )
 
 
 def breadth(bench: pools.Bench) -> Result:
@@ -357,7 +344,7 @@ def breadth(bench: pools.Bench) -> Result:
     figures |= _compared(prefix, pool.singles, soup)
     greedy = pool.greedy().info.accepted
     figures[f'{prefix}: greedy soup'] = _scores(pool.soup(greedy))
-  return Result(figures)
+  return figures, None
 
 
 def scratch(bench: pools.Bench) -> Result:
@@ -380,7 +367,7 @@ def scratch(bench: pools.Bench) -> Result:
         'mean of singles, %': mean[_TEST],
         'uniform soup, %': soup[_TEST],
     }
-  return Result(figures, _draw_lines, paths=paths)
+  return figures, functools.partial(_draw_lines, paths=paths)
 
 
 def averages(bench: pools.Bench) -> Result:
@@ -400,7 +387,7 @@ def averages(bench: pools.Bench) -> Result:
     singles = [pool.singles[k] for k in members]
     figures |= _compared(prefix, singles, pool.soup(members))
   soup = pool.of(jaxsoup.uniform(swa).params)
-  return Result(figures | _compared('SWA', list(map(pool.of, swa)), soup))
+  return figures | _compared('SWA', list(map(pool.of, swa)), soup), None
 
 
 def sharpness_aware(bench: pools.Bench) -> Result:
@@ -410,7 +397,7 @@ def sharpness_aware(bench: pools.Bench) -> Result:
   both = plain.models[:half] + sharp.models[half : 2 * half]
   soup = _scores(plain.of(jaxsoup.uniform(both).params))
   figures = _first('plain', plain) | _first('SAM', sharp)
-  return Result(figures | {'half of each: uniform soup': soup})
+  return figures | {'half of each: uniform soup': soup}, None
 
 
 def distillation(bench: pools.Bench) -> Result:
@@ -424,7 +411,7 @@ def distillation(bench: pools.Bench) -> Result:
       'uniform soup': pool.soup(range(len(pool))),
       'ensemble': pool.ensemble(range(len(pool))),
   }
-  return Result({name: _scores(x) for name, x in scores.items()})
+  return {name: _scores(x) for name, x in scores.items()}, None
 
 
 def wise_ft(bench: pools.Bench) -> Result:
@@ -448,7 +435,7 @@ def wise_ft(bench: pools.Bench) -> Result:
           f'{where}, %': 100 * float(x[i]) for where, x in curve.scores.items()
       }
       figures[words]['t'] = float(curve.t[i])
-  return Result(figures, report.wise_ft, curves=curves)
+  return figures, functools.partial(report.wise_ft, curves=curves)
 
 
 def data_sets(bench: pools.Bench) -> Result:
@@ -467,22 +454,21 @@ def data_sets(bench: pools.Bench) -> Result:
     }
 
   models = {name: bench[f'on_{name}'].models[0] for name in pools.DATA_SETS}
-  return Result(
-      {
-          'start': row(pool.theta_0),
-          **{f'on {name}': row(params) for name, params in models.items()},
-          'soup': row(jaxsoup.uniform(list(models.values())).params),
-      }
-  )
+  return {
+      'start': row(pool.theta_0),
+      **{f'on {name}': row(params) for name, params in models.items()},
+      'soup': row(jaxsoup.uniform(list(models.values())).params),
+  }, None
 
 
 def heads(bench: pools.Bench) -> Result:
   """The head of the start, a probed one, a random one."""
-  return Result(
+  figures = (
       _first('head of the start', bench['sweep'])
       | _first('linear probe', bench['probed'])
       | _first('random head', bench['random_head'])
   )
+  return figures, None
 
 
 def significance(bench: pools.Bench) -> Result:
@@ -496,7 +482,7 @@ def significance(bench: pools.Bench) -> Result:
           'gain on shifts, points': 100 * row.gains['shifts'].gain,
           'p, paired bootstrap': row.gains['shifts'].p_value,
       }
-  return Result(figures, report.scatter, rows=_rows(bench))
+  return figures, functools.partial(report.scatter, rows=_rows(bench))
 
 
 # By the number that they have in docs/experiments.md; 21 is text.

@@ -156,7 +156,7 @@ def _equation_flops(eqn: Any, dtype: Any) -> float:
       if isinstance(one, (core.ClosedJaxpr, core.Jaxpr))
   ]
   times = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
-  return times * sum(inside)
+  return times * sum(inside, 0.0)
 
 
 def _product_flops(eqn: Any) -> float:
