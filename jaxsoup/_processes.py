@@ -22,14 +22,11 @@ def is_main() -> bool:
 
 def wait_for_all(name: str) -> None:
   """Returns when every process has come here."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+  multihost_utils.sync_global_devices(name)
 
 
 def from_main(content: bytes) -> bytes:
   """What the main process passed, on every process."""
-  if jax.process_count() == 1:
-    return content
   size = multihost_utils.broadcast_one_to_all(np.int32(len(content)))
   padded = np.zeros(int(size), np.uint8)
   if is_main():
@@ -50,8 +47,6 @@ def numbers_of_main(numbers: Sequence[float]) -> list[float]:
 
 def is_any(answer: bool) -> bool:
   """Whether one of the processes says so."""
-  if jax.process_count() == 1:
-    return answer
   return bool(np.any(multihost_utils.process_allgather(np.asarray(answer))))
 
 
@@ -71,8 +66,6 @@ def agreed_min(value: int, array: jax.Array) -> int:
 
 def summed(array: np.ndarray) -> np.ndarray:
   """The sum over the processes of arrays of one shape and dtype."""
-  if jax.process_count() == 1:
-    return array
   # A broadcast adds what all sources pass.
   return np.asarray(multihost_utils.broadcast_one_to_all(array, is_source=True))
 

@@ -202,16 +202,15 @@ def test_reports_go_where_the_config_sends_them(tmp_path):
   text = f'from configs.digits import data, get_config, sweep{more}'
   (tmp_path / 'c.py').write_text(text)
   experiment = configs.load(f'{tmp_path}/c.py:runlocal', TINY)
-  with workdirs.opened(experiment, tmp_path / 'w') as work:
-    work.log.write({'run': 0, 'step': 3, 'loss': 0.5})
+  work = workdirs.work_of(experiment, tmp_path / 'w')
+  work.log.write({'run': 0, 'step': 3, 'loss': 0.5})
   assert sys.modules['jaxsoup_config'].SEEN == [
       {'run': 0, 'step': 3, 'loss': 0.5}
   ]
   (tmp_path / 'c.py').write_text(text.replace('return SEEN.append', 'pass'))
   experiment = configs.load(f'{tmp_path}/c.py:runlocal', TINY)
-  opened = workdirs.opened(experiment, tmp_path / 'w')
   with pytest.raises(configs.UsageError, match=r'log\(config\) returned None'):
-    opened.__enter__()
+    workdirs.work_of(experiment, tmp_path / 'w')
 
 
 @pytest.mark.parametrize('override', ['batch_size=61', 'val_fraction=0.0'])
@@ -329,7 +328,8 @@ def test_scores_of_logits_are_those_of_the_searches(select_by):
   for num_wrong in (3, 77, 135):  # Accuracies that float32 does not hold.
     logits = np.where(np.arange(400)[:, None] < num_wrong, 1 - right, right)
     logits_fn = lambda params, batch: params[batch['x']]
-    score_fn = cook.score_fn(config, logits_fn, data)
+    batches = cook.batches_of(data, config.batch_size)
+    score_fn = cook.score_fn(config, logits_fn, batches)
     score = cook.selection_score(config, logits, label)
     if select_by == 'metric':
       assert score == score_fn(logits) == 1 - num_wrong / 400

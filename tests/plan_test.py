@@ -181,7 +181,9 @@ def test_runs_of_other_lengths_and_batches_count_as_such():
   made = experiment._replace(config=config, runs=runs)
   examples = 224 + 5 * 224 + 2 * 192
   # The largest step is of 64 examples.
-  assert programs.sweep(made) == (7 + 5 * 7 + 2 * 3, examples, examples / 64)
+  counted = (7 + 5 * 7 + 2 * 3, examples, examples / 64)
+  swept = programs.sweep(made)
+  assert (swept.steps, swept.examples, swept.times) == counted
 
 
 def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
@@ -356,7 +358,8 @@ def test_what_runs_is_what_was_planned(tmp_path, counted):
   rows = planned_rows(experiment, mesh, num, planned)
   calls = counted()
   seen = set()
-  with workdirs.opened(experiment, tmp_path) as work:
+  with workdirs.locked(experiment, tmp_path):
+    work = workdirs.work_of(experiment, tmp_path)
     theta_0 = stages.theta_0(work)
     assert stages.finetune_all(work, theta_0)
     names = [row.name for row in rows]
@@ -377,7 +380,7 @@ def test_what_runs_is_what_was_planned(tmp_path, counted):
 def planned_rows(experiment, mesh, num, names):
   """Rows of a plan whose programs take a few bytes."""
   made = [programs.Program(name, 8, arguments=8) for name in names]
-  return recipes.of(experiment, mesh, GIB, num, made, machines.Rates())
+  return recipes.of(experiment, mesh, GIB, num, made, machines.Rates()).recipes
 
 
 def recipe_fns_of(work, theta_0):
@@ -388,7 +391,8 @@ def recipe_fns_of(work, theta_0):
 
   def searched(recipe_fn, **options):
     scores = {}
-    eval_fn = cook.score_fn(config, model.logits_fn, held_out, on)
+    batches = cook.batches_of(held_out, config.batch_size, on)
+    eval_fn = cook.score_fn(config, model.logits_fn, batches)
     recipe_fn(ingredients, eval_fn, scores=scores, **options)
     return len(scores)
 
@@ -471,7 +475,7 @@ def test_seconds_are_work_and_bytes_over_rates(file, chip, tflops):
       wide_flops=hlo.flops_of(jaxpr, np.float32) / 2,
   )
   rates = machines.Rates(chip, utilisation=0.25, read=2.0)
-  rows = recipes.of(experiment, mesh, GIB, num, made, rates)
+  rows = recipes.of(experiment, mesh, GIB, num, made, rates).recipes
   greedy = recipe_of(rows, 'greedy')
   num_batches = -(-config.data.sizes.held_out // config.batch_size)
   examples = (2 * num - 1) * num_batches * config.batch_size
@@ -529,7 +533,7 @@ def test_a_stack_that_does_not_fit_streams():
       r.name: r
       for r in recipes.of(
           experiment, mesh, num_bytes, num, made.programs, machines.Rates()
-      )
+      ).recipes
   }
   between = rows_at((streamed + resident) // 2)
   assert not between['learned, resident'].fits

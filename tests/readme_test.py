@@ -224,7 +224,7 @@ def _check(program: str, args: list[str], page: pathlib.Path) -> None:
   elif program == 'python':
     assert args[:2] == ['-m', 'jaxsoup.experiments.main'], args
     parsed = configs.parse(args[2:])
-    configs.load(str(ROOT / parsed[0]), parsed[2])
+    configs.load(str(ROOT / parsed.config), parsed.overrides)
   elif program == 'pip':
     extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())
     for name in re.findall(r'\[([\w,-]+)\]', ' '.join(args)):

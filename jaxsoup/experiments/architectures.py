@@ -8,9 +8,9 @@ logits = model.logits_fn(params, {'image': image})
 
 import functools
 import importlib
-import json
 
 from flax import nnx
+import jax
 import ml_collections
 
 from jaxsoup import models
@@ -58,33 +58,29 @@ def make(config: ml_collections.ConfigDict) -> Model:
   Raises:
     UsageError: the config names no such family, or lacks the inputs.
   """
-  arguments = config.model.to_dict()
-  family = arguments.pop('family', 'vit')
+  family = config.model.get('family', 'vit')
   if family not in FAMILIES:
     raise configs.UsageError(
         f'model.family is {family!r}: choose from {", ".join(FAMILIES)}, or '
         'define a function model(config) in the config file.'
     )
   inputs = dict(config.get('inputs', {}))
-  if 'image_shape' in arguments:
-    inputs.setdefault('image', arguments['image_shape'])
+  if 'image_shape' in config.model:
+    inputs.setdefault('image', config.model.image_shape)
   if not inputs:
     raise configs.UsageError(
         'The config has no shapes of its inputs: set inputs=dict(image=(H, W, '
         'C)), or inputs=dict(input_ids=(T,), attention_mask=(T,)).'
     )
-  description = [family, arguments, inputs, config.get('init', '')]
-  # Frozen, lists are tuples.
-  fields = ml_collections.FrozenConfigDict(config.get('image', {}))
-  image = preparation.ImageSpec(**fields) if fields else None
-  return _made(json.dumps(description, sort_keys=True), image)
+  fields = {k: config[k] for k in ('model', 'init', 'image') if k in config}
+  return _made(ml_collections.FrozenConfigDict({**fields, 'inputs': inputs}))
 
 
 @functools.cache
-def _made(description: str, image: preparation.ImageSpec | None) -> Model:
-  family, arguments, inputs, path = json.loads(description)
-  if 'image_shape' in arguments:
-    arguments['image_shape'] = tuple(arguments['image_shape'])
+def _made(described: ml_collections.FrozenConfigDict) -> Model:
+  arguments, inputs = described.model.to_dict(), described.inputs
+  family = arguments.pop('family', 'vit')
+  path, image = described.get('init'), described.get('image')
   class_name, names = FAMILIES[family]
   module = importlib.import_module(f'jaxsoup.models.{family}')
 
@@ -96,7 +92,7 @@ def _made(description: str, image: preparation.ImageSpec | None) -> Model:
         path,
         family=family,
         without=['head'],
-        seed=modeling.seed_of(key),
+        seed=int(jax.random.bits(key, dtype='uint32')) >> 1,
         **arguments,
     )
 
@@ -105,5 +101,5 @@ def _made(description: str, image: preparation.ImageSpec | None) -> Model:
       inputs={name: inputs[name] for name in names if name in inputs},
       num_classes=arguments['num_classes'],
       load_fn=load_fn if path else None,
-      image=image,
+      image=preparation.ImageSpec(**image) if image else None,
   )

@@ -15,6 +15,7 @@ import json
 import math
 import pathlib
 import sys
+import types
 from typing import Any
 from typing import NamedTuple
 
@@ -40,18 +41,17 @@ class Experiment(NamedTuple):
   Attributes:
     config: of `get_config(arg)`, with the overrides.
     runs: of `sweep(config)`: hyper-parameters of each run.
-    data_fn: its function `data`: config -> `jaxsoup.data.sources.Splits`; None
-      if there is none, and the experiment can only be planned.
-    model_fn: its function `model`: config -> `modeling.Model`; None if there is
-      none, and `config.model` describes the model.
-    log_fn: its function `log`: config -> what is called with each report of the
-      training, a dict, such as `wandb.init(project='soups').log`; None if there
-      is none.
+    data_fn: its `data`: config -> `jaxsoup.data.sources.Splits`; without one it
+      can only be planned.
+    model_fn: its `model`: config -> `modeling.Model`; else `config.model`
+      describes the model.
+    log_fn: its `log`: config -> what is called with each report of the
+      training, a dict, such as `wandb.init(project='soups').log`.
   """
 
   config: ml_collections.ConfigDict
   runs: list[Run]
-  data_fn: Callable[[ml_collections.ConfigDict], Any] | None
+  data_fn: Callable[[ml_collections.ConfigDict], Any] | None = None
   model_fn: Callable[[ml_collections.ConfigDict], Any] | None = None
   log_fn: Callable[[ml_collections.ConfigDict], Any] | None = None
 
@@ -62,27 +62,9 @@ class UsageError(ValueError):
   exit_code = 2
 
 
-class Arguments(NamedTuple):
-  """The parsed command line of an experiment.
-
-  Attributes:
-    config: the config file, perhaps with an argument behind a colon.
-    workdir: where everything goes.
-    overrides: such as '--config.seed=1'.
-    num_seeds: how many seeds, from `config.seed` on.
-    is_distributed: whether other processes take part.
-    only: numbers of what is wanted, if that can be chosen; empty for all.
-  """
-
-  config: str
-  workdir: str
-  overrides: list[str]
-  num_seeds: int
-  is_distributed: bool
-  only: list[int]
-
-
-def parse(argv: Sequence[str], *, has_only: bool = False) -> Arguments:
+def parse(
+    argv: Sequence[str], *, has_only: bool = False
+) -> types.SimpleNamespace:
   """Parses `--config=FILE --workdir=DIR --config.x=y ...`.
 
   Args:
@@ -90,7 +72,8 @@ def parse(argv: Sequence[str], *, has_only: bool = False) -> Arguments:
     has_only: whether there is `--only=4,13`.
 
   Returns:
-    The parsed arguments.
+    `config`, `workdir`, `seeds` (from `config.seed` on), `distributed`, `only`
+    (numbers; none for all) and `overrides`, such as '--config.seed=1'.
 
   Raises:
     UsageError: an unknown, missing or malformed argument.
@@ -104,31 +87,25 @@ def parse(argv: Sequence[str], *, has_only: bool = False) -> Arguments:
     flags.DEFINE_list('only', [], '', flag_values=values)
   is_override = lambda a: a.lstrip('-').startswith('config.')
   try:
-    rest = values(['main', *(a for a in argv if not is_override(a))])
+    _, *rest = values(['main', *(a for a in argv if not is_override(a))])
   except flags.Error as e:
     raise UsageError(f'{e}. Usage: {USAGE}') from e
-  absent = [x for x in ('config', 'workdir') if not values[x].value]
-  problem = f'--{absent[0]} is missing' if absent else ''
-  if rest[1:]:
-    problem = f'Unexpected argument {rest[1]!r}: write --NAME=VALUE'
-  if problem:
-    raise UsageError(f'{problem}. Usage: {USAGE}')
+  parsed = types.SimpleNamespace(**{'only': [], **values.flag_values_dict()})
+  problems = [f'Unexpected argument {x!r}: write --NAME=VALUE' for x in rest]
+  for name in ('config', 'workdir'):
+    if not getattr(parsed, name):
+      problems.append(f'--{name} is missing')
+  if not all(map(str.isdecimal, parsed.only)):
+    problems.append(f'--only is {parsed.only}. Write --only=4,13')
+  if problems:
+    raise UsageError(f'{problems[0]}. Usage: {USAGE}')
   try:
-    buckets.path_of(values.workdir)
+    buckets.path_of(parsed.workdir)
   except ValueError as e:
     raise UsageError(str(e)) from e
-  try:
-    only = [int(number) for number in values.only] if has_only else []
-  except ValueError as e:
-    raise UsageError(f'{e}. Write --only=4,13.') from e
-  return Arguments(
-      values.config,
-      values.workdir,
-      [a for a in argv if is_override(a)],
-      num_seeds=values.seeds,
-      is_distributed=values.distributed,
-      only=only,
-  )
+  parsed.only = [int(number) for number in parsed.only]
+  parsed.overrides = list(filter(is_override, argv))
+  return parsed
 
 
 USAGE = (
@@ -163,20 +140,13 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
         + (f' Give one of {folder}: {", ".join(there)}.' if there else '')
     )
   module = _module(file)
-  needed = ('get_config', 'sweep')
-  if missing := [name for name in needed if not hasattr(module, name)]:
-    raise UsageError(
-        f'{file} has no function {", ".join(missing)}: see configs/digits.py.'
-    )
   for name in ('get_config', 'sweep', 'data', 'model', 'log'):
+    if name in ('get_config', 'sweep') and not hasattr(module, name):
+      raise UsageError(f'{file} has no function {name}: see configs/digits.py.')
     if not callable(getattr(module, name, len)):
       raise UsageError(
           f'{file}: {name} is not a function: see configs/digits.py.'
       )
-  # What the library raises in them says what to do.
-  made = lambda name: hasattr(module, name) and user_code.guarded(
-      getattr(module, name), module.__file__, f'{path}: {name}', _OF_LIBRARY
-  )
   config = _called(module, path, 'get_config', module.get_config, arg or None)
   if not isinstance(config, ml_collections.ConfigDict):
     raise UsageError(
@@ -206,8 +176,16 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
   runs = _called(module, path, 'sweep', sweep_fn, values.config)
   if problem := _problem_of(runs):
     raise UsageError(f'{path}: sweep returned {problem}.')
-  functions = (made(name) or None for name in ('data', 'model', 'log'))
-  return Experiment(values.config, runs, *functions)
+  # What the library raises in them says what to do.
+  passing = (ImportError, OSError, ValueError)
+  functions = {
+      f'{name}_fn': user_code.guarded(
+          getattr(module, name), module.__file__, f'{path}: {name}', passing
+      )
+      for name in ('data', 'model', 'log')
+      if hasattr(module, name)
+  }
+  return Experiment(values.config, runs, **functions)
 
 
 def _called(module: Any, path: str, name: str, fn: Any, argument: Any) -> Any:
@@ -232,7 +210,6 @@ def _problem_of(runs: list[Any]) -> str:
   return ''
 
 
-_OF_LIBRARY = (ImportError, OSError, ValueError)
 # What fields may hold, by the last part of their name.
 _POSITIVE = {
     'batch_size', 'depth', 'group_size', 'mlp_width', 'num_accumulated',
@@ -297,12 +274,12 @@ def _explain(overrides, config, error) -> str:
           + f'It has: {", ".join(sorted(known))}.'
       )
   first = str(error).strip().split('\n')[0]
-  types = [
+  kinds = [
       f'{name} is {type(known[name]).__name__}, such as {known[name]!r}'
       for name in names
       if name in known
   ]
-  return f'{first} ({"; ".join(types)})' if types else first
+  return f'{first} ({"; ".join(kinds)})' if kinds else first
 
 
 def flat(config: ml_collections.ConfigDict) -> Json:
@@ -348,32 +325,33 @@ def check_unchanged(
   # They decide where and how fast a run is trained, not what.
   for name in ('sweep.shard', 'data.num_workers'):
     now.pop(name, None)
-  if not file.exists():
-    require_new(file.parent)
-    _store(now, file)
-    return
-  try:
-    then = _lasting(dict(_json.parsed(file.read_bytes())))
-  except (TypeError, ValueError) as e:
-    raise ValueError(
-        f'{file} is unreadable: {e}. Delete that file if the workdir belongs '
-        'to this config: it is written again, and everything else is kept.'
-    ) from e
-  differing = [
-      f'{key} was {then.get(key)!r}, is now {now.get(key)!r}'
-      for key in sorted(then.keys() | now.keys())
-      if then.get(key) != now.get(key)
-  ]
-  if not differing:
-    return
-  is_empty = {p.name for p in file.parent.iterdir()} <= {file.name, '.lock'}
-  if is_empty and then.keys() == now.keys():
-    _store(now, file)
+  if file.exists():
+    try:
+      then = _lasting(dict(_json.parsed(file.read_bytes())))
+    except (TypeError, ValueError) as e:
+      raise ValueError(
+          f'{file} is unreadable: {e}. Delete that file if the workdir belongs '
+          'to this config: it is written again, and everything else is kept.'
+      ) from e
+    differing = [
+        f'{key} was {then.get(key)!r}, is now {now.get(key)!r}'
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
+    if not differing:
+      return
+    is_empty = {p.name for p in file.parent.iterdir()} <= {file.name, '.lock'}
+    if not is_empty or then.keys() != now.keys():
+      raise UsageError(
+          f'{file.parent} was started with another config: '
+          f'{"; ".join(differing)}. Use another workdir, or delete this one.'
+      )
   else:
-    raise UsageError(
-        f'{file.parent} was started with another config: '
-        f'{"; ".join(differing)}. Use another workdir, or delete this one.'
-    )
+    require_new(file.parent)
+  if _processes.is_main():
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _files.replaced(file) as unfinished:
+      unfinished.write_text(json.dumps(now, indent=2))
 
 
 def require_new(workdir: pathlib.Path) -> None:
@@ -387,14 +365,6 @@ def require_new(workdir: pathlib.Path) -> None:
         f'{workdir} holds {", ".join(names[:5])}, and no experiment was '
         'started in it. Give another workdir, so that nothing is overwritten.'
     )
-
-
-def _store(fields: Json, file: pathlib.Path) -> None:
-  if not _processes.is_main():
-    return
-  file.parent.mkdir(parents=True, exist_ok=True)
-  with _files.replaced(file) as unfinished:
-    unfinished.write_text(json.dumps(fields, indent=2))
 
 
 def _lasting(fields: Json) -> Json:

@@ -23,7 +23,6 @@ import optax
 import jaxsoup
 from jaxsoup import _memory
 from jaxsoup import _processes
-from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import metrics
 from jaxsoup._soup import Info
@@ -70,31 +69,25 @@ def recipes(
     *,
     prepare_fn: ParamsFn | None = None,
 ) -> dict[str, Callable[[], Soup[Info]]]:
-  """The recipes by name, each a function that makes its soup.
+  """The recipes by name, each a function that makes its soup, a plain mixture.
 
   Args:
-    config: the experiment: `batch_size`, `learned` with `learning_rate`,
-      `num_epochs`, `batch_size`, `val_fraction`, `patience`; and `recipes`, the
-      names of those that are wanted, all if there is no such field.
+    config: of the experiment; its `recipes` are made, all by default.
     model: whose parameters these are.
     ingredients: the fine-tuned parameters.
     theta_0: what they were fine-tuned from.
     held_out: the data that choose.
     scores: the score log of the searches.
     sharding: how a batch lies on a mesh.
-    prepare_fn: what the searches do to a soup before they score it: one of
-      `statistics_fns`.
-
-  Returns:
-    Functions without arguments, which return a `Soup`: the plain mixture.
+    prepare_fn: of `statistics_fns`, for soups that the searches score.
 
   Raises:
     UsageError: `config.recipes` has an unknown name.
   """
-  eval_fn = score_fn(config, model.logits_fn, held_out, sharding)
+  batches = batches_of(held_out, config.batch_size, sharding)
+  eval_fn = score_fn(config, model.logits_fn, batches)
   if prepare_fn is not None:
     eval_fn = _prepared(eval_fn, prepare_fn)
-
   learned_fn = functools.partial(
       learned, config, model, ingredients, held_out, sharding
   )
@@ -116,16 +109,12 @@ def recipes(
 
 def _prepared(eval_fn: EvalFn, prepare_fn: ParamsFn) -> EvalFn:
   """`eval_fn` of what `prepare_fn` returns; it still rejects early."""
-
-  def prepared_fn(params):
-    return eval_fn(prepare_fn(params))
-
-  def at_least(params, bar, *, strict=False):
-    return early_fn(prepare_fn(params), bar, strict=strict)
-
+  prepared_fn: Any = lambda params: eval_fn(prepare_fn(params))
   early_fn: Any = getattr(eval_fn, 'at_least', None)
   if early_fn is not None:
-    prepared_fn.at_least = at_least  # type: ignore[attr-defined]
+    prepared_fn.at_least = lambda params, *bar, **options: early_fn(
+        prepare_fn(params), *bar, **options
+    )
   return prepared_fn
 
 
@@ -137,25 +126,16 @@ def statistics_fns(
     best_fn: Callable[[], Any],
     checked_fn: Callable[[Any], Any] = iter,
 ) -> dict[str, ParamsFn]:
-  """The ways to give a soup the running statistics of BatchNorm.
+  """The ways to give a soup running statistics; none without BatchNorm.
 
   averaged: with the coefficients of the soup, as all other parameters
-  first: those of the best single model
-  re-estimated: of training batches, see `jaxsoup.models.batch_norm`
-
-  Args:
-    config: the experiment: `batch_norm`, the way that the searches take,
-      'averaged' if there is no such field; `num_batch_norm_batches`, how many
-      batches re-estimate, at most 100 if there is none.
-    model: whose parameters these are.
-    runs: of the ingredients: batches are augmented as theirs were.
-    train: the training data.
-    best_fn: returns the parameters of the best single model.
-    checked_fn: as in `loop.probe`.
+  first: those of the best single model, `best_fn()`
+  re-estimated: of `config.num_batch_norm_batches` training batches, augmented
+    as those of the runs, see `jaxsoup.models.batch_norm`
 
   Returns:
-    Functions of parameters, by name, that of the searches first. Empty without
-    running statistics.
+    Functions of parameters, by name; first `config.batch_norm`, the way that
+    the searches take.
 
   Raises:
     UsageError: `config.batch_norm` is not one of them.
@@ -199,11 +179,19 @@ class Batches:
     size: of a batch, rounded up to what the mesh divides; the last one is
       padded.
     sharding: how a batch lies on a mesh; without one every process reads all.
+    has_mask: whether a batch says which of its rows count.
   """
 
-  def __init__(self, source: Any, size: int, sharding: NamedSharding | None):
+  def __init__(
+      self,
+      source: Any,
+      size: int,
+      sharding: NamedSharding | None,
+      has_mask: bool = True,
+  ):
     self.size = evaluation.divided(size, sharding)
     self.sharding, self._source = sharding, source
+    self._left_out = () if has_mask else ('mask',)
     self._index, self._count = _part_of(sharding, self.size)
     self._kept: list[sources.Batch] = []
 
@@ -239,8 +227,9 @@ class Batches:
       yield self._placed(batch)
 
   def _placed(self, batch: sources.Batch) -> dict[str, jax.Array]:
+    batch = {k: x for k, x in batch.items() if k not in self._left_out}
     if self.sharding is None:
-      return jax.device_put(dict(batch))
+      return jax.device_put(batch)
     return {
         name: jax.make_array_from_process_local_data(
             self.sharding, x, (self.size, *x.shape[1:])
@@ -268,16 +257,10 @@ def batches_of(
     batch_size: int,
     sharding: NamedSharding | None = None,
 ) -> Any:
-  """The batches of an evaluation: on the device where they fit, else read.
+  """The batches of an evaluation, the last one padded.
 
-  Args:
-    source: of examples.
-    batch_size: of a batch, the last one padded.
-    sharding: how a batch lies on a mesh.
-
-  Returns:
-    A list of batches on the device, if those take at most a fifth of what is
-    free there; else `Batches`.
+  A list of batches on the device, if those take at most a fifth of what is free
+  there; else `Batches`.
   """
   if not hasattr(source, 'arrays'):
     read = Batches(source, batch_size, sharding)
@@ -294,32 +277,20 @@ def are_kept(num_bytes: int, free: int) -> bool:
 
 
 def score_fn(
-    config: ml_collections.ConfigDict,
-    logits_fn: LogitsFn,
-    data: sources.Source,
-    sharding: NamedSharding | None = None,
-) -> EvalFn:
-  """The `eval_fn` of the searches.
+    config: ml_collections.ConfigDict, logits_fn: LogitsFn, batches: BatchesOf
+) -> Any:
+  """The `eval_fn` of the searches: higher is better.
 
   Args:
     config: `select_by` is 'metric' (the default), or 'nll': minus the negative
       log-likelihood, which says more where the held-out set is small.
     logits_fn: `logits_fn(params, batch) -> [B, C]`.
-    data: the held-out set.
-    sharding: how a batch lies on a mesh.
+    batches: of the held-out set.
 
   Returns:
-    A function of the parameters; higher is better. Of accuracy it rejects
-    early.
+    A function of the parameters. Of accuracy it rejects early; its `step` is
+    what is compiled.
   """
-  batches = batches_of(data, config.batch_size, sharding)
-  return score_of_batches(config, logits_fn, batches)
-
-
-def score_of_batches(
-    config: ml_collections.ConfigDict, logits_fn: LogitsFn, batches: BatchesOf
-) -> Any:
-  """The same, of batches that are there; its `step` is what is compiled."""
   select_by = config.get('select_by', 'metric')
   if select_by not in ('metric', 'nll'):
     raise ValueError(
@@ -388,11 +359,12 @@ def learning_batches(
     config: ml_collections.ConfigDict,
     held_out: sources.Source,
     sharding: NamedSharding | None = None,
-) -> tuple['Rows', 'Rows']:
+) -> tuple[Batches, Batches]:
   """Two parts of the held-out set, in batches: to learn, and to stop early.
 
-  Both in batches of `learned.batch_size`; a part that fills none is one batch.
-  What is left over is not used.
+  Both in batches of `learned.batch_size`, all of one size; a part that fills
+  none is one batch, on every device if the mesh does not divide it. What is
+  left over is not used.
 
   Raises:
     ValueError: one of them would be empty.
@@ -409,51 +381,12 @@ def learning_batches(
         'learned.val_fraction.'
     )
 
-  return (
-      Rows(held_out, order[num_val:], size, sharding),
-      Rows(held_out, order[:num_val], size, sharding),
-  )
-
-
-class Rows(Batches):
-  """Batches of some rows of a source, all of one size and without a mask.
-
-  A batch that the mesh does not divide is on every device.
-  """
-
-  def __init__(
-      self,
-      source: sources.Source,
-      rows: np.ndarray,
-      size: int,
-      sharding: NamedSharding | None,
-  ):
-    size = min(size, len(rows))
-    if sharding is not None and evaluation.divided(size, sharding) > size:
-      sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    rows = rows[: len(rows) // size * size]
+  def batches(rows):
+    own, on = min(size, len(rows)), sharding
+    if on is not None and evaluation.divided(own, on) > own:
+      on = NamedSharding(on.mesh, PartitionSpec())
     # Not `subset`, for which rows of a stream have to ascend.
-    super().__init__(sources.Subset(source, rows), size, sharding)
+    part = sources.Subset(held_out, rows[: len(rows) // own * own])
+    return Batches(part, own, on, has_mask=False)
 
-  def _placed(self, batch: sources.Batch) -> dict[str, jax.Array]:
-    return super()._placed({k: x for k, x in batch.items() if k != 'mask'})
-
-
-def ensemble_alphas(
-    config: ml_collections.ConfigDict, logits: np.ndarray, label: np.ndarray
-) -> dict[str, np.ndarray]:
-  """The baselines: ensembles of all models, and of those greedy takes.
-
-  Args:
-    config: of the experiment: what greedy selects by.
-    logits: held-out logits `[K, N, C]`.
-    label: `[N]`.
-
-  Returns:
-    By name: the coefficient of each model, `[K]`.
-  """
-  score = lambda x: selection_score(config, x, label)
-  return {
-      'ensemble': ensembles.uniform(logits).alpha,
-      'greedy ensemble': ensembles.greedy(logits, score).alpha,
-  }
+  return batches(order[num_val:]), batches(order[:num_val])

@@ -39,8 +39,8 @@ def config() -> ml_collections.ConfigDict:
   # see how stable the choice of a search is.
   config.num_splits = 1
   config.stability = dict(greedy=0, greedy_ensemble=100)
-  # What the analysis of the landscape covers, see `experiments/landscapes.py`;
-  # 0 leaves a part out. It can be changed in a workdir that is finished.
+  # What the analysis of the landscape covers, see docs/guides/experiments.md; 0
+  # leaves a part out. It can be changed in a workdir that is finished.
   config.landscape = dict(
       num_points=0, num_pairs=0, num_examples=200, is_diagnosed=False
   )

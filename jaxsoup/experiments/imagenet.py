@@ -45,8 +45,8 @@ def config(
     `labels`, an .npy file of those of the training set, of each class of which
     a share is then held out; `num_workers`, the processes that read.
   """
-  config = ml_collections.ConfigDict()
-  config.seed = 0
+  config = defaults.config()
+  del config.num_splits, config.stability
   config.image = image._asdict()
   config.data = dict(
       is_mock=is_short,
@@ -81,10 +81,7 @@ def config(
       patience=3,
   )
   config.batch_size = 16 if is_short else 1024
-  config.landscape = dict(
-      num_points=0, num_pairs=0, num_examples=1000, is_diagnosed=False
-  )
-  config.save_every_minutes = 10.0
+  config.landscape.num_examples = 1000
   return config
 
 
@@ -116,11 +113,7 @@ def sweep(config: ml_collections.ConfigDict) -> list[Json]:
 def splits(config: ml_collections.ConfigDict) -> sources.Splits:
   """ImageNet with its held-out set, and the natural shifts of the paper.
 
-  Args:
-    config: the experiment, with `seed`, and `image` and `data` of `config`.
-
-  Returns:
-    See `jaxsoup.data.imagenet.splits`.
+  See `jaxsoup.data.imagenet.splits`.
   """
   data = config.data
   folders = {name: path for name, path in data.folders.items() if path}

@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import pathlib
-from typing import Any
 
 import jax
 import ml_collections
@@ -31,7 +30,6 @@ import numpy as np
 from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _memory
-from jaxsoup import _processes
 from jaxsoup import checkpoints
 from jaxsoup import diagnosis
 from jaxsoup import evaluation
@@ -41,19 +39,14 @@ from jaxsoup import studies
 from jaxsoup.data import sources
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import stages
-from jaxsoup.experiments import stopping
 from jaxsoup.experiments import workdirs
 from jaxsoup.runtime import progress
 from jaxsoup.typing import Array
-from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import MetricFn
 from jaxsoup.typing import Params
 from jaxsoup.typing import ParamsFn
 
-# How much is done, and the total.
-OnPoints = Callable[[float, float], None]
-_STAGE = 'landscapes'
 # Two copies of one run span no plane.
 _LEAST_ANGLE = 10.0
 
@@ -68,63 +61,66 @@ _PARTS = {
 }
 
 
-def _asked(settings: Config) -> dict[str, Json]:
-  """The parts that are asked for, and the settings of each."""
+def missing(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, num_models: int
+) -> dict[str, Json]:
+  """The parts that `make` has to make for so many runs, with their settings."""
+  # Not in several processes: the diagnosis takes parameters to the host.
+  if 'landscape' not in config or num_models < 2 or jax.process_count() > 1:
+    return {}
+  settings = config.landscape.to_dict()
   off = {name for name in ('num_pairs', 'num_points') if not settings[name]}
-  parts = {
+  asked = {
       name: {key: settings[key] for key in keys}
       for name, keys in _PARTS.items()
       if not off.intersection(keys)
+      and (name != 'diagnosis' or settings['is_diagnosed'])
   }
-  if not settings['is_diagnosed']:
-    del parts['diagnosis']
-  return parts
+  return {
+      name: wanted
+      for name, wanted in asked.items()
+      if _settings_of(workdir / 'landscape' / f'{name}.json') != wanted
+  }
 
 
-def are_made(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, num_models: int
-) -> bool:
-  """Whether `make` has nothing to do, for an experiment of so many runs."""
-  if 'landscape' not in config or num_models < 2:
-    return True
-  if jax.process_count() > 1:  # The diagnosis takes parameters to the host.
-    return True
-  return all(
-      _is_made(_file(workdir, name), settings)
-      for name, settings in _asked(config.landscape.to_dict()).items()
-  )
-
-
-def _file(workdir: pathlib.Path, name: str) -> pathlib.Path:
-  return workdir / 'landscape' / f'{name}.json'
+def _settings_of(path: pathlib.Path) -> Json | None:
+  """What a part was made with, if it is there."""
+  try:
+    return json.loads(path.read_text())['settings'] if path.exists() else None
+  except (KeyError, TypeError, ValueError) as e:
+    raise ValueError(
+        f'{path} is unreadable: {e!r}. Delete it, and run the same command '
+        'again, which makes a new one.'
+    ) from e
 
 
 class Sets:
-  """Some examples of data sets, in memory, and the mean of scores on them."""
+  """Some examples of data sets, in memory, and the mean of scores on them.
+
+  At most `num` of all sets together, as many of each. Their names are 'train',
+  and those of `work.data`.
+  """
 
   def __init__(self, work: workdirs.Work, names: Sequence[str], num: int):
-    """Reads them.
-
-    Args:
-      work: the experiment.
-      names: of its data sets: 'train', or keys of `work.data`.
-      num: of all their examples together, at most; spread over each set.
-    """
     all_sets = {'train': work.splits.train, **work.data}
-    parts = [_some(all_sets[name], num // len(names)) for name in names]
-    self._views = [work.splits.views.get(name, lambda x: x) for name in names]
-    starts = list(itertools.accumulate(map(len, parts), initial=0))
+    parts = []
+    for source in map(all_sets.__getitem__, names):
+      size = min(max(num // len(names), 1), len(source))
+      # Evenly spaced: some sets are sorted by class.
+      parts.append(source[np.linspace(0, len(source) - 1, size).astype(int)])
     pooled = {
-        name: np.concatenate([part.arrays[name] for part in parts])
+        name: np.concatenate([part[name] for part in parts])
         for name in (*work.model.inputs, 'label')
     }
+    ends = np.cumsum([len(part['label']) for part in parts])
+    self._views = [work.splits.views.get(name, lambda x: x) for name in names]
+    self._split = lambda x: np.split(x, ends[:-1])
     self.labels = pooled['label']
     batches = cook.batches_of(
         sources.Arrays(pooled), work.config.batch_size, workdirs.on(work.config)
     )
     self.batches = work.stopping(batches)
     self.logits_of = evaluation.logits_of(work.model.logits_fn, self.batches)
-    self._rows = list(itertools.starmap(slice, itertools.pairwise(starts)))
     self._metric = cook.metric_of(work.config)
 
   def score_of(self, params: Params) -> float:
@@ -137,70 +133,28 @@ class Sets:
     """A metric, by default the experiment's; the mean over the sets."""
     metric_fn = metric or self._metric
     values = [
-        float(metric_fn(view(logits[rows]), labels[rows]))
-        for rows, view in zip(self._rows, self._views)
+        float(metric_fn(view(x), label))
+        for view, x, label in zip(
+            self._views, self._split(logits), self._split(labels)
+        )
     ]
     return float(np.mean(values))
 
 
-def _some(source: sources.Source, num: int) -> sources.Arrays:
-  """At most `num` examples, evenly spaced: some sets are sorted by class."""
-  num = min(max(num, 1), len(source))
-  rows = np.linspace(0, len(source) - 1, num).astype(int)
-  return sources.Arrays(source[rows])
-
-
-class Held(stopping.Ingredients):
+class Held(checkpoints.Ingredients):
   """Ingredients that stay in memory: small ones take longer to read."""
 
   average = None  # type: ignore[assignment]  # It would read them again.
 
-  def __init__(self, *args: Any, **options: Any):
-    super().__init__(*args, **options)
-    self._held: dict[int, Params] = {}
+  def __init__(self, ingredients: checkpoints.Ingredients):
+    super().__init__(ingredients.paths, ingredients.abstract_params)
+    self._held = list(ingredients)
 
   def __getitem__(self, k):
-    if isinstance(k, slice):
-      return [self[i] for i in range(len(self))[k]]
-    k = range(len(self))[k]
-    if k not in self._held:
-      self._held[k] = super().__getitem__(k)
     return self._held[k]
 
   def prefetch(self, k: int) -> None:
-    if k not in self._held:
-      super().prefetch(k)
-
-
-def _ingredients(
-    work: workdirs.Work, theta_0: Params
-) -> checkpoints.Ingredients:
-  """The runs; in memory if all together take a fifth of it at most."""
-  runs = stages.ingredients(work, theta_0)
-  size = len(runs) * sum(x.nbytes for x in jax.tree.leaves(theta_0))
-  free = _memory.free_bytes(jax.local_devices()[0])
-  if _processes.is_any(size > free / 5):
-    return runs
-  return Held(
-      runs.paths,
-      workdirs.abstract(work.config, theta_0),
-      stop=work.stop,
-      saved=f'{work.workdir} holds all soups',
-  )
-
-
-class Models(Sequence[Params]):
-  """Ingredients, and soups in memory."""
-
-  def __init__(self, ingredients: Sequence[Params], soups: Sequence[Params]):
-    self._ingredients, self._soups = ingredients, soups
-
-  def __len__(self) -> int:
-    return len(self._ingredients) + len(self._soups)
-
-  def __getitem__(self, k):
-    num = len(self._ingredients)
-    return self._ingredients[k] if k < num else self._soups[k - num]
+    pass
 
 
 def make(
@@ -210,61 +164,47 @@ def make(
     scores: Sequence[float],
     prepare_fn: ParamsFn | None = None,
 ) -> None:
-  """Makes what is missing of `landscape/`.
+  """Makes what is missing of `landscape/`, by `config.landscape`.
 
   Several processes leave it out: the same command in one process makes it.
 
   Args:
-    work: the experiment. `config.landscape` says what is made; without it
-      nothing is. `num_points`: of a line, and along each axis of the plane;
-      `num_pairs`: how many pairs of models; `num_examples`: of each data set at
-      most; `is_diagnosed`. 0 or False leave a part out.
+    work: the experiment.
     theta_0: the start of the runs.
     soups: by name.
     scores: of the K runs on the examples that select, `[K]`.
-    prepare_fn: what is done to a mixture before it is evaluated, as in the
-      searches: new statistics of BatchNorm.
+    prepare_fn: new statistics of BatchNorm for a mixture, as in the searches.
 
   Raises:
     ValueError: a damaged file of an earlier call.
     Preempted: the script is to stop; parts that are whole are saved.
   """
-  if are_made(work.config, work.workdir, len(scores)):
+  asked = missing(work.config, work.workdir, len(scores))
+  if not asked:
     return
-  asked = _asked(work.config.landscape.to_dict())
   # Where the ingredients are: on a mesh, if that is sharded.
   shapes = workdirs.abstract(work.config, theta_0)
   theta_0 = checkpoints.Ingredients([work.workdir / 'theta_0'], shapes)[0]
-  ingredients = _ingredients(work, theta_0)
+  runs = stages.ingredients(work, theta_0)
+  size = len(runs) * sum(x.nbytes for x in jax.tree.leaves(theta_0))
+  free = _memory.free_bytes(jax.local_devices()[0])
+  ingredients = runs if size > free / 5 else Held(runs)
   parts = Parts(work, theta_0, ingredients, soups, scores, prepare_fn).all()
-  parts = {name: part for name, part in parts.items() if name in asked}
-  total, num_done = sum(num for num, _ in parts.values()), 0
-  for name, (num_models, make_fn) in parts.items():
+  total, num_done = sum(parts[name][0] for name in asked), 0
+  for name, settings in asked.items():
+    num_models, make_fn = parts[name]
 
-    def on_points(num, num_of_part, size=num_models, before=num_done):
+    def on_points(num, of, size=num_models, before=num_done):
       work.stop.check(f'{work.workdir} holds all soups')
-      work.progress_fn(_STAGE, (before + size * num / num_of_part) / total)
+      work.progress_fn('landscapes', (before + size * num / of) / total)
 
     on_points(0, 1)
-    path = _file(work.workdir, name)
-    if not _is_made(path, asked[name]):
-      content = _json.plain({'settings': asked[name], **make_fn(on_points)})
-      path.parent.mkdir(exist_ok=True)
-      with _files.replaced(path) as unfinished:
-        unfinished.write_text(json.dumps(content, allow_nan=False))
+    content = _json.plain({'settings': settings, **make_fn(on_points)})
+    path = work.workdir / 'landscape' / f'{name}.json'
+    path.parent.mkdir(exist_ok=True)
+    with _files.replaced(path) as unfinished:
+      unfinished.write_text(json.dumps(content, allow_nan=False))
     num_done += num_models
-
-
-def _is_made(path: pathlib.Path, settings) -> bool:
-  try:
-    return (
-        path.exists() and json.loads(path.read_text())['settings'] == settings
-    )
-  except (KeyError, TypeError, ValueError) as e:
-    raise ValueError(
-        f'{path} is unreadable: {e!r}. Delete it, and run the same command '
-        'again, which makes a new one.'
-    ) from e
 
 
 class Parts:
@@ -277,7 +217,7 @@ class Parts:
     self._settings = work.config.landscape
     self._pairs = pairs_of(scores, self._settings.num_pairs)
 
-  def all(self) -> dict[str, tuple[int, Callable[[OnPoints], Json]]]:
+  def all(self) -> dict[str, tuple[int, Callable[..., Json]]]:
     """How many models are evaluated for a file, about, and what makes it.
 
     Functions get a callback for the points done, and of all.
@@ -298,11 +238,11 @@ class Parts:
   def _sets(self, names: Sequence[str]) -> Sets:
     return Sets(self._work, names, self._settings.num_examples)
 
-  def _angles(self, on_points: OnPoints) -> Json:
+  def _angles(self, on_points) -> Json:
     del on_points  # One pass over the ingredients.
     return {'angles': landscape.angles(self._ingredients, self._theta_0)}
 
-  def _diagnosis(self, on_points: OnPoints) -> Json:
+  def _diagnosis(self, on_points) -> Json:
     held_out = self._sets(['held_out'])
     mean, num = float(np.mean(self._scores)), len(held_out.labels)
     noise = 3 * math.sqrt(max(mean * (1 - mean), 0) / num)
@@ -321,7 +261,7 @@ class Parts:
     )
     return report.as_json()
 
-  def _pairs_part(self, on_points: OnPoints) -> Json:
+  def _pairs_part(self, on_points) -> Json:
     where = {'test': ['test'], 'mean of shifts': list(self._work.splits.shifts)}
     where = {name: sets for name, sets in where.items() if sets}
     done, num = itertools.count(1), len(where) * len(self._pairs)
@@ -341,12 +281,12 @@ class Parts:
       by_name[name] = [pair._asdict() for pair in pairs]
     return by_name
 
-  def _lines(self, on_points: OnPoints) -> Json:
+  def _lines(self, on_points) -> Json:
     test = self._sets(['test'])
     num = self._settings.num_points
     done, num_all = itertools.count(1), num * len(self._pairs)
     paths = landscape.lines(
-        self._error_fn(test),
+        lambda params: 1 - test.score_of(self._prepare_fn(params)),
         self._ingredients,
         self._pairs,
         num,
@@ -359,26 +299,26 @@ class Parts:
         'error': [path.loss for path in paths.values()],
     }
 
-  def _plane(self, on_points: OnPoints) -> Json:
+  def _plane(self, on_points) -> Json:
     corners = self._corners()
     if corners is None:
       return {}
-    surfaces = self._surfaces()
-    values: dict[str, list[float]] = {name: [] for name in surfaces}
+    surfaces, values = self._surfaces(), []
 
     def loss_fn(params):
       # One walk over the grid for all of them.
-      for name, fn in surfaces.items():
-        values[name].append(fn(params))
-      return values[name][-1]
+      params = self._prepare_fn(params)
+      values.append([fn(params) for fn in surfaces.values()])
+      return values[-1][-1]
 
     num = self._settings.num_points
     plane = landscape.plane(
         loss_fn,
         self._theta_0,
         *(self._ingredients[k] for k in corners),
-        others=Models(
-            self._ingredients, [soup.params for soup in self._soups.values()]
+        others=itertools.chain(
+            map(self._ingredients.__getitem__, range(len(self._scores))),
+            (soup.params for soup in self._soups.values()),
         ),
         num=num,
         is_traced=False,
@@ -388,7 +328,10 @@ class Parts:
         'corners': corners,
         'soups': list(self._soups),
         **plane._asdict(),
-        'loss': {k: np.reshape(v, (num, num)) for k, v in values.items()},
+        'loss': {
+            name: np.reshape(of_name, (num, num))
+            for name, of_name in zip(surfaces, zip(*values))
+        },
     }
 
   def _surfaces(self) -> dict[str, Callable[[Params], float]]:
@@ -396,20 +339,17 @@ class Parts:
     train, test = self._sets(['train']), self._sets(['test'])
     surfaces = {
         'training loss': lambda params: train.score(
-            train.logits_of(self._prepare_fn(params)),
+            train.logits_of(params),
             train.labels,
             metrics.negative_log_likelihood,
         ),
-        'test error': self._error_fn(test),
+        'test error': lambda params: 1 - test.score_of(params),
     }
     if self._work.splits.shifts:
       shifts = self._sets(list(self._work.splits.shifts))
-      surfaces['mean error on shifts'] = self._error_fn(shifts)
+      name = 'mean error on shifts'
+      surfaces[name] = lambda params: 1 - shifts.score_of(params)
     return surfaces
-
-  def _error_fn(self, sets: Sets) -> Callable[[Params], float]:
-    """`params -> 1 - score`."""
-    return lambda params: 1 - sets.score_of(self._prepare_fn(params))
 
   def _corners(self) -> tuple[int, int] | None:
     """The best two models that are not close: two copies of a run are."""

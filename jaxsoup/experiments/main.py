@@ -21,18 +21,6 @@ One run on all devices of several processes, such as those of a TPU pod, where
 ... --distributed        where jax detects the processes, else with these set:
 JAX_COORDINATOR_ADDRESS=HOST:PORT JAX_NUM_PROCESSES=N JAX_PROCESS_ID=I
 ```
-
-What is in the workdir in the end:
-
-```
-theta_0/    the pre-trained parameters
-runs/NN/    parameters of each run, with its hyper-parameters and score
-logits/     of each run and soup on every data set
-soups/      each soup, with alpha, provenance and versions; where the held-out
-            set is drawn several times, in splits/N/soups/
-landscape/  barriers, planes, angles and a diagnosis, by `config.landscape`
-*.png, table.md, results.json, metrics.jsonl
-```
 """
 
 from collections.abc import Sequence
@@ -40,6 +28,7 @@ import contextlib
 import importlib.util
 import shutil
 import sys
+from typing import Any
 
 from jaxsoup import _files
 from jaxsoup import _processes
@@ -103,10 +92,7 @@ def run(
       'to continue.'
   )
   is_part = workdirs.shard_of(experiment.config)[1] > 1
-  with (
-      _files.room_for(folder, advice),
-      workdirs.locked(experiment, folder),
-  ):
+  with _files.room_for(folder, advice), workdirs.locked(experiment, folder):
     rows = [] if is_part else results.finished(experiment, folder)
     if not rows:
       work = workdirs.work_of(experiment, folder, progress_fn, stop)
@@ -126,12 +112,8 @@ def run_seeds(
 ) -> list[list[report.Row]]:
   """Runs an experiment with several seeds, a progress bar and SIGTERM handling.
 
-  Args:
-    path: of the config file.
-    workdir: where everything goes; with several seeds in `seed0/`, `seed1/`...
-      of it, and the mean over them in `table.md`.
-    overrides: such as '--config.seed=3', the first seed.
-    num_seeds: how many there are.
+  Several seeds, from that of the config on, are in `seed0/`, `seed1/`... of the
+  workdir, and the mean over them in its `table.md`.
 
   Returns:
     A table a seed, as of `run`.
@@ -144,7 +126,10 @@ def run_seeds(
   for seed in range(first, first + num_seeds):
     loaded = configs.load(path, [*overrides, f'--config.seed={seed}'])
     folder = parent if num_seeds == 1 else parent / f'seed{seed}'
-    with preemption.handled() as stop, _shown() as progress_fn:
+    shown: Any = contextlib.nullcontext(progress.silent)
+    if _processes.is_main():
+      shown = progress.shown(STAGES)
+    with preemption.handled() as stop, shown as progress_fn:
       tables.append(run(loaded, folder, progress_fn, stop))
   if num_seeds > 1 and all(tables) and _processes.is_main():
     text = report.markdown(*_averaged(tables))
@@ -160,12 +145,6 @@ def _averaged(tables):
   return report.mean_rows(summaries)
 
 
-def _shown() -> contextlib.AbstractContextManager[progress.ProgressFn]:
-  if _processes.is_main():
-    return progress.shown(STAGES)
-  return contextlib.nullcontext(progress.silent)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
   argv = sys.argv[1:] if argv is None else argv
@@ -173,10 +152,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = configs.parse(argv)
     workdir = asked.workdir
     configs.load(asked.config, asked.overrides)  # Errors before others wait.
-    if asked.is_distributed:
+    if asked.distributed:
       distributed.start()
     print(distributed.banner(workdir), file=sys.stderr)
-    tables = run_seeds(asked.config, workdir, asked.overrides, asked.num_seeds)
+    tables = run_seeds(asked.config, workdir, asked.overrides, asked.seeds)
   except Exception as e:
     print(f'Error: {user_code.message(e)}', file=sys.stderr)
     return getattr(e, 'exit_code', 1)

@@ -57,19 +57,26 @@ def runs(
   JMLR 2012; Wortsman et al., "Model soups", ICML 2022, Section 3.1.
   """
   rng = np.random.default_rng(stream(seed, ranges['draw']))
+  sometimes = sometimes or {}
+  for name in (*log_uniform, *uniform, *sometimes, *integer):
+    # Of one number alone, NumPy would draw up to 1.
+    if np.shape(ranges[name]) != (2,):
+      raise ValueError(
+          f'The range of {name} is {ranges[name]!r}: expected two numbers, low '
+          'and high.'
+      )
 
   def run_fn():
     run: Json = {'seed': int(rng.integers(2**31))}
     for name in log_uniform:
-      run[name] = float(np.exp(rng.uniform(*np.log(_range(ranges, name)))))
+      run[name] = float(np.exp(rng.uniform(*np.log(ranges[name]))))
     for name in uniform:
-      run[name] = float(rng.uniform(*_range(ranges, name)))
-    for name, share in (sometimes or {}).items():
+      run[name] = float(rng.uniform(*ranges[name]))
+    for name, share in sometimes.items():
       is_on = rng.random() < share
-      low, high = _range(ranges, name)
-      run[name] = float(rng.uniform(low, high)) if is_on else 0.0
+      run[name] = float(rng.uniform(*ranges[name])) if is_on else 0.0
     for name in integer:
-      low, high = _range(ranges, name)
+      low, high = ranges[name]
       run[name] = int(rng.integers(low, high, endpoint=True))
     for name in choice:
       run[name] = int(rng.choice(ranges[name]))
@@ -81,14 +88,3 @@ def runs(
 def stream(seed: int, draw: int) -> list[int]:
   """Seeds the draws of a sweep: other draws, and data, have other streams."""
   return [seed, *([draw] if draw else []), *b'sweep']
-
-
-def _range(ranges: Mapping[str, Any], name: str) -> tuple[Any, Any]:
-  """Low and high: of one number alone, NumPy would draw up to 1."""
-  if np.shape(ranges[name]) != (2,):
-    raise ValueError(
-        f'The range of {name} is {ranges[name]!r}: expected two numbers, low '
-        'and high.'
-    )
-  low, high = ranges[name]
-  return low, high

@@ -7,7 +7,6 @@ rows = results.make(work, theta_0)
 
 from collections.abc import Callable
 from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
@@ -24,7 +23,7 @@ from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup import checkpoints
-from jaxsoup import evaluation
+from jaxsoup import ensembles
 from jaxsoup import metrics
 from jaxsoup import report
 from jaxsoup import statistics
@@ -44,17 +43,12 @@ _SCATTER, _TRIALS = 'test_against_shifts.png', 'trials.png'
 
 
 class Split(NamedTuple):
-  """One way to divide examples into those that select and those that report.
+  """One way to divide examples into those that select and those that report."""
 
-  Attributes:
-    folder: of its soups and scores.
-    held_out: the examples that select.
-    rows: of 'held_out' followed by 'test', those of its own 'held_out' and
-      'test'. None: those are the sets of the data.
-  """
-
-  folder: pathlib.Path
-  held_out: sources.Source
+  folder: pathlib.Path  # Of its soups and scores.
+  held_out: sources.Source  # The examples that select.
+  # Of 'held_out' followed by 'test', those of its own 'held_out' and 'test'.
+  # None: those are the sets of the data.
   rows: Mapping[str, np.ndarray] | None = None
 
   def of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -76,36 +70,21 @@ class Split(NamedTuple):
 
 
 class Cooked(NamedTuple):
-  """The soups of a split, and what they were made with.
+  """The soups of a split by name, and what they were made with."""
 
-  Attributes:
-    scores: of the K runs on the examples that select, `[K]`.
-    best_fn: returns the parameters of the best run.
-    statistics_fns: of `cook.statistics_fns`.
-    soups: by name.
-  """
-
-  scores: list[float]
-  best_fn: Callable[[], Params]
-  statistics_fns: dict[str, ParamsFn]
+  scores: list[float]  # Of the K runs on the examples that select.
+  best_fn: Callable[[], Params]  # Parameters of the best run.
+  statistics_fns: dict[str, ParamsFn]  # Of `cook.statistics_fns`.
   soups: dict[str, jaxsoup.Soup[Any]]
 
 
 class Compared(NamedTuple):
-  """What is compared.
-
-  Attributes:
-    kind: as of a `report.Row`, and so are name and cost.
-    name: of the model.
-    logits: `[N, C]` by data set, of which one at a time is in memory.
-    beta: the temperature.
-    cost: forward passes for one prediction.
-  """
+  """What is compared: kind, name and cost are those of its `report.Row`."""
 
   kind: str
   name: str
-  logits: Mapping[str, np.ndarray]
-  beta: float = 1.0
+  logits: Mapping[str, np.ndarray]  # By data set, one at a time in memory.
+  beta: float = 1.0  # The temperature.
   cost: int = 1
 
 
@@ -114,28 +93,23 @@ def finished(
 ) -> list[report.Row]:
   """The rows of a workdir in which nothing is missing; else none.
 
-  Args:
-    experiment: whose config is that of the workdir. Its data and model are not
-      made.
-    workdir: where everything is.
+  The data and the model of the experiment are not made.
   """
   content = _stored(experiment, workdir)
   if content is None or not _is_whole(content, workdir):
     return []
-  rows = report.read_rows(workdir / _RESULTS)
+  config, rows = experiment.config, report.read_rows(workdir / _RESULTS)
   num_models = sum(row.kind == 'single' for row in rows)
-  is_done = _is_stable(experiment.config, content) and landscapes.are_made(
-      experiment.config, workdir, num_models
+  is_left = not _is_stable(config, content) or landscapes.missing(
+      config, workdir, num_models
   )
-  if not _processes.agreed(is_done):
+  if _processes.agreed(bool(is_left)):
     return []
   stages.warn_of(content['diverged'])
   return rows
 
 
-def _stored(
-    experiment: configs.Experiment, workdir: pathlib.Path
-) -> Json | None:
+def _stored(experiment, workdir: pathlib.Path) -> Json | None:
   """What is in results.json, if its checksum, config and runs are right."""
   content: Json | None = None
   try:
@@ -161,37 +135,32 @@ def _is_whole(content: Json, workdir: pathlib.Path) -> bool:
 def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
   """Makes every soup, writes tables and pictures; only what is missing.
 
-  Args:
-    work: the experiment, all runs of which are finished.
-    theta_0: the start of the runs.
-
   Returns:
     A row a model; means over the splits, where there are several.
   """
   ingredients = stages.ingredients(work, theta_0)
-  logits = stages.logits(work, ingredients.__getitem__)
+  logits = [
+      work.logits_of(path, functools.partial(ingredients.__getitem__, k))
+      for k, (_, _, path) in enumerate(work.copies())
+  ]
   content = _stored(work.experiment, work.workdir)
   stable = content['stability'] if content else {}
   if content is not None and not _is_whole(content, work.workdir):
     content = None
   all_splits = splits(work)
-  first: Cooked | None = None
-  tables: list[list[report.Row]] = []
-  calibration: Json = {}
+  made = []
   for i, split in enumerate(all_splits):
     part = (i, len(all_splits))
     cooked = _cooked(work, ingredients, theta_0, split, logits, part)
-    first = first or cooked
+    if i == 0:
+      first = cooked
     if content is not None:
       break  # All that is left to do is of the first split.
-    models = _models(work, split, cooked, logits)
-    rows, curves = _table(work, split, models)
-    tables.append(rows)
-    calibration = calibration or curves
-  assert first is not None
+    made.append(_table(work, split, _models(work, split, cooked, logits)))
   work.progress_fn('reporting', 0.0)
+  tables = [rows for rows, _ in made]
   if content is None:
-    content = _content(work, tables, all_splits, first.soups, calibration)
+    content = _content(work, made, all_splits, first.soups)
     content['stability'] = stable
     if _processes.is_main():
       _write(work, content, tables, first.soups)
@@ -209,7 +178,6 @@ def splits(work: workdirs.Work) -> list[Split]:
   trained on any of these examples.
   """
   held_out, test = work.splits.held_out, work.splits.test
-  num_select, num = len(held_out), len(held_out) + len(test)
   number = work.config.get('num_splits', 1)
   if number == 1:
     return [Split(work.workdir, held_out)]
@@ -221,8 +189,8 @@ def splits(work: workdirs.Work) -> list[Split]:
   drawn = [Split(folder / '0', held_out)]
   for i in range(1, number):
     rng = np.random.default_rng([work.config.seed, i, *b'split'])
-    order = rng.permutation(num)
-    select, rest = np.sort(order[:num_select]), np.sort(order[num_select:])
+    order = rng.permutation(len(held_out) + len(test))
+    select, rest = map(np.sort, np.split(order, [len(held_out)]))
     part = sources.Arrays({name: x[select] for name, x in pool.items()})
     rows = {'held_out': select, 'test': rest}
     drawn.append(Split(folder / str(i), part, rows))
@@ -238,9 +206,7 @@ def _resamples(config) -> dict[str, int]:
   if not is_mean and config.get('select_by', 'metric') != 'nll':
     return {}
   asked = config.get('stability', {})
-  names = ('greedy', 'greedy ensemble')
-  numbers = {name: asked.get(name.replace(' ', '_'), 0) for name in names}
-  return {name: num for name, num in numbers.items() if num}
+  return {name.replace('_', ' '): n for name, n in asked.items() if n}
 
 
 def _is_stable(config, content: Json) -> bool:
@@ -261,10 +227,7 @@ def _add_stability(
   if _is_stable(work.config, content):
     return
   singles = np.stack([split.of(x)['held_out'] for x in logits])
-  batches = cook.batches_of(
-      split.held_out, work.config.batch_size, workdirs.on(work.config)
-  )
-  run = evaluation.logits_of(work.model.logits_fn, work.stopping(batches))
+  run = work.logits_fn(split.held_out)
 
   def of_soup(members):
     if len(members) == 1:
@@ -283,7 +246,7 @@ def _add_stability(
   def metric_fn(logits_fn, members):
     return metric(jnp.asarray(logits_fn(members)), label)
 
-  stable = {}
+  stable: Json = {}
   for name, num in _resamples(work.config).items():
     stable[name] = content['stability'].get(name, {'sizes': ()})
     if len(stable[name]['sizes']) != num:
@@ -295,21 +258,22 @@ def _add_stability(
       )
       stable[name] = _json.plain(made._asdict())
     # Each is kept when it is made.
-    content['stability'] = {**content['stability'], **stable}
+    content['stability'] |= stable
     _store(work, content)
   content['stability'] = stable
   _store(work, content)
 
 
 def _cooked(work, ingredients, theta_0, split, logits, part) -> Cooked:
-  label = split.of(work.labels)['held_out']
-  scores = [
-      cook.selection_score(work.config, split.of(x)['held_out'], label)
+  """Soups by name; of a model with running statistics each in three ways."""
+  config, label = work.config, split.of(work.labels)['held_out']
+  singles = [
+      cook.selection_score(config, split.of(x)['held_out'], label)
       for x in logits
   ]
-  best_fn = functools.partial(ingredients.__getitem__, int(np.argmax(scores)))
+  best_fn = functools.partial(ingredients.__getitem__, int(np.argmax(singles)))
   fns = cook.statistics_fns(
-      work.config,
+      config,
       work.model,
       # Batches as all copies saw them.
       [work.experiment.runs[i] for i, _, _ in work.copies()],
@@ -317,59 +281,51 @@ def _cooked(work, ingredients, theta_0, split, logits, part) -> Cooked:
       best_fn,
       work.stopping,
   )
-  with buckets.local_copy(split.folder / 'scores.jsonl') as file:
-    log = checkpoints.ScoreLog(file, ingredients)
-    soups = _soups(work, ingredients, theta_0, split, log, scores, fns, part)
-  return Cooked(scores, best_fn, fns, soups)
-
-
-def _soups(work, ingredients, theta_0, split, scores, singles, fns, part):
-  """Soups by name; of a model with running statistics each in three ways."""
-  config = work.config
-  way = next(iter(fns), '')
-  for k, score in enumerate(singles):
-    # Soups with new statistics are compared with models that have such, too.
-    if (k,) not in scores and way != 're-estimated':
-      scores[(k,)] = score
-  recipes = cook.recipes(
-      config,
-      work.model,
-      ingredients,
-      theta_0,
-      split.held_out,
-      scores,
-      workdirs.on(config),
-      prepare_fn=fns.get(way),
-  )
+  chosen = next(iter(fns), '')
   soups = {}
-  for i, (recipe_name, recipe) in enumerate(recipes.items()):
-    work.progress_fn('souping', (part[0] + i / len(recipes)) / part[1])
-    work.stop.check(
-        f'{work.workdir} holds all runs, and {i} of {len(recipes)} soups'
+  with buckets.local_copy(split.folder / 'scores.jsonl') as file:
+    scores = checkpoints.ScoreLog(file, ingredients)
+    for k, score in enumerate(singles):
+      # Soups with new statistics are compared with models that have such, too.
+      if (k,) not in scores and chosen != 're-estimated':
+        scores[(k,)] = score
+    recipes = cook.recipes(
+        config,
+        work.model,
+        ingredients,
+        theta_0,
+        split.held_out,
+        scores,
+        workdirs.on(config),
+        prepare_fn=fns.get(chosen),
     )
-    mixture = functools.cache(recipe)
-    for way, fn in (fns or {'': lambda params: params}).items():
-      name = f'{recipe_name}, {way}' if way else recipe_name
-      path = split.soup_path(name)
-      if not _processes.agreed(buckets.is_whole(path)):
-        soup = mixture()
-        metadata = {'recipe': recipe_name, 'seed': config.seed}
-        checkpoints.save(
-            path,
-            dataclasses.replace(soup, params=fn(soup.params)),
-            ingredients=ingredients,
-            metadata=metadata | ({'batch_norm': way} if way else {}),
-        )
-      soups[name] = checkpoints.load(path, workdirs.abstract(config, theta_0))
-  return soups
+    for i, (recipe, mixture) in enumerate(recipes.items()):
+      work.progress_fn('souping', (part[0] + i / len(recipes)) / part[1])
+      work.stop.check(
+          f'{work.workdir} holds all runs, and {i} of {len(recipes)} soups'
+      )
+      mixture = functools.cache(mixture)
+      for way, fn in (fns or {'': lambda params: params}).items():
+        name = f'{recipe}, {way}' if way else recipe
+        path = split.soup_path(name)
+        if not _processes.agreed(buckets.is_whole(path)):
+          soup = mixture()
+          soup = dataclasses.replace(soup, params=fn(soup.params))
+          metadata = {'recipe': recipe, 'seed': config.seed}
+          metadata |= {'batch_norm': way} if way else {}
+          checkpoints.save(
+              path, soup, ingredients=ingredients, metadata=metadata
+          )
+        soups[name] = checkpoints.load(path, workdirs.abstract(config, theta_0))
+  return Cooked(singles, best_fn, fns, soups)
 
 
 def _models(work, split, cooked: Cooked, logits) -> list[Compared]:
   """All that is compared, as this split has it."""
 
-  def soup(name, params_fn, info=None):
+  def soup(name, params_fn, beta=1.0):
     of_soup = work.logits_of(split.soup_path(name), params_fn)
-    return Compared('soup', name, split.of(of_soup), getattr(info, 'beta', 1.0))
+    return Compared('soup', name, split.of(of_soup), beta)
 
   mine = [split.of(x) for x in logits]
   models = [
@@ -377,12 +333,16 @@ def _models(work, split, cooked: Cooked, logits) -> list[Compared]:
       for (_, _, path), x in zip(work.copies(), mine)
   ]
   models += [
-      soup(name, lambda made=made: made.params, made.info)
+      soup(name, lambda made=made: made.params, getattr(made.info, 'beta', 1.0))
       for name, made in cooked.soups.items()
   ]
   held_out = np.stack([x['held_out'] for x in mine])
   label = split.of(work.labels)['held_out']
-  alphas = cook.ensemble_alphas(work.config, held_out, label)
+  score = lambda x: cook.selection_score(work.config, x, label)
+  alphas = {
+      'ensemble': ensembles.uniform(held_out).alpha,
+      'greedy ensemble': ensembles.greedy(held_out, score).alpha,
+  }
   for name, alpha in alphas.items():
     mean = workdirs.Logits(mine[0], functools.partial(_mean, mine, alpha))
     cost = int(np.count_nonzero(alpha))
@@ -394,9 +354,7 @@ def _models(work, split, cooked: Cooked, logits) -> list[Compared]:
   return models
 
 
-def _mean(
-    logits: Sequence[Mapping[str, np.ndarray]], alpha: np.ndarray, name: str
-) -> np.ndarray:
+def _mean(logits, alpha: np.ndarray, name: str) -> np.ndarray:
   """`sum_k alpha_k logits_k` of one data set, one model at a time."""
   total = np.zeros((), np.float32)
   for a, of_model in zip(alpha, logits):
@@ -406,11 +364,10 @@ def _mean(
 
 
 def _scored(work, split, model: Compared):
-  """Scores of one model, for which each of its arrays is read once.
+  """A model's row, without gains, by reading each of its arrays once.
 
-  Returns:
-    Its row, without gains; by data set whether each example is right, or for
-    metrics that are not a mean the logits; and the reliability on test data.
+  And by data set whether each example is right, or for metrics that are not a
+  mean the logits; and the reliability on test data.
   """
   metric_name = work.config.get('metric', 'accuracy')
   labels = split.of(work.labels)
@@ -441,11 +398,8 @@ def _scored(work, split, model: Compared):
       metric=metric_name,
       shares=shares(work),
   )
-  return (
-      row,
-      answers if metric_name == 'accuracy' else logits,
-      {key: x.tolist() for key, x in curve.items()},
-  )
+  curve = {key: x.tolist() for key, x in curve.items()}
+  return row, answers if metric_name == 'accuracy' else logits, curve
 
 
 def _table(work, split, models) -> tuple[list[report.Row], Json]:
@@ -453,8 +407,7 @@ def _table(work, split, models) -> tuple[list[report.Row], Json]:
 
   What is resampled for the gains are the examples of this split.
   """
-  scored = [_scored(work, split, model) for model in models]
-  rows, answers, curves = (list(parts) for parts in zip(*scored))
+  rows, answers, curves = zip(*(_scored(work, split, x) for x in models))
   best = report.best_single(rows)
   report.refuse_twice(models[best].logits)
   name = work.config.get('metric', 'accuracy')
@@ -508,8 +461,9 @@ def record(work: workdirs.Work) -> Json:
   return entries
 
 
-def _content(work, tables, all_splits, soups, calibration) -> Json:
+def _content(work, made, all_splits, soups) -> Json:
   """What is in results.json, but for the stability."""
+  tables, (calibration, *_) = zip(*made)
   workdir = work.workdir
   paths = [workdir / 'theta_0', *(path for _, _, path in work.copies())]
   paths += [split.soup_path(name) for split in all_splits for name in soups]
@@ -547,8 +501,7 @@ def _searches(soups) -> Json:
 def _write(work, content: Json, tables, soups) -> None:
   """Pictures and the table; results.json last, as it stands for them all."""
   workdir = work.workdir
-  rows = report.averaged(tables)[0]
-  draw = functools.partial(report.scatter, rows=rows)
+  draw = functools.partial(report.scatter, rows=report.averaged(tables)[0])
   with buckets.local_copy(workdir / _SCATTER) as file:
     report.save(draw, file, size=(7.2, 4.2))
   if searches := _searches(soups):

@@ -9,11 +9,9 @@ ingredients = stages.ingredients(work, theta_0)
 Each stage does what is left to do, and leaves checkpoints in the workdir.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
-import functools
 import operator
 import pathlib
 import time
@@ -23,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup import _warnings
 from jaxsoup import checkpoints
@@ -142,11 +141,7 @@ def _logged(work: workdirs.Work, names: Sequence[Any]) -> dict[str, Any]:
 
 
 def finetune_all(work: workdirs.Work, start: Params) -> bool:
-  """Fine-tunes those runs of this shard that are not there yet.
-
-  Args:
-    work: the experiment.
-    start: theta_0.
+  """Fine-tunes those runs of this shard that are not there yet, from a start.
 
   Returns:
     Whether all runs of all shards are there.
@@ -172,15 +167,15 @@ def finetune_all(work: workdirs.Work, start: Params) -> bool:
   is_complete = _processes.agreed(
       all(buckets.is_whole(path) for _, _, path in work.copies())
   )
-  if is_complete and (diverged := work.diverged()):
-    warn_of(diverged)
+  if is_complete:
+    warn_of(work.diverged())
     if not work.copies():
       raise configs.UsageError(
           'All runs diverged: lower config.sweep.learning_rate, and use '
           'another workdir.'
       )
-  if is_complete and _processes.is_main():
-    buckets.remove(work.workdir / 'unfinished')
+    if _processes.is_main():
+      buckets.remove(work.workdir / 'unfinished')
   return is_complete
 
 
@@ -196,14 +191,12 @@ def warn_of(diverged: Sequence[str]) -> None:
 def _check_trained(work: workdirs.Work) -> None:
   """Raises if a run is there that `sweep(config)` now describes otherwise."""
   for run, _, path in work.copies():
-    now = dict(work.experiment.runs[run])
+    now = _json.plain(work.experiment.runs[run])
     then = work.stored(path).get('config', now)
     differing = [
         f'{key} {then.get(key)!r} (now {now.get(key)!r})'
         for key in sorted(then.keys() | now.keys())
-        if not np.array_equal(
-            np.asarray(then.get(key)), np.asarray(now.get(key))
-        )
+        if then.get(key) != now.get(key)
     ]
     if differing:
       raise configs.UsageError(
@@ -271,8 +264,7 @@ def _save(work: workdirs.Work, path, run: int, name: str, params) -> None:
     return
   metric = cook.metric_of(work.config)
   score = float(metric(logits['held_out'], work.labels['held_out']))
-  config = dict(work.experiment.runs[run])
-  metadata = {'config': config, 'held_out': score}
+  metadata = {'config': dict(work.experiment.runs[run]), 'held_out': score}
   if name:
     metadata['copy'] = name
   if not jax.device_get(_is_finite(params)):
@@ -285,21 +277,6 @@ def _save(work: workdirs.Work, path, run: int, name: str, params) -> None:
 def _is_finite(params: Params) -> jax.Array:
   leaves = jax.tree.leaves(params)
   return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
-
-
-def logits(
-    work: workdirs.Work, params_fn: Callable[[int], Params]
-) -> list[workdirs.Logits]:
-  """Logits `[N, C]` of each ingredient by data set, read on each access.
-
-  Args:
-    work: the experiment.
-    params_fn: k -> parameters, for those whose logits are missing.
-  """
-  return [
-      work.logits_of(path, functools.partial(params_fn, k))
-      for k, (_, _, path) in enumerate(work.copies())
-  ]
 
 
 def ingredients(work: workdirs.Work, start: Params) -> stopping.Ingredients:

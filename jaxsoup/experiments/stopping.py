@@ -1,6 +1,7 @@
 """Checkpoints and batches that look for a request to stop before each read."""
 
 from collections.abc import Iterable
+import dataclasses
 from typing import Any
 
 from jaxsoup import checkpoints
@@ -15,8 +16,7 @@ class Ingredients(checkpoints.Ingredients):
       self, *args: Any, stop: preemption.Stop, saved: str, **kwargs: Any
   ):
     super().__init__(*args, **kwargs)
-    self._stop = stop
-    self._saved = saved
+    self._stop, self._saved = stop, saved
 
   def __getitem__(self, k):
     self.look_for_stop()
@@ -30,20 +30,18 @@ class Ingredients(checkpoints.Ingredients):
     return Stoppable(batches, self._stop, self._saved)
 
 
+@dataclasses.dataclass(frozen=True)
 class Stoppable:
   """Batches that look for a request to stop before each one.
 
   Unlike a generator, they can be read in every epoch.
   """
 
-  def __init__(
-      self, batches: Iterable[Tree], stop: preemption.Stop, saved: str
-  ):
-    self._batches = batches
-    self._stop = stop
-    self._saved = saved
+  batches: Iterable[Tree]
+  stop: preemption.Stop
+  saved: str
 
   def __iter__(self):
-    for batch in self._batches:
-      self._stop.check(self._saved)
+    for batch in self.batches:
+      self.stop.check(self.saved)
       yield batch

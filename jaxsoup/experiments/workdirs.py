@@ -1,7 +1,8 @@
 """The workdir of an experiment: opened, locked, with what all stages share.
 
 ```
-with workdirs.opened(experiment, folder) as work:
+with workdirs.locked(experiment, folder):
+  work = workdirs.work_of(experiment, folder)
   work.copies(), work.data, work.logits(params)
 ```
 """
@@ -49,9 +50,7 @@ from jaxsoup.typing import Params
 class Logits(collections.UserDict[str, Any]):
   """Logits `[N, C]` of a model by data set, made or read on each access."""
 
-  def __init__(
-      self, names: Iterable[str], read_fn: Callable[[str], np.ndarray]
-  ):
+  def __init__(self, names: Iterable[str], read_fn: Callable[[str], Any]):
     super().__init__(dict.fromkeys(names))
     self._read_fn = read_fn
 
@@ -101,10 +100,7 @@ class Work:
   ) -> Logits:
     """Logits of a model from the disk; evaluated once.
 
-    Args:
-      path: of the model, such as `WORKDIR/runs/03`; its logits are in
-        `WORKDIR/logits/03.npz`.
-      params_fn: returns its parameters.
+    Those of `WORKDIR/runs/03` are in `WORKDIR/logits/03.npz`.
     """
     file = path.parent.parent / 'logits' / f'{path.name}.npz'
     if not _processes.agreed(file.exists()):
@@ -126,18 +122,15 @@ class Work:
     saved = f'{self.workdir} holds what is finished'
     return stopping.Stoppable(batches, self.stop, saved)
 
+  def logits_fn(self, source: sources.Source) -> Callable[[Params], Any]:
+    """`params -> [N, C]`, the logits of the examples of a source."""
+    sharding, size = on(self.config), self.config.batch_size
+    batches = self.stopping(cook.batches_of(source, size, sharding))
+    return evaluation.logits_of(self.model.logits_fn, batches)
+
   @functools.cached_property
-  def _logits_fns(self) -> dict[str, Any]:
-    sharding = on(self.config)
-    return {
-        name: evaluation.logits_of(
-            self.model.logits_fn,
-            self.stopping(
-                cook.batches_of(source, self.config.batch_size, sharding)
-            ),
-        )
-        for name, source in self.data.items()
-    }
+  def _logits_fns(self) -> dict[str, Callable[[Params], Any]]:
+    return {name: self.logits_fn(source) for name, source in self.data.items()}
 
   def saved(self, name: str) -> unfinished.Saved:
     return unfinished.Saved(
@@ -173,26 +166,10 @@ class Work:
 
 
 @contextlib.contextmanager
-def opened(
-    experiment: configs.Experiment,
-    folder: pathlib.Path,
-    progress_fn: progress.ProgressFn = progress.silent,
-    stop: preemption.Stop | None = None,
-) -> Iterator[Work]:
-  """`work_of` in a workdir that is `locked`: see these for errors."""
-  with locked(experiment, folder):
-    yield work_of(experiment, folder, progress_fn, stop)
-
-
-@contextlib.contextmanager
 def locked(
     experiment: configs.Experiment, folder: pathlib.Path
 ) -> Iterator[None]:
-  """A workdir that is locked, belongs to the config, and has no leftovers.
-
-  Args:
-    experiment: of `configs.load`.
-    folder: the workdir, an absolute path.
+  """A workdir, by its absolute path, locked, of this config, without leftovers.
 
   Raises:
     UsageError: no data, or the workdir was started with another config.
@@ -203,31 +180,29 @@ def locked(
         'The config file has no function data(config). It must return '
         'jaxsoup.data.sources.Splits: see configs/digits.py.'
     )
-  config = experiment.config
-  shard, num_shards = shard_of(config)
+  shard, num_shards = shard_of(experiment.config)
   name = '.lock' if num_shards == 1 else f'.lock_{shard}_{num_shards}'
-  mesh = mesh_of(config)
+  mesh = mesh_of(experiment.config)
   if jax.process_count() > 1 and mesh is None:
     raise configs.UsageError(
         f'{jax.process_count()} processes can train one run together only if '
         'config.is_sharded is True: set it, or start the processes separately, '
         'with --config.sweep.shard=i/n.'
     )
-  held = (
-      locking.locked(folder / name, folder)
-      if _processes.is_main()
-      else contextlib.nullcontext()
-  )
-  if _files.is_remote(folder) and _processes.is_main():
-    _warnings.warn(
-        f'There are no locks in a bucket: make sure that no other process uses '
-        f'{folder}.'
-    )
-  with held, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+  with contextlib.ExitStack() as stack:
+    if _processes.is_main():
+      if _files.is_remote(folder):
+        _warnings.warn(
+            'There are no locks in a bucket: make sure that no other process '
+            f'uses {folder}.'
+        )
+      stack.enter_context(locking.locked(folder / name, folder))
+    if mesh:
+      stack.enter_context(jax.set_mesh(mesh))
     is_alone = _processes.is_main() and num_shards == 1
     if is_alone:
       _files.clear_leftovers(folder, 'config.json')
-    configs.check_unchanged(config, folder / 'config.json')
+    configs.check_unchanged(experiment.config, folder / 'config.json')
     if is_alone:  # It is ours.
       for name in ('.', 'runs', 'soups', 'logits', 'landscape'):
         _files.clear_leftovers(folder / name)
@@ -242,19 +217,10 @@ def work_of(
     progress_fn: progress.ProgressFn = progress.silent,
     stop: preemption.Stop | None = None,
 ) -> Work:
-  """Model and data of an experiment, with its workdir.
-
-  Args:
-    experiment: of `configs.load`.
-    folder: the workdir, an absolute path.
-    progress_fn: as in `run`.
-    stop: as in `run`.
-
-  Returns:
-    What the stages share.
+  """Model and data of an experiment, with its workdir, an absolute path.
 
   Raises:
-    UsageError: `data(config)` returned something else.
+    UsageError: a function of the config file returned something else.
     ValueError: examples with two roles.
   """
   config = experiment.config
@@ -265,7 +231,17 @@ def work_of(
         f'data(config) returned {splits!r:.80}: expected '
         'jaxsoup.data.sources.Splits, see configs/digits.py.'
     )
-  has_board = config.get('tensorboard', False)
+  write_fn = None
+  if experiment.log_fn is not None and _processes.is_main():
+    write_fn = experiment.log_fn(config)
+    if not callable(write_fn):
+      raise configs.UsageError(
+          f'log(config) returned {write_fn!r:.80}: expected a function that is '
+          "called with dicts, such as wandb.init(project='soups').log."
+      )
+    name = 'the function of log(config)'
+    write_fn = user_code.guarded(write_fn, None, name)
+  board = folder / 'tensorboard' if config.get('tensorboard', False) else None
   work = Work(
       experiment=experiment,
       model=architectures.of(experiment),
@@ -274,26 +250,11 @@ def work_of(
       progress_fn=progress_fn,
       stop=stop or preemption.Stop(),
       log=metric_log.MetricLog(
-          folder / 'metrics.jsonl',
-          tensorboard=folder / 'tensorboard' if has_board else None,
-          write_fn=_write_fn(experiment),
+          folder / 'metrics.jsonl', tensorboard=board, write_fn=write_fn
       ),
   )
   check_roles(work)
   return work
-
-
-def _write_fn(experiment: configs.Experiment) -> metric_log.WriteFn | None:
-  """What `log(config)` of the config file returns; on the main process only."""
-  if experiment.log_fn is None or not _processes.is_main():
-    return None
-  write_fn = experiment.log_fn(experiment.config)
-  if not callable(write_fn):
-    raise configs.UsageError(
-        f'log(config) returned {write_fn!r:.80}: expected a function that is '
-        "called with dicts, such as wandb.init(project='soups').log."
-    )
-  return user_code.guarded(write_fn, None, 'the function of log(config)')
 
 
 def check_roles(work: Work) -> None:
@@ -306,11 +267,12 @@ def check_roles(work: Work) -> None:
   Raises:
     ValueError: examples with two roles; names them.
   """
-  pretrain = [work.splits.pretrain] if 'pretrain' in work.config else []
+  splits = work.splits
+  pretrain = [splits.pretrain] if 'pretrain' in work.config else []
   roles: dict[str, list[Any]] = {
-      'train': [work.splits.train, *pretrain],
-      'held_out': [work.splits.held_out],
-      'test': [work.splits.test, *work.splits.shifts.values()],
+      'train': [splits.train, *pretrain],
+      'held_out': [splits.held_out],
+      'test': [splits.test, *splits.shifts.values()],
   }
   statistics.check_disjoint(
       **{

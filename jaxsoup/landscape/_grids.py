@@ -195,7 +195,7 @@ def plane(
     theta_1: Params,
     theta_2: Params,
     *,
-    others: Sequence[Params] = (),
+    others: Iterable[Params] = (),
     num: int = 21,
     margin: float = 0.25,
     chunk_size: int = 1,
@@ -247,7 +247,7 @@ def plane(
   basis = _Basis(grid.models)
   projected = [basis.project(m) for m in (theta_0, theta_1, theta_2)]
   projected += [
-      basis.project(others[k], f'others[{k}]') for k in range(len(others))
+      basis.project(other, f'others[{k}]') for k, other in enumerate(others)
   ]
   points, off = (np.array(values) for values in zip(*projected))
   x, y = (_axis(values, num, margin) for values in points.T)

@@ -10,13 +10,13 @@ Each pool is a separate workdir in `workdir`, in which everything resumes.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import copy
 import dataclasses
 import functools
-import itertools
 import pathlib
 from typing import Any
 from typing import NamedTuple
@@ -68,14 +68,14 @@ class Variant(NamedTuple):
     runs: hyper-parameters of each run.
     start_fn: (work, theta_0 of the sweep) -> theta_0. None: it is pre-trained
       again.
-    change_fn: changes the config in place.
+    finetune: changes `config.finetune`.
     data_fn: (config, splits) -> splits.
     frozen: the part of the model that is not trained.
   """
 
   runs: list[configs.Run]
   start_fn: Callable[[workdirs.Work, Params], Params] | None = lambda work, x: x
-  change_fn: Callable[[ml_collections.ConfigDict], Any] = lambda config: None
+  finetune: Mapping[str, Any] = {}
   data_fn: Callable[[Any, sources.Splits], sources.Splits] = lambda _, x: x
   frozen: str = ''
 
@@ -86,44 +86,48 @@ class Pool:
   Attributes:
     work: the experiment of this pool.
     theta_0: the start of its runs.
-    models: K pytrees.
+    runs: hyper-parameters of each.
     names: of the models: '03', '03_ema_0.95'.
+    models: K pytrees.
     logits: `[K, N, C]` by data set.
+    singles: scores of each model.
     known: remembered held-out scores, by members.
     eval_fn: the score on the held-out data.
   """
 
   def __init__(self, work: workdirs.Work, theta_0: Params):
-    self.work, self.theta_0 = work, theta_0
+    self.work, self.theta_0, self.runs = work, theta_0, work.experiment.runs
     stages.finetune_all(work, theta_0)
     paths = [path for _, _, path in work.copies()]
     self.names = [path.name for path in paths]
-    ingredients = checkpoints.Ingredients(paths)
-    self.models = [ingredients[k] for k in range(len(paths))]
-    each = stages.logits(work, self.models.__getitem__)
+    self.models = list(checkpoints.Ingredients(paths))
+    each = [
+        work.logits_of(path, functools.partial(self.models.__getitem__, k))
+        for k, path in enumerate(paths)
+    ]
     self.logits = {
-        name: np.stack([logits[name] for logits in each]) for name in work.data
+        name: np.stack([x[name] for x in each]) for name in work.data
     }
+    self.singles = list(map(self.scores_of, each))
     self.known: dict[Any, Any] = {}  # Scores, or bounds on them.
-    self.eval_fn = cook.score_fn(
-        work.config, work.model.logits_fn, work.splits.held_out
-    )
+    batches = cook.batches_of(work.splits.held_out, work.config.batch_size)
+    self.eval_fn = cook.score_fn(work.config, work.model.logits_fn, batches)
     self._soups: dict[tuple[int, ...], Scores] = {}
-
-  @property
-  def runs(self) -> list[configs.Run]:
-    return self.work.experiment.runs
 
   def __len__(self) -> int:
     return len(self.models)
 
-  def scores_of(self, logits: Mapping[str, np.ndarray]) -> Scores:
-    """Of logits `[N, C]` by data set."""
+  def by_set(self, logits: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The score of logits `[N, C]` by data set."""
     metric = cook.metric_of(self.work.config)
-    scores = {
+    return {
         name: 100 * float(metric(x, self.work.labels[name]))
         for name, x in logits.items()
     }
+
+  def scores_of(self, logits: Mapping[str, np.ndarray]) -> Scores:
+    """Of logits `[N, C]` by data set."""
+    scores = self.by_set(logits)
     shifted = [scores[name] for name in self.work.splits.shifts]
     return Scores(scores['held_out'], scores['test'], float(np.mean(shifted)))
 
@@ -131,35 +135,17 @@ class Pool:
     """Of any parameters."""
     return self.scores_of(self.work.logits(params))
 
-  @functools.cached_property
-  def singles(self) -> list[Scores]:
-    return [
-        self.scores_of({name: x[k] for name, x in self.logits.items()})
-        for k in range(len(self))
-    ]
-
-  def _of(self, members: Sequence[int] | None) -> Sequence[int]:
-    return range(len(self)) if members is None else members
-
-  def mean(self, members: Sequence[int] | None = None) -> Scores:
-    """The mean of the scores of single models."""
-    return mean_scores([self.singles[k] for k in self._of(members)])
-
-  def best(self, members: Sequence[int] | None = None) -> int:
-    """Which single model is the best on the held-out data."""
-    return max(self._of(members), key=lambda k: self.singles[k].held_out)
-
-  def soup(self, members: Sequence[int] | None = None) -> Scores:
-    """The uniform soup of some models, all by default."""
-    members = tuple(self._of(members))
+  def soup(self, members: Iterable[int]) -> Scores:
+    """The uniform soup of some models."""
+    members = tuple(members)
     if members not in self._soups:
       soup = jaxsoup.uniform([self.models[k] for k in members])
       self._soups[members] = self.of(soup.params)
     return self._soups[members]
 
-  def ensemble(self, members: Sequence[int] | None = None) -> Scores:
-    """The mean of the logits of some models, all by default."""
-    rows = list(self._of(members))
+  def ensemble(self, members: Iterable[int]) -> Scores:
+    """The mean of the logits of some models."""
+    rows = list(members)
     return self.scores_of(
         {name: x[rows].mean(0) for name, x in self.logits.items()}
     )
@@ -196,60 +182,39 @@ class Bench(contextlib.ExitStack):
     """
     super().__init__()
     self.experiment = experiment
+    self.config, self.runs = experiment.config, experiment.runs
     self.workdir, self._stop = pathlib.Path(workdir).absolute(), stop
     self._pools: dict[str, Pool] = {}
-    self._frozen: modeling.Model | None = None
-    self.cache: dict[str, Any] = {}
-
-  @property
-  def config(self) -> ml_collections.ConfigDict:
-    return self.experiment.config
-
-  @property
-  def runs(self) -> list[configs.Run]:
-    return self.experiment.runs
+    self._frozen: dict[str, modeling.Model] = {}
 
   def __getitem__(self, name: str) -> Pool:
-    if name not in self._pools:
-      self._pools[name] = self._made(name, VARIANTS[name](self))
-    return self._pools[name]
-
-  def _made(self, name: str, variant: Variant) -> Pool:
-    base = self.experiment
-    config = copy.deepcopy(base.config)
-    variant.change_fn(config)
-    make_fn: Any = base.data_fn
-    experiment = base._replace(
+    if name in self._pools:
+      return self._pools[name]
+    variant = VARIANTS[name](self)
+    config = copy.deepcopy(self.config)
+    config.finetune.update(variant.finetune)
+    make_fn: Any = self.experiment.data_fn
+    experiment = self.experiment._replace(
         config=config,
         runs=variant.runs,
         data_fn=lambda config: variant.data_fn(config, make_fn(config)),
     )
-    work = self.enter_context(
-        workdirs.opened(experiment, self.workdir / name, stop=self._stop)
-    )
+    folder = self.workdir / name
+    self.enter_context(workdirs.locked(experiment, folder))
+    work = workdirs.work_of(experiment, folder, stop=self._stop)
     path = work.workdir / 'theta_0'
     if variant.start_fn is not None and not path.exists():
       checkpoints.save(path, variant.start_fn(work, self['sweep'].theta_0))
     theta_0 = stages.theta_0(work)
     if variant.frozen:
       # One model for all pools, or each would be compiled.
-      self._frozen = self._frozen or modeling.frozen(
-          work.model, variant.frozen, theta_0
-      )
-      work = dataclasses.replace(work, model=self._frozen)
-    pool = Pool(work, theta_0)
+      model = modeling.frozen(work.model, variant.frozen, theta_0)
+      model = self._frozen.setdefault(variant.frozen, model)
+      work = dataclasses.replace(work, model=model)
+    pool = self._pools[name] = Pool(work, theta_0)
     if name == 'sweep':
       results.make(work, theta_0)
     return pool
-
-  def teacher(self) -> np.ndarray:
-    """Logits `[N, C]` of the ensemble of the sweep, on the training data."""
-    pool = self['sweep']
-    batches = cook.batches_of(
-        pool.work.splits.train, pool.work.config.batch_size
-    )
-    logits = ensembles.collect(pool.models, pool.work.model.logits_fn, batches)
-    return np.mean(logits, axis=0)
 
 
 def middle(config: ml_collections.ConfigDict) -> configs.Run:
@@ -260,82 +225,64 @@ def middle(config: ml_collections.ConfigDict) -> configs.Run:
     >>> middle(ml_collections.ConfigDict({'sweep': sweep}))
     {'seed': 0, 'learning_rate': 0.01, 'mixup': 0.25}
   """
-  run: configs.Run = {'seed': 0}
-  for name, value in config.sweep.items():
-    if isinstance(value, tuple):
-      low, high = value
-      run[name] = float(_spread(low, high, 3)[1])
-  return run
+  ranges = {k: x for k, x in config.sweep.items() if isinstance(x, tuple)}
+  return {'seed': 0, **{k: _spread(x, 3)[1] for k, x in ranges.items()}}
 
 
-def _spread(low: float, high: float, num: int) -> np.ndarray:
+def _spread(ends: tuple[float, float], num: int) -> list[float]:
   """From one end to the other; of rates, by equal factors."""
+  low, high = ends
   is_rate = low > 0 and high / low > 5
-  return (np.geomspace if is_rate else np.linspace)(low, high, num)
+  return (np.geomspace if is_rate else np.linspace)(low, high, num).tolist()
 
 
 def _one_factor(bench: Bench) -> Variant:
   """Runs that differ in one hyper-parameter."""
+  values = {
+      name: _spread(bench.config.sweep[name], NUM_VALUES)
+      for name in FACTORS
+      if name != 'seed'
+  }
+  values['seed'] = list(range(1, NUM_VALUES + 1))
   centre = middle(bench.config)
-  runs = []
-  for name in FACTORS:
-    values: Sequence[float] = range(1, NUM_VALUES + 1)
-    if name != 'seed':
-      low, high = bench.config.sweep[name]
-      values = _spread(low, high, NUM_VALUES).tolist()
-    runs += [{**centre, name: value} for value in values]
-  return Variant(runs)
-
-
-def rates(config: ml_collections.ConfigDict) -> list[float]:
-  """From the lowest rate of the sweep to ten times the highest."""
-  low, high = config.sweep.learning_rate
-  return np.geomspace(low, 10 * high, NUM_VALUES).tolist()
+  return Variant([{**centre, k: x} for k in FACTORS for x in values[k]])
 
 
 def _rates(bench: Bench) -> Variant:
-  """Two runs at each learning rate."""
+  """Two runs at each rate, from the lowest to ten times the highest."""
+  low, high = bench.config.sweep.learning_rate
   runs = [
       {**middle(bench.config), 'learning_rate': rate, 'seed': seed}
-      for rate, seed in itertools.product(rates(bench.config), (1, 2))
+      for rate in np.geomspace(low, 10 * high, NUM_VALUES).tolist()
+      for seed in (1, 2)
   ]
   return Variant(runs)
 
 
 def _narrow(bench: Bench) -> Variant:
   """The same sweep from a start that saw few examples."""
-
-  def data_fn(config, splits):
-    del config
-    few = sources.subset(splits.pretrain, np.arange(NUM_NARROW))
-    return splits._replace(pretrain=few)
-
+  few = lambda source: sources.subset(source, np.arange(NUM_NARROW))
+  data_fn = lambda _, splits: splits._replace(pretrain=few(splits.pretrain))
   return Variant(bench.runs, start_fn=None, data_fn=data_fn)
 
 
 def _scratch(bench: Bench, is_shared: bool) -> Variant:
   """From random parameters, as long as the pre-training."""
-
-  def change_fn(config):
-    config.finetune.num_epochs = config.pretrain.num_epochs
-
   runs = [
       {**run, 'init_seed': 0 if is_shared else k}
       for k, run in enumerate(bench.runs[:NUM_RUNS])
   ]
-  return Variant(runs, change_fn=change_fn)
+  return Variant(
+      runs, finetune={'num_epochs': bench.config.pretrain.num_epochs}
+  )
 
 
 def _averaged(bench: Bench) -> Variant:
   """Copies of each run: a moving average, and four late epochs."""
-
-  def change_fn(config):
-    last = config.finetune.num_epochs
-    config.finetune.ema = (0.95,)
-    late = np.linspace(last / 2, last, 5)[:-1].round().astype(int)
-    config.finetune.keep_epochs = tuple(late.tolist())
-
-  return Variant(bench.runs[:NUM_RUNS], change_fn=change_fn)
+  last = bench.config.finetune.num_epochs
+  late = np.linspace(last / 2, last, 5)[:-1].round().astype(int).tolist()
+  finetune = {'ema': (0.95,), 'keep_epochs': tuple(late)}
+  return Variant(bench.runs[:NUM_RUNS], finetune=finetune)
 
 
 def _probed(bench: Bench) -> Variant:
@@ -371,13 +318,14 @@ def _on_data_set(bench: Bench, name: str) -> Variant:
 
 def _distilled(bench: Bench) -> Variant:
   """Runs with the hyper-parameters in the middle, taught by the ensemble."""
+  pool = bench['sweep']
+  batches = cook.batches_of(pool.work.splits.train, bench.config.batch_size)
+  logits = ensembles.collect(pool.models, pool.work.model.logits_fn, batches)
+  target = np.mean(logits, axis=0)
+  data_fn = lambda _, splits: splits._replace(
+      train=loop.distilled(splits.train, target)
+  )
   runs = [run for run in _one_factor(bench).runs if run['seed']]
-  target = bench.teacher()
-
-  def data_fn(config, splits):
-    del config
-    return splits._replace(train=loop.distilled(splits.train, target))
-
   return Variant(runs, data_fn=data_fn)
 
 
@@ -386,8 +334,8 @@ VARIANTS: dict[str, Callable[[Bench], Variant]] = {
     'one_factor': _one_factor,
     'rates': _rates,
     'narrow': _narrow,
-    'scratch_shared': functools.partial(_scratch, is_shared=True),
-    'scratch_apart': functools.partial(_scratch, is_shared=False),
+    'scratch_shared': lambda bench: _scratch(bench, is_shared=True),
+    'scratch_apart': lambda bench: _scratch(bench, is_shared=False),
     'averaged': _averaged,
     'sam': lambda bench: Variant(
         [{**run, 'sam': SAM_RADIUS} for run in bench.runs[:NUM_RUNS]]

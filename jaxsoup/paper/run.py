@@ -15,7 +15,6 @@ import functools
 import json
 import pathlib
 import sys
-from typing import Any
 
 import numpy as np
 
@@ -30,9 +29,6 @@ from jaxsoup.runtime import preemption
 from jaxsoup.runtime import progress
 from jaxsoup.typing import PathLike
 
-Figures = studies.Figures
-_STAGE = 'experiments'
-
 
 def run(
     path: str,
@@ -41,10 +37,8 @@ def run(
     *,
     num_seeds: int = 1,
     only: Sequence[int] = (),
-    progress_fn: progress.ProgressFn = progress.silent,
-    stop: preemption.Stop | None = None,
 ) -> dict[int, dict[str, dict[str, list[float]]]]:
-  """Runs the experiments, or what is left of them.
+  """Runs the experiments, or what is left of them, and shows its progress.
 
   Args:
     path: of a config like `configs/digits.py`.
@@ -52,8 +46,6 @@ def run(
     overrides: of the config: '--config.seed=3' is the first seed.
     num_seeds: seeds of split, pre-training and sweep.
     only: numbers of experiments; all by default.
-    progress_fn: called with an experiment and the share of all that is done.
-    stop: whether the script is asked to stop.
 
   Returns:
     By number of the experiment, row and column: a figure for each seed.
@@ -67,39 +59,42 @@ def run(
         f'There are no experiments {unknown}: choose from 1 to '
         f'{max(studies.EXPERIMENTS)}.'
     )
-  workdir, stop = pathlib.Path(workdir).absolute(), stop or preemption.Stop()
+  workdir = pathlib.Path(workdir).absolute()
   first = configs.load(path, overrides).config.seed
-  figures: dict[int, list[Figures]] = {n: [] for n in chosen}
-  for i, seed in enumerate(range(first, first + num_seeds)):
-    loaded = configs.load(path, [*overrides, f'--config.seed={seed}'])
-    with pools.Bench(loaded, workdir / f'seed{seed}', stop=stop) as bench:
-      for j, number in enumerate(chosen):
-        done = (i + j / len(chosen)) / num_seeds
-        progress_fn(_STAGE, done)
-        stop.check(f'{workdir} holds the results so far')
-        figures[number].append(_once(bench, number))
-  progress_fn(_STAGE, 1.0)
+  figures: dict[int, list[studies.Figures]] = {n: [] for n in chosen}
+  shown = progress.shown({'experiments': 1})
+  with preemption.handled() as stop, shown as progress_fn:
+    for i, seed in enumerate(range(first, first + num_seeds)):
+      loaded = configs.load(path, [*overrides, f'--config.seed={seed}'])
+      with pools.Bench(loaded, workdir / f'seed{seed}', stop) as bench:
+        for j, number in enumerate(chosen):
+          progress_fn('experiments', (i + j / len(chosen)) / num_seeds)
+          stop.check(f'{workdir} holds the results so far')
+          figures[number].append(_once(bench, number))
+    progress_fn('experiments', 1.0)
   stacked = {n: _stacked(of_seeds) for n, of_seeds in figures.items()}
   _write(workdir, stacked)
   return stacked
 
 
-def _once(bench: pools.Bench, number: int) -> Figures:
+def _once(bench: pools.Bench, number: int) -> studies.Figures:
   """The figures of an experiment, from the disk if they are there."""
   experiment = studies.EXPERIMENTS[number]
   path = bench.workdir / 'experiments' / f'{number:02d}.json'
   if path.exists():
     return json.loads(path.read_text())
-  result = experiment.study(bench)
-  if result.draw is not None:
-    report.save(result.draw, path.with_suffix('.png'), size=(6.4, 4.4))
+  figures, draw = experiment.study(bench)
+  if draw is not None:
+    report.save(draw, path.with_suffix('.png'), size=(6.4, 4.4))
   path.parent.mkdir(exist_ok=True)
   with _files.replaced(path) as unfinished:
-    unfinished.write_text(json.dumps(_json.plain(result.figures), indent=1))
+    unfinished.write_text(json.dumps(_json.plain(figures), indent=1))
   return json.loads(path.read_text())
 
 
-def _stacked(of_seeds: Sequence[Figures]) -> dict[str, dict[str, list[float]]]:
+def _stacked(
+    of_seeds: Sequence[studies.Figures],
+) -> dict[str, dict[str, list[float]]]:
   """By row and column, one value for each seed."""
   stacked: dict[str, dict[str, list[float]]] = {}
   for figures in of_seeds:
@@ -109,15 +104,6 @@ def _stacked(of_seeds: Sequence[Figures]) -> dict[str, dict[str, list[float]]]:
   return stacked
 
 
-def _drawn(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-  """Columns that are per cent."""
-  return {
-      row: {k: x for k, x in columns.items() if '%' in k}
-      for row, columns in rows.items()
-      if any('%' in k for k in columns)
-  }
-
-
 def _write(workdir: pathlib.Path, figures) -> None:
   """The figures as a Markdown file, and those that are drawn, of all seeds."""
   lines = ['# The experiments of the paper: results', '']
@@ -125,7 +111,12 @@ def _write(workdir: pathlib.Path, figures) -> None:
     experiment = studies.EXPERIMENTS[number]
     lines += [f'## {number}. {experiment.title}', '', *_table(rows), '']
     if experiment.has_dots:
-      draw = functools.partial(report.compared, scores=_drawn(rows))
+      per_cent = {
+          row: {k: x for k, x in columns.items() if '%' in k}
+          for row, columns in rows.items()
+      }
+      scores = {row: x for row, x in per_cent.items() if x}
+      draw = functools.partial(report.compared, scores=scores)
       path = workdir / 'experiments' / f'{number:02d}.png'
       report.save(draw, path, size=(6.4, 1.6 + 0.3 * len(rows)))
   with _files.replaced(workdir / 'experiments.md', lines[0]) as unfinished:
@@ -135,10 +126,7 @@ def _write(workdir: pathlib.Path, figures) -> None:
 def _table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
   """Means over the seeds, and their deviations."""
   columns = list(dict.fromkeys(k for row in rows.values() for k in row))
-  lines = [
-      f'| | {" | ".join(columns)} |',
-      f'|---|{"---:|" * len(columns)}',
-  ]
+  lines = [f'| | {" | ".join(columns)} |', f'|---|{"---:|" * len(columns)}']
   for name, row in rows.items():
     cells = [_cell(row[k]) if k in row else '' for k in columns]
     lines.append(f'| {name} | {" | ".join(cells)} |')
@@ -147,7 +135,7 @@ def _table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
 
 def _cell(values: Sequence[float | None]) -> str:
   """`96.1 ± 0.8`; small numbers have three digits."""
-  known = np.array([np.nan if x is None else x for x in values], float)
+  known = np.array(values, float)  # None is NaN.
   mean = known.mean()
   digits = 1 if abs(mean) >= 2 else 2
   if len(known) < 2:
@@ -161,19 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = configs.parse(sys.argv[1:] if argv is None else argv, has_only=True)
     workdir = asked.workdir
     print(distributed.banner(workdir), file=sys.stderr)
-    with (
-        preemption.handled() as stop,
-        progress.shown({_STAGE: 1}) as progress_fn,
-    ):
-      run(
-          asked.config,
-          workdir,
-          asked.overrides,
-          num_seeds=asked.num_seeds,
-          only=asked.only,
-          progress_fn=progress_fn,
-          stop=stop,
-      )
+    run(
+        asked.config,
+        workdir,
+        asked.overrides,
+        num_seeds=asked.seeds,
+        only=asked.only,
+    )
   except (ImportError, OSError, TypeError, ValueError) as e:
     print(f'Error: {e}', file=sys.stderr)
     return getattr(e, 'exit_code', 1)

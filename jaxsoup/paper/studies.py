@@ -1,8 +1,7 @@
 """The experiments of the paper, each of them one function of a bench.
 
 ```
-result = studies.EXPERIMENTS[4].study(bench)     # a `pools.Bench`
-result.figures                     # by row and column
+figures, draw = studies.EXPERIMENTS[4].study(bench)     # a `pools.Bench`
 ```
 
 `paper.run` is the command that runs them.
@@ -16,7 +15,6 @@ import json
 from typing import Any
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,59 +23,47 @@ from jaxsoup import landscape
 from jaxsoup import metrics
 from jaxsoup import report
 from jaxsoup import studies
-from jaxsoup.data import shifts
-from jaxsoup.data import sources
 from jaxsoup.experiments import landscapes
 from jaxsoup.paper import pools
 
-Draw = Callable[[Any], None]
 # Figures by row and column; those of a column with '%' are drawn.
 Figures = dict[str, dict[str, float]]
 _TEST, _SHIFTS = 'test, %', 'shifts, %'
 _WHERE = ('test', 'shifts')
 
 
-class Result(NamedTuple):
-  """The result of an experiment.
-
-  Attributes:
-    figures: by row and column.
-    draw: the picture of one seed; None where it is the figures.
-  """
-
-  figures: Figures
-  draw: Draw | None = None
+# The figures, and the picture of one seed; None where it is the figures.
+Result = tuple[Figures, Callable[[Any], None] | None]
 
 
 class Experiment(NamedTuple):
-  """One experiment of the paper.
-
-  Attributes:
-    title: what it is.
-    study: runs it on a bench.
-    has_dots: whether its picture is its figures, of all seeds.
-  """
+  """One experiment of the paper: a title, and a function that runs it."""
 
   title: str
   study: Callable[[pools.Bench], Result]
-  has_dots: bool = False
+  has_dots: bool = False  # Its picture is its figures, of all seeds.
 
 
 def _scores(scores: pools.Scores) -> dict[str, float]:
   return {_TEST: scores.test, _SHIFTS: scores.shifts}
 
 
-def _compared(pool: pools.Pool, members: Sequence[int]) -> Figures:
-  """The singles and the soup of some models."""
+def _compared(
+    prefix: str, singles: Sequence[pools.Scores], soup: pools.Scores
+) -> Figures:
+  """Some models and their soup."""
+  best = max(singles, key=lambda scores: scores.held_out)
   return {
-      'best single': _scores(pool.singles[pool.best(members)]),
-      'mean of singles': _scores(pool.mean(members)),
-      'uniform soup': _scores(pool.soup(members)),
+      f'{prefix}: best single': _scores(best),
+      f'{prefix}: mean of singles': _scores(pools.mean_scores(singles)),
+      f'{prefix}: uniform soup': _scores(soup),
   }
 
 
-def _prefixed(prefix: str, figures: Figures) -> Figures:
-  return {f'{prefix}: {name}': row for name, row in figures.items()}
+def _first(prefix: str, pool: pools.Pool) -> Figures:
+  """As many models of a pool as the larger ones have, and their soup."""
+  num = pools.NUM_RUNS
+  return _compared(prefix, pool.singles[:num], pool.soup(range(num)))
 
 
 def plane(bench: pools.Bench) -> Result:
@@ -94,7 +80,7 @@ def plane(bench: pools.Bench) -> Result:
   }
   (section,) = report.plane_sections(surfaces, pool.names)
   pictures = [p for p in section.parts if isinstance(p, report.Picture)]
-  return Result(figures, pictures[-1].draw)
+  return figures, pictures[-1].draw
 
 
 def _sets(pool: pools.Pool, where: str) -> landscapes.Sets:
@@ -104,85 +90,80 @@ def _sets(pool: pools.Pool, where: str) -> landscapes.Sets:
   return landscapes.Sets(pool.work, names, num)
 
 
+@functools.lru_cache(maxsize=1)
 def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
   """Pairs that differ in one hyper-parameter, on test data and on shifts."""
-  if 'pairs' not in bench.cache:
-    pool = bench['one_factor']
-    members = [
-        pair
-        for sets in studies.groups(pool.runs, ignore=()).values()
-        for group in sets
-        for pair in itertools.combinations(group, 2)
-    ]
-    pairs = bench.cache['pairs'] = {}
-    for where in _WHERE:
-      sets = _sets(pool, where)
-      pairs[where] = landscape.pairs(
-          pool.models,
-          pool.theta_0,
-          pool.work.model.logits_fn,
-          sets.batches,
-          metric=sets.score,
-          members=sorted(members),
-      )
-  return bench.cache['pairs']
+  pool = bench['one_factor']
+  pairs = {}
+  for where in _WHERE:
+    sets = _sets(pool, where)
+    pairs[where] = landscape.pairs(
+        pool.models,
+        pool.theta_0,
+        pool.work.model.logits_fn,
+        sets.batches,
+        metric=sets.score,
+        members=sorted(_varied(pool)),
+    )
+  return pairs
 
 
-def _varied_of(bench: pools.Bench, pair: landscape.Pair) -> str:
-  """The hyper-parameter in which the two differ."""
-  first, second = (bench['one_factor'].runs[k] for k in pair.members)
-  (name,) = (name for name in first if first[name] != second[name])
-  return name
+def _varied(pool: pools.Pool) -> dict[tuple[int, int], str]:
+  """The hyper-parameter in which two runs differ, of pairs with one."""
+  return {
+      pair: name
+      for name, sets in studies.groups(pool.runs, ignore=()).items()
+      for group in sets
+      for pair in itertools.combinations(group, 2)
+  }
 
 
-def _rates_of(bench: pools.Bench, pairs: Sequence[landscape.Pair]):
+def _drawn_pairs(bench, figures: Figures, draw, unit: str) -> Result:
+  """With a picture of the pairs on shifts."""
+  pairs = _pairs(bench)['shifts']
   members = [pair.members for pair in pairs]
-  return report.pair_rates(members, bench['one_factor'].runs)
+  rates = report.pair_rates(members, bench['one_factor'].runs)
+  label = f'accuracy on shifts ({unit})'
+  return figures, functools.partial(
+      draw, pairs=pairs, values=rates, label=label
+  )
 
 
 def angles_and_gains(bench: pools.Bench) -> Result:
   """Angle and gain by what varies, and their correlation over all pairs."""
   figures: Figures = {}
-  by_name = _pairs(bench)
-  for where, pairs in by_name.items():
-    angles, gains = [p.angle for p in pairs], [100 * p.gain for p in pairs]
+  varied = _varied(bench['one_factor'])
+  for where, pairs in _pairs(bench).items():
     column = f'gain on {where}, points'
     for name in pools.FACTORS:
-      rows = [i for i, p in enumerate(pairs) if _varied_of(bench, p) == name]
+      of_name = [p for p in pairs if varied[p.members] == name]
       row = figures.setdefault(f'only {name} varies', {})
-      row['angle, degrees'] = float(np.mean([angles[i] for i in rows]))
-      row[column] = float(np.mean([gains[i] for i in rows]))
-    correlation, _ = studies.rank_correlation(angles, gains)
+      row['angle, degrees'] = float(np.mean([p.angle for p in of_name]))
+      row[column] = float(np.mean([100 * p.gain for p in of_name]))
+    correlation, _ = studies.rank_correlation(
+        [p.angle for p in pairs], [100 * p.gain for p in pairs]
+    )
     figures.setdefault("Spearman's correlation", {})[column] = correlation
-  draw = functools.partial(
-      report.angles_and_gains,
-      pairs=by_name['shifts'],
-      values=_rates_of(bench, by_name['shifts']),
-      label='accuracy on shifts (points)',
-  )
-  return Result(figures, draw)
+  return _drawn_pairs(bench, figures, report.angles_and_gains, 'points')
 
 
 def against_ensembles(bench: pools.Bench) -> Result:
   """The soup of two minus their ensemble."""
-  by_name = _pairs(bench)
-  row = {
-      f'on {where}, points': 100
-      * float(np.mean([p.soup - p.ensemble for p in pairs]))
-      for where, pairs in by_name.items()
-  }
-  draw = functools.partial(
-      report.against_ensembles,
-      pairs=by_name['shifts'],
-      values=_rates_of(bench, by_name['shifts']),
-      label='accuracy on shifts (%)',
-  )
-  return Result({'soup less ensemble': row}, draw)
+  row = {}
+  for where, pairs in _pairs(bench).items():
+    mean = float(np.mean([p.soup - p.ensemble for p in pairs]))
+    row[f'on {where}, points'] = 100 * mean
+  figures = {'soup less ensemble': row}
+  return _drawn_pairs(bench, figures, report.against_ensembles, '%')
 
 
-def _lines(pool: pools.Pool, members) -> dict[Any, landscape.Path]:
-  """The test error between pairs."""
-  sets = _sets(pool, 'test')
+def _neighbours(num: int) -> list[tuple[int, int]]:
+  return list(zip(range(0, num, 2), range(1, num, 2)))
+
+
+def _lines(pool: pools.Pool, num: int) -> dict[Any, landscape.Path]:
+  """The test error between neighbours."""
+  sets, members = _sets(pool, 'test'), _neighbours(num)
   error_fn = lambda params: 1 - sets.score_of(params)
   return landscape.lines(error_fn, pool.models, members, 11, is_traced=False)
 
@@ -195,9 +176,8 @@ _draw_lines = functools.partial(
 def basin(bench: pools.Bench) -> Result:
   """The barrier between two runs at each learning rate."""
   pool = bench['rates']
-  members = [(k, k + 1) for k in range(0, len(pool), 2)]
-  paths = _lines(pool, members)
-  values = {pair: pool.runs[pair[0]]['learning_rate'] for pair in members}
+  paths = _lines(pool, len(pool))
+  values = {pair: pool.runs[pair[0]]['learning_rate'] for pair in paths}
   figures = {
       f'rate {values[pair]:.2g}': {
           'barrier, points': 100 * landscape.barrier(path),
@@ -205,8 +185,7 @@ def basin(bench: pools.Bench) -> Result:
       }
       for pair, path in paths.items()
   }
-  draw = functools.partial(_draw_lines, paths=paths, values=values)
-  return Result(figures, draw)
+  return figures, functools.partial(_draw_lines, paths=paths, values=values)
 
 
 def _rows(bench: pools.Bench) -> list[report.Row]:
@@ -224,7 +203,7 @@ def _of_row(row: report.Row) -> dict[str, float]:
 def table(bench: pools.Bench) -> Result:
   """Every recipe."""
   figures = {name: _of_row(row) for name, row in _summary(bench).items()}
-  return Result(figures, functools.partial(report.scatter, rows=_rows(bench)))
+  return figures, functools.partial(report.scatter, rows=_rows(bench))
 
 
 def random_orders(bench: pools.Bench) -> Result:
@@ -233,20 +212,15 @@ def random_orders(bench: pools.Bench) -> Result:
   infos = studies.random_orders(
       pool.models, pool.eval_fn, num_orders=3, scores=pool.known
   )
-  shuffled = [_scores(pool.soup(sorted(info.accepted))) for info in infos]
-  figures = {
+  shuffled = [pool.soup(sorted(info.accepted)) for info in infos]
+  spread = _scores(pools.Scores(*np.std(shuffled, axis=0, ddof=1).tolist()))
+  return {
       'greedy, by score': _scores(pool.soup(pool.greedy().info.accepted)),
-      'greedy, random order': {
-          k: float(np.mean([row[k] for row in shuffled])) for k in shuffled[0]
-      },
+      'greedy, random order': _scores(pools.mean_scores(shuffled)),
       'spread of three orders': {
-          k.replace('%', 'points'): float(
-              np.std([row[k] for row in shuffled], ddof=1)
-          )
-          for k in shuffled[0]
+          k.replace('%', 'points'): x for k, x in spread.items()
       },
-  }
-  return Result(figures)
+  }, None
 
 
 def growth(bench: pools.Bench) -> Result:
@@ -255,20 +229,20 @@ def growth(bench: pools.Bench) -> Result:
   nums = _nums(len(pool))
   figures: Figures = {}
   grown = {}
-  for field, column in zip(_WHERE, (_TEST, _SHIFTS)):
+  for where in _WHERE:
     curves = studies.recipes(
-        pool.models, pool.eval_fn, _field(pool.soup, field), scores=pool.known
+        pool.models, pool.eval_fn, _field(pool.soup, where), scores=pool.known
     )
-    curves['ensemble'] = _field(pool.ensemble, field)
-    grown[field] = studies.growth(curves, len(pool), nums=nums, num_orders=3)
-    for name, rows in grown[field].scores.items():
+    curves['ensemble'] = _field(pool.ensemble, where)
+    grown[where] = studies.growth(curves, len(pool), nums=nums, num_orders=3)
+    for name, rows in grown[where].scores.items():
       for num, value in zip(nums, rows.mean(0)):
         if num in (1, nums[len(nums) // 2], nums[-1]):
-          figures.setdefault(f'{name} of {num}', {})[column] = float(value)
-  draw = functools.partial(
+          row = figures.setdefault(f'{name} of {num}', {})
+          row[f'{where}, %'] = float(value)
+  return figures, functools.partial(
       report.growth, grown=grown['shifts'], label='shifts, %', scale=1
   )
-  return Result(figures, draw)
 
 
 def _field(scores_fn: Callable[..., pools.Scores], field: str) -> Any:
@@ -285,30 +259,24 @@ def one_varied(bench: pools.Bench) -> Result:
   """Soups of runs that differ in one hyper-parameter."""
   pool = bench['one_factor']
   figures: Figures = {}
-  of_shifts = []
-  for field, column in zip(_WHERE, (_TEST, _SHIFTS)):
-    groups = studies.one_varied(pool.runs, _field(pool.soup, field), ignore=())
-    of_shifts = groups
+  for where in _WHERE:
+    groups = studies.one_varied(pool.runs, _field(pool.soup, where), ignore=())
     for group in groups:
       for what in ('best', 'mean', 'soup'):
         row = figures.setdefault(f'{group.name} varies: {what}', {})
-        row[column] = getattr(group, what)
-  draw = functools.partial(
-      report.varied, groups=of_shifts, label='shifts, %', scale=1
+        row[f'{where}, %'] = getattr(group, what)
+  return figures, functools.partial(
+      report.varied, groups=groups, label='shifts, %', scale=1
   )
-  return Result(figures, draw)
 
 
 def greedy_ensemble(bench: pools.Bench) -> Result:
   """The greedy rule over logits, against that over parameters."""
   rows = _summary(bench)
-  names = ('greedy', 'ensemble', 'greedy ensemble')
-  return Result(
-      {
-          name: {**_of_row(rows[name]), 'passes': float(rows[name].cost)}
-          for name in names
-      }
-  )
+  return {
+      name: {**_of_row(rows[name]), 'passes': float(rows[name].cost)}
+      for name in ('greedy', 'ensemble', 'greedy ensemble')
+  }, None
 
 
 def theory(bench: pools.Bench) -> Result:
@@ -316,17 +284,11 @@ def theory(bench: pools.Bench) -> Result:
   terms, values = [], []
   for name in ('one_factor', 'rates'):
     pool = bench[name]
-    members = [(k, k + 1) for k in range(0, len(pool), 2)]
+    members, logits_fn = _neighbours(len(pool)), pool.work.model.logits_fn
     batches = _sets(pool, 'test').batches
     for i, j in members:
-      terms.append(
-          landscape.soup_minus_ensemble(
-              pool.work.model.logits_fn,
-              pool.models[i],
-              pool.models[j],
-              batches,
-          )
-      )
+      pair = logits_fn, pool.models[i], pool.models[j]
+      terms.append(landscape.soup_minus_ensemble(*pair, batches))
     values += report.pair_rates(members, pool.runs) or []
   true = np.array([pair.soup - pair.ensemble for pair in terms])
   guess = np.array([pair.approximation for pair in terms])
@@ -344,9 +306,7 @@ def theory(bench: pools.Bench) -> Result:
           ('all rates', within | True),
       )
   }
-  return Result(
-      figures, functools.partial(report.theory, terms=terms, values=values)
-  )
+  return figures, functools.partial(report.theory, terms=terms, values=values)
 
 
 def calibration(bench: pools.Bench) -> Result:
@@ -370,8 +330,9 @@ def calibration(bench: pools.Bench) -> Result:
       for num, value in zip(nums, rows.mean(0))
       if num in (1, nums[-1])
   }
-  draw = functools.partial(report.growth, grown=grown, label='test ECE, points')
-  return Result(figures, draw)
+  return figures, functools.partial(
+      report.growth, grown=grown, label='test ECE, points'
+  )
 
 
 def breadth(bench: pools.Bench) -> Result:
@@ -379,11 +340,11 @@ def breadth(bench: pools.Bench) -> Result:
   figures: Figures = {}
   for name, prefix in (('sweep', 'broad'), ('narrow', 'narrow')):
     pool = bench[name]
-    compared = _compared(pool, range(len(pool)))
+    soup = pool.soup(range(len(pool)))
+    figures |= _compared(prefix, pool.singles, soup)
     greedy = pool.greedy().info.accepted
-    compared['greedy soup'] = _scores(pool.soup(greedy))
-    figures |= _prefixed(prefix, compared)
-  return Result(figures)
+    figures[f'{prefix}: greedy soup'] = _scores(pool.soup(greedy))
+  return figures, None
 
 
 def scratch(bench: pools.Bench) -> Result:
@@ -396,16 +357,17 @@ def scratch(bench: pools.Bench) -> Result:
       ('scratch_apart', 'a start for each'),
   ):
     pool = bench[name]
-    members = [(k, k + 1) for k in range(0, pools.NUM_RUNS, 2)]
-    lines = _lines(pool, members)
-    paths[words] = lines[members[0]]
-    barriers = [100 * landscape.barrier(path) for path in lines.values()]
+    lines = list(_lines(pool, pools.NUM_RUNS).values())
+    paths[words] = lines[0]
+    _, mean, soup = _first(words, pool).values()
     figures[words] = {
-        'barrier, points': float(np.mean(barriers)),
-        'mean of singles, %': pool.mean(range(pools.NUM_RUNS)).test,
-        'uniform soup, %': pool.soup(range(pools.NUM_RUNS)).test,
+        'barrier, points': float(
+            np.mean([100 * landscape.barrier(path) for path in lines])
+        ),
+        'mean of singles, %': mean[_TEST],
+        'uniform soup, %': soup[_TEST],
     }
-  return Result(figures, functools.partial(_draw_lines, paths=paths))
+  return figures, functools.partial(_draw_lines, paths=paths)
 
 
 def averages(bench: pools.Bench) -> Result:
@@ -420,19 +382,12 @@ def averages(bench: pools.Bench) -> Result:
       ).params
       for i in last
   ]
-  averaged = [pool.of(params) for params in swa]
-  figures = _prefixed('last', _compared(pool, last))
-  figures |= _prefixed('EMA', _compared(pool, of('_ema')))
-  best = max(averaged, key=lambda scores: scores.held_out)
-  figures |= _prefixed(
-      'SWA',
-      {
-          'best single': _scores(best),
-          'mean of singles': _scores(pools.mean_scores(averaged)),
-          'uniform soup': _scores(pool.of(jaxsoup.uniform(swa).params)),
-      },
-  )
-  return Result(figures)
+  figures: Figures = {}
+  for prefix, members in (('last', last), ('EMA', of('_ema'))):
+    singles = [pool.singles[k] for k in members]
+    figures |= _compared(prefix, singles, pool.soup(members))
+  soup = pool.of(jaxsoup.uniform(swa).params)
+  return figures | _compared('SWA', list(map(pool.of, swa)), soup), None
 
 
 def sharpness_aware(bench: pools.Bench) -> Result:
@@ -440,38 +395,31 @@ def sharpness_aware(bench: pools.Bench) -> Result:
   plain, sharp = bench['sweep'], bench['sam']
   half = pools.NUM_RUNS // 2
   both = plain.models[:half] + sharp.models[half : 2 * half]
-  figures = _prefixed('plain', _compared(plain, range(pools.NUM_RUNS)))
-  figures |= _prefixed('SAM', _compared(sharp, range(pools.NUM_RUNS)))
-  figures['half of each: uniform soup'] = _scores(
-      plain.of(jaxsoup.uniform(both).params)
-  )
-  return Result(figures)
+  soup = _scores(plain.of(jaxsoup.uniform(both).params))
+  figures = _first('plain', plain) | _first('SAM', sharp)
+  return figures | {'half of each: uniform soup': soup}, None
 
 
 def distillation(bench: pools.Bench) -> Result:
   """The ensemble in one model, against the soup."""
-  pool, taught = bench['sweep'], bench['distilled']
-  factor = bench['one_factor']
-  alone = [
-      k
-      for k, run in enumerate(factor.runs)
-      if {**run, 'seed': 0} == pools.middle(bench.config) and run['seed']
-  ]
-  return Result(
-      {
-          'taught by labels': _scores(factor.mean(alone)),
-          'taught by the ensemble': _scores(taught.mean()),
-          'uniform soup': _scores(pool.soup()),
-          'ensemble': _scores(pool.ensemble()),
-      }
-  )
+  pool, factor = bench['sweep'], bench['one_factor']
+  # The others have the seed 0.
+  of_labels = [x for x, run in zip(factor.singles, factor.runs) if run['seed']]
+  scores = {
+      'taught by labels': pools.mean_scores(of_labels),
+      'taught by the ensemble': pools.mean_scores(bench['distilled'].singles),
+      'uniform soup': pool.soup(range(len(pool))),
+      'ensemble': pool.ensemble(range(len(pool))),
+  }
+  return {name: _scores(x) for name, x in scores.items()}, None
 
 
 def wise_ft(bench: pools.Bench) -> Result:
   """On the line from the start to singles and soups."""
   pool = bench['sweep']
+  best = int(np.argmax([scores.held_out for scores in pool.singles]))
   models = {
-      'best single': pool.models[pool.best()],
+      'best single': pool.models[best],
       'greedy soup': pool.greedy().params,
       'uniform soup': jaxsoup.uniform(pool.models).params,
   }
@@ -484,56 +432,43 @@ def wise_ft(bench: pools.Bench) -> Result:
     best = int(curve.scores['shifts'].argmax())
     for words, i in ((f'{name}, t = 1', -1), (f'{name}, best t', best)):
       figures[words] = {
-          _TEST: 100 * float(curve.scores['test'][i]),
-          _SHIFTS: 100 * float(curve.scores['shifts'][i]),
-          't': float(curve.t[i]),
+          f'{where}, %': 100 * float(x[i]) for where, x in curve.scores.items()
       }
-  return Result(figures, functools.partial(report.wise_ft, curves=curves))
+      figures[words]['t'] = float(curve.t[i])
+  return figures, functools.partial(report.wise_ft, curves=curves)
 
 
 def data_sets(bench: pools.Bench) -> Result:
   """Models of several data sets under one frozen head, and their soup."""
-  own = {name: bench[f'on_{name}'] for name in pools.DATA_SETS}
   pool = bench['sweep']
-  config = pool.work.config
-  test = sources.in_memory(pool.work.splits.test).arrays
-  logits_fn = pool.work.model.logits_fn
-  elsewhere = [n for n in pool.work.splits.shifts if n not in pools.DATA_SETS]
-  sets = {
-      name: shifts.apply(test, name, config.shifts[name], seed=config.seed)
-      for name in (*pools.DATA_SETS, *elsewhere)
+  names = {
+      'their data sets, %': pools.DATA_SETS,
+      'elsewhere, %': pool.work.splits.shifts.keys() - pools.DATA_SETS,
   }
 
   def row(params):
-    right = {}
-    for name, x in sets.items():
-      logits = logits_fn(params, jax.device_put(x))
-      accuracy = metrics.accuracy(logits, jnp.asarray(x['label']))
-      right[name] = 100 * float(accuracy)
-    mean = lambda names: float(np.mean([right[name] for name in names]))
+    scores = pool.by_set(pool.work.logits(params))
     return {
-        'their data sets, %': mean(pools.DATA_SETS),
-        'elsewhere, %': mean(elsewhere),
+        column: float(np.mean([x for name, x in scores.items() if name in of]))
+        for column, of in names.items()
     }
 
-  models = {name: one.models[0] for name, one in own.items()}
-  figures = {'start': row(pool.theta_0)}
-  figures |= {f'on {name}': row(params) for name, params in models.items()}
-  figures['soup'] = row(jaxsoup.uniform(list(models.values())).params)
-  return Result(figures)
+  models = {name: bench[f'on_{name}'].models[0] for name in pools.DATA_SETS}
+  return {
+      'start': row(pool.theta_0),
+      **{f'on {name}': row(params) for name, params in models.items()},
+      'soup': row(jaxsoup.uniform(list(models.values())).params),
+  }, None
 
 
 def heads(bench: pools.Bench) -> Result:
   """The head of the start, a probed one, a random one."""
-  figures: Figures = {}
-  for name, prefix in (
-      ('sweep', 'head of the start'),
-      ('probed', 'linear probe'),
-      ('random_head', 'random head'),
-  ):
-    compared = _compared(bench[name], range(pools.NUM_RUNS))
-    figures |= _prefixed(prefix, compared)
-  return Result(figures)
+  figures = (
+      _first('head of the start', bench['sweep'])
+      | _first('linear probe', bench['probed'])
+      | _first('random head', bench['random_head'])
+  )
+  return figures, None
 
 
 def significance(bench: pools.Bench) -> Result:
@@ -547,7 +482,7 @@ def significance(bench: pools.Bench) -> Result:
           'gain on shifts, points': 100 * row.gains['shifts'].gain,
           'p, paired bootstrap': row.gains['shifts'].p_value,
       }
-  return Result(figures, functools.partial(report.scatter, rows=_rows(bench)))
+  return figures, functools.partial(report.scatter, rows=_rows(bench))
 
 
 # By the number that they have in docs/experiments.md; 21 is text.

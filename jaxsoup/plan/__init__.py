@@ -19,6 +19,6 @@ of TPUs is in the package libtpu, and works on any machine. Seconds are
 predicted from rates, see `machines.Rates`.
 """
 
-from jaxsoup.plan._make import Plan as Plan
-from jaxsoup.plan._make import as_json as as_json
-from jaxsoup.plan._make import make as make
+from jaxsoup.plan.recipes import Plan as Plan
+from jaxsoup.plan.recipes import as_json as as_json
+from jaxsoup.plan.recipes import make as make

@@ -60,7 +60,11 @@ def collectives_of(text: str) -> dict[str, Traffic]:
     if match is None:
       continue
     shapes, name = match.groups()
-    sizes = [_num_bytes(*shape) for shape in _SHAPE.findall(shapes)]
+    sizes = [
+        math.prod(map(int, filter(None, dimensions.split(','))))
+        * max(1, int(bits or 8) // 8)
+        for _, bits, dimensions in _SHAPE.findall(shapes)
+    ]
     # The start of an asynchronous one returns its operand as well.
     is_start = f'{name}-start(' in line and name != 'all-reduce'
     size = max(sizes, default=0) if is_start else sum(sizes)
@@ -114,11 +118,6 @@ def _trip_count(line: str, computations) -> int:
   return max(bounds, default=1)
 
 
-def _num_bytes(dtype: str, bits: str, dimensions: str) -> int:
-  sizes = [int(n) for n in dimensions.split(',') if n]
-  return math.prod(sizes) * max(1, int(bits or 8) // 8)
-
-
 def flops_of(jaxpr: Any, dtype: Any = None) -> float:
   """Multiplications and additions in all products and convolutions.
 
@@ -149,16 +148,15 @@ def _equation_flops(eqn: Any, dtype: Any) -> float:
     is_other = dtype is not None and eqn.invars[0].aval.dtype != dtype
     return 0.0 if is_other else _product_flops(eqn)
   if eqn.primitive.name == 'cond':
-    return max(flops_of(b.jaxpr, dtype) for b in eqn.params['branches'])
+    return max(flops_of(branch, dtype) for branch in eqn.params['branches'])
+  inside = [
+      flops_of(one, dtype)
+      for value in eqn.params.values()
+      for one in (value if isinstance(value, (list, tuple)) else [value])
+      if isinstance(one, (core.ClosedJaxpr, core.Jaxpr))
+  ]
   times = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
-  inside = 0.0
-  for value in eqn.params.values():
-    for one in value if isinstance(value, (list, tuple)) else [value]:
-      if isinstance(one, core.ClosedJaxpr):
-        inside += flops_of(one.jaxpr, dtype)
-      elif isinstance(one, core.Jaxpr):
-        inside += flops_of(one, dtype)
-  return times * inside
+  return times * sum(inside, 0.0)
 
 
 def _product_flops(eqn: Any) -> float:
@@ -182,15 +180,9 @@ def _convolution_flops(eqn: Any) -> float:
   out = eqn.outvars[0].aval.shape
   lhs, rhs, result = params['dimension_numbers']
   pairs = 1
-  for i, j, o, stride, (before, _), spread, dilation in zip(
-      lhs[2:],
-      rhs[2:],
-      result[2:],
-      params['window_strides'],
-      params['padding'],
-      params['lhs_dilation'],
-      params['rhs_dilation'],
-  ):
+  names = 'window_strides', 'padding', 'lhs_dilation', 'rhs_dilation'
+  axes = zip(lhs[2:], rhs[2:], result[2:], *map(params.get, names))
+  for i, j, o, stride, (before, _), spread, dilation in axes:
     first = stride * np.arange(out[o])[:, None] - before
     tap = first + dilation * np.arange(kernel[j])
     is_inside = (tap >= 0) & (tap <= (image[i] - 1) * spread)

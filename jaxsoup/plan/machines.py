@@ -114,19 +114,16 @@ def topology_mesh(name: str) -> tuple[jax.sharding.Mesh, int]:
         'its shape: v5e:8x8, v6e:16x16, v5p:4x4x4 or v4:2x2x2.'
     )
   chip = TPUS[kind]
-  # The compiler divides by the sides, and its SIGFPE ends the process.
-  if 0 in sides:
-    raise configs.UsageError(
-        f'{name!r} is not a valid topology: each side must be at least 1.'
-    )
-  # The compiler would go on, and end the process later.
-  if len(sides) != len(chip.largest) or any(
+  problem = ''
+  if 0 in sides:  # The compiler's SIGFPE would end the process.
+    problem = 'each side must be at least 1.'
+  elif len(sides) != len(chip.largest) or any(
       n > most for n, most in zip(sorted(sides), sorted(chip.largest))
-  ):
-    raise configs.UsageError(
-        f'{name!r} is not a valid topology: the largest of {kind} is '
-        f'{"x".join(map(str, chip.largest))}.'
-    )
+  ):  # The compiler would go on, and end the process later.
+    largest = 'x'.join(map(str, chip.largest))
+    problem = f'the largest of {kind} is {largest}.'
+  if problem:
+    raise configs.UsageError(f'{name!r} is not a valid topology: {problem}')
   _prepare_compiler()
   # Or v4 has two devices a chip, and no mesh.
   options = {'chip_config_name': 'megacore'} if kind == 'v4' else {}

@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import ml_collections
 
 from jaxsoup import _mixing
@@ -83,16 +81,10 @@ def of(
   config, model = experiment.config, architectures.of(experiment)
   params = abstract_params(model, mesh)
   flat = _tree.flatten(params)
-  replicated = NamedSharding(mesh, PartitionSpec())
-  number = lambda *shape: jax.ShapeDtypeStruct(
-      shape, jnp.float32, sharding=replicated
+  number = lambda *shape: _replicated(
+      jax.ShapeDtypeStruct(shape, jnp.float32), mesh
   )
-  wide = [
-      jax.ShapeDtypeStruct(
-          x.shape, _tree.wide_dtype(x.dtype), sharding=x.sharding
-      )
-      for x in flat.leaves
-  ]
+  wide = [x.update(dtype=_tree.wide_dtype(x.dtype)) for x in flat.leaves]
 
   def loss_at(floats, scale, batch):
     return cook.loss_fn_of(model.logits_fn)(flat.replace(floats), batch, scale)
@@ -100,27 +92,27 @@ def of(
   groups = _tree.groups_of(flat.paths, _tree.whole)
   alphas = lambda w: {g: jax.nn.softmax(w[g]) for g in w}
   w = {groups[0]: number(num_ingredients)}
-  source: Any = range(num_ingredients)  # Counted; nothing is read.
-  streamed = _streamed.Streamed(
-      source,
-      groups,
-      alphas,
-      loss_at,
-      tuple(x.dtype for x in flat.leaves),
-      [x.sharding for x in flat.leaves],
-  )
-  of_held_out = batches(config, mesh)
-  evaluation = batch_of(model, of_held_out.pop('evaluation'), mask=bool)
-  score = cook.score_of_batches(config, model.logits_fn, batches=())
+  read = batches(config, mesh)
+  evaluation = batch_of(model, read['evaluation'], mask=bool)
+  score = cook.score_fn(config, model.logits_fn, batches=())
   calls = {
       'add to a sum': (_mixing.add, wide, flat.leaves, number()),
       'evaluation step': (score.step, params, evaluation),
       'fine-tuning step': _fine_tuning(experiment, model, mesh, params),
   }
   if 'learned' in config:
-    resident = _learned.Resident([], groups, alphas, loss_at)
+    # Of ingredients that are counted; nothing is read.
+    same = groups, alphas, loss_at
+    resident = _learned.Resident([], *same)
+    streamed = _streamed.Streamed(
+        range(num_ingredients),  # type: ignore[arg-type]
+        *same,
+        tuple(x.dtype for x in flat.leaves),
+        [x.sharding for x in flat.leaves],
+    )
     stacked = [loop.stacked(x, num_ingredients) for x in flat.leaves]
-    batch, other = (batch_of(model, x) for x in of_held_out.values())
+    batch = batch_of(model, read['learned'])
+    other = batch_of(model, read['early stopping'])
     calls |= {
         'mix': (resident.mix, w, stacked),
         'learned step, resident': (
@@ -150,79 +142,60 @@ def used(
 def batches(
     config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
 ) -> dict[str, cook.Batches]:
-  """The batches of held-out examples: their number, size and sharding.
+  """The batches that an experiment reads: their number, size and sharding.
 
   Returns:
-    By what they are for: 'evaluation', 'learned', 'early stopping'.
+    By what they are for: 'fine-tuning', and of held-out examples 'evaluation',
+    'learned' and 'early stopping'.
+
+  Raises:
+    ValueError: the devices do not divide the size of those of fine-tuning.
   """
-  held_out: Any = range(config.data.sizes.held_out)  # Counted, not read.
-  on = loop.split(mesh)
-  made = {'evaluation': cook.Batches(held_out, config.batch_size, on)}
+  sizes, on = config.data.sizes, loop.split(mesh)
+  held_out: Any = range(sizes.held_out)  # Counted, not read.
+  size = config.finetune.batch_size
+  loop.check_divided(size, mesh)
+  made = {
+      'fine-tuning': cook.Batches(range(sizes.train), size, on),
+      'evaluation': cook.Batches(held_out, config.batch_size, on),
+  }
   if 'learned' in config:
     parts = cook.learning_batches(config, held_out, on)
     made |= zip(('learned', 'early stopping'), parts)
   return made
 
 
-def fine_tuned(
-    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, size: int
-) -> cook.Batches:
-  """Those of fine-tuning; raises unless the devices divide their size."""
-  loop.check_divided(size, mesh)
-  return cook.Batches(range(config.data.sizes.train), size, loop.split(mesh))
-
-
 def batch_of(
-    model: modeling.Model, batches: Any, **more: Any
+    model: modeling.Model, batches: cook.Batches, **more: Any
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of a batch.
-
-  Args:
-    model: with the shapes of its inputs.
-    batches: of `batches` or `fine_tuned`.
-    **more: dtypes of further vectors, by name.
-
-  Returns:
-    Shapes and shardings by name.
-  """
+  """Shapes and shardings of a batch by name; `more` are dtypes of vectors."""
   shape = lambda dtype, *x: jax.ShapeDtypeStruct(
       (batches.size, *x), dtype, sharding=batches.sharding
   )
   return {
       **{name: shape(x.dtype, *x.shape) for name, x in model.inputs.items()},
-      'label': shape(jnp.int32),
-      **{name: shape(dtype) for name, dtype in more.items()},
+      **{name: shape(x) for name, x in {'label': jnp.int32, **more}.items()},
   }
 
 
 def _fine_tuning(experiment, model, mesh, params):
-  """One step of a group of runs, as `loop.train` calls it."""
-  config = experiment.config
-  runs = _largest_group(experiment)
-  settings = steps.settings_of(config.finetune, runs, config.data.sizes.train)
-  replicated = NamedSharding(mesh, PartitionSpec())
-  on_each = lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=replicated
-  )
-  hyper = jax.tree.map(on_each, steps.stack_runs(runs))
+  """One step of the largest group of runs, as `loop.train` calls it."""
+  settings, runs = sweep(experiment).largest
+  loop.check_divided(settings.batch_size, mesh)
+  batches = cook.Batches(range(1), settings.batch_size, loop.split(mesh))
   inputs = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(
           (len(runs), 1, *x.shape), x.dtype, sharding=loop.stacked_split(mesh)
       ),
-      batch_of(model, fine_tuned(config, mesh, settings.batch_size)),
+      batch_of(model, batches),
   )
+  hyper = _replicated(steps.stack_runs(runs), mesh)
   state = loop.abstract_state(settings, mesh, params, hyper)
-  place = [on_each(jax.ShapeDtypeStruct((), jnp.int32))] * 2
+  place = [_replicated(jax.ShapeDtypeStruct((), jnp.int32), mesh)] * 2
   return loop.advance, model, settings, state, hyper, None, *place, inputs
 
 
-def _largest_group(experiment: configs.Experiment) -> list[configs.Run]:
-  """Runs that train together, those with the most examples in a step."""
-  config, runs = experiment.config, experiment.runs
-  groups = steps.grouped(runs, config.sweep.group_size)
-  size = lambda i: runs[i].get('batch_size', config.finetune.batch_size)
-  largest = max(groups, key=lambda group: len(group) * size(group[0]))
-  return [runs[i] for i in largest]
+_replicated = functools.partial(sharding.by_rules, rules=())
 
 
 def abstract_params(model: modeling.Model, mesh: jax.sharding.Mesh) -> Params:
@@ -239,26 +212,30 @@ class Sweep(NamedTuple):
     steps: of groups of runs that train together.
     examples: that all runs together see.
     times: the work, in fine-tuning steps of the largest group.
+    largest: the group with the most examples in a step: settings and runs.
   """
 
   steps: int
   examples: int
   times: float
+  largest: tuple[steps.Settings, list[configs.Run]]
 
 
 def sweep(experiment: configs.Experiment) -> Sweep:
   """Counts the steps and examples of all runs, each of its own length."""
-  config, runs = experiment.config, experiment.runs
-  num = config.data.sizes.train
-  num_steps = examples = largest = 0
-  for group in steps.grouped(runs, config.sweep.group_size):
-    settings = steps.settings_of(config.finetune, [runs[group[0]]], num)
-    in_group = settings.num_epochs * (num // settings.batch_size)
+  config, num_train = experiment.config, experiment.config.data.sizes.train
+  groups = []
+  num_steps = examples = 0
+  for rows in steps.grouped(experiment.runs, config.sweep.group_size):
+    runs = [experiment.runs[i] for i in rows]
+    settings = steps.settings_of(config.finetune, runs, num_train)
+    in_group = settings.num_epochs * (num_train // settings.batch_size)
     num_steps += in_group
-    in_step = len(group) * settings.batch_size
-    examples += in_group * in_step
-    largest = max(largest, in_step)
-  return Sweep(num_steps, examples, examples / largest)
+    examples += in_group * len(runs) * settings.batch_size
+    groups.append((settings, runs))
+  in_step = lambda group: len(group[1]) * group[0].batch_size
+  largest = max(groups, key=in_step)
+  return Sweep(num_steps, examples, examples / in_step(largest), largest)
 
 
 def compile_program(
@@ -289,14 +266,14 @@ def compile_program(
         problem=str(e).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: '),
     )
   memory = compiled.memory_analysis()
-  arguments = memory.argument_size_in_bytes
-  temporaries = memory.temp_size_in_bytes
-  output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  parts = {
+      'arguments': memory.argument_size_in_bytes,
+      'temporaries': memory.temp_size_in_bytes,
+      'output': memory.output_size_in_bytes - memory.alias_size_in_bytes,
+  }
   return program._replace(
-      peak=arguments + temporaries + output,
-      arguments=arguments,
-      temporaries=temporaries,
-      output=output,
+      **parts,
+      peak=sum(parts.values()),
       collectives=hlo.collectives_of(compiled.as_text()),
       seconds=time.monotonic() - start,
   )

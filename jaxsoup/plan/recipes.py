@@ -1,15 +1,17 @@
 """What each recipe reads, holds and evaluates, from its programs.
 
 ```
-made = recipes.of(experiment, mesh, device_bytes, 58, compiled, rates)
-[r.name for r in made if r.fits]
+made = plan.make(experiment, mesh, device_bytes, ...)
+[r.name for r in made.recipes if r.fits]
 ```
 """
 
 import collections
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -25,6 +27,7 @@ from jaxsoup.experiments import cook
 from jaxsoup.plan import machines
 from jaxsoup.plan import programs
 from jaxsoup.train import loop
+from jaxsoup.typing import Json
 
 
 class Recipe(NamedTuple):
@@ -50,28 +53,106 @@ class Recipe(NamedTuple):
 
   name: str
   device: int
-  host: int
-  reads: int
-  examples: int
-  writes: int
-  evaluations: int
-  steps: int
-  calls: Mapping[str, float]
+  host: int = 0
+  reads: int = 0
+  examples: int = 0
+  writes: int = 0
+  evaluations: int = 0
+  steps: int = 0
+  calls: Mapping[str, float] = {}
   compute_seconds: float | None = None
   read_seconds: float | None = None
   fits: bool = True
   note: str = ''
 
 
-class _Row(NamedTuple):
-  """What a recipe needs besides what all do, at most."""
+class Plan(NamedTuple):
+  """A plan: the machine, its programs and the recipes on it.
 
-  device: int
-  reads: int  # Models.
-  evaluations: int = 0
-  steps: int = 0
-  calls: Mapping[str, int] = {}
-  host: int = 0
+  Attributes:
+    machine: its name.
+    num_devices: of all hosts.
+    num_used: 1 if the experiment is not sharded, else all.
+    num_hosts: one process runs on each.
+    device_bytes: memory of one device.
+    num_ingredients: K.
+    num_parameters: of one ingredient.
+    model_bytes: of one ingredient.
+    read_bytes: what all hosts together read of one ingredient.
+    batch_sizes: by program, as they are run.
+    num_runs: of the sweep.
+    sweep_flops: of all steps of all runs, on all devices together.
+    rates: what predicts the seconds.
+    programs: what the compiler says about each.
+    recipes: what each needs, and the fine-tuning.
+  """
+
+  machine: str
+  num_devices: int
+  num_used: int
+  num_hosts: int
+  device_bytes: int
+  num_ingredients: int
+  num_parameters: int
+  model_bytes: int
+  read_bytes: int
+  batch_sizes: Mapping[str, int]
+  num_runs: int
+  sweep_flops: float
+  rates: machines.Rates
+  programs: tuple[programs.Program, ...]
+  recipes: tuple[Recipe, ...]
+
+
+def make(
+    experiment: configs.Experiment,
+    mesh: jax.sharding.Mesh,
+    device_bytes: int,
+    *,
+    num_ingredients: int,
+    machine: str,
+    rates: machines.Rates,
+    on_program: Callable[[programs.Program], None] | None = None,
+) -> Plan:
+  """Compiles the programs of an experiment, and adds up what the recipes need.
+
+  Args:
+    experiment: of `configs.load`; its data are not read.
+    mesh: with the axis `fsdp`, over which models and batches are sharded; only
+      its first device is used if `config.is_sharded` is not set.
+    device_bytes: memory of one device.
+    num_ingredients: K.
+    machine: a name for it.
+    rates: what predicts seconds.
+    on_program: called after each program.
+
+  Returns:
+    A `Plan`.
+
+  Raises:
+    UsageError: the config lacks a field; the message names it.
+    ValueError: the run would not start: a batch of the fine-tuning that the
+      devices do not divide, or held-out examples that are too few to learn.
+  """
+  config = experiment.config
+  known = configs.flat(config)
+  if missing := [
+      name
+      for name in _FIELDS
+      if name not in known
+      and ('learned' in config or not name.startswith('learned.'))
+  ]:
+    raise configs.UsageError(
+        f'The config lacks {", ".join(missing)}: see configs/digits.py.'
+    )
+  num_devices, mesh = mesh.size, programs.used(config, mesh)
+  compiled = []
+  for name, fn in programs.of(experiment, mesh, num_ingredients).items():
+    compiled.append(programs.compile_program(name, fn, mesh))
+    if on_program is not None:
+      on_program(compiled[-1])
+  made = of(experiment, mesh, device_bytes, num_ingredients, compiled, rates)
+  return made._replace(machine=machine, num_devices=num_devices)
 
 
 def of(
@@ -81,75 +162,64 @@ def of(
     num_ingredients: int,
     compiled: Sequence[programs.Program],
     rates: machines.Rates,
-) -> tuple[Recipe, ...]:
+) -> Plan:
   """Adds up what the fine-tuning and each recipe reads, holds and evaluates.
 
-  Args:
-    experiment: as in `plan.make`.
-    mesh: of `programs.used`.
-    device_bytes: memory of one device.
-    num_ingredients: K.
-    compiled: those of `programs.of`.
-    rates: what predicts seconds.
-
-  Returns:
-    One `Recipe` each, the first for the fine-tuning; those that search are
-    counted as if they took all.
+  Args as in `make`; the mesh is that of `programs.used`, and the programs those
+  of `programs.of`. Searches are counted as if they took all.
   """
   by_name = {p.name: p for p in compiled}
   config, model = experiment.config, architectures.of(experiment)
+  num_hosts = programs.num_hosts(mesh)
   leaves = jax.tree.leaves(programs.abstract_params(model, mesh))
-  host_reads, all_read = read_bytes(leaves)
+  narrow_bytes, host_reads, all_read = bytes_of_hosts(leaves)
   model_bytes = sum(map(total_bytes, leaves))
   batches = programs.batches(config, mesh)
   evaluated = batches['evaluation']
   batch = programs.batch_of(model, evaluated).values()
   example_bytes = sum(map(total_bytes, batch)) // evaluated.size
-  is_kept = cook.are_kept(
-      config.data.sizes.held_out * example_bytes, device_bytes
-  )
-  # Examples in a batch, of programs that read such.
-  sizes = {'evaluation step': evaluated.size}
-  if 'learned' in batches:
-    sizes |= dict.fromkeys(_LEARNED, batches['learned'].size)
-    sizes['early stopping'] = batches['early stopping'].size
-  most = {'evaluation step': len(evaluated)} if is_kept else {}
-  one, total = _sizes(by_name['add to a sum'], leaves)
+  held_out = config.data.sizes.held_out
+  is_kept = cook.are_kept(held_out * example_bytes, device_bytes)
   masked = programs.batch_of(model, evaluated, mask=bool).values()
   # Batches on a device that an evaluation does not use now: in flight, or all
   # in the order given, and once more the hardest first.
   num_waiting = 2 * (len(evaluated) if is_kept else 1)
+  # A model and a sum of them on a device, as the compiler pads their tiles.
+  add = by_name['add to a sum']
+  share = sum(map(programs.shard_bytes, leaves))
+  wide = lambda x: _tree.wide_dtype(x.dtype).itemsize / x.dtype.itemsize
+  wider = sum(programs.shard_bytes(x) * wide(x) for x in leaves)
+  one = int(add.arguments * share / (share + wider))
   rows = _rows(
       config,
       num_ingredients,
       by_name,
       batches,
       one=one,
-      total=total,
+      total=add.arguments - one,
       waiting=num_waiting * sum(map(programs.shard_bytes, masked)),
-      logits=4 * config.data.sizes.held_out * model.num_classes,
-      copy=_copy_bytes(leaves),
+      logits=4 * held_out * model.num_classes,
+      narrow=narrow_bytes,
   )
-  made = [_fine_tuning(experiment, model, mesh, by_name, model_bytes)]
+
+  def examples(call):
+    name, num = call
+    if name == 'evaluation step' and is_kept:
+      # On the devices; each host reads it as a whole.
+      return min(num, len(evaluated)) * evaluated.size
+    read = batches.get(_READ_BY.get(name, ''))
+    return 0 if read is None else num * read.size // num_hosts
+
+  swept, step = programs.sweep(experiment), by_name['fine-tuning step']
+  made = [_fine_tuning(experiment, model, mesh, step, swept, model_bytes)]
   made += [
-      Recipe(
-          name=name,
-          device=row.device,
+      row._replace(
           host=host_reads + row.host,
           reads=row.reads * all_read,
-          examples=example_bytes
-          * sum(
-              min(num, most.get(called, num)) * sizes.get(called, 0)
-              # What stays on the devices each host reads as a whole.
-              // (1 if called in most else programs.num_hosts(mesh))
-              for called, num in row.calls.items()
-          ),
-          writes=0 if name == 'ensembles' else model_bytes,
-          evaluations=row.evaluations,
-          steps=row.steps,
-          calls=row.calls,
+          examples=example_bytes * sum(map(examples, row.calls.items())),
+          writes=0 if row.name == 'ensembles' else model_bytes,
       )
-      for name, row in rows.items()
+      for row in rows
   ]
 
   def finished(recipe):
@@ -166,34 +236,49 @@ def of(
         and not any(p.problem for _, p in times),
     )
 
-  return _with_notes(
-      list(map(finished, made)), mesh, device_bytes, num_ingredients, one
+  made = list(map(finished, made))
+  streams = any(r.name == 'learned, streamed' and r.fits for r in made)
+  # What `jaxsoup.learned` chooses: it does not count activations.
+  _, is_stacked = _streamed.fits(num_ingredients, one, device_bytes)
+  note = functools.partial(_note, mesh, device_bytes, streams, is_stacked)
+  return Plan(
+      machine='',
+      num_devices=mesh.size,
+      num_used=mesh.size,
+      num_hosts=num_hosts,
+      device_bytes=device_bytes,
+      num_ingredients=num_ingredients,
+      num_parameters=sum(x.size for x in leaves),
+      model_bytes=model_bytes,
+      read_bytes=all_read,
+      batch_sizes={name: x.size for name, x in batches.items()},
+      num_runs=len(experiment.runs),
+      sweep_flops=step.flops * mesh.size * swept.times,
+      rates=rates,
+      programs=tuple(compiled),
+      recipes=tuple(r._replace(note=note(r)) for r in made),
   )
 
 
-def _fine_tuning(experiment, model, mesh, by_name, model_bytes) -> Recipe:
+def _fine_tuning(experiment, model, mesh, step, swept, model_bytes) -> Recipe:
   """All runs of the sweep; examples are read as the model takes them."""
-  config, step = experiment.config, by_name['fine-tuning step']
-  swept = programs.sweep(experiment)
+  config = experiment.config
   num_hosts = programs.num_hosts(mesh)
-  batch = programs.batch_of(
-      model, programs.fine_tuned(config, mesh, config.finetune.batch_size)
-  ).values()
+  batches = programs.batches(config, mesh)['fine-tuning']
+  batch = programs.batch_of(model, batches).values()
   # Of three batches in flight one is an argument; three more are read ahead.
   # What is not sharded has all of its data on the device, if in memory.
   waiting = 2 * sum(map(programs.shard_bytes, batch))
   batch_bytes = sum(map(total_bytes, batch))
-  example_bytes = batch_bytes // config.finetune.batch_size
+  example_bytes = batch_bytes // batches.size
   data_bytes = config.data.sizes.train * example_bytes
   names = loop.names_of(config.finetune)
   wanted = config.get('ingredients', names) or names
   copies = len(experiment.runs) * len({*names} & {*wanted})
   return Recipe(
-      name='fine-tuning',
-      device=step.peak
-      + (waiting if config.get('is_sharded', False) else data_bytes),
+      'fine-tuning',
+      step.peak + (waiting if config.get('is_sharded', False) else data_bytes),
       host=3 * batch_bytes // num_hosts,
-      reads=0,
       examples=swept.examples * example_bytes // num_hosts,
       writes=copies * model_bytes,
       evaluations=copies,
@@ -202,46 +287,44 @@ def _fine_tuning(experiment, model, mesh, by_name, model_bytes) -> Recipe:
   )
 
 
-def _sizes(add: programs.Program, leaves) -> tuple[int, int]:
-  """Bytes of a model and of a sum of them, as the compiler pads their tiles."""
-  wide = lambda x: _tree.wide_dtype(x.dtype).itemsize / x.dtype.itemsize
-  share = sum(map(programs.shard_bytes, leaves))
-  wider = sum(programs.shard_bytes(x) * wide(x) for x in leaves)
-  one = int(add.arguments * share / (share + wider))
-  return one, add.arguments - one
-
-
-_LEARNED = ('learned step, resident', 'learned step, streamed')
+# The batches of examples that a program takes.
+_READ_BY = {
+    'evaluation step': 'evaluation',
+    'learned step, resident': 'learned',
+    'learned step, streamed': 'learned',
+    'early stopping': 'early stopping',
+}
 
 
 def _rows(
-    config, k, by_name, batches, *, one, total, waiting, logits, copy
-) -> dict[str, _Row]:
-  """By recipe: on a device what it keeps, and its largest program.
+    config, k, by_name, batches, *, one, total, waiting, logits, narrow
+) -> Iterator[Recipe]:
+  """Each recipe with what only it needs; `reads` counts models.
 
-  Args:
-    config: of the experiment.
-    k: number of ingredients.
-    by_name: programs.
-    batches: of `programs.batches`.
-    one: bytes of a model on a device: that which is worked on, or read ahead.
-    total: of a sum of models.
-    waiting: of batches for later.
-    logits: of one model, on the host.
-    copy: of a model in bfloat16, on the host.
+  On a device are what it keeps and its largest program: `one` is a model there,
+  worked on or read ahead, `total` a sum of models, `waiting` are batches for
+  later. On a host are `logits` of a model, or all of it in bfloat16, `narrow`.
   """
   add, mix, ahead = 'add to a sum', 'mix', one
   peak = lambda name: by_name[name].peak
   evaluated = peak('evaluation step') + waiting
   search = evaluated + total + one + ahead
   walks = lambda n: {'evaluation step': n * len(batches['evaluation'])}
-  learned = {}
+
+  def searched(name, reads, num, adds):
+    calls = {add: adds, **walks(num)}
+    return Recipe(name, search, reads=reads, evaluations=num, calls=calls)
+
+  # Checkpoints are summed on the hosts.
+  yield Recipe('uniform', one, reads=k)
+  yield searched('greedy', 2 * k, 2 * k - 1, k)
+  yield searched('pruned, one pass', 3 * k + 1, 2 * k + 1, 2 * k)
   if 'learned' in batches:
     epochs = config.learned.num_epochs
     steps = epochs * len(batches['learned'])
     # One at the start, one an epoch; each mixes once, and so does the end.
     stopping = {'early stopping': (epochs + 1) * len(batches['early stopping'])}
-    resident, streamed = _LEARNED
+    resident, streamed = 'learned step, resident', 'learned step, streamed'
     inner = 'inner products, streamed'
     # Two walks through the ingredients a step, for the mix and its gradient.
     mixes, products = steps + epochs + 2, steps
@@ -250,146 +333,129 @@ def _rows(
     }  # fmt: skip
     # The ingredient that was read last is kept.
     forward, mixing = peak(streamed) + one, total + one
-    counts = (epochs + 1, steps)
-    learned = {
-        'learned, resident': _Row(
-            # Or when the last one is put on the stack.
-            max(peak(resident), k * one + one + ahead),
-            k,
-            *counts,
-            {resident: steps, mix: epochs + 2, **stopping},
-        ),
-        'learned, streamed': _Row(
-            max(forward, mixing, peak(inner)) + ahead,
-            # Each walk begins with the ingredient that is there.
-            (mixes + products) * (k - 1) + 1,
-            *counts,
-            walked,
-        ),
-        'learned, cached': _Row(
-            # Nothing is read ahead; a copy is widened on the device.
-            max(forward, mixing + one, peak(inner) + one),
-            2 * k,
-            *counts,
-            walked,
-            host=k * copy,
-        ),
-    }
-  return {
-      'uniform': _Row(one, k),  # Checkpoints are summed on the hosts.
-      'greedy': _Row(
-          search, 2 * k, 2 * k - 1, calls={add: k, **walks(2 * k - 1)}
-      ),
-      'pruned, one pass': _Row(
-          search,
-          3 * k + 1,
-          2 * k + 1,
-          calls={add: 2 * k, **walks(2 * k + 1)},
-      ),
-      **learned,
-      # The sums of theta_k and of unit vectors, theta_0, and the soup.
-      'Model Stock': _Row(2 * total + 3 * one + ahead, k + 2),
-      'ensembles': _Row(
-          # Or greedy on them: their sum, a candidate, a model and the one
-          # ahead.
-          max(evaluated + ahead, 4 * logits),
-          k,
-          k,
-          # The logits of a batch are the work of an evaluation step.
-          calls=walks(k),
-          # And those of the model that is run, in parts and as a whole.
-          host=(k + 2) * logits,
-      ),
-  }
+    learned = functools.partial(Recipe, evaluations=epochs + 1, steps=steps)
+    yield learned(
+        'learned, resident',
+        # Or when the last one is put on the stack.
+        max(peak(resident), k * one + one + ahead),
+        reads=k,
+        calls={resident: steps, mix: epochs + 2, **stopping},
+    )
+    yield learned(
+        'learned, streamed',
+        max(forward, mixing, peak(inner)) + ahead,
+        # Each walk begins with the ingredient that is there.
+        reads=(mixes + products) * (k - 1) + 1,
+        calls=walked,
+    )
+    yield learned(
+        'learned, cached',
+        # Nothing is read ahead; a copy is widened on the device.
+        max(forward, mixing + one, peak(inner) + one),
+        host=k * narrow,
+        reads=2 * k,
+        calls=walked,
+    )
+  # The sums of theta_k and of unit vectors, theta_0, and the soup.
+  yield Recipe('Model Stock', 2 * total + 3 * one + ahead, reads=k + 2)
+  yield Recipe(
+      'ensembles',
+      # Or greedy on them: their sum, a candidate, a model and the one ahead.
+      max(evaluated + ahead, 4 * logits),
+      # And those of the model that is run, in parts and as a whole.
+      host=(k + 2) * logits,
+      reads=k,
+      evaluations=k,
+      # The logits of a batch are the work of an evaluation step.
+      calls=walks(k),
+  )
 
 
-def _with_notes(made, mesh, device_bytes, num_ingredients, one):
-  """Adds to each recipe why it does not fit, and what would."""
-  fits = {r.name: r.fits for r in made}
-  # What `jaxsoup.learned` chooses: it does not count activations.
-  _, is_kept = _streamed.fits(num_ingredients, one, device_bytes)
-
-  def noted(recipe):
-    is_resident = recipe.name == 'learned, resident'
-    note = ''
-    if not recipe.fits:
-      needed = (
-          f'{_memory.amount(recipe.device)} of {_memory.amount(device_bytes)}'
-      )
-      note = f'does not fit: needs {needed}; '
-      if is_resident and fits['learned, streamed']:
-        note += 'streamed fits: ' + (
-            "pass memory='streamed'" if is_kept else "memory='auto' does that"
-        )
-      else:
-        note += _what_would_fit(recipe.device, mesh)
-    elif is_resident and not is_kept:
-      note = (
-          "fits with memory='resident'; memory='auto' streams, as K + 3 models "
-          'take over two thirds of the memory'
-      )
-    return recipe._replace(note=note)
-
-  return tuple(map(noted, made))
-
-
-def _what_would_fit(num_bytes: int, mesh: jax.sharding.Mesh) -> str:
-  if mesh.devices.flat[0].platform == 'cpu':
-    return 'try more memory, or smaller batches'
-  kinds = [
-      k for k, c in machines.TPUS.items() if c.hbm_gib * 2**30 >= num_bytes
-  ]
-  others = f'{mesh.size} of {" or ".join(kinds)}, ' if kinds else ''
-  return f'try {others}more devices, or smaller batches'
+def _note(mesh, device_bytes, streams, is_stacked, recipe) -> str:
+  """Why a recipe does not fit, and what would."""
+  is_resident = recipe.name == 'learned, resident'
+  if recipe.fits:
+    return (
+        "fits with memory='resident'; memory='auto' streams, as K + 3 models "
+        'take over two thirds of the memory'
+        if is_resident and not is_stacked
+        else ''
+    )
+  if is_resident and streams:
+    advice = 'streamed fits: ' + (
+        "pass memory='streamed'" if is_stacked else "memory='auto' does that"
+    )
+  elif mesh.devices.flat[0].platform == 'cpu':
+    advice = 'try more memory, or smaller batches'
+  else:
+    kinds = ' or '.join(
+        kind
+        for kind, chip in machines.TPUS.items()
+        if chip.hbm_gib * 2**30 >= recipe.device
+    )
+    others = f'{mesh.size} of {kinds}, ' if kinds else ''
+    advice = f'try {others}more devices, or smaller batches'
+  needed = _memory.amount(recipe.device)
+  return (
+      f'does not fit: needs {needed} of {_memory.amount(device_bytes)}; '
+      f'{advice}'
+  )
 
 
-def _by_host(
+def bytes_of_hosts(
     leaves: Sequence[jax.ShapeDtypeStruct],
-    size_fn: Callable[[jax.ShapeDtypeStruct, list[Any]], int],
-) -> list[int]:
-  """Sums, by host, the sizes of what its devices hold of each leaf."""
-  sizes: collections.Counter[int] = collections.Counter()
-  for x in leaves:
-    held: dict[int, list[Any]] = {}
-    for device, index in x.sharding.devices_indices_map(x.shape).items():
-      held.setdefault(device.process_index, []).append(index)
-    for host, indices in held.items():
-      sizes[host] += size_fn(x, indices)
-  return list(sizes.values())
+) -> tuple[int, int, int]:
+  """Bytes of a model: what a host has in bfloat16, and reads; what all read.
 
-
-def _copy_bytes(leaves) -> int:
-  """Bytes of a model in bfloat16, of what one host has of it, at most."""
-
-  def size_fn(x, indices):
-    size = math.prod(x.sharding.shard_shape(x.shape)) * min(2, x.dtype.itemsize)
-    return len(set(map(str, indices))) * size
-
-  return max(_by_host(leaves, size_fn))
-
-
-def read_bytes(leaves: Sequence[jax.ShapeDtypeStruct]) -> tuple[int, int]:
-  """Bytes that one host reads of a model, at most, and that all read.
-
-  A host reads of a leaf the smallest box with all that its devices hold, see
-  `checkpoints`: more than they hold where these are no neighbours in the mesh.
+  The first two at most. A host reads of a leaf the smallest box with all that
+  its devices hold, see `checkpoints`: more than they hold where these are no
+  neighbours in the mesh.
   """
-
-  def size_fn(x, indices):
-    sides = [
-        [i.indices(n)[:2] for i in of_axis]
-        for of_axis, n in zip(zip(*indices), x.shape)
-    ]
-    lengths = [
-        max(end for _, end in side) - min(start for start, _ in side)
-        for side in sides
-    ]
-    return math.prod(lengths) * x.dtype.itemsize
-
-  by_host = _by_host(leaves, size_fn)
-  return max(by_host), sum(by_host)
+  narrow: collections.Counter[int] = collections.Counter()
+  boxes: collections.Counter[int] = collections.Counter()
+  for x in leaves:
+    held: dict[int, set[Any]] = {}
+    for device, index in x.sharding.devices_indices_map(x.shape).items():
+      part = tuple(i.indices(n)[:2] for i, n in zip(index, x.shape))
+      held.setdefault(device.process_index, set()).add(part)
+    size = math.prod(x.sharding.shard_shape(x.shape)) * min(2, x.dtype.itemsize)
+    for host, parts in held.items():
+      edges = (zip(*side) for side in zip(*parts))
+      lengths = [max(ends) - min(starts) for starts, ends in edges]
+      narrow[host] += len(parts) * size
+      boxes[host] += math.prod(lengths) * x.dtype.itemsize
+  return max(narrow.values()), max(boxes.values()), sum(boxes.values())
 
 
 def total_bytes(x: jax.ShapeDtypeStruct) -> int:
   """Bytes of an array on all devices together."""
-  return math.prod(x.shape) * x.dtype.itemsize
+  return x.size * x.dtype.itemsize
+
+
+# Fields that a plan reads, besides those of the model and the sweep.
+_FIELDS = (
+    'batch_size',
+    'data.sizes.held_out',
+    'data.sizes.train',
+    'finetune.batch_size',
+    'finetune.final',
+    'finetune.num_epochs',
+    'finetune.warmup',
+    'sweep.group_size',
+    'learned.batch_size',
+    'learned.num_epochs',
+    'learned.val_fraction',
+)
+
+
+def as_json(plan: Plan) -> Json:
+  """The plan as nested dicts, bytes and FLOPs as numbers."""
+
+  def nested(x):
+    if hasattr(x, '_asdict'):
+      x = x._asdict()
+    if isinstance(x, Mapping):
+      return {name: nested(value) for name, value in x.items()}
+    return list(map(nested, x)) if isinstance(x, tuple) else x
+
+  return nested(plan)

@@ -1,25 +1,23 @@
 """A plan as text: its programs and its recipes, as two tables."""
 
-from jaxsoup import _memory
+from jaxsoup._memory import amount
 from jaxsoup.plan import machines
-from jaxsoup.plan._make import Plan
+from jaxsoup.plan.recipes import Plan
 
 
 def as_text(made: Plan) -> str:
   """The plan as two tables."""
-  return '\n'.join(
-      [
-          *_heading(made),
-          '',
-          'Each program, on one device:',
-          _table(_program_rows(made)),
-          '',
-          'The fine-tuning and each recipe, at most: peak memory of one device '
-          'and of one host, the examples that each host reads, and totals of '
-          'the rest:',
-          _table(_recipe_rows(made)),
-      ]
-  )
+  parts = [
+      *_heading(made),
+      '',
+      'Each program, on one device:',
+      _table(_program_rows(made)),
+      '',
+      'The fine-tuning and each recipe, at most: peak memory of one device and '
+      'of one host, the examples that each host reads, and totals of the rest:',
+      _table(_recipe_rows(made)),
+  ]
+  return '\n'.join(parts)
 
 
 def _heading(made: Plan) -> list[str]:
@@ -27,13 +25,13 @@ def _heading(made: Plan) -> list[str]:
   sizes = ', '.join(f'{n} ({name})' for name, n in made.batch_sizes.items())
   lines = [
       f'{made.machine}: {made.num_devices} devices of '
-      f'{_memory.amount(made.device_bytes)} each, {hosts}.',
+      f'{amount(made.device_bytes)} each, {hosts}.',
       f'{made.num_ingredients} ingredients of '
-      f'{_memory.amount(made.num_parameters, "")} parameters, '
-      f'{_memory.amount(made.model_bytes)} each.',
+      f'{amount(made.num_parameters, "")} parameters, '
+      f'{amount(made.model_bytes)} each.',
       f'Batches of {sizes}.',
       f'Fine-tuning {made.num_runs} runs is '
-      f'{_memory.amount(made.sweep_flops, "FLOP")}.',
+      f'{amount(made.sweep_flops, "FLOP")}.',
       *_predictions(made),
   ]
   if made.num_used < made.num_devices:
@@ -103,19 +101,19 @@ def _program_rows(made: Plan) -> list[list[str]]:
        'work', 'compiled', 'collectives'],
   ]  # fmt: skip
   for p in made.programs:
-    parts = [p.arguments, p.temporaries, p.output]
     collectives = ', '.join(
-        f'{t.times} {name} {_memory.amount(t.num_bytes)}'
+        f'{t.times} {name} {amount(t.num_bytes)}'
         for name, t in p.collectives.items()
     )
     is_fitting = not p.problem and p.peak <= made.device_bytes
+    parts = p.arguments, p.temporaries, p.output
     rows.append(
         [
             p.name,
-            *('-' if p.problem else _memory.amount(n) for n in parts),
-            _memory.amount(p.peak) if p.peak else '?',
+            *('-' if p.problem else amount(n) for n in parts),
+            amount(p.peak) if p.peak else '?',
             f'{p.peak / made.device_bytes:.0%}' if p.peak else '?',
-            _memory.amount(p.flops, 'FLOP'),
+            amount(p.flops, 'FLOP'),
             f'{p.seconds:.1f} s',
             (collectives or 'none') if is_fitting else 'does not fit',
         ]
@@ -124,23 +122,19 @@ def _program_rows(made: Plan) -> list[list[str]]:
 
 
 def _recipe_rows(made: Plan) -> list[list[str]]:
-  rows = [
-      ['recipe', 'device', 'host', 'reads', 'examples', 'writes',
-       'evaluations', 'steps', 'compute s', 'read s', ''],
-  ]  # fmt: skip
-  for r in made.recipes:
-    amounts = (r.device, r.host, r.reads, r.examples, r.writes)
-    rows.append(
-        [
-            r.name,
-            *map(_memory.amount, amounts),
-            str(r.evaluations),
-            f'{r.steps:,}',
-            *map(_seconds, (r.compute_seconds, r.read_seconds)),
-            r.note or 'fits',
-        ]
-    )
-  return rows
+  head = ['recipe', 'device', 'host', 'reads', 'examples', 'writes',
+          'evaluations', 'steps', 'compute s', 'read s', '']  # fmt: skip
+  return [head] + [
+      [
+          r.name,
+          *map(amount, (r.device, r.host, r.reads, r.examples, r.writes)),
+          str(r.evaluations),
+          f'{r.steps:,}',
+          *map(_seconds, (r.compute_seconds, r.read_seconds)),
+          r.note or 'fits',
+      ]
+      for r in made.recipes
+  ]
 
 
 def _table(rows: list[list[str]]) -> str:

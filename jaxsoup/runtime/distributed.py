@@ -33,25 +33,25 @@ def start(*, timeout: int = 300) -> None:
   # These two jax does not read.
   num_processes = _number_in('JAX_NUM_PROCESSES')
   process = _number_in('JAX_PROCESS_ID')
-  done = threading.Event()
 
   # jax itself aborts with a stack trace that names no process.
-  def watch():
-    if not done.wait(timeout):
-      who = 'This process' if process is None else f'Process {process}'
-      print(
-          f'Error: {who} waited {timeout} s for the other processes'
-          + (f' at {coordinator}' if coordinator else '')
-          + ', but not all connected. Start'
-          + (f' all {num_processes}' if num_processes else ' all of them')
-          + ' with the same coordinator, each with its own number, and check '
-          'the output of the others.',
-          file=sys.stderr,
-          flush=True,
-      )
-      os._exit(1)
+  def abort():
+    who = 'This process' if process is None else f'Process {process}'
+    print(
+        f'Error: {who} waited {timeout} s for the other processes'
+        + (f' at {coordinator}' if coordinator else '')
+        + ', but not all connected. Start'
+        + (f' all {num_processes}' if num_processes else ' all of them')
+        + ' with the same coordinator, each with its own number, and check '
+        'the output of the others.',
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
-  threading.Thread(target=watch, daemon=True).start()
+  watch = threading.Timer(timeout, abort)
+  watch.daemon = True
+  watch.start()
   try:
     jax.distributed.initialize(
         coordinator, num_processes, process, initialization_timeout=timeout + 60
@@ -63,25 +63,18 @@ def start(*, timeout: int = 300) -> None:
         'JAX_PROCESS_ID=I in the environment of each.'
     ) from e
   finally:
-    done.set()
+    watch.cancel()
 
 
 def _number_in(variable: str) -> int | None:
   text = os.environ.get(variable)
-  if text is None or text.isdecimal():
-    return None if text is None else int(text)
-  raise ValueError(f'{variable}={text!r} is not a number, such as 2.')
+  if text is not None and not text.isdecimal():
+    raise ValueError(f'{variable}={text!r} is not a number, such as 2.')
+  return None if text is None else int(text)
 
 
 def banner(place: Any) -> str:
-  """Which process this is, what it has, and where it writes.
-
-  Args:
-    place: the directory or file that the run makes.
-
-  Returns:
-    One line.
-  """
+  """One line: which process this is, what it has, and where it writes."""
   local, total = jax.local_device_count(), jax.device_count()
   kind = jax.devices()[0].device_kind
   return (

@@ -35,9 +35,6 @@ def locked(path: PathLike, what: object) -> Iterator[None]:
       that a killed process left behind does no harm.
     what: the path that is protected, for messages.
 
-  Yields:
-    None, while it is held.
-
   Raises:
     InUseError: another process holds it.
   """
@@ -57,60 +54,53 @@ def locked(path: PathLike, what: object) -> Iterator[None]:
 
 def _acquired(path: pathlib.Path, what: object) -> int | None:
   while True:
-    file = _opened(path)
     try:
-      if fcntl is None:
-        raise OSError(errno.ENOSYS, 'no flock')
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      holder = _holder(file)
-      os.close(file)
-      raise InUseError(
-          f'{what} is in use by {holder}. Wait until it ends, stop it, or use '
-          'another path.'
-      ) from e
+      flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0)
+      file = os.open(path, flags, 0o644)
     except OSError as e:
-      os.close(file)
-      if e.errno not in _NO_LOCKS:
+      if not path.is_symlink():
         raise
-      _warnings.warn(
-          f'The file system of {path} does not support locks: make sure that '
-          f'no other process uses {what}.'
-      )
-      return None
-    # Its last holder may have deleted it between the two calls.
-    if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-      break
-    os.close(file)
-  if not _is_lock(file):
-    os.close(file)
-    raise FileExistsError(
-        f'{path} would be the lock of {what}, but holds something else, and is '
-        'left as it is. Move it elsewhere.'
-    )
-  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-  held = {'host': socket.gethostname(), 'pid': os.getpid(), 'since': now}
-  os.ftruncate(file, 0)
-  os.write(file, json.dumps(held).encode())
-  return file
+      raise FileExistsError(
+          f'{path} is a symbolic link, not a lock: what it leads to is left as '
+          'it is. Remove the link.'
+      ) from e
+    with contextlib.ExitStack() as stack:
+      stack.callback(os.close, file)
+      try:
+        if fcntl is None:
+          raise OSError(errno.ENOSYS, 'no flock')
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as e:
+        raise InUseError(
+            f'{what} is in use by {_holder(file)}. Wait until it ends, stop '
+            'it, or use another path.'
+        ) from e
+      except OSError as e:
+        if e.errno not in _NO_LOCKS:
+          raise
+        _warnings.warn(
+            f'The file system of {path} does not support locks: make sure that '
+            f'no other process uses {what}.'
+        )
+        return None
+      # Its last holder may have deleted it between the two calls.
+      if not (path.exists() and os.path.samestat(os.fstat(file), path.stat())):
+        continue
+      if not _is_lock(os.pread(file, 1000, 0)):
+        raise FileExistsError(
+            f'{path} would be the lock of {what}, but holds something else, '
+            'and is left as it is. Move it elsewhere.'
+        )
+      now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+      held = {'host': socket.gethostname(), 'pid': os.getpid(), 'since': now}
+      os.ftruncate(file, 0)
+      os.write(file, json.dumps(held).encode())
+      stack.pop_all()
+      return file
 
 
-def _opened(path: pathlib.Path) -> int:
-  flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0)
-  try:
-    return os.open(path, flags, 0o644)
-  except OSError as e:
-    if not path.is_symlink():
-      raise
-    raise FileExistsError(
-        f'{path} is a symbolic link, not a lock: what it leads to is left as '
-        'it is. Remove the link.'
-    ) from e
-
-
-def _is_lock(file: int) -> bool:
+def _is_lock(content: bytes) -> bool:
   """Whether it is new, or one of ours whose holder died."""
-  content = os.pread(file, 1000, 0)
   try:
     return not content or {'host', 'pid'} <= set(json.loads(content))
   except (TypeError, ValueError):

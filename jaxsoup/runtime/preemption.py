@@ -20,8 +20,6 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 128 + signal.SIGTERM
-
 
 class Preempted(Exception):
   """The script stops here; the message says what is saved."""
@@ -42,8 +40,8 @@ class Stop:
     """Whether to stop here, alike in all processes of a run.
 
     Each of them has to ask as often, at the same places. They do not wait for
-    each other: the service that jax has for it tells all of them of a SIGTERM,
-    and of the next question that none of them has asked yet.
+    each other: jax tells all of them of a SIGTERM, and of the next question
+    that none of them has asked yet.
     """
     if jax.process_count() > 1:
       number = next(_QUESTIONS)
@@ -51,14 +49,7 @@ class Stop:
     return self.requested
 
   def check(self, saved: str) -> None:
-    """Stops the script if it was asked to.
-
-    Args:
-      saved: what is saved by now, for the last line that the script prints.
-
-    Raises:
-      Preempted: it is `agreed`.
-    """
+    """Raises `Preempted`, which says what is saved, if it is `agreed`."""
     if self.agreed():
       raise Preempted(saved)
 
@@ -100,4 +91,4 @@ def handled() -> Iterator[Stop]:
           f'Stopped by SIGTERM: {e}. Run the same command again to continue.',
           file=sys.stderr,
       )
-      raise SystemExit(EXIT_CODE) from None
+      raise SystemExit(128 + signal.SIGTERM) from None

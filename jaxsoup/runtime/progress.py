@@ -29,11 +29,24 @@ def shown(shares: Mapping[str, float], *, file: Any = None):
     A `ProgressFn`.
   """
   file = file or sys.stderr
-  if file.isatty():
-    with _bar(shares, file) as progress_fn:
-      yield progress_fn
-  else:
+  if not file.isatty():
     yield _lines(shares, file)
+    return
+  from rich import console
+  from rich import progress
+
+  columns = (
+      progress.TextColumn('{task.description:<24}'),
+      progress.BarColumn(),
+      progress.TaskProgressColumn(),
+      progress.TimeRemainingColumn(elapsed_when_finished=True),
+  )
+  with progress.Progress(*columns, console=console.Console(file=file)) as bar:
+    task = bar.add_task(next(iter(shares)), total=1.0)
+    yield lambda stage, done: bar.update(
+        task, description=stage, completed=total_done(shares, stage, done)
+    )
+    bar.update(task, description='done', completed=1.0)
 
 
 def total_done(shares: Mapping[str, float], stage: str, done: float) -> float:
@@ -46,28 +59,6 @@ def total_done(shares: Mapping[str, float], stage: str, done: float) -> float:
   names = list(shares)
   before = sum(shares[name] for name in names[: names.index(stage)])
   return (before + done * shares[stage]) / sum(shares.values())
-
-
-@contextlib.contextmanager
-def _bar(shares, file):
-  from rich import console
-  from rich import progress
-
-  columns = (
-      progress.TextColumn('{task.description:<24}'),
-      progress.BarColumn(),
-      progress.TaskProgressColumn(),
-      progress.TimeRemainingColumn(elapsed_when_finished=True),
-  )
-  with progress.Progress(*columns, console=console.Console(file=file)) as bar:
-    task = bar.add_task(next(iter(shares)), total=1.0)
-
-    def progress_fn(stage, done):
-      total = total_done(shares, stage, done)
-      bar.update(task, description=stage, completed=total)
-
-    yield progress_fn
-    bar.update(task, description='done', completed=1.0)
 
 
 def _lines(shares, file) -> ProgressFn:

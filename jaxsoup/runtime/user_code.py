@@ -20,11 +20,6 @@ from typing import Any
 
 # The variable that stands for --traceback.
 TRACEBACK = 'JAXSOUP_TRACEBACK'
-# A user's code may raise anything; `sys.exit(0)` in it must not look like
-# success. Only Ctrl-C is left alone.
-_ANYTHING = BaseException
-
-
 # What to do, by what the system says of a path.
 _ADVICE = {
     errno.ENAMETOOLONG: 'Give a shorter name.',
@@ -56,8 +51,7 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
     UserCodeError: its module raised when it was imported.
   """
   module_name, _, function_name = name.partition(':')
-  words = [*module_name.split('.'), function_name]
-  if not all(word.isidentifier() for word in words):
+  if not all(map(str.isidentifier, [*module_name.split('.'), function_name])):
     raise ValueError(f'{option} {name}: write package.module:function.')
   sys.path.insert(0, '')
   importlib.invalidate_caches()  # The file may be new.
@@ -70,14 +64,19 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
     ) from e
   except KeyboardInterrupt:
     raise
-  except _ANYTHING as e:
+  except BaseException as e:  # `sys.exit(0)` must not look like success.
     raise UserCodeError(
         f'{option} {name}: importing {module_name} raised {described(e)}'
     ) from e
   function = getattr(module, function_name, None)
   file = getattr(module, '__file__', None)
   if not callable(function):
-    there = [k for k, x in vars(module).items() if _is_from(x, module)]
+    there = [
+        name
+        for name, value in vars(module).items()
+        if callable(value)
+        and getattr(value, '__module__', None) == module.__name__
+    ]
     raise ValueError(
         f'{option} {name}: {module_name} has no such function. {file} has: '
         f'{", ".join(there[:8]) or "none"}.'
@@ -86,13 +85,6 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
   if hasattr(function, 'at_least'):
     called.at_least = guarded(function.at_least, file, name)
   return called
-
-
-def _is_from(value: Any, module: Any) -> bool:
-  """Whether a function was written in that module, not imported there."""
-  return callable(value) and (
-      getattr(value, '__module__', None) == module.__name__
-  )
 
 
 def file_of(name: str) -> str | None:
@@ -124,8 +116,7 @@ def guarded(
     function: of the user.
     file: where it is written; None if that is not known.
     name: of the function, for messages.
-    passing: errors that are raised as they are, because their messages say what
-      to do.
+    passing: errors that are raised as they are: their messages say what to do.
 
   Returns:
     A function with the same arguments, which raises `UserCodeError`.
@@ -140,7 +131,7 @@ def guarded(
       raise
     except passing:
       raise
-    except _ANYTHING as e:
+    except BaseException as e:
       raise UserCodeError(f'{name} raised {described(e, file)}') from e
     finally:
       os.chdir(here)
@@ -170,16 +161,7 @@ class Guarded:
 
 
 def message(error: Exception) -> str:
-  """An error for a person: what is wrong, where, and what to do.
-
-  Also prints the traceback, if that was asked for.
-
-  Args:
-    error: of a command.
-
-  Returns:
-    The text.
-  """
+  """What is wrong, where, and what to do; prints the traceback if asked for."""
   if os.environ.get(TRACEBACK):
     traceback.print_exception(error)
   if isinstance(error, OSError) and str(error).startswith('[Errno '):

@@ -1,7 +1,7 @@
 """The augmentations of a training step, by the names that runs give them.
 
 ```
-batch, target = augmentation.apply(key, batch, hyper, names, num_classes)
+batch, target = augmentation.apply(key, batch, hyper, settings, num_classes)
 ```
 
 Images may be uint8; what comes back, and all augmentations, are in 0..1. A
@@ -10,7 +10,6 @@ strength of 0 is off. Only what a run of a group names is compiled.
 
 from collections.abc import Callable
 from collections.abc import Mapping
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,9 +39,8 @@ def apply(
     key: jax.Array,
     batch: Mapping[str, jax.Array],
     hyper: Mapping[str, jax.Array],
-    names: Sequence[str],
+    settings: Any,
     num_classes: int,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
   """Augments a batch, and makes the targets of the loss.
 
@@ -51,14 +49,14 @@ def apply(
     batch: the inputs of a model, and `label` [B]; or `target` [B, C], the
       probabilities of a teacher, instead of it.
     hyper: scalars, perhaps traced: the strengths, and `label_smoothing`.
-    names: those of `ALL` that are applied.
+    settings: `steps.Settings`: the names of those that are applied, and more
+      arguments of functions of `jaxsoup.data.augment`.
     num_classes: C.
-    options: by name, further arguments of a function of `jaxsoup.data.augment`.
 
   Returns:
     The batch, and targets [B, C] that sum to 1.
   """
-  batch, options = dict(batch), options or {}
+  batch = dict(batch)
   if 'image' in batch:
     batch['image'] = preparation.in_unit_range(batch['image'])
   target = batch.pop('target', None)
@@ -66,9 +64,9 @@ def apply(
     target = jax.nn.one_hot(batch['label'], num_classes)
   target = optax.smooth_labels(target, hyper['label_smoothing'])
   for name, name_key in zip(ALL, jax.random.split(key, len(ALL))):
-    if name not in names:
+    if name not in settings.augmentations:
       continue
-    more = options.get(name, {})
+    more = settings.augmentation.get(name, {})
     if name in INPUTS:
       field, fn = INPUTS[name]
       batch[field] = fn(name_key, batch[field], hyper[name], **more)

@@ -35,6 +35,7 @@ from jaxsoup import evaluation
 from jaxsoup import running_average
 from jaxsoup import sharding
 from jaxsoup.data import sources
+from jaxsoup.train import augmentation
 from jaxsoup.train import modeling
 from jaxsoup.train import steps
 from jaxsoup.train import unfinished
@@ -92,10 +93,8 @@ def train(
   """
   settings = steps.settings_of(phase, runs, len(source))
   hyper = steps.stack_runs(runs)
-  mesh = mesh_of(params)
-  if mesh is None and not (
-      hasattr(source, 'arrays') and jax.process_count() == 1
-  ):
+  mesh, is_local = mesh_of(params), jax.process_count() == 1
+  if mesh is None and not (is_local and hasattr(source, 'arrays')):
     mesh = all_devices()
   data, walk = _feed(model, settings, hyper, source, mesh)
   state = start(model, settings, mesh, params, hyper)
@@ -163,21 +162,16 @@ def _feed(model, settings, hyper, source, mesh):
         )
         for seed in seeds
     ]
+
+    def placed(*xs):
+      x = np.stack(xs) if len(xs) > 1 else xs[0][None]  # Of one without a copy.
+      on_mesh = stacked_split(mesh)
+      return jax.make_array_from_process_local_data(on_mesh, x[:, None])
+
     for batches in zip(*walks):
-      yield {
-          name: jax.make_array_from_process_local_data(
-              stacked_split(mesh), _stacked([batch[name] for batch in batches])
-          )
-          for name in only(batches[0])
-      }
+      yield jax.tree.map(placed, *map(only, batches))
 
   return None, batches_of
-
-
-def _stacked(arrays):
-  """[K, 1, B, ...]; of one run without a copy."""
-  x = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
-  return x[:, None]
 
 
 class _Seen:
@@ -188,18 +182,16 @@ class _Seen:
     self._rates = jax.device_get(hyper['learning_rate']).tolist()
     self._log_fn, self._every = log_fn, every
     self._recent: list[Any] = []
-    self._num_recent, self._time = 0, time.monotonic()
+    self._time = time.monotonic()
     self._losses: list[np.ndarray] = []
 
   def add(self, values, done: int) -> int:
     """Adds the metrics of a program, [K, steps]; returns how many steps."""
     num = values['loss'].shape[1]
     self._recent.append(values)
-    self._num_recent += num
     # Few programs ahead of the device: batches in flight take memory.
     jax.block_until_ready(self._recent[-3:][0])
-    is_last = done + num == self._num_steps
-    if self._num_recent >= self._every or is_last:
+    if num * len(self._recent) >= self._every or done + num == self._num_steps:
       self._log(done + num)
     return num
 
@@ -211,10 +203,11 @@ class _Seen:
     recent = jax.device_get(self._recent)
     recent = {k: np.concatenate([x[k] for x in recent], 1) for k in recent[0]}
     self._losses.append(recent['loss'])
-    num, now, settings = self._num_recent, time.monotonic(), self._settings
+    num, now = recent['loss'].shape[1], time.monotonic()
+    settings = self._settings
     examples = num * settings.batch_size * len(self._rates)
     speed = round(examples / max(now - self._time, 1e-9), 1)
-    self._recent, self._num_recent, self._time = [], 0, now
+    self._recent, self._time = [], now
     for first in range(0, num if self._log_fn else 0, self._every):
       last = min(first + self._every, num)
       step = self._before + done - num + last
@@ -231,20 +224,11 @@ class _Seen:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
 def advance(model, settings, state, hyper, data, epoch, first, inputs):
-  """Some steps of all runs.
+  """Some steps of all runs: the state after them, and metrics [K, steps].
 
-  Args:
-    model: static.
-    settings: static.
-    state: before, leaves [K, ...]; donated.
-    hyper: hyper-parameters, [K] each.
-    data: arrays [N, ...] of which the inputs are rows, or None.
-    epoch: a scalar, which decides about augmentations together with the step.
-    first: the number of the first step in the epoch.
-    inputs: rows or batches of each run and step, [K, steps, B, ...].
-
-  Returns:
-    The state after them, and metrics [K, steps].
+  Leaves of the state, which is donated, and of `hyper` are [K, ...]. The inputs
+  [K, steps, B, ...] are batches, or rows of the arrays in `data`. `first` is
+  the number of the first step in the epoch.
   """
 
   def run_fn(state, hyper, inputs):
@@ -279,16 +263,8 @@ def _first(x):
 def start(model, settings, mesh, params, hyper):
   """The state of K runs before their first steps, on the mesh if there is one.
 
-  Args:
-    model: static.
-    settings: static.
-    mesh: static; None is one device.
-    params: theta_0, or its shapes; runs with `init_seed` draw their own.
-    hyper: hyper-parameters, [K] each.
-
-  Returns:
-    A `steps.State` with leaves [K, ...], each run sharded as by
-    `jaxsoup.sharding.fsdp`.
+  Its leaves are [K, ...], each run sharded as by `jaxsoup.sharding.fsdp`; runs
+  with `init_seed` draw their own parameters.
   """
 
   def run_fn(hyper):
@@ -311,9 +287,8 @@ def abstract_state(settings, mesh, params, hyper):
   scalar = lambda x: jax.ShapeDtypeStruct((), x.dtype)
   init_fn = functools.partial(steps.initial_state, settings)
   one = jax.eval_shape(init_fn, params, jax.tree.map(scalar, hyper))
-
-  one = sharding.fsdp(one, mesh)
-  return jax.tree.map(functools.partial(stacked, num=num), one)
+  on_mesh = sharding.fsdp(one, mesh)
+  return jax.tree.map(functools.partial(stacked, num=num), on_mesh)
 
 
 def stacked(x: jax.ShapeDtypeStruct, num: int) -> jax.ShapeDtypeStruct:
@@ -355,11 +330,10 @@ def check_divided(batch_size: int, mesh: jax.sharding.Mesh) -> None:
 
 def mesh_of(params: steps.Params) -> jax.sharding.Mesh | None:
   """The mesh that the parameters lie on; None if that is one device."""
-  for x in jax.tree.leaves(params):
-    mesh = getattr(getattr(x, 'sharding', None), 'mesh', None)
-    if isinstance(mesh, jax.sharding.Mesh) and mesh.size > 1:
-      return mesh
-  return None
+  shardings = (getattr(x, 'sharding', None) for x in jax.tree.leaves(params))
+  meshes = (getattr(x, 'mesh', None) for x in shardings)
+  is_mesh = lambda x: isinstance(x, jax.sharding.Mesh) and x.size > 1
+  return next(filter(is_mesh, meshes), None)
 
 
 def distilled(source: sources.Arrays, logits: np.ndarray) -> sources.Arrays:
@@ -430,44 +404,36 @@ def probe(
   Source: Kumar et al., "Fine-tuning can distort pretrained features and
   underperform out-of-distribution", ICLR 2022.
   """
-  if model.features_fn is None:
+  features_fn = model.features_fn
+  if features_fn is None:
     raise ValueError(
         'The model has no linear head for a linear probe: remove config.probe.'
     )
-  batches = checked_fn(
-      sources.batches(source, evaluation.divided(batch_size, sharding))
+
+  def both_fn(params, batch):
+    features = features_fn(params, batch).astype(jnp.float32)
+    return {'feature': features, 'label': batch['label']}
+
+  walk = sources.batches(source, evaluation.divided(batch_size, sharding))
+  batches = (
+      {name: evaluation.placed(x, sharding) for name, x in batch.items()}
+      for batch in checked_fn(walk)
   )
-  features = _features(model, params, batches, sharding)
-  head_model = modeling.linear(
-      features.arrays['feature'].shape[-1], model.num_classes
-  )
+  arrays = evaluation.logits_of(both_fn, batches)(params)
+  arrays['label'] = arrays['label'].astype(np.int32)
+  head_model = modeling.linear(arrays['feature'].shape[-1], model.num_classes)
   head = train_one(
       head_model,
       phase,
       head_model.start_fn(jax.random.key(0)),
       phase['run'],
-      features,
+      sources.Arrays(arrays),
       saved=saved,
   )
   # Of a model without a bias in its head, such as a CLIP's zero-shot head, that
   # of the probe is left out.
   head = {name: head.get(name, x) for name, x in params['head'].items()}
   return {**params, 'head': head}
-
-
-def _features(model, params, batches, sharding) -> sources.Arrays:
-  """What the head sees of all examples, and their labels, in one walk."""
-
-  def both_fn(params, batch):
-    features = model.features_fn(params, batch).astype(jnp.float32)
-    return {'feature': features, 'label': batch['label']}
-
-  batches = (
-      {name: evaluation.placed(x, sharding) for name, x in batch.items()}
-      for batch in batches
-  )
-  arrays = evaluation.logits_of(both_fn, batches)(params)
-  return sources.Arrays({**arrays, 'label': arrays['label'].astype(np.int32)})
 
 
 def names_of(phase: Config) -> list[str]:
@@ -489,15 +455,7 @@ def augmented_batches(
 ) -> Iterator[dict[str, jax.Array]]:
   """One walk through the data as training sees them, batch i as run i mod K.
 
-  Args:
-    model: whose inputs they are.
-    phase: such as `config.finetune`: the batch size.
-    runs: K dicts: the strengths of the augmentations.
-    source: the training data.
-    seed: of the order and of what is drawn.
-
-  Yields:
-    The model's inputs and `label`.
+  The seed is that of the order and of what is drawn.
   """
   settings = steps.settings_of(phase, runs[:1], len(source))
   key = jax.random.key(seed)
@@ -512,4 +470,4 @@ def augmented_batches(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _augmented(model, settings, key, batch, hyper):
   hyper = jax.tree.map(_first, hyper)
-  return steps.augmented(model, settings, key, batch, hyper)[0]
+  return augmentation.apply(key, batch, hyper, settings, model.num_classes)[0]

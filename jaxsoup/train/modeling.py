@@ -43,8 +43,7 @@ class Model:
       probe is possible.
     inputs: shape and dtype of each input of one example, by its name.
     num_classes: C.
-    image: what images the model expects, which it makes of those it is given;
-      None takes them as they are, in 0..1 if they are uint8.
+    image: what images the model expects, which it makes of those it is given.
     statistics: paths of the running statistics: averaged in a soup, not
       trained. Empty without BatchNorm.
     recalibrate_fn: (params, batches) -> params with running statistics of
@@ -80,13 +79,8 @@ def frozen(model: Model, part: str, params: Params) -> Model:
   """
   if part not in params:
     raise ValueError(f'No part {part!r} to freeze: choose from {list(params)}.')
-  paths = frozenset(_paths(params[part], (part,)))
-  return dataclasses.replace(model, statistics=model.statistics | paths)
-
-
-def seed_of(key: jax.Array) -> int:
-  """A seed for what takes no key, such as `models.load`."""
-  return int(jax.random.bits(key, dtype=jnp.uint32)) >> 1
+  statistics = model.statistics | _paths(params[part], (part,))
+  return dataclasses.replace(model, statistics=statistics)
 
 
 def of_module(
@@ -103,12 +97,13 @@ def of_module(
   Args:
     make_fn: key -> the module with initial parameters; traceable.
     inputs: what the module is called with, in this order: the shape of each of
-      one example, as the data deliver it. Those of 'image' are of
-      `image.dtype`, float32 without it; all others int32.
+      one example, as the data deliver it. An 'image' is of `image.dtype`,
+      float32 without it, a 'feature' float32; all others are int32.
     num_classes: of its logits.
     load_fn: key -> the module with pre-trained weights, and a new head.
     call: `(module, *inputs) -> logits`; by default the module is called.
-    image: what 'image' becomes before the module is called, after augmentation.
+    image: what 'image' becomes before the module is called, after augmentation;
+      None takes it as it is, in 0..1 if it is uint8.
 
   Returns:
     A `Model`. It has `features_fn` if the module has a method `features` and a
@@ -116,13 +111,12 @@ def of_module(
   """
   call = call or (lambda module, *xs: module(*xs))
   prepare_fn = image.prepare if image else preparation.in_unit_range
-  image_dtype = image.dtype if image else jnp.float32
+  dtypes = {'image': image.dtype if image else jnp.float32}
+  dtypes['feature'] = jnp.float32
   abstract = nnx.eval_shape(lambda: make_fn(jax.random.key(0)))
   graphdef = nnx.graphdef(abstract)
   stats = nnx.to_pure_dict(nnx.state(abstract, nnx.BatchStat))
-
-  def merged(params):
-    return nnx.merge(graphdef, params)
+  merged = functools.partial(nnx.merge, graphdef)
 
   def arguments(batch):
     values = {name: batch[name] for name in inputs}
@@ -133,87 +127,60 @@ def of_module(
   def init_fn(key):
     return models.params_of(make_fn(key))
 
-  def start_fn(key):
-    if load_fn is None:
-      return jax.jit(init_fn)(key)
-    return models.params_of(load_fn(key))
-
-  def logits_fn(params, batch):
-    return call(merged(params), *arguments(batch))
+  def call_fn(module, batch):
+    return call(module, *arguments(batch))
 
   def train_fn(params, batch):
     module = merged(params)
     module.set_attributes(
         nnx.BatchNorm, use_running_average=False, raise_if_not_found=False
     )
-    logits = call(module, *arguments(batch))
+    logits = call_fn(module, batch)
     return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
   def features_fn(params, batch):
     return merged(params).features(*arguments(batch))
 
-  def call_fn(module, batch):
-    return call(module, *arguments(batch))
-
   def recalibrate_fn(params, batches):
     return batch_norm.recalibrated(graphdef, params, batches, call=call_fn)
 
+  start_fn: Any = jax.jit(init_fn)
+  if load_fn is not None:
+    start_fn = lambda key: models.params_of(load_fn(key))
   has_head = hasattr(abstract, 'features') and hasattr(abstract, 'head')
   return Model(
       init_fn=init_fn,
       start_fn=start_fn,
-      logits_fn=jax.jit(logits_fn),
+      logits_fn=jax.jit(lambda params, batch: call_fn(merged(params), batch)),
       train_fn=train_fn,
       features_fn=features_fn if has_head else None,
       inputs={
-          name: jax.ShapeDtypeStruct(
-              tuple(shape), image_dtype if name == 'image' else jnp.int32
-          )
+          name: jax.ShapeDtypeStruct(tuple(shape), dtypes.get(name, jnp.int32))
           for name, shape in inputs.items()
       },
       num_classes=num_classes,
       image=image,
-      statistics=frozenset(_paths(stats)),
+      statistics=_paths(stats),
       recalibrate_fn=recalibrate_fn if stats else None,
   )
 
 
-def _paths(tree: Any, prefix: tuple[str, ...] = ()):
-  if not isinstance(tree, dict):
-    yield prefix
-    return
-  for key, node in tree.items():
-    yield from _paths(node, (*prefix, key))
+def _paths(tree: Any, prefix: tuple[str, ...] = ()) -> frozenset[Any]:
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  return frozenset((*prefix, *(k.key for k in path)) for path in paths)
 
 
 @functools.cache
 def linear(num_features: int, num_classes: int) -> Model:
   """The model of a linear probe: `logits = feature kernel + bias`, from zero.
 
-  Args:
-    num_features: D.
-    num_classes: C.
-
-  Returns:
-    A `Model` of batches with `feature` [B, D].
+  Its batches have `feature` [B, num_features].
   """
-
-  def init_fn(key):
-    del key
-    return {
-        'kernel': jnp.zeros((num_features, num_classes)),
-        'bias': jnp.zeros(num_classes),
-    }
-
-  def logits_fn(params, batch):
-    return batch['feature'] @ params['kernel'] + params['bias']
-
-  return Model(
-      init_fn=init_fn,
-      start_fn=jax.jit(init_fn),
-      logits_fn=jax.jit(logits_fn),
-      train_fn=lambda params, batch: (logits_fn(params, batch), {}),
-      features_fn=None,
-      inputs={'feature': jax.ShapeDtypeStruct((num_features,), jnp.float32)},
+  linear_fn = functools.partial(
+      nnx.Linear, num_features, num_classes, kernel_init=nnx.initializers.zeros
+  )
+  return of_module(
+      lambda key: linear_fn(rngs=nnx.Rngs(key)),
+      inputs={'feature': (num_features,)},
       num_classes=num_classes,
   )

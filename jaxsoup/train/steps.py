@@ -9,7 +9,6 @@ state, metrics = steps.train_step(model, settings, state, hyper, batch, key)
 
 from collections.abc import Mapping
 from collections.abc import Sequence
-import json
 from typing import Any
 from typing import NamedTuple
 
@@ -50,6 +49,7 @@ class Settings(NamedTuple):
     num_updates: of the parameters, in all epochs.
     warmup: share of the updates in which the rate rises linearly.
     final: share of the peak rate at the end of the cosine.
+    augmentation: further arguments of augmentations, see `augmentation.apply`.
     optimizer: a key of `OPTIMIZERS`.
     momentum: of SGD.
     clip: largest norm of the gradient; 0 does not clip.
@@ -59,7 +59,6 @@ class Settings(NamedTuple):
     batch_norm: 'train', by the statistics of the batch, or 'frozen', by those
       that are there.
     augmentations: names of those that a run asks for.
-    augmentation: JSON of their further arguments, see `augmentation.apply`.
     is_sharp: whether a run asks for sharpness-aware minimization.
     is_scanned: whether the steps of an epoch are one compiled loop, in which
       XLA:CPU takes four times as long for convolutions; else they are called
@@ -71,6 +70,7 @@ class Settings(NamedTuple):
   num_updates: int
   warmup: float
   final: float
+  augmentation: ml_collections.FrozenConfigDict
   optimizer: str = 'adamw'
   momentum: float = 0.9
   clip: float = 0.0
@@ -79,7 +79,6 @@ class Settings(NamedTuple):
   keep_epochs: tuple[int, ...] = ()
   batch_norm: str = 'train'
   augmentations: tuple[str, ...] = ()
-  augmentation: str = '{}'
   is_sharp: bool = False
   is_scanned: bool = True
 
@@ -121,15 +120,9 @@ def grouped(runs: Sequence[Run], size: int) -> list[list[int]]:
 def settings_of(
     phase: Config, runs: Sequence[Run], num_examples: int
 ) -> Settings:
-  """The settings of a phase, for runs that train together.
+  """The settings of a phase, such as `config.finetune`, for runs like these.
 
-  Args:
-    phase: such as `config.finetune`.
-    runs: what they set of `STATIC` goes before what the phase says.
-    num_examples: of the training data.
-
-  Returns:
-    `Settings`.
+  What the runs set of `STATIC` goes before what the phase says.
 
   Raises:
     ValueError: no runs, runs that differ, unknown names or values, or too few
@@ -152,9 +145,7 @@ def settings_of(
   for name in ('ema', 'keep_epochs'):
     given[name] = tuple(given.get(name, ()))
   options = given.get('augmentation', {})
-  if isinstance(options, ml_collections.ConfigDict):
-    options = options.to_dict()
-  given['augmentation'] = json.dumps(options, sort_keys=True)
+  given['augmentation'] = ml_collections.FrozenConfigDict(options)
   if num_examples < given['batch_size']:
     raise ValueError(
         f'{num_examples} examples do not fill one batch of '
@@ -168,10 +159,6 @@ def settings_of(
       augmentations=tuple(name for name in augmentation.ALL if name in asked),
       is_sharp='sam' in asked,
   )
-  return _checked(settings)
-
-
-def _checked(settings: Settings) -> Settings:
   if settings.optimizer not in OPTIMIZERS:
     raise ValueError(
         f'optimizer is {settings.optimizer!r}: choose from '
@@ -208,12 +195,7 @@ def make_tx(
 ) -> optax.GradientTransformationExtraArgs:
   """The optimizer: `theta <- theta - rate (direction + weight_decay theta)`.
 
-  Args:
-    settings: of the phase.
-    hyper: scalars, perhaps traced: `learning_rate`, `weight_decay`, `sam`.
-
-  Returns:
-    An optax transformation.
+  Scalars in `hyper`, perhaps traced: `learning_rate`, `weight_decay`, `sam`.
   """
   rate_fn = lambda count: hyper['learning_rate'] * schedule(settings, count)
   clip = optax.clip_by_global_norm(settings.clip) if settings.clip else None
@@ -266,20 +248,14 @@ def train_step(
     batch: Mapping[str, jax.Array],
     key: jax.Array,
 ) -> tuple[State, dict[str, jax.Array]]:
-  """One step of one run.
-
-  Args:
-    model: of `modeling.of_module`.
-    settings: of the phase.
-    state: before.
-    hyper: hyper-parameters of this run, scalars.
-    batch: the model's inputs, and `label` [B].
-    key: of the augmentation.
+  """One step of one run, whose hyper-parameters are scalars.
 
   Returns:
     The state after it, and `loss` and `gradient_norm`, before any clipping.
   """
-  batch, target = augmented(model, settings, key, batch, hyper)
+  batch, target = augmentation.apply(
+      key, batch, hyper, settings, model.num_classes
+  )
 
   def loss_fn(params):
     if settings.batch_norm == 'train':
@@ -310,18 +286,6 @@ def train_step(
   ]
   metrics = {'loss': loss, 'gradient_norm': jnp.sqrt(sum(squares))}
   return State(params, opt_state, ema), metrics
-
-
-def augmented(model, settings, key, batch, hyper):
-  """What `augmentation.apply` returns, with what the settings say."""
-  return augmentation.apply(
-      key,
-      batch,
-      hyper,
-      settings.augmentations,
-      model.num_classes,
-      json.loads(settings.augmentation),
-  )
 
 
 def is_trained(model: modeling.Model, params: Params) -> Any:

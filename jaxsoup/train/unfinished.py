@@ -19,7 +19,6 @@ from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup.runtime import buckets
 from jaxsoup.runtime import preemption
-from jaxsoup.typing import Leaf
 from jaxsoup.typing import PathLike
 from jaxsoup.typing import Tree
 
@@ -59,10 +58,7 @@ class Saved:
     self._manager: _Manager | None = None
 
   def restore(self, state: Tree) -> tuple[int, Tree]:
-    """How many steps are done, and the state after them.
-
-    Args:
-      state: the state at the start, returned where none is saved.
+    """How many steps are done, and the state after them, or at the start.
 
     Raises:
       ValueError: the saved state is damaged.
@@ -72,7 +68,7 @@ class Saved:
     step = self._opened().latest_step()
     if step is None:
       return 0, state
-    target = _numbered(jax.tree.map(_abstract, state))
+    target = _numbered(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
     try:
       arrays = self._opened().restore(
           step, args=ocp.args.StandardRestore(target)
@@ -88,11 +84,7 @@ class Saved:
     return step, jax.tree.unflatten(structure, [arrays[n] for n in target])
 
   def after(self, num_done: int, state: Tree) -> None:
-    """Saves the state where it is due.
-
-    Args:
-      num_done: steps.
-      state: a pytree of arrays.
+    """Saves the state, a pytree of arrays, where it is due.
 
     Raises:
       Preempted: the script is to stop; the state is saved.
@@ -149,8 +141,3 @@ class Saved:
 def _numbered(state: Tree) -> dict[str, Any]:
   """Its leaves by their numbers: Orbax need not know the containers."""
   return {str(i): x for i, x in enumerate(jax.tree.leaves(state))}
-
-
-def _abstract(x: Leaf) -> Any:
-  """Shape, dtype and where the array lies."""
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
