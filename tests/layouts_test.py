@@ -21,6 +21,7 @@ from typer import testing
 import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup import cli
+from jaxsoup.checkpoints import _orbax_files
 from jaxsoup.experiments import stopping
 from jaxsoup.runtime import preemption
 
@@ -370,3 +371,61 @@ def test_an_average_that_is_asked_to_stop_leaves_nothing(tmp_path, name):
   with pytest.raises(preemption.Preempted):
     checkpoints.save_average(tmp_path / name, ingredients)
   assert {p.name for p in tmp_path.iterdir()} == {'run0', 'run1'}
+
+
+class Killed(BaseException):
+  pass
+
+
+def test_an_average_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+  rng = np.random.default_rng(0)
+  trees = [
+      {f'w{i}': rng.normal(size=(4, 3)).astype(np.float32) for i in range(6)}
+      for _ in range(2)
+  ]
+  runs = [tmp_path / f'run{k}' for k in range(2)]
+  for run, tree in zip(runs, trees):
+    checkpoints.save(run, tree)
+  read = []
+  add = _orbax_files.Written.add
+
+  def add_some(self, path, note):
+    add(self, path, note)
+    read.append(path)
+    if len(read) == 3:
+      raise Killed
+
+  monkeypatch.setattr(_orbax_files.Written, 'add', add_some)
+  average = lambda: checkpoints.save_average(
+      tmp_path / 'soup', checkpoints.Ingredients(runs), resume=True
+  )
+  with pytest.raises(Killed):
+    average()
+  (left,) = tmp_path.glob('soup.resumable-*')
+  # One of the leaves is damaged meanwhile, and a line is cut off.
+  (left / 'w1/0.0').write_bytes(b'\0' * 48)
+  with (left / 'written-0.jsonl').open('a') as file:
+    file.write('{"path": ["w5"], "dig')
+  average()
+  assert read[3:] == [('w1',), ('w3',), ('w4',), ('w5',)]
+  assert_mean(ocp.PyTreeCheckpointer().restore(tmp_path / 'soup'), trees)
+  whole = checkpoints.save_average(
+      tmp_path / 'whole', checkpoints.Ingredients(runs)
+  )
+  first, second = map(checkpoints.provenance, (tmp_path / 'soup', whole))
+  for key in ('ingredients', 'checksums', 'content_hash', 'info'):
+    assert first[key] == second[key]
+  assert {p.name for p in tmp_path.iterdir()} == {
+      'run0',
+      'run1',
+      'soup',
+      'whole',
+  }
+
+
+def test_what_is_left_of_other_ingredients_goes(tmp_path):
+  for k in range(2):
+    checkpoints.save(tmp_path / f'run{k}', params_of(k))
+  (tmp_path / 'soup.resumable-0123456789ab').mkdir()
+  soup(tmp_path)
+  assert {p.name for p in tmp_path.iterdir()} == {'run0', 'run1', 'soup'}

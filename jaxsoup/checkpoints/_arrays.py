@@ -150,7 +150,7 @@ def _write(write_fn, path, shapes, arrays, own, separator) -> None:
   paths = dict(zip(shapes, _source.paths_of(shapes, separator)))
   leaves = {paths[name]: x for name, x in shapes.items()}
 
-  def fill_fn(put_fn):
+  def fill_fn(put_fn, *_):
     for name, array in arrays:
       put_fn(paths[name], 0, array)
 

@@ -179,9 +179,14 @@ class Checkpoint:
           'start again.'
       )
 
-  def exchange(self) -> None:
-    """Processes that each read some of the leaves tell their checksums."""
-    self._digests = _processes.merged(self._digests)
+  def digest_of(self, name: _tree.Path) -> str | None:
+    """The checksum of a leaf, if this process has read it."""
+    return self._digests.get(_tree.name_of(name))
+
+  def exchange(self, read: Mapping[_tree.Path, str]) -> None:
+    """Adds what is known of other leaves, and what other processes know."""
+    known = {_tree.name_of(name): digest for name, digest in read.items()}
+    self._digests = _processes.merged(known | self._digests)
 
   def _new_checksum(self, name: _tree.Path) -> _checksum.Checksum:
     return _checksum.Checksum(_tree.num_bytes(self.stored[name]))

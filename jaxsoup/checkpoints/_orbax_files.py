@@ -12,6 +12,8 @@ import base64
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -43,6 +45,8 @@ COMMITTED = 'commit_success.txt'
 _SHARDING = '_sharding'
 _ARRAYS = 'array_metadatas'
 _STRINGS = '_strings.json'
+_RESUMABLE = '.resumable-'
+_WRITTEN = 'written-{}.jsonl'
 _HANDLER = (
     'orbax.checkpoint._src.handlers.pytree_checkpoint_handler.'
     'PyTreeCheckpointHandler'
@@ -140,8 +144,9 @@ def write(
     path: PathLike,
     leaves: Mapping[_tree.Path, ShapeDtype],
     own_fn: Callable[[], Config],
-    fill_fn: Callable[[PutFn], None],
+    fill_fn: Callable[[PutFn, 'Written'], None],
     layout: Layout = BARE,
+    resume: str | None = None,
 ) -> None:
   """Writes a checkpoint; it gets its name when it is complete.
 
@@ -154,12 +159,16 @@ def write(
     own_fn: what is stored with the arrays, in JSON; called when all is written.
     fill_fn: is given `put_fn(path, start, piece)`, see `_safetensors.write`; a
       piece may be a whole array that is sharded over processes, all of which
-      put it.
+      put it. And the leaves that are written already.
     layout: of the source, which the checkpoint gets as well.
+    resume: a text that stands for what is written: after a kill the next call
+      with the same text goes on. Only under a lock.
   """
-  path = unfinished = epath.Path(path)
-  if not _files.is_remote(path):  # A bucket has no renames: clear_leftovers.
-    name = str(_files.unfinished_name(pathlib.Path(path))).encode()
+  final = unfinished = epath.Path(path)
+  if resume is not None:
+    unfinished = final.with_name(f'{final.name}{_RESUMABLE}{resume}')
+  elif not _files.is_remote(final):  # A bucket has no renames: clear_leftovers.
+    name = str(_files.unfinished_name(pathlib.Path(final))).encode()
     unfinished = epath.Path(_processes.from_main(name).decode())
   root = unfinished / layout.step
   folders = {
@@ -177,12 +186,16 @@ def write(
   try:
     with _processes.together():
       if _processes.is_main():
+        for other in final.parent.glob(f'{final.name}{_RESUMABLE}*'):
+          if resume is not None and other != unfinished:
+            other.rmtree()  # Of other ingredients.
         root.mkdir(parents=True, exist_ok=True)
         _write_root_file(root, layout, {})
         for array in arrays.values():
           array.create()
+    written = Written(unfinished, arrays, is_kept=resume is not None)
     with _processes.together():
-      fill_fn(lambda p, start, piece: arrays[p].put(start, piece))
+      fill_fn(lambda p, start, piece: arrays[p].put(start, piece), written)
     known = {_tree.name_of(p): array.digest() for p, array in arrays.items()}
     digests = _processes.merged({n: x for n, x in known.items() if x})
     with _processes.together():
@@ -198,11 +211,13 @@ def write(
         }
         _write_root_file(root, layout, own)
         _copy_others(root, layout)
+        written.clear()
         (root / COMMITTED).write_text('The checkpoint is complete.\n')
-        if unfinished != path:
-          unfinished.rename(path)
-  except BaseException:
-    if _processes.is_main() and unfinished.exists():
+        if unfinished != final:
+          unfinished.rename(final)
+  except BaseException as e:
+    is_kept = resume is not None and not isinstance(e, (OSError, ValueError))
+    if _processes.is_main() and unfinished.exists() and not is_kept:
       unfinished.rmtree()
     raise
 
@@ -218,6 +233,43 @@ def _file_name(path: _tree.Path) -> str:
         '.safetensors file.'
     )
   return name
+
+
+class Written:
+  """The leaves that are written and verified, with a note to each.
+
+  Of an earlier start only those count whose files still have their checksum.
+  """
+
+  def __init__(
+      self,
+      folder: epath.Path,
+      arrays: Mapping[_tree.Path, '_Array'],
+      is_kept: bool,
+  ):
+    self.notes: dict[_tree.Path, Json] = {}
+    self._folder, self._arrays, self._is_kept = folder, arrays, is_kept
+    for file in folder.glob(_WRITTEN.format('*')) if is_kept else ():
+      for line in file.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # Cut off by the kill.
+          row = _json.unsealed(_json.parsed(line))
+          path = tuple(row['path'])
+          if path in arrays and arrays[path].is_written(row['digest']):
+            self.notes[path] = row['note']
+    _processes.wait_for_all('every process knows what is written')
+
+  def add(self, path: _tree.Path, note: Json) -> None:
+    """Remembers that a leaf is complete."""
+    if self._is_kept:
+      digest = self._arrays[path].digest()
+      row = {'path': path, 'digest': digest, 'note': note}
+      file = self._folder / _WRITTEN.format(jax.process_index())
+      with file.open('a') as lines:
+        lines.write(json.dumps(_json.sealed(row)) + '\n')
+
+  def clear(self) -> None:
+    for file in self._folder.glob(_WRITTEN.format('*')):
+      file.unlink()
 
 
 class _Array:
@@ -299,6 +351,25 @@ class _Array:
       _files.write_at(number, data, offset)
     finally:
       os.close(number)
+
+  def is_written(self, digest: str) -> bool:
+    """Whether its files hold what has this checksum."""
+    self._checksum = _checksum.Checksum(_tree.num_bytes(self._leaf))
+    rest = '.0' * (len(self.chunks) - 1)
+    start, end = 0, _tree.num_bytes(self._leaf)
+    for row in itertools.count():
+      if start >= end:
+        break
+      file = self.folder / f'{row}{rest}'
+      if not file.exists():
+        break
+      data = np.fromfile(file, np.uint8, min(self._chunk_bytes, end - start))
+      self._checksum.add(data, start)
+      start += self._chunk_bytes
+    is_same = self.digest() == digest
+    if not is_same:
+      self._checksum = _checksum.Checksum(_tree.num_bytes(self._leaf))
+    return is_same
 
   def digest(self) -> str | None:
     """The checksum, if the processes, or this one alone, wrote all of it."""

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 import datetime
+import hashlib
 import importlib.metadata
+import json
 import pathlib
 import platform
 from typing import Any
@@ -105,18 +107,23 @@ def save(
   return str(path)
 
 
-def _save_orbax(path, leaves, own_fn, ingredients, streamed=None) -> str:
+def _save_orbax(
+    path, leaves, own_fn, ingredients, streamed=None, resume=None
+) -> str:
   """Writes arrays, or an average, as its ingredients are stored."""
   path = new_path(path)
   layout, targets = ingredients.targets() if ingredients else (None, {})
   if layout is None or targets.keys() != leaves.keys():
     layout, targets = _orbax_files.BARE, {p: p for p in leaves}
 
-  def fill_fn(put_fn):
+  def fill_fn(put_fn, written):
     put = lambda name, start, piece: put_fn(targets[name], start, piece)
     if streamed is not None:
-      streamed.put_all(put, _processes.share_of(list(leaves)))
-      streamed.exchange()
+      notes = {n: written.notes.get(p) for n, p in targets.items()}
+      names = _processes.share_of([n for n in leaves if notes[n] is None])
+      tell = lambda name, note: written.add(targets[name], note)
+      streamed.put_all(put, names, tell)
+      streamed.exchange({n: note for n, note in notes.items() if note})
       return
     for name, leaf in leaves.items():
       if _processes.is_main() or _orbax_files.is_spread(leaf):
@@ -124,7 +131,7 @@ def _save_orbax(path, leaves, own_fn, ingredients, streamed=None) -> str:
 
   placed = {targets[name]: leaf for name, leaf in leaves.items()}
   with _files.room_for(path):
-    _orbax_files.write(path, placed, own_fn, fill_fn, layout)
+    _orbax_files.write(path, placed, own_fn, fill_fn, layout, resume)
   return str(path)
 
 
@@ -134,6 +141,7 @@ def save_average(
     alpha: Alpha | None = None,
     *,
     metadata: Config | None = None,
+    resume: bool = False,
 ) -> str:
   """Averages checkpoints on disk, without holding a model in memory.
 
@@ -147,6 +155,8 @@ def save_average(
     ingredients: the checkpoints.
     alpha: as in `jaxsoup.average`; None is the uniform soup.
     metadata: as in `save`.
+    resume: whether an Orbax checkpoint that a killed program left unfinished is
+      continued, next to `path`. Nothing else may write there meanwhile.
 
   Returns:
     The absolute path.
@@ -170,7 +180,18 @@ def save_average(
   streamed, soup_fn = streamed_soup(ingredients, alpha)
   own_fn = lambda: own_of(soup_fn(), ingredients, metadata)
   if not str(path).endswith(_FILE):
-    return _save_orbax(path, streamed.leaves, own_fn, ingredients, streamed)
+    what: list[Any] = [ingredients.identity(k) for k in range(num)]
+    what += [np.asarray(x).tolist() for x in jax.tree.leaves(alpha)]
+    what += [(p, str(x.dtype), x.shape) for p, x in streamed.leaves.items()]
+    key = hashlib.blake2b(json.dumps(what).encode(), digest_size=6).hexdigest()
+    return _save_orbax(
+        path,
+        streamed.leaves,
+        own_fn,
+        ingredients,
+        streamed,
+        key if resume else None,
+    )
   path = new_path(path)
 
   # A hash of each ingredient, and duplicates, are known when all is read.

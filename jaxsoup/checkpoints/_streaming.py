@@ -18,6 +18,7 @@ from jaxsoup.checkpoints import _pieces
 from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Alpha
 from jaxsoup.typing import DType
+from jaxsoup.typing import Json
 from jaxsoup.typing import Members
 from jaxsoup.typing import Params
 from jaxsoup.typing import ShapeDtype
@@ -100,8 +101,13 @@ class Average:
       self,
       put_fn: Callable[[_tree.Path, int, np.ndarray], None],
       names: Sequence[_tree.Path] | None = None,
+      done_fn: Callable[[_tree.Path, Json], None] = lambda *_: None,
   ) -> None:
-    """Passes `(name, start, piece)` of every piece, `start` in bytes."""
+    """Passes `(name, start, piece)` of every piece, `start` in bytes.
+
+    And `(name, note)` of every leaf: the note stands for what was read of the
+    ingredients, as `exchange` takes it.
+    """
     names = self._template.flat.paths if names is None else names
 
     def piece_fn(i, index):
@@ -115,13 +121,21 @@ class Average:
     num_questions = len(self.leaves) // jax.process_count()
     for i in _pieces.run([self._plan(n) for n in names], piece_fn):
       self._verify(names[i])
+      done_fn(names[i], self._note(names[i]))
       if i < num_questions:
         self._stop_fn()
 
-  def exchange(self) -> None:
-    """Processes that each read some of the leaves tell their checksums."""
-    for checkpoint in self._opened.values():
-      checkpoint.exchange()
+  def _note(self, name: _tree.Path) -> Json:
+    digests = {k: c.digest_of(name) for k, c in self._opened.items()}
+    return {str(k): digest for k, digest in digests.items() if digest}
+
+  def exchange(self, notes: Mapping[_tree.Path, Json]) -> None:
+    """Completes the checksums: of leaves that other processes read, or an
+    earlier start of this program, which left notes.
+    """
+    for k, checkpoint in self._opened.items():
+      read = {n: note[str(k)] for n, note in notes.items() if str(k) in note}
+      checkpoint.exchange(read)
 
   def duplicates(self) -> tuple[Members, ...]:
     """Groups of equal ingredients among those read; warns of them."""

@@ -45,6 +45,8 @@ def cook(
     from jaxsoup.experiments import stopping
     from jaxsoup.runtime import preemption
 
+    if recipe_fn is None and order.out.suffix != '.safetensors':
+      saved = f'what is written so far is kept next to {order.out}'
     is_main = jax.process_index() == 0
     held = _common.held(order.out) if is_main else contextlib.nullcontext()
     with preemption.handled() as stop, held:
@@ -106,7 +108,9 @@ def _make_and_save(order, ingredients, recipe_fn, alpha, metadata):
         metadata=metadata,
     )
   elif soup is None:
-    checkpoints.save_average(out, ingredients, alpha, metadata=metadata)
+    checkpoints.save_average(
+        out, ingredients, alpha, metadata=metadata, resume=True
+    )
   else:
     checkpoints.save(out, soup, ingredients=ingredients, metadata=metadata)
   if soup is None:
