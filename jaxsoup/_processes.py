@@ -1,6 +1,8 @@
 """Several processes with one task: who writes, who waits, what is agreed on."""
 
+from collections.abc import Hashable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import json
@@ -12,7 +14,7 @@ import numpy as np
 
 from jaxsoup.typing import Leaf
 
-_T = TypeVar('_T')
+_T = TypeVar('_T', bound=Hashable)
 
 
 def is_main() -> bool:
@@ -102,6 +104,17 @@ def merged(texts: dict[str, str]) -> dict[str, str]:
   return {k: v for row in rows for k, v in json.loads(row.tobytes()).items()}
 
 
-def share_of(parts: Sequence[_T]) -> list[_T]:
-  """Those of many parts that this process works on."""
-  return list(parts[jax.process_index() :: jax.process_count()])
+def share_of(
+    sizes: Mapping[_T, int], number: int, num_processes: int
+) -> list[_T]:
+  """Those of many parts that one of several processes works on.
+
+  The largest ones first, each goes to the process with the least so far.
+  """
+  loads = [0] * num_processes
+  shares: list[set[_T]] = [set() for _ in loads]
+  for part in sorted(sizes, key=sizes.__getitem__, reverse=True):
+    least = loads.index(min(loads))
+    loads[least] += sizes[part]
+    shares[least].add(part)
+  return [part for part in sizes if part in shares[number]]

@@ -429,3 +429,60 @@ def test_what_is_left_of_other_ingredients_goes(tmp_path):
   (tmp_path / 'soup.resumable-0123456789ab').mkdir()
   soup(tmp_path)
   assert {p.name for p in tmp_path.iterdir()} == {'run0', 'run1', 'soup'}
+
+
+def describe(path: pathlib.Path, shapes: dict[str, tuple[int, ...]]):
+  """A checkpoint of bfloat16 arrays without their values."""
+  rows = {}
+  for name, shape in shapes.items():
+    (path / name).mkdir(parents=True)
+    content = {
+        'zarr_format': 2,
+        'shape': shape,
+        'chunks': shape,
+        'dtype': 'bfloat16',
+        'compressor': None,
+        'dimension_separator': '.',
+        'fill_value': None,
+        'filters': None,
+        'order': 'C',
+    }
+    (path / name / '.zarray').write_text(json.dumps(content))
+    keys = [{'key': key, 'key_type': 2} for key in name.split('.')]
+    kind = {'value_type': 'jax.Array', 'skip_deserialize': False}
+    rows[name] = {'key_metadata': keys, 'value_metadata': kind}
+  content = {'tree_metadata': rows, 'use_ocdbt': False, 'use_zarr3': False}
+  (path / '_METADATA').write_text(json.dumps(content))
+
+
+def test_plan_of_models_that_are_not_here(tmp_path):
+  """Eight models of 120 billion parameters, of 240 GB each."""
+  layers, width, hidden, num_experts = 60, 8192, 5120, 16
+  shapes = {
+      f'layers.{i}.wi': (num_experts, width, hidden) for i in range(layers)
+  }
+  shapes |= {
+      f'layers.{i}.wo': (num_experts, hidden, width) for i in range(layers)
+  }
+  shapes |= {f'layers.{i}.attention': (width, 4 * width) for i in range(layers)}
+  shapes['embedding'] = (256_000, width)
+  num_bytes = 2 * sum(
+      np.prod(shape, dtype=np.int64) for shape in shapes.values()
+  )
+  for k in range(8):
+    describe(tmp_path / f'run{k}', shapes)
+  runs = [str(tmp_path / f'run{k}') for k in range(8)]
+  command = ['soup', 'uniform', *runs, '--out', str(tmp_path / 'soup')]
+  command += ['--plan', '16']
+  result = testing.CliRunner().invoke(cli.app, [*command, '--json'])
+  assert result.exit_code == 0, result.output
+  cost = json.loads(result.output)
+  assert cost['read'] == 8 * num_bytes and cost['written'] == num_bytes
+  assert cost['held'] <= 1 << 27
+  # Leaves are not cut, so that shares are not quite equal.
+  assert 1 <= cost['of_a_host'] / (9 * num_bytes / 16) < 1.2
+  text = testing.CliRunner().invoke(cli.app, command).output
+  assert text.startswith(
+      f'reads {8 * num_bytes / 1e12:.3g} TB of 8 checkpoints'
+  )
+  assert not (tmp_path / 'soup').exists()

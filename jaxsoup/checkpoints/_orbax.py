@@ -271,8 +271,9 @@ def _raw_reader(folder: epath.Path, array: Any) -> _source.ReadFn | None:
   spec = array.spec().to_json()['metadata']
   shape, columns = array.shape, array.shape[1:]
   num_rows, *others = spec['chunks'] or [0]
-  is_raw = spec['order'] == 'C' and not (spec['compressor'] or spec['filters'])
-  if not (is_raw and shape and tuple(others) == columns) or spec['dtype'] > '=':
+  is_coded = spec['compressor'] or spec['filters'] or spec['order'] != 'C'
+  is_raw = not (is_coded or spec['dtype'].startswith('>'))
+  if not (is_raw and shape and tuple(others) == columns):
     return None
   rest = ''.join('.0' for _ in columns)
   dtype = array.dtype.numpy_dtype

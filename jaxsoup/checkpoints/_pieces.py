@@ -70,6 +70,11 @@ def num_bytes(index: Index, dtype: DType) -> int:
   return np.dtype(dtype).itemsize * math.prod(_sizes(index))
 
 
+def held_bytes(sizes: Sequence[int]) -> int:
+  """What all readers hold at most, of pieces of these sizes."""
+  return max(min(_BUDGET_BYTES, sum(sizes)), max(sizes, default=0))
+
+
 def _empty_box(abstract: ShapeDtype) -> np.ndarray:
   """Memory for the box of an array, aligned so that no device copies it."""
   shape = _sizes(box_of(abstract))

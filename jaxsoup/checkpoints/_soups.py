@@ -120,7 +120,9 @@ def _save_orbax(
     put = lambda name, start, piece: put_fn(targets[name], start, piece)
     if streamed is not None:
       notes = {n: written.notes.get(p) for n, p in targets.items()}
-      names = _processes.share_of([n for n in leaves if notes[n] is None])
+      sizes = {n: _tree.num_bytes(x) for n, x in leaves.items()}
+      own = _processes.share_of(sizes, jax.process_index(), jax.process_count())
+      names = [n for n in own if notes[n] is None]
       tell = lambda name, note: written.add(targets[name], note)
       streamed.put_all(put, names, tell)
       streamed.exchange({n: note for n, note in notes.items() if note})

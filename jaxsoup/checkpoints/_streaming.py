@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _checked
+from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _pieces
@@ -22,6 +24,22 @@ from jaxsoup.typing import Json
 from jaxsoup.typing import Members
 from jaxsoup.typing import Params
 from jaxsoup.typing import ShapeDtype
+
+
+class Cost(NamedTuple):
+  """What an average takes from file to file, in bytes.
+
+  Attributes:
+    read: of all ingredients.
+    written: the soup.
+    of_a_host: what the host with the largest part reads and writes.
+    held: at most, in the memory of a process.
+  """
+
+  read: int
+  written: int
+  of_a_host: int
+  held: int
 
 
 class Average:
@@ -124,6 +142,26 @@ class Average:
       done_fn(names[i], self._note(names[i]))
       if i < num_questions:
         self._stop_fn()
+
+  def cost(self, num_hosts: int) -> Cost:
+    """What the average takes, from file to file; reads no array."""
+    written = {n: _tree.num_bytes(x) for n, x in self.leaves.items()}
+    read = {
+        n: sum(_tree.num_bytes(self._opened[k].stored[n]) for k in members)
+        for n in written
+        for members in [self._members(n)]
+    }
+    both = {n: read[n] + written[n] for n in written}
+    shares = [
+        _processes.share_of(written, i, num_hosts) for i in range(num_hosts)
+    ]
+    pieces = [size for n in written for _, size in self._plan(n)]
+    return Cost(
+        read=sum(read.values()),
+        written=sum(written.values()),
+        of_a_host=max(sum(both[n] for n in share) for share in shares),
+        held=_pieces.held_bytes(pieces),
+    )
 
   def _note(self, name: _tree.Path) -> Json:
     digests = {k: c.digest_of(name) for k, c in self._opened.items()}

@@ -22,6 +22,7 @@ def cook(
     alpha: list[float] | None = None,
     seed: int | None = None,
     saved: str = NOTHING_SAVED,
+    num_hosts: int | None = None,
 ) -> None:
   """Makes a soup, saves it with its provenance, and shows it.
 
@@ -33,6 +34,7 @@ def cook(
     alpha: of an average; None for the mean.
     seed: of the recipe, for the provenance.
     saved: what a SIGTERM leaves.
+    num_hosts: only tell what an average takes on so many.
   """
   with _common.failures():
     if order.distributed:
@@ -63,7 +65,10 @@ def cook(
       ingredients = stopping.Ingredients(order.runs, **options)
       # All have to fit, which their metadata tell before anything is read. The
       # template below would hide what only others have.
-      ingredients.streamed(range(len(ingredients)), None, 1)
+      average = ingredients.streamed(range(len(ingredients)), None, 1)
+      if num_hosts is not None:
+        _show_cost(average.cost(num_hosts), len(ingredients), num_hosts, order)
+        return
       if order.shard or order.distributed:
         from jaxsoup import sharding
         from jaxsoup.train import loop
@@ -75,6 +80,26 @@ def cook(
       soup = _make_and_save(order, ingredients, recipe_fn, alpha, metadata)
     if is_main:
       _show(soup, ingredients, order, recipe)
+
+
+# What a host reads or writes in a second.
+_RATE = 1e9
+
+
+def _show_cost(cost, num_ingredients, num_hosts, order) -> None:
+  from jaxsoup import _memory
+
+  if order.as_json:
+    typer.echo(json.dumps(cost._asdict()))
+    return
+  amount = _memory.amount
+  seconds = cost.of_a_host / _RATE
+  _common.echo(
+      f'reads {amount(cost.read)} of {num_ingredients} checkpoints, writes '
+      f'{amount(cost.written)}, holds at most {amount(cost.held)} a process\n'
+      f'{num_hosts} host{"s" * (num_hosts > 1)}: at most '
+      f'{amount(cost.of_a_host)} each, {seconds:.3g} s at 1 GB/s a host'
+  )
 
 
 def _refuse_adapters(runs: list[pathlib.Path]) -> None:

@@ -124,6 +124,17 @@ class Order(NamedTuple):
   as_json: _common.Json = False
 
 
+Plan = Annotated[
+    int | None,
+    typer.Option(
+        '--plan',
+        metavar='HOSTS',
+        min=1,
+        help='Only tell what this would read, write and hold on so many hosts, '
+        'one process on each, and how long it would take.',
+        show_default=False,
+    ),
+]
 Eval = Annotated[
     str,
     typer.Option(

@@ -73,13 +73,13 @@ def _command(function: Callable[..., Asked]) -> None:
 
 
 @_command
-def uniform() -> Asked:
+def uniform(plan: _options.Plan = None) -> Asked:
   """Mean of all runs. Start here: it needs no data."""
-  return {}
+  return {'num_hosts': plan}
 
 
 @_command
-def average(alpha: _options.Alpha) -> Asked:
+def average(alpha: _options.Alpha, plan: _options.Plan = None) -> Asked:
   """Weighted mean, if you know the mixing coefficients."""
   if abs(sum(alpha) - 1) > 1e-3:
     _common.echo(
@@ -87,7 +87,7 @@ def average(alpha: _options.Alpha) -> Asked:
         'all parameters are scaled by this sum.',
         err=True,
     )
-  return {'alpha': alpha}
+  return {'alpha': alpha, 'num_hosts': plan}
 
 
 @_command

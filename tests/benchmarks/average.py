@@ -1,0 +1,154 @@
+"""Averages of large checkpoints from file to file, against the disk itself.
+
+python tests/benchmarks/average.py FOLDER [--gigabytes 20] [--ingredients 8]
+
+Writes bfloat16 checkpoints with the leaves of a scanned Transformer, and runs
+`jaxsoup soup uniform` on them in one and in two processes, with the files out
+of the page cache (cold) and in it as far as they fit (warm). The limit is the
+disk: what it reads and writes in large blocks, measured in the same run. Two
+processes share the cores and the disk here; on several hosts each has its own.
+"""
+
+import argparse
+import os
+import pathlib
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoup import checkpoints
+
+_BLOCK = 8 << 20
+
+
+def params_of(num_bytes: int, seed: int) -> dict:
+  """Leaves `[L, ...]` of a scanned decoder, and its embedding."""
+  width, num_layers = 1024, 8
+  per_layer = num_bytes // 2 // num_layers // width
+  sizes = {'mlp/wi': 0.4, 'mlp/wo': 0.2, 'attention/kernel': 0.3}
+  shapes = {
+      name: (num_layers, width, int(per_layer * share))
+      for name, share in sizes.items()
+  }
+  shapes['embedding'] = (int(num_bytes // 2 * 0.1) // width, width)
+  rng = np.random.default_rng(seed)
+  block = rng.normal(size=1 << 20).astype(jnp.bfloat16)
+  return {n: np.resize(block, shape) for n, shape in shapes.items()}
+
+
+def forget(folder: pathlib.Path) -> None:
+  """Takes the files out of the page cache."""
+  os.sync()
+  for file in folder.rglob('*'):
+    if file.is_file():
+      number = os.open(file, os.O_RDONLY)
+      os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+      os.close(number)
+
+
+def read_all(folder: pathlib.Path) -> float:
+  """Seconds to read the files in large blocks."""
+  buffer = bytearray(_BLOCK)
+  start = time.perf_counter()
+  for file in folder.rglob('*'):
+    if file.is_file():
+      with file.open('rb', buffering=0) as opened:
+        while opened.readinto(buffer):
+          pass
+  return time.perf_counter() - start
+
+
+def write_all(file: pathlib.Path, num_bytes: int) -> float:
+  """Seconds until a file is on the disk."""
+  block = np.random.default_rng(0).bytes(_BLOCK)
+  start = time.perf_counter()
+  with file.open('wb', buffering=0) as opened:
+    for _ in range(num_bytes // _BLOCK):
+      opened.write(block)
+    os.fsync(opened.fileno())
+  seconds = time.perf_counter() - start
+  file.unlink()
+  return seconds
+
+
+def average(folder: pathlib.Path, runs: list[str], num: int) -> float:
+  """Seconds of the command in `num` processes, until all is on the disk."""
+  command = [sys.executable, '-c', 'from jaxsoup import cli; cli.main()']
+  command += ['soup', 'uniform', *runs, '--out', str(folder / 'soup')]
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
+  if num > 1:
+    command += ['--distributed']
+    with socket.socket() as s:
+      s.bind(('localhost', 0))
+      port = s.getsockname()[1]
+    environment |= {
+        'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+        'JAX_NUM_PROCESSES': str(num),
+    }
+  start = time.perf_counter()
+  processes = [
+      subprocess.Popen(
+          command,
+          env=environment | ({'JAX_PROCESS_ID': str(i)} if num > 1 else {}),
+          stdout=subprocess.DEVNULL,
+          stderr=subprocess.PIPE,
+      )
+      for i in range(num)
+  ]
+  for process in processes:
+    _, said = process.communicate()
+    if process.returncode:
+      raise RuntimeError(said.decode())
+  os.sync()
+  seconds = time.perf_counter() - start
+  shutil.rmtree(folder / 'soup')
+  return seconds
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('folder', type=pathlib.Path)
+  parser.add_argument('--gigabytes', type=float, default=20)
+  parser.add_argument('--ingredients', type=int, default=8)
+  arguments = parser.parse_args()
+  folder = arguments.folder.absolute() / 'average'
+  folder.mkdir()
+  one = int(arguments.gigabytes * 1e9 / arguments.ingredients)
+  try:
+    runs = [str(folder / f'run{k}') for k in range(arguments.ingredients)]
+    for k, run in enumerate(runs):
+      checkpoints.save(run, params_of(one, k))
+    forget(folder)
+    read = read_all(folder)
+    write = write_all(folder / 'file', one)
+    total = one * len(runs)
+    print(
+        f'disk: reads {total / read / 2**30:.2f} GiB/s cold, writes '
+        f'{one / write / 2**30:.2f} GiB/s'
+    )
+    print(f'{"":14}seconds   GiB/s of ingredients   x the disk, read and write')
+    for num in (1, 2):
+      for kind in ('cold', 'warm'):
+        (forget if kind == 'cold' else read_all)(folder)
+        seconds = average(folder, runs, num)
+        rate = total / seconds / 2**30
+        limit = (read + write) / seconds
+        print(
+            f'{num} {"processes" if num > 1 else "process  "} {kind}'
+            f'{seconds:8.1f}{rate:15.2f}{limit:25.2f}',
+            flush=True,
+        )
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f'largest process: {peak:.2f} GiB')
+  finally:
+    shutil.rmtree(folder)
+
+
+if __name__ == '__main__':
+  main()
