@@ -209,7 +209,7 @@ class Ingredients(Sequence[Params]):
 
   def _checkpoint(self, k: int) -> _checkpoint.Checkpoint:
     if k not in self._checkpoints:
-      source = _formats.open_source(self.paths[k])
+      source = _formats.open_source(self.paths[k], self.item, self._abstract)
       self._checkpoints[k] = _checkpoint.Checkpoint(
           source, self._abstract, self.item
       )

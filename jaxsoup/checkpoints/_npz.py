@@ -62,7 +62,7 @@ def _rows_at_once(member: _Member) -> int:
 
 
 def _reader(member: _Member, file: _raw.File) -> _source.ReadFn:
-  read = _raw.reader(member.array._replace(dtype=member.in_file), file)
+  read = _raw.reader(member.array._replace(dtype=member.in_file), file.read)
   if not member.is_stored:
     read = lambda index: _whole(member)[index]
   return lambda index: read(index).astype(member.array.dtype, copy=False)

@@ -1,5 +1,6 @@
 """Arrays that are stored in a file as in memory, read row by row."""
 
+from collections.abc import Callable
 import math
 import os
 import pathlib
@@ -47,8 +48,10 @@ class File:
       close(self._number)
 
 
-def reader(array: Array, file: File) -> _source.ReadFn:
-  """Reads a part of an array: rows from the file, then their columns."""
+def reader(
+    array: Array, fill_fn: Callable[[np.ndarray, int], None]
+) -> _source.ReadFn:
+  """Reads a part of an array: rows, as `File.read` does, then their columns."""
   columns, dtype = array.shape[1:], array.dtype
   row_bytes = math.prod(columns) * dtype.itemsize
 
@@ -60,7 +63,7 @@ def reader(array: Array, file: File) -> _source.ReadFn:
       shape, start = (end - first, *columns), array.start + first * row_bytes
     rows = _source.scratch('read', shape, dtype)
     if rows.size:
-      file.read(rows, start)
+      fill_fn(rows, start)
     return rows[(slice(None), *index[1:])] if len(index) > 1 else rows
 
   return read

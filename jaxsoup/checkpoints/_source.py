@@ -13,6 +13,7 @@ from typing import NamedTuple
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _json
@@ -98,6 +99,21 @@ def paths_of(names: Iterable[str], separator: str) -> list[_tree.Path]:
   if groups & set(paths):
     return [(name,) for name in names]
   return paths
+
+
+def checked_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+  """A dtype that a file names; a ValueError if jax has no such numbers."""
+  is_number = any(jnp.issubdtype(dtype, x) for x in (np.number, np.bool_))
+  if not is_number or dtype in (np.longdouble, np.clongdouble):
+    raise ValueError(f'dtype {dtype} is not one of numbers that jax has')
+  return dtype
+
+
+def checked_length(length: Any) -> int:
+  """A length that a file names."""
+  if type(length) is not int or length < 0:
+    raise ValueError(f'{length!r} is not a length')
+  return length
 
 
 # What is stored with the arrays, by name, and its types as JSON.

@@ -1,0 +1,418 @@
+"""Files of other libraries, written by these libraries."""
+
+import argparse
+import json
+import pathlib
+import warnings
+
+import flax
+from flax import serialization
+from flax.training import checkpoints as flax_checkpoints
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+from typer import testing
+
+from jaxsoup import checkpoints
+from jaxsoup import cli
+
+
+def tree_of(seed=0):
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  return {
+      'dense': {'kernel': normal(7, 5), 'bias': normal(5).astype(jnp.bfloat16)},
+      'scale': normal(),
+      'empty': normal(0, 3),
+      'mask': rng.random(6) < 0.5,
+      'third': {'0': normal(2, 3, 4).astype(np.float16)},
+  }
+
+
+def assert_same(tree, expected):
+  assert jax.tree.structure(tree) == jax.tree.structure(expected)
+  for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(expected)):
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(x, y)
+
+
+def inspect(path, *options):
+  result = testing.CliRunner().invoke(cli.app, ['inspect', str(path), *options])
+  assert 'Traceback' not in result.output
+  return result.exit_code, ' '.join(result.output.split())
+
+
+def changed(content, data):
+  content = bytearray(content)
+  where = st.integers(0, len(content) - 1)
+  for place in data.draw(st.lists(where, max_size=4)):
+    content[place] = data.draw(st.integers(0, 255))
+  return bytes(content[: data.draw(st.none() | where)])
+
+
+def read_all(path, *more):
+  """Reads a file, which is whole, or damaged in a way that is said."""
+  try:
+    ingredients = checkpoints.Ingredients([path], *more)
+    ingredients[0]
+  except ValueError as e:
+    assert str(path) in str(e)
+
+
+# --- flax ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('chunk', [1 << 30, 64, 8])
+def test_msgpack(tmp_path, monkeypatch, chunk):
+  monkeypatch.setattr(serialization, 'MAX_CHUNK_SIZE', chunk)
+  path = tmp_path / 'x.msgpack'
+  path.write_bytes(serialization.to_bytes(tree_of()))
+  assert (b'chunked' in path.read_bytes()) == (chunk < 1 << 30)
+  assert_same(checkpoints.Ingredients([path])[0], tree_of())
+  assert inspect(path, '--deep')[0] == 0
+
+
+def test_msgpack_is_read_in_pieces(tmp_path, monkeypatch):
+  monkeypatch.setattr(serialization, 'MAX_CHUNK_SIZE', 1_000_000)
+  trees = [{'w': np.full((3_000, 512), k, np.float32)} for k in range(3)]
+  paths = [tmp_path / f'{k}.msgpack' for k in range(3)]
+  for path, tree in zip(paths, trees):
+    path.write_bytes(serialization.to_bytes(tree))
+  out = checkpoints.save_average(
+      tmp_path / 'soup.safetensors', checkpoints.Ingredients(paths)
+  )
+  read = checkpoints.Ingredients([out])[0]
+  assert_same(read, {'w': np.ones((3_000, 512), np.float32)})
+
+
+def test_a_train_state_of_flax_gives_its_parameters(tmp_path):
+  state = {
+      'params': tree_of(),
+      'opt_state': {'0': {'mu': tree_of(1)}},
+      'step': 7,
+      'note': 'x' * 10_000,
+      'history': [1.0, {'loss': 2.0}],
+  }
+  (tmp_path / 'x').write_bytes(serialization.msgpack_serialize(state))
+  abstract = jax.eval_shape(tree_of)
+  for more in ((), (abstract,)):
+    read = checkpoints.Ingredients([tmp_path / 'x'], *more)[0]
+    assert_same(read, tree_of())
+
+
+@pytest.fixture
+def legacy():
+  """flax.training.checkpoints without Orbax."""
+  flax.config.update('flax_use_orbax_checkpointing', False)
+  with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'Flax Checkpointing will soon')
+    yield
+  flax.config.update('flax_use_orbax_checkpointing', True)
+
+
+@pytest.mark.parametrize('steps', [(1, 9, 10), (0.5, 2.25)])
+def test_the_latest_of_flax(tmp_path, legacy, steps):
+  for step in steps:
+    flax_checkpoints.save_checkpoint(
+        tmp_path, {'w': np.float32([step])}, step, keep=9
+    )
+  (tmp_path / 'checkpoint_tmp').write_text('unfinished')
+  ingredients = checkpoints.Ingredients([tmp_path])
+  latest = flax_checkpoints.latest_checkpoint(tmp_path)
+  assert ingredients.paths == (latest,)
+  assert_same(ingredients[0], {'w': np.float32([steps[-1]])})
+
+
+def test_orbax_directories_with_the_names_of_flax(tmp_path, legacy):
+  flax_checkpoints.save_checkpoint(tmp_path, {'w': np.float32([1])}, 1)
+  checkpoints.save(tmp_path / 'checkpoint_2', {'w': np.float32([2])})
+  assert_same(checkpoints.Ingredients([tmp_path])[0], {'w': np.float32([2])})
+
+
+def test_a_directory_of_hugging_face_that_flax_wrote(tmp_path):
+  for name in ('a', 'b'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'config.json').write_text('{"model_type": "mine"}')
+  content = serialization.to_bytes(tree_of())
+  (tmp_path / 'a' / 'flax_model.msgpack').write_bytes(content)
+  tree = tree_of()
+  shards = {'x-1.msgpack': {'dense': tree.pop('dense')}, 'x-2.msgpack': tree}
+  weight_map = {}
+  for name, shard in shards.items():
+    (tmp_path / 'b' / name).write_bytes(serialization.to_bytes(shard))
+    paths = jax.tree_util.tree_leaves_with_path(shard)
+    weight_map |= {'/'.join(k.key for k in path): name for path, _ in paths}
+  index = tmp_path / 'b' / 'flax_model.msgpack.index.json'
+  index.write_text(json.dumps({'weight_map': weight_map}))
+  for ingredient in checkpoints.Ingredients([tmp_path / 'a', tmp_path / 'b']):
+    assert_same(ingredient, tree_of())
+
+
+BROKEN = {
+    'nothing': (b'', 'cannot be read'),
+    'a number': (b'\x05', 'holds no arrays of flax'),
+    'other msgpack': (b'\x81\xa1a\x93\x01\x02\x03', 'holds no arrays of flax'),
+    'deep': (b'\x81\xa1a' * 200 + b'\x01', 'nested too deeply'),
+    'repeated': (b'\x82\xa1a\x01\xa1a\x01', 'the same name'),
+    'endless': (b'\xdf\xff\xff\xff\xff\xa1a\x01', 'cannot be read'),
+    'elsewhere': (
+        serialization.msgpack_serialize({'a': '//GDAPlaceholder:a'}),
+        'is in a directory next to it',
+    ),
+    'objects': (
+        serialization.msgpack_serialize({'a': np.ones(2, 'M8[s]')}),
+        'is not one of numbers',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', BROKEN)
+def test_broken_msgpack(tmp_path, name):
+  content, words = BROKEN[name]
+  path = tmp_path / 'x.msgpack'
+  path.write_bytes(content)
+  code, said = inspect(path)
+  assert code == 1 and str(path) in said and words in said
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(st.data())
+def test_changed_msgpack(tmp_path_factory, data):
+  path = tmp_path_factory.getbasetemp() / 'changed.msgpack'
+  path.write_bytes(changed(serialization.to_bytes(tree_of()), data))
+  read_all(path)
+
+
+# --- torch --------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch():
+  return pytest.importorskip('torch', reason='reads files of torch')
+
+
+@pytest.fixture
+def trained(torch):
+  """A model and its optimizer after a step."""
+  model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+  optimizer = torch.optim.AdamW(model.parameters())
+  model(torch.ones(4, 3)).sum().backward()
+  optimizer.step()
+  return model.state_dict(), optimizer.state_dict()
+
+
+def assert_model(read, state):
+  named = {
+      '.'.join(k.key for k in path): x
+      for path, x in jax.tree_util.tree_leaves_with_path(read)
+  }
+  assert named.keys() == state.keys()
+  for name, x in state.items():
+    np.testing.assert_array_equal(named[name], x.numpy())
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    'name, model, optimizer',
+    [
+        ('x.pth.tar', 'state_dict', 'optimizer'),  # timm.
+        ('x.pth', 'model', 'optimizer'),  # torchvision, DeiT.
+        ('x.pt', 'model_state_dict', 'optimizer_state_dict'),  # torch's guide.
+        ('x.ckpt', 'state_dict', 'optimizer_states'),  # Lightning.
+    ],
+)
+def test_a_training_file_gives_its_model(
+    tmp_path, torch, trained, name, model, optimizer
+):
+  state, moments = trained
+  content = {
+      'epoch': 3,
+      'args': argparse.Namespace(lr=0.1, mean=(0.5, 0.5), name='vit'),
+      model: state,
+      optimizer: [moments] if optimizer.endswith('s') else moments,
+      'ema': {'decay': 0.9},
+      'metric': 0.5,
+  }
+  torch.save(content, tmp_path / name)
+  assert_model(checkpoints.Ingredients([tmp_path / name])[0], state)
+  assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.reference
+def test_entries_of_unknown_names_are_kept_but_no_optimizer(
+    tmp_path, torch, trained
+):
+  state, moments = trained
+  content = {'net': {'w': torch.ones(2)}, 'g_optim': moments, 'sgd': moments}
+  torch.save(content, tmp_path / 'x.pth')
+  read = checkpoints.Ingredients([tmp_path / 'x.pth'])[0]
+  assert_same(read, {'net': {'w': np.ones(2, np.float32)}})
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize('names', [('state_dict', 'state_dict_ema')])
+def test_a_moving_average_is_chosen(tmp_path, torch, trained, names):
+  state, _ = trained
+  average = {name: x * 2 for name, x in state.items()}
+  path = tmp_path / 'x.pth.tar'
+  torch.save(dict(zip(names, (state, average))), path)
+  words = f'{path} holds several models: state_dict and state_dict_ema. Pass'
+  with pytest.raises(ValueError, match=words):
+    checkpoints.Ingredients([path])[0]
+  code, said = inspect(path)
+  assert code == 1 and '--item NAME' in said
+  for name, expected in zip(names, (state, average)):
+    read = checkpoints.Ingredients([path], item=name)[0]
+    assert_model(read, expected)
+    assert inspect(path, '--item', name, '--deep')[0] == 0
+    abstract = jax.eval_shape(lambda x=read: x)
+    assert_model(
+        checkpoints.Ingredients([path], abstract, item=name)[0], expected
+    )
+
+
+@pytest.mark.reference
+def test_a_namespace_runs_no_code(tmp_path, torch):
+  class Evil:
+
+    def __reduce__(self):
+      return pathlib.Path.touch, (tmp_path / 'ran',)
+
+  content = {'w': torch.ones(2), 'args': argparse.Namespace(x=Evil())}
+  torch.save(content, tmp_path / 'x.pth.tar')
+  with pytest.raises(ValueError, match='would run code when it is loaded'):
+    checkpoints.Arrays(tmp_path / 'x.pth.tar')
+  assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.reference
+def test_shards_of_torch(tmp_path, torch, trained):
+  state, _ = trained
+  names = sorted(state)
+  folders = [tmp_path / name for name in 'ab']
+  for k, folder in enumerate(folders):
+    folder.mkdir()
+    (folder / 'config.json').write_text('{"model_type": "mine"}')
+    weight_map = {n: f'm-{i % 2}.bin' for i, n in enumerate(names)}
+    for file in ('m-0.bin', 'm-1.bin'):
+      shard = {n: state[n] + k for n in names if weight_map[n] == file}
+      torch.save(shard, folder / file)
+    index = folder / 'pytorch_model.bin.index.json'
+    index.write_text(json.dumps({'weight_map': weight_map}))
+  assert_model(checkpoints.Ingredients(folders[:1])[0], state)
+  out = tmp_path / 'out'
+  command = ['soup', 'uniform', *map(str, folders), '--out', str(out)]
+  result = testing.CliRunner().invoke(cli.app, command)
+  assert result.exit_code == 0, result.output
+  read = checkpoints.Arrays(out / 'model.safetensors')
+  assert {*read} == {*names}
+  weight = state['0.weight'].numpy()
+  np.testing.assert_allclose(read['0.weight'], weight + 0.5, rtol=1e-6)
+  (folders[0] / 'm-1.bin').unlink()
+  with pytest.raises(ValueError, match='m-1.bin is missing'):
+    checkpoints.Arrays(folders[0])
+
+
+@pytest.mark.reference
+def test_a_model_that_transformers_saved_in_steps(tmp_path, torch):
+  transformers = pytest.importorskip('transformers')
+  config = transformers.BertConfig(
+      vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+      intermediate_size=8, max_position_embeddings=8,
+  )  # fmt: skip
+  models = {n: transformers.BertModel(config) for n in (5, 50, 500)}
+  for step, model in models.items():
+    model.save_pretrained(tmp_path / f'checkpoint-{step}')
+  (tmp_path / 'runs').mkdir()
+  ingredients = checkpoints.Ingredients([tmp_path])
+  assert 'checkpoint-500' in ingredients.paths[0]
+  assert_model(ingredients[0], models[500].state_dict())
+  models[5].save_pretrained(tmp_path / 'best')
+  with pytest.raises(ValueError, match=r"several checkpoints: \['best', 'che"):
+    checkpoints.Ingredients([tmp_path])
+  (tmp_path / 'best').rename(tmp_path / 'runs' / 'best')
+  (tmp_path / 'checkpoint-1000').mkdir()
+  with pytest.raises(FileNotFoundError, match='-1000, the latest .* holds no'):
+    checkpoints.Ingredients([tmp_path])
+
+
+# --- safetensors --------------------------------------------------------------
+
+
+def write_safetensors(path, array, dtype):
+  """Writes an array under the name of a dtype that NumPy may lack."""
+  if not hasattr(safetensors, 'TensorSpec'):
+    pytest.skip('safetensors before 0.8 has no such dtypes')
+  spec = safetensors.TensorSpec(
+      dtype=dtype,
+      shape=array.shape,
+      data_ptr=array.ctypes.data,
+      data_len=array.nbytes,
+  )
+  path.write_bytes(safetensors.serialize({'w': spec}))
+
+
+@pytest.mark.parametrize(
+    'name, dtype',
+    [
+        ('C64', np.complex64),
+        ('F8_E8M0', jnp.float8_e8m0fnu),
+        ('F8_E4M3FNUZ', jnp.float8_e4m3fnuz),
+    ],
+)
+def test_dtypes_of_safetensors(tmp_path, name, dtype):
+  array = np.asarray([1, 2, 4, 0.5], dtype)
+  write_safetensors(tmp_path / 'x.safetensors', array, array.dtype.name)
+  assert name.encode() in (tmp_path / 'x.safetensors').read_bytes()
+  arrays = checkpoints.Arrays(tmp_path / 'x.safetensors')
+  assert arrays['w'].dtype == array.dtype
+  np.testing.assert_array_equal(arrays['w'], array)
+
+
+def test_dtypes_that_are_packed(tmp_path):
+  path = tmp_path / 'x.safetensors'
+  write_safetensors(path, np.zeros(4, np.uint8), 'float4_e2m1fn_x2')
+  code, said = inspect(path)
+  assert code == 1 and "'w' has dtype 'F4', which is not supported" in said
+  assert 'damaged' not in said
+
+
+# --- What is not read ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'name, content, kind',
+    [
+        ('model.gguf', b'GGUF\3\0\0\0', 'a GGUF file'),
+        ('model', b'GGUF\3\0\0\0', 'a GGUF file'),
+        ('model.onnx', b'\x08\x07\x12', 'an ONNX model'),
+        ('saved_model.pb', b'\x08\1', 'a TensorFlow SavedModel'),
+        ('model.ckpt.index', b'\0', 'a TensorFlow checkpoint'),
+        ('model.ckpt.data-00000-of-00001', b'\0', 'a TensorFlow checkpoint'),
+        ('model.h5', b'\x89HDF\r\n\x1a\n', 'HDF5'),
+        ('x.dump', b'\x80\4K\1.', 'a pickle, which can run code'),
+        ('x.zip', b'PK\3\4', 'a zip archive, such as torch'),
+        ('x.npy', b'\x93NUMPY\1\0', 'an array of NumPy'),
+        ('x.tar.gz', b'\x1f\x8b', 'a compressed archive'),
+        ('config.json', b'{"model_type": "bert"}', 'text'),
+        ('notes', 'höher'.encode(), 'text'),
+        ('x', b'', 'an empty file'),
+        ('x', bytes(9) + b'\xff', 'a file of an unknown format'),
+    ],
+)
+def test_what_is_not_read(tmp_path, name, content, kind):
+  path = tmp_path / name
+  path.write_bytes(content)
+  code, said = inspect(path)
+  assert code == 1 and f'{path} seems to be {kind}' in said
+  assert 'is not read. Give an Orbax' in said and '.npz' in said
+
+
+def test_a_directory_of_tensorflow(tmp_path):
+  (tmp_path / 'saved_model.pb').write_bytes(b'\x08\1')
+  code, said = inspect(tmp_path)
+  assert code == 1 and 'seems to be a directory of TensorFlow, which' in said
