@@ -1,9 +1,14 @@
 """Files of other libraries, written by these libraries."""
 
 import argparse
+import io
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import warnings
+import zipfile
 
 import flax
 from flax import serialization
@@ -17,6 +22,7 @@ import pytest
 import safetensors
 from typer import testing
 
+import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup import cli
 
@@ -379,6 +385,268 @@ def test_dtypes_that_are_packed(tmp_path):
   code, said = inspect(path)
   assert code == 1 and "'w' has dtype 'F4', which is not supported" in said
   assert 'damaged' not in said
+
+
+# --- Keras --------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def keras():
+  pytest.importorskip('h5py')
+  os.environ.setdefault('KERAS_BACKEND', 'jax')
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    return pytest.importorskip('keras', reason='writes files of Keras')
+
+
+@pytest.fixture
+def keras_model(keras):
+  """A model with the state of an optimizer, and its arrays by their names."""
+  layers = keras.layers
+  model = keras.Sequential(
+      [
+          layers.Input((4,)),
+          layers.Dense(3),
+          layers.Dropout(0.5),
+          layers.BatchNormalization(),
+          layers.Dense(2, dtype=keras.DTypePolicy('bfloat16')),
+      ]
+  )
+  model.compile('adam', 'mse')
+  model.optimizer.build(model.trainable_variables)
+  names = ['dense', 'batch_normalization', 'dense_1']
+  parts = [x for x in model.layers if not isinstance(x, layers.Dropout)]
+  arrays = {
+      f'layers/{name}/vars/{i}': np.asarray(x.value)
+      for name, layer in zip(names, parts)
+      for i, x in enumerate(layer.weights)
+  }
+  return model, arrays
+
+
+@pytest.mark.filterwarnings(
+    'ignore:__array__ implementation:DeprecationWarning'
+)
+@pytest.mark.reference
+@pytest.mark.parametrize('name', ['x.keras', 'x.weights.h5'])
+def test_keras(tmp_path, keras_model, name):
+  model, expected = keras_model
+  path = tmp_path / name
+  model.save(path) if name == 'x.keras' else model.save_weights(path)
+  arrays = checkpoints.Arrays(path)
+  assert set(arrays) - {'layers/dropout/seed_generator/vars/0'} == {*expected}
+  assert {str(x.dtype) for x in expected.values()} == {'bfloat16', 'float32'}
+  for key, x in expected.items():
+    assert arrays[key].dtype == x.dtype
+    np.testing.assert_array_equal(arrays[key], x)
+
+
+@pytest.mark.filterwarnings(
+    'ignore:__array__ implementation:DeprecationWarning'
+)
+@pytest.mark.reference
+def test_a_soup_of_keras(tmp_path, keras_model):
+  model, expected = keras_model
+  paths = [tmp_path / f'{k}.keras' for k in range(3)]
+  for k, path in enumerate(paths):
+    model.layers[0].kernel.assign(np.full((4, 3), k))
+    model.save(path)
+  soup = jaxsoup.uniform(checkpoints.Ingredients(paths)).params
+  layers = soup['layers']
+  np.testing.assert_array_equal(layers['dense']['vars']['0'], np.ones((4, 3)))
+  moving = expected['layers/batch_normalization/vars/3']
+  np.testing.assert_array_equal(
+      layers['batch_normalization']['vars']['3'], moving
+  )
+
+
+def test_keras_without_h5py(tmp_path, monkeypatch):
+  (tmp_path / 'x.keras').write_bytes(b'PK')
+  monkeypatch.setitem(sys.modules, 'h5py', None)
+  with pytest.raises(
+      ImportError, match='x.keras .* not installed: `pip install'
+  ):
+    checkpoints.Arrays(tmp_path / 'x.keras')
+
+
+def _external(h5py, f, folder):
+  (folder / 'secret').write_bytes(bytes(8))
+  f.create_dataset('w', (2,), 'f4', external=[(folder / 'secret', 0, 8)])
+
+
+def _linked(h5py, f, folder):
+  with h5py.File(folder / 'other.h5', 'w') as other:
+    other['w'] = np.ones(2, np.float32)
+  f['w'] = h5py.ExternalLink(folder / 'other.h5', 'w')
+
+
+def _virtual(h5py, f, folder):
+  layout = h5py.VirtualLayout((2,), 'f4')
+  layout[:] = h5py.VirtualSource(folder / 'other.h5', 'w', (2,))
+  f.create_virtual_dataset('w', layout)
+
+
+@pytest.mark.parametrize(
+    'make, words',
+    [
+        (_external, 'is not stored in one piece'),
+        (_linked, 'it holds no arrays'),
+        (_virtual, 'is not stored in one piece'),
+        (lambda h5py, f, _: f.create_dataset('w', (9**9,), 'f4'), 'one piece'),
+        (
+            lambda h5py, f, _: f.create_dataset(
+                'w', data=np.zeros(9999), compression='gzip'
+            ),
+            'is not stored in one piece',
+        ),
+        (
+            lambda h5py, f, _: f.create_dataset('w', data=['text']),
+            'is not one of numbers',
+        ),
+    ],
+)
+def test_hdf5_that_keras_does_not_write(tmp_path, make, words):
+  h5py = pytest.importorskip('h5py')
+  path = tmp_path / 'x.weights.h5'
+  with h5py.File(path, 'w') as f:
+    make(h5py, f, tmp_path)
+  code, said = inspect(path)
+  assert code == 1 and str(path) in said and words in said
+
+
+def test_big_endian_hdf5(tmp_path):
+  h5py = pytest.importorskip('h5py')
+  with h5py.File(tmp_path / 'x.weights.h5', 'w') as f:
+    f['a/w'] = np.arange(6, dtype='>f4').reshape(2, 3)
+    f['a/mask'] = np.array([True, False])
+  expected = {
+      'w': np.arange(6, dtype=np.float32).reshape(2, 3),
+      'mask': np.array([True, False]),
+  }
+  read = checkpoints.Ingredients([tmp_path / 'x.weights.h5'])[0]
+  assert_same(read, {'a': expected})
+
+
+def test_a_compressed_archive_of_keras(tmp_path):
+  pytest.importorskip('h5py')
+  path = tmp_path / 'x.keras'
+  for name, words in (
+      ('x', 'model.weights.h5'),
+      ('model.weights.h5', 'is com'),
+  ):
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+      archive.writestr(name, bytes(100))
+    code, said = inspect(path)
+    assert code == 1 and words in said
+
+
+# In a process of its own: a crash would take the tests with it.
+CHILD = """
+import pathlib, resource, sys
+import numpy as np
+import formats_test
+folder = pathlib.Path(sys.argv[1])
+content = (folder / 'x.weights.h5').read_bytes()
+formats_test.read_all(folder / 'x.weights.h5')
+used = int(open('/proc/self/statm').read().split()[0]) * 4096
+limit = used + (600 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+rng = np.random.default_rng(0)
+changed = folder / 'changed.weights.h5'
+for _ in range(int(sys.argv[2])):
+  new = np.frombuffer(content, np.uint8).copy()
+  places = rng.integers(0, new.size, rng.integers(1, 5))
+  new[places] ^= 1 << rng.integers(0, 8, places.size).astype(np.uint8)
+  end = new.size if rng.random() < 0.8 else rng.integers(0, new.size)
+  changed.write_bytes(new[:end].tobytes())
+  formats_test.read_all(changed)
+print('survived')
+"""
+
+
+def test_no_damage_of_hdf5_crashes(tmp_path):
+  h5py = pytest.importorskip('h5py')
+  with h5py.File(tmp_path / 'x.weights.h5', 'w') as f:
+    for name in ('a', 'b', 'optimizer'):
+      f[f'{name}/vars/0'] = np.ones((2, 3), np.float32)
+  result = subprocess.run(
+      [sys.executable, '-c', CHILD, str(tmp_path), '400'],
+      capture_output=True,
+      text=True,
+      cwd=pathlib.Path(__file__).parent,
+  )
+  assert result.stdout == 'survived\n', result.stderr[-3000:]
+
+
+# --- Equinox ------------------------------------------------------------------
+
+
+@pytest.fixture
+def equinox():
+  return pytest.importorskip('equinox', reason='writes files of Equinox')
+
+
+def equinox_model(equinox, seed=0):
+  keys = jax.random.split(jax.random.key(seed), 2)
+  return equinox.nn.Sequential(
+      [
+          equinox.nn.Linear(3, 4, key=keys[0]),
+          equinox.nn.Dropout(0.3),  # With two numbers of Python.
+          equinox.nn.Lambda(jax.nn.relu),
+          equinox.nn.Linear(4, 2, dtype=jnp.bfloat16, key=keys[1]),
+      ]
+  )
+
+
+def abstract_of(equinox, make):
+  is_array = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+  return equinox.filter(equinox.filter_eval_shape(make), is_array)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize('line', [b'', b'{"width": 4}\n'])
+def test_equinox(tmp_path, equinox, line):
+  models = [equinox_model(equinox, k) for k in range(2)]
+  paths = [tmp_path / f'{k}.eqx' for k in range(2)]
+  for path, model in zip(paths, models):
+    with path.open('wb') as f:
+      f.write(line)
+      equinox.tree_serialise_leaves(f, model)
+  abstract = abstract_of(equinox, lambda: equinox_model(equinox))
+  ingredients = checkpoints.Ingredients(paths, abstract)
+  params = [equinox.filter(model, equinox.is_array) for model in models]
+  for ingredient, expected in zip(ingredients, params):
+    assert_same(ingredient, expected)
+  assert_same(
+      jaxsoup.uniform(ingredients).params, jaxsoup.uniform(params).params
+  )
+
+
+@pytest.mark.reference
+def test_equinox_needs_the_right_template(tmp_path, equinox):
+  path = tmp_path / 'x.eqx'
+  equinox.tree_serialise_leaves(path, equinox_model(equinox))
+  code, said = inspect(path)
+  assert code == 1 and 'checkpoints.Ingredients(paths, abstract_params)' in said
+  make = lambda: equinox.nn.Linear(3, 4, key=jax.random.key(0))
+  with pytest.raises(ValueError, match='4 arrays, but abstract_params has 2'):
+    checkpoints.Ingredients([path], abstract_of(equinox, make))[0]
+  make = lambda: [make_linear() for make_linear in [
+      lambda: equinox.nn.Linear(3, 5, key=jax.random.key(0))] * 2]  # fmt: skip
+  with pytest.raises(ValueError, match=r"'0/weight' has shape \(4, 3\), expec"):
+    checkpoints.Ingredients([path], abstract_of(equinox, make))[0]
+
+
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(st.data())
+def test_changed_equinox(tmp_path_factory, data):
+  tree = [np.ones((2, 3), np.float32), np.ones(4, np.int32)]
+  file = io.BytesIO()
+  for x in tree:  # As Equinox does.
+    np.save(file, x)
+  path = tmp_path_factory.getbasetemp() / 'changed.eqx'
+  path.write_bytes(changed(file.getvalue(), data))
+  read_all(path, tree)
 
 
 # --- What is not read ---------------------------------------------------------

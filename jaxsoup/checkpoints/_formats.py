@@ -13,6 +13,8 @@ import re
 from etils import epath
 
 from jaxsoup import _tree
+from jaxsoup.checkpoints import _equinox
+from jaxsoup.checkpoints import _keras
 from jaxsoup.checkpoints import _msgpack
 from jaxsoup.checkpoints import _npz
 from jaxsoup.checkpoints import _orbax
@@ -27,12 +29,16 @@ OpenFn = Callable[[pathlib.Path, str | None, _tree.Flat | None], _source.Source]
 
 # Formats by the endings of their files.
 _FORMATS: dict[tuple[str, ...], OpenFn] = {
-    ('.safetensors',): lambda path, *_: _safetensors.open_source(path),
+    ('.safetensors', '.safetensors.index.json'): (
+        lambda path, *_: _safetensors.open_source(path)
+    ),
     ('.npz',): lambda path, *_: _npz.open_source(path),
     _torch.ENDINGS: lambda path, item, _: _torch.open_source(path, item),
     ('.msgpack',): lambda path, *_: _msgpack.open_source(path),
-    ('.safetensors.index.json', '.bin.index.json', '.msgpack.index.json'): (
-        lambda path, *_: _open_index(path)
+    _keras.ENDINGS: lambda path, *_: _keras.open_source(path),
+    ('.eqx',): lambda path, _, abstract: _equinox.open_source(path, abstract),
+    ('.bin.index.json', '.msgpack.index.json'): lambda path, *_: _open_index(
+        path
     ),
 }
 # In a directory of Hugging Face, without safetensors.

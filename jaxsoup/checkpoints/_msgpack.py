@@ -43,17 +43,11 @@ def is_dict(path: pathlib.Path) -> bool:
 
 def open_source(path: pathlib.Path) -> _source.Source:
   """Opens a file; reads only names and shapes."""
-  try:
-    with path.open('rb') as f:
-      content, end = _value(f, 0)
+  with _source.parsing(path), path.open('rb') as f:
+    content, end = _value(f, 0)
     if end > (size := path.stat().st_size):
       raise ValueError(f'it should have {end:,} bytes, but it has {size:,}')
     arrays = dict(_arrays(content, ()))
-  # msgpack raises all kinds of errors on invalid bytes.
-  except Exception as e:
-    if isinstance(e, FileNotFoundError):
-      raise
-    raise _source.damaged(path, e) from e
   if not arrays:
     raise ValueError(
         f'{path} is msgpack, but holds no arrays of flax. Save the parameters: '

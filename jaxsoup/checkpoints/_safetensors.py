@@ -17,6 +17,7 @@ from jaxsoup import _json
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _raw
+from jaxsoup.checkpoints import _sharded
 from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Config
 from jaxsoup.typing import DType
@@ -33,7 +34,7 @@ _DTYPES = {
     'F8_E5M2FNUZ': jnp.float8_e5m2fnuz,
 }  # fmt: skip
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_INDEX = '.safetensors.index.json'
+_INDEX = '.safetensors' + _sharded.ENDING
 _MOST_HEADER_BYTES = 100_000_000  # The limit of the format.
 
 
@@ -58,7 +59,13 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def open_source(path: pathlib.Path) -> _source.Source:
-  """Opens a file; reads only its header."""
+  """Opens a file, or an index and its files; reads only headers."""
+  if path.name.endswith(_INDEX):
+    return _sharded.open_source(path, _open_file)
+  return _open_file(path)
+
+
+def _open_file(path: pathlib.Path) -> _source.Source:
   arrays, texts, own = _header(path)
   stored = own.get('checksums') or {}
   # A name that was changed by damage has no checksum.

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import math
 import os
 import pathlib
@@ -54,7 +56,8 @@ def plain_metadata(
 ) -> Metadata:
   """Those of a file with nothing but arrays."""
   shapes = {
-      p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in leaves.items()
+      p: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype).newbyteorder('='))
+      for p, x in leaves.items()
   }
   return Metadata(str(path), shapes, {}, {}, state_of(path))
 
@@ -170,6 +173,17 @@ def damaged(path: PathLike, why: object) -> DamagedError:
       f'{path} cannot be read: {said}. The checkpoint is damaged or incomplete:'
       ' leave it out, or restore it from a copy.'
   )
+
+
+@contextlib.contextmanager
+def parsing(path: PathLike) -> Iterator[None]:
+  """For parsers, which raise all kinds of errors on invalid bytes."""
+  try:
+    yield
+  except FileNotFoundError:
+    raise
+  except Exception as e:
+    raise damaged(path, e) from e
 
 
 def state_of(*files: PathLike) -> str:
