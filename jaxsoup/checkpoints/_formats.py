@@ -1,10 +1,8 @@
 """Which format a path holds."""
 
-import codecs
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
-import contextlib
 import itertools
 import math
 import pathlib
@@ -37,8 +35,8 @@ _FORMATS: dict[tuple[str, ...], OpenFn] = {
     ('.msgpack',): lambda path, *_: _msgpack.open_source(path),
     _keras.ENDINGS: lambda path, *_: _keras.open_source(path),
     ('.eqx',): lambda path, _, abstract: _equinox.open_source(path, abstract),
-    ('.bin.index.json', '.msgpack.index.json'): lambda path, *_: _open_index(
-        path
+    ('.bin.index.json', '.msgpack.index.json'): (
+        lambda path, *_: _open_index(path)
     ),
 }
 # In a directory of Hugging Face, without safetensors.
@@ -47,23 +45,17 @@ _OF_FLAX = ('flax_model.msgpack', 'flax_model.msgpack' + _sharded.ENDING)
 # Of flax.training.checkpoints, and of the Trainer of transformers.
 _FLAX_STEP = re.compile(r'checkpoint_(\d+(?:\.\d+)?)')
 _TRAINER_STEP = re.compile(r'checkpoint-(\d+)')
-_TENSORFLOW = ('saved_model.pb', '*.index', 'keras_metadata.pb')
 
 # What a file may be in place of that, by its name or its first bytes.
 _OTHERS = {
     'a GGUF file': ('.gguf', b'GGUF'),
     'an ONNX model': ('.onnx',),
     'a TensorFlow SavedModel': ('.pb',),
-    'a TensorFlow checkpoint': ('.index', '.data-00000-of-00001', '.meta'),
-    'a TensorFlow Lite model': ('.tflite',),
+    'a TensorFlow checkpoint': ('.index', '.data-00000-of-00001'),
     'an array of NumPy (np.savez writes .npz)': (b'\x93NUMPY',),
     'HDF5': ('.h5', '.hdf5', b'\x89HDF\r\n\x1a\n'),
-    'a pickle, which can run code': (
-        '.pkl', '.pickle', b'\x80\2', b'\x80\3', b'\x80\4', b'\x80\5'
-    ),
-    'a zip archive, such as torch and np.savez write under other names': (
-        b'PK\3\4',
-    ),
+    'a pickle, which can run code': ('.pkl', '.pickle', b'\x80'),
+    'a zip archive, such as torch and np.savez write': (b'PK\3\4',),
     'a compressed archive': ('.gz', '.tar', '.bz2', '.xz', '.zst', b'\x1f\x8b'),
 }  # fmt: skip
 
@@ -90,7 +82,7 @@ def resolve(path: PathLike, item: str | None = None) -> str:
       raise
     if file := _below(pathlib.Path(root)):
       return str(file)
-    if any(any(root.glob(name)) for name in _TENSORFLOW):
+    if any(root.glob('saved_model.pb')) or any(root.glob('*.index')):
       raise _not_read(root) from None
     raise
 
@@ -190,13 +182,8 @@ def _kind_of(path: PathLike) -> str:
     magic = tuple(x for x in signs if isinstance(x, bytes))
     if start.startswith(magic) or path.name.endswith(names):
       return kind
-  with contextlib.suppress(UnicodeDecodeError):
-    text = codecs.getincrementaldecoder('utf-8')().decode(start)
-    if not start:
-      return 'an empty file'
-    if '\0' not in text:
-      return 'text'
-  return 'a file of an unknown format'
+  is_text = all(byte >= 9 for byte in start)
+  return 'text' if start and is_text else 'empty, or of an unknown format'
 
 
 def open_source(
@@ -204,16 +191,7 @@ def open_source(
     item: str | None = None,
     abstract: _tree.Flat | None = None,
 ) -> _source.Source:
-  """Opens what `resolve` returned; reads no array.
-
-  Args:
-    resolved: a file or directory.
-    item: the subtree that is meant.
-    abstract: names and shapes, for files that do not store the names.
-
-  Returns:
-    The open checkpoint.
-  """
+  """Opens what `resolve` returned, for an item or abstract parameters."""
   source = _opened(resolved, item, abstract)
   for path, leaf in source.metadata.leaves.items():
     num_bytes = math.prod(max(n, 1) for n in leaf.shape) * leaf.dtype.itemsize

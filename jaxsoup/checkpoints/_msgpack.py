@@ -107,9 +107,7 @@ def _extension(f, at, code) -> tuple[Any, int]:
   shape, at = _unpacked(f, at)
   name, at = _unpacked(f, at)
   dtype = _source.checked_dtype(np.dtype(name))
-  array = _raw.Array(
-      f.name, 0, tuple(map(_source.checked_length, shape)), dtype
-  )
+  array = _raw.Array(f.name, 0, _source.checked_shape(shape), dtype)
   # The values come last, after their length.
   begin = end - array.num_bytes
   if not 2 <= begin - at <= 5:
@@ -122,7 +120,7 @@ def _extension(f, at, code) -> tuple[Any, int]:
 def _unchunked(content):
   """Arrays of more than a gigabyte are flat pieces, one after another."""
   in_order = lambda x: [x[str(i)] for i in range(len(x))]
-  shape = tuple(map(_source.checked_length, in_order(content['shape'])))
+  shape = _source.checked_shape(in_order(content['shape']))
   arrays, chunks = zip(*in_order(content['chunks']))
   array = arrays[0]._replace(shape=shape)
   sizes = [a.num_bytes for a in arrays]

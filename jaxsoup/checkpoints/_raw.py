@@ -75,6 +75,9 @@ def source(
     path: pathlib.Path, arrays: Mapping[tuple[str, ...], Array]
 ) -> _source.Source:
   """A checkpoint with nothing but these arrays of one file."""
+  for name, array in arrays.items():
+    if array.start + array.num_bytes > (size := path.stat().st_size):
+      raise _source.damaged(path, f'{name} ends after its {size:,} bytes')
   file = File(path)
   return _source.Source(
       _source.plain_metadata(path, arrays),

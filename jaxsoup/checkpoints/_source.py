@@ -112,11 +112,11 @@ def checked_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
   return dtype
 
 
-def checked_length(length: Any) -> int:
-  """A length that a file names."""
-  if type(length) is not int or length < 0:
-    raise ValueError(f'{length!r} is not a length')
-  return length
+def checked_shape(shape: Sequence[Any]) -> tuple[int, ...]:
+  """A shape that a file names; a ValueError if no array can have it."""
+  if not all(type(n) is int and n >= 0 for n in shape):
+    raise ValueError(f'an array has the shape {shape}')
+  return tuple(shape)
 
 
 # What is stored with the arrays, by name, and its types as JSON.

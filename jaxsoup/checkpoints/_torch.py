@@ -127,28 +127,25 @@ def _state_dict(path: pathlib.Path, content: Any, item: str | None) -> Any:
     inside = {str(k): x for k, x in content.items() if isinstance(x, Mapping)}
     if first in inside:
       return {first: inside[first]}
-    models = [k for k, x in inside.items() if _is_model(k, x)]
+    models = [k for k in inside if _MODEL.fullmatch(k) and _is_any(inside[k])]
     if len(models) > 1:
       raise ValueError(
           f'{path} holds several models: {" and ".join(models)}. Pass item=NAME'
           f' (--item NAME), such as item={models[0]!r}.'
       )
     if not models:
-      odd = {k for k, x in inside.items() if _is_optimizer(k, x)}
-      return {k: x for k, x in content.items() if str(k) not in odd}
+      states = [
+          k for k in inside if 'optim' in k or 'param_groups' in inside[k]
+      ]
+      return {k: x for k, x in content.items() if str(k) not in states}
     content = inside[models[0]]
   return content  # Which contains itself: `_tensors` says so.
 
 
-def _is_model(name: str, content: Mapping[Any, Any]) -> bool:
-  is_any = any(
-      isinstance(x, Mapping) or hasattr(x, 'shape') for x in content.values()
-  )
-  return is_any and _MODEL.fullmatch(name) is not None
-
-
-def _is_optimizer(name: str, content: Mapping[Any, Any]) -> bool:
-  return 'optim' in name or 'param_groups' in content
+def _is_any(content: Mapping[Any, Any]) -> bool:
+  """Whether there may be tensors."""
+  inside = content.values()
+  return any(isinstance(x, Mapping) or hasattr(x, 'shape') for x in inside)
 
 
 def _tensors(content: Any) -> Iterator[tuple[str, Any]]:
