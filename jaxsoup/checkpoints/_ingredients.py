@@ -55,7 +55,10 @@ class Ingredients(Sequence[Params]):
         directory, whose latest finished step is taken; a directory of a
         `CheckpointManager`, or of one of its steps; a `.safetensors` file, its
         index, or a directory with one; a `.npz` file; a file of torch (`.pth`,
-        `.pt`, `.bin`), for which torch is needed.
+        `.pth.tar`, `.pt`, `.bin`, `.ckpt`), Keras (`.keras`, `.weights.h5`) or
+        Equinox (`.eqx`; torch or h5py must be installed for its files); a
+        `.msgpack` or `checkpoint_N` of flax. Of several `checkpoint_N`, or
+        `checkpoint-N` of a Trainer, the latest is taken.
       abstract_params: parameters as `jax.ShapeDtypeStruct` (from
         `jax.eval_shape`, see also `sharding.fsdp`): what to read, in which
         container, dtypes and shardings. Each process reads what its devices
@@ -64,8 +67,8 @@ class Ingredients(Sequence[Params]):
         reads what is below `params`, or all, as nested dicts.
       item: which item of a step that holds several; 'params', 'state' or
         'default' is the default. Or which subtree of the checkpoint, such as
-        'ema_params', where the parameters fit into several; or both, as in
-        'state/ema_params'.
+        'ema_params' or 'state_dict_ema', where the parameters fit into several;
+        or both, as in 'state/ema_params'.
 
     Raises:
       FileNotFoundError: a path without a finished checkpoint.
