@@ -569,11 +569,15 @@ def test_no_damage_of_hdf5_crashes(tmp_path):
   with h5py.File(tmp_path / 'x.weights.h5', 'w') as f:
     for name in ('a', 'b', 'optimizer'):
       f[f'{name}/vars/0'] = np.ones((2, 3), np.float32)
+      f[f'{name}/vars'].attrs['name'] = name
+    f['b/vars/1'] = np.ones(3, jnp.bfloat16).view('V2')
+    f['b/vars/1'].attrs['dtype'] = 'bfloat16'  # HDF5 hangs if it is damaged.
   result = subprocess.run(
-      [sys.executable, '-c', CHILD, str(tmp_path), '400'],
+      [sys.executable, '-c', CHILD, str(tmp_path), '1000'],
       capture_output=True,
       text=True,
       cwd=pathlib.Path(__file__).parent,
+      timeout=300,
   )
   assert result.stdout == 'survived\n', result.stderr[-3000:]
 

@@ -56,7 +56,9 @@ def _arrays(path, f, start: int) -> dict[tuple[str, ...], _raw.Array]:
     keys = tuple(name.split('/'))
     if not isinstance(item, h5py.Dataset) or keys[0] == 'optimizer':
       return
-    is_bfloat16 = item.attrs.get('dtype') == 'bfloat16' and item.dtype == 'V2'
+    # Bytes without a meaning, as in .npz. An attribute says the same, but HDF5
+    # can hang where text is damaged.
+    is_bfloat16 = item.dtype == 'V2'
     dtype = np.dtype(jnp.bfloat16) if is_bfloat16 else item.dtype
     _source.checked_dtype(dtype)
     offset = item.id.get_offset() if item.size else 0
