@@ -125,7 +125,8 @@ def _below(path: pathlib.Path) -> pathlib.Path | None:
   folders = sorted(p for p in path.iterdir() if p.is_dir())
   weights = {p: file for p in folders if (file := find(p) or _of_flax(p))}
   latest = _latest(folders, _TRAINER_STEP)
-  if latest and all(_TRAINER_STEP.fullmatch(p.name) for p in weights):
+  is_trainer = all(_TRAINER_STEP.fullmatch(p.name) for p in weights)
+  if weights and latest and is_trainer:
     if latest not in weights:
       raise FileNotFoundError(
           f'{latest}, the latest checkpoint there, holds no weights that are '
