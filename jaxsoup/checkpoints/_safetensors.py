@@ -132,8 +132,9 @@ def _header(
     raise _source.damaged(file, f'its header is wrong: {e}') from e
   if unknown:  # Of less than a byte, or later than this reader.
     raise ValueError(
-        f'{file}: {dtypes[unknown[0]]!r} has dtype {unknown[0]!r}, which is not'
-        f' supported. Convert it to one of {", ".join(_DTYPES)}.'
+        f'{file} cannot be read: {dtypes[unknown[0]]!r} has dtype '
+        f'{unknown[0]!r}, which is not supported. Convert it to one of '
+        f'{", ".join(_DTYPES)}.'
     )
   if not tensors:
     raise _source.damaged(file, 'it holds no arrays')
