@@ -251,7 +251,7 @@ BROKEN = {
         (struct.pack('<Q', 1 << 62), 'header declares'),
         (struct.pack('<Q', 99_000_000), 'header declares'),
         (st_file(b'[' * 9_000), 'header is wrong'),
-        (st_file({'a': row('F99')}, bytes(8)), 'header is wrong'),
+        (st_file({'a': row('F99')}, bytes(8)), "dtype 'F99', which is not"),
         (st_file({'a': row(shape=(3,))}, bytes(8)), 'has 8 bytes'),
         (st_file({'a': row(), 'b': row()}, bytes(8)), 'begins at 0'),
         (st_file({'a': row(offsets=(4, 12))}, bytes(12)), 'begins at 4'),

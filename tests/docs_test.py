@@ -258,6 +258,10 @@ RAISE = {
     'alpha has shape': lambda p: jaxsoup.average([W, W], [1.0]),
     '… does not exist': lambda p: checkpoints.Ingredients([p / 'none']),
     '… holds no Orbax': lambda p: checkpoints.Ingredients([p]),
+    '… seems to be': lambda p: (
+        (p / 'x.gguf').write_bytes(b'GGUF'),
+        checkpoints.Ingredients([p / 'x.gguf']),
+    ),
     '… holds only an unfinished': lambda p: (
         (p / 'a.orbax-checkpoint-tmp-1').mkdir(),
         checkpoints.Ingredients([p]),

@@ -54,7 +54,7 @@ ALLOWED = (
     BASIC | {'optax', 'scipy'},
     BASIC
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'scipy', 'tensorstore'}
-    | {'torch', 'xxhash'},
+    | {'h5py', 'msgpack', 'torch', 'xxhash'},
     BASIC
     | {'PIL', 'absl', 'flax', 'grain', 'scipy', 'sentencepiece', 'sklearn'}
     | {'tensorflow_datasets', 'tokenizers'},

@@ -56,7 +56,7 @@ class Arrays(Mapping[str, np.ndarray]):
       FileNotFoundError: there is no finished checkpoint.
       ValueError: it is damaged, or there are several.
     """
-    source = _formats.open_source(_formats.resolve(path, item))
+    source = _formats.open_source(_formats.resolve(path, item), item)
     self.path = source.metadata.path
     self.metadata, self.separator = source.metadata, source.separator
     stored = _checkpoint.below(source.metadata, item)

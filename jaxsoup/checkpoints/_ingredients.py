@@ -74,7 +74,10 @@ class Ingredients(Sequence[Params]):
         directory, whose latest finished step is taken; a directory of a
         `CheckpointManager`, or of one of its steps; a `.safetensors` file, its
         index, or a directory with one; a `.npz` file; a file of torch (`.pth`,
-        `.pt`, `.bin`), for which torch is needed.
+        `.pth.tar`, `.pt`, `.bin`, `.ckpt`), Keras (`.keras`, `.weights.h5`) or
+        Equinox (`.eqx`; torch or h5py must be installed for its files); a
+        `.msgpack` or `checkpoint_N` of flax. Of several `checkpoint_N`, or
+        `checkpoint-N` of a Trainer, the latest is taken.
       abstract_params: parameters as `jax.ShapeDtypeStruct` (from
         `jax.eval_shape`, see also `sharding.fsdp`): what to read, in which
         container, dtypes and shardings. Each process reads what its devices
@@ -83,8 +86,8 @@ class Ingredients(Sequence[Params]):
         reads what is below `params`, or all, as nested dicts.
       item: which item of a step that holds several; 'params', 'state' or
         'default' is the default. Or which subtree of the checkpoint, such as
-        'ema_params', where the parameters fit into several; or both, as in
-        'state/ema_params'.
+        'ema_params' or 'state_dict_ema', where the parameters fit into several;
+        or both, as in 'state/ema_params'.
       whole: without `abstract_params`: read the whole state of a training, with
         its optimizer, and not only the model.
       dtype: of all floats, in which ingredients of different dtypes are read.
@@ -314,7 +317,9 @@ class Ingredients(Sequence[Params]):
   def _whole_checkpoint(self, k: int) -> _checkpoint.Checkpoint:
     if k not in self._opened:
       is_whole = self.whole and self.item is None
-      source = _formats.open_source(self.paths[k], is_whole)
+      source = _formats.open_source(
+          self.paths[k], self.item, self._abstract, is_whole
+      )
       abstract = self._abstract
       if k and abstract is not None:
         leaves = abstract.by_path

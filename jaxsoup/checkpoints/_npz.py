@@ -32,14 +32,12 @@ class _Member(NamedTuple):
 
   Attributes:
     array: its place, in the file if it is stored, else in the member.
-    in_file: its dtype there, perhaps in another byte order.
     is_stored: not compressed, in C order.
     is_fortran: in Fortran order.
     name: of the member.
   """
 
   array: _raw.Array
-  in_file: np.dtype
   is_stored: bool
   is_fortran: bool
   name: str
@@ -62,49 +60,48 @@ def _rows_at_once(member: _Member) -> int:
 
 
 def _reader(member: _Member, file: _raw.File) -> _source.ReadFn:
-  read = _raw.reader(member.array._replace(dtype=member.in_file), file)
-  if not member.is_stored:
-    read = lambda index: _whole(member)[index]
-  return lambda index: read(index).astype(member.array.dtype, copy=False)
+  if member.is_stored:
+    return _raw.reader(member.array, file.read)
+  native = member.array.dtype.newbyteorder('=')
+  return lambda index: _whole(member)[index].astype(native, copy=False)
 
 
 def _whole(member: _Member) -> np.ndarray:
   """An array that cannot be read in parts."""
   path, array = member.array.file, member.array
   flat = _source.scratch('read', (array.num_bytes,), np.uint8)
-  try:
-    with zipfile.ZipFile(path) as archive, archive.open(member.name) as f:
-      f.read(array.start)
-      num_read = 0
-      while num_read < flat.size:
-        part = f.read(min(1 << 20, flat.size - num_read))
-        if not part:
-          raise EOFError(f'{member.name} ends too early')
-        flat[num_read : num_read + len(part)] = np.frombuffer(part, np.uint8)
-        num_read += len(part)
-      f.read(1)  # At the end its CRC-32 is compared.
-  except Exception as e:  # See `_members`.
-    raise _source.damaged(path, e) from e
+  with (
+      _source.parsing(path),
+      zipfile.ZipFile(path) as archive,
+      archive.open(member.name) as f,
+  ):
+    f.read(array.start)
+    num_read = 0
+    while num_read < flat.size:
+      part = f.read(min(1 << 20, flat.size - num_read))
+      if not part:
+        raise EOFError(f'{member.name} ends too early')
+      flat[num_read : num_read + len(part)] = np.frombuffer(part, np.uint8)
+      num_read += len(part)
+    f.read(1)  # At the end its CRC-32 is compared.
   order: Any = 'F' if member.is_fortran else 'C'
-  return flat.view(member.in_file).reshape(array.shape, order=order)
+  return flat.view(array.dtype).reshape(array.shape, order=order)
 
 
 def _members(path: pathlib.Path) -> dict[str, _Member]:
   """The arrays of an archive by name, checked against its size."""
-  try:
-    with zipfile.ZipFile(path) as archive, path.open('rb') as f:
-      _source.check_archive(archive)
-      infos = [i for i in archive.infolist() if i.filename.endswith('.npy')]
-      members = dict(_each_member(path, archive, infos, f))
+  with (
+      _source.parsing(path),
+      zipfile.ZipFile(path) as archive,
+      path.open('rb') as f,
+  ):
+    _source.check_archive(archive)
+    infos = [i for i in archive.infolist() if i.filename.endswith('.npy')]
+    members = dict(_each_member(path, archive, infos, f))
     if len(members) < len(infos):
       raise ValueError('two of its arrays have the same name')
     if not members:
       raise ValueError('it holds no arrays')
-  # zipfile and ast raise a dozen types of errors on invalid bytes.
-  except Exception as e:
-    if isinstance(e, FileNotFoundError):
-      raise
-    raise _source.damaged(path, e) from e
   return members
 
 
@@ -114,17 +111,16 @@ def _each_member(path, archive, infos, f) -> Iterator[tuple[str, _Member]]:
     name = info.filename.removesuffix('.npy')
     _check_size(info, num_bytes)
     with archive.open(info) as member:
-      shape, in_file, is_fortran, start = _header(name, member)
+      shape, dtype, is_fortran, start = header(name, member)
     is_stored = info.compress_type == zipfile.ZIP_STORED and not is_fortran
-    data = _data_start(f, info) if is_stored else 0
-    dtype = in_file.newbyteorder('=')
+    data = data_start(f, info) if is_stored else 0
     array = _raw.Array(str(path), data + start, shape, dtype)
     if start + array.num_bytes != info.file_size:
       raise ValueError(
-          f'{name!r} of shape {list(shape)} and dtype {in_file} has '
+          f'{name!r} of shape {list(shape)} and dtype {dtype} has '
           f'{info.file_size - start} bytes'
       )
-    yield name, _Member(array, in_file, is_stored, is_fortran, info.filename)
+    yield name, _Member(array, is_stored, is_fortran, info.filename)
 
 
 def _check_size(info: zipfile.ZipInfo, num_bytes: int) -> None:
@@ -143,14 +139,14 @@ def _check_size(info: zipfile.ZipInfo, num_bytes: int) -> None:
     )
 
 
-def _data_start(f, info: zipfile.ZipInfo) -> int:
+def data_start(f, info: zipfile.ZipInfo) -> int:
   """Where the bytes of a stored member begin: behind its local header."""
   f.seek(info.header_offset)
   name, extra = struct.unpack('<26x2H', f.read(30))
   return info.header_offset + 30 + name + extra
 
 
-def _header(name: str, member) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+def header(name: str, member) -> tuple[tuple[int, ...], np.dtype, bool, int]:
   """Shape, dtype, order and size of the header of an array."""
   start = member.read(8)
   if start[:6] != _MAGIC:

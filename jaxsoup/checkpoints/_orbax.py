@@ -44,11 +44,6 @@ def resolve(path: PathLike, item: str | None = None) -> epath.Path:
         f'{root} does not exist.{_siblings(root)} Give a checkpoint or a run '
         'directory.'
     )
-  if not root.is_dir():
-    raise ValueError(
-        f'{root} is a file; an Orbax checkpoint is a directory. Give a '
-        'checkpoint or a run directory.'
-    )
   resolved = _resolve(root, item, itertools.count())
   if resolved is None:
     if _UNFINISHED in root.name or any(

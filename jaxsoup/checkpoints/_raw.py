@@ -1,5 +1,7 @@
 """Arrays that are stored in a file as in memory, read row by row."""
 
+from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 import os
@@ -48,8 +50,10 @@ class File:
       close(self._number)
 
 
-def reader(array: Array, file: File) -> _source.ReadFn:
-  """Reads a part of an array: rows from the file, then their columns."""
+def reader(
+    array: Array, fill_fn: Callable[[np.ndarray, int], None]
+) -> _source.ReadFn:
+  """Reads a part of an array: rows, as `File.read` does, then their columns."""
   columns, dtype = array.shape[1:], array.dtype
   row_bytes = math.prod(columns) * dtype.itemsize
 
@@ -61,8 +65,9 @@ def reader(array: Array, file: File) -> _source.ReadFn:
       shape, start = (end - first, *columns), array.start + first * row_bytes
     rows = _source.scratch('read', shape, dtype)
     if rows.size:
-      file.read(rows, start)
-    return rows[(slice(None), *index[1:])] if len(index) > 1 else rows
+      fill_fn(rows, start)
+    rows = rows[(slice(None), *index[1:])] if len(index) > 1 else rows
+    return rows.astype(dtype.newbyteorder('='), copy=False)
 
   return read
 
@@ -88,3 +93,18 @@ def chunked_reader(chunks: Sequence[Array]) -> _source.ReadFn:
     return rows[(slice(None), *index[1:])] if len(index) > 1 else rows
 
   return read
+
+
+def source(
+    path: pathlib.Path, arrays: Mapping[tuple[str, ...], Array]
+) -> _source.Source:
+  """A checkpoint with nothing but these arrays of one file."""
+  for name, array in arrays.items():
+    if array.start + array.num_bytes > (size := path.stat().st_size):
+      raise _source.damaged(path, f'{name} ends after its {size:,} bytes')
+  file = File(path)
+  return _source.Source(
+      _source.plain_metadata(path, arrays),
+      reader_fn=lambda p: reader(arrays[p], file.read),
+      rows_fn=lambda p: 1,
+  )

@@ -17,6 +17,7 @@ from jaxsoup import _json
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _raw
+from jaxsoup.checkpoints import _sharded
 from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Config
 from jaxsoup.typing import DType
@@ -26,13 +27,15 @@ from jaxsoup.typing import ShapeDtype
 _DTYPES = {
     'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
     'BF16': jnp.bfloat16, 'F8_E4M3': jnp.float8_e4m3fn,
-    'F8_E5M2': jnp.float8_e5m2, 'F8_E8M0': jnp.float8_e8m0fnu,
+    'F8_E5M2': jnp.float8_e5m2,
     'I64': np.int64, 'I32': np.int32,
     'I16': np.int16, 'I8': np.int8, 'U64': np.uint64, 'U32': np.uint32,
     'U16': np.uint16, 'U8': np.uint8, 'BOOL': np.bool_, 'C64': np.complex64,
+    'F8_E8M0': jnp.float8_e8m0fnu, 'F8_E4M3FNUZ': jnp.float8_e4m3fnuz,
+    'F8_E5M2FNUZ': jnp.float8_e5m2fnuz,
 }  # fmt: skip
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_INDEX = '.safetensors.index.json'
+_INDEX = '.safetensors' + _sharded.ENDING
 _MOST_HEADER_BYTES = 100_000_000  # The limit of the format.
 
 
@@ -58,75 +61,38 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
 
 def open_source(path: pathlib.Path) -> _source.Source:
   """Opens a file, or an index and its files; reads only headers."""
-  files = _files_of(path) if path.name.endswith(_INDEX) else {path: None}
-  tensors: dict[str, _raw.Array] = {}
-  texts: dict[str, str] = {}
-  checksums: dict[str, str] = {}
-  own: Json = {}
-  for file, wanted in files.items():
-    arrays, texts_of_file, own = _header(file)
-    texts |= texts_of_file
-    stored = own.get('checksums') or {}
-    # A name that was changed by damage has no checksum.
-    if odd := [n for n in arrays if stored and n not in stored]:
-      raise _source.damaged(file, f'{odd[0]!r} is not among its checksums')
-    checksums |= stored
-    if missing := sorted(set(wanted or ()) - arrays.keys()):
-      raise _source.damaged(
-          file, f'it lacks {missing[0]!r}, which {path.name} lists'
-      )
-    tensors |= {
-        n: a for n, a in arrays.items() if wanted is None or n in wanted
-    }
-  paths = _source.paths_of(tensors, '.')
-  by_path = dict(zip(paths, tensors.values()))
-  checksums = {
-      _tree.name_of(p): checksums[n]
-      for p, n in zip(paths, tensors)
-      if n in checksums
-  }
-  if len(files) != 1:  # What we store with the arrays is for each file.
-    own = {'checksums': checksums} if checksums else {}
+  if path.name.endswith(_INDEX):
+    return _sharded.open_source(path, _open_file)
+  return _open_file(path)
+
+
+def _open_file(path: pathlib.Path) -> _source.Source:
+  arrays, texts, own = _header(path)
+  stored = own.get('checksums') or {}
+  # A name that was changed by damage has no checksum.
+  if odd := [n for n in arrays if stored and n not in stored]:
+    raise _source.damaged(path, f'{odd[0]!r} is not among its checksums')
+  by_path = dict(zip(_source.paths_of(arrays, '.'), arrays.values()))
   metadata = _source.Metadata(
       path=str(path),
       leaves={
           p: jax.ShapeDtypeStruct(t.shape, t.dtype) for p, t in by_path.items()
       },
       custom={**texts, **({'jaxsoup': own} if own else {})},
-      checksums=checksums,
-      identity=own.get('content_hash') or _source.state_of(path, *files),
+      checksums={
+          _tree.name_of(p): stored[n]
+          for p, n in zip(by_path, arrays)
+          if n in stored
+      },
+      identity=own.get('content_hash') or _source.state_of(path),
   )
-  opened = {file: _raw.File(file) for file in map(str, files)}
+  file = _raw.File(path)
   return _source.Source(
       metadata,
-      reader_fn=lambda p: _raw.reader(by_path[p], opened[by_path[p].file]),
+      reader_fn=lambda p: _raw.reader(by_path[p], file.read),
       rows_fn=lambda p: 1,
       separator='.',
   )
-
-
-def _files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
-  """The tensors that an index expects, by file."""
-  try:
-    weight_map = _json.parsed(path.read_bytes())['weight_map']
-    files: dict[pathlib.Path, set[str]] = {}
-    for name, file in weight_map.items():
-      # The index is data: it may not name files elsewhere.
-      if pathlib.PurePath(file).name != file:
-        raise ValueError(f'{name!r} is in {file!r}, outside the directory')
-      if not file.endswith('.safetensors'):
-        raise ValueError(
-            f'{name!r} is in {file!r}, which is not a .safetensors file'
-        )
-      files.setdefault(path.parent / file, set()).add(name)
-    missing = [str(file) for file in files if not file.is_file()]
-  except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
-    raise _source.damaged(path, e) from e
-  if missing:
-    raise _source.damaged(path, f'{", ".join(missing)} is missing')
-  if not files:
-    raise _source.damaged(path, 'it lists no arrays')
-  return files
 
 
 def _header(
@@ -152,13 +118,25 @@ def _header(
     sums = own.get('checksums') or {}
     if sums and own == stored:  # Of an older version, with other names.
       own['checksums'] = {n.replace('/', '.'): s for n, s in sums.items()}
-    tensors = {n: _tensor(str(file), 8 + length, r) for n, r in rows.items()}
+    dtypes = {str(row['dtype']): n for n, row in rows.items()}
+    unknown = sorted(dtypes.keys() - _DTYPES)
+    tensors = {
+        n: _tensor(str(file), 8 + length, row)
+        for n, row in rows.items()
+        if row['dtype'] not in unknown
+    }
     offsets = [row['data_offsets'] for row in rows.values()]
     _check_offsets(offsets, num_bytes - 8 - length)
   except (
       AttributeError, KeyError, RecursionError, TypeError, ValueError
   ) as e:  # fmt: skip
     raise _source.damaged(file, f'its header is wrong: {e}') from e
+  if unknown:  # Of less than a byte, or later than this reader.
+    raise ValueError(
+        f'{file} cannot be read: {dtypes[unknown[0]]!r} has dtype '
+        f'{unknown[0]!r}, which is not supported. Convert it to one of '
+        f'{", ".join(_DTYPES)}.'
+    )
   if not tensors:
     raise _source.damaged(file, 'it holds no arrays')
   return tensors, metadata, own
@@ -171,8 +149,6 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> Json:
 
 
 def _tensor(file: str, start: int, row: Config) -> _raw.Array:
-  if row['dtype'] not in _DTYPES:
-    raise ValueError(f'dtype {row["dtype"]!r} is not supported')
   dtype = np.dtype(_DTYPES[row['dtype']])
   if not isinstance(row['shape'], list):
     raise TypeError(f'the shape {row["shape"]!r} is not a list')

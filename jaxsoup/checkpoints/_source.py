@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import math
 import os
 import pathlib
@@ -13,6 +15,7 @@ from typing import NamedTuple
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _json
@@ -53,7 +56,8 @@ def plain_metadata(
 ) -> Metadata:
   """Those of a file with nothing but arrays."""
   shapes = {
-      p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in leaves.items()
+      p: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype).newbyteorder('='))
+      for p, x in leaves.items()
   }
   return Metadata(str(path), shapes, {}, {}, state_of(path))
 
@@ -100,6 +104,21 @@ def paths_of(names: Iterable[str], separator: str) -> list[_tree.Path]:
   if groups & set(paths):
     return [(name,) for name in names]
   return paths
+
+
+def checked_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+  """A dtype that a file names; a ValueError if jax has no such numbers."""
+  is_number = any(jnp.issubdtype(dtype, x) for x in (np.number, np.bool_))
+  if not is_number or dtype in (np.longdouble, np.clongdouble):
+    raise ValueError(f'dtype {dtype} is not one of numbers that jax has')
+  return dtype
+
+
+def checked_shape(shape: Sequence[Any]) -> tuple[int, ...]:
+  """A shape that a file names; a ValueError if no array can have it."""
+  if not all(type(n) is int and n >= 0 for n in shape):
+    raise ValueError(f'an array has the shape {shape}')
+  return tuple(shape)
 
 
 # What is stored with the arrays, by name, and its types as JSON.
@@ -157,6 +176,17 @@ def damaged(path: PathLike, why: object) -> DamagedError:
       f'{path} cannot be read: {said}. The checkpoint is damaged or incomplete:'
       ' leave it out, or restore it from a copy.'
   )
+
+
+@contextlib.contextmanager
+def parsing(path: PathLike) -> Iterator[None]:
+  """For parsers, which raise all kinds of errors on invalid bytes."""
+  try:
+    yield
+  except FileNotFoundError:
+    raise
+  except Exception as e:
+    raise damaged(path, e) from e
 
 
 def state_of(*files: PathLike) -> str:

@@ -5,11 +5,13 @@ bytes are memory-mapped and read when they are needed; files from torch before
 1.6 are read as a whole.
 """
 
+import argparse
 from collections.abc import Iterator
 from collections.abc import Mapping
 import itertools
 import pathlib
 import re
+import threading
 from typing import Any
 import zipfile
 
@@ -19,7 +21,7 @@ import numpy as np
 
 from jaxsoup.checkpoints import _source
 
-SUFFIXES = ('.pth', '.pt', '.bin')
+ENDINGS = ('.pth', '.pt', '.bin', '.ckpt', '.pth.tar')
 IN_DIRECTORY = 'pytorch_model.bin'  # Of Hugging Face, before safetensors.
 # What torch says of a pickle that would call functions.
 _REFUSED = re.compile(
@@ -27,7 +29,10 @@ _REFUSED = re.compile(
     r'|TorchScript archive',
     re.IGNORECASE | re.MULTILINE,
 )
-_WRAPPERS = ('state_dict', 'model')
+# Entries of training scripts: a model, or its moving average.
+_MODEL = re.compile('(?:model|state_dict|ema|_)+')
+# Of torch, for all threads.
+_lock = threading.Lock()
 # A pickled dict can contain itself.
 _MOST_LEVELS = 100
 _MOST_ENTRIES = 1_000_000
@@ -41,11 +46,12 @@ _VIEWS = {
 }
 
 
-def open_source(path: pathlib.Path) -> _source.Source:
+def open_source(path: pathlib.Path, item: str | None = None) -> _source.Source:
   """Opens a file; reads only names and shapes if its format is current."""
   content, num_bytes = _loaded(path)
+  state = _state_dict(path, content, item)
   try:
-    pairs = list(_tensors(_state_dict(content)))
+    pairs = list(_tensors(state))
     tensors = dict(pairs)
     if len(tensors) < len(pairs):
       raise ValueError('two of its tensors have the same name')
@@ -91,9 +97,11 @@ def _loaded(path: pathlib.Path) -> tuple[Any, int]:
       # torch would take compressed bytes for values.
       is_mapped = all(i.compress_type == zipfile.ZIP_STORED for i in infos)
       num_bytes = sum(i.file_size for i in infos)
-    content = torch.load(
-        str(path), map_location='cpu', mmap=is_mapped, weights_only=True
-    )
+    # Options of a script, which timm saves.
+    with _lock, torch.serialization.safe_globals([argparse.Namespace]):
+      content = torch.load(
+          str(path), map_location='cpu', mmap=is_mapped, weights_only=True
+      )
     return content, num_bytes
   # The unpickler raises all kinds of errors on invalid bytes.
   except Exception as e:
@@ -110,18 +118,34 @@ def _loaded(path: pathlib.Path) -> tuple[Any, int]:
     raise _source.damaged(path, reason) from e
 
 
-def _state_dict(content: Any) -> Any:
+def _state_dict(path: pathlib.Path, content: Any, item: str | None) -> Any:
   """The state dict, without the wrappers of training scripts."""
+  first = (item or '').partition('/')[0]
   for _ in range(_MOST_LEVELS):
-    inside = [
-        content[w]
-        for w in _WRAPPERS
-        if isinstance(content, Mapping) and isinstance(content.get(w), Mapping)
-    ]
-    if not inside:
+    if not isinstance(content, Mapping):
       return content
-    content = inside[0]
+    inside = {str(k): x for k, x in content.items() if isinstance(x, Mapping)}
+    if first in inside:
+      return {first: inside[first]}
+    models = [k for k in inside if _MODEL.fullmatch(k) and _is_any(inside[k])]
+    if len(models) > 1:
+      raise ValueError(
+          f'{path} holds several models: {" and ".join(models)}. Pass item=NAME'
+          f' (--item NAME), such as item={models[0]!r}.'
+      )
+    if not models:
+      states = [
+          k for k in inside if 'optim' in k or 'param_groups' in inside[k]
+      ]
+      return {k: x for k, x in content.items() if str(k) not in states}
+    content = inside[models[0]]
   return content  # Which contains itself: `_tensors` says so.
+
+
+def _is_any(content: Mapping[Any, Any]) -> bool:
+  """Whether there may be tensors."""
+  inside = content.values()
+  return any(isinstance(x, Mapping) or hasattr(x, 'shape') for x in inside)
 
 
 def _tensors(content: Any) -> Iterator[tuple[str, Any]]:
