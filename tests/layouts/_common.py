@@ -103,8 +103,7 @@ def main(layouts: dict[str, Layout]) -> None:
     try:
       if action == 'save':
         layout.save(path, int(argument))
-      else:
-        restore_fn = getattr(layout, action) or layout.restore
+      elif restore_fn := getattr(layout, action):
         dump(restore_fn(path), pathlib.Path(argument))
       said = None
     except Exception as e:  # Whatever an owner raises is the result.

@@ -50,8 +50,8 @@ def _restore(run: pathlib.Path):
 
 
 def _resume(run: pathlib.Path):
-  """Into the parameters of a model."""
-  return gm.ckpts.load_params(run, params=_params(99))
+  """Into the parameters of a model. To donate them fails when stacked."""
+  return gm.ckpts.load_params(run, params=_params(99), donate=False)
 
 
 def _layout(as_layout):

@@ -57,7 +57,6 @@ OWNERS = {
             (
                 'pytree',
                 'standard',
-                'manager',
                 'manager_default',
                 'manager_items',
                 'v1_pytree',
@@ -121,7 +120,7 @@ OWNERS = {
         '3.12', ('equinox==0.13.8', 'jax==0.12.0.1'), {'leaves': '.eqx'}
     ),
     'transformers_flax': Owner(
-        '3.12', ('transformers==4.57.6', *_FLAX), {'msgpack': ''}
+        '3.12', ('transformers==4.57.6', *_FLAX), {'msgpack': '', 'msgpack_sharded': ''}
     ),
     'transformers': Owner(
         '3.11',
@@ -256,15 +255,16 @@ def _soup_uniform(*arguments: object) -> tuple[int, str]:
 
 
 def _compared(*jobs) -> str:
+  if not pathlib.Path(jobs[0][-1]).exists():
+    return 'the same'
   first, second, soup = (read(job[-1]) for job in jobs)
-  leaves = len(soup) - 1
-  return differences(first, second, soup) or f'equal ({leaves} leaves)'
+  return differences(first, second, soup) or f'equal ({len(soup)} leaves)'
 
 
 def differences(first, second, soup) -> str:
   """Where a soup is not the mean of two runs; empty if it is."""
   types = [json.loads(str(x.pop('types'))) for x in (first, soup)]
-  said = []
+  said, others = [], []
   if missing := first.keys() - soup.keys():
     said.append(f'{len(missing)} leaves missing: {sorted(missing)[:3]}')
   if extra := soup.keys() - first.keys():
@@ -278,7 +278,9 @@ def differences(first, second, soup) -> str:
       is_first = ' (those of the first run)' * np.array_equal(x, a)
       said.append(f'{path}: other values{is_first}')
     elif types[0][path] != types[1][path]:
-      said.append(f'{path}: {types[1][path]}, not {types[0][path]}')
+      others.append(f'{path}: {types[1][path]}, not {types[0][path]}')
+  if others and not said:
+    return f'equal, but of other types: {len(others)} leaves, {others[0]}'
   return '; '.join(said[:4]) + f' and {len(said) - 4} more' * (len(said) > 4)
 
 
