@@ -5,7 +5,8 @@ jobs as its arguments, such as
 
   python maxtext_layouts.py save:state:RUN:0 restore:state:RUN:OUT.npz
 
-It prints a line of JSON for each: null, or what its owner says against it.
+The last line that it prints is a JSON list: for each job null, or what its
+owner says against it.
 """
 
 from collections.abc import Callable
@@ -17,8 +18,6 @@ from typing import Any
 from typing import NamedTuple
 
 import numpy as np
-
-MARK = 'result: '
 
 
 class Layout(NamedTuple):
@@ -97,6 +96,7 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
 
 def main(layouts: dict[str, Layout]) -> None:
   """Does the jobs of the command line, one after the other."""
+  results = []
   for job in sys.argv[1:]:
     action, name, run, argument = job.split(':')
     layout, path = layouts[name], pathlib.Path(run).absolute()
@@ -105,8 +105,8 @@ def main(layouts: dict[str, Layout]) -> None:
         layout.save(path, int(argument))
       elif restore_fn := getattr(layout, action):
         dump(restore_fn(path), pathlib.Path(argument))
-      said = None
+      results.append(None)
     except Exception as e:  # Whatever an owner raises is the result.
       traceback.print_exc()
-      said = f'{type(e).__name__}: {e}'
-    print(MARK + json.dumps(said), flush=True)
+      results.append(f'{type(e).__name__}: {e}')
+  print('\n' + json.dumps(results), flush=True)

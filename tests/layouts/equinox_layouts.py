@@ -1,11 +1,8 @@
 """Checkpoints of Equinox: leaves one after another, without their names."""
 
-import pathlib
-
+import _common
 import equinox as eqx
 import jax
-
-import _common
 
 
 def _model(seed: int) -> eqx.nn.MLP:

@@ -9,6 +9,7 @@ random keys, and a plain dict. `nnx_example` holds model, optimizer and step.
 import pathlib
 from typing import Any
 
+import _common
 import flax
 from flax import linen as nn
 from flax import nnx
@@ -18,8 +19,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
-
-import _common
 
 _STEP = 3
 

@@ -6,12 +6,11 @@ the stacked one only when it loads them: here its own functions convert first.
 
 import pathlib
 
+import _common
 from gemma import gm
 from gemma.gm.ckpts import _checkpoint
 import jax
 import jax.numpy as jnp
-
-import _common
 
 # Two layers, of two kinds of attention: the stacked layout has two stacks.
 _CONFIG = gm.nn.config.TransformerConfig(
@@ -26,7 +25,8 @@ _CONFIG = gm.nn.config.TransformerConfig(
     use_post_ffw_norm=True,
     use_qk_norm=True,
     sliding_window_size=4,
-    attention_types=2 * (
+    attention_types=2
+    * (
         gm.nn.AttentionType.LOCAL_SLIDING,
         gm.nn.AttentionType.GLOBAL,
     ),

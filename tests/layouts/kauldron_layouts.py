@@ -2,13 +2,12 @@
 
 import pathlib
 
+import _common
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from kauldron import kd
 import optax
-
-import _common
 
 _STEP = 3
 

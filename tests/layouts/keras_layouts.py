@@ -2,23 +2,17 @@
 
 import pathlib
 
+import _common
 import keras
 import numpy as np
-
-import _common
 
 
 def _model(seed: int) -> keras.Model:
   keras.utils.clear_session()
-  model = keras.Sequential(
-      [
-          keras.Input((2,)),
-          keras.layers.Dense(4, name='hidden'),
-          keras.layers.BatchNormalization(name='norm'),
-          keras.layers.Dense(3, name='head'),
-      ],
-      name='toy',
-  )
+  image = keras.Input((2,))
+  hidden = keras.layers.Dense(4, name='hidden')(image)
+  norm = keras.layers.BatchNormalization(name='norm')(hidden)
+  model = keras.Model(image, keras.layers.Dense(3, name='head')(norm))
   model.compile('adam', 'mse')
   model.optimizer.build(model.trainable_variables)
   rng = np.random.default_rng(seed)

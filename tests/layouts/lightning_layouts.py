@@ -2,11 +2,10 @@
 
 import pathlib
 
+import _common
 import lightning
 import numpy as np
 import torch
-
-import _common
 
 
 class _Module(lightning.LightningModule):

@@ -2,17 +2,15 @@
 
 import pathlib
 
+import _common
 from flax import nnx
-import jax
+import maxtext
 from maxtext.common import checkpointing
 from maxtext.common import train_state_nnx
 from maxtext.configs import pyconfig
 from maxtext.utils import maxtext_utils
 from maxtext.utils import model_creation_utils
 from maxtext.utils import train_utils
-import maxtext
-
-import _common
 
 _STEP = 3
 _TOY = dict(

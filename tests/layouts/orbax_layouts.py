@@ -2,12 +2,11 @@
 
 import pathlib
 
+import _common
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import v1
-
-import _common
 
 _STEP = 3
 

@@ -5,10 +5,9 @@ import pathlib
 import shutil
 import tempfile
 
+import _common
 import numpy as np
 import torch
-
-import _common
 
 # What torchvision defines when it is built for the installed torch.
 _LIBRARY = torch.library.Library('torchvision', 'DEF')

@@ -5,9 +5,8 @@ Versions before 5 have those models.
 
 import pathlib
 
-import transformers
-
 import _common
+import transformers
 
 _CONFIG = transformers.BertConfig(
     vocab_size=8,

@@ -2,14 +2,13 @@
 
 import pathlib
 
+import _common
 import numpy as np
 import sentence_transformers
 from sentence_transformers import models
 import tokenizers
 import torch
 import transformers
-
-import _common
 
 _CONFIG = transformers.BertConfig(
     vocab_size=8,

@@ -2,12 +2,11 @@
 
 import pathlib
 
+import _common
 from flax import nnx
 import optax
-from tunix.sft import checkpoint_manager
 import orbax.checkpoint as ocp
-
-import _common
+from tunix.sft import checkpoint_manager
 
 _STEP = 3
 
