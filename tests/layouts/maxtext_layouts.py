@@ -68,9 +68,17 @@ class _Training:
     )[0]
 
 
+def _filled(training: _Training, seed: int) -> nnx.State:
+  state = _common.fill(nnx.state(training.state()), seed)
+  arrays = state.to_pure_dict()
+  arrays['optimizer']['step'] += _STEP
+  nnx.replace_by_pure_dict(state, arrays)
+  return state
+
+
 def _save(run: pathlib.Path, seed: int) -> None:
   training = _Training(run.parent / 'logs')
-  state = _common.fill(nnx.state(training.state()), seed)
+  state = _filled(training, seed)
   manager = training.manager(run)
   checkpointing.save_checkpoint(manager, _STEP, state, training.config)
   manager.close()
@@ -78,7 +86,7 @@ def _save(run: pathlib.Path, seed: int) -> None:
 
 def _save_params(run: pathlib.Path, seed: int) -> None:
   training = _Training(run.parent / 'logs')
-  state = _common.fill(nnx.state(training.state()), seed)
+  state = _filled(training, seed)
   params = train_state_nnx.to_checkpoint_dict(state)['params']
   checkpointing.save_params_to_path(str(run), params)
 
