@@ -77,14 +77,8 @@ def dump(tree: Any, file: pathlib.Path) -> None:
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
-  if isinstance(tree, dict) and 'jax' not in sys.modules:
-    return [
-        ('/'.join([str(key), rest] if rest else [str(key)]), leaf)
-        for key, child in tree.items()
-        for rest, leaf in _leaves(child)
-    ]
-  if 'jax' not in sys.modules:
-    return [('', tree)]
+  if 'jax' not in sys.modules:  # A state dict of torch.
+    return list(tree.items())
   import jax
 
   name = lambda key: str(
