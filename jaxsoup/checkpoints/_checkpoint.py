@@ -80,6 +80,24 @@ class Checkpoint:
       return usual
     return self.places
 
+  def twins(self) -> dict[_tree.Path, list[_tree.Path]]:
+    """Moving averages of each leaf in the file, by its name: a soup is its own.
+
+    Where other leaves stay as they are, owners may load them in its place.
+    """
+    leaves = self.source.metadata.leaves
+    return {
+        name: [
+            p
+            for p, leaf in leaves.items()
+            if p[1:] == target[1:]
+            and p[0] != target[0]
+            and re.search('(^|_)ema(_|$)', p[0])
+            and leaf.shape == leaves[target].shape
+        ]
+        for name, target in self.targets.items()
+    }
+
   def left_out(self) -> dict[str, int]:
     """Numbers of leaves that a soup does not have, by their first key."""
     kept = set(self.targets.values())

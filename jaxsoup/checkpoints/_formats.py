@@ -158,6 +158,12 @@ def _open_fn(path: pathlib.Path) -> OpenFn | None:
   return _FORMATS['.msgpack',] if _msgpack.is_dict(path) else None
 
 
+def ending_of(path: pathlib.Path) -> str:
+  """The ending of a file that is read by its name; '' if it is not."""
+  endings = itertools.chain(*_FORMATS)
+  return max(filter(path.name.endswith, endings), key=len, default='')
+
+
 def _not_read(path: PathLike) -> ValueError:
   endings = ', '.join(itertools.chain(*_FORMATS))
   return ValueError(

@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent import futures
+import contextlib
 import copy
 import fnmatch
 import functools
+import pathlib
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -264,6 +267,35 @@ class Ingredients(Sequence[Params]):
     number = lambda step: int((re.findall(r'\d+', step) or ['-1'])[-1])
     step = max(map(self._step, range(len(self))), key=number)
     return layout._replace(step=step), first.targets
+
+  def file_at(self, path: pathlib.Path) -> pathlib.Path | None:
+    """The file of a soup at a path that is a copy of the first ingredient's
+    with other values; None if that has another format.
+    """
+    source, given = self._checkpoint(0).source, pathlib.Path(self._given[0])
+    file = pathlib.Path(source.metadata.path)
+    if source.patch_fn is None or file.suffix == '.safetensors':
+      return None
+    if given == file:
+      is_alike = _formats.ending_of(path) == _formats.ending_of(file)
+      return path if is_alike else None
+    is_of_flax = file.suffix in ('', '.msgpack')
+    return path / file.relative_to(given) if is_of_flax else None
+
+  @contextlib.contextmanager
+  def patched(self, file: pathlib.Path) -> Iterator[_source.PutFn]:
+    """A copy of the first ingredient's file, with other values put into it."""
+    first = self._checkpoint(0)
+    shutil.copyfile(first.source.metadata.path, file)
+    assert first.source.patch_fn is not None
+    twins = first.twins()
+    with first.source.patch_fn(file) as put:
+
+      def put_all(name, start, piece):
+        for place in (first.targets[name], *twins[name]):
+          put(place, start, piece)
+
+      yield put_all
 
   def _step(self, k: int) -> str:
     """Where a checkpoint lies in the run that was given."""

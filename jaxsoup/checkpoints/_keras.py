@@ -34,7 +34,10 @@ def open_source(path: pathlib.Path) -> _source.Source:
       arrays = _arrays(path, content, start)
     if not arrays:
       raise ValueError('it holds no arrays')
-  return _raw.source(path, arrays)
+  is_archive = path.suffix == '.keras'
+  return _raw.source(
+      path, arrays, _npz.renew_checksums if is_archive else lambda path: None
+  )
 
 
 def _member(path, f) -> tuple[io.BytesIO, int]:

@@ -12,6 +12,7 @@ import struct
 from typing import Any
 from typing import NamedTuple
 import zipfile
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +53,34 @@ def open_source(path: pathlib.Path) -> _source.Source:
       _source.plain_metadata(path, {p: m.array for p, m in by_path.items()}),
       reader_fn=lambda p: _reader(by_path[p], file),
       rows_fn=lambda p: _rows_at_once(by_path[p]),
+      patch_fn=_raw.patcher(
+          {p: [(m.array.start, m.array.num_bytes)] for p, m in by_path.items()},
+          renew_checksums,
+      )
+      if all(m.is_stored for m in by_path.values())
+      else None,
   )
+
+
+def renew_checksums(path: pathlib.Path) -> None:
+  """Those of the stored members of an archive whose bytes were changed."""
+  with zipfile.ZipFile(path) as archive, path.open('r+b') as f:
+    after = archive.start_dir
+    for info in archive.infolist():
+      # Of three parts of an entry the sizes are told in it.
+      this = after
+      f.seek(this + 28)
+      after += 46 + sum(struct.unpack('<3H', f.read(6)))
+      if info.compress_type != zipfile.ZIP_STORED:
+        continue
+      f.seek(data_start(f, info))
+      checksum, rest = 0, info.file_size
+      while rest:
+        block = f.read(min(rest, 1 << 20))
+        checksum, rest = zlib.crc32(block, checksum), rest - len(block)
+      for place in (info.header_offset + 14, this + 16):
+        f.seek(place)
+        f.write(struct.pack('<I', checksum))
 
 
 def _rows_at_once(member: _Member) -> int:

@@ -301,7 +301,7 @@ class _Array:
 
   def create(self) -> None:
     """Writes what says how the files are to be read."""
-    is_own = self._dtype.isbuiltin == 1  # Of NumPy, not of ml_dtypes.
+    is_own = self._dtype.type.__module__ == 'numpy'  # Not of ml_dtypes.
     content = {
         'zarr_format': 2,
         'shape': list(self._leaf.shape),

@@ -1,8 +1,10 @@
 """Arrays that are stored in a file as in memory, read row by row."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import math
 import os
 import pathlib
@@ -11,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup.checkpoints import _source
 
 
@@ -95,8 +98,44 @@ def chunked_reader(chunks: Sequence[Array]) -> _source.ReadFn:
   return read
 
 
+def patcher(
+    parts: Mapping[tuple[str, ...], Sequence[tuple[int, int]]],
+    end_fn: Callable[[pathlib.Path], None] = lambda path: None,
+) -> _source.PatchFn:
+  """Puts other values into a copy of a file.
+
+  Args:
+    parts: of each array, where its bytes are: places and sizes.
+    end_fn: called with the copy when all is put.
+  """
+
+  @contextlib.contextmanager
+  def patch(path: pathlib.Path) -> Iterator[_source.PutFn]:
+    number = os.open(path, os.O_WRONLY)
+
+    def put(name, start, piece):
+      data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+      begin = 0
+      for place, size in parts[name]:
+        first, last = max(start, begin), min(start + len(data), begin + size)
+        if first < last:
+          part = data[first - start : last - start]
+          _files.write_at(number, part, place + first - begin)
+        begin += size
+
+    try:
+      yield put
+    finally:
+      os.close(number)
+    end_fn(path)
+
+  return patch
+
+
 def source(
-    path: pathlib.Path, arrays: Mapping[tuple[str, ...], Array]
+    path: pathlib.Path,
+    arrays: Mapping[tuple[str, ...], Array],
+    end_fn: Callable[[pathlib.Path], None] = lambda path: None,
 ) -> _source.Source:
   """A checkpoint with nothing but these arrays of one file."""
   for name, array in arrays.items():
@@ -107,4 +146,7 @@ def source(
       _source.plain_metadata(path, arrays),
       reader_fn=lambda p: reader(arrays[p], file.read),
       rows_fn=lambda p: 1,
+      patch_fn=patcher(
+          {p: [(a.start, a.num_bytes)] for p, a in arrays.items()}, end_fn
+      ),
   )

@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 from typing import Any
@@ -89,18 +90,67 @@ def save(
   params = params.params if isinstance(params, Soup) else params
   own = own_of(soup, ingredients, metadata)
   leaves = _orbax.savable(params)
-  if not str(path).endswith(_FILE):
-    return _save_orbax(path, leaves, lambda: own, ingredients)
 
   def fill_fn(put_fn):
     for leaf_path, leaf in leaves.items():
       put_fn(leaf_path, 0, _processes.gathered(leaf))
 
+  if not str(path).endswith(_FILE):
+    if file := _file_at(path, ingredients, leaves):
+      own_fn = lambda: own
+      return _save_copy(
+          new_path(path), file, leaves, own_fn, ingredients, fill_fn
+      )
+    return _save_orbax(path, leaves, lambda: own, ingredients)
   path = new_path(path)
   _processes.wait_for_all('every process has seen that the path is free')
   if _processes.is_main():
     with _files.room_for(path):
       _safetensors.write(path, leaves, lambda: own, fill_fn)
+  else:
+    fill_fn(lambda *_: None)
+  _processes.wait_for_all('the file is written')
+  return str(path)
+
+
+def _save_copy(path, file, leaves, own_fn, ingredients, fill_fn) -> str:
+  """Writes a soup as a copy of the first file, with other values.
+
+  Alpha and what else is known of a soup are next to it: `soup.json` in a
+  directory, else `NAME.soup.json`.
+  """
+  stored = ingredients.stored(0)
+  for name, leaf in leaves.items():
+    if _tree.is_float(leaf) and leaf.dtype != stored[name].dtype:
+      raise ValueError(
+          f'{path} is to be like {ingredients.paths[0]}, where '
+          f'{_tree.name_of(name)!r} is {stored[name].dtype}, not {leaf.dtype}. '
+          'Save a .safetensors file, or leave the dtype as it is.'
+      )
+  if _processes.is_main():
+    is_directory = file != path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = _files.unfinished_name(file)
+    try:
+      with _files.room_for(path):
+        with ingredients.patched(unfinished) as put:
+          fill_fn(
+              lambda name, start, piece: put(
+                  # jax has no 64-bit integers by default.
+                  name,
+                  start,
+                  piece.astype(stored[name].dtype),
+              )
+          )
+        os.link(unfinished, file)  # Unlike a rename, it never overwrites.
+        sidecar = sidecar_file(path)
+        sidecar.write_text(json.dumps(_json.sealed(own_fn())))
+    finally:
+      unfinished.unlink(missing_ok=True)
+    if is_directory:
+      from jaxsoup.checkpoints import _directories
+
+      _directories.copy_other_files(pathlib.Path(ingredients.paths[0]), path)
   else:
     fill_fn(lambda *_: None)
   _processes.wait_for_all('the file is written')
@@ -182,6 +232,11 @@ def save_average(
   streamed, soup_fn = streamed_soup(ingredients, alpha)
   own_fn = lambda: own_of(soup_fn(), ingredients, metadata)
   if not str(path).endswith(_FILE):
+    if file := _file_at(path, ingredients, streamed.leaves):
+      path = new_path(path)
+      return _save_copy(
+          path, file, streamed.leaves, own_fn, ingredients, streamed.put_all
+      )
     what: list[Any] = [ingredients.identity(k) for k in range(num)]
     what += [np.asarray(x).tolist() for x in jax.tree.leaves(alpha)]
     what += [(p, str(x.dtype), x.shape) for p, x in streamed.leaves.items()]
@@ -307,16 +362,33 @@ def provenance(path: PathLike) -> Json:
     `versions`, `command`, `time`, `checksums`, `content_hash`; for a soup also
     `alpha` and `info`. Empty for checkpoints of other programs.
   """
-  own = _formats.metadata(path).custom.get('jaxsoup', {})
+  own = sidecar_of(pathlib.Path(path))
+  if not own or pathlib.Path(path).is_dir():
+    own |= _formats.metadata(path).custom.get('jaxsoup', {})
   try:
-    return _from_json({**sidecar_of(pathlib.Path(path)), **own})
+    return _from_json(own)
   except (KeyError, TypeError) as e:
     raise _source.damaged(path, f'what is stored with it is wrong: {e}') from e
 
 
-def sidecar_of(folder: pathlib.Path) -> Json:
-  """What is stored next to the weights of a Hugging Face directory."""
-  file = folder / SIDECAR_FILE
+def _file_at(path, ingredients, leaves) -> pathlib.Path | None:
+  if ingredients is None or _files.is_remote(path):
+    return None
+  if leaves.keys() != ingredients.stored(0).keys():
+    return None
+  return ingredients.file_at(pathlib.Path(path).absolute())
+
+
+def sidecar_file(path: pathlib.Path) -> pathlib.Path:
+  """What is stored next to weights: in their directory, or next to a file."""
+  if path.is_dir():
+    return path / SIDECAR_FILE
+  return path.with_name(f'{path.name}.{SIDECAR_FILE}')
+
+
+def sidecar_of(path: pathlib.Path) -> Json:
+  """What is stored next to the weights of a directory, or a file."""
+  file = sidecar_file(path)
   if not file.is_file():
     return {}
   try:

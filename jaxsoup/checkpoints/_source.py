@@ -27,6 +27,9 @@ from jaxsoup.typing import ShapeDtype
 
 Index = tuple[slice, ...]
 ReadFn = Callable[[Index], np.ndarray]
+# Is given a leaf, the byte at which a piece of it begins, and the piece.
+PutFn = Callable[[_tree.Path, int, np.ndarray], None]
+PatchFn = Callable[[pathlib.Path], contextlib.AbstractContextManager[PutFn]]
 
 # An archive that unpacks to more was made to fill memory, not to hold arrays.
 _MOST_UNPACKED = 1 << 30
@@ -72,6 +75,8 @@ class Source(NamedTuple):
     rows_fn: `path -> int`: how many rows are the least that can be read.
     separator: of the keys of a path, in the names of the format.
     layout: of an Orbax checkpoint: an `_orbax_files.Layout`.
+    patch_fn: of a file that can be copied with other values in place of its
+      own: opens the copy, and yields a `PutFn`.
   """
 
   metadata: Metadata
@@ -79,6 +84,7 @@ class Source(NamedTuple):
   rows_fn: Callable[[_tree.Path], int]
   separator: str = '/'
   layout: Any = None
+  patch_fn: 'PatchFn | None' = None
 
 
 _scratch = threading.local()

@@ -8,6 +8,7 @@ bytes are memory-mapped and read when they are needed; files from torch before
 import argparse
 from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
 import itertools
 import pathlib
 import re
@@ -74,10 +75,50 @@ def open_source(path: pathlib.Path, item: str | None = None) -> _source.Source:
       reader_fn=lambda p: _reader(by_path[p]),
       rows_fn=lambda p: 1,
       separator='.',
+      patch_fn=lambda copy: _patched(copy, item),
   )
 
 
-def _loaded(path: pathlib.Path) -> tuple[Any, int]:
+@contextlib.contextmanager
+def _patched(path: pathlib.Path, item: str | None) -> Iterator[_source.PutFn]:
+  """Puts other values into the tensors of a file, which is saved again.
+
+  A moving average next to the model gets them too: scripts of training load it
+  in place of the model.
+  """
+  import torch
+
+  content, _ = _loaded(path, is_mapped=False)
+  tensors = dict(_tensors(_state_dict(path, content, item)))
+  by_path = dict(zip(_source.paths_of(tensors, '.'), tensors.values()))
+  top = content if isinstance(content, Mapping) else {}
+  others = [
+      dict(_tensors(x))
+      for key, x in top.items()
+      if _MODEL.fullmatch(str(key)) and isinstance(x, Mapping)
+  ]
+  odd = [p for p, t in by_path.items() if not t.is_contiguous()]
+  if odd:
+    raise ValueError(
+        f'{path}: {".".join(odd[0])!r} is not contiguous, so that no other '
+        'values can be put in its place. Save the soup as .safetensors.'
+    )
+  flat = {p: t.view(-1).view(torch.uint8) for p, t in by_path.items()}
+
+  def put(name, start, piece):
+    data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+    flat[name][start : start + data.size] = torch.from_numpy(data)
+
+  yield put
+  for model in others:
+    for name, tensor in tensors.items():
+      name = name.removeprefix(f'{item}.')
+      if name in model and model[name].shape == tensor.shape:
+        model[name].copy_(tensor)
+  torch.save(content, path)
+
+
+def _loaded(path: pathlib.Path, is_mapped: bool = True) -> tuple[Any, int]:
   """The content of a file, and its bytes when they are unpacked."""
   try:
     import torch
@@ -89,13 +130,14 @@ def _loaded(path: pathlib.Path) -> tuple[Any, int]:
   try:
     with path.open('rb') as f:
       is_archive = f.read(4) == b'PK\x03\x04'
-    is_mapped, num_bytes = False, path.stat().st_size
+    num_bytes = path.stat().st_size
+    is_mapped = is_mapped and is_archive
     if is_archive:
       with zipfile.ZipFile(path) as archive:
         _source.check_archive(archive)
         infos = archive.infolist()
       # torch would take compressed bytes for values.
-      is_mapped = all(i.compress_type == zipfile.ZIP_STORED for i in infos)
+      is_mapped &= all(i.compress_type == zipfile.ZIP_STORED for i in infos)
       num_bytes = sum(i.file_size for i in infos)
     # Options of a script, which timm saves.
     with _lock, torch.serialization.safe_globals([argparse.Namespace]):

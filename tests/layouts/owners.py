@@ -224,14 +224,16 @@ def check(folder: pathlib.Path, owner: str) -> None:
     work = folder / owner / layout
     work.mkdir(parents=True)
     runs = unpack(owner, layout, work)
-    soup = work / f'soup{suffix}'
-    status, text = _soup_uniform(*runs, '--out', soup)
-    rows[layout] = f'{status}: {text}'
-    jobs += [
-        (action, layout, path, f'{path}.{action}.npz')
-        for action in ('restore', 'resume')
-        for path in (*runs, soup)
-    ]
+    item = ('--item', 'state_dict') if owner == 'timm' else ()
+    for action, options in (('restore', item), ('resume', ('--whole',))):
+      soup = work / action / f'soup{suffix}'
+      soup.parent.mkdir()
+      status, text = _soup_uniform(*runs, '--out', soup, *options)
+      rows.setdefault(layout, text if status else 'done')
+      jobs += [
+          (action, layout, path, f'{path}.{action}.npz')
+          for path in (*runs, soup)
+      ]
   said = dict(zip(jobs, run(owner, *jobs), strict=True))
   for layout, row in rows.items():
     cells = [owner, layout, row]
