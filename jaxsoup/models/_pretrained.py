@@ -25,8 +25,10 @@ from jaxsoup import _tree
 from jaxsoup import _warnings
 from jaxsoup import checkpoints
 from jaxsoup.models import _names
+from jaxsoup.models import _served
 from jaxsoup.models import vit
 from jaxsoup.typing import Json
+from jaxsoup.typing import Leaf
 from jaxsoup.typing import Params
 from jaxsoup.typing import PathLike
 
@@ -67,6 +69,16 @@ class Kind(NamedTuple):
   def abstract(self) -> nnx.Module:
     """The model with shapes in place of arrays."""
     return nnx.eval_shape(lambda: self.make(0))
+
+  def with_head(self, num_classes: int) -> 'Kind':
+    """The same encoder under a head, or by itself for 0 classes."""
+    made = _served.with_head(*self[:3], num_classes)
+    return self._replace(arguments=made)
+
+  def fitted(self, leaves: Mapping[str, Leaf], changes: Json) -> 'Kind':
+    """The same encoder with the head and the size of given leaves."""
+    made = _served.fitted(*self[:3], leaves, changes)
+    return self._replace(arguments=made)
 
   def table(self) -> _names.Table:
     """Where each array is."""
@@ -143,7 +155,10 @@ def load(
   """
   stored = checkpoints.Arrays(path)
   kind = identify(stored, family=family, names=names)
-  wanted = kind._replace(arguments=kind.arguments | changes)
+  wanted = kind
+  if 'num_classes' in changes:
+    wanted = kind.with_head(changes['num_classes'])
+  wanted = wanted._replace(arguments=wanted.arguments | changes)
   is_resized = wanted.family == 'vit' and 'image_shape' in changes
   native = dict(wanted.arguments)
   if is_resized:
@@ -267,8 +282,13 @@ def _fitting(stored, family, names, config) -> Iterator[tuple[float, Kind]]:
 
 def _config_next_to(path: str) -> Json:
   """The config of Hugging Face, timm or open_clip next to weights, or {}."""
+  is_open_clip = 'open_clip' in pathlib.Path(path).name
+  name = 'open_clip_config.json' if is_open_clip else 'config.json'
+  return _json_next_to(path, name)
+
+
+def _json_next_to(path: str, name: str) -> Json:
   file = pathlib.Path(path)
-  name = 'open_clip_config.json' if 'open_clip' in file.name else 'config.json'
   config = file.with_name(name)
   if (
       file.suffix not in ('.safetensors', '.json', '.bin')
@@ -281,30 +301,45 @@ def _config_next_to(path: str) -> Json:
   return content
 
 
-def save(path: PathLike, params: Params, *, like: PathLike) -> str:
+def save(
+    path: PathLike,
+    params: Params,
+    *,
+    like: PathLike,
+    labels: Sequence[str] | None = None,
+    **changes: Any,
+) -> str:
   """Writes parameters under the names that they have in another file.
 
   Args:
     path: a new `.safetensors` file. Or a new directory: with the small files
       next to `like` (config, tokenizer) if that is a Hugging Face model, or an
       Orbax checkpoint if that is one.
-    params: of the same model: nested dicts, such as a soup's, or the model.
-    like: the file or directory that it came from, see `load`.
+    params: nested dicts, such as a soup's, or the model. A head may be new: the
+      config then names the class of transformers that has one.
+    like: the file or directory that they came from, see `load`.
+    labels: names of the classes by number, for the config.
+    **changes: as given to `load`; checked, as names do not tell how a model
+      pools. Needed where images of another size are not square.
 
   Returns:
     The absolute path.
 
   Raises:
     FileExistsError: the path exists; it is not touched.
-    ValueError: the parameters are not those of that model.
+    ValueError: the parameters are not those of that model, what reads such a
+      file computes another one, or there are more or fewer labels than classes.
   """
   if isinstance(params, nnx.Module):
     params = params_of(params)
   stored = checkpoints.Arrays(like)
-  kind, table = _for_path(path, identify(stored))
-  arrays = _names.shapes(params, table), _names.write(params, table)
+  old = identify(stored)
+  new = old.fitted(_names.leaves_of(params), changes)
+  kind, table = _for_path(path, new)
+  shapes = _names.shapes(params, table, params_of(kind.abstract()))
+  arrays = shapes, _names.write(params, table)
   like_file = None if kind.names == _OWN else stored.path
-  return _write(path, *arrays, kind, like_file)
+  return _write(path, *arrays, kind, like_file, old, labels)
 
 
 def convert(
@@ -316,6 +351,8 @@ def convert(
     like: PathLike | None = None,
     family: str | None = None,
     from_names: str | None = None,
+    labels: Sequence[str] | None = None,
+    **changes: Any,
 ) -> str:
   """Writes the arrays of a file under other names, one leaf after another.
 
@@ -327,24 +364,32 @@ def convert(
     names: 'flax' for ours, 'hf', 'timm', ...; or those of `like`.
     is_orbax: whether a directory is an Orbax checkpoint; None: if the names are
       ours.
-    like: a file of the same model. With it `source` may be any checkpoint with
-      our names, such as a soup.
+    like: a file of the same model, perhaps without its head. With it `source`
+      may be any checkpoint with our names, such as a soup.
     family: as for `load`.
     from_names: the names in `source`; None detects them.
+    labels: as for `save`.
+    **changes: as for `save`, with `like`.
 
   Returns:
     The absolute path.
 
   Raises:
     FileExistsError: the path exists; it is not touched.
-    ValueError: the family has no such names; or as for `load`.
+    ValueError: the family has no such names; or as for `load` and `save`.
   """
   stored = checkpoints.Arrays(source)
   model = stored if like is None else checkpoints.Arrays(like)
   if like is None:
-    kind = new = identify(stored, family=family, names=from_names)
+    kind = old = new = identify(stored, family=family, names=from_names)
   else:
-    new = identify(model, family=family)
+    old = new = identify(model, family=family)
+    if from_names in (None, _OWN):
+      leaves = {
+          name.replace(stored.separator, '/'): x
+          for name, x in stored.shapes.items()
+      }
+      new = old.fitted(leaves, changes)
     kind = new._replace(names=from_names or _OWN, separator=stored.separator)
   new, table = _for_path(path, new._replace(names=names or new.names), is_orbax)
   abstract = params_of(new.abstract())
@@ -352,18 +397,39 @@ def convert(
   abstract = _names.with_dtypes_of(stored, abstract, kind.table())
   arrays = _names.shapes(abstract, table), _names.written(leaf_fn, table)
   like_file = None if _is_orbax(path, new, is_orbax) else model.path
-  return _write(path, *arrays, new, like_file)
+  return _write(path, *arrays, new, like_file, old, labels)
 
 
 def _write(
-    path: PathLike, shapes, arrays, kind: Kind, like_file: str | None
+    path: PathLike,
+    shapes,
+    arrays,
+    kind: Kind,
+    like_file: str | None,
+    old: Kind,
+    labels: Sequence[str] | None,
 ) -> str:
+  configs: dict[str, Json] = {}
+  if like_file and not str(path).endswith('.safetensors'):
+    read = {name: _json_next_to(like_file, name) for name in _served.FILES}
+    configs = {name: content for name, content in read.items() if content}
+  if 'config.json' in configs:
+    dtype = next(iter(shapes.values())).dtype
+    configs = _served.configs(
+        old.arguments, kind.arguments, configs, labels, str(dtype)
+    )
+  elif labels is not None:
+    raise ValueError(
+        f'labels (--labels) belong in a config.json: {path} has none if it is '
+        f'a file, or if there is none next to {like_file}.'
+    )
   made = checkpoints.save_arrays(
       path,
       shapes,
       arrays,
       separator=kind.separator,
       like=like_file,
+      configs=configs,
       metadata={'model': kind.as_json()},
   )
   weights = pathlib.Path(made, 'model.safetensors')

@@ -1,0 +1,194 @@
+"""A fine-tuned model among the files of its encoder: head, size and config.
+
+```
+arguments = fitted('bert', 'hf', arguments, leaves_of(params), changes={})
+files = configs(old_arguments, arguments, stored, labels, 'float32')
+```
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import json
+import re
+from typing import Any
+
+from jaxsoup.models import _vit_names
+from jaxsoup.typing import Config
+from jaxsoup.typing import Json
+from jaxsoup.typing import Leaf
+
+# JSON files next to weights that depend on head and size.
+FILES = 'config.json', 'preprocessor_config.json'
+# How the classes of transformers begin, by `model_type`.
+_CLASSES = {
+    'bert': 'Bert',
+    'bit': 'Bit',
+    'dinov2': 'Dinov2',
+    'efficientnet': 'EfficientNet',
+    'resnet': 'ResNet',
+    'vit': 'ViT',
+}
+# Arguments that say how a model is computed, not what its arrays mean; and
+# those that `fitted` sees.
+_FREE = {
+    'dtype', 'is_scanned', 'is_rematerialized', 'batch_axis', 'momentum',
+    'num_classes', 'image_shape', 'has_bias',
+}  # fmt: skip
+
+
+def with_head(
+    family: str, names: str, arguments: Config, num_classes: int
+) -> Json:
+  """The arguments of the same encoder under a head, or of it alone for 0."""
+  if family == 't5':
+    return dict(arguments)
+  made = {**arguments, 'num_classes': num_classes}
+  if num_classes and names == 'hf' and arguments.get('has_layer_scale'):
+    made['pool'] = 'cls+mean'
+  return made
+
+
+def fitted(
+    family: str,
+    names: str,
+    arguments: Config,
+    leaves: Mapping[str, Leaf],
+    changes: Config,
+) -> Json:
+  """The arguments of the model that has these leaves.
+
+  Args:
+    family: as of `Kind`.
+    names: those of the file that is written.
+    arguments: of the model of `like`.
+    leaves: by path, objects with `.shape`.
+    changes: arguments that were given to `load`.
+
+  Raises:
+    ValueError: the classes that read such a file cannot compute this model.
+  """
+  has_head = 'head/kernel' in leaves
+  num_classes = leaves['head/kernel'].shape[-1] if has_head else 0
+  made = with_head(family, names, arguments, num_classes)
+  if any(re.search(r'\bblocks/', path) for path in leaves):
+    made['is_scanned'] = True
+  if family == 'bert':
+    made['has_pooler'] = 'pooler/kernel' in leaves
+    if names == 'hf' and has_head and not made['has_pooler']:
+      raise ValueError(
+          'BertForSequenceClassification has a pooler, and these parameters '
+          "have none: load with has_pooler=True, without=['head', 'pooler'], "
+          'and fine-tune that.'
+      )
+  if family == 'vit' and 'position' in leaves:
+    made['image_shape'] = changes.get('image_shape') or _image_shape(
+        made, leaves['position'].shape[0], made.get('has_cls_token', False)
+    )
+  differing = {
+      name: value
+      for name, value in changes.items()
+      if name in made and name not in _FREE and not isinstance(value, Mapping)
+      if json.dumps(value) != json.dumps(made[name])
+  }
+  if differing and names != 'flax':
+    name, value = next(iter(differing.items()))
+    raise ValueError(
+        f'The model has {name} = {value!r}, but what reads files with the '
+        f'names {names!r} computes that of `like`, {made[name]!r}: fine-tune '
+        f'with {made[name]!r}, or save with our own names.'
+    )
+  return made | differing
+
+
+def _image_shape(
+    arguments: Config, rows: int, has_cls_token: bool
+) -> Sequence[int]:
+  height, width, channels = arguments['image_shape']
+  return _vit_names.image_shape_of(
+      rows, arguments['patch_size'], channels, [height, width], has_cls_token
+  )[0]
+
+
+def configs(
+    old: Config,
+    new: Config,
+    stored: Mapping[str, Config],
+    labels: Sequence[str] | None,
+    dtype: str,
+) -> dict[str, Json]:
+  """The JSON files of a directory, as they are for the new model.
+
+  Args:
+    old: arguments of the model of `stored`.
+    new: of the model that is written.
+    stored: JSON files by name, of `FILES`.
+    labels: names of the classes, or None.
+    dtype: of the arrays.
+
+  Raises:
+    ValueError: there are not as many labels as classes.
+  """
+  made: dict[str, Any] = {name: {**content} for name, content in stored.items()}
+  num_classes = new.get('num_classes', 0)
+  if labels is not None and len(set(labels)) != num_classes:
+    raise ValueError(
+        f'labels (--labels) has {len(set(labels))} different names, but the '
+        f'head has {num_classes} classes: give one for each, in the order of '
+        'the logits.'
+    )
+  config = made['config.json']
+  if old.get('num_classes', 0) != num_classes or labels is not None:
+    set_head = _set_timm_head if 'architecture' in config else _set_head
+    set_head(config, old, new, labels)
+  for name in {'dtype', 'torch_dtype'} & config.keys():
+    config[name] = dtype
+  if list(old.get('image_shape', ())) != list(new.get('image_shape', ())):
+    _set_size(made, new['image_shape'])
+  return made
+
+
+def _set_head(config, old, new, labels) -> None:
+  """Sets what transformers reads: class, number of classes and their names."""
+  num_classes = new['num_classes']
+  for name in ('num_labels', 'id2label', 'label2id', 'problem_type'):
+    config.pop(name, None)
+  if bool(old.get('num_classes')) != bool(num_classes):
+    kind = config['model_type']
+    task = 'ForSequence' if kind == 'bert' else 'ForImage'
+    end = f'{task}Classification' if num_classes else 'Model'
+    config['architectures'] = [f'{_CLASSES[kind]}{end}']
+  if num_classes:
+    names = labels or [f'LABEL_{i}' for i in range(num_classes)]
+    config['num_labels'] = num_classes
+    config['id2label'] = {str(i): name for i, name in enumerate(names)}
+    config['label2id'] = {name: i for i, name in enumerate(names)}
+
+
+def _set_timm_head(config, old, new, labels) -> None:
+  """The same for timm, whose classes have the names of their sizes."""
+  del old
+  for part in (config, config.get('pretrained_cfg', {})):
+    for name in ('label_names', 'label_descriptions'):
+      part.pop(name, None)
+  config['num_classes'] = new['num_classes']
+  if labels is not None:
+    config['label_names'] = list(labels)
+
+
+def _set_size(files, image_shape) -> None:
+  """Sets the size of images, to which the preprocessor then resizes them."""
+  height, width, channels = image_shape
+  config, processor = files['config.json'], 'preprocessor_config.json'
+  if 'architecture' in config:
+    for name, changed in (
+        ('model_args', {'img_size': [height, width]}),
+        ('pretrained_cfg', {'input_size': [channels, height, width]}),
+    ):
+      config[name] = {**config.get(name, {}), **changed}
+    return
+  config['image_size'] = height if height == width else [height, width]
+  if processor in files:
+    size = {'height': height, 'width': width}
+    files[processor] |= {
+        'size': size, 'do_resize': True, 'do_center_crop': False
+    }  # fmt: skip

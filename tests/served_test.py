@@ -1,0 +1,230 @@
+"""Models fine-tuned here, served by the classes of others."""
+
+import json
+import pathlib
+
+import _weights
+from flax import nnx
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+from typer import testing
+
+from jaxsoup import checkpoints
+from jaxsoup import cli
+from jaxsoup import models
+from jaxsoup.models import _names
+from jaxsoup.models import _pretrained
+
+TRANSFORMER = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+VIT = dict(TRANSFORMER, image_size=16, patch_size=4)
+LABELS = ['boot', 'bag', 'coat', 'dress', 'shirt']
+
+
+def encoder_of(name, has_head=False):
+  """A tiny random model of transformers, without a head of its own."""
+  transformers = pytest.importorskip('transformers')
+  family, settings = {
+      'bert': (
+          'Bert',
+          dict(
+              TRANSFORMER,
+              intermediate_size=40,
+              vocab_size=30,
+              max_position_embeddings=12,
+          ),
+      ),
+      'vit': ('ViT', dict(VIT, intermediate_size=40)),
+      'dinov2': ('Dinov2', VIT),
+  }[name]
+  config = getattr(transformers, f'{family}Config')(**settings)
+  task = 'ForSequence' if name == 'bert' else 'ForImage'
+  end = f'{task}Classification' if has_head else 'Model'
+  return _weights.randomize_torch(getattr(transformers, family + end)(config))
+
+
+def fine_tuned(path, **changes):
+  """A model with a new head and, as after training, other parameters."""
+  model = models.load(path, num_classes=5, without=['head'], **changes)
+  params = _weights.randomized(models.params_of(model))
+  state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+  nnx.replace_by_pure_dict(state, params)
+  nnx.update(model, state)
+  return model, params
+
+
+def inputs_of(name, size=16):
+  rng = np.random.default_rng(0)
+  if name == 'bert':
+    return rng.integers(1, 30, (2, 7))
+  return rng.normal(size=(2, *np.broadcast_to(size, 2), 3)).astype('f4')
+
+
+def logits_of(model, x):
+  import torch
+
+  x = torch.tensor(x if x.ndim == 2 else x.transpose(0, 3, 1, 2))
+  with torch.no_grad():
+    return model.eval()(x).logits.numpy()
+
+
+def served(path):
+  """The model that the config of a directory names; nothing is left out."""
+  import transformers
+
+  config = json.loads((path / 'config.json').read_text())
+  (name,) = config['architectures']
+  model, info = getattr(transformers, name).from_pretrained(
+      path, output_loading_info=True
+  )
+  missing = {x for x in info['missing_keys'] if 'mask_token' not in x}
+  assert not missing and not info['unexpected_keys']
+  return model
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    'name, has_head, size',
+    [
+        ('bert', False, None),
+        ('bert', True, None),
+        ('vit', False, None),
+        ('vit', True, (12, 24)),
+        ('dinov2', False, None),
+        ('dinov2', True, (24, 24)),
+    ],
+)
+def test_transformers_serves_a_new_head(name, has_head, size, tmp_path):
+  encoder_of(name, has_head).save_pretrained(tmp_path / 'base')
+  preprocessor = {'do_resize': True, 'size': {'shortest_edge': 16}}
+  (tmp_path / 'base/preprocessor_config.json').write_text(
+      json.dumps(preprocessor)
+  )
+  changes = {'image_shape': (*size, 3)} if size else {}
+  model, params = fine_tuned(tmp_path / 'base', **changes)
+  made = models.save(
+      tmp_path / 'saved',
+      model,
+      like=tmp_path / 'base',
+      labels=LABELS,
+      **changes,
+  )
+  theirs = served(pathlib.Path(made))
+  assert list(theirs.config.id2label.values()) == LABELS
+  assert theirs.config.label2id['bag'] == 1
+  x = inputs_of(name, size or 16)
+  expected = _weights.run(model, x)
+  np.testing.assert_allclose(logits_of(theirs, x), expected, atol=1e-4)
+  # A soup that lies on a disk, through the command, and back.
+  soup = checkpoints.save(tmp_path / 'soup', params)
+  other = models.convert(
+      soup, tmp_path / 'converted', like=tmp_path / 'base', **changes
+  )
+  first, last = (
+      safetensors.load_file(pathlib.Path(path) / 'model.safetensors')
+      for path in (made, other)
+  )
+  _weights.assert_same_arrays(first, last)
+  again = models.params_of(models.load(made))
+  _weights.assert_same_arrays(_names.leaves_of(again), _names.leaves_of(params))
+  preprocessor = json.loads(
+      (tmp_path / 'saved/preprocessor_config.json').read_text()
+  )
+  if size:
+    assert preprocessor['size'] == dict(height=size[0], width=size[1])
+  else:
+    assert preprocessor['size'] == {'shortest_edge': 16}
+
+
+# --- Without transformers -----------------------------------------------------
+
+
+BERT = {
+    'num_classes': 0,
+    'vocab_size': 40,
+    'width': 64,
+    'depth': 2,
+    'num_heads': 1,
+    'num_positions': 16,
+}
+
+
+@pytest.fixture
+def bert(tmp_path):
+  """The directory of an encoder, and what was fine-tuned from it."""
+  kind = _pretrained.Kind('bert', 'hf', BERT)
+  params = _weights.randomized(models.params_of(kind.abstract()))
+  folder = tmp_path / 'bert'
+  folder.mkdir()
+  config = {
+      'model_type': 'bert',
+      'num_attention_heads': 1,
+      'architectures': ['BertModel'],
+      'dtype': 'float16',
+  }
+  (folder / 'config.json').write_text(json.dumps(config))
+  (folder / 'tokenizer.json').write_text('{}')
+  arrays = _weights.write(params, kind.table())
+  safetensors.save_file(arrays, folder / 'model.safetensors')
+  return folder, fine_tuned(folder)[1]
+
+
+def run(*arguments):
+  return testing.CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+
+def test_the_command_writes_labels(tmp_path, bert):
+  base, params = bert
+  soup = checkpoints.save(tmp_path / 'soup', params)
+  (tmp_path / 'labels.txt').write_text('\n'.join(LABELS) + '\n')
+  options = ['--like', base, '--labels', tmp_path / 'labels.txt']
+  result = run('convert', soup, tmp_path / 'out', *options)
+  assert result.exit_code == 0, result.output
+  assert json.loads((tmp_path / 'out/config.json').read_text()) == {
+      'model_type': 'bert',
+      'num_attention_heads': 1,
+      'architectures': ['BertForSequenceClassification'],
+      'dtype': 'float32',
+      'num_labels': 5,
+      'id2label': dict(zip('01234', LABELS)),
+      'label2id': dict(zip(LABELS, range(5))),
+  }
+  assert (tmp_path / 'out/tokenizer.json').exists()
+  (tmp_path / 'labels.txt').write_text('a\nb\n')
+  result = run('convert', soup, tmp_path / 'few', *options)
+  assert result.exit_code == 1
+  assert '2 different names' in result.output and '5 classes' in result.output
+  result = run('convert', soup, tmp_path / 'few.safetensors', *options)
+  assert 'config.json' in result.output and 'without=' not in result.output
+  assert not list(tmp_path.glob('few*'))
+
+
+@pytest.mark.slow
+def test_heads_without_names_and_no_head(tmp_path, bert):
+  base, params = bert
+  made = models.save(tmp_path / 'numbered', params, like=base)
+  config = json.loads((pathlib.Path(made) / 'config.json').read_text())
+  assert config['id2label']['4'] == 'LABEL_4'
+  del params['head']
+  made = models.save(tmp_path / 'encoder', params, like=made)
+  config = json.loads((pathlib.Path(made) / 'config.json').read_text())
+  assert config['architectures'] == ['BertModel']
+  assert not config.keys() & {'num_labels', 'id2label', 'label2id'}
+  first, last = (
+      safetensors.load_file(pathlib.Path(path) / 'model.safetensors')
+      for path in (base, made)
+  )
+  assert first.keys() == last.keys()
+
+
+def test_what_cannot_be_served(tmp_path, bert):
+  base, params = bert
+  with pytest.raises(ValueError, match='epsilon = 0.1, but .* 1e-12'):
+    models.save(tmp_path / 'x', params, like=base, epsilon=0.1)
+  wide = params | {'head': {k: np.zeros((65, 5)) for k in ('kernel', 'bias')}}
+  wide['head']['bias'] = np.zeros(5)
+  with pytest.raises(ValueError, match=r'\(65, 5\), expected \(64, 5\)'):
+    models.save(tmp_path / 'x', wide, like=base)
+  del params['pooler']
+  with pytest.raises(ValueError, match="without=\\['head', 'pooler'\\]"):
+    models.save(tmp_path / 'x', params, like=base)
