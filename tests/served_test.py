@@ -3,6 +3,8 @@
 import json
 import pathlib
 
+import _cnn
+import _timm
 import _weights
 from flax import nnx
 import numpy as np
@@ -36,6 +38,15 @@ def encoder_of(name, has_head=False):
       ),
       'vit': ('ViT', dict(VIT, intermediate_size=40)),
       'dinov2': ('Dinov2', VIT),
+      'resnet': (
+          'ResNet',
+          dict(embedding_size=8, depths=[1, 1], hidden_sizes=[32, 64]),
+      ),
+      'bit': (
+          'Bit',
+          dict(embedding_size=8, depths=[1], hidden_sizes=[32], num_groups=4),
+      ),
+      'efficientnet': ('EfficientNet', dict(depth_coefficient=0.1)),
   }[name]
   config = getattr(transformers, f'{family}Config')(**settings)
   task = 'ForSequence' if name == 'bert' else 'ForImage'
@@ -46,7 +57,7 @@ def encoder_of(name, has_head=False):
 def fine_tuned(path, **changes):
   """A model with a new head and, as after training, other parameters."""
   model = models.load(path, num_classes=5, without=['head'], **changes)
-  params = _weights.randomized(models.params_of(model))
+  params = _cnn.random_params(models.params_of(model))
   state = nnx.state(model, (nnx.Param, nnx.BatchStat))
   nnx.replace_by_pure_dict(state, params)
   nnx.update(model, state)
@@ -77,7 +88,9 @@ def served(path):
   model, info = getattr(transformers, name).from_pretrained(
       path, output_loading_info=True
   )
-  missing = {x for x in info['missing_keys'] if 'mask_token' not in x}
+  # What says nothing: a counter, and a token that is for pre-training.
+  unused = ('num_batches_tracked', 'mask_token')
+  missing = {x for x in info['missing_keys'] if not x.endswith(unused)}
   assert not missing and not info['unexpected_keys']
   return model
 
@@ -92,6 +105,9 @@ def served(path):
         ('vit', True, (12, 24)),
         ('dinov2', False, None),
         ('dinov2', True, (24, 24)),
+        ('resnet', False, None),
+        ('bit', False, None),
+        ('efficientnet', False, None),
     ],
 )
 def test_transformers_serves_a_new_head(name, has_head, size, tmp_path):
@@ -112,7 +128,7 @@ def test_transformers_serves_a_new_head(name, has_head, size, tmp_path):
   theirs = served(pathlib.Path(made))
   assert list(theirs.config.id2label.values()) == LABELS
   assert theirs.config.label2id['bag'] == 1
-  x = inputs_of(name, size or 16)
+  x = inputs_of(name, size or (16 if name in ('vit', 'dinov2') else 64))
   expected = _weights.run(model, x)
   np.testing.assert_allclose(logits_of(theirs, x), expected, atol=1e-4)
   # A soup that lies on a disk, through the command, and back.
@@ -134,6 +150,42 @@ def test_transformers_serves_a_new_head(name, has_head, size, tmp_path):
     assert preprocessor['size'] == dict(height=size[0], width=size[1])
   else:
     assert preprocessor['size'] == {'shortest_edge': 16}
+
+
+@pytest.mark.slow_variants
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    'name, arguments, size',
+    [
+        ('resnet18', {}, None),
+        ('resnetv2_50x1_bit', {}, None),
+        ('tf_efficientnet_b0', {}, None),
+        ('vit_tiny_patch16_224', {'img_size': 32, 'depth': 1}, 48),
+        ('vit_small_patch14_dinov2', {'img_size': 28, 'depth': 1}, None),
+    ],
+)
+def test_timm_serves_a_new_head(name, arguments, size, tmp_path):
+  base = tmp_path / 'base'
+  _timm.run(name, base, num_classes=0, **arguments)
+  config = {
+      'architecture': name,
+      'num_classes': 1000,
+      'model_args': arguments,
+      'pretrained_cfg': {
+          'input_size': [3, *2 * [arguments.get('img_size', 64)]]
+      },
+  }
+  (base / 'config.json').write_text(json.dumps(config))
+  changes = {'image_shape': (size, size, 3)} if size else {}
+  model, params = fine_tuned(base, **changes)
+  made = models.save(tmp_path / 'saved', params, like=base, labels=LABELS)
+  theirs = _timm.run(f'local-dir:{made}', tmp_path / 'theirs')
+  image = theirs.data['image'].transpose(0, 2, 3, 1)
+  assert not size or image.shape[1:3] == (size, size)
+  actual = _weights.run(model, image)
+  np.testing.assert_allclose(actual, theirs.data['logits'], atol=1e-4)
+  config = json.loads((pathlib.Path(made) / 'config.json').read_text())
+  assert config['label_names'] == LABELS
 
 
 # --- Without transformers -----------------------------------------------------
