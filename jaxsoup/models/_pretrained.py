@@ -41,7 +41,7 @@ _FAMILIES = {
     'efficientnet': 'EfficientNet',
 }
 # `model_type` of a Hugging Face config, where it is not the family's name.
-_MODEL_TYPES = {'dinov2': 'vit', 'bit': 'resnet'}
+_MODEL_TYPES = {'dinov2': 'vit', 'bit': 'resnet', 'clip_vision_model': 'clip'}
 # What a soup averages: running statistics as well.
 _VARIABLES = (nnx.Param, nnx.BatchStat)
 # Our own names; all others are listed in the families' TABLES.
@@ -63,7 +63,10 @@ class Kind(NamedTuple):
     return fields
 
   def make(self, key: jax.Array | int) -> nnx.Module:
-    model_class = getattr(_module(self.family), _FAMILIES[self.family])
+    name = _FAMILIES[self.family]
+    if self.family == 'clip' and 'num_classes' in self.arguments:
+      name = 'ImageClassifier'
+    model_class = getattr(_module(self.family), name)
     return model_class(**self.arguments, rngs=nnx.Rngs(key))
 
   def abstract(self) -> nnx.Module:
@@ -159,6 +162,7 @@ def load(
   if 'num_classes' in changes:
     wanted = kind.with_head(changes['num_classes'])
   wanted = wanted._replace(arguments=wanted.arguments | changes)
+  without = [*without, *_served.dropped(kind.arguments, wanted.arguments)]
   is_resized = wanted.family == 'vit' and 'image_shape' in changes
   native = dict(wanted.arguments)
   if is_resized:

@@ -23,6 +23,8 @@ FILES = 'config.json', 'preprocessor_config.json'
 _CLASSES = {
     'bert': 'Bert',
     'bit': 'Bit',
+    'clip': 'CLIP',
+    'clip_vision_model': 'CLIP',
     'dinov2': 'Dinov2',
     'efficientnet': 'EfficientNet',
     'resnet': 'ResNet',
@@ -45,7 +47,21 @@ def with_head(
   made = {**arguments, 'num_classes': num_classes}
   if num_classes and names == 'hf' and arguments.get('has_layer_scale'):
     made['pool'] = 'cls+mean'
+  if family == 'clip':
+    # A classifier has no texts, and a CLIP no classes.
+    for name in ['text'] if num_classes else ['num_classes', 'has_bias']:
+      made.pop(name, None)
   return made
+
+
+def dropped(old: Config, new: Config) -> list[str]:
+  """Parts of a CLIP, as beginnings of paths, that its classifier lacks."""
+  parts = []
+  if 'text' in old and 'text' not in new:
+    parts += ['text', 'logit_scale']
+  if 'embed_width' in old and new['embed_width'] is None:
+    parts.append('image/projection')
+  return parts
 
 
 def fitted(
@@ -80,6 +96,10 @@ def fitted(
           "have none: load with has_pooler=True, without=['head', 'pooler'], "
           'and fine-tune that.'
       )
+  if family == 'clip' and has_head:
+    made['has_bias'] = 'head/bias' in leaves
+    if 'image/projection/kernel' not in leaves:
+      made['embed_width'] = None
   if family == 'vit' and 'position' in leaves:
     made['image_shape'] = changes.get('image_shape') or _image_shape(
         made, leaves['position'].shape[0], made.get('has_cls_token', False)
@@ -149,13 +169,16 @@ def configs(
 
 def _set_head(config, old, new, labels) -> None:
   """Sets what transformers reads: class, number of classes and their names."""
-  num_classes = new['num_classes']
+  num_classes = new.get('num_classes', 0)
   for name in ('num_labels', 'id2label', 'label2id', 'problem_type'):
     config.pop(name, None)
   if bool(old.get('num_classes')) != bool(num_classes):
     kind = config['model_type']
     task = 'ForSequence' if kind == 'bert' else 'ForImage'
     end = f'{task}Classification' if num_classes else 'Model'
+    if num_classes and (width := new.get('embed_width')):
+      end = 'VisionModelWithProjection'  # What is below the head.
+      config.get('vision_config', config)['projection_dim'] = width
     config['architectures'] = [f'{_CLASSES[kind]}{end}']
   if num_classes:
     names = labels or [f'LABEL_{i}' for i in range(num_classes)]
