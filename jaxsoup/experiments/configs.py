@@ -71,6 +71,7 @@ class Arguments(NamedTuple):
     overrides: such as '--config.seed=1'.
     num_seeds: how many seeds, from `config.seed` on.
     is_distributed: whether other processes take part.
+    is_exported: whether soups are written for other libraries as well.
     only: numbers of what is wanted, if that can be chosen; empty for all.
   """
 
@@ -79,6 +80,7 @@ class Arguments(NamedTuple):
   overrides: list[str]
   num_seeds: int
   is_distributed: bool
+  is_exported: bool
   only: list[int]
 
 
@@ -102,6 +104,8 @@ def parse(argv: Sequence[str], *, has_only: bool = False) -> Arguments:
   flags.DEFINE_bool('distributed', False, '', flag_values=values)
   if has_only:
     flags.DEFINE_list('only', [], '', flag_values=values)
+  else:
+    flags.DEFINE_bool('export', False, '', flag_values=values)
   is_override = lambda a: a.lstrip('-').startswith('config.')
   try:
     rest = values(['main', *(a for a in argv if not is_override(a))])
@@ -127,13 +131,14 @@ def parse(argv: Sequence[str], *, has_only: bool = False) -> Arguments:
       [a for a in argv if is_override(a)],
       num_seeds=values.seeds,
       is_distributed=values.distributed,
+      is_exported=not has_only and values.export,
       only=only,
   )
 
 
 USAGE = (
     'python -m jaxsoup.experiments.main --config=FILE[:ARG] --workdir=DIR '
-    '[--config.NAME=VALUE ...] [--seeds=N] [--distributed]'
+    '[--config.NAME=VALUE ...] [--seeds=N] [--export] [--distributed]'
 )
 
 

@@ -13,6 +13,7 @@ Several calls can share the fine-tuning, each with its part of the runs:
 ```
 
   ... --seeds=3            in DIR/seed0, DIR/seed1, ..., and their mean
+  ... --export             each soup as a directory of Hugging Face, too
 
 One run on all devices of several processes, such as those of a TPU pod, where
 `config.is_sharded` is true; all of them need the workdir on a shared disk:
@@ -30,6 +31,8 @@ runs/NN/    parameters of each run, with its hyper-parameters and score
 logits/     of each run and soup on every data set
 soups/      each soup, with alpha, provenance and versions; where the held-out
             set is drawn several times, in splits/N/soups/
+exported/   each soup with the names, config and tokenizer of `config.init`, for
+            `from_pretrained` of transformers or timm; with --export
 landscape/  barriers, planes, angles and a diagnosis, by `config.landscape`
 *.png, table.md, results.json, metrics.jsonl
 ```
@@ -45,6 +48,7 @@ from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup import report
 from jaxsoup.experiments import configs
+from jaxsoup.experiments import exporting
 from jaxsoup.experiments import results
 from jaxsoup.experiments import stages
 from jaxsoup.experiments import workdirs
@@ -123,6 +127,7 @@ def run_seeds(
     workdir: PathLike,
     overrides: Sequence[str] = (),
     num_seeds: int = 1,
+    is_exported: bool = False,
 ) -> list[list[report.Row]]:
   """Runs an experiment with several seeds, a progress bar and SIGTERM handling.
 
@@ -132,6 +137,7 @@ def run_seeds(
       of it, and the mean over them in `table.md`.
     overrides: such as '--config.seed=3', the first seed.
     num_seeds: how many there are.
+    is_exported: whether soups are written for other libraries as well.
 
   Returns:
     A table a seed, as of `run`.
@@ -139,13 +145,18 @@ def run_seeds(
   parent = buckets.path_of(workdir)
   if num_seeds > 1 and not any(parent.glob('seed*/config.json')):
     configs.require_new(parent)
-  first = configs.load(path, overrides).config.seed
+  loaded = configs.load(path, overrides)
+  first = loaded.config.seed
+  if is_exported:
+    exporting.check(loaded, parent)
   tables = []
   for seed in range(first, first + num_seeds):
     loaded = configs.load(path, [*overrides, f'--config.seed={seed}'])
     folder = parent if num_seeds == 1 else parent / f'seed{seed}'
     with preemption.handled() as stop, _shown() as progress_fn:
       tables.append(run(loaded, folder, progress_fn, stop))
+    if is_exported and tables[-1]:
+      exporting.make(loaded, folder)
   if num_seeds > 1 and all(tables) and _processes.is_main():
     text = report.markdown(*_averaged(tables))
     (parent / 'table.md').write_text(text + '\n')
@@ -176,7 +187,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.is_distributed:
       distributed.start()
     print(distributed.banner(workdir), file=sys.stderr)
-    tables = run_seeds(asked.config, workdir, asked.overrides, asked.num_seeds)
+    tables = run_seeds(
+        asked.config,
+        workdir,
+        asked.overrides,
+        asked.num_seeds,
+        asked.is_exported,
+    )
   except Exception as e:
     print(f'Error: {user_code.message(e)}', file=sys.stderr)
     return getattr(e, 'exit_code', 1)
