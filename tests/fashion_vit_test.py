@@ -124,7 +124,7 @@ def test_what_is_shifted_never_chooses(files):
 def test_what_cannot_be_exported(tmp_path, files):
   (tmp_path / 'config.json').unlink()
   experiment = load(files)
-  with pytest.raises(configs.UsageError, match='config.init is .*--like'):
+  with pytest.raises(configs.UsageError, match='Set config.init .*--like'):
     exporting.check(experiment, tmp_path / 'run')
 
 

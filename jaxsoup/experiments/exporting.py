@@ -16,33 +16,23 @@ from jaxsoup.experiments import configs
 
 
 def check(experiment: configs.Experiment, workdir: pathlib.Path) -> None:
-  """Raises a UsageError, before any training, if nothing can be exported.
-
-  Args:
-    experiment: of `configs.load`.
-    workdir: where everything goes.
-  """
-  init = pathlib.Path(experiment.config.get('init', ''))
-  if not checkpoints.is_directory(init):
+  """Raises a UsageError, before any training, if nothing can be exported."""
+  init = experiment.config.get('init', '')
+  if _files.is_remote(workdir) or not checkpoints.is_directory(init):
     raise configs.UsageError(
-        f"config.init is '{init}', but --export needs a start with a "
-        'config.json: set it to the directory of a model of transformers or '
-        'timm. Or leave out --export, and run: jaxsoup convert '
-        'WORKDIR/soups/NAME OUT --like DIRECTORY.'
-    )
-  if _files.is_remote(workdir):
-    raise configs.UsageError(
-        f'--export writes no buckets, and the workdir is {workdir}: copy its '
-        f'soups here, and run: jaxsoup convert SOUP OUT --like {init}.'
+        '--export needs a workdir on a disk, and a start with a config.json: '
+        f"they are {workdir} and '{init}'. Set config.init to the directory of "
+        'a model of transformers or timm. Or leave out --export, and run '
+        'jaxsoup convert WORKDIR/soups/NAME OUT --like DIRECTORY.'
     )
 
 
 def make(experiment: configs.Experiment, workdir: pathlib.Path) -> None:
-  """Writes each soup that is not there yet as a directory.
+  """Writes each finished soup that is not there yet as a directory.
 
   Args:
-    experiment: whose soups are finished; `labels` of its data name the classes.
-    workdir: where they are; with several splits in `splits/N` of it.
+    experiment: `labels` of its data name the classes.
+    workdir: with soups; those of several splits are in `splits/N` of it.
 
   Raises:
     ValueError: the model is not what the classes of that library compute.

@@ -251,8 +251,7 @@ def read(
   below `initial` keeps its value in `wanted`: a head for other classes.
   """
   advice = "\nTo leave out a part, such as the head: without=['head']."
-  if 'head' in initial:
-    advice = ''
+  advice = '' if 'head' in initial else advice
   read_leaf = reader(stored, wanted, table, initial=initial, advice=advice)
   leaves, flat_tree = _Leaves(wanted), _tree.flatten_in_place(wanted)
   boxes = dict(zip(leaves, flat_tree.leaves))
@@ -295,17 +294,10 @@ def write(params: Params, table: Table) -> Iterator[tuple[str, np.ndarray]]:
   return written(leaves.__getitem__, table)
 
 
-def shapes(
-    params: Params, table: Table, wanted: Params | None = None
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and dtypes of what `write` yields, by name; reads no array.
-
-  Raises:
-    ValueError: the tree lacks leaves of the table, or has others; or `wanted`,
-      single blocks, has other shapes.
-  """
+def shapes(params: Params, table: Table) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of what `write` yields, by name; reads no array."""
   leaves = _Leaves(params)
-  _check_ours(leaves, table.rules, wanted)
+  _check_ours(leaves, table.rules)
   return {
       rule.theirs: jax.ShapeDtypeStruct(
           stored_shape(rule, leaves), leaves[rule.paths[0]].dtype
@@ -332,23 +324,14 @@ def with_dtypes_of(
   )
 
 
-def _check_ours(
-    leaves: _Leaves, rules: Sequence[Rule], wanted: Params | None = None
-) -> None:
+def _check_ours(leaves: _Leaves, rules: Sequence[Rule]) -> None:
   known = {p for rule in rules for p in rule.paths}
   missing = sorted(p for p in known if p not in leaves)
   places = {leaves.place(p)[0] for p in known}
   unknown = sorted(p for p in leaves if p not in places)
-  lines = [f'{p!r} is missing' for p in missing]
-  lines += [f'{p!r} is unexpected' for p in unknown]
-  if wanted is not None and not lines:
-    shapes = {p: tuple(x.shape) for p, x in leaves_of(wanted).items()}
-    lines = [
-        f'{p!r} has shape {tuple(leaves[p].shape)}, expected {shapes[p]}'
-        for p in sorted(known)
-        if tuple(leaves[p].shape) != shapes[p]
-    ]
-  if lines:
+  if missing or unknown:
+    lines = [f'{p!r} is missing' for p in missing]
+    lines += [f'{p!r} is unexpected' for p in unknown]
     raise ValueError(
         _listed('These parameters are not those of the model', lines)
     )

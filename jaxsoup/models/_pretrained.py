@@ -28,7 +28,6 @@ from jaxsoup.models import _names
 from jaxsoup.models import _served
 from jaxsoup.models import vit
 from jaxsoup.typing import Json
-from jaxsoup.typing import Leaf
 from jaxsoup.typing import Params
 from jaxsoup.typing import PathLike
 
@@ -62,9 +61,13 @@ class Kind(NamedTuple):
     del fields['separator']
     return fields
 
+  @property
+  def is_clip_classifier(self) -> bool:
+    return self.family == 'clip' and 'num_classes' in self.arguments
+
   def make(self, key: jax.Array | int) -> nnx.Module:
     name = _FAMILIES[self.family]
-    if self.family == 'clip' and 'num_classes' in self.arguments:
+    if self.is_clip_classifier:
       name = 'ImageClassifier'
     model_class = getattr(_module(self.family), name)
     return model_class(**self.arguments, rngs=nnx.Rngs(key))
@@ -72,16 +75,6 @@ class Kind(NamedTuple):
   def abstract(self) -> nnx.Module:
     """The model with shapes in place of arrays."""
     return nnx.eval_shape(lambda: self.make(0))
-
-  def with_head(self, num_classes: int) -> 'Kind':
-    """The same encoder under a head, or by itself for 0 classes."""
-    made = _served.with_head(*self[:3], num_classes)
-    return self._replace(arguments=made)
-
-  def fitted(self, leaves: Mapping[str, Leaf], changes: Json) -> 'Kind':
-    """The same encoder with the head and the size of given leaves."""
-    made = _served.fitted(*self[:3], leaves, changes)
-    return self._replace(arguments=made)
 
   def table(self) -> _names.Table:
     """Where each array is."""
@@ -158,11 +151,13 @@ def load(
   """
   stored = checkpoints.Arrays(path)
   kind = identify(stored, family=family, names=names)
-  wanted = kind
+  arguments = kind.arguments
   if 'num_classes' in changes:
-    wanted = kind.with_head(changes['num_classes'])
-  wanted = wanted._replace(arguments=wanted.arguments | changes)
-  without = [*without, *_served.dropped(kind.arguments, wanted.arguments)]
+    arguments = _served.with_head(*kind[:3], changes['num_classes'])
+  wanted = kind._replace(arguments=arguments | changes)
+  if wanted.is_clip_classifier:
+    parts = ['image/projection'] * (wanted.arguments['embed_width'] is None)
+    without = [*without, 'text', 'logit_scale', *parts]
   is_resized = wanted.family == 'vit' and 'image_shape' in changes
   native = dict(wanted.arguments)
   if is_resized:
@@ -336,14 +331,21 @@ def save(
   """
   if isinstance(params, nnx.Module):
     params = params_of(params)
-  stored = checkpoints.Arrays(like)
-  old = identify(stored)
-  new = old.fitted(_names.leaves_of(params), changes)
-  kind, table = _for_path(path, new)
-  shapes = _names.shapes(params, table, params_of(kind.abstract()))
-  arrays = shapes, _names.write(params, table)
-  like_file = None if kind.names == _OWN else stored.path
-  return _write(path, *arrays, kind, like_file, old, labels)
+  model, held = checkpoints.Arrays(like), _Held(_names.leaves_of(params))
+  old = identify(model)
+  new = old._replace(arguments=_served.fitted(*old[:3], held, changes))
+  kind = new._replace(names=_OWN, separator='/')
+  return _converted(held, path, kind, old, new, model.path, labels)
+
+
+class _Held(dict[str, Any]):
+  """Parameters in memory as a file shows its arrays."""
+
+  path = 'What is given'
+
+  @property
+  def shapes(self) -> dict[str, Any]:
+    return self
 
 
 def convert(
@@ -393,35 +395,36 @@ def convert(
           name.replace(stored.separator, '/'): x
           for name, x in stored.shapes.items()
       }
-      new = old.fitted(leaves, changes)
+      new = old._replace(arguments=_served.fitted(*old[:3], leaves, changes))
     kind = new._replace(names=from_names or _OWN, separator=stored.separator)
-  new, table = _for_path(path, new._replace(names=names or new.names), is_orbax)
+  new = new._replace(names=names or new.names)
+  return _converted(stored, path, kind, old, new, model.path, labels, is_orbax)
+
+
+def _converted(
+    stored,
+    path: PathLike,
+    kind: Kind,
+    old: Kind,
+    new: Kind,
+    like_file: str,
+    labels: Sequence[str] | None,
+    is_orbax: bool | None = None,
+) -> str:
+  """Writes what is stored as `kind` as `new`, next to files of `old`."""
+  new, table = _for_path(path, new, is_orbax)
   abstract = params_of(new.abstract())
   leaf_fn = _names.reader(stored, abstract, kind.table())
   abstract = _names.with_dtypes_of(stored, abstract, kind.table())
-  arrays = _names.shapes(abstract, table), _names.written(leaf_fn, table)
-  like_file = None if _is_orbax(path, new, is_orbax) else model.path
-  return _write(path, *arrays, new, like_file, old, labels)
-
-
-def _write(
-    path: PathLike,
-    shapes,
-    arrays,
-    kind: Kind,
-    like_file: str | None,
-    old: Kind,
-    labels: Sequence[str] | None,
-) -> str:
+  shapes = _names.shapes(abstract, table)
   configs: dict[str, Json] = {}
-  if like_file and not str(path).endswith('.safetensors'):
+  is_folder = not str(path).endswith('.safetensors')
+  if is_folder and not _is_orbax(path, new, is_orbax):
     read = {name: _json_next_to(like_file, name) for name in _served.FILES}
     configs = {name: content for name, content in read.items() if content}
   if 'config.json' in configs:
-    dtype = next(iter(shapes.values())).dtype
-    configs = _served.configs(
-        old.arguments, kind.arguments, configs, labels, str(dtype)
-    )
+    dtype = str(next(iter(shapes.values())).dtype)
+    _served.update(configs, old.arguments, new.arguments, labels, dtype)
   elif labels is not None:
     raise ValueError(
         f'labels (--labels) belong in a config.json: {path} has none if it is '
@@ -430,15 +433,15 @@ def _write(
   made = checkpoints.save_arrays(
       path,
       shapes,
-      arrays,
-      separator=kind.separator,
-      like=like_file,
+      _names.written(leaf_fn, table),
+      separator=new.separator,
+      like=None if _is_orbax(path, new, is_orbax) else like_file,
       configs=configs,
-      metadata={'model': kind.as_json()},
+      metadata={'model': new.as_json()},
   )
   weights = pathlib.Path(made, 'model.safetensors')
   config = pathlib.Path(made, 'config.json')
-  if kind.names == 'hf' and weights.exists() and not config.exists():
+  if new.names == 'hf' and weights.exists() and not config.exists():
     _warnings.warn(
         f'{made} has no config.json, which from_pretrained needs: there is none'
         f' next to {like_file}. Copy it from the original model, or pass its '

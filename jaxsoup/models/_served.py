@@ -1,8 +1,8 @@
 """A fine-tuned model among the files of its encoder: head, size and config.
 
 ```
-arguments = fitted('bert', 'hf', arguments, leaves_of(params), changes={})
-files = configs(old_arguments, arguments, stored, labels, 'float32')
+arguments = fitted('bert', 'hf', old_arguments, leaves_of(params), {})
+update(files, old_arguments, arguments, labels, 'float32')
 ```
 """
 
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import json
 import re
-from typing import Any
 
 from jaxsoup.models import _vit_names
 from jaxsoup.typing import Config
@@ -54,16 +53,6 @@ def with_head(
   return made
 
 
-def dropped(old: Config, new: Config) -> list[str]:
-  """Parts of a CLIP, as beginnings of paths, that its classifier lacks."""
-  parts = []
-  if 'text' in old and 'text' not in new:
-    parts += ['text', 'logit_scale']
-  if 'embed_width' in old and new['embed_width'] is None:
-    parts.append('image/projection')
-  return parts
-
-
 def fitted(
     family: str,
     names: str,
@@ -71,17 +60,10 @@ def fitted(
     leaves: Mapping[str, Leaf],
     changes: Config,
 ) -> Json:
-  """The arguments of the model that has these leaves.
+  """The arguments of the model that has these leaves, by path.
 
-  Args:
-    family: as of `Kind`.
-    names: those of the file that is written.
-    arguments: of the model of `like`.
-    leaves: by path, objects with `.shape`.
-    changes: arguments that were given to `load`.
-
-  Raises:
-    ValueError: the classes that read such a file cannot compute this model.
+  Raises a ValueError if what reads such a file computes another one than
+  `changes`, arguments that were given to `load`.
   """
   has_head = 'head/kernel' in leaves
   num_classes = leaves['head/kernel'].shape[-1] if has_head else 0
@@ -101,8 +83,15 @@ def fitted(
     if 'image/projection/kernel' not in leaves:
       made['embed_width'] = None
   if family == 'vit' and 'position' in leaves:
-    made['image_shape'] = changes.get('image_shape') or _image_shape(
-        made, leaves['position'].shape[0], made.get('has_cls_token', False)
+    *size, channels = made['image_shape']
+    made['image_shape'] = changes.get('image_shape') or (
+        _vit_names.image_shape_of(
+            leaves['position'].shape[0],
+            made['patch_size'],
+            channels,
+            size,
+            made.get('has_cls_token', False),
+        )[0]
     )
   differing = {
       name: value
@@ -120,35 +109,17 @@ def fitted(
   return made | differing
 
 
-def _image_shape(
-    arguments: Config, rows: int, has_cls_token: bool
-) -> Sequence[int]:
-  height, width, channels = arguments['image_shape']
-  return _vit_names.image_shape_of(
-      rows, arguments['patch_size'], channels, [height, width], has_cls_token
-  )[0]
-
-
-def configs(
+def update(
+    files: dict[str, Json],
     old: Config,
     new: Config,
-    stored: Mapping[str, Config],
     labels: Sequence[str] | None,
     dtype: str,
-) -> dict[str, Json]:
-  """The JSON files of a directory, as they are for the new model.
+) -> None:
+  """Changes JSON files of a model with old arguments for one with new ones.
 
-  Args:
-    old: arguments of the model of `stored`.
-    new: of the model that is written.
-    stored: JSON files by name, of `FILES`.
-    labels: names of the classes, or None.
-    dtype: of the arrays.
-
-  Raises:
-    ValueError: there are not as many labels as classes.
+  Raises a ValueError if there are not as many labels as classes.
   """
-  made: dict[str, Any] = {name: {**content} for name, content in stored.items()}
   num_classes = new.get('num_classes', 0)
   if labels is not None and len(set(labels)) != num_classes:
     raise ValueError(
@@ -156,15 +127,14 @@ def configs(
         f'head has {num_classes} classes: give one for each, in the order of '
         'the logits.'
     )
-  config = made['config.json']
+  config = files['config.json']
   if old.get('num_classes', 0) != num_classes or labels is not None:
     set_head = _set_timm_head if 'architecture' in config else _set_head
     set_head(config, old, new, labels)
   for name in {'dtype', 'torch_dtype'} & config.keys():
     config[name] = dtype
   if list(old.get('image_shape', ())) != list(new.get('image_shape', ())):
-    _set_size(made, new['image_shape'])
-  return made
+    _set_size(files, new['image_shape'])
 
 
 def _set_head(config, old, new, labels) -> None:
@@ -191,8 +161,8 @@ def _set_timm_head(config, old, new, labels) -> None:
   """The same for timm, whose classes have the names of their sizes."""
   del old
   for part in (config, config.get('pretrained_cfg', {})):
-    for name in ('label_names', 'label_descriptions'):
-      part.pop(name, None)
+    part.pop('label_names', None)
+    part.pop('label_descriptions', None)
   config['num_classes'] = new['num_classes']
   if labels is not None:
     config['label_names'] = list(labels)
@@ -201,17 +171,14 @@ def _set_timm_head(config, old, new, labels) -> None:
 def _set_size(files, image_shape) -> None:
   """Sets the size of images, to which the preprocessor then resizes them."""
   height, width, channels = image_shape
-  config, processor = files['config.json'], 'preprocessor_config.json'
+  config = files['config.json']
   if 'architecture' in config:
-    for name, changed in (
-        ('model_args', {'img_size': [height, width]}),
-        ('pretrained_cfg', {'input_size': [channels, height, width]}),
-    ):
-      config[name] = {**config.get(name, {}), **changed}
+    config.setdefault('model_args', {})['img_size'] = [height, width]
+    size = [channels, height, width]
+    config.setdefault('pretrained_cfg', {})['input_size'] = size
     return
   config['image_size'] = height if height == width else [height, width]
-  if processor in files:
-    size = {'height': height, 'width': width}
-    files[processor] |= {
-        'size': size, 'do_resize': True, 'do_center_crop': False
-    }  # fmt: skip
+  if 'preprocessor_config.json' in files:
+    processor = files['preprocessor_config.json']
+    processor['size'] = {'height': height, 'width': width}
+    processor |= {'do_resize': True, 'do_center_crop': False}

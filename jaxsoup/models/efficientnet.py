@@ -369,11 +369,7 @@ def _table(
     is_lite: bool = False,
     **others: Any,
 ) -> _names.Table:
-  """All arrays of a file; the other arguments change only their shapes.
-
-  Files of Hugging Face are read with a prefix and without it. Written are those
-  of a classifier, or bare ones.
-  """
+  """All arrays of a file; the other arguments change only their shapes."""
   del others
   prefix = 'efficientnet.' if naming == 'hf' and num_classes else ''
   ends = dict(_ENDS[naming])

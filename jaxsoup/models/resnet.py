@@ -311,11 +311,7 @@ def _table(
     is_bit: bool = False,
     **others: Any,
 ) -> _names.Table:
-  """All arrays of a file; the other arguments change only their shapes.
-
-  Files of Hugging Face are read with a prefix and without it. Written are those
-  of a classifier, or bare ones.
-  """
+  """All arrays of a file; the other arguments change only their shapes."""
   del others
   names = (_BIT if is_bit else _V1)[naming]
   prefix = 'bit.' if is_bit else 'resnet.'
