@@ -352,6 +352,7 @@ def finished(name, tmp_path, *overrides):
   """Test data and logits of a short experiment, and its exported soup."""
   config = f'{CONFIGS / name}:runlocal'
   folder = tmp_path / 'run'
+  overrides = [*overrides, '--config.sweep.num_runs=2']
   options = [f'--config={config}', f'--workdir={folder}', *overrides]
   assert main.main([*options, '--export']) == 0
   exported = sorted(x.name for x in folder.glob('exported/*'))
