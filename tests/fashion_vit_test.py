@@ -14,6 +14,7 @@ from jaxsoup.data import fashion
 from jaxsoup.data import preparation
 from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
+from jaxsoup.experiments import exporting
 from jaxsoup.experiments import main
 from jaxsoup.models import _names
 from jaxsoup.models import _pretrained
@@ -51,7 +52,7 @@ def files(tmp_path, monkeypatch):
       models.params_of(kind.abstract()),
   )
   arrays = dict(_names.write(params, kind.table()))
-  weights = tmp_path / 'dinov2.safetensors'
+  weights = tmp_path / 'model.safetensors'
   checkpoints.save_arrays(weights, arrays, arrays.items())
   (tmp_path / 'config.json').write_text(
       json.dumps({'model_type': 'dinov2', 'num_attention_heads': 2})
@@ -81,6 +82,19 @@ def test_end_to_end(tmp_path, files):
   assert set(rows['uniform'].shifts) == set(experiment.config.shifts)
   results = json.loads((tmp_path / 'run/results.json').read_text())
   assert len(results['splits']) == 2
+  exporting.make(experiment, tmp_path / 'run')
+  exporting.make(experiment, tmp_path / 'run')  # Finished work stays.
+  soups = sorted(tmp_path.glob('run/splits/*/soups/*'))
+  assert len(soups) == 2 * 6
+  for soup in soups:
+    exported = soup.parent.parent / 'exported' / soup.name
+    config = json.loads((exported / 'config.json').read_text())
+    assert config['architectures'] == ['Dinov2ForImageClassification']
+    assert config['image_size'] == 42
+    assert tuple(config['id2label'].values()) == fashion.CLASSES
+    actual = models.params_of(models.load(exported))
+    expected = checkpoints.load(soup).params
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
   # Three standard errors above chance, which is 0.1.
   assert rows['uniform'].test > 0.2
 
@@ -105,6 +119,13 @@ def test_what_is_shifted_never_chooses(files):
   assert splits.pools.keys() == {'held_out', 'test', *splits.shifts}
   labels = [source.arrays['label'] for source in splits.shifts.values()]
   assert all(np.array_equal(labels[0], label) for label in labels)
+
+
+def test_what_cannot_be_exported(tmp_path, files):
+  (tmp_path / 'config.json').unlink()
+  experiment = load(files)
+  with pytest.raises(configs.UsageError, match='Set config.init .*--like'):
+    exporting.check(experiment, tmp_path / 'run')
 
 
 @pytest.mark.slow

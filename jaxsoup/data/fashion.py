@@ -125,6 +125,7 @@ def splits(
           'held_out': _PARTS['train'][1],
           **dict.fromkeys(('test', *shifted), _PARTS['test'][1]),
       },
+      labels=CLASSES,
   )
 
 

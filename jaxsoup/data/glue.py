@@ -184,6 +184,7 @@ def splits(
       held_out=sources.subset(train, held_out.rows),
       test=parts['validation'],
       rules={'held_out': {**held_out.rule, 'dropped': num_dropped}},
+      labels=TASKS[task].labels,
   )
 
 

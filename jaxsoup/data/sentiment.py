@@ -126,6 +126,7 @@ def splits(
           for name, x in data.items()
       },
       pools=dict.fromkeys(('held_out', 'test'), len(movies['text'])),
+      labels=('negative', 'positive'),
   )
 
 

@@ -87,6 +87,7 @@ class Splits(NamedTuple):
     pools: by name of a set that the seed draws, the number of examples that it
       is drawn from; infinity if no seed ever draws an example again. Those of
       other sets are the same for all seeds.
+    labels: the names of the classes by number, if they are known.
   """
 
   train: Source
@@ -97,6 +98,7 @@ class Splits(NamedTuple):
   views: Mapping[str, Callable[..., Any]] = {}
   rules: Mapping[str, Mapping[str, Any]] = {}
   pools: Mapping[str, float] = {}
+  labels: Sequence[str] = ()
 
 
 class Arrays:

@@ -85,6 +85,8 @@ def parse(
   flags.DEFINE_bool('distributed', False, '', flag_values=values)
   if has_only:
     flags.DEFINE_list('only', [], '', flag_values=values)
+  else:
+    flags.DEFINE_bool('export', False, '', flag_values=values)
   is_override = lambda a: a.lstrip('-').startswith('config.')
   try:
     _, *rest = values(['main', *(a for a in argv if not is_override(a))])
@@ -110,7 +112,7 @@ def parse(
 
 USAGE = (
     'python -m jaxsoup.experiments.main --config=FILE[:ARG] --workdir=DIR '
-    '[--config.NAME=VALUE ...] [--seeds=N] [--distributed]'
+    '[--config.NAME=VALUE ...] [--seeds=N] [--export] [--distributed]'
 )
 
 

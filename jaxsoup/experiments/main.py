@@ -13,6 +13,7 @@ Several calls can share the fine-tuning, each with its part of the runs:
 ```
 
   ... --seeds=3            in DIR/seed0, DIR/seed1, ..., and their mean
+  ... --export             each soup as a directory of Hugging Face, too
 
 One run on all devices of several processes, such as those of a TPU pod, where
 `config.is_sharded` is true; all of them need the workdir on a shared disk:
@@ -21,6 +22,9 @@ One run on all devices of several processes, such as those of a TPU pod, where
 ... --distributed        where jax detects the processes, else with these set:
 JAX_COORDINATOR_ADDRESS=HOST:PORT JAX_NUM_PROCESSES=N JAX_PROCESS_ID=I
 ```
+
+With --export, `exported/` has each soup with the names, config and tokenizer of
+`config.init`, for `from_pretrained` of transformers or timm.
 """
 
 from collections.abc import Sequence
@@ -34,6 +38,7 @@ from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup import report
 from jaxsoup.experiments import configs
+from jaxsoup.experiments import exporting
 from jaxsoup.experiments import results
 from jaxsoup.experiments import stages
 from jaxsoup.experiments import workdirs
@@ -109,6 +114,7 @@ def run_seeds(
     workdir: PathLike,
     overrides: Sequence[str] = (),
     num_seeds: int = 1,
+    is_exported: bool = False,
 ) -> list[list[report.Row]]:
   """Runs an experiment with several seeds, a progress bar and SIGTERM handling.
 
@@ -121,7 +127,10 @@ def run_seeds(
   parent = buckets.path_of(workdir)
   if num_seeds > 1 and not any(parent.glob('seed*/config.json')):
     configs.require_new(parent)
-  first = configs.load(path, overrides).config.seed
+  loaded = configs.load(path, overrides)
+  first = loaded.config.seed
+  if is_exported:
+    exporting.check(loaded, parent)
   tables = []
   for seed in range(first, first + num_seeds):
     loaded = configs.load(path, [*overrides, f'--config.seed={seed}'])
@@ -131,6 +140,8 @@ def run_seeds(
       shown = progress.shown(STAGES)
     with preemption.handled() as stop, shown as progress_fn:
       tables.append(run(loaded, folder, progress_fn, stop))
+    if is_exported and tables[-1]:
+      exporting.make(loaded, folder)
   if num_seeds > 1 and all(tables) and _processes.is_main():
     text = report.markdown(*_averaged(tables))
     (parent / 'table.md').write_text(text + '\n')
@@ -155,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.distributed:
       distributed.start()
     print(distributed.banner(workdir), file=sys.stderr)
-    tables = run_seeds(asked.config, workdir, asked.overrides, asked.seeds)
+    tables = run_seeds(
+        asked.config, workdir, asked.overrides, asked.seeds, asked.export
+    )
   except Exception as e:
     print(f'Error: {user_code.message(e)}', file=sys.stderr)
     return getattr(e, 'exit_code', 1)

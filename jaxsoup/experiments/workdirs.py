@@ -204,7 +204,7 @@ def locked(
       _files.clear_leftovers(folder, 'config.json')
     configs.check_unchanged(experiment.config, folder / 'config.json')
     if is_alone:  # It is ours.
-      for name in ('.', 'runs', 'soups', 'logits', 'landscape'):
+      for name in ('.', 'runs', 'soups', 'exported', 'logits', 'landscape'):
         _files.clear_leftovers(folder / name)
       for path in folder.glob('splits/*/*'):
         _files.clear_leftovers(path)

@@ -77,9 +77,15 @@ def _table(
     *,
     image: Config,
     text: Config | None = None,
+    embed_width: int | None = 0,
+    num_classes: int = 0,
+    has_bias: bool = False,
     **_: object,
 ) -> _names.Table:
-  """Both towers, or that of images alone."""
+  """Both towers, or that of images alone, perhaps with a head.
+
+  A head on the joint space is in no class of transformers: it has our name.
+  """
   # A vector in the file is a row [1, width] here.
   row = _names.Layout(lambda x, shape: x.reshape(shape), lambda x: x[0])
   layouts = {'image/cls_token': row}
@@ -90,7 +96,7 @@ def _table(
   for ours, theirs in _NAMES[naming].items():
     tower, layer = ours.split('/', 1)
     size = image if tower == 'image' else text
-    if size is None:
+    if size is None or embed_width is None and layer.startswith('projection'):
       continue
     if layer == 'block':
       for i in range(size['depth']):
@@ -107,6 +113,9 @@ def _table(
       rules.append(_names.Rule(ours, theirs, layouts.get(ours, _names.same)))
   if text is not None:
     rules.append(_names.Rule('logit_scale', 'logit_scale'))
+  if num_classes:
+    head = 'classifier' if embed_width is None else 'head'
+    rules += _torch.layers('', '', {'head': head}, has_bias=has_bias)
   ignored = [r'.*\.position_ids']
   if naming == 'open_clip':
     # The last three are numbers in OpenAI's own archives.
@@ -151,7 +160,7 @@ def _hf_arguments(shapes, config) -> Json:
       vision.get('num_attention_heads', heads.get('vision')),
       text_config.get('num_attention_heads', heads.get('text')),
   )
-  if towers['text']:
+  if towers.get('text'):
     # Configs with the 2 are older than the attention to it: it means nothing.
     end_id = text_config.get('eos_token_id', 49407 if config else None)
     towers['text']['end_id'] = None if end_id == 2 else end_id
@@ -207,7 +216,18 @@ def _towers(
       image_shape=image_shape,
       patch_size=patch_size,
   )
-  projection = shape_of(names['image/projection/kernel'])
+  head = 'classifier' if 'classifier.weight' in shapes else 'head'
+  embed_width = None
+  if head == 'head':
+    projection = shape_of(names['image/projection/kernel'])
+    embed_width = projection[0 if naming == 'hf' else 1]
+  if f'{head}.weight' in shapes:
+    return dict(
+        num_classes=shape_of(f'{head}.weight')[0],
+        has_bias=f'{head}.bias' in shapes,
+        embed_width=embed_width,
+        image=image,
+    )
   text = None
   if names['text/projection/kernel'] in shapes:
     vocab_size, width = shape_of(names['text/embed/embedding'])
@@ -217,5 +237,4 @@ def _towers(
         max_length=shape_of(names['text/position'])[0],
         end_id=None,
     )
-  embed_width = projection[0 if naming == 'hf' else 1]
   return dict(embed_width=embed_width, image=image, text=text)

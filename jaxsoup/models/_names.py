@@ -198,6 +198,7 @@ def reader(
     table: Table,
     *,
     initial: Sequence[str] = (),
+    advice: str = '',
 ) -> LeafFn:
   """Leaves of a model from a file with other names, read when asked for.
 
@@ -207,6 +208,7 @@ def reader(
       `jax.ShapeDtypeStruct`; blocks may be stacked (`blocks/...`).
     table: what is where.
     initial: beginnings of paths that are not to be read.
+    advice: what ends an error.
 
   Returns:
     `path -> leaf`, in the dtype of the file; of stacked blocks by the paths of
@@ -221,7 +223,7 @@ def reader(
       for rule in table.rules
       if not all(is_below(path, initial) for path in rule.paths)
   ]
-  _check(arrays, leaves, rules, table, initial)
+  _check(arrays, leaves, rules, table, initial, advice)
   places = {p: (rule, i) for rule in rules for i, p in enumerate(rule.paths)}
   # Of q, k and v in one array, which are asked for one after another.
   array_of = functools.lru_cache(1)(arrays.__getitem__)
@@ -248,7 +250,9 @@ def read(
   Returns nested dicts like `wanted`, of NumPy arrays in its dtypes. What is
   below `initial` keeps its value in `wanted`: a head for other classes.
   """
-  read_leaf = reader(stored, wanted, table, initial=initial)
+  advice = "\nTo leave out a part, such as the head: without=['head']."
+  advice = '' if 'head' in initial else advice
+  read_leaf = reader(stored, wanted, table, initial=initial, advice=advice)
   leaves, flat_tree = _Leaves(wanted), _tree.flatten_in_place(wanted)
   boxes = dict(zip(leaves, flat_tree.leaves))
   for path in (p for rule in table.rules for p in rule.paths):
@@ -333,7 +337,7 @@ def _check_ours(leaves: _Leaves, rules: Sequence[Rule]) -> None:
     )
 
 
-def _check(stored, leaves, rules, table, initial) -> None:
+def _check(stored, leaves, rules, table, initial, advice) -> None:
   """Raises with all names that are missing, unexpected or of another shape."""
   known = {rule.theirs for rule in table.rules}
   unexpected = [
@@ -373,9 +377,7 @@ def _check(stored, leaves, rules, table, initial) -> None:
   ]
   if lines:
     text = _listed(f'{stored.path} does not match the model', lines)
-    raise ValueError(
-        f"{text}\nTo leave out a part, such as the head: without=['head']."
-    )
+    raise ValueError(text + advice)
 
 
 def _is_ignored(name: str, table: Table) -> bool:

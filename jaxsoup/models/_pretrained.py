@@ -25,6 +25,7 @@ from jaxsoup import _tree
 from jaxsoup import _warnings
 from jaxsoup import checkpoints
 from jaxsoup.models import _names
+from jaxsoup.models import _served
 from jaxsoup.models import vit
 from jaxsoup.typing import Json
 from jaxsoup.typing import Params
@@ -39,7 +40,7 @@ _FAMILIES = {
     'efficientnet': 'EfficientNet',
 }
 # `model_type` of a Hugging Face config, where it is not the family's name.
-_MODEL_TYPES = {'dinov2': 'vit', 'bit': 'resnet'}
+_MODEL_TYPES = {'dinov2': 'vit', 'bit': 'resnet', 'clip_vision_model': 'clip'}
 # What a soup averages: running statistics as well.
 _VARIABLES = (nnx.Param, nnx.BatchStat)
 # Our own names; all others are listed in the families' TABLES.
@@ -60,8 +61,15 @@ class Kind(NamedTuple):
     del fields['separator']
     return fields
 
+  @property
+  def is_clip_classifier(self) -> bool:
+    return self.family == 'clip' and 'num_classes' in self.arguments
+
   def make(self, key: jax.Array | int) -> nnx.Module:
-    model_class = getattr(_module(self.family), _FAMILIES[self.family])
+    name = _FAMILIES[self.family]
+    if self.is_clip_classifier:
+      name = 'ImageClassifier'
+    model_class = getattr(_module(self.family), name)
     return model_class(**self.arguments, rngs=nnx.Rngs(key))
 
   def abstract(self) -> nnx.Module:
@@ -143,7 +151,13 @@ def load(
   """
   stored = checkpoints.Arrays(path)
   kind = identify(stored, family=family, names=names)
-  wanted = kind._replace(arguments=kind.arguments | changes)
+  arguments = kind.arguments
+  if 'num_classes' in changes:
+    arguments = _served.with_head(*kind[:3], changes['num_classes'])
+  wanted = kind._replace(arguments=arguments | changes)
+  if wanted.is_clip_classifier:
+    parts = ['image/projection'] * (wanted.arguments['embed_width'] is None)
+    without = [*without, 'text', 'logit_scale', *parts]
   is_resized = wanted.family == 'vit' and 'image_shape' in changes
   native = dict(wanted.arguments)
   if is_resized:
@@ -276,8 +290,13 @@ def _fitting(stored, family, names, config) -> Iterator[tuple[float, Kind]]:
 
 def _config_next_to(path: str) -> Json:
   """The config of Hugging Face, timm or open_clip next to weights, or {}."""
+  is_open_clip = 'open_clip' in pathlib.Path(path).name
+  name = 'open_clip_config.json' if is_open_clip else 'config.json'
+  return _json_next_to(path, name)
+
+
+def _json_next_to(path: str, name: str) -> Json:
   file = pathlib.Path(path)
-  name = 'open_clip_config.json' if 'open_clip' in file.name else 'config.json'
   config = file.with_name(name)
   if not config.is_file():
     return {}
@@ -288,30 +307,52 @@ def _config_next_to(path: str) -> Json:
   return content if is_of_hub or 'architecture' in content else {}
 
 
-def save(path: PathLike, params: Params, *, like: PathLike) -> str:
+def save(
+    path: PathLike,
+    params: Params,
+    *,
+    like: PathLike,
+    labels: Sequence[str] | None = None,
+    **changes: Any,
+) -> str:
   """Writes parameters under the names that they have in another file.
 
   Args:
     path: a new `.safetensors` file. Or a new directory: with the small files
       next to `like` (config, tokenizer) if that is a Hugging Face model, or an
       Orbax checkpoint if that is one.
-    params: of the same model: nested dicts, such as a soup's, or the model.
-    like: the file or directory that it came from, see `load`.
+    params: nested dicts, such as a soup's, or the model. A head may be new: the
+      config then names the class of transformers that has one.
+    like: the file or directory that they came from, see `load`.
+    labels: names of the classes by number, for the config.
+    **changes: as given to `load`; checked, as names do not tell how a model
+      pools. Needed where images of another size are not square.
 
   Returns:
     The absolute path.
 
   Raises:
     FileExistsError: the path exists; it is not touched.
-    ValueError: the parameters are not those of that model.
+    ValueError: the parameters are not those of that model, what reads such a
+      file computes another one, or there are more or fewer labels than classes.
   """
   if isinstance(params, nnx.Module):
     params = params_of(params)
-  stored = checkpoints.Arrays(like)
-  kind, table = _for_path(path, identify(stored))
-  arrays = _names.shapes(params, table), _names.write(params, table)
-  like_file = None if kind.names == _OWN else stored.path
-  return _write(path, *arrays, kind, like_file)
+  model, held = checkpoints.Arrays(like), _Held(_names.leaves_of(params))
+  old = identify(model)
+  new = old._replace(arguments=_served.fitted(*old[:3], held, changes))
+  kind = new._replace(names=_OWN, separator='/')
+  return _converted(held, path, kind, old, new, model.path, labels)
+
+
+class _Held(dict[str, Any]):
+  """Parameters in memory as a file shows its arrays."""
+
+  path = 'What is given'
+
+  @property
+  def shapes(self) -> dict[str, Any]:
+    return self
 
 
 def convert(
@@ -323,6 +364,8 @@ def convert(
     like: PathLike | None = None,
     family: str | None = None,
     from_names: str | None = None,
+    labels: Sequence[str] | None = None,
+    **changes: Any,
 ) -> str:
   """Writes the arrays of a file under other names, one leaf after another.
 
@@ -334,48 +377,78 @@ def convert(
     names: 'flax' for ours, 'hf', 'timm', ...; or those of `like`.
     is_orbax: whether a directory is an Orbax checkpoint; None: if the names are
       ours.
-    like: a file of the same model. With it `source` may be any checkpoint with
-      our names, such as a soup.
+    like: a file of the same model, perhaps without its head. With it `source`
+      may be any checkpoint with our names, such as a soup.
     family: as for `load`.
     from_names: the names in `source`; None detects them.
+    labels: as for `save`.
+    **changes: as for `save`, with `like`.
 
   Returns:
     The absolute path.
 
   Raises:
     FileExistsError: the path exists; it is not touched.
-    ValueError: the family has no such names; or as for `load`.
+    ValueError: the family has no such names; or as for `load` and `save`.
   """
   stored = checkpoints.Arrays(source)
   model = stored if like is None else checkpoints.Arrays(like)
   if like is None:
-    kind = new = identify(stored, family=family, names=from_names)
+    kind = old = new = identify(stored, family=family, names=from_names)
   else:
-    new = identify(model, family=family)
+    old = new = identify(model, family=family)
+    if from_names in (None, _OWN):
+      leaves = {
+          name.replace(stored.separator, '/'): x
+          for name, x in stored.shapes.items()
+      }
+      new = old._replace(arguments=_served.fitted(*old[:3], leaves, changes))
     kind = new._replace(names=from_names or _OWN, separator=stored.separator)
-  new, table = _for_path(path, new._replace(names=names or new.names), is_orbax)
+  new = new._replace(names=names or new.names)
+  return _converted(stored, path, kind, old, new, model.path, labels, is_orbax)
+
+
+def _converted(
+    stored,
+    path: PathLike,
+    kind: Kind,
+    old: Kind,
+    new: Kind,
+    like_file: str,
+    labels: Sequence[str] | None,
+    is_orbax: bool | None = None,
+) -> str:
+  """Writes what is stored as `kind` as `new`, next to files of `old`."""
+  new, table = _for_path(path, new, is_orbax)
   abstract = params_of(new.abstract())
   leaf_fn = _names.reader(stored, abstract, kind.table())
   abstract = _names.with_dtypes_of(stored, abstract, kind.table())
-  arrays = _names.shapes(abstract, table), _names.written(leaf_fn, table)
-  like_file = None if _is_orbax(path, new, is_orbax) else model.path
-  return _write(path, *arrays, new, like_file)
-
-
-def _write(
-    path: PathLike, shapes, arrays, kind: Kind, like_file: str | None
-) -> str:
+  shapes = _names.shapes(abstract, table)
+  configs: dict[str, Json] = {}
+  is_folder = not str(path).endswith('.safetensors')
+  if is_folder and not _is_orbax(path, new, is_orbax):
+    read = {name: _json_next_to(like_file, name) for name in _served.FILES}
+    configs = {name: content for name, content in read.items() if content}
+  if 'config.json' in configs:
+    dtype = str(next(iter(shapes.values())).dtype)
+    _served.update(configs, old.arguments, new.arguments, labels, dtype)
+  elif labels is not None:
+    raise ValueError(
+        f'labels (--labels) belong in a config.json: {path} has none if it is '
+        f'a file, or if there is none next to {like_file}.'
+    )
   made = checkpoints.save_arrays(
       path,
       shapes,
-      arrays,
-      separator=kind.separator,
-      like=like_file,
-      metadata={'model': kind.as_json()},
+      _names.written(leaf_fn, table),
+      separator=new.separator,
+      like=None if _is_orbax(path, new, is_orbax) else like_file,
+      configs=configs,
+      metadata={'model': new.as_json()},
   )
   weights = pathlib.Path(made, 'model.safetensors')
   config = pathlib.Path(made, 'config.json')
-  if kind.names == 'hf' and weights.exists() and not config.exists():
+  if new.names == 'hf' and weights.exists() and not config.exists():
     _warnings.warn(
         f'{made} has no config.json, which from_pretrained needs: there is none'
         f' next to {like_file}. Copy it from the original model, or pass its '

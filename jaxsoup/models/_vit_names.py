@@ -430,5 +430,6 @@ def image_shape_of(
         return [height, width, channels], bool(num_prefix)
   raise ValueError(
       f'{rows} positions of patches of {patch_size} pixels match no square '
-      f'image{f", nor size {size}" if size else ""}: give image_shape.'
+      f'image{f", nor size {size}" if size else ""}: pass image_shape= to '
+      'models.load, save or convert.'
   )

@@ -28,7 +28,7 @@ class _Tower(_transformer.Stack):
 
   def __init__(
       self,
-      embed_width: int,
+      embed_width: int | None,
       *,
       width: int,
       depth: int,
@@ -55,13 +55,14 @@ class _Tower(_transformer.Stack):
         **stack,
     )
     self.norm = nnx.LayerNorm(width, rngs=rngs, **shared)
-    self.projection = nnx.Linear(
-        width,
-        embed_width,
-        use_bias=False,
-        kernel_init=nnx.initializers.normal(width**-0.5),
-        rngs=rngs,
-    )
+    if embed_width is not None:
+      self.projection = nnx.Linear(
+          width,
+          embed_width,
+          use_bias=False,
+          kernel_init=nnx.initializers.normal(width**-0.5),
+          rngs=rngs,
+      )
 
 
 class ImageTower(_Tower):
@@ -73,7 +74,7 @@ class ImageTower(_Tower):
 
   Args:
     image_shape: (H, W, C) of one image; `patch_size` divides H and W.
-    embed_width: size of the joint space.
+    embed_width: size of the joint space; None for `tokens` alone.
     patch_size: side of a square patch, in pixels.
     width: size of a token.
     epsilon: of the LayerNorms.
@@ -93,7 +94,7 @@ class ImageTower(_Tower):
   def __init__(
       self,
       image_shape: Sequence[int],
-      embed_width: int,
+      embed_width: int | None,
       *,
       patch_size: int,
       width: int,
@@ -118,13 +119,17 @@ class ImageTower(_Tower):
     self.norm_embed = nnx.LayerNorm(width, **shared)
     super().__init__(embed_width, width=width, **shared, **others)
 
-  def __call__(self, image: jax.Array) -> jax.Array:
-    """Returns features, [B, embed_width], for images [B, H, W, C]."""
+  def tokens(self, image: jax.Array) -> jax.Array:
+    """Returns what the blocks give, [B, T, width], for images [B, H, W, C]."""
     embed = self.gathered(*nnx.split(self.embed))
     x = self.on_batch_axis(embed(vit.patchify(image, self.patch_size)))
     x = jnp.concatenate([vit.repeated(self.cls_token[...], x), x], axis=1)
     x = self.norm_embed(x + self.position[...].astype(x.dtype))
-    x = self.norm(self.through_blocks(x)[:, 0])
+    return self.through_blocks(x)
+
+  def __call__(self, image: jax.Array) -> jax.Array:
+    """Returns features, [B, embed_width], for images [B, H, W, C]."""
+    x = self.norm(self.tokens(image)[:, 0])
     return self.gathered(*nnx.split(self.projection))(x)
 
 
@@ -253,7 +258,8 @@ class ImageClassifier(nnx.Module):
 
   Args:
     num_classes: number of logits.
-    embed_width: size of the joint space.
+    embed_width: size of the joint space; None for the mean of the patches in
+      place of I, as `CLIPForImageClassification` of transformers has it.
     image: arguments of the `ImageTower`, as of `CLIP`.
     has_bias: whether the head has a bias.
     rngs: source of the initial parameters.
@@ -277,7 +283,7 @@ class ImageClassifier(nnx.Module):
       self,
       num_classes: int,
       *,
-      embed_width: int,
+      embed_width: int | None,
       image: Config,
       has_bias: bool = False,
       rngs: nnx.Rngs,
@@ -286,12 +292,15 @@ class ImageClassifier(nnx.Module):
     self.image = ImageTower(
         embed_width=embed_width, rngs=rngs, **image, **others
     )
+    self.is_projected = embed_width is not None
     self.head = nnx.Linear(
-        embed_width, num_classes, use_bias=has_bias, rngs=rngs
+        embed_width or image['width'], num_classes, use_bias=has_bias, rngs=rngs
     )
 
   def features(self, image: jax.Array) -> jax.Array:
     """Returns what the head sees, unit vectors [B, embed_width]."""
+    if not self.is_projected:
+      return self.image.tokens(image)[:, 1:].mean(axis=1)
     return normalized(self.image(image))
 
   def __call__(self, image: jax.Array) -> jax.Array:

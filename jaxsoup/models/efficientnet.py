@@ -159,7 +159,7 @@ class EfficientNet(nnx.Module):
   `stem -> blocks -> 1x1 convolution -> mean -> linear head`
 
   Args:
-    num_classes: number of logits.
+    num_classes: number of logits; 0 for features in their place.
     width_factor: of the channels, which are rounded by `round_filters`.
     depth_factor: of the numbers of blocks, which are rounded up.
     is_lite: without squeeze and excitation, with relu6 in place of swish, and
@@ -230,7 +230,9 @@ class EfficientNet(nnx.Module):
       setattr(self, f'block_{i}', block)
     self.conv_head = conv(places[-1].num_out, head_width, 1)
     self.norm_head = norm(head_width)
-    self.head = nnx.Linear(head_width, num_classes, rngs=rngs)
+    self.num_classes = num_classes
+    if num_classes:
+      self.head = nnx.Linear(head_width, num_classes, rngs=rngs)
 
   def features(self, image: jax.Array) -> jax.Array:
     """Returns what the head sees, [B, C], for images [B, H, W, C']."""
@@ -243,7 +245,8 @@ class EfficientNet(nnx.Module):
 
   def __call__(self, image: jax.Array) -> jax.Array:
     """Returns logits, [B, num_classes], for images [B, H, W, C']."""
-    return self.head(self.features(image))
+    features = self.features(image)
+    return self.head(features) if self.num_classes else features
 
 
 class _Block(nnx.Module):
@@ -291,10 +294,10 @@ class _Block(nnx.Module):
 # Where the layers are in a file: of blocks i; of stages s and blocks j in them.
 _ENDS = {
     'hf': {
-        'conv_stem': 'efficientnet.embeddings.convolution',
-        'norm_stem': 'efficientnet.embeddings.batchnorm',
-        'conv_head': 'efficientnet.encoder.top_conv',
-        'norm_head': 'efficientnet.encoder.top_bn',
+        'conv_stem': 'embeddings.convolution',
+        'norm_stem': 'embeddings.batchnorm',
+        'conv_head': 'encoder.top_conv',
+        'norm_head': 'encoder.top_bn',
         'head': 'classifier',
     },
     'timm': {
@@ -313,7 +316,7 @@ _ENDS = {
     },
 }
 _BLOCKS = {
-    'hf': 'efficientnet.encoder.blocks.{i}.',
+    'hf': 'encoder.blocks.{i}.',
     'timm': 'blocks.{s}.{j}.',
     'torch': '_blocks.{i}.',
 }
@@ -367,8 +370,12 @@ def _table(
     **others: Any,
 ) -> _names.Table:
   """All arrays of a file; the other arguments change only their shapes."""
-  del num_classes, others
-  rules = _torch.layers('', '', _ENDS[naming], has_statistics=True)
+  del others
+  prefix = 'efficientnet.' if naming == 'hf' and num_classes else ''
+  ends = dict(_ENDS[naming])
+  head = {'head': ends.pop('head')}
+  rules = _torch.layers('', '', head) if num_classes else []
+  rules += _torch.layers('', prefix, ends, has_statistics=True)
   for i, place in enumerate(_places(width_factor, depth_factor, is_lite)):
     layers = dict(_INSIDE[naming])
     if place.expansion == 1:
@@ -378,12 +385,13 @@ def _table(
       del layers['squeeze'], layers['excite']
     rules += _torch.layers(
         f'block_{i}/',
-        _BLOCKS[naming].format(i=i, s=place.stage, j=place.block),
+        prefix + _BLOCKS[naming].format(i=i, s=place.stage, j=place.block),
         layers,
         dense=_torch.pointwise,
         has_statistics=True,
     )
-  return _names.Table(rules, _torch.IGNORED)
+  alias = r'^(efficientnet\.)?(?=embeddings\.|encoder\.)', prefix
+  return _names.Table(rules, _torch.IGNORED, [alias])
 
 
 TABLES = {naming: functools.partial(_table, naming) for naming in _ENDS}
@@ -422,17 +430,19 @@ def arguments(
   """
   if naming == 'hf':
     _names.check_config(config, _ONLY, 'this EfficientNet supports')
+    shapes = {n.removeprefix('efficientnet.'): x for n, x in shapes.items()}
   if 'width_coefficient' in config:
     width_factor, is_lite = config['width_coefficient'], False
     depth_factor = config['depth_coefficient']
   else:
     width_factor, depth_factor, _, is_lite = _size_of(naming, shapes)
   ends = _ENDS[naming]
+  head = f'{ends["head"]}.weight'
   is_from_torch = naming == 'timm' and not str(
       config.get('architecture')
   ).startswith('tf_')
   return {
-      'num_classes': shapes[f'{ends["head"]}.weight'].shape[0],
+      'num_classes': shapes[head].shape[0] if head in shapes else 0,
       'width_factor': width_factor,
       'depth_factor': depth_factor,
       'is_lite': is_lite,
@@ -444,7 +454,12 @@ def arguments(
 
 def _size_of(naming: str, shapes: Mapping[str, ShapeDtype]) -> Size:
   """The size whose convolutions a file has, each with its channels."""
-  held = {x for x in shapes if not x.endswith('num_batches_tracked')}
+  held = {
+      x
+      for x in shapes
+      if not x.endswith('num_batches_tracked')
+      and not x.startswith(_ENDS[naming]['head'])
+  }
   for size in _SIZES.values():
     factors: Json = size._asdict()
     del factors['resolution']
@@ -462,5 +477,5 @@ def _size_of(naming: str, shapes: Mapping[str, ShapeDtype]) -> Size:
   raise ValueError(
       f'No EfficientNet with names {naming!r}: the {len(shapes)} arrays match '
       f'none of {list(_SIZES)}. Are the names of another library (supported: '
-      f'{list(TABLES)}), the widths changed, or is the head missing?'
+      f'{list(TABLES)}), or the widths changed?'
   )

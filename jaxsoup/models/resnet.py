@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 import itertools
+import re
 from typing import Any
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ class ResNet(nnx.Module):
   `stem -> 4 stages of blocks, each of half the size -> mean -> linear head`
 
   Args:
-    num_classes: number of logits.
+    num_classes: number of logits; 0 for features in their place.
     depths: number of blocks in each stage.
     is_bottleneck: blocks of 1x1, 3x3 and 1x1 convolutions with four times the
       width outside, stride at the 3x3 ("v1.5"); else of two 3x3.
@@ -153,7 +154,9 @@ class ResNet(nnx.Module):
       setattr(self, f'stage_{i}', stage)
     if is_bit:
       self.norm = norm(num_in)
-    self.head = nnx.Linear(num_in, num_classes, rngs=rngs)
+    self.num_classes = num_classes
+    if num_classes:
+      self.head = nnx.Linear(num_in, num_classes, rngs=rngs)
 
   def features(self, image: jax.Array) -> jax.Array:
     """Returns what the head sees, [B, C], for images [B, H, W, C']."""
@@ -173,7 +176,8 @@ class ResNet(nnx.Module):
 
   def __call__(self, image: jax.Array) -> jax.Array:
     """Returns logits, [B, num_classes], for images [B, H, W, C']."""
-    return self.head(self.features(image))
+    features = self.features(image)
+    return self.head(features) if self.num_classes else features
 
 
 def _max_pool(x: jax.Array, padding: float) -> jax.Array:
@@ -255,9 +259,9 @@ class _Block(nnx.Module):
 # from 0; i1 and k1 count from 1.
 _V1 = {
     'hf': {
-        'conv_stem': 'resnet.embedder.embedder.convolution',
-        'norm_stem': 'resnet.embedder.embedder.normalization',
-        'block': 'resnet.encoder.stages.{i}.layers.{j}.',
+        'conv_stem': 'embedder.embedder.convolution',
+        'norm_stem': 'embedder.embedder.normalization',
+        'block': 'encoder.stages.{i}.layers.{j}.',
         'conv': 'layer.{k}.convolution',
         'norm': 'layer.{k}.normalization',
         'conv_shortcut': 'shortcut.convolution',
@@ -282,10 +286,10 @@ _BIT_BLOCK = {
 }
 _BIT = {
     'hf': {
-        'conv_stem': 'bit.embedder.convolution',
-        'block': 'bit.encoder.stages.{i}.layers.{j}.',
+        'conv_stem': 'embedder.convolution',
+        'block': 'encoder.stages.{i}.layers.{j}.',
         **_BIT_BLOCK,
-        'last_norm': 'bit.norm',
+        'last_norm': 'norm',
         'head': 'classifier.1',
     },
     'timm': {
@@ -308,17 +312,20 @@ def _table(
     **others: Any,
 ) -> _names.Table:
   """All arrays of a file; the other arguments change only their shapes."""
-  del num_classes, others
+  del others
   names = (_BIT if is_bit else _V1)[naming]
+  prefix = 'bit.' if is_bit else 'resnet.'
+  prefix = prefix if naming == 'hf' and num_classes else ''
   layers = functools.partial(_torch.layers, has_statistics=not is_bit)
   is_conv = is_bit and naming == 'timm'  # Of the head.
   dense = _torch.pointwise if is_conv else None
-  rules = layers('', '', {'head': names['head']}, dense=dense)
-  rules += layers(
-      '', '', {x: y for x, y in names.items() if x.endswith('_stem')}
-  )
+  rules = []
+  if num_classes:
+    rules += layers('', '', {'head': names['head']}, dense=dense)
+  ends = {x: y for x, y in names.items() if x.endswith('_stem')}
   if is_bit:
-    rules += layers('', '', {'norm': names['last_norm']})
+    ends['norm'] = names['last_norm']
+  rules += layers('', prefix, ends)
   for i, depth in enumerate(depths):
     for j in range(depth):
       block = {
@@ -328,9 +335,10 @@ def _table(
       }
       if j == 0 and (i > 0 or is_bottleneck or is_bit):
         block |= {x: y for x, y in names.items() if x.endswith('_shortcut')}
-      theirs = _formatted(names['block'], i, j)
+      theirs = prefix + _formatted(names['block'], i, j)
       rules += layers(f'stage_{i}/block_{j}/', theirs, block)
-  return _names.Table(rules, _torch.IGNORED)
+  alias = r'^((resnet|bit)\.)?(?=embedder\.|encoder\.|norm\.)', prefix
+  return _names.Table(rules, _torch.IGNORED, [alias])
 
 
 def _formatted(name: str, i: int, j: int, k: int = 0) -> str:
@@ -362,14 +370,15 @@ def arguments(
       that is not supported.
   """
   _names.check_config(config, _ONLY, 'this ResNet supports')
+  if naming == 'hf':
+    shapes = {re.sub(r'^(resnet|bit)\.', '', n): x for n, x in shapes.items()}
   is_bit = f'{_BIT[naming]["conv_stem"]}.weight' in shapes
   names = (_BIT if is_bit else _V1)[naming]
   stem, head = f'{names["conv_stem"]}.weight', f'{names["head"]}.weight'
-  if stem not in shapes or head not in shapes:
+  if stem not in shapes:
     raise ValueError(
-        f'No ResNet with names {naming!r}: {stem} or {head} is missing. Are '
-        f'the names of another library (supported: {list(TABLES)}), or is the '
-        'head missing?'
+        f'No ResNet with names {naming!r}: {stem} is missing. Are the names of '
+        f'another library (supported: {list(TABLES)})?'
     )
 
   def has(i, j, k=0):
@@ -381,7 +390,7 @@ def arguments(
 
   width, num_channels, size, _ = shapes[stem].shape
   return {
-      'num_classes': shapes[head].shape[0],
+      'num_classes': shapes[head].shape[0] if head in shapes else 0,
       'depths': tuple(itertools.takewhile(bool, map(depth, itertools.count()))),
       'is_bottleneck': has(0, 0, 2),
       'width': width,

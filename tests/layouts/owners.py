@@ -224,7 +224,8 @@ def check(folder: pathlib.Path, owner: str) -> None:
     work = folder / owner / layout
     work.mkdir(parents=True)
     runs = unpack(owner, layout, work)
-    item = ('--item', 'state_dict') if owner == 'timm' else ()
+    # Which timm prefers when it loads.
+    item = ('--item', 'state_dict_ema') if owner == 'timm' else ()
     for action, options in (('restore', item), ('resume', ('--whole',))):
       soup = work / action / f'soup{suffix}'
       soup.parent.mkdir()
