@@ -161,6 +161,18 @@ def test_all_items_of_a_step(tmp_path):
   np.testing.assert_array_equal(again['scale'], restored.model_params['scale'])
 
 
+def test_an_item_that_nothing_can_read(tmp_path):
+  trees = [params_of(k) for k in range(2)]
+  for k, tree in enumerate(trees):
+    v1.save_checkpointables(tmp_path / f'run{k}', {'state': tree})
+    (tmp_path / f'run{k}/other').mkdir()
+    (tmp_path / f'run{k}/other/_METADATA').touch()
+  soup(tmp_path)
+  abstract = {'state': abstract_of(trees[0])}
+  restored = v1.load_checkpointables(tmp_path / 'soup', abstract)['state']
+  assert_mean(restored, trees)
+
+
 @pytest.mark.parametrize('is_checkpointables', [False, True])
 def test_orbax_v1(tmp_path, is_checkpointables):
   trees = [params_of(k) for k in range(2)]

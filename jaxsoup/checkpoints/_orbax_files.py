@@ -474,11 +474,12 @@ def _write_root_file(root: epath.Path, layout: Layout, own: Json) -> None:
 
 def is_tree(item: epath.Path) -> bool:
   """Whether an item of a step holds arrays, and not settings."""
-  file = item / TREE_FILE
-  if not file.exists():
+  try:
+    content = _json.parsed((item / TREE_FILE).read_bytes())
+    rows = content['tree_metadata'].values()
+    kinds = {row['value_metadata'].get('value_type') for row in rows}
+  except (AttributeError, KeyError, OSError, TypeError, ValueError):
     return False
-  rows = _json.parsed(file.read_bytes())['tree_metadata'].values()
-  kinds = {row['value_metadata'].get('value_type') for row in rows}
   return not kinds <= {'string', 'scalar'}
 
 
