@@ -276,7 +276,10 @@ RAISE = {
     '… exists and is not': lambda p: _save(p),
     '… holds scores of other': _other_scores,
     '… holds scores of another': _another_evaluation,
-    'Orbax would confuse': lambda p: _save(p / 'a', np.ones(2)),
+    'Orbax would confuse': lambda p: _save(
+        p / 'a', {'a.b': np.ones(2), 'a': {'b': np.ones(2)}}
+    ),
+    'Leaf … cannot be the name': lambda p: _save(p / 'a', np.ones(2)),
     '… is a checkpoint, but': lambda p: checkpoints.load(_save(p / 'a')),
     '… scores must be finite': lambda p: jaxsoup.greedy(
         [W], lambda params: float('nan')

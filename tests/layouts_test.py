@@ -5,6 +5,7 @@ write, and the soup is compared with the mean by NumPy.
 """
 
 import json
+import os
 import pathlib
 
 from flax import nnx
@@ -460,6 +461,9 @@ def describe(path: pathlib.Path, shapes: dict[str, tuple[int, ...]]):
         'order': 'C',
     }
     (path / name / '.zarray').write_text(json.dumps(content))
+    chunk = path / name / '.'.join('0' for _ in shape)
+    chunk.touch()
+    os.truncate(chunk, 2 * int(np.prod(shape, dtype=np.int64)))
     keys = [{'key': key, 'key_type': 2} for key in name.split('.')]
     kind = {'value_type': 'jax.Array', 'skip_deserialize': False}
     rows[name] = {'key_metadata': keys, 'value_metadata': kind}

@@ -12,10 +12,10 @@ import pytest
 from safetensors import numpy as safetensors
 from typer import testing
 
+from jaxsoup import _files
 from jaxsoup import checkpoints
 from jaxsoup import cli
 from jaxsoup import models
-from jaxsoup.checkpoints import _safetensors
 from jaxsoup.models import _names
 from jaxsoup.models import _pretrained
 
@@ -341,15 +341,15 @@ def test_a_soup_goes_back_to_where_its_ingredients_came_from(tmp_path):
 
 def test_what_is_written_is_read_back(tmp_path, vit, monkeypatch):
   path, _ = vit
-  write_all = _safetensors._write_all
+  write_at = _files.write_at
 
-  def flipped(number, array, place):
-    data = np.array(array).reshape(-1).view(np.uint8)
-    if data.size == 64 * 256 * 4:
+  def flipped(number, data, place):
+    data = bytearray(data)
+    if len(data) == 64 * 256 * 4:
       data[5] ^= 1
-    write_all(number, data, place)
+    write_at(number, memoryview(data), place)
 
-  monkeypatch.setattr(_safetensors, '_write_all', flipped)
+  monkeypatch.setattr(_files, 'write_at', flipped)
   out = tmp_path / 'out.safetensors'
   with pytest.raises(ValueError, match='mlp.* is damaged'):
     models.convert(path, out, names='timm')

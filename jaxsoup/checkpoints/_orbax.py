@@ -205,11 +205,12 @@ def open_source(path: epath.Path) -> _source.Source:
       or str(described.get('init_timestamp_nsecs')),
   )
 
+  raw = {p: _raw_files(path / '.'.join(p), a) for p, a in arrays.items()}
+
   def reader_of(leaf_path):
     array = arrays[leaf_path]
-    raw = _raw_reader(path / '.'.join(leaf_path), array)
-    if raw is not None:
-      return raw
+    if files := raw[leaf_path]:
+      return _raw.chunked_reader(files)
 
     def read(index):
       try:
@@ -221,7 +222,7 @@ def open_source(path: epath.Path) -> _source.Source:
 
   def rows_of(leaf_path):
     # A chunk is decoded as a whole.
-    if _raw_reader(path / '.'.join(leaf_path), arrays[leaf_path]):
+    if raw[leaf_path]:
       return 1
     chunk = arrays[leaf_path].chunk_layout.read_chunk.shape or (1,)
     return max(chunk[0], 1)
@@ -259,24 +260,30 @@ def _check_described(metadata: _source.Metadata) -> None:
     )
 
 
-def _raw_reader(folder: epath.Path, array: Any) -> _source.ReadFn | None:
-  """Reads files that hold nothing but rows of an array, as ours do."""
+def _raw_files(folder: epath.Path, array: Any) -> list[_raw.Array]:
+  """Files that hold nothing but rows of an array, as ours do; or none."""
   if _files.is_remote(folder) or not (folder / '.zarray').exists():
-    return None
+    return []
   spec = array.spec().to_json()['metadata']
   shape, columns = array.shape, array.shape[1:]
   num_rows, *others = spec['chunks'] or [0]
   is_coded = spec['compressor'] or spec['filters'] or spec['order'] != 'C'
   is_raw = not (is_coded or spec['dtype'].startswith('>'))
   if not (is_raw and shape and tuple(others) == columns):
-    return None
+    return []
   rest = ''.join('.0' for _ in columns)
   dtype = array.dtype.numpy_dtype
   files = [
       _raw.Array(f'{folder}/{i}{rest}', 0, (num_rows, *columns), dtype)
       for i in range(math.ceil(shape[0] / num_rows))
   ]
-  return _raw.chunked_reader(files)
+  for file in files if array.size else ():
+    size = os.stat(file.file).st_size if os.path.exists(file.file) else 0
+    if size != file.num_bytes:
+      raise _source.damaged(
+          file.file, f'it has {size:,} bytes, expected {file.num_bytes:,}'
+      )
+  return files
 
 
 def _open_arrays(path, layout, leaf_paths) -> dict[_tree.Path, Any]:

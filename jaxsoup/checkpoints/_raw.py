@@ -88,10 +88,7 @@ def chunked_reader(chunks: Sequence[Array]) -> _source.ReadFn:
       chunk, row = divmod(first, num_rows)
       last = min(end, (chunk + 1) * num_rows)
       place = slice(first - index[0].start, last - index[0].start)
-      try:
-        File(chunks[chunk].file).read(rows[place], row * row_bytes)
-      except FileNotFoundError as e:
-        raise _source.damaged(chunks[chunk].file, 'it is missing') from e
+      File(chunks[chunk].file).read(rows[place], row * row_bytes)
       first = last
     return rows[(slice(None), *index[1:])] if len(index) > 1 else rows
 
