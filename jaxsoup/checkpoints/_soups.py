@@ -91,29 +91,43 @@ def save(
   own = own_of(soup, ingredients, metadata)
   leaves = _orbax.savable(params)
 
-  def fill_fn(put_fn):
-    for leaf_path, leaf in leaves.items():
-      put_fn(leaf_path, 0, _processes.gathered(leaf))
+  def put_all(put_fn, *_):
+    for name, leaf in leaves.items():
+      put_fn(name, 0, leaf)
 
-  if not str(path).endswith(_FILE):
-    if file := _file_at(path, ingredients, leaves):
-      own_fn = lambda: own
-      return _save_copy(
-          new_path(path), file, leaves, own_fn, ingredients, fill_fn
-      )
-    return _save_orbax(path, leaves, lambda: own, ingredients)
+  return _write(path, leaves, put_all, lambda: own, ingredients)
+
+
+def _write(path, leaves, put_all, own_fn, ingredients, **of_average) -> str:
+  """Writes leaves that `put_all(put_fn)` puts, in the format of the path."""
+  file = _file_at(path, ingredients, leaves)
   path = new_path(path)
+  if file is None and path.suffix != _FILE:
+    return _write_orbax(
+        path, leaves, put_all, own_fn, ingredients, **of_average
+    )
+  is_streamed = 'key' in of_average
+  # Whoever has no part of the leaves in memory need not take part.
+  put = lambda put_fn: put_all(
+      lambda name, start, piece: put_fn(name, start, _processes.gathered(piece))
+  )
   _processes.wait_for_all('every process has seen that the path is free')
-  if _processes.is_main():
-    with _files.room_for(path):
-      _safetensors.write(path, leaves, lambda: own, fill_fn)
+  if not _processes.is_main():
+    if not is_streamed:
+      put(lambda *_: None)
   else:
-    fill_fn(lambda *_: None)
+    with _files.room_for(path):
+      if file is not None:
+        _write_copy(path, file, leaves, put, own_fn, ingredients)
+      else:
+        # Hashes of ingredients, and duplicates, are known when all is read.
+        num_more = 200 * len(ingredients) if is_streamed else 0
+        _safetensors.write(path, leaves, own_fn, put, num_more)
   _processes.wait_for_all('the file is written')
   return str(path)
 
 
-def _save_copy(path, file, leaves, own_fn, ingredients, fill_fn) -> str:
+def _write_copy(path, file, leaves, put_all, own_fn, ingredients) -> None:
   """Writes a soup as a copy of the first file, with other values.
 
   Alpha and what else is known of a soup are next to it: `soup.json` in a
@@ -127,63 +141,46 @@ def _save_copy(path, file, leaves, own_fn, ingredients, fill_fn) -> str:
           f'{_tree.name_of(name)!r} is {stored[name].dtype}, not {leaf.dtype}. '
           'Save a .safetensors file, or leave the dtype as it is.'
       )
-  if _processes.is_main():
-    is_directory = file != path
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = _files.unfinished_name(file)
-    try:
-      with _files.room_for(path):
-        with ingredients.patched(unfinished) as put:
-          fill_fn(
-              lambda name, start, piece: put(
-                  # jax has no 64-bit integers by default.
-                  name,
-                  start,
-                  piece.astype(stored[name].dtype),
-              )
-          )
-        os.link(unfinished, file)  # Unlike a rename, it never overwrites.
-        sidecar = sidecar_file(path)
-        sidecar.write_text(json.dumps(_json.sealed(own_fn())))
-    finally:
-      unfinished.unlink(missing_ok=True)
-    if is_directory:
-      from jaxsoup.checkpoints import _directories
+  file.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = _files.unfinished_name(file)
+  try:
+    with ingredients.patched(unfinished) as put:
+      # jax has no 64-bit integers by default.
+      put_all(lambda n, start, x: put(n, start, x.astype(stored[n].dtype)))
+    os.link(unfinished, file)  # Unlike a rename, it never overwrites.
+  finally:
+    unfinished.unlink(missing_ok=True)
+  if path.is_dir():
+    from jaxsoup.checkpoints import _directories
 
-      _directories.copy_other_files(pathlib.Path(ingredients.paths[0]), path)
-  else:
-    fill_fn(lambda *_: None)
-  _processes.wait_for_all('the file is written')
-  return str(path)
+    _directories.copy_other_files(pathlib.Path(ingredients.paths[0]), path)
+  sidecar_file(path).write_text(json.dumps(_json.sealed(own_fn())))
 
 
-def _save_orbax(
-    path, leaves, own_fn, ingredients, streamed=None, resume=None
+def _write_orbax(
+    path, leaves, put_all, own_fn, ingredients, streamed=None, key=None
 ) -> str:
-  """Writes arrays, or an average, as its ingredients are stored."""
-  path = new_path(path)
+  """Writes a soup as its ingredients are stored; all processes take part."""
   layout, targets = ingredients.targets() if ingredients else (None, {})
   if layout is None or targets.keys() != leaves.keys():
     layout, targets = _orbax_files.BARE, {p: p for p in leaves}
 
   def fill_fn(put_fn, written):
     put = lambda name, start, piece: put_fn(targets[name], start, piece)
-    if streamed is not None:
-      notes = {n: written.notes.get(p) for n, p in targets.items()}
-      sizes = {n: _tree.num_bytes(x) for n, x in leaves.items()}
-      own = _processes.share_of(sizes, jax.process_index(), jax.process_count())
-      names = [n for n in own if notes[n] is None]
-      tell = lambda name, note: written.add(targets[name], note)
-      streamed.put_all(put, names, tell)
-      streamed.exchange({n: note for n, note in notes.items() if note})
+    if streamed is None:
+      is_main, is_spread = _processes.is_main(), _orbax_files.is_spread
+      put_all(lambda *args: put(*args) if is_main or is_spread(args[2]) else 0)
       return
-    for name, leaf in leaves.items():
-      if _processes.is_main() or _orbax_files.is_spread(leaf):
-        put(name, 0, leaf)
+    notes = {n: written.notes.get(p) for n, p in targets.items()}
+    sizes = {n: _tree.num_bytes(x) for n, x in leaves.items()}
+    own = _processes.share_of(sizes, jax.process_index(), jax.process_count())
+    names = [n for n in own if notes[n] is None]
+    put_all(put, names, lambda name, note: written.add(targets[name], note))
+    streamed.exchange({n: note for n, note in notes.items() if note})
 
   placed = {targets[name]: leaf for name, leaf in leaves.items()}
   with _files.room_for(path):
-    _orbax_files.write(path, placed, own_fn, fill_fn, layout, resume)
+    _orbax_files.write(path, placed, own_fn, fill_fn, layout, key)
   return str(path)
 
 
@@ -231,35 +228,19 @@ def save_average(
   ingredients = ingredients.unsharded()
   streamed, soup_fn = streamed_soup(ingredients, alpha)
   own_fn = lambda: own_of(soup_fn(), ingredients, metadata)
-  if not str(path).endswith(_FILE):
-    if file := _file_at(path, ingredients, streamed.leaves):
-      path = new_path(path)
-      return _save_copy(
-          path, file, streamed.leaves, own_fn, ingredients, streamed.put_all
-      )
-    what: list[Any] = [ingredients.identity(k) for k in range(num)]
-    what += [np.asarray(x).tolist() for x in jax.tree.leaves(alpha)]
-    what += [(p, str(x.dtype), x.shape) for p, x in streamed.leaves.items()]
-    key = hashlib.blake2b(json.dumps(what).encode(), digest_size=6).hexdigest()
-    return _save_orbax(
-        path,
-        streamed.leaves,
-        own_fn,
-        ingredients,
-        streamed,
-        key if resume else None,
-    )
-  path = new_path(path)
-
-  # A hash of each ingredient, and duplicates, are known when all is read.
-  num_more = 200 * num
-  leaves, fill_fn = streamed.leaves, streamed.put_all
-  _processes.wait_for_all('every process has seen that the path is free')
-  if _processes.is_main():
-    with _files.room_for(path):
-      _safetensors.write(path, leaves, own_fn, fill_fn, num_more)
-  _processes.wait_for_all('the file is written')
-  return str(path)
+  what: list[Any] = [ingredients.identity(k) for k in range(num)]
+  what += [np.asarray(x).tolist() for x in jax.tree.leaves(alpha)]
+  what += [(p, str(x.dtype), x.shape) for p, x in streamed.leaves.items()]
+  key = hashlib.blake2b(json.dumps(what).encode(), digest_size=6).hexdigest()
+  return _write(
+      path,
+      streamed.leaves,
+      streamed.put_all,
+      own_fn,
+      ingredients,
+      streamed=streamed,
+      key=key if resume else None,
+  )
 
 
 def streamed_soup(
