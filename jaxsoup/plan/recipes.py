@@ -184,19 +184,14 @@ def of(
   # Batches on a device that an evaluation does not use now: in flight, or all
   # in the order given, and once more the hardest first.
   num_waiting = 2 * (len(evaluated) if is_kept else 1)
-  # A model and a sum of them on a device, as the compiler pads their tiles.
-  add = by_name['add to a sum']
-  share = sum(map(programs.shard_bytes, leaves))
-  wide = lambda x: _tree.wide_dtype(x.dtype).itemsize / x.dtype.itemsize
-  wider = sum(programs.shard_bytes(x) * wide(x) for x in leaves)
-  one = int(add.arguments * share / (share + wider))
+  one, total = _sizes(by_name['add to a sum'], leaves)
   rows = _rows(
       config,
       num_ingredients,
       by_name,
       batches,
       one=one,
-      total=add.arguments - one,
+      total=total,
       waiting=num_waiting * sum(map(programs.shard_bytes, masked)),
       logits=4 * held_out * model.num_classes,
       narrow=narrow_bytes,
@@ -222,21 +217,16 @@ def of(
       for row in rows
   ]
 
-  def finished(recipe):
-    times = [(num, by_name[name]) for name, num in recipe.calls.items()]
-    return recipe._replace(
-        compute_seconds=rates.compute_seconds(
-            sum(num * p.flops for num, p in times),
-            sum(num * p.wide_flops for num, p in times),
-        ),
-        read_seconds=rates.read_seconds(
-            recipe.reads // all_read * host_reads + recipe.examples
-        ),
-        fits=recipe.device <= device_bytes
-        and not any(p.problem for _, p in times),
-    )
-
-  made = list(map(finished, made))
+  made = [
+      _finished(
+          recipe,
+          [(num, by_name[name]) for name, num in recipe.calls.items()],
+          rates,
+          recipe.reads // all_read * host_reads + recipe.examples,
+          device_bytes,
+      )
+      for recipe in made
+  ]
   streams = any(r.name == 'learned, streamed' and r.fits for r in made)
   # What `jaxsoup.learned` chooses: it does not count activations.
   _, is_stacked = _streamed.fits(num_ingredients, one, device_bytes)
@@ -257,6 +247,28 @@ def of(
       rates=rates,
       programs=tuple(compiled),
       recipes=tuple(r._replace(note=note(r)) for r in made),
+  )
+
+
+def _sizes(add: programs.Program, leaves) -> tuple[int, int]:
+  """Bytes of a model and of a sum of them on a device, with padded tiles."""
+  share = sum(map(programs.shard_bytes, leaves))
+  wide = lambda x: _tree.wide_dtype(x.dtype).itemsize / x.dtype.itemsize
+  wider = sum(programs.shard_bytes(x) * wide(x) for x in leaves)
+  one = int(add.arguments * share / (share + wider))
+  return one, add.arguments - one
+
+
+def _finished(recipe, times, rates, read_bytes, device_bytes) -> Recipe:
+  """A recipe with its seconds, and whether it fits; `times` of its programs."""
+  return recipe._replace(
+      compute_seconds=rates.compute_seconds(
+          sum(num * p.flops for num, p in times),
+          sum(num * p.wide_flops for num, p in times),
+      ),
+      read_seconds=rates.read_seconds(read_bytes),
+      fits=recipe.device <= device_bytes
+      and not any(p.problem for _, p in times),
   )
 
 
