@@ -26,6 +26,7 @@ from jaxsoup.checkpoints import _orbax_files
 from jaxsoup.checkpoints import _refusals
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _streaming
+from jaxsoup.checkpoints import _tokens
 from jaxsoup.typing import Alpha
 from jaxsoup.typing import DType
 from jaxsoup.typing import Members
@@ -69,6 +70,7 @@ class Ingredients(Sequence[Params]):
       dtype: DType | None = None,
       ignore: Sequence[str] = (),
       intersect: bool = False,
+      align_tokens: bool = False,
   ):
     """Finds the checkpoints; reads no arrays.
 
@@ -101,6 +103,9 @@ class Ingredients(Sequence[Params]):
         kind where some lack them, and with `abstract_params`.
       intersect: leaves out what some ingredients lack, with a warning. No
         effect with `abstract_params`, which say what is wanted.
+      align_tokens: reads embeddings and heads in the order that the tokens have
+        in the first of several Hugging Face directories, which must all have
+        the same tokens.
 
     Raises:
       FileNotFoundError: a path without a finished checkpoint.
@@ -123,6 +128,7 @@ class Ingredients(Sequence[Params]):
     self._ignore = tuple(ignore)
     self._may_lack = (*ignore, *_OF_FIRST)
     self._intersect = intersect
+    self._align_tokens = align_tokens
     self._opened: dict[int, _checkpoint.Checkpoint] = {}
     self._checkpoints: dict[int, _checkpoint.Checkpoint] = {}
     self._pending: tuple[int, futures.Future[Params]] | None = None
@@ -254,7 +260,8 @@ class Ingredients(Sequence[Params]):
     Recipes call it before they read the ingredient.
     """
     _refusals.require_averageable(self._checkpoint(k))
-    _refusals.require_same_tokens(self._checkpoint(0), self._checkpoint(k))
+    if not self._checkpoint(k).orders:
+      _tokens.require_same_tokens(self._checkpoint(0), self._checkpoint(k))
 
   def targets(self) -> tuple[Any, dict[_tree.Path, _tree.Path]]:
     """The Orbax layout of a soup, None if the first ingredient has no such
@@ -365,6 +372,8 @@ class Ingredients(Sequence[Params]):
       whole = _checkpoint.Checkpoint(source, abstract, self.item, self.whole)
       if self.dtype is not None:
         whole.flat = _in_dtype(whole.flat, self.dtype)
+      if k and self._align_tokens:
+        _tokens.align(self._whole_checkpoint(0), whole)
       self._opened[k] = whole
     return self._opened[k]
 

@@ -102,6 +102,18 @@ def scratch(name: str, shape: Sequence[int], dtype: DType) -> np.ndarray:
   return memory[:size].view(dtype).reshape(shape)
 
 
+def reordered(read: ReadFn, order: np.ndarray) -> ReadFn:
+  """Reads what `read` would if the rows of the array were in this order."""
+
+  def read_in_order(index):
+    rows = order[index[0]]
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    slices = [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
+    return np.concatenate([read((s, *index[1:])).copy() for s in slices])
+
+  return read_in_order
+
+
 def paths_of(names: Iterable[str], separator: str) -> list[_tree.Path]:
   """`a.b.weight` as nested keys; flat where one name is a prefix of another."""
   names = list(names)
