@@ -34,7 +34,7 @@ from jaxsoup.typing import Params
 from jaxsoup.typing import PathLike
 
 # Buffers that some versions of torch and transformers do not save.
-_OF_FIRST = ('*position_ids', '*num_batches_tracked')
+OF_FIRST = ('*position_ids', '*num_batches_tracked')
 
 
 class Ingredients(Sequence[Params]):
@@ -126,7 +126,7 @@ class Ingredients(Sequence[Params]):
       raise ValueError(f'dtype is {dtype}, expected one of floats.')
     self.dtype = dtype
     self._ignore = tuple(ignore)
-    self._may_lack = (*ignore, *_OF_FIRST)
+    self._may_lack = (*ignore, *OF_FIRST)
     self._intersect = intersect
     self._align_tokens = align_tokens
     self._opened: dict[int, _checkpoint.Checkpoint] = {}
@@ -365,7 +365,7 @@ class Ingredients(Sequence[Params]):
         kept = {
             name: leaf
             for name, leaf in leaves.items()
-            if not _is_named(name, self._may_lack)
+            if not is_named(name, self._may_lack)
         }
         if len(kept) < len(leaves):
           abstract = _tree.flatten_in_place(_tree.nest(kept))
@@ -387,17 +387,17 @@ class Ingredients(Sequence[Params]):
     return self._checkpoints[k]
 
   def _is_wanted(self, k: int, name: _tree.Path) -> bool:
-    if _is_named(name, self._ignore):
+    if is_named(name, self._ignore):
       return not k
     if self._common is not None and name not in self._common:
-      return not k and _is_named(name, _OF_FIRST)
+      return not k and is_named(name, OF_FIRST)
     is_in_first = not k or name in self._checkpoint(0).stored
-    return is_in_first or not _is_named(name, _OF_FIRST)
+    return is_in_first or not is_named(name, OF_FIRST)
 
   def _of_first(self, k: int) -> list[_tree.Path]:
     """The leaves that ingredient k takes from the first one."""
     own, first = self._checkpoint(k).stored, self._checkpoint(0).stored
-    return [n for n in first if n not in own and _is_named(n, self._may_lack)]
+    return [n for n in first if n not in own and is_named(n, self._may_lack)]
 
   @functools.cached_property
   def _common(self) -> set[_tree.Path] | None:
@@ -409,14 +409,14 @@ class Ingredients(Sequence[Params]):
     ]
     union, common = set().union(*names), set(names[0]).intersection(*names)
     for pattern in self._ignore:
-      if not any(_is_named(name, [pattern]) for name in union):
+      if not any(is_named(name, [pattern]) for name in union):
         raise ValueError(
             f'No leaf has a name like {pattern!r}, which is to be ignored. '
             f'Names are {", ".join(sorted(map(_tree.name_of, union))[:6])}, ...'
         )
     if not self._intersect:
       return None
-    out = [n for n in union - common if not _is_named(n, self._may_lack)]
+    out = [n for n in union - common if not is_named(n, self._may_lack)]
     if not common:
       raise ValueError(
           f'There is nothing that all {len(names)} ingredients have: are they '
@@ -448,7 +448,7 @@ def _in_dtype(flat: _tree.Flat, dtype: DType) -> _tree.Flat:
   return flat._replace(leaves=list(map(cast, flat.leaves)))
 
 
-def _is_named(path: _tree.Path, patterns: Sequence[str]) -> bool:
+def is_named(path: _tree.Path, patterns: Sequence[str]) -> bool:
   """With keys joined by `/` as in our messages, or by dots as in torch."""
   return any(
       fnmatch.fnmatchcase(separator.join(path), pattern)
