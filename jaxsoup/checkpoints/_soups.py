@@ -20,6 +20,7 @@ from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup import _soup
 from jaxsoup import _tree
+from jaxsoup import _warnings
 from jaxsoup._soup import Soup
 from jaxsoup.checkpoints import _card
 from jaxsoup.checkpoints import _formats
@@ -89,6 +90,7 @@ def save(
   soup = params if isinstance(params, Soup) else None
   params = params.params if isinstance(params, Soup) else params
   own = own_of(soup, ingredients, metadata)
+  _warn_of_modules(ingredients)
   leaves = _orbax.savable(params)
 
   def fill_fn(put_fn):
@@ -111,6 +113,19 @@ def save(
     fill_fn(lambda *_: None)
   _processes.wait_for_all('the file is written')
   return str(path)
+
+
+def _warn_of_modules(ingredients: _ingredients.Ingredients | None) -> None:
+  """Of sentence-transformers, which only their directories have."""
+  from jaxsoup.checkpoints import _directories
+
+  folder = pathlib.Path(ingredients.paths[0] if ingredients else '').parent
+  if ingredients and (left_out := _directories.modules_with_weights(folder)):
+    _warnings.warn(
+        f'The soup has the root module of {folder} only, not '
+        f'{", ".join(left_out)}. checkpoints.save_directory, or --out with a '
+        'new directory, averages these modules too.'
+    )
 
 
 def _save_copy(path, file, leaves, own_fn, ingredients, fill_fn) -> str:
@@ -228,6 +243,7 @@ def save_average(
     {'w': Array([1.5, 1. ], dtype=float32)}
   """
   num = len(ingredients)
+  _warn_of_modules(ingredients)
   ingredients = ingredients.unsharded()
   streamed, soup_fn = streamed_soup(ingredients, alpha)
   own_fn = lambda: own_of(soup_fn(), ingredients, metadata)
