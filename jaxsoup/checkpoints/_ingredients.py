@@ -283,10 +283,11 @@ class Ingredients(Sequence[Params]):
     file = pathlib.Path(source.metadata.path)
     if source.patch_fn is None or file.suffix == '.safetensors':
       return None
+    ending = _formats.ending_of(file)
     if given == file:
-      is_alike = _formats.ending_of(path) == _formats.ending_of(file)
-      return path if is_alike else None
-    is_of_flax = file.suffix in ('', '.msgpack')
+      is_alike = _formats.ending_of(path) == ending
+      return path if is_alike and not ending.endswith('.json') else None
+    is_of_flax = ending in ('', '.msgpack', '.msgpack.index.json')
     return path / file.relative_to(given) if is_of_flax else None
 
   @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -143,29 +144,34 @@ def _save_copy(path, file, leaves, own_fn, ingredients, fill_fn) -> str:
           'Save a .safetensors file, or leave the dtype as it is.'
       )
   if _processes.is_main():
-    is_directory = file != path
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = _files.unfinished_name(file)
-    try:
-      with _files.room_for(path):
-        with ingredients.patched(unfinished) as put:
-          fill_fn(
-              lambda name, start, piece: put(
-                  # jax has no 64-bit integers by default.
-                  name,
-                  start,
-                  piece.astype(stored[name].dtype),
-              )
-          )
-        os.link(unfinished, file)  # Unlike a rename, it never overwrites.
-        sidecar = sidecar_file(path)
-        sidecar.write_text(json.dumps(_json.sealed(own_fn())))
-    finally:
-      unfinished.unlink(missing_ok=True)
-    if is_directory:
-      from jaxsoup.checkpoints import _directories
+    from jaxsoup.checkpoints import _directories
 
-      _directories.copy_other_files(pathlib.Path(ingredients.paths[0]), path)
+    with contextlib.ExitStack() as stack:
+      folder = None
+      if file == path:
+        made = _files.unfinished_name(path)
+        stack.callback(made.unlink, missing_ok=True)
+        stack.enter_context(_files.room_for(path))
+      else:
+        folder = stack.enter_context(_directories.atomic_directory(path))
+        made = folder / file.relative_to(path)
+        made.parent.mkdir(parents=True, exist_ok=True)
+      with ingredients.patched(made) as put:
+        fill_fn(
+            lambda name, start, piece: put(
+                # jax has no 64-bit integers by default.
+                name,
+                start,
+                piece.astype(stored[name].dtype),
+            )
+        )
+      if folder is None:
+        os.link(made, path)  # Unlike a rename, it never overwrites.
+      else:
+        first = pathlib.Path(ingredients.paths[0])
+        _directories.copy_other_files(first, made.parent)
+      sidecar = sidecar_file(folder or path)
+      sidecar.write_text(json.dumps(_json.sealed(own_fn())))
   else:
     fill_fn(lambda *_: None)
   _processes.wait_for_all('the file is written')

@@ -76,7 +76,8 @@ class Source(NamedTuple):
     separator: of the keys of a path, in the names of the format.
     layout: of an Orbax checkpoint: an `_orbax_files.Layout`.
     patch_fn: of a file that can be copied with other values in place of its
-      own: opens the copy, and yields a `PutFn`.
+      own: opens the copy, and yields a `PutFn`. Files that an index lists are
+      copied next to that of the index.
   """
 
   metadata: Metadata
