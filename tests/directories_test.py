@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 from typer import testing
 
+import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup import cli
 
@@ -504,6 +505,24 @@ def test_modules_that_differ(tmp_path, monkeypatch):
   pathlib.Path('a/modules.json').write_text('[{"path": "../b"}]')
   result = invoke('uniform', 'a', 'b', '--out', 'other')
   assert result.exit_code == 1 and 'is not a subdirectory' in result.stderr
+
+
+@pytest.mark.filterwarnings('always:.*modules')
+@pytest.mark.parametrize('out', ['soup.safetensors', 'soup'])
+@pytest.mark.parametrize('is_average', [True, False])
+def test_modules_that_a_soup_lacks(tmp_path, monkeypatch, out, is_average):
+  monkeypatch.chdir(tmp_path)
+  for k, name in enumerate('ab'):
+    made_of_modules(tmp_path / name, k)
+  ingredients = checkpoints.Ingredients(['a', 'b'])
+  with pytest.warns(UserWarning) as warned:
+    if is_average:
+      checkpoints.save_average(out, ingredients)
+    else:
+      soup = jaxsoup.uniform(ingredients)
+      checkpoints.save(out, soup, ingredients=ingredients)
+  (said,) = [str(w.message) for w in warned if 'module' in str(w.message)]
+  assert '2_Dense' in said and '1_Pooling' not in said
 
 
 # --- With transformers --------------------------------------------------------

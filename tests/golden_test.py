@@ -4,6 +4,7 @@
 owners' environments, and restores soups there by the owners' own calls.
 """
 
+import os
 import pathlib
 import tarfile
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup.checkpoints import _formats
 
@@ -45,6 +47,7 @@ def arrays_of(run, item=None):
   }, source
 
 
+@pytest.mark.filterwarnings('ignore:The soup has the root module')
 @pytest.mark.parametrize('layout', layouts())
 def test_mean_of_two_runs(tmp_path, layout):
   if layout in NEEDED:
@@ -67,6 +70,9 @@ def test_mean_of_two_runs(tmp_path, layout):
     for path, row in written.layout.rows.items():
       assert row['key_metadata'] == rows[path]
     assert {p[0] for p in first.keys() - averaged.keys()} <= TRAINING
+  if layout.startswith('transformers_flax'):
+    names = {f.name for f in runs[0].iterdir()}
+    assert {f.name for f in soup.iterdir()} == {*names, 'soup.json'}
   assert averaged
   for path, x in averaged.items():
     path = path if path in first else (item, *path)
@@ -77,3 +83,37 @@ def test_mean_of_two_runs(tmp_path, layout):
       mean = (first[path].astype(np.float32) + other[path]) / 2
       expected = mean.astype(expected.dtype)
     np.testing.assert_array_equal(x, expected)
+
+
+def test_several_files_of_flax(tmp_path, monkeypatch):
+  with tarfile.open(GOLDEN / 'transformers_flax/msgpack_sharded.tar.xz') as tar:
+    tar.extractall(tmp_path, filter='data')
+  runs = [tmp_path / f'run{k}' for k in range(2)]
+  before = {f: f.read_bytes() for run in runs for f in run.iterdir()}
+  ingredients = checkpoints.Ingredients(runs)
+  soup = jaxsoup.average(ingredients, [0.25, 0.75])
+  checkpoints.save(tmp_path / 'soup', soup, ingredients=ingredients)
+  checkpoints.save_average(tmp_path / 'other', ingredients, [0.25, 0.75])
+  (first, _), (last, _), (averaged, source) = map(
+      arrays_of, (*runs, tmp_path / 'soup')
+  )
+  assert source.metadata.path.endswith('soup/flax_model.msgpack.index.json')
+  for path, x in averaged.items():
+    expected = 0.25 * first[path] + 0.75 * last[path]
+    np.testing.assert_array_equal(x, expected)
+  for file in tmp_path.glob('soup/flax_model*'):
+    assert file.read_bytes() == (tmp_path / 'other' / file.name).read_bytes()
+    assert len(file.read_bytes()) == len(before[runs[0] / file.name])
+  # Nothing is left where a soup could not be written.
+  with monkeypatch.context() as patched:
+    patched.setattr(os, 'pwrite', lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      checkpoints.save(tmp_path / 'failed', soup, ingredients=ingredients)
+  names = {'run0', 'run1', 'soup', 'other'}
+  assert {f.name for f in tmp_path.iterdir()} == names
+  # An index alone is not a directory: the soup is an Orbax checkpoint.
+  files = [run / 'flax_model.msgpack.index.json' for run in runs]
+  ingredients = checkpoints.Ingredients(files)
+  checkpoints.save_average(tmp_path / 'orbax', ingredients)
+  assert arrays_of(tmp_path / 'orbax')[1].layout is not None
+  assert {f: f.read_bytes() for f in before} == before

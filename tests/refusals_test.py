@@ -279,3 +279,48 @@ def test_heads_of_other_sizes_have_no_tokens(tmp_path):
   result = soup('uniform', *runs, '--out', tmp_path / 'soup')
   assert result.exit_code == 1
   assert 'has shape (3, 3), expected (2, 3)' in result.stderr
+
+
+# --- Inspection ---------------------------------------------------------------
+
+
+def problems(*runs):
+  args = ['inspect', *map(str, runs), '--json']
+  result = testing.CliRunner().invoke(cli.app, args)
+  assert result.exit_code in (0, 1), result.output
+  found = json.loads(result.stdout)['problems']
+  assert bool(found) == result.exit_code
+  return found
+
+
+def test_inspect_says_what_recipes_refuse(tmp_path):
+  plain = written(tmp_path / 'plain', {'w': F32([1])})
+  quantized = written(tmp_path / 'quantized', arrays_of('gptq'))
+  (problem,) = problems(quantized)
+  assert 'is quantized' in problem
+  adapted = checkpoints.save(tmp_path / 'lora', {'q': {'lora_a': F32([1])}})
+  mismatch, problem = problems(plain, adapted)
+  assert 'does not match' in mismatch and 'holds factors of LoRA' in problem
+  runs = [
+      with_tokens(tmp_path / 'a', WORDS, 'vocab.txt'),
+      with_tokens(tmp_path / 'b', WORDS[::-1], 'vocab.txt'),
+  ]
+  (problem,) = problems(*runs)
+  assert "Token '[PAD]' has id 0" in problem
+
+
+@pytest.mark.parametrize('is_first', [True, False])
+def test_inspect_lists_no_buffers_that_recipes_take(tmp_path, is_first):
+  buffers = {
+      'position_ids': np.arange(3),
+      'bn.num_batches_tracked': np.int64(3),
+  }
+  arrays = {'w': F32([1])}, {'w': F32([2])} | {
+      n: np.asarray(x) for n, x in buffers.items()
+  }
+  runs = [written(tmp_path / f'{k}', x) for k, x in enumerate(arrays)]
+  runs = runs[::-1] if is_first else runs
+  assert not problems(*runs)
+  other = written(tmp_path / 'other', {'w': F32([1]), 'more': F32([1])})
+  (problem,) = problems(*runs, other)
+  assert 'more' in problem and 'position_ids' not in problem

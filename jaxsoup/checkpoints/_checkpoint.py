@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxsoup import _processes
 from jaxsoup import _tree
@@ -39,6 +40,7 @@ class Checkpoint:
     places: paths in the file, by name.
     targets: the same for a soup, in which a selected copy of the parameters,
       such as their moving average, takes their place.
+    orders: of rows, in leaves that are read in another order.
   """
 
   def __init__(
@@ -55,6 +57,7 @@ class Checkpoint:
     self.flat = abstract or _tree.flatten_in_place(_tree.nest(self.stored))
     self.places = places
     self.targets = self._targets(item)
+    self.orders: dict[_tree.Path, np.ndarray] = {}
     self._digests: dict[str, str] = {}
     self._stored_digests = {
         name: digest
@@ -154,8 +157,13 @@ class Checkpoint:
     return [(index, _pieces.num_bytes(index, dtype)) for index in pieces]
 
   def reader(self, name: _tree.Path, sums: Sums) -> _source.ReadFn:
-    """Reads a part of a leaf as it is stored, and adds it to its checksum."""
-    read = self.unverified(name)
+    """Reads a part of a leaf, and adds it to its checksum."""
+    if name in self.orders:  # Of which `verify` takes the checksum.
+      return self.unverified(name)
+    return self._adder(name, sums)
+
+  def _adder(self, name: _tree.Path, sums: Sums) -> _source.ReadFn:
+    read = self.source.reader_fn(self.places[name])
     columns = self.stored[name].shape[1:]
     row_bytes = self.stored[name].dtype.itemsize * math.prod(columns)
 
@@ -170,13 +178,18 @@ class Checkpoint:
 
   def unverified(self, name: _tree.Path) -> _source.ReadFn:
     """The same, without verifying its checksum."""
-    return self.source.reader_fn(self.places[name])
+    read, order = self.source.reader_fn(self.places[name]), self.orders
+    return _source.reordered(read, order[name]) if name in order else read
 
   def verify(self, name: _tree.Path, sums: Sums) -> None:
     """Compares the checksum of a leaf that has been read with the stored one.
 
     Does nothing where this process read only a part of the leaf.
     """
+    if name in self.orders:  # Single rows would be kept for their checksum.
+      read, leaf = self._adder(name, sums), self.stored[name]
+      for index in _pieces.plan(leaf, leaf.dtype, 1):
+        read(index)
     checksum = sums.pop(name, self._new_checksum(name))
     if not checksum.is_complete:
       return

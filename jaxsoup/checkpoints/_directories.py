@@ -144,8 +144,7 @@ def save_directory(
     soup_fn = lambda: soup
     fill_fn = _filler(soup.params, leaves)
   folders = [pathlib.Path(p).parent for p in ingredients.paths]
-  modules = _modules(folders[0])
-  for module in ('', *modules):
+  for module in ('', *_modules(folders[0])):
     _warn_of_configs([folder / module for folder in folders])
   shards = _shards(leaves, max_shard_bytes)
   _processes.wait_for_all('every process has seen that the path is free')
@@ -157,13 +156,12 @@ def save_directory(
     with atomic_directory(path) as folder:
       _write_weights(folder, first, shards, fill_fn)
       made = soup_fn()
-      for module in modules:
+      for module in modules_with_weights(folders[0]):
         paths = [path / module for path in folders]
-        if _formats.find(paths[0]) is not None:
-          (folder / module).mkdir()
-          own_alpha = alpha if soup is None else soup.alpha
-          of_module = _ingredients.Ingredients(paths, dtype=ingredients.dtype)
-          _write_module(folder / module, of_module, own_alpha)
+        (folder / module).mkdir()
+        own_alpha = alpha if soup is None else soup.alpha
+        of_module = _ingredients.Ingredients(paths, dtype=ingredients.dtype)
+        _write_module(folder / module, of_module, own_alpha)
       names = _names_of(ingredients.paths)
       card = _card.text(path.name, names, made, metadata or {})
       (folder / 'README.md').write_text(card)
@@ -369,6 +367,12 @@ def _modules(own: pathlib.Path) -> list[str]:
   except (KeyError, TypeError, ValueError) as e:
     raise _source.damaged(file, e) from e
   return [p for p in paths if p and (own / p).is_dir()]
+
+
+def modules_with_weights(own: pathlib.Path) -> list[str]:
+  """Those that are averaged as checkpoints of their own."""
+  modules = _modules(own) if is_directory(own) else []
+  return [module for module in modules if _formats.find(own / module)]
 
 
 def _digest(file: pathlib.Path) -> str:

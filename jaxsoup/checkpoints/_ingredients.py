@@ -26,6 +26,7 @@ from jaxsoup.checkpoints import _orbax_files
 from jaxsoup.checkpoints import _refusals
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _streaming
+from jaxsoup.checkpoints import _tokens
 from jaxsoup.typing import Alpha
 from jaxsoup.typing import DType
 from jaxsoup.typing import Members
@@ -33,7 +34,7 @@ from jaxsoup.typing import Params
 from jaxsoup.typing import PathLike
 
 # Buffers that some versions of torch and transformers do not save.
-_OF_FIRST = ('*position_ids', '*num_batches_tracked')
+OF_FIRST = ('*position_ids', '*num_batches_tracked')
 
 
 class Ingredients(Sequence[Params]):
@@ -69,6 +70,7 @@ class Ingredients(Sequence[Params]):
       dtype: DType | None = None,
       ignore: Sequence[str] = (),
       intersect: bool = False,
+      align_tokens: bool = False,
   ):
     """Finds the checkpoints; reads no arrays.
 
@@ -101,6 +103,9 @@ class Ingredients(Sequence[Params]):
         kind where some lack them, and with `abstract_params`.
       intersect: leaves out what some ingredients lack, with a warning. No
         effect with `abstract_params`, which say what is wanted.
+      align_tokens: reads embeddings and heads in the order that the tokens have
+        in the first of several Hugging Face directories, which must all have
+        the same tokens.
 
     Raises:
       FileNotFoundError: a path without a finished checkpoint.
@@ -121,8 +126,9 @@ class Ingredients(Sequence[Params]):
       raise ValueError(f'dtype is {dtype}, expected one of floats.')
     self.dtype = dtype
     self._ignore = tuple(ignore)
-    self._may_lack = (*ignore, *_OF_FIRST)
+    self._may_lack = (*ignore, *OF_FIRST)
     self._intersect = intersect
+    self._align_tokens = align_tokens
     self._opened: dict[int, _checkpoint.Checkpoint] = {}
     self._checkpoints: dict[int, _checkpoint.Checkpoint] = {}
     self._pending: tuple[int, futures.Future[Params]] | None = None
@@ -254,7 +260,8 @@ class Ingredients(Sequence[Params]):
     Recipes call it before they read the ingredient.
     """
     _refusals.require_averageable(self._checkpoint(k))
-    _refusals.require_same_tokens(self._checkpoint(0), self._checkpoint(k))
+    if not self._checkpoint(k).orders:
+      _tokens.require_same_tokens(self._checkpoint(0), self._checkpoint(k))
 
   def targets(self) -> tuple[Any, dict[_tree.Path, _tree.Path]]:
     """The Orbax layout of a soup, None if the first ingredient has no such
@@ -276,10 +283,11 @@ class Ingredients(Sequence[Params]):
     file = pathlib.Path(source.metadata.path)
     if source.patch_fn is None or file.suffix == '.safetensors':
       return None
+    ending = _formats.ending_of(file)
     if given == file:
-      is_alike = _formats.ending_of(path) == _formats.ending_of(file)
-      return path if is_alike else None
-    is_of_flax = file.suffix in ('', '.msgpack')
+      is_alike = _formats.ending_of(path) == ending
+      return path if is_alike and not ending.endswith('.json') else None
+    is_of_flax = ending in ('', '.msgpack', '.msgpack.index.json')
     return path / file.relative_to(given) if is_of_flax else None
 
   @contextlib.contextmanager
@@ -358,13 +366,15 @@ class Ingredients(Sequence[Params]):
         kept = {
             name: leaf
             for name, leaf in leaves.items()
-            if not _is_named(name, self._may_lack)
+            if not is_named(name, self._may_lack)
         }
         if len(kept) < len(leaves):
           abstract = _tree.flatten_in_place(_tree.nest(kept))
       whole = _checkpoint.Checkpoint(source, abstract, self.item, self.whole)
       if self.dtype is not None:
         whole.flat = _in_dtype(whole.flat, self.dtype)
+      if k and self._align_tokens:
+        _tokens.align(self._whole_checkpoint(0), whole)
       self._opened[k] = whole
     return self._opened[k]
 
@@ -378,17 +388,17 @@ class Ingredients(Sequence[Params]):
     return self._checkpoints[k]
 
   def _is_wanted(self, k: int, name: _tree.Path) -> bool:
-    if _is_named(name, self._ignore):
+    if is_named(name, self._ignore):
       return not k
     if self._common is not None and name not in self._common:
-      return not k and _is_named(name, _OF_FIRST)
+      return not k and is_named(name, OF_FIRST)
     is_in_first = not k or name in self._checkpoint(0).stored
-    return is_in_first or not _is_named(name, _OF_FIRST)
+    return is_in_first or not is_named(name, OF_FIRST)
 
   def _of_first(self, k: int) -> list[_tree.Path]:
     """The leaves that ingredient k takes from the first one."""
     own, first = self._checkpoint(k).stored, self._checkpoint(0).stored
-    return [n for n in first if n not in own and _is_named(n, self._may_lack)]
+    return [n for n in first if n not in own and is_named(n, self._may_lack)]
 
   @functools.cached_property
   def _common(self) -> set[_tree.Path] | None:
@@ -400,14 +410,14 @@ class Ingredients(Sequence[Params]):
     ]
     union, common = set().union(*names), set(names[0]).intersection(*names)
     for pattern in self._ignore:
-      if not any(_is_named(name, [pattern]) for name in union):
+      if not any(is_named(name, [pattern]) for name in union):
         raise ValueError(
             f'No leaf has a name like {pattern!r}, which is to be ignored. '
             f'Names are {", ".join(sorted(map(_tree.name_of, union))[:6])}, ...'
         )
     if not self._intersect:
       return None
-    out = [n for n in union - common if not _is_named(n, self._may_lack)]
+    out = [n for n in union - common if not is_named(n, self._may_lack)]
     if not common:
       raise ValueError(
           f'There is nothing that all {len(names)} ingredients have: are they '
@@ -439,7 +449,7 @@ def _in_dtype(flat: _tree.Flat, dtype: DType) -> _tree.Flat:
   return flat._replace(leaves=list(map(cast, flat.leaves)))
 
 
-def _is_named(path: _tree.Path, patterns: Sequence[str]) -> bool:
+def is_named(path: _tree.Path, patterns: Sequence[str]) -> bool:
   """With keys joined by `/` as in our messages, or by dots as in torch."""
   return any(
       fnmatch.fnmatchcase(separator.join(path), pattern)

@@ -1,6 +1,5 @@
 """What cannot be averaged, although its structure fits."""
 
-import filecmp
 import pathlib
 import re
 from typing import Any
@@ -14,7 +13,6 @@ from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Json
 
 CONFIG = 'config.json'
-_VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt')
 _LORA = re.compile(r'(^|[./_])lora[./_]?(embedding_)?[ab]($|[./_])', re.I)
 # Of GPTQ and AWQ, compressed-tensors, fp8 in blocks, bitsandbytes.
 _QUANTIZED = re.compile(
@@ -85,69 +83,6 @@ def _quantization(config: Any) -> Any:
     return None
   own = config.get('quantization_config') or config.get('compression_config')
   return own or next(filter(None, map(_quantization, config.values())), None)
-
-
-def require_same_tokens(
-    first: _checkpoint.Checkpoint, other: _checkpoint.Checkpoint
-) -> None:
-  """Raises where rows of embeddings are of different tokens, or are more."""
-  rows = {
-      name: (x.shape[0], other.stored[name].shape[0])
-      for name, x in first.stored.items()
-      if x.shape and name in other.stored
-      if x.shape[1:] == other.stored[name].shape[1:]
-      if x.shape[0] != other.stored[name].shape[0]
-  }
-  pair = (_vocabulary_next_to(c.source.metadata.path) for c in (first, other))
-  files = [file for file in pair if file is not None]
-  if len(files) < 2 or (not rows and filecmp.cmp(files[0], files[1], False)):
-    return
-  tokens = list(map(_tokens_of, files))
-  ids = {token: i for i, token in tokens[1].items()}
-  for i, token in sorted(tokens[0].items()):
-    if tokens[1].get(i, token) != token or ids.get(token, i) != i:
-      raise ValueError(
-          f'Token {token!r} has id {i} in {files[0]}, but {ids.get(token)} in '
-          f'{files[1]}: a row of the embeddings belongs to different tokens. '
-          'Only models with one tokenizer can be averaged.'
-      )
-  for name, sizes in rows.items():
-    if any(max(t, default=0) >= n for t, n in zip(tokens, sizes)):
-      continue  # Rows of something else, such as classes.
-    k = sizes[1] > sizes[0]
-    more = [tokens[k].get(i) for i in range(min(sizes), max(sizes))]
-    raise ValueError(
-        f'{other.source.metadata.path}: leaf {_tree.name_of(name)!r} has '
-        f'{sizes[1]} rows, expected {sizes[0]}. Rows {min(sizes)} to '
-        f'{max(sizes) - 1} are the tokens {str(more[:3])[1:-1]}'
-        f'{", ..." if len(more) > 3 else ""} of {files[k]} (None: unused). '
-        'Give all models the same tokens first (with transformers: '
-        'model.resize_token_embeddings, save_pretrained).'
-    )
-
-
-def _vocabulary_next_to(path: str) -> pathlib.Path | None:
-  files = (pathlib.Path(path).with_name(name) for name in _VOCABULARIES)
-  return next((file for file in files if file.is_file()), None)
-
-
-def _tokens_of(file: pathlib.Path) -> dict[int, str]:
-  """By id; empty where the file is of a kind that is not known."""
-  content = file.read_bytes()
-  if file.suffix == '.txt':
-    lines = content.decode(errors='replace').removesuffix('\n').split('\n')
-    return dict(enumerate(line.removesuffix('\r') for line in lines))
-  try:
-    parsed = _json.parsed(content)
-    model = parsed.get('model', parsed)
-    tokens = model.get('vocab', model)
-    if isinstance(tokens, list):  # With scores, in the order of their ids.
-      tokens = {token: i for i, (token, _) in enumerate(tokens)}
-    added = {x['content']: x['id'] for x in parsed.get('added_tokens') or ()}
-    items = {**tokens, **added}.items()
-    return {i: token for token, i in items if isinstance(i, int)}
-  except (AttributeError, KeyError, TypeError, ValueError):
-    return {}
 
 
 def config_of(file: pathlib.Path) -> Json:

@@ -1,7 +1,10 @@
 """Reads the files of an index of Hugging Face as one checkpoint."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
 import pathlib
+import shutil
 
 from jaxsoup import _json
 from jaxsoup import _tree
@@ -16,9 +19,9 @@ def open_source(
   """Opens an index, and with `open_fn` the files that it lists."""
   tensors: dict[str, tuple[_source.Source, _tree.Path]] = {}
   custom: dict[str, object] = {}
-  files = _files_of(path)
+  files, sources = _files_of(path), {}
   for file, wanted in files.items():
-    source = open_fn(file)
+    source = sources[file] = open_fn(file)
     names = {source.separator.join(p): p for p in source.metadata.leaves}
     if missing := sorted(wanted - names.keys()):
       raise _source.damaged(
@@ -43,11 +46,25 @@ def open_source(
       checksums,
       _source.state_of(path, *files),
   )
+
+  @contextlib.contextmanager
+  def patch(copy: pathlib.Path) -> Iterator[_source.PutFn]:
+    with contextlib.ExitStack() as stack:
+      puts = {}
+      for file, source in sources.items():
+        shutil.copyfile(file, copy.with_name(file.name))
+        assert source.patch_fn is not None
+        opened = source.patch_fn(copy.with_name(file.name))
+        puts[id(source)] = stack.enter_context(opened)
+      yield lambda p, *piece: puts[id(parts[p][0])](parts[p][1], *piece)
+
+  can_patch = all(source.patch_fn for source in sources.values())
   return _source.Source(
       metadata,
       reader_fn=lambda p: parts[p][0].reader_fn(parts[p][1]),
       rows_fn=lambda p: parts[p][0].rows_fn(parts[p][1]),
       separator=source.separator,
+      patch_fn=patch if can_patch else None,
   )
 
 

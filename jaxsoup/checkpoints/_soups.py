@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -20,6 +21,7 @@ from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup import _soup
 from jaxsoup import _tree
+from jaxsoup import _warnings
 from jaxsoup._soup import Soup
 from jaxsoup.checkpoints import _card
 from jaxsoup.checkpoints import _formats
@@ -89,6 +91,7 @@ def save(
   soup = params if isinstance(params, Soup) else None
   params = params.params if isinstance(params, Soup) else params
   own = own_of(soup, ingredients, metadata)
+  _warn_of_modules(ingredients)
   leaves = _orbax.savable(params)
 
   def put_all(put_fn, *_):
@@ -127,6 +130,19 @@ def _write(path, leaves, put_all, own_fn, ingredients, **of_average) -> str:
   return str(path)
 
 
+def _warn_of_modules(ingredients: _ingredients.Ingredients | None) -> None:
+  """Of sentence-transformers, which only their directories have."""
+  from jaxsoup.checkpoints import _directories
+
+  folder = pathlib.Path(ingredients.paths[0] if ingredients else '').parent
+  if ingredients and (left_out := _directories.modules_with_weights(folder)):
+    _warnings.warn(
+        f'The soup has the root module of {folder} only, not '
+        f'{", ".join(left_out)}. checkpoints.save_directory, or --out with a '
+        'new directory, averages these modules too.'
+    )
+
+
 def _write_copy(path, file, leaves, put_all, own_fn, ingredients) -> None:
   """Writes a soup as a copy of the first file, with other values.
 
@@ -141,20 +157,27 @@ def _write_copy(path, file, leaves, put_all, own_fn, ingredients) -> None:
           f'{_tree.name_of(name)!r} is {stored[name].dtype}, not {leaf.dtype}. '
           'Save a .safetensors file, or leave the dtype as it is.'
       )
-  file.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = _files.unfinished_name(file)
-  try:
-    with ingredients.patched(unfinished) as put:
+  from jaxsoup.checkpoints import _directories
+
+  with contextlib.ExitStack() as stack:
+    folder = None
+    if file == path:
+      made = _files.unfinished_name(path)
+      stack.callback(made.unlink, missing_ok=True)
+    else:
+      folder = stack.enter_context(_directories.atomic_directory(path))
+      made = folder / file.relative_to(path)
+      made.parent.mkdir(parents=True, exist_ok=True)
+    with ingredients.patched(made) as put:
       # jax has no 64-bit integers by default.
       put_all(lambda n, start, x: put(n, start, x.astype(stored[n].dtype)))
-    os.link(unfinished, file)  # Unlike a rename, it never overwrites.
-  finally:
-    unfinished.unlink(missing_ok=True)
-  if path.is_dir():
-    from jaxsoup.checkpoints import _directories
-
-    _directories.copy_other_files(pathlib.Path(ingredients.paths[0]), path)
-  sidecar_file(path).write_text(json.dumps(_json.sealed(own_fn())))
+    if folder is None:
+      os.link(made, path)  # Unlike a rename, it never overwrites.
+    else:
+      first = pathlib.Path(ingredients.paths[0])
+      _directories.copy_other_files(first, made.parent)
+    sidecar = sidecar_file(folder or path)
+    sidecar.write_text(json.dumps(_json.sealed(own_fn())))
 
 
 def _write_orbax(
@@ -225,6 +248,7 @@ def save_average(
     {'w': Array([1.5, 1. ], dtype=float32)}
   """
   num = len(ingredients)
+  _warn_of_modules(ingredients)
   ingredients = ingredients.unsharded()
   streamed, soup_fn = streamed_soup(ingredients, alpha)
   own_fn = lambda: own_of(soup_fn(), ingredients, metadata)

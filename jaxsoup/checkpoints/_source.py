@@ -76,7 +76,8 @@ class Source(NamedTuple):
     separator: of the keys of a path, in the names of the format.
     layout: of an Orbax checkpoint: an `_orbax_files.Layout`.
     patch_fn: of a file that can be copied with other values in place of its
-      own: opens the copy, and yields a `PutFn`.
+      own: opens the copy, and yields a `PutFn`. Files that an index lists are
+      copied next to that of the index.
   """
 
   metadata: Metadata
@@ -100,6 +101,18 @@ def scratch(name: str, shape: Sequence[int], dtype: DType) -> np.ndarray:
   if memory is None or memory.size < size:
     memory = vars(_scratch)[name] = np.empty(size, np.uint8)
   return memory[:size].view(dtype).reshape(shape)
+
+
+def reordered(read: ReadFn, order: np.ndarray) -> ReadFn:
+  """Reads what `read` would if the rows of the array were in this order."""
+
+  def read_in_order(index):
+    rows = order[index[0]]
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    slices = [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
+    return np.concatenate([read((s, *index[1:])).copy() for s in slices])
+
+  return read_in_order
 
 
 def paths_of(names: Iterable[str], separator: str) -> list[_tree.Path]:

@@ -95,7 +95,7 @@ def inspect(
   """
   ingredients = _ingredients.Ingredients(paths, item=item)
   sources = [ingredients.metadata(k) for k in range(len(ingredients))]
-  problems = _mismatches(sources)
+  problems = _mismatches(sources) + _refused(ingredients)
   norms: list[float] = []
   unverified: list[str] = []
   if deep:
@@ -155,11 +155,34 @@ def _mismatches(sources: Sequence[_source.Metadata]) -> list[str]:
   first = sources[0]
   problems = []
   for source in sources[1:]:
-    if mismatches := _checked.mismatches(first.leaves, source.leaves):
+    pair = [
+        {
+            name: leaf
+            for name, leaf in own.items()
+            if name in others
+            or not _ingredients.is_named(name, _ingredients.OF_FIRST)
+        }
+        for own, others in (
+            (first.leaves, source.leaves),
+            (source.leaves, first.leaves),
+        )
+    ]
+    if mismatches := _checked.mismatches(*pair):
       problems.append(
           f'{source.path} does not match {first.path}: '
           f'{_checked.listed(mismatches)}'
       )
+  return problems
+
+
+def _refused(ingredients) -> list[str]:
+  """What recipes refuse, although the structure fits."""
+  problems = []
+  for k in range(len(ingredients)):
+    try:
+      ingredients.require_averageable(k)
+    except ValueError as e:
+      problems.append(str(e))
   return problems
 
 

@@ -59,6 +59,7 @@ def cook(
           'dtype': order.dtype and order.dtype.value,
           'ignore': order.ignore or (),
           'intersect': order.intersect,
+          'align_tokens': order.align_tokens,
           'stop': stop,
           'saved': saved,
       }

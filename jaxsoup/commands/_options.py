@@ -91,6 +91,14 @@ class Order(NamedTuple):
           '--intersect', help='Leave out arrays that some of the runs lack.'
       ),
   ] = False
+  align_tokens: Annotated[
+      bool,
+      typer.Option(
+          '--align-tokens',
+          help='Hugging Face format: average embeddings and heads by token, if '
+          'the runs have the same tokens in another order.',
+      ),
+  ] = False
   max_shard_size: Annotated[
       int,
       typer.Option(
