@@ -12,6 +12,7 @@ from etils import epath
 
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _equinox
+from jaxsoup.checkpoints import _hub
 from jaxsoup.checkpoints import _keras
 from jaxsoup.checkpoints import _msgpack
 from jaxsoup.checkpoints import _npz
@@ -70,6 +71,7 @@ def resolve(path: PathLike, item: str | None = None) -> str:
   For paths as `Ingredients` takes them. A FileNotFoundError if there is no
   finished checkpoint, a ValueError if nothing tells which of several is meant.
   """
+  path = _hub.local(path)
   if file := find(path) or _of_flax(path):
     return str(file)
   root = _orbax.absolute(path)
