@@ -1,12 +1,14 @@
 """What cannot be averaged, although its structure fits."""
 
-import filecmp
+from collections.abc import Sequence
 import pathlib
 import re
 from typing import Any
 
+from etils import epath
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checkpoint
@@ -33,9 +35,9 @@ _DEQUANTIZE = (
 def require_averageable(checkpoint: _checkpoint.Checkpoint) -> None:
   """Raises where a mean of the leaves is not a mean of models."""
   metadata = checkpoint.source.metadata
-  file = pathlib.Path(metadata.path).parent / CONFIG
-  if '://' not in metadata.path and pathlib.Path(metadata.path).is_file():
-    quantization = _quantization(config_of(file)) if file.is_file() else None
+  if checkpoint.source.layout is None:
+    file = _next_to(metadata.path, [CONFIG])
+    quantization = _quantization(config_of(file)) if file else None
     if quantization:
       raise ValueError(
           f'{file} has quantization_config {str(quantization)[:200]}. '
@@ -98,9 +100,11 @@ def require_same_tokens(
       if x.shape[1:] == other.stored[name].shape[1:]
       if x.shape[0] != other.stored[name].shape[0]
   }
-  pair = (_vocabulary_next_to(c.source.metadata.path) for c in (first, other))
-  files = [file for file in pair if file is not None]
-  if len(files) < 2 or (not rows and filecmp.cmp(files[0], files[1], False)):
+  paths = [c.source.metadata.path for c in (first, other)]
+  files = [f for p in paths if (f := _next_to(p, _VOCABULARIES))]
+  if len(files) < 2 or first is other:
+    return
+  if not rows and files[0].read_bytes() == files[1].read_bytes():
     return
   tokens = list(map(_tokens_of, files))
   ids = {token: i for i, token in tokens[1].items()}
@@ -126,8 +130,12 @@ def require_same_tokens(
     )
 
 
-def _vocabulary_next_to(path: str) -> pathlib.Path | None:
-  files = (pathlib.Path(path).with_name(name) for name in _VOCABULARIES)
+def _next_to(path: str, names: Sequence[str]) -> Any:
+  """The first of these files that is next to weights, or None."""
+  if _files.is_remote(path):  # One question in place of several.
+    listed = {p.name: p for p in epath.Path(path).parent.iterdir()}
+    return next((listed[name] for name in names if name in listed), None)
+  files = (pathlib.Path(path).with_name(name) for name in names)
   return next((file for file in files if file.is_file()), None)
 
 

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _tree
+from jaxsoup.runtime import buckets
 from jaxsoup.typing import DType
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
@@ -31,6 +33,8 @@ ReadFn = Callable[[Index], np.ndarray]
 PutFn = Callable[[_tree.Path, int, np.ndarray], None]
 PatchFn = Callable[[pathlib.Path], contextlib.AbstractContextManager[PutFn]]
 
+# Of a file in a bucket, by any of its file systems: changes with its content.
+_VERSIONS = ('etag', 'ETag', 'blob_id', 'created')
 # An archive that unpacks to more was made to fill memory, not to hold arrays.
 _MOST_UNPACKED = 1 << 30
 _MOST_TIMES = 100
@@ -197,5 +201,14 @@ def parsing(path: PathLike) -> Iterator[None]:
 
 def state_of(*files: PathLike) -> str:
   """Sizes and times of files: changes when they are rewritten."""
-  stats = [os.stat(file) for file in files]
-  return ' '.join(f'{s.st_size}-{s.st_mtime_ns}' for s in stats)
+  return ' '.join(map(_state_of, files))
+
+
+def _state_of(file: PathLike) -> str:
+  if not _files.is_remote(file):
+    stat = os.stat(file)
+    return f'{stat.st_size}-{stat.st_mtime_ns}'
+  system, path = buckets.ranges_of(file)
+  info = system.info(path)
+  version = next((x for k in _VERSIONS if (x := info.get(k))), '')
+  return f'{info["size"]}-{version}'
