@@ -181,7 +181,7 @@ def test_revisions_and_paths(hub, tmp_path):
     'name, environment, said',
     [
         ('org/none', {}, 'org/none is neither a path here nor a model on'),
-        ('org/a@v3', {}, 'org/a@v3: the model has no such revision. Give a'),
+        ('org/a@v3', {}, 'org/a@v3 has no such revision. Give a branch'),
         ('org/gated', {}, 'org/gated is gated: ask for access on http'),
         ('org/gguf', {}, 'org/gguf on the Hugging Face hub holds no weights'),
         (

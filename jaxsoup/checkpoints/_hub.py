@@ -1,9 +1,4 @@
-"""Models on the Hugging Face hub, by their ids.
-
-```
-folder = _hub.local('ORG/NAME@REVISION')
-```
-"""
+"""Models on the Hugging Face hub, by their ids."""
 
 import os
 import pathlib
@@ -79,25 +74,21 @@ def _explain(error: Exception, path: PathLike, name: str) -> None:
 
   log_in = 'log in (hf auth login, or HF_TOKEN)'
   if isinstance(error, errors.GatedRepoError):
-    raise PermissionError(
-        f'{name} is gated: ask for access on {constants.ENDPOINT}/{name}, and '
-        f'{log_in}.'
-    ) from error
-  if isinstance(error, errors.RepositoryNotFoundError):
-    raise FileNotFoundError(
-        f'{path} is neither a path here nor a model on the Hugging Face hub '
-        f'that you may read. Correct the name; for a private model, {log_in}.'
-    ) from error
-  if isinstance(error, errors.RevisionNotFoundError):
-    raise FileNotFoundError(
-        f'{path}: the model has no such revision. Give a branch, a tag or a '
-        'commit after the @.'
-    ) from error
-  is_of_system = isinstance(error, OSError) and error.errno is not None
-  if not is_of_system and not isinstance(error, errors.HFValidationError):
+    said = f'is gated: ask for access on {constants.ENDPOINT}, and {log_in}'
+  elif isinstance(error, errors.RepositoryNotFoundError):
+    said = (
+        'is neither a path here nor a model on the Hugging Face hub that you '
+        f'may read. Correct the name; for a private model, {log_in}'
+    )
+  elif isinstance(error, errors.RevisionNotFoundError):
+    said = 'has no such revision. Give a branch, a tag or a commit after the @'
+  elif getattr(error, 'errno', None):  # Of the system, as a full disk.
+    return
+  else:
     reason = str(error.__cause__ or error).strip().split('\n')[0].rstrip('.')
-    raise ConnectionError(
-        f'{path} is not a path here, and was not downloaded from '
-        f'{constants.ENDPOINT} ({reason}). Check the connection, or download it'
-        f' where there is one: hf download {name}'
-    ) from error
+    said = (
+        f'is not a path here, and was not downloaded from {constants.ENDPOINT} '
+        f'({reason}). Check the connection, or download it where there is one: '
+        f'hf download {name}'
+    )
+  raise FileNotFoundError(f'{path} {said}.') from error

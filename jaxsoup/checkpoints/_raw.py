@@ -33,9 +33,8 @@ class Array(NamedTuple):
 
 
 class File:
-  """A file that is opened when it is first read, and closed with its owner.
-
-  Or one in a bucket, of which only what is wanted is read.
+  """A file, opened when it is first read and closed with its owner; or one in
+  a bucket.
   """
 
   def __init__(self, path: PathLike):
@@ -44,12 +43,6 @@ class File:
     self._bucket: tuple[Any, str] | None = None
     if _files.is_remote(path):
       self._bucket = buckets.ranges_of(path)
-
-  def size(self) -> int:
-    if self._bucket is None:
-      return os.stat(self._path).st_size
-    system, path = self._bucket
-    return system.info(path)['size']
 
   def bytes(self, start: int, size: int) -> bytes:
     array = np.empty(size, np.uint8)

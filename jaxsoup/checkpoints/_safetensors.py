@@ -19,6 +19,7 @@ from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _raw
 from jaxsoup.checkpoints import _sharded
 from jaxsoup.checkpoints import _source
+from jaxsoup.runtime import buckets
 from jaxsoup.typing import Config
 from jaxsoup.typing import DType
 from jaxsoup.typing import Json
@@ -102,7 +103,7 @@ def _header(
   """The tensors of one file, checked against its size; metadata of others,
   and our own.
   """
-  length = num_bytes = file.size()
+  length = num_bytes = buckets.stat(path)[0]
   if num_bytes >= 8:
     length = struct.unpack('<Q', file.bytes(0, 8))[0]
   if length > min(num_bytes - 8, _MOST_HEADER_BYTES):

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import math
-import os
 import pathlib
 import threading
 from typing import Any
@@ -18,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _tree
 from jaxsoup.runtime import buckets
@@ -33,8 +31,6 @@ ReadFn = Callable[[Index], np.ndarray]
 PutFn = Callable[[_tree.Path, int, np.ndarray], None]
 PatchFn = Callable[[pathlib.Path], contextlib.AbstractContextManager[PutFn]]
 
-# Of a file in a bucket, by any of its file systems: changes with its content.
-_VERSIONS = ('etag', 'ETag', 'blob_id', 'created')
 # An archive that unpacks to more was made to fill memory, not to hold arrays.
 _MOST_UNPACKED = 1 << 30
 _MOST_TIMES = 100
@@ -201,14 +197,5 @@ def parsing(path: PathLike) -> Iterator[None]:
 
 def state_of(*files: PathLike) -> str:
   """Sizes and times of files: changes when they are rewritten."""
-  return ' '.join(map(_state_of, files))
-
-
-def _state_of(file: PathLike) -> str:
-  if not _files.is_remote(file):
-    stat = os.stat(file)
-    return f'{stat.st_size}-{stat.st_mtime_ns}'
-  system, path = buckets.ranges_of(file)
-  info = system.info(path)
-  version = next((x for k in _VERSIONS if (x := info.get(k))), '')
-  return f'{info["size"]}-{version}'
+  stats = [buckets.stat(file) for file in files]
+  return ' '.join(f'{size}-{version}' for size, version in stats)

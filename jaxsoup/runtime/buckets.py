@@ -9,6 +9,7 @@ with buckets.local_copy(folder / 'log.jsonl') as file:
 
 from collections.abc import Iterator
 import contextlib
+import os
 import pathlib
 import shutil
 import tempfile
@@ -49,6 +50,16 @@ def ranges_of(path: PathLike) -> tuple[Any, str]:
   """
   # What others wrote since a folder was listed has to be seen.
   return fsspec.url_to_fs(str(path), use_listings_cache=False)
+
+
+def stat(file: PathLike) -> tuple[int, object]:
+  """Size of a file, here or in a bucket, and what changes with its content."""
+  if not _files.is_remote(file):
+    state = os.stat(file)
+    return state.st_size, state.st_mtime_ns
+  system, path = ranges_of(file)
+  info = system.info(path)
+  return info['size'], info.get('etag') or info.get('ETag')
 
 
 def remove(folder: Any) -> None:
