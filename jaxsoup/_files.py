@@ -20,6 +20,7 @@ from typing import Any
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Orbax and tensorstore write in their own threads, and raise ValueError.
 _SAID = ('No space left', 'File too large', 'quota exceeded')
+BUCKETS = ('gs://', 's3://', 'az://')
 _UNFINISHED = '.unfinished-'
 _LEFTOVER = re.compile(
     r'(.+)\.(?:unfinished-[0-9a-f]+|orbax-checkpoint-tmp.*)', re.DOTALL

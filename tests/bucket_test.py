@@ -1,6 +1,7 @@
 """A workdir in a bucket, through the protocol of Google Cloud Storage."""
 
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -8,10 +9,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
+from etils.epath import backend
+import fsspec
+from fsspec.registry import _registry
+import numpy as np
 import pytest
+import safetensors.numpy
+from typer import testing
 
+import jaxsoup
+from jaxsoup import checkpoints
+from jaxsoup import cli
+from jaxsoup.checkpoints import _pieces
 from jaxsoup.runtime import buckets
 from jaxsoup.runtime import locking
 
@@ -114,3 +126,196 @@ def test_addresses_that_are_not_of_buckets():
   # There are none there.
   with locking.locked('gs://bucket/.lock', 'gs://bucket'):
     pass
+
+
+class Fake(fsspec.AbstractFileSystem):
+  """A bucket in memory that remembers which ranges were read."""
+
+  protocol = ('gs', 'gcs')
+  files: dict[str, bytes] = {}
+  ranges: list[tuple[str, int, int]] = []
+  threads: set[int] = set()
+
+  def ls(self, path, detail=True, **_):
+    path = self._strip_protocol(path)
+    rows = {}
+    for name, data in self.files.items():
+      if name == path:
+        rows[name] = {'name': name, 'type': 'file', 'size': len(data),
+                      'etag': str(hash(data))}  # fmt: skip
+      elif name.startswith(f'{path}/'):
+        child = f'{path}/{name.removeprefix(path + "/").split("/")[0]}'
+        rows[child] = self.ls(child)[0] if child == name else {
+            'name': child, 'type': 'directory', 'size': 0}  # fmt: skip
+    if not rows:
+      raise FileNotFoundError(path)
+    return list(rows.values()) if detail else list(rows)
+
+  def cat_file(self, path, start=None, end=None, **_):
+    self.ranges.append((path, start, end))
+    self.threads.add(threading.get_ident())
+    return self.files[path][start:end]
+
+  def _open(self, path, mode='rb', **_):
+    assert mode == 'rb' and not path.endswith('.safetensors')
+    return io.BytesIO(self.files[path])
+
+
+@pytest.fixture
+def fake(monkeypatch):
+  clear = lambda: (
+      Fake.files.clear(), Fake.ranges.clear(), Fake.threads.clear(),
+      Fake.clear_instance_cache(),
+      backend.fsspec_backend._get_filesystem.cache_clear(),
+  )  # fmt: skip
+  for name in Fake.protocol:
+    monkeypatch.setitem(_registry, name, Fake)
+  clear()
+  yield Fake
+  clear()
+
+
+def model(k, dtype=np.float32):
+  rng = np.random.default_rng(k)
+  shapes = {'body.kernel': (400, 2000), 'head.bias': (3,), 'scale': ()}
+  return {n: rng.normal(size=s).astype(dtype) for n, s in shapes.items()}
+
+
+def mean(models):
+  return {n: np.mean([m[n] for m in models], axis=0) for n in models[0]}
+
+
+def test_safetensors_in_a_bucket_are_read_by_ranges(fake, tmp_path):
+  models = list(map(model, range(3)))
+  names = [f'b/{k}/model.safetensors' for k in range(3)]
+  for name, arrays in zip(names, models):
+    fake.files[name] = safetensors.numpy.save(arrays)
+  # A file, and directories.
+  paths = [f'gs://{names[0]}', 'gs://b/1', 'gs://b/2/']
+  ingredients = checkpoints.Ingredients(paths)
+  assert ingredients.paths == tuple(f'gs://{name}' for name in names)
+  sizes = {n: x.shape for n, x in models[0].items()}
+  stored = ingredients.stored(1)
+  assert {'.'.join(p): x.shape for p, x in stored.items()} == sizes
+  # So far the headers of the first and of this one.
+  expected = set()
+  for name in names[:2]:
+    header = 8 + int.from_bytes(fake.files[name][:8], 'little')
+    expected |= {(name, 0, 8), (name, 8, header)}
+  assert set(fake.ranges) == expected and len(fake.ranges) == 4
+  fake.ranges.clear()
+  # A part of a leaf, and no more.
+  next(ingredients.pieces(1, ('body', 'kernel')))
+  ((_, start, end),) = fake.ranges
+  assert end - start <= _pieces._PIECE_BYTES
+  assert end - start < models[0]['body.kernel'].nbytes
+  fake.ranges.clear()
+  fake.threads.clear()
+  out = checkpoints.save_average(tmp_path / 's.safetensors', ingredients)
+  expected = mean(models)
+  for name, x in safetensors.numpy.load_file(out).items():
+    np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-6)
+  # Each byte once, and in several threads.
+  of_each = {
+      name: [r[1:] for r in fake.ranges if r[0] == name] for name in names
+  }
+  for name, read in of_each.items():
+    assert sum(end - start for start, end in read) == len(fake.files[name])
+    assert len(read) == len(set(read))
+  assert len(fake.threads) > 1
+  soup = jaxsoup.uniform(ingredients)
+  np.testing.assert_allclose(
+      soup.params['head']['bias'], expected['head.bias'], rtol=1e-5
+  )
+
+
+def test_an_index_in_a_bucket(fake):
+  arrays = model(0)
+  parts = {'a.safetensors': ['body.kernel'], 'b.safetensors': ['head.bias']}
+  for file, names in parts.items():
+    part = {n: arrays[n] for n in names}
+    fake.files[f'b/m/{file}'] = safetensors.numpy.save(part)
+  places = {n: file for file, names in parts.items() for n in names}
+  index = json.dumps({'weight_map': places}).encode()
+  fake.files['b/m/model.safetensors.index.json'] = index
+  for path in ('gs://b/m', 'gs://b/m/model.safetensors.index.json'):
+    stored = checkpoints.Arrays(path)
+    assert list(stored) == ['body.kernel', 'head.bias']
+    np.testing.assert_array_equal(stored['head.bias'], arrays['head.bias'])
+  del fake.files['b/m/b.safetensors']
+  with pytest.raises(ValueError, match='gs://b/m/b.safetensors is missing'):
+    checkpoints.Ingredients(['gs://b/m'])[0]
+
+
+def test_what_is_checked_of_files_in_a_bucket(fake, tmp_path):
+  for k in range(2):
+    fake.files[f'b/{k}/model.safetensors'] = safetensors.numpy.save(model(k))
+  paths = ['gs://b/0', 'gs://b/1']
+  # A file that is rewritten is another one.
+  first = checkpoints.Ingredients(paths).identity(0)
+  assert checkpoints.Ingredients(paths).identity(0) == first
+  fake.files['b/0/model.safetensors'] = safetensors.numpy.save(model(7))
+  assert checkpoints.Ingredients(paths).identity(0) != first
+  # Tokens with other ids, and quantized weights.
+  for k, vocabulary in enumerate(({'a': 0, 'b': 1}, {'a': 1, 'b': 0})):
+    fake.files[f'b/{k}/vocab.json'] = json.dumps(vocabulary).encode()
+  with pytest.raises(ValueError, match="'a' has id 0 in gs://b/0/vocab.json"):
+    jaxsoup.uniform(checkpoints.Ingredients(paths))
+  config = b'{"quantization_config": {"bits": 4}}'
+  fake.files['b/0/config.json'] = config
+  with pytest.raises(ValueError, match='gs://b/0/config.json has quantization'):
+    jaxsoup.uniform(checkpoints.Ingredients(paths))
+  # A file that ends too early, and others.
+  whole = fake.files['b/1/model.safetensors']
+  fake.files['b/1/model.safetensors'] = whole[:-1]
+  with pytest.raises(ValueError, match='gs://b/1/model.safetensors cannot be'):
+    checkpoints.Ingredients(paths)[1]
+  fake.files['b/x.npz'] = b'PK'
+  with pytest.raises(ValueError, match='in a bucket without the ending .safe'):
+    checkpoints.Ingredients(['gs://b/x.npz'])
+
+
+def test_commands_read_from_a_bucket(fake, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  models = list(map(model, range(2)))
+  for k, arrays in enumerate(models):
+    fake.files[f'b/{k}.safetensors'] = safetensors.numpy.save(arrays)
+  paths = ['gs://b/0.safetensors', 'gs://b/1.safetensors']
+  invoke = lambda *args: testing.CliRunner().invoke(cli.app, args)
+  assert 'The checkpoints match.' in invoke('inspect', *paths, '--deep').output
+  out = ['--out', 's.safetensors']
+  done = invoke('soup', 'model-stock', *paths, '--init', paths[0], *out)
+  assert done.exit_code == 0, done.output
+  os.remove('s.safetensors')
+  done = invoke('soup', 'average', *paths, '--alpha', '0.25,0.75', *out)
+  assert done.exit_code == 0, done.output
+  made = safetensors.numpy.load_file('s.safetensors')
+  for name, x in made.items():
+    expected = 0.25 * models[0][name] + 0.75 * models[1][name]
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
+  own = checkpoints.provenance('s.safetensors')
+  assert [row['path'] for row in own['ingredients']] == paths
+  assert invoke('inspect', 'gs://b/2').exit_code == 1
+
+
+@pytest.mark.slow
+def test_safetensors_in_a_bucket_of_google(tmp_path, bucket):
+  models = list(map(model, range(2)))
+  paths = [f'gs://bucket/{k}/model.safetensors' for k in range(2)]
+  send = (
+      'import sys, pathlib, etils.epath as e\n'
+      'data = pathlib.Path(sys.argv[1]).read_bytes()\n'
+      'e.Path(sys.argv[2]).write_bytes(data)'
+  )
+  for path, arrays in zip(paths, models):
+    safetensors.numpy.save_file(arrays, tmp_path / 'model')
+    run([sys.executable, '-c', send, tmp_path / 'model', path], env=bucket)
+  main = [sys.executable, '-c', 'from jaxsoup import cli; cli.main()']
+  out = tmp_path / 'soup.safetensors'
+  run([*main, 'soup', 'uniform', *paths, '--out', out], env=bucket)
+  expected = mean(models)
+  for name, x in safetensors.numpy.load_file(out).items():
+    np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-6)
+  folders = ['gs://bucket/0', 'gs://bucket/1/']
+  said = run([*main, 'inspect', *folders, '--deep'], env=bucket).stdout
+  assert 'The checkpoints match.' in said

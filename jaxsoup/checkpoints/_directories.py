@@ -28,6 +28,7 @@ from jaxsoup.checkpoints import _card
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _formats
+from jaxsoup.checkpoints import _hub
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _pieces
 from jaxsoup.checkpoints import _refusals
@@ -41,15 +42,6 @@ from jaxsoup.typing import Params
 from jaxsoup.typing import PathLike
 from jaxsoup.typing import ShapeDtype
 
-# Files without weights that belong to a model. Others may be private.
-_OF_A_MODEL = (
-    'config.json', '*_config.json', 'modules.json', 'LICENSE*', 'NOTICE*',
-    'config_sentence_transformers.json',
-    'tokenizer*.json', 'tokenizer.model', 'spiece.model', '*.tiktoken',
-    'sentencepiece*.model', 'vocab.*', 'merges.txt', 'special_tokens_map.json',
-    'added_tokens.json', 'chat_template*', 'configuration_*.py',
-    'modeling_*.py', 'tokenization_*.py', '*processing_*.py',
-)  # fmt: skip
 _MOST_BYTES = 100_000_000
 _MODULES = 'modules.json'  # Of sentence-transformers.
 # What may differ between the configs of one model.
@@ -347,7 +339,7 @@ def _of_model(own: pathlib.Path) -> Iterator[str]:
   files = [f for x in ('', *_modules(own)) for f in sorted((own / x).iterdir())]
   for file in files:
     if (
-        any(fnmatch.fnmatch(file.name, pattern) for pattern in _OF_A_MODEL)
+        any(fnmatch.fnmatch(file.name, pattern) for pattern in _hub.OF_A_MODEL)
         and file.resolve().is_relative_to(model)
         and file.is_file()
         and file.stat().st_size <= _MOST_BYTES

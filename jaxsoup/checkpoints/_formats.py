@@ -10,8 +10,10 @@ import re
 
 from etils import epath
 
+from jaxsoup import _files
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _equinox
+from jaxsoup.checkpoints import _hub
 from jaxsoup.checkpoints import _keras
 from jaxsoup.checkpoints import _msgpack
 from jaxsoup.checkpoints import _npz
@@ -27,9 +29,7 @@ OpenFn = Callable[[pathlib.Path, str | None, _tree.Flat | None], _source.Source]
 
 # Formats by the endings of their files.
 _FORMATS: dict[tuple[str, ...], OpenFn] = {
-    ('.safetensors', '.safetensors.index.json'): (
-        lambda path, *_: _safetensors.open_source(path)
-    ),
+    _safetensors.ENDINGS: lambda path, *_: _safetensors.open_source(path),
     ('.npz',): lambda path, *_: _npz.open_source(path),
     _torch.ENDINGS: lambda path, item, _: _torch.open_source(path, item),
     ('.msgpack',): lambda path, *_: _msgpack.open_source(path),
@@ -70,6 +70,7 @@ def resolve(path: PathLike, item: str | None = None) -> str:
   For paths as `Ingredients` takes them. A FileNotFoundError if there is no
   finished checkpoint, a ValueError if nothing tells which of several is meant.
   """
+  path = _hub.local(path)
   if file := find(path) or _of_flax(path):
     return str(file)
   root = _orbax.absolute(path)
@@ -89,8 +90,8 @@ def resolve(path: PathLike, item: str | None = None) -> str:
 
 def find(path: PathLike) -> pathlib.Path | None:
   """The file to open, if the path is one or a directory of Hugging Face."""
-  if '://' in str(path):
-    return None
+  if _files.is_remote(path):
+    return _safetensors.find(epath.Path(path))
   path = pathlib.Path(path).absolute()
   if path.is_file():
     return path if _open_fn(path) else None
@@ -176,7 +177,7 @@ def _not_read(path: PathLike) -> ValueError:
 def _kind_of(path: PathLike) -> str:
   """What else a file may be."""
   if '://' in str(path):
-    return 'a file in a bucket'
+    return 'a file in a bucket without the ending .safetensors'
   path = pathlib.Path(path)
   if path.is_dir():
     return 'a directory of TensorFlow'
@@ -219,7 +220,10 @@ def _opened(
     resolved, item=None, abstract=None, is_whole=False
 ) -> _source.Source:
   path = pathlib.Path(resolved)
-  if '://' in resolved or path.is_dir():
+  is_remote = _files.is_remote(resolved)
+  if is_remote and resolved.endswith(_safetensors.ENDINGS):
+    return _safetensors.open_source(epath.Path(resolved))
+  if is_remote or path.is_dir():
     open_step = _orbax.open_whole if is_whole else _orbax.open_source
     return open_step(epath.Path(resolved))
   if (open_fn := _open_fn(path)) is None:

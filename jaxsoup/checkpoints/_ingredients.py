@@ -21,6 +21,7 @@ from jaxsoup import _tree
 from jaxsoup import _warnings
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _formats
+from jaxsoup.checkpoints import _hub
 from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _orbax_files
 from jaxsoup.checkpoints import _refusals
@@ -82,7 +83,9 @@ class Ingredients(Sequence[Params]):
         `.pth.tar`, `.pt`, `.bin`, `.ckpt`), Keras (`.keras`, `.weights.h5`) or
         Equinox (`.eqx`; torch or h5py must be installed for its files); a
         `.msgpack` or `checkpoint_N` of flax. Of several `checkpoint_N`, or
-        `checkpoint-N` of a Trainer, the latest is taken.
+        `checkpoint-N` of a Trainer, the latest is taken. Or a model on the
+        Hugging Face hub, `ORG/NAME` or `ORG/NAME@REVISION`, unless a folder ORG
+        is here (huggingface_hub must be installed).
       abstract_params: parameters as `jax.ShapeDtypeStruct` (from
         `jax.eval_shape`, see also `sharding.fsdp`): what to read, in which
         container, dtypes and shardings. Each process reads what its devices
@@ -115,6 +118,7 @@ class Ingredients(Sequence[Params]):
     """
     if isinstance(paths, (str, bytes)) or not hasattr(paths, '__len__'):
       raise TypeError(f'paths must be a list of paths, not {paths!r}.')
+    paths = list(map(_hub.local, paths))
     self._given = [_orbax.absolute(path) for path in paths]
     self.paths = tuple(_formats.resolve(path, item) for path in paths)
     self.item = item
@@ -325,6 +329,7 @@ class Ingredients(Sequence[Params]):
     """Other checkpoints with the same options, but without a template."""
     others = copy.copy(self)
     vars(others).pop('_common', None)
+    paths = list(map(_hub.local, paths))
     others._given = [_orbax.absolute(path) for path in paths]
     others.paths = tuple(_formats.resolve(path, self.item) for path in paths)
     others._abstract, others._pending = None, None

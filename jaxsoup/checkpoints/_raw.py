@@ -15,6 +15,8 @@ import numpy as np
 
 from jaxsoup import _files
 from jaxsoup.checkpoints import _source
+from jaxsoup.runtime import buckets
+from jaxsoup.typing import PathLike
 
 
 class Array(NamedTuple):
@@ -31,22 +33,40 @@ class Array(NamedTuple):
 
 
 class File:
-  """A file that is opened when it is first read, and closed with its owner."""
+  """A file, opened when it is first read and closed with its owner; or one in
+  a bucket.
+  """
 
-  def __init__(self, path: pathlib.Path | str):
+  def __init__(self, path: PathLike):
     self._path = str(path)
     self._number: int | None = None
+    self._bucket: tuple[Any, str] | None = None
+    if _files.is_remote(path):
+      self._bucket = buckets.ranges_of(path)
+
+  def bytes(self, start: int, size: int) -> bytes:
+    array = np.empty(size, np.uint8)
+    self.read(array, start)
+    return array.tobytes()
 
   def read(self, array: np.ndarray, start: int) -> None:
     """Fills an array with the bytes of the file from `start` on."""
-    if self._number is None:
-      self._number = os.open(self._path, os.O_RDONLY)
     buffer = array.reshape(-1).view(np.uint8).data
     while buffer:
-      num_read = os.preadv(self._number, [buffer], start)
+      num_read = self._read_some(buffer, start)
       if not num_read:
         raise _source.damaged(self._path, 'it ends too early')
       buffer, start = buffer[num_read:], start + num_read
+
+  def _read_some(self, buffer: memoryview, start: int) -> int:
+    if self._bucket is not None:
+      system, path = self._bucket
+      part = system.cat_file(path, start, start + len(buffer))
+      buffer[: len(part)] = part
+      return len(part)
+    if self._number is None:
+      self._number = os.open(self._path, os.O_RDONLY)
+    return os.preadv(self._number, [buffer], start)
 
   def __del__(self, close: Any = os.close):  # At exit modules go before us.
     if self._number is not None:

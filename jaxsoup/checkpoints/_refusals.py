@@ -1,11 +1,14 @@
 """What cannot be averaged, although its structure fits."""
 
+from collections.abc import Sequence
 import pathlib
 import re
 from typing import Any
 
+from etils import epath
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checkpoint
@@ -31,9 +34,9 @@ _DEQUANTIZE = (
 def require_averageable(checkpoint: _checkpoint.Checkpoint) -> None:
   """Raises where a mean of the leaves is not a mean of models."""
   metadata = checkpoint.source.metadata
-  file = pathlib.Path(metadata.path).parent / CONFIG
-  if '://' not in metadata.path and pathlib.Path(metadata.path).is_file():
-    quantization = _quantization(config_of(file)) if file.is_file() else None
+  if checkpoint.source.layout is None:
+    file = next_to(metadata.path, [CONFIG])
+    quantization = _quantization(config_of(file)) if file else None
     if quantization:
       raise ValueError(
           f'{file} has quantization_config {str(quantization)[:200]}. '
@@ -83,6 +86,15 @@ def _quantization(config: Any) -> Any:
     return None
   own = config.get('quantization_config') or config.get('compression_config')
   return own or next(filter(None, map(_quantization, config.values())), None)
+
+
+def next_to(path: str, names: Sequence[str]) -> Any:
+  """The first of these files that is next to weights, or None."""
+  if _files.is_remote(path):  # One question in place of several.
+    listed = {p.name: p for p in epath.Path(path).parent.iterdir()}
+    return next((listed[name] for name in names if name in listed), None)
+  files = (pathlib.Path(path).with_name(name) for name in names)
+  return next((file for file in files if file.is_file()), None)
 
 
 def config_of(file: pathlib.Path) -> Json:

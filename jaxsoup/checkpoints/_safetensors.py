@@ -19,6 +19,7 @@ from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _raw
 from jaxsoup.checkpoints import _sharded
 from jaxsoup.checkpoints import _source
+from jaxsoup.runtime import buckets
 from jaxsoup.typing import Config
 from jaxsoup.typing import DType
 from jaxsoup.typing import Json
@@ -36,13 +37,14 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _INDEX = '.safetensors' + _sharded.ENDING
+ENDINGS = ('.safetensors', _INDEX)
 _MOST_HEADER_BYTES = 100_000_000  # The limit of the format.
 
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
   """The file to open: the index or the only `.safetensors` in a directory."""
   if path.is_file():
-    return path if path.name.endswith(('.safetensors', _INDEX)) else None
+    return path if path.name.endswith(ENDINGS) else None
   # A pipe or a device of that name would be read for ever.
   files_like = lambda x: sorted(p for p in path.glob(x) if p.is_file())
   indices = files_like('*' + _INDEX)
@@ -67,7 +69,8 @@ def open_source(path: pathlib.Path) -> _source.Source:
 
 
 def _open_file(path: pathlib.Path) -> _source.Source:
-  arrays, texts, own = _header(path)
+  file = _raw.File(path)
+  arrays, texts, own = _header(path, file)
   stored = own.get('checksums') or {}
   # A name that was changed by damage has no checksum.
   if odd := [n for n in arrays if stored and n not in stored]:
@@ -86,7 +89,6 @@ def _open_file(path: pathlib.Path) -> _source.Source:
       },
       identity=own.get('content_hash') or _source.state_of(path),
   )
-  file = _raw.File(path)
   return _source.Source(
       metadata,
       reader_fn=lambda p: _raw.reader(by_path[p], file.read),
@@ -96,18 +98,17 @@ def _open_file(path: pathlib.Path) -> _source.Source:
 
 
 def _header(
-    file: pathlib.Path,
+    path: pathlib.Path, file: _raw.File
 ) -> tuple[dict[str, _raw.Array], dict[str, str], Json]:
   """The tensors of one file, checked against its size; metadata of others,
   and our own.
   """
-  num_bytes = file.stat().st_size
-  with file.open('rb') as f:
-    start = f.read(8)
-    length = struct.unpack('<Q', start)[0] if len(start) == 8 else num_bytes
-    if length > min(num_bytes - 8, _MOST_HEADER_BYTES):
-      raise _source.damaged(file, f'its header declares {length:,} bytes')
-    header = f.read(length)
+  length = num_bytes = buckets.stat(path)[0]
+  if num_bytes >= 8:
+    length = struct.unpack('<Q', file.bytes(0, 8))[0]
+  if length > min(num_bytes - 8, _MOST_HEADER_BYTES):
+    raise _source.damaged(path, f'its header declares {length:,} bytes')
+  header = file.bytes(8, length)
   try:
     rows = _json.parsed(header, object_pairs_hook=_without_repeats)
     metadata = dict(rows.pop('__metadata__', None) or {})
@@ -121,7 +122,7 @@ def _header(
     dtypes = {str(row['dtype']): n for n, row in rows.items()}
     unknown = sorted(dtypes.keys() - _DTYPES)
     tensors = {
-        n: _tensor(str(file), 8 + length, row)
+        n: _tensor(str(path), 8 + length, row)
         for n, row in rows.items()
         if row['dtype'] not in unknown
     }
@@ -130,15 +131,15 @@ def _header(
   except (
       AttributeError, KeyError, RecursionError, TypeError, ValueError
   ) as e:  # fmt: skip
-    raise _source.damaged(file, f'its header is wrong: {e}') from e
+    raise _source.damaged(path, f'its header is wrong: {e}') from e
   if unknown:  # Of less than a byte, or later than this reader.
     raise ValueError(
-        f'{file} cannot be read: {dtypes[unknown[0]]!r} has dtype '
+        f'{path} cannot be read: {dtypes[unknown[0]]!r} has dtype '
         f'{unknown[0]!r}, which is not supported. Convert it to one of '
         f'{", ".join(_DTYPES)}.'
     )
   if not tensors:
-    raise _source.damaged(file, 'it holds no arrays')
+    raise _source.damaged(path, 'it holds no arrays')
   return tensors, metadata, own
 
 

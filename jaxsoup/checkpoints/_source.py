@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import math
-import os
 import pathlib
 import threading
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 
 from jaxsoup import _json
 from jaxsoup import _tree
+from jaxsoup.runtime import buckets
 from jaxsoup.typing import DType
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
@@ -210,5 +210,5 @@ def parsing(path: PathLike) -> Iterator[None]:
 
 def state_of(*files: PathLike) -> str:
   """Sizes and times of files: changes when they are rewritten."""
-  stats = [os.stat(file) for file in files]
-  return ' '.join(f'{s.st_size}-{s.st_mtime_ns}' for s in stats)
+  stats = [buckets.stat(file) for file in files]
+  return ' '.join(f'{size}-{version}' for size, version in stats)

@@ -1,6 +1,5 @@
 """Which token a row of the embeddings belongs to."""
 
-import filecmp
 import pathlib
 import re
 
@@ -26,9 +25,11 @@ def require_same_tokens(
       if x.shape[1:] == other.stored[name].shape[1:]
       if x.shape[0] != other.stored[name].shape[0]
   }
-  pair = (_vocabulary_next_to(c.source.metadata.path) for c in (first, other))
-  files = [file for file in pair if file is not None]
-  if len(files) < 2 or (not rows and filecmp.cmp(files[0], files[1], False)):
+  paths = dict.fromkeys(c.source.metadata.path for c in (first, other))
+  files = [f for p in paths if (f := _refusals.next_to(p, _VOCABULARIES))]
+  if len(files) < 2:
+    return
+  if not rows and files[0].read_bytes() == files[1].read_bytes():
     return
   tokens = list(map(_tokens_of, files))
   ids = {token: i for i, token in tokens[1].items()}
@@ -61,7 +62,7 @@ def align(first: _checkpoint.Checkpoint, other: _checkpoint.Checkpoint) -> None:
   Raises a ValueError unless both have the same tokens.
   """
   paths = [c.source.metadata.path for c in (first, other)]
-  files = map(_vocabulary_next_to, paths)
+  files = [_refusals.next_to(path, _VOCABULARIES) for path in paths]
   by_id = [sorted(_tokens_of(file).items()) if file else [] for file in files]
   wanted, own = ({token: i for i, token in tokens} for tokens in by_id)
   odd = sorted(wanted.keys() ^ own.keys())
@@ -109,11 +110,6 @@ def _rows_of_tokens(checkpoint, num_ids: int) -> tuple[int, list[_tree.Path]]:
         + (f', but {", ".join(others[:3])} may have.' if others else '.')
     )
   return size, list(leaves)
-
-
-def _vocabulary_next_to(path: str) -> pathlib.Path | None:
-  files = (pathlib.Path(path).with_name(name) for name in _VOCABULARIES)
-  return next((file for file in files if file.is_file()), None)
 
 
 def _tokens_of(file: pathlib.Path) -> dict[int, str]:

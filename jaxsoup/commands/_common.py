@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 from typing import Annotated
+from typing import Any
 from typing import NoReturn
 import warnings
 
@@ -30,9 +31,8 @@ def local_path(text: str | pathlib.Path) -> pathlib.Path:
   """A path of this machine: `gs://...` would become a folder of that name."""
   if '://' in str(text):
     raise typer.BadParameter(
-        f'{text} is an address: commands read and write local paths. Copy it '
-        'here, or read a bucket (gs://) from Python: '
-        'jaxsoup.checkpoints.Ingredients.'
+        f'{text} is an address: give a local path. Only RUN, and --init of '
+        'jaxsoup soup, may be in a bucket (gs://, s3://, az://).'
     )
   try:
     str(text).encode()
@@ -44,12 +44,22 @@ def local_path(text: str | pathlib.Path) -> pathlib.Path:
   return pathlib.Path(text)
 
 
+def checkpoint(text: str | pathlib.Path) -> Any:
+  """A path of this machine, or of a bucket, from which it is read."""
+  if not str(text).startswith(_files.BUCKETS):
+    return local_path(text)
+  from etils import epath
+
+  return epath.Path(text)
+
+
 Runs = Annotated[
     list[pathlib.Path],
     typer.Argument(
         metavar='RUN',
-        parser=local_path,
-        help='Checkpoints or run directories.',
+        parser=checkpoint,
+        help='Checkpoints or run directories, also in buckets (gs://); or '
+        'models on the Hugging Face hub (ORG/NAME, ORG/NAME@REVISION).',
         show_default=False,
     ),
 ]

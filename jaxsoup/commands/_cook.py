@@ -44,6 +44,7 @@ def cook(
       _common.echo(distributed.banner(order.out), err=True)
     import jax
 
+    from jaxsoup.checkpoints import _hub
     from jaxsoup.experiments import stopping
     from jaxsoup.runtime import preemption
 
@@ -52,6 +53,7 @@ def cook(
     is_main = jax.process_index() == 0
     held = _common.held(order.out) if is_main else contextlib.nullcontext()
     with preemption.handled() as stop, held:
+      order = order._replace(runs=list(map(_hub.local, order.runs)))
       _refuse_adapters(order.runs)
       options: Any = {
           'item': order.item,

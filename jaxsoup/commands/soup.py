@@ -95,7 +95,7 @@ def model_stock(
     init: Annotated[
         pathlib.Path,
         typer.Option(
-            parser=_common.local_path,
+            parser=_common.checkpoint,
             help='Checkpoint that all runs were fine-tuned from.',
         ),
     ],

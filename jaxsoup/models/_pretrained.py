@@ -17,6 +17,7 @@ import re
 from typing import Any
 from typing import NamedTuple
 
+from etils import epath
 from flax import nnx
 import jax
 
@@ -296,7 +297,7 @@ def _config_next_to(path: str) -> Json:
 
 
 def _json_next_to(path: str, name: str) -> Json:
-  file = pathlib.Path(path)
+  file = epath.Path(path)
   config = file.with_name(name)
   if not config.is_file():
     return {}

@@ -9,12 +9,14 @@ with buckets.local_copy(folder / 'log.jsonl') as file:
 
 from collections.abc import Iterator
 import contextlib
+import os
 import pathlib
 import shutil
 import tempfile
 from typing import Any
 
 from etils import epath
+import fsspec
 
 from jaxsoup import _files
 from jaxsoup import _processes
@@ -31,7 +33,7 @@ def path_of(path: PathLike) -> Any:
   if not _files.is_remote(path):
     return pathlib.Path(path)
   address = str(path)
-  if not address.startswith(('gs://', 's3://', 'az://')):
+  if not address.startswith(_files.BUCKETS):
     raise ValueError(
         f'{address} is not the address of a bucket: expected gs://, s3:// or '
         'az://, or a path of this machine.'
@@ -39,6 +41,25 @@ def path_of(path: PathLike) -> Any:
   place = epath.Path(address)
   place.exists()  # It names the package that is missing.
   return place
+
+
+def ranges_of(path: PathLike) -> tuple[Any, str]:
+  """A file system whose `cat_file` reads ranges of a file, and its path there.
+
+  Threads may read at the same time.
+  """
+  # What others wrote since a folder was listed has to be seen.
+  return fsspec.url_to_fs(str(path), use_listings_cache=False)
+
+
+def stat(file: PathLike) -> tuple[int, object]:
+  """Size of a file, here or in a bucket, and what changes with its content."""
+  if not _files.is_remote(file):
+    state = os.stat(file)
+    return state.st_size, state.st_mtime_ns
+  system, path = ranges_of(file)
+  info = system.info(path)
+  return info['size'], info.get('etag') or info.get('ETag')
 
 
 def remove(folder: Any) -> None:
