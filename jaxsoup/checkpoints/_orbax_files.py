@@ -186,9 +186,10 @@ def write(
   try:
     with _processes.together():
       if _processes.is_main():
-        for other in final.parent.glob(f'{final.name}{_RESUMABLE}*'):
-          if resume is not None and other != unfinished:
-            other.rmtree()  # Of other ingredients.
+        if resume is not None:
+          for other in final.parent.glob(f'{final.name}{_RESUMABLE}*'):
+            if other != unfinished:
+              other.rmtree()  # Of other ingredients.
         root.mkdir(parents=True, exist_ok=True)
         _write_root_file(root, layout, {})
         for array in arrays.values():

@@ -293,7 +293,7 @@ def new_path(path: PathLike) -> pathlib.Path:
   root: Any = _orbax.absolute(path)
   if not _files.is_remote(path):
     root = pathlib.Path(root)
-  if root.exists() or root.is_symlink():
+  if root.exists() or os.path.lexists(root):
     raise FileExistsError(
         f'{root} exists and is not overwritten. Delete it, or give another '
         'path.'
