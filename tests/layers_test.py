@@ -50,14 +50,14 @@ LAYERS = (
 BASIC = {'jax', 'numpy', 'jaxsoup'}
 FLAX = BASIC | {'flax', 'optax', 'ml_collections'}
 ALLOWED = (
-    BASIC | {'etils', 'rich', 'tensorboardX'},
+    BASIC | {'etils', 'fsspec', 'rich', 'tensorboardX'},
     BASIC | {'optax', 'scipy'},
     BASIC
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'scipy', 'tensorstore'}
-    | {'h5py', 'msgpack', 'torch', 'xxhash'},
+    | {'h5py', 'huggingface_hub', 'msgpack', 'torch', 'xxhash'},
     BASIC
-    | {'PIL', 'absl', 'flax', 'grain', 'scipy', 'sentencepiece', 'sklearn'}
-    | {'tensorflow_datasets', 'tokenizers'},
+    | {'PIL', 'absl', 'etils', 'flax', 'grain', 'scipy', 'sentencepiece'}
+    | {'sklearn', 'tensorflow_datasets', 'tokenizers'},
     FLAX | {'etils', 'orbax'},
     FLAX | {'absl', 'rich'},
     FLAX | {'absl'},

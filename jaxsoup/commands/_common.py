@@ -48,9 +48,10 @@ def checkpoint(text: str | pathlib.Path) -> Any:
   """A path of this machine, or of a bucket, from which it is read."""
   if not str(text).startswith(_files.BUCKETS):
     return local_path(text)
-  from etils import epath
+  from jaxsoup.runtime import buckets
 
-  return epath.Path(text)
+  with failures():
+    return buckets.path_of(text)
 
 
 Runs = Annotated[
