@@ -348,9 +348,9 @@ def test_reading_while_a_mesh_is_set(runs):
 def reads(monkeypatch):
   """The checkpoints whose arrays were read, in order."""
   seen = []
-  original = _checkpoint.Checkpoint.unverified
+  original = _checkpoint.Checkpoint.stored_reader
 
-  def unverified(self, name):
+  def stored_reader(self, name):
     read = original(self, name)
 
     def read_and_tell(index):
@@ -361,7 +361,7 @@ def reads(monkeypatch):
 
     return read_and_tell
 
-  monkeypatch.setattr(_checkpoint.Checkpoint, 'unverified', unverified)
+  monkeypatch.setattr(_checkpoint.Checkpoint, 'stored_reader', stored_reader)
   return seen
 
 
@@ -558,9 +558,9 @@ def test_every_flipped_byte_is_found(tmp_path):
 
 
 def test_other_values_under_our_checksums_are_named(runs, monkeypatch):
-  original = _checkpoint.Checkpoint.unverified
+  original = _checkpoint.Checkpoint.stored_reader
 
-  def unverified(self, name):
+  def stored_reader(self, name):
     def read(index):
       piece = np.array(original(self, name)(index))
       if name == ('body', 'bias'):
@@ -569,7 +569,7 @@ def test_other_values_under_our_checksums_are_named(runs, monkeypatch):
 
     return read
 
-  monkeypatch.setattr(_checkpoint.Checkpoint, 'unverified', unverified)
+  monkeypatch.setattr(_checkpoint.Checkpoint, 'stored_reader', stored_reader)
   with pytest.raises(ValueError, match="Leaf 'body/bias' of .*run0 is damaged"):
     checkpoints.Ingredients(runs)[0]
 

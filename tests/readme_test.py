@@ -29,6 +29,7 @@ BLOCK = re.compile(r'^```(python|bash)\n(.*?)^```', re.DOTALL | re.MULTILINE)
 
 # Programs that are not started, and why.
 NOT_RUN = {
+    'owners': 'makes the environments of other libraries',
     'cd': 'the next command is looked at, wherever it runs',
     'curl': 'fetches from the net',
     'export': 'of what gcloud takes',

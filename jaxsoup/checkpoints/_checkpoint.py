@@ -162,8 +162,12 @@ class Checkpoint:
       return self.unverified(name)
     return self._adder(name, sums)
 
+  def stored_reader(self, name: _tree.Path) -> _source.ReadFn:
+    """Reads a part of a leaf as it is stored."""
+    return self.source.reader_fn(self.places[name])
+
   def _adder(self, name: _tree.Path, sums: Sums) -> _source.ReadFn:
-    read = self.source.reader_fn(self.places[name])
+    read = self.stored_reader(name)
     columns = self.stored[name].shape[1:]
     row_bytes = self.stored[name].dtype.itemsize * math.prod(columns)
 
@@ -178,7 +182,7 @@ class Checkpoint:
 
   def unverified(self, name: _tree.Path) -> _source.ReadFn:
     """The same, without verifying its checksum."""
-    read, order = self.source.reader_fn(self.places[name]), self.orders
+    read, order = self.stored_reader(name), self.orders
     return _source.reordered(read, order[name]) if name in order else read
 
   def verify(self, name: _tree.Path, sums: Sums) -> None:

@@ -65,7 +65,10 @@ class File:
       buffer[: len(part)] = part
       return len(part)
     if self._number is None:
-      self._number = os.open(self._path, os.O_RDONLY)
+      try:
+        self._number = os.open(self._path, os.O_RDONLY)
+      except FileNotFoundError as e:
+        raise _source.damaged(self._path, 'it is gone') from e
     return os.preadv(self._number, [buffer], start)
 
   def __del__(self, close: Any = os.close):  # At exit modules go before us.
