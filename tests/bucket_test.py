@@ -116,7 +116,9 @@ def test_a_workdir_in_a_bucket_is_one_of_this_machine(tmp_path, bucket):
       env=bucket,
   ).stdout  # fmt: skip
   rows = [json.loads(line) for line in lines.split('\n') if line]
-  assert [row['run'] for row in rows if 'held_out' in row][-2:] == [1, 2]
+  # Those of the killed process were lost with it.
+  runs = [row['run'] for row in rows if 'held_out' in row]
+  assert runs in ([0, 1, 2], [1, 2], [2])
 
 
 def test_addresses_that_are_not_of_buckets():

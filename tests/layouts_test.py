@@ -251,7 +251,7 @@ def test_a_train_state_keeps_its_statistics(tmp_path):
     with manager_of(tmp_path / f'run{k}') as manager:
       manager.save(1, args=ocp.args.StandardSave(state))
   said = soup(tmp_path)
-  assert 'Left out: opt_state (9 arrays), step (1 arrays).' in said
+  assert 'Left out: opt_state (9 arrays), step (1 array).' in said
   with manager_of(tmp_path / 'soup') as manager:
     restored = manager.restore(1)
   assert restored.pop('dynamic_scale') is None

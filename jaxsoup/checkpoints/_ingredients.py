@@ -321,7 +321,9 @@ class Ingredients(Sequence[Params]):
   def left_out(self) -> list[str]:
     """What the first checkpoint holds in addition to what is read, as text."""
     first = self._checkpoint(0)
-    said = [f'{k} ({n} arrays)' for k, n in first.left_out().items()]
+    said = [
+        f'{k} ({n} array{"s" * (n > 1)})' for k, n in first.left_out().items()
+    ]
     items = first.source.layout.items() if first.source.layout else []
     return said + [f'item {p.name}' for p in items if _orbax_files.is_tree(p)]
 

@@ -159,6 +159,7 @@ def _show(soup, ingredients, order, recipe) -> None:
     rows = dict(zip(ingredients.paths, map(float, alpha)))
     content = {
         'out': str(order.out), 'recipe': recipe, 'alpha': rows, 'score': score,
+        'left_out': ingredients.left_out(),
     }  # fmt: skip
     typer.echo(json.dumps(content))
     return

@@ -128,10 +128,10 @@ def statistics_fns(
 ) -> dict[str, ParamsFn]:
   """The ways to give a soup running statistics; none without BatchNorm.
 
-  averaged: with the coefficients of the soup, as all other parameters
-  first: those of the best single model, `best_fn()`
-  re-estimated: of `config.num_batch_norm_batches` training batches, augmented
-    as those of the runs, see `jaxsoup.models.batch_norm`
+  - 'averaged': with the coefficients of the soup, as all other parameters;
+  - 'first': those of the best single model, `best_fn()`;
+  - 're-estimated': of `config.num_batch_norm_batches` training batches,
+    augmented as those of the runs, see `jaxsoup.models.batch_norm`.
 
   Returns:
     Functions of parameters, by name; first `config.batch_norm`, the way that
