@@ -352,7 +352,9 @@ def finished(name, tmp_path, *overrides):
   """Test data and logits of a short experiment, and its exported soup."""
   config = f'{CONFIGS / name}:runlocal'
   folder = tmp_path / 'run'
+  off = ['is_diagnosed=False', 'num_pairs=0', 'num_points=0']
   overrides = [*overrides, '--config.sweep.num_runs=2']
+  overrides += [f'--config.landscape.{setting}' for setting in off]
   options = [f'--config={config}', f'--workdir={folder}', *overrides]
   assert main.main([*options, '--export']) == 0
   exported = sorted(x.name for x in folder.glob('exported/*'))

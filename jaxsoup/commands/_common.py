@@ -54,8 +54,9 @@ def checkpoint(text: str | pathlib.Path) -> Any:
     return buckets.path_of(text)
 
 
+# Paths of this machine or of a bucket, which typer would make local ones.
 Runs = Annotated[
-    list[pathlib.Path],
+    list[Any],
     typer.Argument(
         metavar='RUN',
         parser=checkpoint,

@@ -93,8 +93,9 @@ def average(alpha: _options.Alpha, plan: _options.Plan = None) -> Asked:
 @_command
 def model_stock(
     init: Annotated[
-        pathlib.Path,
+        Any,
         typer.Option(
+            metavar='PATH',
             parser=_common.checkpoint,
             help='Checkpoint that all runs were fine-tuned from.',
         ),
