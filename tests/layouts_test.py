@@ -494,8 +494,8 @@ def test_plan_of_models_that_are_not_here(tmp_path):
   assert result.exit_code == 0, result.output
   cost = json.loads(result.output)
   assert cost['read'] == 8 * num_bytes and cost['written'] == num_bytes
-  # A piece is at least a row; it is held as read, in float32 and as a product.
-  assert cost['held'] == 3 * 2 * width * hidden
+  # A piece is at least a row: as read and as written, its sum and a product.
+  assert cost['held'] == (2 + 2 + 4 + 4) * width * hidden
   # Leaves are not cut, so that shares are not quite equal.
   assert 1 <= cost['of_a_host'] / (9 * num_bytes / 16) < 1.2
   text = testing.CliRunner().invoke(cli.app, command).output

@@ -89,14 +89,18 @@ class Source(NamedTuple):
 
 
 _scratch = threading.local()
+_MOST_KEPT = 32 << 20
 
 
 def scratch(name: str, shape: Sequence[int], dtype: DType) -> np.ndarray:
-  """Memory of this thread that is reused: fresh pages are slow.
+  """Memory of this thread that is reused, unless it is large: fresh pages are
+  slow.
 
   It has any values, and is good until the next call with this name.
   """
   size = math.prod(shape) * np.dtype(dtype).itemsize
+  if size > _MOST_KEPT:
+    return np.empty(shape, dtype)
   memory = vars(_scratch).get(name)
   if memory is None or memory.size < size:
     memory = vars(_scratch)[name] = np.empty(size, np.uint8)

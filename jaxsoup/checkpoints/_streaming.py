@@ -202,8 +202,12 @@ class Average:
     ]
 
   def _plan(self, name: _tree.Path) -> list[tuple[_source.Index, int]]:
-    # The wide sum, and one ingredient's piece.
-    return [(index, 3 * size) for index, size in self._template.plan(name)]
+    # A piece of one ingredient and of the soup; the wide sum and a product.
+    stored = self._template.stored[name].dtype.itemsize
+    wide = self._wide[name].itemsize if name in self._wide else stored
+    times = 2 * (stored + wide) / stored
+    plan = self._template.plan(name)
+    return [(index, int(times * size)) for index, size in plan]
 
   def _verify(self, name: _tree.Path) -> None:
     for k in self._members(name):
