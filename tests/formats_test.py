@@ -691,3 +691,43 @@ def test_a_directory_of_tensorflow(tmp_path):
   (tmp_path / 'saved_model.pb').write_bytes(b'\x08\1')
   code, said = inspect(tmp_path)
   assert code == 1 and 'seems to be a directory of TensorFlow, which' in said
+
+
+def test_soups_in_the_formats_of_their_runs(tmp_path):
+  """NumPy verifies the checksums of an archive when it reads it."""
+  for k in range(2):
+    np.savez(tmp_path / f'{k}.npz', a=np.full((3, 2), k, 'f'), n=np.arange(3))
+  runs = [tmp_path / f'{k}.npz' for k in range(2)]
+  path = checkpoints.save_average(
+      tmp_path / 'soup.npz', checkpoints.Ingredients(runs)
+  )
+  soup = np.load(path)
+  np.testing.assert_array_equal(soup['a'], np.full((3, 2), 0.5))
+  np.testing.assert_array_equal(soup['n'], np.arange(3))
+  assert checkpoints.load(path).alpha.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.reference
+def test_a_soup_of_equinox(tmp_path):
+  eqx = pytest.importorskip('equinox')
+  make = lambda k: eqx.nn.Linear(2, 3, key=jax.random.key(k))
+  models = list(map(make, range(2)))
+  runs = [tmp_path / f'{k}.eqx' for k in range(2)]
+  for run, model in zip(runs, models):
+    eqx.tree_serialise_leaves(run, model)
+  is_array = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+  abstract = eqx.filter(eqx.filter_eval_shape(make, 0), is_array)
+  ingredients = checkpoints.Ingredients(runs, abstract)
+  path = checkpoints.save_average(tmp_path / 'soup.eqx', ingredients)
+  soup = eqx.tree_deserialise_leaves(path, models[0])
+  for name in ('weight', 'bias'):
+    first, other, mean = (getattr(m, name) for m in (*models, soup))
+    np.testing.assert_array_equal(mean, (first + other) / 2)
+
+
+def test_a_bare_array_in_msgpack(tmp_path):
+  serialization = pytest.importorskip('flax.serialization')
+  array = np.ones(3, np.float32)
+  (tmp_path / 'a.msgpack').write_bytes(serialization.to_bytes(array))
+  read = checkpoints.Ingredients([tmp_path / 'a.msgpack'])[0]
+  np.testing.assert_array_equal(read, array)

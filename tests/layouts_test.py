@@ -436,6 +436,25 @@ def test_an_average_goes_on_where_it_was_killed(tmp_path, monkeypatch):
   }
 
 
+def test_what_is_left_of_another_selection_is_not_used(tmp_path, monkeypatch):
+  """Its leaves have the same names and shapes, and other values."""
+  for k in range(2):
+    tree = {'params': params_of(k), 'ema_params': params_of(k + 5)}
+    ocp.PyTreeCheckpointer().save(tmp_path / f'run{k}', tree)
+  runs = [tmp_path / f'run{k}' for k in range(2)]
+  average = lambda item: checkpoints.save_average(
+      tmp_path / 'soup', checkpoints.Ingredients(runs, item=item), resume=True
+  )
+  with monkeypatch.context() as patched:
+    patched.setattr(_orbax_files.Written, 'clear', lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      average('ema_params')
+  assert list(tmp_path.glob('soup.resumable-*'))
+  average(None)
+  restored = ocp.PyTreeCheckpointer().restore(tmp_path / 'soup')
+  assert_mean(restored['params'], [params_of(0), params_of(1)])
+
+
 def test_what_is_left_of_other_ingredients_goes(tmp_path):
   for k in range(2):
     checkpoints.save(tmp_path / f'run{k}', params_of(k))

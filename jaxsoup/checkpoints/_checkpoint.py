@@ -94,7 +94,7 @@ class Checkpoint:
             p
             for p, leaf in leaves.items()
             if p[1:] == target[1:]
-            and p[0] != target[0]
+            and p[:1] != target[:1]
             and re.search('(^|_)ema(_|$)', p[0])
             and leaf.shape == leaves[target].shape
         ]
@@ -105,7 +105,8 @@ class Checkpoint:
     """Numbers of leaves that a soup does not have, by their first key."""
     kept = set(self.targets.values())
     stored = self.source.metadata.leaves
-    return dict(collections.Counter(p[0] for p in stored if p not in kept))
+    firsts = (_tree.name_of(p[:1]) for p in stored if p not in kept)
+    return dict(collections.Counter(firsts))
 
   def part(self, names: Sequence[_tree.Path]) -> 'Checkpoint':
     """The same with these leaves only, in nested dicts."""
@@ -310,7 +311,7 @@ def _model_of(
   """
   trees: dict[str, dict[_tree.Path, Any]] = {}
   for path, place in stored.items():
-    trees.setdefault(path[:1][0], {})[path[1:]] = leaves[place].shape
+    trees.setdefault('/'.join(path[:1]), {})[path[1:]] = leaves[place].shape
   main = next((key for key in _MODELS if key in trees), None)
   if main is None or main == 'model' and not any(map(_is_optimizer, trees)):
     return dict(stored)
@@ -327,7 +328,7 @@ def _model_of(
 
 
 def _is_optimizer(key: str) -> bool:
-  return bool(re.fullmatch(r'opt(_state|imizer(_state|_variables)?)?', key))
+  return bool(re.fullmatch(r'opt(im)?|opt_.*|optimizer.*', key))
 
 
 def _matches(
@@ -348,7 +349,7 @@ def _matches(
 def _chosen(prefixes: Sequence[_tree.Path]) -> Sequence[_tree.Path]:
   """The places that are meant: one, or several if nothing tells which."""
   # Moments of an optimizer have the shapes of the parameters.
-  is_moment = lambda p: any(key.startswith('opt') for key in p)
+  is_moment = lambda p: any(map(_is_optimizer, p))
   outside = [p for p in prefixes if not is_moment(p)]
   params = [p for p in outside if 'params' in p]
   if () in prefixes:

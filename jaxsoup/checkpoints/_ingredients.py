@@ -279,6 +279,13 @@ class Ingredients(Sequence[Params]):
     step = max(map(self._step, range(len(self))), key=number)
     return layout._replace(step=step), first.targets
 
+  def meaning(self) -> list[Any]:
+    """What an average of these reads: identities, and how they are read."""
+    first = self._checkpoint(0)
+    read = sorted(map(list, first.places.values()))
+    options = [self.item, self.whole, self._ignore, self._align_tokens]
+    return [*map(self.identity, range(len(self))), options, read]
+
   def file_at(self, path: pathlib.Path) -> pathlib.Path | None:
     """The file of a soup at a path that is a copy of the first ingredient's
     with other values; None if that has another format.

@@ -247,12 +247,11 @@ def save_average(
     >>> load(path).params
     {'w': Array([1.5, 1. ], dtype=float32)}
   """
-  num = len(ingredients)
   _warn_of_modules(ingredients)
   ingredients = ingredients.unsharded()
   streamed, soup_fn = streamed_soup(ingredients, alpha)
   own_fn = lambda: own_of(soup_fn(), ingredients, metadata)
-  what: list[Any] = [ingredients.identity(k) for k in range(num)]
+  what = ingredients.meaning()
   what += [np.asarray(x).tolist() for x in jax.tree.leaves(alpha)]
   what += [(p, str(x.dtype), x.shape) for p, x in streamed.leaves.items()]
   key = hashlib.blake2b(json.dumps(what).encode(), digest_size=6).hexdigest()

@@ -165,7 +165,9 @@ def _show(soup, ingredients, order, recipe) -> None:
     return
   left_out = ingredients.left_out()
   if left_out:
-    _common.echo(f'Left out: {", ".join(left_out)}. --whole keeps them.')
+    is_copy = ingredients.file_at(order.out.absolute()) is not None
+    said = 'As in the first run' if is_copy else 'Left out'
+    _common.echo(f'{said}: {", ".join(left_out)}. --whole averages them.')
   for path, value in zip(ingredients.paths, alpha):
     _common.echo(f'{value:8.4f}  {path}')
   if isinstance(soup.alpha, dict):
