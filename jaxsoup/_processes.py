@@ -94,7 +94,7 @@ def together() -> Iterator[None]:
 
 
 def merged(texts: dict[str, str]) -> dict[str, str]:
-  """What all processes know together."""
+  """The entries of all processes in one dict."""
   if jax.process_count() == 1:
     return texts
   own = json.dumps(texts).encode()
@@ -107,7 +107,7 @@ def merged(texts: dict[str, str]) -> dict[str, str]:
 def share_of(
     sizes: Mapping[_T, int], number: int, num_processes: int
 ) -> list[_T]:
-  """Those of many parts that one of several processes works on.
+  """The parts that one of several processes works on.
 
   The largest ones first, each goes to the process with the least so far.
   """

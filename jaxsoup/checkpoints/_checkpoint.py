@@ -83,10 +83,10 @@ class Checkpoint:
       return usual
     return self.places
 
-  def twins(self) -> dict[_tree.Path, list[_tree.Path]]:
-    """Moving averages of each leaf in the file, by its name: a soup is its own.
+  def moving_averages(self) -> dict[_tree.Path, list[_tree.Path]]:
+    """Where the file has moving averages of each leaf, by its name.
 
-    Where other leaves stay as they are, owners may load them in its place.
+    A soup replaces them too, because some owners load them by preference.
     """
     leaves = self.source.metadata.leaves
     return {

@@ -23,7 +23,7 @@ from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _hub
 from jaxsoup.checkpoints import _orbax
-from jaxsoup.checkpoints import _orbax_files
+from jaxsoup.checkpoints import _orbax_layout
 from jaxsoup.checkpoints import _refusals
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _streaming
@@ -280,15 +280,15 @@ class Ingredients(Sequence[Params]):
     return layout._replace(step=step), first.targets
 
   def meaning(self) -> list[Any]:
-    """What an average of these reads: identities, and how they are read."""
+    """All that decides what an average of these is, apart from alpha."""
     first = self._checkpoint(0)
     read = sorted(map(list, first.places.values()))
     options = [self.item, self.whole, self._ignore, self._align_tokens]
     return [*map(self.identity, range(len(self))), options, read]
 
   def file_at(self, path: pathlib.Path) -> pathlib.Path | None:
-    """The file of a soup at a path that is a copy of the first ingredient's
-    with other values; None if that has another format.
+    """Where a copy of the first ingredient's file goes, for a soup at this path;
+    None if that soup is not to be such a copy.
     """
     source, given = self._checkpoint(0).source, pathlib.Path(self._given[0])
     file = pathlib.Path(source.metadata.path)
@@ -307,11 +307,11 @@ class Ingredients(Sequence[Params]):
     first = self._checkpoint(0)
     shutil.copyfile(first.source.metadata.path, file)
     assert first.source.patch_fn is not None
-    twins = first.twins()
+    averages = first.moving_averages()
     with first.source.patch_fn(file) as put:
 
       def put_all(name, start, piece):
-        for place in (first.targets[name], *twins[name]):
+        for place in (first.targets[name], *averages[name]):
           put(place, start, piece)
 
       yield put_all
@@ -332,7 +332,7 @@ class Ingredients(Sequence[Params]):
         f'{k} ({n} array{"s" * (n > 1)})' for k, n in first.left_out().items()
     ]
     items = first.source.layout.items() if first.source.layout else []
-    return said + [f'item {p.name}' for p in items if _orbax_files.is_tree(p)]
+    return said + [f'item {p.name}' for p in items if _orbax_layout.is_tree(p)]
 
   def of(self, paths: Sequence[PathLike]) -> 'Ingredients':
     """Other checkpoints with the same options, but without a template."""

@@ -18,7 +18,7 @@ from jaxsoup import _json
 from jaxsoup import _tree
 from jaxsoup import _warnings
 from jaxsoup.checkpoints import _checksum
-from jaxsoup.checkpoints import _orbax_files
+from jaxsoup.checkpoints import _orbax_layout
 from jaxsoup.checkpoints import _raw
 from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Array
@@ -29,7 +29,7 @@ from jaxsoup.typing import PathLike
 
 # A directory with this file holds one pytree, written by Orbax v0, by v1
 # (below `state/`) or a CheckpointManager (below `STEP/ITEM/`).
-_PYTREE_FILE = _orbax_files.TREE_FILE
+_PYTREE_FILE = _orbax_layout.TREE_FILE
 _UNFINISHED = '.orbax-checkpoint-tmp'
 # What is looked at before a directory is too large to be a run's.
 _MOST_DIRECTORIES = 10_000
@@ -97,7 +97,7 @@ def _resolve(
     children = {
         name: resolved
         for name, resolved in children.items()
-        if resolved.parent != path or _orbax_files.is_tree(resolved)
+        if resolved.parent != path or _orbax_layout.is_tree(resolved)
     }
   if item and item.partition('/')[0] in children:
     return children[item.partition('/')[0]]
@@ -110,7 +110,7 @@ def _resolve(
     # Where a step has the file that Orbax writes last in a bucket, steps that
     # lack it are not finished, for Orbax neither.
     marked = {
-        n for n in steps if (path / str(n) / _orbax_files.COMMITTED).exists()
+        n for n in steps if (path / str(n) / _orbax_layout.COMMITTED).exists()
     }
     return steps[max(marked or steps)]
   for usual in ('params', 'model_params', 'state', 'default', 'pytree'):
@@ -146,7 +146,7 @@ def _siblings(path: epath.Path) -> str:
 def open_whole(path: epath.Path) -> _source.Source:
   """Opens all trees of a step as one, their names before their paths."""
   source = open_source(path)
-  others = filter(_orbax_files.is_tree, source.layout.items())
+  others = filter(_orbax_layout.is_tree, source.layout.items())
   sources = {p.name: open_source(p) for p in (path, *others)}
   if len(sources) == 1:
     return source
@@ -180,9 +180,9 @@ def open_source(path: epath.Path) -> _source.Source:
     layout = _json.parsed((path / _PYTREE_FILE).read_bytes())
     rows = list(layout['tree_metadata'].values())
     stored = {
-        _orbax_files.path_of(row)
+        _orbax_layout.path_of(row)
         for row in rows
-        if not _orbax_files.is_empty(row)
+        if not _orbax_layout.is_empty(row)
     }
     described = _describe(path)
     custom = dict(described.get('custom_metadata') or {})
@@ -228,7 +228,7 @@ def open_source(path: epath.Path) -> _source.Source:
     return max(chunk[0], 1)
 
   _check_described(metadata)
-  place = _orbax_files.Layout.of(path, layout)
+  place = _orbax_layout.Layout.of(path, layout)
   return _source.Source(metadata, reader_of, rows_of, layout=place)
 
 
@@ -317,7 +317,7 @@ def _kvstore(path: epath.Path) -> str | dict[str, str]:
 def _describe(path: epath.Path) -> Json:
   """`_CHECKPOINT_METADATA`, which a manager writes one level up."""
   for directory in (path, path.parent):
-    file = directory / _orbax_files.ROOT_FILE
+    file = directory / _orbax_layout.ROOT_FILE
     if file.exists():
       return _json.parsed(file.read_bytes())
   return {}

@@ -18,11 +18,8 @@ import json
 import math
 import os
 import pathlib
-import re
 import time
 from typing import Any
-from typing import NamedTuple
-from typing import TypeVar
 
 from etils import epath
 import jax
@@ -33,17 +30,14 @@ from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checksum
+from jaxsoup.checkpoints import _orbax_layout
 from jaxsoup.typing import Array
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
 from jaxsoup.typing import ShapeDtype
 
-TREE_FILE = '_METADATA'
-ROOT_FILE = '_CHECKPOINT_METADATA'
-COMMITTED = 'commit_success.txt'
 _SHARDING = '_sharding'
-_ARRAYS = 'array_metadatas'
 _STRINGS = '_strings.json'
 _RESUMABLE = '.resumable-'
 _WRITTEN = 'written-{}.jsonl'
@@ -58,86 +52,6 @@ _CHUNK_BYTES = 64 << 20
 _MOST_COPIED = 10 << 20
 
 PutFn = Callable[[_tree.Path, int, Array], None]
-_T = TypeVar('_T')
-
-
-class Layout(NamedTuple):
-  """Where a tree lies in an Orbax checkpoint, and what is said of it there.
-
-  Attributes:
-    root: the directory of the checkpoint or step; None without a source.
-    item: the directory of the tree below it, such as 'default', or ''.
-    step: where the root lies in its run, for a `CheckpointManager`; or ''.
-    rows: the rows of `_METADATA`, by the path of their leaf.
-    custom: what the owner stored with the tree.
-    parts: if this is a whole step, the layouts of its items, by the first key
-      of their leaves.
-  """
-
-  root: epath.Path | None = None
-  item: str = ''
-  step: str = ''
-  rows: Mapping[_tree.Path, Json] = {}
-  custom: Config | None = None
-  parts: Mapping[str, 'Layout'] = {}
-
-  @classmethod
-  def of(cls, tree: epath.Path, content: Json) -> 'Layout':
-    """That of a tree, whose `_METADATA` has this content."""
-    is_root = (tree / ROOT_FILE).exists() or not (
-        tree.parent / ROOT_FILE
-    ).exists()
-    root, item = (tree, '') if is_root else (tree.parent, tree.name)
-    # Steps of a manager have an item; those of flax have a name of their own.
-    pattern = r'checkpoint_\d+' if is_root else r'(.*[_-])?\d+'
-    return cls(
-        root=root,
-        item=item,
-        step=root.name if re.fullmatch(pattern, root.name) else '',
-        rows={path_of(row): row for row in content['tree_metadata'].values()},
-        custom=content.get('custom_metadata'),
-    )
-
-  def arrays(self) -> dict[str, Json]:
-    """What `array_metadatas` says of each array, by its name."""
-    folder = self.root and self.root / self.item / _ARRAYS
-    files = sorted(folder.iterdir()) if folder and folder.exists() else []
-    rows = [
-        row['array_metadata']
-        for file in files
-        for row in _json.parsed(file.read_bytes())['array_metadatas']
-    ]
-    return {row['param_name']: row for row in rows}
-
-  def is_key(self, path: _tree.Path) -> bool:
-    """Whether Orbax makes PRNG keys of an array of integers."""
-    row = self.arrays().get('.'.join(path), {})
-    return bool((row.get('ext_metadata') or {}).get('random_key_impl'))
-
-  def items(self) -> list[epath.Path]:
-    """The other directories of the step: further trees, JSON, iterators."""
-    own = {self.item, *self.parts} - {''}
-    if self.root is None or not own:
-      return []
-    others = (p for p in self.root.iterdir() if p.is_dir())
-    return sorted(p for p in others if p.name not in own)
-
-  def trees(self, arrays: Mapping[_tree.Path, _T]) -> list[Any]:
-    """Each tree: its layout, and its arrays by their path in it."""
-    if not self.parts:
-      return [(self, dict(arrays))]
-    return [
-        (part, {p[1:]: x for p, x in arrays.items() if p[0] == name})
-        for name, part in self.parts.items()
-    ]
-
-
-BARE = Layout()
-
-
-def path_of(row: Json) -> _tree.Path:
-  """The path of a leaf, from its row in `_METADATA`."""
-  return tuple(str(key['key']) for key in row['key_metadata'])
 
 
 def write(
@@ -145,7 +59,7 @@ def write(
     leaves: Mapping[_tree.Path, ShapeDtype],
     own_fn: Callable[[], Config],
     fill_fn: Callable[[PutFn, 'Written'], None],
-    layout: Layout = BARE,
+    layout: _orbax_layout.Layout = _orbax_layout.BARE,
     resume: str | None = None,
 ) -> None:
   """Writes a checkpoint; it gets its name when it is complete.
@@ -213,7 +127,9 @@ def write(
         _write_root_file(root, layout, own)
         _copy_others(root, layout)
         written.clear()
-        (root / COMMITTED).write_text('The checkpoint is complete.\n')
+        (root / _orbax_layout.COMMITTED).write_text(
+            'The checkpoint is complete.\n'
+        )
         if unfinished != final:
           unfinished.rename(final)
   except BaseException as e:
@@ -391,15 +307,21 @@ def is_spread(leaf: Any) -> bool:
 
 
 def _describe(
-    tree: epath.Path, arrays: Mapping[_tree.Path, _Array], layout: Layout
+    tree: epath.Path,
+    arrays: Mapping[_tree.Path, _Array],
+    layout: _orbax_layout.Layout,
 ) -> None:
   """What Orbax reads of a tree: its keys, and for a source its shardings."""
   stored = layout.rows.items()
-  left_out = {p[:1] for p, x in stored if p not in arrays and not is_empty(x)}
+  left_out = {
+      p[:1]
+      for p, x in stored
+      if p not in arrays and not _orbax_layout.is_empty(x)
+  }
   rows = {
       p: row
       for p, row in stored
-      if p in arrays or is_empty(row) and p[:1] not in left_out
+      if p in arrays or _orbax_layout.is_empty(row) and p[:1] not in left_out
   }
   rows |= {p: _new_row(p) for p in arrays if p not in rows}
   content = {
@@ -409,7 +331,7 @@ def _describe(
       'store_array_data_equal_to_fill_value': True,
       'custom_metadata': layout.custom,
   }
-  (tree / TREE_FILE).write_text(json.dumps(content))
+  (tree / _orbax_layout.TREE_FILE).write_text(json.dumps(content))
   names = {'.'.join(p): array.chunks for p, array in arrays.items()}
   if described := layout.arrays():
     kept = [
@@ -417,9 +339,9 @@ def _describe(
         for name, row in described.items()
         if name in names
     ]
-    (tree / _ARRAYS).mkdir()
+    (tree / _orbax_layout.ARRAYS).mkdir()
     content = {'array_metadatas': [{'array_metadata': row} for row in kept]}
-    (tree / _ARRAYS / 'process_0').write_text(json.dumps(content))
+    (tree / _orbax_layout.ARRAYS / 'process_0').write_text(json.dumps(content))
   file = layout.root and layout.root / layout.item / _SHARDING
   if file and file.exists():
     known = _json.parsed(file.read_bytes())
@@ -431,11 +353,6 @@ def _describe(
     file.copy(tree / _STRINGS)
 
 
-def is_empty(row: Json) -> bool:
-  """Whether no array belongs to it: optax's `EmptyState`, a string."""
-  return is_text(row) or bool(row['value_metadata'].get('skip_deserialize'))
-
-
 def _new_row(path: _tree.Path) -> Json:
   return {
       'key_metadata': [{'key': key, 'key_type': 2} for key in path],
@@ -445,15 +362,17 @@ def _new_row(path: _tree.Path) -> Json:
   }
 
 
-def _write_root_file(root: epath.Path, layout: Layout, own: Json) -> None:
+def _write_root_file(
+    root: epath.Path, layout: _orbax_layout.Layout, own: Json
+) -> None:
   """`_CHECKPOINT_METADATA`, with what is stored with the arrays."""
   described: Json = {'item_handlers': _HANDLER, 'custom_metadata': {}}
-  file = layout.root and layout.root / ROOT_FILE
+  file = layout.root and layout.root / _orbax_layout.ROOT_FILE
   if file and file.exists():
     described = _json.parsed(file.read_bytes())
   handlers = described.get('item_handlers')
   if isinstance(handlers, dict):
-    others = (p.name for p in layout.items() if not is_tree(p))
+    others = (p.name for p in layout.items() if not _orbax_layout.is_tree(p))
     kept = {layout.item, *layout.parts, *others}
     handlers = {name: x for name, x in handlers.items() if name in kept}
   custom = dict(described.get('custom_metadata') or {})
@@ -470,32 +389,16 @@ def _write_root_file(root: epath.Path, layout: Layout, own: Json) -> None:
           **({'jaxsoup': _json.sealed(own)} if own else {}),
       },
   }
-  (root / ROOT_FILE).write_text(json.dumps(content))
+  (root / _orbax_layout.ROOT_FILE).write_text(json.dumps(content))
 
 
-def is_tree(item: epath.Path) -> bool:
-  """Whether an item of a step holds arrays, and not settings."""
-  try:
-    content = _json.parsed((item / TREE_FILE).read_bytes())
-    rows = content['tree_metadata'].values()
-    kinds = {row['value_metadata'].get('value_type') for row in rows}
-  except (AttributeError, KeyError, OSError, TypeError, ValueError):
-    return False
-  return not kinds <= {'string', 'scalar'}
-
-
-def is_text(row: Json) -> bool:
-  """Whether a leaf is a string, which Orbax keeps apart from the arrays."""
-  return row['value_metadata'].get('value_type') == 'string'
-
-
-def _copy_others(root: epath.Path, layout: Layout) -> None:
+def _copy_others(root: epath.Path, layout: _orbax_layout.Layout) -> None:
   """Copies what describes the step of the source: small files, JSON items."""
   if layout.root is None or not (layout.item or layout.parts):
     return
   files = [p for p in layout.root.iterdir() if p.is_file()]
   for item in layout.items():
-    files += [] if is_tree(item) else _files_below(item)
+    files += [] if _orbax_layout.is_tree(item) else _files_below(item)
   for file in files:
     new = root / file.relative_to(layout.root)
     if not new.exists() and file.stat().length <= _MOST_COPIED:

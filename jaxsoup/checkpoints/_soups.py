@@ -28,6 +28,7 @@ from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _orbax_files
+from jaxsoup.checkpoints import _orbax_layout
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _streaming
@@ -186,7 +187,7 @@ def _write_orbax(
   """Writes a soup as its ingredients are stored; all processes take part."""
   layout, targets = ingredients.targets() if ingredients else (None, {})
   if layout is None or targets.keys() != leaves.keys():
-    layout, targets = _orbax_files.BARE, {p: p for p in leaves}
+    layout, targets = _orbax_layout.BARE, {p: p for p in leaves}
 
   def fill_fn(put_fn, written):
     put = lambda name, start, piece: put_fn(targets[name], start, piece)

@@ -74,7 +74,7 @@ class Source(NamedTuple):
       good until the same thread reads again. Threads may read at the same time.
     rows_fn: `path -> int`: how many rows are the least that can be read.
     separator: of the keys of a path, in the names of the format.
-    layout: of an Orbax checkpoint: an `_orbax_files.Layout`.
+    layout: of an Orbax checkpoint: an `_orbax_layout.Layout`.
     patch_fn: of a file that can be copied with other values in place of its
       own: opens the copy, and yields a `PutFn`. Files that an index lists are
       copied next to that of the index.

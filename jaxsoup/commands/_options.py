@@ -138,8 +138,8 @@ Plan = Annotated[
         '--plan',
         metavar='HOSTS',
         min=1,
-        help='Only tell what this would read, write and hold on so many hosts, '
-        'one process on each, and how long it would take.',
+        help='Print what this would read, write and hold with one process on '
+        'each of HOSTS hosts, and how long it would take. Makes no soup.',
         show_default=False,
     ),
 ]
