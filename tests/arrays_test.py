@@ -5,10 +5,10 @@ import json
 import pathlib
 import pickle
 import struct
-import subprocess
 import sys
 import zipfile
 
+import _damaging
 import hypothesis
 from hypothesis import strategies as st
 import jax
@@ -362,36 +362,6 @@ def test_any_bytes(tmp_path_factory, content):
     read_all(path)
 
 
-# In a process of its own: a crash would take the tests with it.
-CHILD = """
-import pathlib, resource, sys
-import numpy as np
-import arrays_test
-from jaxsoup import checkpoints
-try:
-  import torch
-except ImportError:
-  pass
-folder = pathlib.Path(sys.argv[1])
-arrays_test.read_all(folder / 'whole.npz')
-used = int(open('/proc/self/statm').read().split()[0]) * 4096
-limit = used + (600 << 20)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-rng = np.random.default_rng(0)
-for path in sorted(folder.iterdir()):
-  content = path.read_bytes()
-  changed = folder / f'changed{path.suffix}'
-  for _ in range(int(sys.argv[2])):
-    new = np.frombuffer(content, np.uint8).copy()
-    places = rng.integers(0, new.size, rng.integers(1, 5))
-    new[places] ^= 1 << rng.integers(0, 8, places.size).astype(np.uint8)
-    end = new.size if rng.random() < 0.8 else rng.integers(0, new.size)
-    changed.write_bytes(new[:end].tobytes())
-    arrays_test.read_all(changed)
-print('survived')
-"""
-
-
 def test_no_damage_crashes_or_takes_all_memory(tmp_path):
   for suffix in FORMATS:
     if suffix == 'pth':
@@ -404,13 +374,7 @@ def test_no_damage_crashes_or_takes_all_memory(tmp_path):
       write(tmp_path / f'whole.{suffix}', arrays_of())
   bomb = npy(FLOATS % (1 << 30), b'')
   (tmp_path / 'bomb.npz').write_bytes(npz(x=bomb))
-  result = subprocess.run(
-      [sys.executable, '-c', CHILD, str(tmp_path), '150'],
-      capture_output=True,
-      text=True,
-      cwd=pathlib.Path(__file__).parent,
-  )
-  assert result.stdout == 'survived\n', result.stderr[-3000:]
+  _damaging.survives('arrays_test', tmp_path, 150)
 
 
 @pytest.mark.parametrize(

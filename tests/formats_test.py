@@ -5,11 +5,11 @@ import io
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import warnings
 import zipfile
 
+import _damaging
 import flax
 from flax import serialization
 from flax.training import checkpoints as flax_checkpoints
@@ -543,46 +543,15 @@ def test_a_compressed_archive_of_keras(tmp_path):
     assert code == 1 and words in said
 
 
-# In a process of its own: a crash would take the tests with it.
-CHILD = """
-import pathlib, resource, sys
-import numpy as np
-import formats_test
-folder = pathlib.Path(sys.argv[1])
-content = (folder / 'x.weights.h5').read_bytes()
-formats_test.read_all(folder / 'x.weights.h5')
-used = int(open('/proc/self/statm').read().split()[0]) * 4096
-limit = used + (600 << 20)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-rng = np.random.default_rng(0)
-changed = folder / 'changed.weights.h5'
-for _ in range(int(sys.argv[2])):
-  new = np.frombuffer(content, np.uint8).copy()
-  places = rng.integers(0, new.size, rng.integers(1, 5))
-  new[places] ^= 1 << rng.integers(0, 8, places.size).astype(np.uint8)
-  end = new.size if rng.random() < 0.8 else rng.integers(0, new.size)
-  changed.write_bytes(new[:end].tobytes())
-  formats_test.read_all(changed)
-print('survived')
-"""
-
-
 def test_no_damage_of_hdf5_crashes(tmp_path):
   h5py = pytest.importorskip('h5py')
-  with h5py.File(tmp_path / 'x.weights.h5', 'w') as f:
+  with h5py.File(tmp_path / 'whole.weights.h5', 'w') as f:
     for name in ('a', 'b', 'optimizer'):
       f[f'{name}/vars/0'] = np.ones((2, 3), np.float32)
       f[f'{name}/vars'].attrs['name'] = name
     f['b/vars/1'] = np.ones(3, jnp.bfloat16).view('V2')
     f['b/vars/1'].attrs['dtype'] = 'bfloat16'  # HDF5 hangs if it is damaged.
-  result = subprocess.run(
-      [sys.executable, '-c', CHILD, str(tmp_path), '1000'],
-      capture_output=True,
-      text=True,
-      cwd=pathlib.Path(__file__).parent,
-      timeout=300,
-  )
-  assert result.stdout == 'survived\n', result.stderr[-3000:]
+  _damaging.survives('formats_test', tmp_path, 1000)
 
 
 # --- Equinox ------------------------------------------------------------------

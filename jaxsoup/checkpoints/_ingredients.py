@@ -287,7 +287,7 @@ class Ingredients(Sequence[Params]):
     return [*map(self.identity, range(len(self))), options, read]
 
   def file_at(self, path: pathlib.Path) -> pathlib.Path | None:
-    """Where a copy of the first ingredient's file goes, for a soup at this path;
+    """Where a copy of the first ingredient's file goes for a soup at this path;
     None if that soup is not to be such a copy.
     """
     source, given = self._checkpoint(0).source, pathlib.Path(self._given[0])
