@@ -34,7 +34,8 @@ def main() -> None:
     if path.name.startswith('whole'):
       read_all(path)
   used = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * 4096
-  limit = used + (600 << 20)
+  # Addresses, of which each thread that reads takes many.
+  limit = used + (2 << 30)
   resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
   rng = np.random.default_rng(0)
   for path in paths:
