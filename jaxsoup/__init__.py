@@ -28,14 +28,12 @@ if TYPE_CHECKING:
   from jaxsoup import sharding as sharding
   from jaxsoup import statistics as statistics
   from jaxsoup import studies as studies
+  from jaxsoup import trajectory as trajectory
   from jaxsoup import typing as typing
   from jaxsoup._checked import check_compatible as check_compatible
   from jaxsoup._mixing import mix as mix
   from jaxsoup._mixing import stack as stack
   from jaxsoup._recipes._average import average as average
-  from jaxsoup._recipes._average import ema as ema
-  from jaxsoup._recipes._average import lawa as lawa
-  from jaxsoup._recipes._average import swa as swa
   from jaxsoup._recipes._average import uniform as uniform
   from jaxsoup._recipes._greedy import greedy as greedy
   from jaxsoup._recipes._interpolate import interpolate as interpolate
@@ -53,7 +51,7 @@ __version__ = '0.1.0'
 _EXPORTS = {
     '_checked': ('check_compatible',),
     '_mixing': ('mix', 'stack'),
-    '_recipes._average': ('average', 'ema', 'lawa', 'swa', 'uniform'),
+    '_recipes._average': ('average', 'uniform'),
     '_recipes._greedy': ('greedy',),
     '_recipes._interpolate': ('interpolate',),
     '_recipes._learned': ('hyperplane', 'learned'),
@@ -74,6 +72,7 @@ _MODULES = (
     'sharding',
     'statistics',
     'studies',
+    'trajectory',
     'typing',
 )
 __all__ = sorted([*sum(_EXPORTS.values(), ()), *_MODULES])

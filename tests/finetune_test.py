@@ -340,13 +340,13 @@ def keeper(kept):
 
 @pytest.mark.slow
 def test_copies_are_kept(config, model, theta_0, data):
-  phase = config.finetune.to_dict() | dict(ema=(0.9,), keep_epochs=(1,))
+  phase = config.finetune.to_dict() | dict(ema=(0.9,), keep_steps=(5,))
   kept = {}
   last = loop.train(model, phase, theta_0, RUNS[:2], data, keep_fn=keeper(kept))
   assert ['', *kept] == loop.names_of(phase)
   # After one epoch it is where the first epoch of the same schedule ends.
   leaves = lambda t: np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)])
-  assert abs(leaves(kept['epoch_1']) - leaves(last)).max() > 1e-4
+  assert abs(leaves(kept['step_5']) - leaves(last)).max() > 1e-4
   distance = lambda t: np.linalg.norm(
       leaves(t) - leaves(jax.tree.map(lambda x: np.stack([x, x]), theta_0))
   )

@@ -28,7 +28,7 @@ from jaxsoup.typing import Params
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=['total', 'weight'],
+    data_fields=['total', 'weight', 'count'],
     meta_fields=['dtypes'],
 )
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,13 @@ class AverageState:
     total: `sum_k w_k theta_k` in the container of the parameters, its floats in
       float32 or wider, sharded as they are; other leaves as they were at first.
     weight: `sum_k w_k`, a scalar.
+    count: of calls of `update`, an int32 scalar.
     dtypes: of the parameters' floats.
   """
 
   total: Params
   weight: jax.Array
+  count: jax.Array
   dtypes: tuple[np.dtype[Any], ...]
 
 
@@ -61,29 +63,40 @@ class RunningAverage(NamedTuple):
   value: Callable[[AverageState], Params]
 
 
-def running_average(decay: float = 1.0) -> RunningAverage:
+def running_average(
+    decay: float | Callable[[jax.Array], ArrayLike] = 1.0,
+    *,
+    start: int = 0,
+    every: int = 1,
+) -> RunningAverage:
   """Averages models that come one after another, with the memory of one sum.
 
   `S_k = d S_(k-1) + w_k theta_k`, `W_k = d W_(k-1) + w_k`, value `S_k / W_k`:
   sum and weight, in float32 or wider, and one rounding in `value`. So
 
-  - d = 1: the mean. Once per model: the uniform soup. Every few steps: SWA.
-    A negative weight takes a model out again, for a window over the last ones.
+  - d = 1: the mean. Once per model: the uniform soup. With `start` and `every`
+    in a training loop: SWA. A negative weight takes a model out again, for a
+    window over the last ones.
   - d < 1: an exponential moving average without the bias of its start. For one
     that starts from theta_0, add that with weight 1 and others with 1 - d.
+  - d(n) for the n-th model that is added, from 1: a power-function EMA with
+    `trajectory.power_decay`; means of 1,000 models each with
+    `lambda n: n % 1000 != 1`, as 0 starts the sum anew.
 
   The functions are pure. Run `update` under `jax.jit` with `donate_argnums=0`
   to add in place; the sum is sharded like the parameters.
 
   Args:
-    decay: d, from 0 to 1.
+    decay: d, from 0 to 1, or a function that JAX can trace.
+    start: how many models are not added at first.
+    every: after them, add one model of so many, the first one included.
 
   Returns:
     A `RunningAverage`. Its functions raise a ValueError where parameters do not
     match those of `init`, and `value` where the weights add up to zero.
 
   Raises:
-    ValueError: decay is not in [0, 1].
+    ValueError: decay is not in [0, 1], start or every are out of range.
 
   Example:
     >>> average = running_average()
@@ -96,24 +109,41 @@ def running_average(decay: float = 1.0) -> RunningAverage:
   Source: Izmailov et al. 2018, "Averaging weights leads to wider optima and
   better generalization"; Polyak and Juditsky 1992.
   """
-  if not 0 <= decay <= 1:
+  if not callable(decay) and not 0 <= decay <= 1:
     raise ValueError(f'decay is {decay}: expected a number from 0 to 1.')
+  if start < 0 or every < 1:
+    raise ValueError(
+        f'start is {start} and every is {every}: expected start >= 0 and '
+        'every >= 1.'
+    )
 
   def update(
       state: AverageState, params: Params, weight: ArrayLike = 1.0
   ) -> AverageState:
     flat, total = _tree.flatten(params), _tree.flatten(state.total)
     _require_match(flat, total, state.dtypes)
-    floats = flat.floats
-    weight = _tree.numbers(weight)
-    sums = _mixing.added(
-        list(total.floats.values()),
-        [floats[path] for path in total.floats],
-        weight,
-        decay,
+    floats = [flat.floats[path] for path in total.floats]
+    sums = list(total.floats.values()), state.weight
+    if start == 0 and every == 1:
+      sums = added(sums, floats, weight, state.count)
+    else:
+      done = state.count - start
+      is_added = (done >= 0) & (done % every == 0)
+      add = lambda: added(sums, floats, weight, done // every)
+      sums = jax.lax.cond(is_added, add, lambda: sums)
+    return AverageState(
+        total.combine(sums[0]), sums[1], state.count + 1, state.dtypes
     )
-    added = state.weight if decay == 1 else decay * state.weight
-    return AverageState(total.combine(sums), added + weight, state.dtypes)
+
+  def added(sums, floats, weight, num_before):
+    leaves, total = sums
+    weight, kept = _tree.numbers(weight), None
+    if callable(decay):
+      kept = jnp.asarray(decay(num_before + 1))
+    elif decay != 1:
+      kept = _tree.numbers(decay)
+    leaves = _mixing.added(leaves, floats, weight, kept)
+    return leaves, (total if kept is None else kept * total) + weight
 
   return RunningAverage(_init, update, _value)
 
@@ -126,7 +156,8 @@ def _init(params: Params) -> AverageState:
       map(_zeros, floats), map(jnp.copy, flat.others.values())
   )
   dtypes = tuple(np.dtype(x.dtype) for x in floats)
-  return AverageState(params, _tree.numbers(0.0), dtypes)
+  count = _tree.numbers(0, np.int32)
+  return AverageState(params, _tree.numbers(0.0), count, dtypes)
 
 
 def _zeros(x: jax.Array) -> jax.Array:

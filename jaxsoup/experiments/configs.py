@@ -221,7 +221,8 @@ _POSITIVE = {
 _OF_TRAINING = ('finetune', 'learned', 'pretrain', 'sweep')
 _SEEDS = ('draw', 'seed')
 _SHARES = {
-    'ema', 'final', 'label_smoothing', 'momentum', 'val_fraction', 'warmup',
+    'decay_from', 'ema', 'final', 'label_smoothing', 'momentum',
+    'val_fraction', 'warmup',
 }  # fmt: skip
 
 
@@ -247,10 +248,8 @@ def _problems(fields: Json) -> Iterator[str]:
       expected = 'a range, low before high'
     elif name == 'image_shape' and (len(numbers) != 3 or min(numbers) < 1):
       expected = 'height, width and channels'
-    elif name == 'keep_epochs':
-      last = fields.get(f'{section}.num_epochs', 1)
-      if not all(1 <= x <= last for x in numbers):
-        expected = f'epochs from 1 to {last}, which is num_epochs'
+    elif name == 'keep_steps' and min(numbers, default=1) < 1:
+      expected = 'steps from 1'
     is_of_runs = section.partition('.')[0] in _OF_TRAINING
     is_negative = min(numbers, default=0) < 0 and name not in _SEEDS
     is_at_least_0 = is_of_runs or name == 'num_workers'
