@@ -10,11 +10,16 @@ Averages inside a run: `keep`, or `jaxsoup.running_average` itself.
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
+import sys
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxsoup import _checked
 from jaxsoup._recipes import _running
@@ -23,10 +28,10 @@ from jaxsoup._soup import Soup
 from jaxsoup.typing import ArrayLike
 from jaxsoup.typing import Params
 
-Curve = Callable[[ArrayLike], ArrayLike]
+Curve = Callable[[Any], Any]
 
 
-def _cosine(x):
+def _cosine(x: Any) -> Any:
   return 0.5 * (1 + (jnp if isinstance(x, jax.Array) else np).cos(np.pi * x))
 
 
@@ -41,7 +46,7 @@ CURVES: dict[str, Curve] = {
 
 
 def window(
-    steps: Sequence[int],
+    steps: ArrayLike,
     *,
     last: int | None = None,
     start: int | None = None,
@@ -75,21 +80,22 @@ def window(
     where &= steps <= stop
   if every is not None:
     where &= (steps - (start or 0)) % every == 0
-  if not 1 <= (1 if last is None else last) <= where.sum():
+  wanted = 1 if last is None else last
+  if not 1 <= wanted <= where.sum():
+    given = dict(start=start, stop=stop, every=every)
+    said = [f'{name} {x}' for name, x in given.items() if x is not None]
     raise ValueError(
-        f'window(last={last}, start={start}, stop={stop}, every={every}) takes '
-        f'{where.sum()} of the {len(steps)} checkpoints with steps '
-        f'{steps.min()} to {steps.max()}: give a window with '
-        f'{last or "some"} of them.'
+        f'Of {len(steps)} checkpoints with steps {steps.min()} to '
+        f'{steps.max()}, {where.sum()} lie in the window '
+        f'({", ".join(said) or "all steps"}), and {wanted} are asked for: '
+        'choose another window.'
     )
   if last is not None:
     where &= steps >= np.sort(steps[where])[-last]
   return where
 
 
-def swa(
-    steps: Sequence[int], *, where: Sequence[bool] | None = None
-) -> np.ndarray:
+def swa(steps: ArrayLike, *, where: ArrayLike | None = None) -> np.ndarray:
   """Coefficients of the mean over a window: SWA, LAWA, PMA, Polyak's tail.
 
   `alpha_k = 1/n` for the n checkpoints in the window. Over equal distances that
@@ -114,17 +120,16 @@ def swa(
   ones); Li et al. 2025, "Model merging in pre-training of large language
   models" (PMA). Networks with BatchNorm need their statistics re-estimated.
   """
-  _, chosen = _in_window(steps, where)
-  alpha = np.zeros(len(steps), np.float32)
+  alpha, _, chosen = _in_window(steps, where)
   alpha[chosen] = 1 / len(chosen)
   return alpha
 
 
 def decay(
-    steps: Sequence[int],
+    steps: ArrayLike,
     curve: str | Curve = '1-sqrt',
     *,
-    where: Sequence[bool] | None = None,
+    where: ArrayLike | None = None,
 ) -> np.ndarray:
   """Coefficients that replace a decay of the learning rate.
 
@@ -164,7 +169,7 @@ def decay(
         f'curve is {curve!r}: choose from {", ".join(CURVES)}, or pass a '
         'function of the steps since the start of the window.'
     )
-  sorted_steps, chosen = _in_window(steps, where)
+  alpha, sorted_steps, chosen = _in_window(steps, where)
   counts = np.arange(sorted_steps[-1] - sorted_steps[0])
   rates = (
       curve(counts)
@@ -174,16 +179,15 @@ def decay(
   starts = sorted_steps[:-1] - sorted_steps[0]
   sums = np.add.reduceat(np.asarray(rates, np.float64), starts)
   kept = [1.0, *(sums / np.diff(sorted_steps)), 0.0]
-  alpha = np.zeros(len(steps), np.float32)
   alpha[chosen] = np.subtract(kept[:-1], kept[1:])
   return alpha
 
 
 def ema(
-    steps: Sequence[int],
+    steps: ArrayLike,
     *,
     decay: float,
-    where: Sequence[bool] | None = None,
+    where: ArrayLike | None = None,
 ) -> np.ndarray:
   """Coefficients of an exponential moving average over checkpoints.
 
@@ -208,10 +212,9 @@ def ema(
   """
   if not 0 <= decay < 1:
     raise ValueError(f'decay is {decay}: expected a number in [0, 1).')
-  sorted_steps, chosen = _in_window(steps, where)
+  alpha, sorted_steps, chosen = _in_window(steps, where)
   # How much of what was there before a checkpoint is in the last average.
   left = decay ** (sorted_steps[-1] - sorted_steps).astype(float)
-  alpha = np.zeros(len(steps), np.float32)
   alpha[chosen] = np.diff(left, prepend=0.0)
   return alpha
 
@@ -243,7 +246,7 @@ def power_decay(length: float) -> Callable[[ArrayLike], jax.Array]:
   """
   power = _power_of(length) + 1
 
-  def decay_fn(num):
+  def decay_fn(num: ArrayLike) -> jax.Array:
     num = jnp.asarray(num, jnp.float32)
     # What the n-th model counts is n^p (1 - (1 - 1/n)^p); of two such, the
     # ratio, without powers that overflow or differences that cancel.
@@ -256,8 +259,8 @@ def power_decay(length: float) -> Callable[[ArrayLike], jax.Array]:
 
 
 def post_hoc_ema(
-    steps: Sequence[int],
-    lengths: Sequence[float],
+    steps: ArrayLike,
+    lengths: ArrayLike,
     *,
     step: int,
     length: float,
@@ -287,20 +290,20 @@ def post_hoc_ema(
 
   Source: Karras et al. 2024, section 3.2 and appendix C.
   """
-  times = np.asarray([*steps, step], float)
-  if len(lengths) != len(steps) or not len(steps) or times.min() <= 0:
+  times = np.append(np.asarray(steps, float), step)
+  powers = np.array([_power_of(x) for x in np.append(lengths, length)])
+  if len(times) != len(powers) or len(times) < 2 or times.min() <= 0:
     raise ValueError(
-        f'{len(steps)} steps and {len(lengths)} lengths: expected one of each '
-        'for every stored average, and steps above 0.'
+        f'{len(times) - 1} steps and {len(powers) - 1} lengths: expected one '
+        'of each for every stored average, and steps above 0.'
     )
-  powers = np.array([_power_of(x) for x in (*lengths, length)])
   # <p_i, p_j> of p_i(t) = (g_i + 1) t^g_i / t_i^(g_i + 1) on [0, t_i].
-  earlier = times[:, None] <= times
-  ratio = np.minimum.outer(times, times) / np.maximum.outer(times, times)
-  of_later = np.where(earlier, powers, powers[:, None])
+  latest = np.maximum.outer(times, times)
+  ratio = np.minimum.outer(times, times) / latest
+  of_later = np.where(times[:, None] <= times, powers, powers[:, None])
   both = np.add.outer(powers, powers) + 1
   products = np.multiply.outer(powers + 1, powers + 1) * ratio**of_later
-  products /= both * np.maximum.outer(times, times)
+  products /= both * latest
   # The minimum among coefficients that sum to one, by a Lagrange multiplier.
   products *= times.max()
   matrix = np.pad(products[:-1, :-1], (0, 1), constant_values=1.0)
@@ -309,7 +312,7 @@ def post_hoc_ema(
   return np.linalg.lstsq(matrix, target, rcond=None)[0][:-1].astype(np.float32)
 
 
-def best(scores: Sequence[float], num: int) -> np.ndarray:
+def best(scores: ArrayLike, num: int) -> np.ndarray:
   """Which checkpoints have the best scores, for the `where` of `swa`.
 
   Args:
@@ -330,8 +333,8 @@ def best(scores: Sequence[float], num: int) -> np.ndarray:
   num_known = np.count_nonzero(~np.isnan(scores))
   if not 1 <= num <= num_known:
     raise ValueError(
-        f'best(..., {num}): {num_known} of {len(scores)} checkpoints have a '
-        f'score. Choose from 1 to {num_known}.'
+        f'{num_known} of {len(scores)} checkpoints have a score, and the best '
+        f'{num} are asked for: choose from 1 to {num_known}.'
     )
   # Stable, and NaN last: of the reverse, later ones come first.
   order = len(scores) - 1 - np.argsort(-scores[::-1], kind='stable')
@@ -376,26 +379,25 @@ def sliding(
   return _windows(_checked.Checked(ingredients), size, every)
 
 
-def _windows(checked, size, every):
+def _windows(
+    checked: _checked.Checked, size: int, every: int
+) -> Iterator[Soup[AverageInfo]]:
   average = _running.running_average()
   add = jax.jit(average.update, donate_argnums=0)
   # With a decay of zero nothing is left of the sum.
   restart = jax.jit(_running.running_average(0.0).update, donate_argnums=0)
-  state, members, num_subtracted = None, range(0), 0
+  state = average.init(checked[0])
+  members, num_subtracted = range(0), 0
   for end in range(size, len(checked) + 1, every):
     before, members = members, range(end - size, end)
-    leaving = [k for k in before if k < members.start]
+    entering, leaving = (sorted({*members} - {*before}), {*before} - {*members})
     num_subtracted += len(leaving)
-    if not before or num_subtracted > size or 2 * len(leaving) > size:
-      entering, leaving, num_subtracted = members, [], 0
-    else:
-      entering = [k for k in members if k >= before.stop]
-    for i, k in enumerate(entering):
-      leaves = checked[k]
-      state = average.init(leaves) if state is None else state
-      is_first = not i and len(entering) == size
-      state = (restart if is_first else add)(state, leaves)
-    for k in leaving:
+    if num_subtracted > size or len(entering) + len(leaving) >= size:
+      entering, leaving, num_subtracted = list(members), set(), 0
+    for k in entering:
+      is_anew = k == members.start
+      state = (restart if is_anew else add)(state, checked[k])
+    for k in sorted(leaving):
       state = add(state, checked[k], -1.0)
     alpha = np.zeros(len(checked), np.float32)
     alpha[members.start : members.stop] = 1 / size
@@ -403,7 +405,107 @@ def _windows(checked, size, every):
     yield Soup(params, alpha, AverageInfo(checked.duplicates()))
 
 
-def _checked_steps(steps: Sequence[int]) -> np.ndarray:
+class Kept(NamedTuple):
+  """The state of `keep`: that of each average by its name."""
+
+  averages: dict[str, _running.AverageState]
+
+
+def keep(
+    averages: Mapping[str, _running.RunningAverage],
+) -> optax.GradientTransformationExtraArgs:
+  """Carries averages of the parameters in the state of an optimizer.
+
+  They are of the parameters after each update, as `optax.apply_updates` makes
+  them, so this has to be the last part of a chain. (`optax.ema` averages the
+  updates.) Updates pass unchanged. The sums are in float32 or wider, sharded
+  like the parameters, and are saved and restored with the optimizer.
+
+  Args:
+    averages: several lengths and windows at once, by name.
+
+  Returns:
+    An optax transform, for a `TrainState` as well as for an `nnx.Optimizer`.
+
+  Raises:
+    ValueError: in `update`, without params.
+
+  Example:
+    >>> from jaxsoup import running_average
+    >>> tx = optax.chain(optax.sgd(0.5), keep({'swa': running_average()}))
+    >>> params = jnp.float32(4.0)
+    >>> state = tx.init(params)
+    >>> for _ in range(2):   # The gradient is 1: 3.5, 3.0.
+    ...   updates, state = tx.update(jnp.float32(1.0), state, params)
+    ...   params = optax.apply_updates(params, updates)
+    >>> kept(state)['swa']
+    Array(3.25, dtype=float32)
+  """
+
+  def init(params: Params) -> Kept:
+    return Kept({name: x.init(params) for name, x in averages.items()})
+
+  def update(
+      updates: Any, state: Kept, params: Params | None = None, **extra: Any
+  ) -> tuple[Any, Kept]:
+    del extra
+    if params is None:
+      raise ValueError(
+          'trajectory.keep averages the parameters: call '
+          'tx.update(grads, state, params).'
+      )
+    params = optax.apply_updates(params, updates)
+    added = {
+        name: average.update(state.averages[name], params)
+        for name, average in averages.items()
+    }
+    return updates, Kept(added)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def kept(opt_state: Any) -> dict[str, Params]:
+  """The averages in the state of an optimizer with `keep`, by name.
+
+  Traceable, so that an evaluation on a mesh needs no second copy of them. As
+  items of their own in an Orbax checkpoint:
+
+    items = {n: ocp.args.StandardSave(x) for n, x in kept(opt_state).items()}
+    manager.save(step, args=ocp.args.Composite(state=..., **items))
+
+  Args:
+    opt_state: a state that contains that of `keep`; of an `nnx.Optimizer`, its
+      `opt_state`.
+
+  Returns:
+    By name, parameters in their dtypes; `nnx.update(model, ...)` takes them.
+
+  Raises:
+    ValueError: no such state, or nothing has been added to an average.
+  """
+  is_kept = lambda x: isinstance(x, Kept)
+  states = filter(is_kept, jax.tree.leaves(opt_state, is_leaf=is_kept))
+  averages = {n: x for state in states for n, x in state.averages.items()}
+  if not averages:
+    raise ValueError(
+        'This optimizer state has no averages: chain(..., trajectory.keep(...))'
+        ' puts them there.'
+    )
+  value = _running.running_average().value
+  return {name: value(pure(average)) for name, average in averages.items()}
+
+
+def pure(tree: Any) -> Any:
+  """The same tree with arrays in place of nnx variables."""
+  nnx = sys.modules.get('flax.nnx')
+  if nnx is None:
+    return tree
+  is_variable = lambda x: isinstance(x, nnx.Variable)
+  value_of = lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x
+  return jax.tree.map(value_of, tree, is_leaf=is_variable)
+
+
+def _checked_steps(steps: ArrayLike) -> np.ndarray:
   numbers = np.asarray(steps)
   if numbers.ndim != 1 or not len(numbers) or numbers.dtype.kind not in 'iu':
     raise ValueError(
@@ -415,8 +517,10 @@ def _checked_steps(steps: Sequence[int]) -> np.ndarray:
   return numbers
 
 
-def _in_window(steps, where) -> tuple[np.ndarray, np.ndarray]:
-  """The step numbers that count in their order, and which checkpoints."""
+def _in_window(
+    steps: ArrayLike, where: ArrayLike | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Zeros for alpha; of those that count, in order, steps and places in it."""
   numbers = _checked_steps(steps)
   where = np.ones(len(numbers), bool) if where is None else np.asarray(where)
   if where.shape != numbers.shape or where.dtype != bool or not where.any():
@@ -426,7 +530,7 @@ def _in_window(steps, where) -> tuple[np.ndarray, np.ndarray]:
     )
   order = np.argsort(numbers)
   chosen = order[where[order]]
-  return numbers[chosen], chosen
+  return np.zeros(len(numbers), np.float32), numbers[chosen], chosen
 
 
 def _power_of(length: float) -> float:

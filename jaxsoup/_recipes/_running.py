@@ -9,6 +9,7 @@ soup = average.value(state)
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -16,6 +17,7 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+from jax import memory
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,7 +31,7 @@ from jaxsoup.typing import Params
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=['total', 'weight', 'count'],
-    meta_fields=['dtypes'],
+    meta_fields=['dtypes', 'is_on_host'],
 )
 @dataclasses.dataclass(frozen=True)
 class AverageState:
@@ -41,12 +43,14 @@ class AverageState:
     weight: `sum_k w_k`, a scalar.
     count: of calls of `update`, an int32 scalar.
     dtypes: of the parameters' floats.
+    is_on_host: whether the floats are in the memory of the host.
   """
 
   total: Params
   weight: jax.Array
   count: jax.Array
   dtypes: tuple[np.dtype[Any], ...]
+  is_on_host: bool = False
 
 
 class RunningAverage(NamedTuple):
@@ -68,6 +72,7 @@ def running_average(
     *,
     start: int = 0,
     every: int = 1,
+    is_on_host: bool = False,
 ) -> RunningAverage:
   """Averages models that come one after another, with the memory of one sum.
 
@@ -90,6 +95,9 @@ def running_average(
     decay: d, from 0 to 1, or a function that JAX can trace.
     start: how many models are not added at first.
     every: after them, add one model of so many, the first one included.
+    is_on_host: whether the sum lies in the (pinned) memory of the host. Every
+      update then moves it to the device and back, whatever `every` is: rather
+      call `update` now and then than in each step.
 
   Returns:
     A `RunningAverage`. Its functions raise a ValueError where parameters do not
@@ -123,41 +131,67 @@ def running_average(
     flat, total = _tree.flatten(params), _tree.flatten(state.total)
     _require_match(flat, total, state.dtypes)
     floats = [flat.floats[path] for path in total.floats]
-    sums = list(total.floats.values()), state.weight
+    sums = _moved(state, total.floats.values(), memory.Space.Device)
     if start == 0 and every == 1:
-      sums = added(sums, floats, weight, state.count)
+      sums, added_up = added(sums, state.weight, floats, weight, state.count)
     else:
       done = state.count - start
-      is_added = (done >= 0) & (done % every == 0)
-      add = lambda: added(sums, floats, weight, done // every)
-      sums = jax.lax.cond(is_added, add, lambda: sums)
-    return AverageState(
-        total.combine(sums[0]), sums[1], state.count + 1, state.dtypes
+      sums, added_up = jax.lax.cond(
+          (done >= 0) & (done % every == 0),
+          lambda: added(sums, state.weight, floats, weight, done // every),
+          lambda: (sums, state.weight),
+      )
+    sums = _moved(state, sums, memory.Space.Host)
+    return dataclasses.replace(
+        state,
+        total=total.combine(sums),
+        weight=added_up,
+        count=state.count + 1,
     )
 
-  def added(sums, floats, weight, num_before):
-    leaves, total = sums
+  def added(
+      sums: list[jax.Array],
+      total: jax.Array,
+      floats: list[jax.Array],
+      weight: ArrayLike,
+      num_before: jax.Array,
+  ) -> tuple[list[jax.Array], jax.Array]:
     weight, kept = _tree.numbers(weight), None
     if callable(decay):
       kept = jnp.asarray(decay(num_before + 1))
     elif decay != 1:
       kept = _tree.numbers(decay)
-    leaves = _mixing.added(leaves, floats, weight, kept)
-    return leaves, (total if kept is None else kept * total) + weight
+    sums = _mixing.added(sums, floats, weight, kept)
+    return sums, (total if kept is None else kept * total) + weight
 
-  return RunningAverage(_init, update, _value)
+  return RunningAverage(
+      functools.partial(_init, is_on_host=is_on_host), update, _value
+  )
 
 
-def _init(params: Params) -> AverageState:
+def _moved(
+    state: AverageState, sums: Iterable[jax.Array], space: Any
+) -> list[jax.Array]:
+  """The floats of a state that is on the host, in this memory."""
+  sums = list(sums)
+  return jax.device_put(sums, space) if state.is_on_host else sums
+
+
+def _init(params: Params, is_on_host: bool) -> AverageState:
   flat = _tree.flatten(params)
   floats = flat.floats.values()
-  # Copies: to donate the state must not delete the parameters.
-  params = flat.combine(
-      map(_zeros, floats), map(jnp.copy, flat.others.values())
-  )
   dtypes = tuple(np.dtype(x.dtype) for x in floats)
-  count = _tree.numbers(0, np.int32)
-  return AverageState(params, _tree.numbers(0.0), count, dtypes)
+  state = AverageState(
+      params,
+      _tree.numbers(0.0),
+      _tree.numbers(0, np.int32),
+      dtypes,
+      is_on_host,
+  )
+  zeros = _moved(state, map(_zeros, floats), memory.Space.Host)
+  # Copies: to donate the state must not delete the parameters.
+  total = flat.combine(zeros, map(jnp.copy, flat.others.values()))
+  return dataclasses.replace(state, total=total)
 
 
 def _zeros(x: jax.Array) -> jax.Array:
@@ -188,5 +222,5 @@ def _value(state: AverageState) -> Params:
         'value.'
     )
   flat = _tree.flatten(state.total)
-  sums = list(flat.floats.values())
+  sums = _moved(state, flat.floats.values(), memory.Space.Device)
   return flat.combine(_mixing.rounded(sums, state.weight, state.dtypes))

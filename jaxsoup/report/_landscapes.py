@@ -251,7 +251,7 @@ def growth(
 
 def by_step(
     ax: 'Axes',
-    scores: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    scores: Mapping[str, tuple[ArrayLike, Sequence[float]]],
     *,
     label: str = 'held-out score (%)',
 ) -> None:

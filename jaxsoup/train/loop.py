@@ -145,8 +145,8 @@ def _feed(model, settings, hyper, source, mesh):
       rows = np.stack(order)[:, : num_steps * size]
       rows = rows.reshape(len(seeds), num_steps, size).astype(np.int32)
       kept = {step - epoch * num_steps for step in settings.keep_steps}
-      ends = kept if settings.is_scanned else set(range(num_steps))
-      ends = sorted(x for x in {*ends, num_steps} if start < x <= num_steps)
+      each = range(num_steps) if not settings.is_scanned else kept
+      ends = sorted(x for x in {*each, num_steps} if start < x <= num_steps)
       for first, last in itertools.pairwise([start, *ends]):
         yield jax.device_put(rows[:, first:last])
 
