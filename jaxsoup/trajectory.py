@@ -237,9 +237,9 @@ def power_decay(length: float) -> Callable[[ArrayLike], jax.Array]:
     ValueError: a length outside (0, 0.289).
 
   Example:
-    >>> decay_fn = power_decay(0.2886)  # Nearly the mean: (n - 1) / n.
-    >>> [round(float(decay_fn(n)), 2) for n in (2, 4, 100)]
-    [1.0, 1.0, 1.0]
+    >>> decay_fn = power_decay(0.1)
+    >>> [round(float(decay_fn(n)), 2) for n in (1, 10, 1000)]
+    [0.0, 0.46, 0.99]
 
   Source: Karras et al. 2024, "Analyzing and improving the training dynamics of
   diffusion models", section 3.1.

@@ -130,7 +130,7 @@ def running_average(
   ) -> AverageState:
     flat, total = _tree.flatten(params), _tree.flatten(state.total)
     _require_match(flat, total, state.dtypes)
-    floats = [flat.floats[path] for path in total.floats]
+    floats = [_as_stored(flat.floats[path]) for path in total.floats]
     sums = _moved(state, total.floats.values(), memory.Space.Device)
     if start == 0 and every == 1:
       sums, added_up = added(sums, state.weight, floats, weight, state.count)
@@ -167,6 +167,12 @@ def running_average(
   return RunningAverage(
       functools.partial(_init, is_on_host=is_on_host), update, _value
   )
+
+
+def _as_stored(x: jax.Array) -> jax.Array:
+  """Rounded to its dtype: XLA would add what a step computes before that."""
+  is_narrow = jnp.finfo(x.dtype).bits < 32
+  return jax.lax.optimization_barrier(x) if is_narrow else x
 
 
 def _moved(
