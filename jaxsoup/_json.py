@@ -62,7 +62,8 @@ def _hash(content: Config) -> str:
 
 
 def plain(value: Any) -> Any:
-  """What JSON can hold: lists for arrays, None for what is not finite."""
+  """As JSON: NamedTuples are dicts, arrays lists, what is not finite None."""
+  value = value._asdict() if hasattr(value, '_asdict') else value
   if isinstance(value, dict):
     return {str(k): plain(x) for k, x in value.items()}
   if isinstance(value, (list, tuple)):

@@ -268,7 +268,7 @@ class Parts:
     by_name = {}
     for name, names in where.items():
       sets = self._sets(names)
-      pairs = landscape.pairs(
+      by_name[name] = landscape.pairs(
           self._ingredients,
           self._theta_0,
           self._work.model.logits_fn,
@@ -278,7 +278,6 @@ class Parts:
           prepare_fn=self._prepare_fn,
           on_pair=lambda _: on_points(next(done), num),
       )
-      by_name[name] = [pair._asdict() for pair in pairs]
     return by_name
 
   def _lines(self, on_points) -> Json:

@@ -256,7 +256,7 @@ def _add_stability(
           num_resamples=num,
           seed=work.config.seed,
       )
-      stable[name] = _json.plain(made._asdict())
+      stable[name] = _json.plain(made)
     # Each is kept when it is made.
     content['stability'] |= stable
     _store(work, content)

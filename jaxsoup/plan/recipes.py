@@ -27,7 +27,6 @@ from jaxsoup.experiments import cook
 from jaxsoup.plan import machines
 from jaxsoup.plan import programs
 from jaxsoup.train import loop
-from jaxsoup.typing import Json
 
 
 class Recipe(NamedTuple):
@@ -216,17 +215,8 @@ def of(
       )
       for row in rows
   ]
-
-  made = [
-      _finished(
-          recipe,
-          [(num, by_name[name]) for name, num in recipe.calls.items()],
-          rates,
-          recipe.reads // all_read * host_reads + recipe.examples,
-          device_bytes,
-      )
-      for recipe in made
-  ]
+  by_host = lambda r: r.reads // all_read * host_reads + r.examples
+  made = [_finished(r, by_name, rates, by_host(r), device_bytes) for r in made]
   streams = any(r.name == 'learned, streamed' and r.fits for r in made)
   # What `jaxsoup.learned` chooses: it does not count activations.
   _, is_stacked = _streamed.fits(num_ingredients, one, device_bytes)
@@ -259,8 +249,9 @@ def _sizes(add: programs.Program, leaves) -> tuple[int, int]:
   return one, add.arguments - one
 
 
-def _finished(recipe, times, rates, read_bytes, device_bytes) -> Recipe:
-  """A recipe with its seconds, and whether it fits; `times` of its programs."""
+def _finished(recipe, by_name, rates, read_bytes, device_bytes) -> Recipe:
+  """A recipe with its seconds, and whether it fits."""
+  times = [(num, by_name[name]) for name, num in recipe.calls.items()]
   return recipe._replace(
       compute_seconds=rates.compute_seconds(
           sum(num * p.flops for num, p in times),
@@ -458,16 +449,3 @@ _FIELDS = (
     'learned.num_epochs',
     'learned.val_fraction',
 )
-
-
-def as_json(plan: Plan) -> Json:
-  """The plan as nested dicts, bytes and FLOPs as numbers."""
-
-  def nested(x):
-    if hasattr(x, '_asdict'):
-      x = x._asdict()
-    if isinstance(x, Mapping):
-      return {name: nested(value) for name, value in x.items()}
-    return list(map(nested, x)) if isinstance(x, tuple) else x
-
-  return nested(plan)
