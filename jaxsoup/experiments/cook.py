@@ -144,11 +144,6 @@ def statistics_fns(
   if recalibrate_fn is None:
     return {}
 
-  def first(params):
-    is_kept = steps.is_trained(model, params)
-    take = lambda is_kept, x, y: x if is_kept else y
-    return jax.tree.map(take, is_kept, params, best_fn())
-
   def estimated(params):
     batches = loop.augmented_batches(
         model, config.finetune, runs, train, seed=config.seed
@@ -158,6 +153,7 @@ def statistics_fns(
     return recalibrate_fn(params, checked_fn(batches))
 
   averaged = lambda params: params
+  first = lambda params: steps.where_trained(model, params, best_fn())
   fns = {'averaged': averaged, 'first': first, 're-estimated': estimated}
   chosen = config.get('batch_norm', 'averaged')
   if chosen not in fns:

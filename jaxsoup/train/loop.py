@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import functools
+import operator
 import time
 from typing import Any
 
@@ -255,8 +256,7 @@ def advance(model, settings, state, hyper, data, epoch, first, inputs):
   return jax.tree.map(lambda x: x[None], run_fn(*one))
 
 
-def _first(x):
-  return x[0]
+_first = operator.itemgetter(0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
