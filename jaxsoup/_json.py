@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 
@@ -31,6 +32,13 @@ def read(path: pathlib.Path) -> Any:
     raise ValueError(
         f'{path} is not valid: {e}. Restore it from a copy.'
     ) from e
+
+
+def write(path: Any, content: Any, indent: int | None = 1) -> None:
+  """Writes a JSON file, which is there when it is complete."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with _files.replaced(path) as unfinished:
+    unfinished.write_text(json.dumps(content, indent=indent))
 
 
 def sealed(content: Config) -> Json:

@@ -50,6 +50,7 @@ Keep = Callable[[str, steps.Params], None]
 Log = Callable[[int, Mapping[str, float]], None]
 # The keys of augmentations are none of those that parameters are drawn by.
 _AUGMENTATIONS = int.from_bytes(b'augm')
+_first = operator.itemgetter(0)
 
 
 def train(
@@ -59,7 +60,7 @@ def train(
     runs: Sequence[steps.Run],
     source: sources.Source,
     *,
-    progress_fn: Progress | None = None,
+    progress_fn: Progress = lambda *_: None,
     saved: unfinished.Saved | None = None,
     keep_fn: Keep | None = None,
     log_fn: Log | None = None,
@@ -114,8 +115,7 @@ def train(
         done += seen.add(metrics, done)
         if saved and done < num_steps:
           saved.after(before + done, state)
-      if progress_fn is not None:
-        progress_fn(epoch + 1, settings.num_epochs, seen.losses())
+      progress_fn(epoch + 1, settings.num_epochs, seen.losses())
       if keep_fn is not None and epoch + 1 in settings.keep_epochs:
         keep_fn(f'epoch_{epoch + 1}', state.params)
       if saved:
@@ -254,9 +254,6 @@ def advance(model, settings, state, hyper, data, epoch, first, inputs):
   # A convolution that is vmapped takes a third longer on a CPU.
   one = jax.tree.map(_first, (state, hyper, inputs))
   return jax.tree.map(lambda x: x[None], run_fn(*one))
-
-
-_first = operator.itemgetter(0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
