@@ -345,11 +345,8 @@ def check_unchanged(
 
 def require_new(workdir: pathlib.Path) -> None:
   """Raises if a workdir in which nothing was started yet holds something."""
-  if not workdir.is_dir():
-    return
-  is_lock = lambda name: name.startswith('.lock')
-  names = sorted(p.name for p in workdir.iterdir() if not is_lock(p.name))
-  if names:
+  paths = workdir.iterdir() if workdir.is_dir() else ()
+  if names := sorted(p.name for p in paths if not p.name.startswith('.lock')):
     raise UsageError(
         f'{workdir} holds {", ".join(names[:5])}, and no experiment was '
         'started in it. Give another workdir, so that nothing is overwritten.'

@@ -148,9 +148,8 @@ def statistics_fns(
     batches = loop.augmented_batches(
         model, config.finetune, runs, train, seed=config.seed
     )
-    num_batches = config.get('num_batch_norm_batches', 100)
-    batches = itertools.islice(batches, num_batches)
-    return recalibrate_fn(params, checked_fn(batches))
+    num = config.get('num_batch_norm_batches', 100)
+    return recalibrate_fn(params, checked_fn(itertools.islice(batches, num)))
 
   averaged = lambda params: params
   first = lambda params: steps.where_trained(model, params, best_fn())

@@ -216,11 +216,9 @@ class _Seen:
       for row, peak in enumerate(self._rates):
         means = {k: float(x[row, first:last].mean()) for k, x in recent.items()}
         place = {'step': step, 'epoch': (step - 1) // self._num_steps + 1}
-        rates = {
-            'learning_rate': peak * float(share),
-            'examples_per_second': speed,
-        }
-        self._log_fn(row, {**place, **means, **rates})
+        means['learning_rate'] = peak * float(share)
+        means['examples_per_second'] = speed
+        self._log_fn(row, {**place, **means})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
@@ -412,10 +410,8 @@ def probe(
     return {'feature': features, 'label': batch['label']}
 
   walk = sources.batches(source, evaluation.divided(batch_size, sharding))
-  batches = (
-      {name: evaluation.placed(x, sharding) for name, x in batch.items()}
-      for batch in checked_fn(walk)
-  )
+  place_fn = functools.partial(evaluation.placed, sharding=sharding)
+  batches = (jax.tree.map(place_fn, batch) for batch in checked_fn(walk))
   arrays = evaluation.logits_of(both_fn, batches)(params)
   arrays['label'] = arrays['label'].astype(np.int32)
   head_model = modeling.linear(arrays['feature'].shape[-1], model.num_classes)

@@ -15,6 +15,7 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
+from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup.runtime import buckets
 from jaxsoup.runtime import preemption
@@ -42,12 +43,13 @@ class Saved:
     """Reads and writes nothing yet.
 
     Args:
-      folder: for the states, each in a directory named by the steps done; an
-        absolute path.
+      folder: for the states, each in a directory named by the steps done.
       stop: whether the script is to stop.
       minutes: the least time between two states.
     """
-    self._folder = epath.Path(folder)
+    self._folder = epath.Path(buckets.path_of(folder))
+    if not _files.is_remote(folder):  # Orbax wants it absolute.
+      self._folder = self._folder.absolute()
     self._stop = stop
     self._seconds = 60 * minutes
     self._last = self._began = time.monotonic()
