@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 
@@ -31,6 +32,13 @@ def read(path: pathlib.Path) -> Any:
     raise ValueError(
         f'{path} is not valid: {e}. Restore it from a copy.'
     ) from e
+
+
+def write(path: Any, content: Any, indent: int | None = 1) -> None:
+  """Writes a JSON file, which is there when it is complete."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with _files.replaced(path) as unfinished:
+    unfinished.write_text(json.dumps(content, indent=indent))
 
 
 def sealed(content: Config) -> Json:
@@ -62,7 +70,8 @@ def _hash(content: Config) -> str:
 
 
 def plain(value: Any) -> Any:
-  """What JSON can hold: lists for arrays, None for what is not finite."""
+  """As JSON: NamedTuples are dicts, arrays lists, what is not finite None."""
+  value = value._asdict() if hasattr(value, '_asdict') else value
   if isinstance(value, dict):
     return {str(k): plain(x) for k, x in value.items()}
   if isinstance(value, (list, tuple)):

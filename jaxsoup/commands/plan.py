@@ -109,6 +109,7 @@ def plan(
     # The seconds are those of the compiler, and jax 0.7 cannot cache programs
     # for machines that it does not have.
     jax.config.update('jax_enable_compilation_cache', False)
+    from jaxsoup import _json
     from jaxsoup import plan as plan_lib
     from jaxsoup.experiments import configs
     from jaxsoup.plan import machines
@@ -134,7 +135,7 @@ def plan(
         ),
     )
     if json_file is not None:
-      content = {'jaxsoup': jaxsoup.__version__, **plan_lib.as_json(made)}
+      content = {'jaxsoup': jaxsoup.__version__, **_json.plain(made)}
       with _files.replaced(json_file, _MARKER) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1))
   _common.echo(text.as_text(made))

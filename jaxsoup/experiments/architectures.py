@@ -52,9 +52,6 @@ def make(config: ml_collections.ConfigDict) -> Model:
       directory of weights for all but the head, empty for none; and perhaps
       `image`, fields of `jaxsoup.data.preparation.ImageSpec`.
 
-  Returns:
-    The model's pure functions.
-
   Raises:
     UsageError: the config names no such family, or lacks the inputs.
   """

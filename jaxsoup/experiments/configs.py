@@ -20,10 +20,10 @@ from typing import Any
 from typing import NamedTuple
 
 from absl import flags
+from flax import traverse_util
 import ml_collections
 from ml_collections import config_flags
 
-from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup.runtime import buckets
@@ -125,9 +125,6 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
       behind a colon: 'configs/digits.py:runlocal'.
     overrides: such as '--config.seed=1'.
 
-  Returns:
-    An `Experiment`.
-
   Raises:
     UsageError: no such file, function, key, or a value of another type.
   """
@@ -142,13 +139,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
         + (f' Give one of {folder}: {", ".join(there)}.' if there else '')
     )
   module = _module(file)
-  for name in ('get_config', 'sweep', 'data', 'model', 'log'):
-    if name in ('get_config', 'sweep') and not hasattr(module, name):
+  optional = ('data', 'model', 'log')
+  for name in ('get_config', 'sweep', *optional):
+    if not callable(getattr(module, name, len if name in optional else None)):
       raise UsageError(f'{file} has no function {name}: see configs/digits.py.')
-    if not callable(getattr(module, name, len)):
-      raise UsageError(
-          f'{file}: {name} is not a function: see configs/digits.py.'
-      )
   config = _called(module, path, 'get_config', module.get_config, arg or None)
   if not isinstance(config, ml_collections.ConfigDict):
     raise UsageError(
@@ -184,7 +178,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
       f'{name}_fn': user_code.guarded(
           getattr(module, name), module.__file__, f'{path}: {name}', passing
       )
-      for name in ('data', 'model', 'log')
+      for name in optional
       if hasattr(module, name)
   }
   return Experiment(values.config, runs, **functions)
@@ -285,13 +279,8 @@ def _explain(overrides, config, error) -> str:
 
 def flat(config: ml_collections.ConfigDict) -> Json:
   """Its fields by their names, such as 'finetune.num_epochs'."""
-  fields: Json = {}
-  for key, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict):
-      fields |= {f'{key}.{k}': v for k, v in flat(value).items()}
-    else:
-      fields[key] = value
-  return fields
+  fields = traverse_util.flatten_dict(config.to_dict())
+  return {'.'.join(map(str, path)): x for path, x in fields.items()}
 
 
 def _module(file: str) -> Any:
@@ -350,18 +339,13 @@ def check_unchanged(
   else:
     require_new(file.parent)
   if _processes.is_main():
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with _files.replaced(file) as unfinished:
-      unfinished.write_text(json.dumps(now, indent=2))
+    _json.write(file, now, indent=2)
 
 
 def require_new(workdir: pathlib.Path) -> None:
   """Raises if a workdir in which nothing was started yet holds something."""
-  if not workdir.is_dir():
-    return
-  is_lock = lambda name: name.startswith('.lock')
-  names = sorted(p.name for p in workdir.iterdir() if not is_lock(p.name))
-  if names:
+  paths = workdir.iterdir() if workdir.is_dir() else ()
+  if names := sorted(p.name for p in paths if not p.name.startswith('.lock')):
     raise UsageError(
         f'{workdir} holds {", ".join(names[:5])}, and no experiment was '
         'started in it. Give another workdir, so that nothing is overwritten.'

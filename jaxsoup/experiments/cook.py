@@ -144,20 +144,15 @@ def statistics_fns(
   if recalibrate_fn is None:
     return {}
 
-  def first(params):
-    is_kept = steps.is_trained(model, params)
-    take = lambda is_kept, x, y: x if is_kept else y
-    return jax.tree.map(take, is_kept, params, best_fn())
-
   def estimated(params):
     batches = loop.augmented_batches(
         model, config.finetune, runs, train, seed=config.seed
     )
-    num_batches = config.get('num_batch_norm_batches', 100)
-    batches = itertools.islice(batches, num_batches)
-    return recalibrate_fn(params, checked_fn(batches))
+    num = config.get('num_batch_norm_batches', 100)
+    return recalibrate_fn(params, checked_fn(itertools.islice(batches, num)))
 
   averaged = lambda params: params
+  first = lambda params: steps.where_trained(model, params, best_fn())
   fns = {'averaged': averaged, 'first': first, 're-estimated': estimated}
   chosen = config.get('batch_norm', 'averaged')
   if chosen not in fns:

@@ -27,7 +27,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _memory
 from jaxsoup import checkpoints
@@ -49,8 +48,6 @@ from jaxsoup.typing import ParamsFn
 
 # Two copies of one run span no plane.
 _LEAST_ANGLE = 10.0
-
-
 # The parts, and the settings that each depends on.
 _PARTS = {
     'angles': (),
@@ -123,9 +120,9 @@ class Sets:
     self.logits_of = evaluation.logits_of(work.model.logits_fn, self.batches)
     self._metric = cook.metric_of(work.config)
 
-  def score_of(self, params: Params) -> float:
+  def score_of(self, params: Params, metric: MetricFn | None = None) -> float:
     """The score of a model."""
-    return self.score(self.logits_of(params), self.labels)
+    return self.score(self.logits_of(params), self.labels, metric)
 
   def score(
       self, logits: Array, labels: Array, metric: MetricFn | None = None
@@ -182,9 +179,6 @@ def make(
   asked = missing(work.config, work.workdir, len(scores))
   if not asked:
     return
-  # Where the ingredients are: on a mesh, if that is sharded.
-  shapes = workdirs.abstract(work.config, theta_0)
-  theta_0 = checkpoints.Ingredients([work.workdir / 'theta_0'], shapes)[0]
   runs = stages.ingredients(work, theta_0)
   size = len(runs) * sum(x.nbytes for x in jax.tree.leaves(theta_0))
   free = _memory.free_bytes(jax.local_devices()[0])
@@ -201,9 +195,7 @@ def make(
     on_points(0, 1)
     content = _json.plain({'settings': settings, **make_fn(on_points)})
     path = work.workdir / 'landscape' / f'{name}.json'
-    path.parent.mkdir(exist_ok=True)
-    with _files.replaced(path) as unfinished:
-      unfinished.write_text(json.dumps(content, allow_nan=False))
+    _json.write(path, content, indent=None)
     num_done += num_models
 
 
@@ -268,7 +260,7 @@ class Parts:
     by_name = {}
     for name, names in where.items():
       sets = self._sets(names)
-      pairs = landscape.pairs(
+      by_name[name] = landscape.pairs(
           self._ingredients,
           self._theta_0,
           self._work.model.logits_fn,
@@ -278,7 +270,6 @@ class Parts:
           prepare_fn=self._prepare_fn,
           on_pair=lambda _: on_points(next(done), num),
       )
-      by_name[name] = [pair._asdict() for pair in pairs]
     return by_name
 
   def _lines(self, on_points) -> Json:
@@ -337,12 +328,9 @@ class Parts:
   def _surfaces(self) -> dict[str, Callable[[Params], float]]:
     """What is drawn on the plane: as figure 2 of the paper."""
     train, test = self._sets(['train']), self._sets(['test'])
+    loss = metrics.negative_log_likelihood
     surfaces = {
-        'training loss': lambda params: train.score(
-            train.logits_of(params),
-            train.labels,
-            metrics.negative_log_likelihood,
-        ),
+        'training loss': lambda params: train.score_of(params, loss),
         'test error': lambda params: 1 - test.score_of(params),
     }
     if self._work.splits.shifts:

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsoup
-from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup import checkpoints
@@ -96,7 +95,9 @@ def finished(
   The data and the model of the experiment are not made.
   """
   content = _stored(experiment, workdir)
-  if content is None or not _is_whole(content, workdir):
+  if content is None or not buckets.are_whole(
+      *map(workdir.joinpath, content['files'])
+  ):
     return []
   config, rows = experiment.config, report.read_rows(workdir / _RESULTS)
   num_models = sum(row.kind == 'single' for row in rows)
@@ -126,12 +127,6 @@ def _stored(experiment, workdir: pathlib.Path) -> Json | None:
   return None if _processes.is_any(content is None) else content
 
 
-def _is_whole(content: Json, workdir: pathlib.Path) -> bool:
-  """Whether the files that results.json names are there."""
-  paths = [workdir / name for name in content['files']]
-  return _processes.agreed(all(map(buckets.is_whole, paths)))
-
-
 def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
   """Makes every soup, writes tables and pictures; only what is missing.
 
@@ -145,7 +140,9 @@ def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
   ]
   content = _stored(work.experiment, work.workdir)
   stable = content['stability'] if content else {}
-  if content is not None and not _is_whole(content, work.workdir):
+  if content is not None and not buckets.are_whole(
+      *map(work.workdir.joinpath, content['files'])
+  ):
     content = None
   all_splits = splits(work)
   made = []
@@ -256,7 +253,7 @@ def _add_stability(
           num_resamples=num,
           seed=work.config.seed,
       )
-      stable[name] = _json.plain(made._asdict())
+      stable[name] = _json.plain(made)
     # Each is kept when it is made.
     content['stability'] |= stable
     _store(work, content)
@@ -308,7 +305,7 @@ def _cooked(work, ingredients, theta_0, split, logits, part) -> Cooked:
       for way, fn in (fns or {'': lambda params: params}).items():
         name = f'{recipe}, {way}' if way else recipe
         path = split.soup_path(name)
-        if not _processes.agreed(buckets.is_whole(path)):
+        if not buckets.are_whole(path):
           soup = mixture()
           soup = dataclasses.replace(soup, params=fn(soup.params))
           metadata = {'recipe': recipe, 'seed': config.seed}
@@ -518,5 +515,4 @@ def _write(work, content: Json, tables, soups) -> None:
 
 def _store(work, content: Json) -> None:
   if _processes.is_main():
-    with _files.replaced(work.workdir / _RESULTS) as unfinished:
-      unfinished.write_text(json.dumps(_json.sealed(content), indent=1))
+    _json.write(work.workdir / _RESULTS, _json.sealed(content))

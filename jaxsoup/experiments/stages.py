@@ -45,9 +45,9 @@ def theta_0(work: workdirs.Work) -> Params:
   Of several processes with one workdir one makes it, and the others wait.
   """
   path = work.workdir / 'theta_0'
-  if not _processes.agreed(buckets.is_whole(path)):
+  if not buckets.are_whole(path):
     with _alone(work, path):
-      if not _processes.agreed(buckets.is_whole(path)):
+      if not buckets.are_whole(path):
         work.progress_fn('pre-training', 0.0)
         metadata = {'seed': work.config.seed}
         checkpoints.save(path, _start(work), metadata=metadata)
@@ -101,7 +101,7 @@ def _start(work: workdirs.Work) -> Params:
 def _pretrained(work: workdirs.Work, params: Params) -> Params:
   """Kept until theta_0 is there: the probe may be stopped."""
   path = work.workdir / 'unfinished' / 'pretrained'
-  if not _processes.agreed(buckets.is_whole(path)):
+  if not buckets.are_whole(path):
     if work.splits.pretrain is None:
       raise configs.UsageError(
           'config.pretrain is set, but data(config) returns no `pretrain` set: '
@@ -121,16 +121,12 @@ def _pretrained(work: workdirs.Work, params: Params) -> Params:
         **_logged(work, ['pretrain']),
     )
     checkpoints.save(path, trained)
-  return _read(work, path, params)
+  return _read(work, path)
 
 
-def _read(
-    work: workdirs.Work, path: pathlib.Path, params: Params | None = None
-) -> Params:
-  """A checkpoint; its shapes are those of `params`, or stored."""
-  if params is None:
-    params = checkpoints.Ingredients([path]).abstract_params
-  abstract = workdirs.abstract(work.config, params)
+def _read(work: workdirs.Work, path: pathlib.Path) -> Params:
+  stored = checkpoints.Ingredients([path]).abstract_params
+  abstract = workdirs.abstract(work.config, stored)
   return checkpoints.Ingredients([path], abstract)[0]
 
 
@@ -164,9 +160,7 @@ def finetune_all(work: workdirs.Work, start: Params) -> bool:
     with _alone(work, work.workdir / 'runs' / f'{group[0]:02d}'):
       _finetune_group(work, start, group, progress_fn)
     num_done += len(group)
-  is_complete = _processes.agreed(
-      all(buckets.is_whole(path) for _, _, path in work.copies())
-  )
+  is_complete = buckets.are_whole(*(path for _, _, path in work.copies()))
   if is_complete:
     warn_of(work.diverged())
     if not work.copies():
@@ -214,11 +208,9 @@ def _finetune_group(work: workdirs.Work, start, group, progress_fn) -> None:
   paths = {(i, name): path for i, name, path in work.copies() if i in group}
   for (i, name), path in paths.items():
     unscored = _unscored(work, path)
-    if _processes.agreed(buckets.is_whole(unscored)):
-      _save(work, path, i, name, _read(work, unscored, start))
-  if not _processes.agreed(
-      all(buckets.is_whole(path) for path in paths.values())
-  ):
+    if buckets.are_whole(unscored):
+      _save(work, path, i, name, _read(work, unscored))
+  if not buckets.are_whole(*paths.values()):
 
     def keep_fn(name, stacked):
       if jax.process_count() == 1:
@@ -254,12 +246,12 @@ def _save(work: workdirs.Work, path, run: int, name: str, params) -> None:
 
   When the script is to stop, without a score: the next call does the rest.
   """
-  if _processes.agreed(buckets.is_whole(path)):
+  if buckets.are_whole(path):
     return
   try:
     logits = work.logits_of(path, lambda: params)
   except preemption.Preempted:
-    if not _processes.agreed(buckets.is_whole(_unscored(work, path))):
+    if not buckets.are_whole(_unscored(work, path)):
       checkpoints.save(_unscored(work, path), params)
     return
   metric = cook.metric_of(work.config)

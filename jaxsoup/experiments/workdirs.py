@@ -239,8 +239,7 @@ def work_of(
           f'log(config) returned {write_fn!r:.80}: expected a function that is '
           "called with dicts, such as wandb.init(project='soups').log."
       )
-    name = 'the function of log(config)'
-    write_fn = user_code.guarded(write_fn, None, name)
+    write_fn = user_code.guarded(write_fn, None, 'the function of log(config)')
   board = folder / 'tensorboard' if config.get('tensorboard', False) else None
   work = Work(
       experiment=experiment,
@@ -274,23 +273,16 @@ def check_roles(work: Work) -> None:
       'held_out': [splits.held_out],
       'test': [splits.test, *splits.shifts.values()],
   }
+  inputs_of = lambda x: [{name: x.arrays[name] for name in work.model.inputs}]
+  by_role = lambda fn: {
+      role: [part for x in members for part in fn(x)]
+      for role, members in roles.items()
+  }
   statistics.check_disjoint(
-      **{
-          role: [
-              {name: x.arrays[name] for name in work.model.inputs}
-              for x in members
-              if hasattr(x, 'arrays')
-          ]
-          for role, members in roles.items()
-      }
+      **by_role(lambda x: inputs_of(x) if hasattr(x, 'arrays') else [])
   )
   if not (work.workdir / 'theta_0').exists():
-    statistics.check_disjoint_files(
-        **{
-            role: [path for x in members for path in sources.files_of(x)]
-            for role, members in roles.items()
-        }
-    )
+    statistics.check_disjoint_files(**by_role(sources.files_of))
 
 
 def shard_of(config: ml_collections.ConfigDict) -> tuple[int, int]:

@@ -86,9 +86,7 @@ def _once(bench: pools.Bench, number: int) -> studies.Figures:
   figures, draw = experiment.study(bench)
   if draw is not None:
     report.save(draw, path.with_suffix('.png'), size=(6.4, 4.4))
-  path.parent.mkdir(exist_ok=True)
-  with _files.replaced(path) as unfinished:
-    unfinished.write_text(json.dumps(_json.plain(figures), indent=1))
+  _json.write(path, _json.plain(figures))
   return json.loads(path.read_text())
 
 

@@ -7,6 +7,7 @@ figures, draw = studies.EXPERIMENTS[4].study(bench)     # a `pools.Bench`
 `paper.run` is the command that runs them.
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Sequence
 import functools
@@ -32,8 +33,6 @@ from jaxsoup.typing import Params
 Figures = dict[str, dict[str, float]]
 _TEST, _SHIFTS = 'test, %', 'shifts, %'
 _WHERE = ('test', 'shifts')
-
-
 # The figures, and the picture of one seed; None where it is the figures.
 Result = tuple[Figures, Callable[[Any], None] | None]
 
@@ -133,19 +132,18 @@ def _drawn_pairs(bench, figures: Figures, draw, unit: str) -> Result:
 
 def angles_and_gains(bench: pools.Bench) -> Result:
   """Angle and gain by what varies, and their correlation over all pairs."""
-  figures: Figures = {}
+  figures: Figures = collections.defaultdict(dict)
   varied = _varied(bench['one_factor'])
   for where, pairs in _pairs(bench).items():
     column = f'gain on {where}, points'
     for name in pools.FACTORS:
       of_name = [p for p in pairs if varied[p.members] == name]
-      row = figures.setdefault(f'only {name} varies', {})
+      row = figures[f'only {name} varies']
       row['angle, degrees'] = float(np.mean([p.angle for p in of_name]))
       row[column] = float(np.mean([100 * p.gain for p in of_name]))
-    correlation, _ = studies.rank_correlation(
+    figures["Spearman's correlation"][column], _ = studies.rank_correlation(
         [p.angle for p in pairs], [100 * p.gain for p in pairs]
     )
-    figures.setdefault("Spearman's correlation", {})[column] = correlation
   return _drawn_pairs(bench, figures, report.angles_and_gains, 'points')
 
 
@@ -229,7 +227,7 @@ def growth(bench: pools.Bench) -> Result:
   """Scores as the number of models grows."""
   pool = bench['sweep']
   nums = _nums(len(pool))
-  figures: Figures = {}
+  figures: Figures = collections.defaultdict(dict)
   grown = {}
   for where in _WHERE:
     curves = studies.recipes(
@@ -240,8 +238,7 @@ def growth(bench: pools.Bench) -> Result:
     for name, rows in grown[where].scores.items():
       for num, value in zip(nums, rows.mean(0)):
         if num in (1, nums[len(nums) // 2], nums[-1]):
-          row = figures.setdefault(f'{name} of {num}', {})
-          row[f'{where}, %'] = float(value)
+          figures[f'{name} of {num}'][f'{where}, %'] = float(value)
   return figures, functools.partial(
       report.growth, grown=grown['shifts'], label='shifts, %', scale=1
   )
@@ -260,12 +257,12 @@ def _nums(num: int) -> list[int]:
 def one_varied(bench: pools.Bench) -> Result:
   """Soups of runs that differ in one hyper-parameter."""
   pool = bench['one_factor']
-  figures: Figures = {}
+  figures: Figures = collections.defaultdict(dict)
   for where in _WHERE:
     groups = studies.one_varied(pool.runs, _field(pool.soup, where), ignore=())
     for group in groups:
       for what in ('best', 'mean', 'soup'):
-        row = figures.setdefault(f'{group.name} varies: {what}', {})
+        row = figures[f'{group.name} varies: {what}']
         row[f'{where}, %'] = getattr(group, what)
   return figures, functools.partial(
       report.varied, groups=groups, label='shifts, %', scale=1

@@ -20,5 +20,4 @@ predicted from rates, see `machines.Rates`.
 """
 
 from jaxsoup.plan.recipes import Plan as Plan
-from jaxsoup.plan.recipes import as_json as as_json
 from jaxsoup.plan.recipes import make as make

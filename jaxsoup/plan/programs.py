@@ -33,6 +33,8 @@ from jaxsoup.train import modeling
 from jaxsoup.train import steps
 from jaxsoup.typing import Params
 
+_replicated = functools.partial(sharding.by_rules, rules=())
+
 
 class Program(NamedTuple):
   """What the compiler says about one program, for one device.
@@ -193,9 +195,6 @@ def _fine_tuning(experiment, model, mesh, params):
   state = loop.abstract_state(settings, mesh, params, hyper)
   place = [_replicated(jax.ShapeDtypeStruct((), jnp.int32), mesh)] * 2
   return loop.advance, model, settings, state, hyper, None, *place, inputs
-
-
-_replicated = functools.partial(sharding.by_rules, rules=())
 
 
 def abstract_params(model: modeling.Model, mesh: jax.sharding.Mesh) -> Params:

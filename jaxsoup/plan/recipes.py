@@ -27,7 +27,6 @@ from jaxsoup.experiments import cook
 from jaxsoup.plan import machines
 from jaxsoup.plan import programs
 from jaxsoup.train import loop
-from jaxsoup.typing import Json
 
 
 class Recipe(NamedTuple):
@@ -112,7 +111,7 @@ def make(
     num_ingredients: int,
     machine: str,
     rates: machines.Rates,
-    on_program: Callable[[programs.Program], None] | None = None,
+    on_program: Callable[[programs.Program], None] = lambda program: None,
 ) -> Plan:
   """Compiles the programs of an experiment, and adds up what the recipes need.
 
@@ -125,9 +124,6 @@ def make(
     machine: a name for it.
     rates: what predicts seconds.
     on_program: called after each program.
-
-  Returns:
-    A `Plan`.
 
   Raises:
     UsageError: the config lacks a field; the message names it.
@@ -149,8 +145,7 @@ def make(
   compiled = []
   for name, fn in programs.of(experiment, mesh, num_ingredients).items():
     compiled.append(programs.compile_program(name, fn, mesh))
-    if on_program is not None:
-      on_program(compiled[-1])
+    on_program(compiled[-1])
   made = of(experiment, mesh, device_bytes, num_ingredients, compiled, rates)
   return made._replace(machine=machine, num_devices=num_devices)
 
@@ -206,7 +201,9 @@ def of(
     return 0 if read is None else num * read.size // num_hosts
 
   swept, step = programs.sweep(experiment), by_name['fine-tuning step']
-  made = [_fine_tuning(experiment, model, mesh, step, swept, model_bytes)]
+  made = [
+      _fine_tuning(experiment, mesh, step, swept, model_bytes, example_bytes)
+  ]
   made += [
       row._replace(
           host=host_reads + row.host,
@@ -216,17 +213,8 @@ def of(
       )
       for row in rows
   ]
-
-  made = [
-      _finished(
-          recipe,
-          [(num, by_name[name]) for name, num in recipe.calls.items()],
-          rates,
-          recipe.reads // all_read * host_reads + recipe.examples,
-          device_bytes,
-      )
-      for recipe in made
-  ]
+  by_host = lambda r: r.reads // all_read * host_reads + r.examples
+  made = [_finished(r, by_name, rates, by_host(r), device_bytes) for r in made]
   streams = any(r.name == 'learned, streamed' and r.fits for r in made)
   # What `jaxsoup.learned` chooses: it does not count activations.
   _, is_stacked = _streamed.fits(num_ingredients, one, device_bytes)
@@ -259,8 +247,9 @@ def _sizes(add: programs.Program, leaves) -> tuple[int, int]:
   return one, add.arguments - one
 
 
-def _finished(recipe, times, rates, read_bytes, device_bytes) -> Recipe:
-  """A recipe with its seconds, and whether it fits; `times` of its programs."""
+def _finished(recipe, by_name, rates, read_bytes, device_bytes) -> Recipe:
+  """A recipe with its seconds, and whether it fits."""
+  times = [(num, by_name[name]) for name, num in recipe.calls.items()]
   return recipe._replace(
       compute_seconds=rates.compute_seconds(
           sum(num * p.flops for num, p in times),
@@ -272,17 +261,15 @@ def _finished(recipe, times, rates, read_bytes, device_bytes) -> Recipe:
   )
 
 
-def _fine_tuning(experiment, model, mesh, step, swept, model_bytes) -> Recipe:
+def _fine_tuning(
+    experiment, mesh, step, swept, model_bytes, example_bytes
+) -> Recipe:
   """All runs of the sweep; examples are read as the model takes them."""
-  config = experiment.config
-  num_hosts = programs.num_hosts(mesh)
-  batches = programs.batches(config, mesh)['fine-tuning']
-  batch = programs.batch_of(model, batches).values()
+  config, num_hosts = experiment.config, programs.num_hosts(mesh)
+  batch_bytes = config.finetune.batch_size * example_bytes
   # Of three batches in flight one is an argument; three more are read ahead.
   # What is not sharded has all of its data on the device, if in memory.
-  waiting = 2 * sum(map(programs.shard_bytes, batch))
-  batch_bytes = sum(map(total_bytes, batch))
-  example_bytes = batch_bytes // batches.size
+  waiting = 2 * batch_bytes // mesh.size
   data_bytes = config.data.sizes.train * example_bytes
   names = loop.names_of(config.finetune)
   wanted = config.get('ingredients', names) or names
@@ -458,16 +445,3 @@ _FIELDS = (
     'learned.num_epochs',
     'learned.val_fraction',
 )
-
-
-def as_json(plan: Plan) -> Json:
-  """The plan as nested dicts, bytes and FLOPs as numbers."""
-
-  def nested(x):
-    if hasattr(x, '_asdict'):
-      x = x._asdict()
-    if isinstance(x, Mapping):
-      return {name: nested(value) for name, value in x.items()}
-    return list(map(nested, x)) if isinstance(x, tuple) else x
-
-  return nested(plan)

@@ -7,7 +7,7 @@ from jaxsoup.plan.recipes import Plan
 
 def as_text(made: Plan) -> str:
   """The plan as two tables."""
-  parts = [
+  lines = [
       *_heading(made),
       '',
       'Each program, on one device:',
@@ -17,7 +17,7 @@ def as_text(made: Plan) -> str:
       'of one host, the examples that each host reads, and totals of the rest:',
       _table(_recipe_rows(made)),
   ]
-  return '\n'.join(parts)
+  return '\n'.join(lines)
 
 
 def _heading(made: Plan) -> list[str]:

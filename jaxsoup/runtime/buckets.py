@@ -95,3 +95,8 @@ def is_whole(path: Any) -> bool:
   if not _files.is_remote(path) or not path.is_dir():
     return path.exists()
   return (path / 'commit_success.txt').exists()
+
+
+def are_whole(*paths: Any) -> bool:
+  """Whether all are there, as the main process sees it."""
+  return _processes.agreed(all(map(is_whole, paths)))

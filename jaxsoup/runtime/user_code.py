@@ -121,14 +121,13 @@ def guarded(
   Returns:
     A function with the same arguments, which raises `UserCodeError`.
   """
+  passing = (KeyboardInterrupt, UserCodeError, *passing)
 
   @functools.wraps(function)
   def call(*args, **kwargs):
     here = os.getcwd()
     try:
       return function(*args, **kwargs)
-    except (KeyboardInterrupt, UserCodeError):
-      raise
     except passing:
       raise
     except BaseException as e:

@@ -28,10 +28,7 @@ INPUTS: dict[str, tuple[str, Callable[..., jax.Array]]] = {
     'noise': ('image', augment.noise),
     'token_dropout': ('input_ids', augment.token_dropout),
 }
-PAIRS = {
-    'mixup': augment.mixup,
-    'cutmix': augment.cutmix,
-}
+PAIRS = {'mixup': augment.mixup, 'cutmix': augment.cutmix}
 ALL = (*INPUTS, *PAIRS)
 
 

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import contextlib
 import functools
 import itertools
+import operator
 import time
 from typing import Any
 
@@ -50,6 +51,7 @@ Keep = Callable[[str, steps.Params], None]
 Log = Callable[[int, Mapping[str, float]], None]
 # The keys of augmentations are none of those that parameters are drawn by.
 _AUGMENTATIONS = int.from_bytes(b'augm')
+_first = operator.itemgetter(0)
 
 
 def train(
@@ -59,7 +61,7 @@ def train(
     runs: Sequence[steps.Run],
     source: sources.Source,
     *,
-    progress_fn: Progress | None = None,
+    progress_fn: Progress = lambda *_: None,
     saved: unfinished.Saved | None = None,
     keep_fn: Keep | None = None,
     log_fn: Log | None = None,
@@ -116,8 +118,7 @@ def train(
           keep_fn(f'step_{before + done}', state.params)
         if saved and done < num_steps:
           saved.after(before + done, state)
-      if progress_fn is not None:
-        progress_fn(epoch + 1, settings.num_epochs, seen.losses())
+      progress_fn(epoch + 1, settings.num_epochs, seen.losses())
       if saved:
         saved.after(before + num_steps, state)
   if keep_fn is not None:
@@ -219,11 +220,9 @@ class _Seen:
       for row, peak in enumerate(self._rates):
         means = {k: float(x[row, first:last].mean()) for k, x in recent.items()}
         place = {'step': step, 'epoch': (step - 1) // self._num_steps + 1}
-        rates = {
-            'learning_rate': peak * float(share),
-            'examples_per_second': speed,
-        }
-        self._log_fn(row, {**place, **means, **rates})
+        means['learning_rate'] = peak * float(share)
+        means['examples_per_second'] = speed
+        self._log_fn(row, {**place, **means})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=('state',))
@@ -257,10 +256,6 @@ def advance(model, settings, state, hyper, data, epoch, first, inputs):
   # A convolution that is vmapped takes a third longer on a CPU.
   one = jax.tree.map(_first, (state, hyper, inputs))
   return jax.tree.map(lambda x: x[None], run_fn(*one))
-
-
-def _first(x):
-  return x[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -419,10 +414,8 @@ def probe(
     return {'feature': features, 'label': batch['label']}
 
   walk = sources.batches(source, evaluation.divided(batch_size, sharding))
-  batches = (
-      {name: evaluation.placed(x, sharding) for name, x in batch.items()}
-      for batch in checked_fn(walk)
-  )
+  place_fn = functools.partial(evaluation.placed, sharding=sharding)
+  batches = (jax.tree.map(place_fn, batch) for batch in checked_fn(walk))
   arrays = evaluation.logits_of(both_fn, batches)(params)
   arrays['label'] = arrays['label'].astype(np.int32)
   head_model = modeling.linear(arrays['feature'].shape[-1], model.num_classes)

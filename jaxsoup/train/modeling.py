@@ -124,11 +124,9 @@ def of_module(
       values['image'] = prepare_fn(values['image'])
     return values.values()
 
-  def init_fn(key):
-    return models.params_of(make_fn(key))
-
-  def call_fn(module, batch):
-    return call(module, *arguments(batch))
+  init_fn = lambda key: models.params_of(make_fn(key))
+  call_fn = lambda module, batch: call(module, *arguments(batch))
+  features_fn = lambda params, batch: merged(params).features(*arguments(batch))
 
   def train_fn(params, batch):
     module = merged(params)
@@ -138,12 +136,9 @@ def of_module(
     logits = call_fn(module, batch)
     return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
-  def features_fn(params, batch):
-    return merged(params).features(*arguments(batch))
-
-  def recalibrate_fn(params, batches):
-    return batch_norm.recalibrated(graphdef, params, batches, call=call_fn)
-
+  recalibrate_fn = functools.partial(
+      batch_norm.recalibrated, graphdef, call=call_fn
+  )
   start_fn: Any = jax.jit(init_fn)
   if load_fn is not None:
     start_fn = lambda key: models.params_of(load_fn(key))

@@ -164,25 +164,18 @@ def settings_of(
       augmentations=tuple(name for name in augmentation.ALL if name in asked),
       is_sharp='sam' in asked,
   )
-  if settings.optimizer not in OPTIMIZERS:
-    raise ValueError(
-        f'optimizer is {settings.optimizer!r}: choose from '
-        f'{", ".join(OPTIMIZERS)}.'
-    )
-  if settings.decay not in trajectory.CURVES or settings.decay_from >= 1:
-    raise ValueError(
-        f'decay is {settings.decay!r} and decay_from is '
-        f'{settings.decay_from}: choose from {", ".join(trajectory.CURVES)}, '
-        'and a share below 1.'
-    )
+  for name, allowed in (
+      ('optimizer', OPTIMIZERS),
+      ('decay', trajectory.CURVES),
+      ('batch_norm', ('train', 'frozen')),
+  ):
+    if (value := getattr(settings, name)) not in allowed:
+      choices = ', '.join(allowed)
+      raise ValueError(f'{name} is {value!r}: choose from {choices}.')
   if any(not 1 <= step <= num_steps for step in settings.keep_steps):
     raise ValueError(
         f'keep_steps is {settings.keep_steps}: expected steps from 1 to '
         f'{num_steps}, the last one.'
-    )
-  if settings.batch_norm not in ('train', 'frozen'):
-    raise ValueError(
-        f"batch_norm is {settings.batch_norm!r}: choose 'train' or 'frozen'."
     )
   if settings.is_sharp and settings.num_accumulated > 1:
     raise ValueError(
@@ -215,13 +208,12 @@ def make_tx(
   """
   rate_fn = lambda count: hyper['learning_rate'] * schedule(settings, count)
   clip = optax.clip_by_global_norm(settings.clip) if settings.clip else None
-  parts = [
+  tx = optax.chain(
       clip or optax.identity(),
       OPTIMIZERS[settings.optimizer](settings),
       optax.add_decayed_weights(hyper['weight_decay']),
       optax.scale_by_learning_rate(rate_fn),
-  ]
-  tx = optax.chain(*parts)
+  )
   if settings.is_sharp:
     up = optax.chain(optax.contrib.normalize(), optax.sgd(hyper['sam']))
     tx = optax.contrib.sam(tx, up, opaque_mode=True)
@@ -242,19 +234,10 @@ def schedule(settings: Settings, count: Any) -> Any:
 
 def initial_state(settings, params, hyper) -> State:
   """The state of one run before its first step."""
-  return State(
-      params,
-      make_tx(settings, hyper).init(params),
-      {f'ema_{decay}': _ema(decay, params) for decay in settings.ema},
-  )
-
-
-def _ema(decay: float, params: Params, state: Any = None) -> AverageState:
-  """A moving average that starts from theta_0."""
-  average = running_average(decay)
-  if state is None:
-    return average.update(average.init(params), params)
-  return average.update(state, params, 1 - decay)
+  # Moving averages start from theta_0.
+  averages = {f'ema_{decay}': running_average(decay) for decay in settings.ema}
+  ema = {k: x.update(x.init(params), params) for k, x in averages.items()}
+  return State(params, make_tx(settings, hyper).init(params), ema)
 
 
 def train_step(
@@ -282,38 +265,32 @@ def train_step(
     return optax.softmax_cross_entropy(logits, target).mean(), stats
 
   def grad_fn(params, _=None):
-    grads, stats = jax.grad(loss_fn, has_aux=True)(params)
-    del stats
-    return jax.tree.map(_where, mask, grads)
+    return masked(jax.grad(loss_fn, has_aux=True)(params)[0])
 
-  mask = is_trained(model, state.params)
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  masked = lambda tree: where_trained(model, tree, zeros)
   (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-  grads = jax.tree.map(_where, mask, grads)
+  grads = masked(grads)
   tx = make_tx(settings, hyper)
   more = {'grad_fn': grad_fn} if settings.is_sharp else {}
   updates, opt_state = tx.update(grads, state.opt_state, state.params, **more)
-  updates = jax.tree.map(_where, mask, updates)  # No decay of statistics.
+  updates = masked(updates)  # No decay of statistics.
   params = _replaced(optax.apply_updates(state.params, updates), stats)
   ema = {
-      name: _ema(decay, params, copy)
+      name: running_average(decay).update(copy, params, 1 - decay)
       for decay, (name, copy) in zip(settings.ema, state.ema.items())
   }
-  squares = [
-      jnp.sum(g.astype(jnp.float32) ** 2) for g in jax.tree.leaves(grads)
-  ]
-  metrics = {'loss': loss, 'gradient_norm': jnp.sqrt(sum(squares))}
-  return State(params, opt_state, ema), metrics
+  squares = jax.tree.map(lambda g: jnp.sum(g.astype(jnp.float32) ** 2), grads)
+  norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
+  return State(params, opt_state, ema), {'loss': loss, 'gradient_norm': norm}
 
 
-def is_trained(model: modeling.Model, params: Params) -> Any:
-  """A tree of bools: False for the running statistics of BatchNorm."""
+def where_trained(model: modeling.Model, params: Params, other: Params) -> Any:
+  """`params`, with the running statistics of BatchNorm of `other`."""
+  is_other = lambda path: tuple(k.key for k in path) in model.statistics
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: tuple(k.key for k in path) not in model.statistics, params
+      lambda path, x, y: y if is_other(path) else x, params, other
   )
-
-
-def _where(is_kept: bool, x: jax.Array) -> jax.Array:
-  return x if is_kept else jnp.zeros_like(x)
 
 
 def _replaced(params: Params, new: Any) -> Any:
