@@ -242,8 +242,11 @@ def _problems(fields: Json) -> Iterator[str]:
       expected = 'a range, low before high'
     elif name == 'image_shape' and (len(numbers) != 3 or min(numbers) < 1):
       expected = 'height, width and channels'
-    elif name == 'keep_steps' and min(numbers, default=1) < 1:
-      expected = 'steps from 1'
+    elif name == 'keep_steps':
+      num = fields.get('data.sizes.train', 0) // fields[f'{section}.batch_size']
+      last = num * fields[f'{section}.num_epochs'] or math.inf
+      if not all(1 <= x <= last for x in numbers):
+        expected = f'steps from 1 to {last}, the last one'
     is_of_runs = section.partition('.')[0] in _OF_TRAINING
     is_negative = min(numbers, default=0) < 0 and name not in _SEEDS
     is_at_least_0 = is_of_runs or name == 'num_workers'
