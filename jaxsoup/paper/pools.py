@@ -237,6 +237,10 @@ class Bench(contextlib.ExitStack):
       results.make(work, theta_0)
     return pool
 
+  def shares(self) -> dict[str, float]:
+    """See `results.shares`; all pools have the same data that report."""
+    return results.shares(next(iter(self._pools.values())).work)
+
 
 def middle(config: ml_collections.ConfigDict) -> configs.Run:
   """The run in the middle of all ranges of the sweep.
