@@ -79,7 +79,7 @@ def run(
 
 
 def _shares(seed: int) -> str:
-  return f'seed{seed}/experiments/shares.json'
+  return f'seed{seed}/shares.json'
 
 
 def _once(bench: pools.Bench, number: int) -> studies.Figures:
@@ -92,7 +92,7 @@ def _once(bench: pools.Bench, number: int) -> studies.Figures:
   if draw is not None:
     report.save(draw, path.with_suffix('.png'), size=(6.4, 4.4))
   _json.write(path, _json.plain(figures))
-  _json.write(path.with_name('shares.json'), bench.shares())
+  _json.write(bench.workdir / 'shares.json', bench.shares())
   return json.loads(path.read_text())
 
 
