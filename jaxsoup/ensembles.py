@@ -12,6 +12,7 @@ are the same functions, applied to logits: no ingredient is run twice.
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 from typing import Generic
 from typing import NamedTuple
 
@@ -97,29 +98,20 @@ def uniform(logits: Array) -> Ensemble[AverageInfo]:
     >>> uniform(np.array([[[0.0, 1.0]], [[2.0, 1.0]]])).logits
     Array([[1., 1.]], dtype=float32)
   """
-  return _of(_average.uniform(_models(logits)))
+  return _ensemble(_average.uniform, logits)
 
 
 def greedy(
     logits: Array,
     score_fn: Callable[[jax.Array], Scalar],
-    *,
-    order: Sequence[int] | None = None,
-    strict: bool = False,
-    num_passes: int = 1,
-    with_replacement: bool = False,
-    max_ingredients: int | None = None,
+    **options: Any,
 ) -> Ensemble[SearchInfo]:
   """The greedy rule of recipe 1 over mean logits.
 
   Args:
     logits: held-out logits `[K, N, C]`.
     score_fn: `score_fn(logits [N, C]) -> scalar`, higher is better.
-    order: as in `jaxsoup.greedy`, and so are the other options.
-    strict: whether a tie is a rejection.
-    num_passes: how often to go through the models.
-    with_replacement: whether a model may count more than once.
-    max_ingredients: stop at this many.
+    **options: of `jaxsoup.greedy`, such as `order` or `max_ingredients`.
 
   Returns:
     An `Ensemble`. For its test logits mix those of the test data:
@@ -127,27 +119,19 @@ def greedy(
 
   Source: Wortsman et al. 2022, appendix H; Caruana et al. 2004.
   """
-  return _of(
-      _greedy.greedy(
-          _models(logits),
-          score_fn,
-          order=order,
-          strict=strict,
-          num_passes=num_passes,
-          with_replacement=with_replacement,
-          max_ingredients=max_ingredients,
-      )
-  )
+  return _ensemble(_greedy.greedy, logits, score_fn, **options)
 
 
-def _of(soup: Soup[InfoT]) -> Ensemble[InfoT]:
-  return Ensemble(soup.params, soup.alpha, soup.info)
-
-
-def _models(logits: Array) -> list[Array]:
+def _ensemble(
+    recipe: Callable[..., Soup[InfoT]],
+    logits: Array,
+    *args: Any,
+    **options: Any,
+) -> Ensemble[InfoT]:
   if np.ndim(logits) != 3:
     raise ValueError(
         f'logits have shape {np.shape(logits)}: expected [K, N, C] for K '
         'models, as ensembles.collect returns them.'
     )
-  return list(logits)
+  soup = recipe(list(logits), *args, **options)
+  return Ensemble(soup.params, soup.alpha, soup.info)

@@ -86,15 +86,7 @@ def batched(
 
 
 def divided(batch_size: int, sharding: jax.sharding.Sharding | None) -> int:
-  """A batch size, rounded up to what a sharding divides.
-
-  Args:
-    batch_size: number of examples in a batch.
-    sharding: of a batch on a mesh, or None.
-
-  Returns:
-    The least size from `batch_size` on that is the same on every device.
-  """
+  """The least batch size from this one on that a sharding divides equally."""
   while sharding is not None:
     try:
       sharding.shard_shape((batch_size,))
@@ -449,7 +441,7 @@ def _hashes(batch: Batch, num: int) -> jax.Array:
     x = jnp.real(x).astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     odd = 2 * jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32) + 1
-    bits = bits * odd.reshape(1, *x.shape[1:]) if x.ndim > 1 else bits
+    bits = bits * odd.reshape(1, *x.shape[1:])
     total = 31 * total + bits.sum(tuple(range(1, x.ndim)), dtype=jnp.uint32)
   return total
 

@@ -81,7 +81,8 @@ def average(
   flats = [_tree.flatten(adapter) for adapter in adapters]
   factors = [_factors(flat, f'adapter {k}') for k, flat in enumerate(flats)]
   _check_sizes(factors)
-  averaged, residuals = {}, {}
+  averaged: dict[_tree.Path, np.ndarray] = {}
+  residuals = {}
   for layer in dict.fromkeys(layer for f in factors for layer in f):
     parts = [(w, *f[layer]) for w, f in zip(alpha, factors) if layer in f]
     a = np.concatenate([a for _, a, _ in parts], axis=-1)
@@ -89,7 +90,7 @@ def average(
     residual = 0.0
     if rank is not None and rank < a.shape[-1]:
       a, b, residual = _of_rank(a, b, rank)
-    averaged[layer] = a, b
+    averaged |= {(*layer, 'lora_a'): a, (*layer, 'lora_b'): b}
     residuals[_tree.name_of(layer)] = residual
   return Soup(
       params=_in_container(averaged, flats),
@@ -101,14 +102,14 @@ def average(
 def _factors(flat: _tree.Flat, name: str) -> dict[_tree.Path, _Factors]:
   """The two factors of each layer, by its path."""
   leaves: dict[_tree.Path, dict[str, np.ndarray]] = {}
-  for path, leaf in zip(flat.paths, flat.leaves):
+  for path, leaf in flat.by_path.items():
     where = f'{name}: leaf {_tree.name_of(path)!r} of shape {leaf.shape}'
     if path[-1:] not in (('lora_a',), ('lora_b',)) or leaf.ndim < 2:
       raise ValueError(
           f'{where} is no factor lora_a or lora_b. Pass the parameters of the '
           'adapter only, such as nnx.state(model, nnx.LoRAParam).'
       )
-    value = np.asarray(jax.device_get(leaf)).astype(np.float64)
+    value = np.asarray(jax.device_get(leaf), np.float64)
     if not np.isfinite(value).all():
       raise ValueError(f'{where} has NaN or infinite values: leave it out.')
     leaves.setdefault(path[:-1], {})[path[-1]] = value
@@ -160,18 +161,17 @@ def _of_rank(
 
 
 def _in_container(
-    factors: Mapping[_tree.Path, _Factors], flats: Sequence[_tree.Flat]
+    factors: Mapping[_tree.Path, np.ndarray], flats: Sequence[_tree.Flat]
 ) -> Params:
   """The factors in the container of the first adapter, if it has all layers."""
-  leaves: dict[_tree.Path, jax.Array] = {}
-  dtypes = {p: x.dtype for f in flats[::-1] for p, x in zip(f.paths, f.leaves)}
-  for layer, pair in factors.items():
-    for key, x in zip(('lora_a', 'lora_b'), pair):
-      path = (*layer, key)
-      leaves[path] = _tree.on_device(x.astype(dtypes[path]))
+  dtypes = {p: x.dtype for f in flats[::-1] for p, x in f.by_path.items()}
+  leaves = {
+      path: _tree.on_device(x.astype(dtypes[path]))
+      for path, x in factors.items()
+  }
   if leaves.keys() - set(flats[0].paths):
     return _tree.nest(leaves)
-  return flats[0].replace(leaves[path] for path in flats[0].paths)
+  return flats[0].replace(map(leaves.__getitem__, flats[0].paths))
 
 
 def dense(params: Params) -> dict[str, np.ndarray]:

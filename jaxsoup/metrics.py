@@ -185,9 +185,8 @@ def reliability(
   confidence = jax.nn.softmax(logits.astype(jnp.float32)).max(-1)
   order = jnp.argsort(confidence, stable=True)
   # The same cut points as np.array_split: the first bins are one longer.
-  count = np.array(
-      [len(b) for b in np.array_split(range(num), num_bins)], np.int32
-  )
+  parts = np.array_split(range(num), num_bins)
+  count = np.array(list(map(len, parts)), np.int32)
   bins = np.repeat(np.arange(num_bins), count)
   mean = lambda x: jax.ops.segment_sum(x, bins, num_bins) / count
   right = correct(logits, labels).astype(jnp.float32)[order]
