@@ -188,8 +188,8 @@ class MeanOf:
     self.num_seen = 0
     self._metric_fn = metric_fn
     self.batches = batches
-    self.step = jax.jit(functools.partial(_sums, metric_fn))
-    sums_fn = lambda *args: self.step(*args)[:2]
+    self.step = step = jax.jit(functools.partial(_sums, metric_fn))
+    sums_fn = lambda *args: step(*args)[:2]
     self._steps = jax.jit(jax.vmap(sums_fn, (0, None)))
     # Known when a model was scored: the number of examples, and the rest.
     self._num = 0
@@ -216,7 +216,7 @@ class MeanOf:
       self._is_boolean = all(x is not None for x in wrong)
       if self._is_boolean and isinstance(self.batches, _Batched):
         self._hard_first = _HardFirst(self.batches)
-    if self._hard_first is not None:
+    if self._hard_first:
       self._hard_first.saw_all([_processes.gathered(x) for x in wrong])
     self._num = self.num_seen = count
     return float(sum(float(s) for s, _ in totals) / count)

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import _tree
 from jaxsoup.typing import Array
 from jaxsoup.typing import ArrayLike
 
@@ -42,10 +43,7 @@ def _metric(
   def wrapper(
       logits: ArrayLike, labels: ArrayLike, *args: _P.args, **options: _P.kwargs
   ) -> _T:
-    on_device = [
-        x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x))
-        for x in (logits, labels)
-    ]
+    on_device = list(map(_tree.on_device, (logits, labels)))
     _require_fit(fn.__name__, *on_device)
     return compiled(*on_device, *args, **options)
 
