@@ -80,13 +80,19 @@ def average(
     raise ValueError(f'rank is {rank}, expected at least 1.')
   flats = [_tree.flatten(adapter) for adapter in adapters]
   factors = [_factors(flat, f'adapter {k}') for k, flat in enumerate(flats)]
-  _check_sizes(factors)
   averaged: dict[_tree.Path, np.ndarray] = {}
   residuals = {}
   for layer in dict.fromkeys(layer for f in factors for layer in f):
-    parts = [(w, *f[layer]) for w, f in zip(alpha, factors) if layer in f]
-    a = np.concatenate([a for _, a, _ in parts], axis=-1)
-    b = np.concatenate([w * b for w, _, b in parts], axis=-2)
+    parts = {k: f[layer] for k, f in enumerate(factors) if layer in f}
+    try:
+      a = np.concatenate([a for a, _ in parts.values()], axis=-1)
+      b = np.concatenate([alpha[k] * b for k, (_, b) in parts.items()], axis=-2)
+    except ValueError as e:
+      shapes = {k: (*a.shape[:-1], b.shape[-1]) for k, (a, b) in parts.items()}
+      raise ValueError(
+          f'layer {_tree.name_of(layer)!r}: the adapters add matrices of the '
+          f'shapes {shapes}. Average adapters of the same base model.'
+      ) from e
     residual = 0.0
     if rank is not None and rank < a.shape[-1]:
       a, b, residual = _of_rank(a, b, rank)
@@ -124,21 +130,6 @@ def _factors(flat: _tree.Flat, name: str) -> dict[_tree.Path, _Factors]:
       )
     factors[layer] = a, b
   return factors
-
-
-def _check_sizes(factors: Sequence[Mapping[_tree.Path, _Factors]]) -> None:
-  """Raises where adapters do not have the same base model."""
-  seen: dict[_tree.Path, tuple[int, tuple[int, ...]]] = {}
-  for k, adapter in enumerate(factors):
-    for layer, (a, b) in adapter.items():
-      shape = (*a.shape[:-1], b.shape[-1])
-      first, expected = seen.setdefault(layer, (k, shape))
-      if shape != expected:
-        raise ValueError(
-            f'adapter {k}: layer {_tree.name_of(layer)!r} adds a matrix of '
-            f'shape {shape}, but adapter {first} adds {expected}. Average '
-            'adapters of the same base model.'
-        )
 
 
 def _of_rank(
