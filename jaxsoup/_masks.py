@@ -29,13 +29,15 @@ from jaxsoup.typing import Tree
 
 def checked(batches: Batches) -> Iterator[dict[str, jax.Array]]:
   """Yields the batches on the device; raises where a mask is invalid."""
-  put = lambda path, x: _tree.on_device(x, _tree.path_of(path))
+  put = lambda name: lambda x: _tree.on_device(x, (name,))
   # A list of numbers is one array; a dict is a part of the batch.
   is_leaf = lambda x: not isinstance(x, Mapping)
   for i, batch in enumerate(batches):
     if 'mask' in batch:
       _require_mask(batch['mask'], f'batch {i}')
-    yield jax.tree.map_with_path(put, dict(batch), is_leaf=is_leaf)
+    yield {
+        k: jax.tree.map(put(k), x, is_leaf=is_leaf) for k, x in batch.items()
+    }
 
 
 def weights_of(batch: Batch, num: int) -> Array:
