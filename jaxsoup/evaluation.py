@@ -141,7 +141,7 @@ def mean_of(metric_fn: ExampleMetricFn, batches: Batches) -> 'MeanOf':
 
   Args:
     metric_fn: `metric_fn(params, batch) -> [B]`, one number per example,
-      higher is better. bool makes rejections cheap.
+      higher is better.
     batches: mappings of arrays `[B, ...]` that can be read any number of times.
       A batch may have a `mask` `[B]`: bool, only those examples count; or
       floats, the weights w of the examples, finite and not negative.
