@@ -7,10 +7,10 @@ def loss_fn(params: Params, batch: dict, beta: jax.Array) -> jax.Array:
   ...
 ```
 
-Functions get their arguments by position, whatever they call them.
+Functions are protocols: any function that takes these positional arguments is
+one, whatever it calls them.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -64,46 +64,6 @@ Batches = Iterable[Batch]
 Config = Mapping[str, Any]
 #: An object that goes into a JSON file.
 Json = dict[str, Any]
-#: The score of a model on held-out data, one finite number, higher is better:
-#: `eval_fn(params)`. It may have a method `at_least`, which gives up early: see
-#: `jaxsoup.AtMost`.
-EvalFn = Callable[[Params], Scalar]
-#: A loss or a score of a model, as landscapes show it: `loss_fn(params)`.
-ObjectiveFn = Callable[[Params], Scalar]
-#: The mean loss of a batch, for `learned`, a differentiable scalar:
-#: `loss_fn(params, batch, beta)`, with one of the `batches`, a pytree of
-#: arrays, and the inverse temperature, a scalar that multiplies the logits.
-LossFn = Callable[[Params, Tree, jax.Array], jax.Array]
-#: The outputs of a model on a batch of arrays by name, on the device:
-#: `logits_fn(params, batch)`, `[B, C]`; where it is allowed, a pytree of
-#: `[B, ...]`. It can be compiled.
-LogitsFn = Callable[[Params, dict[str, Any]], Tree]
-#: The outputs of a model on a whole data set, `[N, ...]`, or a pytree of those:
-#: what `evaluation.logits_of` returns.
-OutputsFn = Callable[[Params], Tree]
-#: A metric of each example of a batch, for `evaluation.mean_of`, `[B]`, higher
-#: is better: `metric_fn(params, batch)`, as of `LogitsFn`. Of bool, right or
-#: wrong, it makes rejections cheap.
-ExampleMetricFn = Callable[[Params, dict[str, Any]], jax.Array]
-#: A metric of a whole data set, such as those of `jaxsoup.metrics`:
-#: `metric(logits, labels)` of `[N, C]` and `[N]`, of jax or of NumPy. One
-#: number; or one of each example, `[N]`, as `metrics.correct` returns.
-MetricFn = Callable[[Any, Any], Scalar]
-#: A model from a model, such as one with new statistics of BatchNorm.
-ParamsFn = Callable[[Params], Params]
-#: Mixing coefficients `[K]` from `[K]` variables without constraints, for
-#: `learned`.
-AlphaFn = Callable[[jax.Array], jax.Array]
-#: The group of a leaf, the first keys of its path: `path[:1]` for one group a
-#: module, `path` for one a tensor.
-GroupFn = Callable[[Path], Path]
-#: The score of a set of ingredients, one number, higher is better.
-ScoreFn = Callable[[Members], Scalar]
-#: Is told how far a computation has come: `progress_fn(stage, share)`, what is
-#: being done, and how much of that is done, from 0 to 1.
-ProgressFn = Callable[[str, float], None]
-#: Is told how many parts of a computation are done: `fn(num_done, num)`.
-CountFn = Callable[[int, int], None]
 
 
 class ShapeDtype(Protocol):
@@ -125,4 +85,193 @@ class Rows(Protocol):
     ...
 
   def __getitem__(self, rows: Any, /) -> Any:
+    ...
+
+
+class EvalFn(Protocol):
+  """The score of a model on held-out data, higher is better.
+
+  It may have a method `at_least`, which gives up early: see `jaxsoup.AtMost`.
+
+  Args:
+    params: of the model.
+
+  Returns:
+    One finite number.
+  """
+
+  def __call__(self, params: Params, /) -> Scalar:
+    ...
+
+
+class ObjectiveFn(Protocol):
+  """A loss or a score of a model, as landscapes show it.
+
+  Args:
+    params: of the model.
+
+  Returns:
+    A scalar.
+  """
+
+  def __call__(self, params: Params, /) -> Scalar:
+    ...
+
+
+class LossFn(Protocol):
+  """The mean loss of a batch, for `learned`; differentiable.
+
+  Args:
+    params: of a model.
+    batch: a pytree of arrays, one of the `batches`.
+    beta: the inverse temperature, a scalar that multiplies the logits.
+
+  Returns:
+    A scalar.
+  """
+
+  def __call__(
+      self, params: Params, batch: Tree, beta: jax.Array, /
+  ) -> jax.Array:
+    ...
+
+
+class LogitsFn(Protocol):
+  """The outputs of a model on a batch; can be compiled.
+
+  Args:
+    params: of a model.
+    batch: arrays by name, on the device.
+
+  Returns:
+    `[B, C]`; where it is allowed, a pytree of `[B, ...]`.
+  """
+
+  def __call__(self, params: Params, batch: dict[str, Any], /) -> Tree:
+    ...
+
+
+class OutputsFn(Protocol):
+  """The outputs of a model on a whole data set: see `evaluation.logits_of`.
+
+  Args:
+    params: of a model.
+
+  Returns:
+    `[N, ...]`, or a pytree of those.
+  """
+
+  def __call__(self, params: Params, /) -> Tree:
+    ...
+
+
+class ExampleMetricFn(Protocol):
+  """A metric of each example of a batch, for `evaluation.mean_of`.
+
+  Args:
+    params: of a model.
+    batch: arrays by name, on the device.
+
+  Returns:
+    `[B]`, higher is better. Of bool, right or wrong, it makes rejections cheap.
+  """
+
+  def __call__(self, params: Params, batch: dict[str, Any], /) -> jax.Array:
+    ...
+
+
+class MetricFn(Protocol):
+  """A metric of a whole data set, such as those of `jaxsoup.metrics`.
+
+  Args:
+    logits: `[N, C]`.
+    labels: `[N]`.
+
+  Returns:
+    One number; or one of each example, `[N]`, as `metrics.correct` does.
+  """
+
+  # Of jax or of NumPy: a metric may want either.
+  def __call__(self, logits: Any, labels: Any, /) -> Scalar:
+    ...
+
+
+class ParamsFn(Protocol):
+  """A model from a model, such as one with new statistics of BatchNorm.
+
+  Args:
+    params: of the model.
+
+  Returns:
+    Those to use in its place.
+  """
+
+  def __call__(self, params: Params, /) -> Params:
+    ...
+
+
+class AlphaFn(Protocol):
+  """Mixing coefficients from variables without constraints, for `learned`.
+
+  Args:
+    w: `[K]`.
+
+  Returns:
+    alpha, `[K]`.
+  """
+
+  def __call__(self, w: jax.Array, /) -> jax.Array:
+    ...
+
+
+class GroupFn(Protocol):
+  """The group of a leaf.
+
+  Args:
+    path: of the leaf.
+
+  Returns:
+    The first keys of that path: `path[:1]` for one group a module, `path` for
+    one a tensor.
+  """
+
+  def __call__(self, path: Path, /) -> Path:
+    ...
+
+
+class ScoreFn(Protocol):
+  """The score of a set of ingredients, higher is better.
+
+  Args:
+    members: the set.
+
+  Returns:
+    One number.
+  """
+
+  def __call__(self, members: Members, /) -> Scalar:
+    ...
+
+
+class ProgressFn(Protocol):
+  """Is told how far a computation has come.
+
+  Args:
+    stage: what is being done.
+    share: how much of that is done, from 0 to 1.
+  """
+
+  def __call__(self, stage: str, share: float, /) -> None:
+    ...
+
+
+class CountFn(Protocol):
+  """Is told how much of a computation is done.
+
+  Args:
+    num_done: how many parts are done.
+    num: of how many.
+  """
+
+  def __call__(self, num_done: int, num: int, /) -> None:
     ...

@@ -131,13 +131,15 @@ def _linked(node: ast.AST, names: Mapping[str, object]) -> str:
 
 def _signature(app, what, name, obj, options, signature, returns):
   """As in the source: with names of types, not what they stand for."""
-  if getattr(obj, '_is_protocol', False):
-    return '', None
-  function = obj.__init__ if what == 'class' else obj
+  function = obj
+  if what == 'class':
+    is_protocol = getattr(obj, '_is_protocol', False)
+    function = vars(obj).get('__call__') if is_protocol else obj.__init__
+    signature = '' if is_protocol else signature
   node = _written(function) if what in _CALLED else None
   if node is None:
     return signature, returns
-  positional = node.args.args
+  positional = node.args.posonlyargs or node.args.args
   if positional and positional[0].arg in ('self', 'cls'):
     positional.pop(0)
   names = inspect.unwrap(function).__globals__
