@@ -104,14 +104,23 @@ def uniform(logits: Array) -> Ensemble[AverageInfo]:
 def greedy(
     logits: Array,
     score_fn: Callable[[jax.Array], Scalar],
-    **options: Any,
+    *,
+    order: Sequence[int] | None = None,
+    strict: bool = False,
+    num_passes: int = 1,
+    with_replacement: bool = False,
+    max_ingredients: int | None = None,
 ) -> Ensemble[SearchInfo]:
   """The greedy rule of recipe 1 over mean logits.
 
   Args:
     logits: held-out logits `[K, N, C]`.
     score_fn: `score_fn(logits [N, C]) -> scalar`, higher is better.
-    **options: of `jaxsoup.greedy`, such as `order` or `max_ingredients`.
+    order: as in `jaxsoup.greedy`, and so are the other options.
+    strict: whether a tie is a rejection.
+    num_passes: how often to go through the models.
+    with_replacement: whether a model may count more than once.
+    max_ingredients: stop at this many.
 
   Returns:
     An `Ensemble`. For its test logits mix those of the test data:
@@ -119,7 +128,16 @@ def greedy(
 
   Source: Wortsman et al. 2022, appendix H; Caruana et al. 2004.
   """
-  return _ensemble(_greedy.greedy, logits, score_fn, **options)
+  return _ensemble(
+      _greedy.greedy,
+      logits,
+      score_fn,
+      order=order,
+      strict=strict,
+      num_passes=num_passes,
+      with_replacement=with_replacement,
+      max_ingredients=max_ingredients,
+  )
 
 
 def _ensemble(
