@@ -10,6 +10,7 @@ a running mean.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -321,6 +322,30 @@ def rounded_with(
   """`(total + weight * theta) / count`: a candidate, the sum left as it is."""
   dtypes = tuple(x.dtype for x in leaves)
   return rounded(_added(total, leaves, weight), count, dtypes)
+
+
+def host_mean(
+    terms: Iterable[tuple[np.number[Any] | None, np.ndarray]],
+    count: float,
+    total: np.ndarray,
+    product: np.ndarray,
+) -> None:
+  """`sum_k w_k theta_k / count` of pairs `(w_k, theta_k)`, written to `total`.
+
+  What `added` and `rounded` compute, in NumPy: three times as fast in the
+  caches of a core, and float64 without jax_enable_x64. The dtype of `total` is
+  the wide one, and the caller rounds; `product` is memory for a product of that
+  dtype. A weight of None is one.
+  """
+  total.fill(0)
+  # Of values that are not finite; the caller looks at the sum.
+  with np.errstate(over='ignore', invalid='ignore'):
+    for weight, leaf in terms:
+      if weight is not None:
+        leaf = np.multiply(leaf, weight, out=product)
+      np.add(total, leaf, out=total)
+    if count != 1:
+      np.divide(total, total.dtype.type(count), out=total)
 
 
 def weighted_sum(
