@@ -178,14 +178,9 @@ class Average:
 
   def duplicates(self) -> tuple[Members, ...]:
     """Groups of equal ingredients among those read; warns of them."""
-    groups: dict[str, list[int]] = {}
-    for k in sorted(self._order):
-      content_hash = self._opened[k].content_hash()
-      if content_hash is not None:
-        groups.setdefault(content_hash, []).append(k)
-    duplicates = tuple(tuple(g) for g in groups.values() if len(g) > 1)
-    _checked.warn_of_duplicates(duplicates, self._name)
-    return duplicates
+    contents = {k: self._opened[k].content_hash() for k in self._order}
+    known = {k: content for k, content in contents.items() if content}
+    return _checked.duplicates_of(known, self._name)
 
   def _name(self, k: int) -> str:
     return f'ingredient {k} ({self._opened[k].source.metadata.path})'
