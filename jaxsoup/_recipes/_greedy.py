@@ -91,8 +91,10 @@ def greedy(
   "Ensemble selection from libraries of models".
   """
   checked = _checked.Checked(ingredients)
-  _require_positive(max_ingredients=max_ingredients, num_passes=num_passes)
-  num_most = max_ingredients or len(checked) * num_passes
+  limits = {'max_ingredients': max_ingredients, 'num_passes': num_passes}
+  for name, value in limits.items():
+    if value is not None and value < 1:
+      raise ValueError(f'{name} is {value}: it must be at least 1.')
   search = _search.Search(
       checked, eval_fn, strict=strict, log=scores, on_trial=on_trial
   )
@@ -100,21 +102,9 @@ def greedy(
   if given is None:
     singles = search.scores_of_singles()
     given = sorted(range(len(checked)), key=lambda k: (-singles[k], k))
-  for _ in range(num_passes):
-    before = search.accepted
-    to_try = [k for k in given if with_replacement or k not in before]
-    for k, then in zip(to_try, [*to_try[1:], None]):
-      if len(search.accepted) < num_most:
-        search.add(k, then)
-    if search.accepted == before:
-      break
+  limit = max_ingredients or len(checked) * num_passes
+  search.run(given, 1, num_passes, limit, with_replacement)
   return search.soup(given)
-
-
-def _require_positive(**options: int | None) -> None:
-  for name, value in options.items():
-    if value is not None and value < 1:
-      raise ValueError(f'{name} is {value}: it must be at least 1.')
 
 
 def _given_order(

@@ -7,7 +7,6 @@ soup = jaxsoup.pruned(ingredients, eval_fn)
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import itertools
 
 from jaxsoup import _checked
 from jaxsoup._recipes import _search
@@ -74,13 +73,8 @@ def pruned(
   singles = search.scores_of_singles()
   order = sorted(range(len(checked)), key=lambda k: (singles[k], k))
   search.start_from_all()
-  for _ in itertools.count() if num_passes is None else range(num_passes):
-    before = search.accepted
-    for k, then in zip(order, [*order[1:], None]):
-      if k in search.accepted and len(search.accepted) > 1:
-        search.take_out(k, then)
-    if search.accepted == before:
-      break
+  # Each pass but the last takes at least one out.
+  search.run(order, -1, len(order) if num_passes is None else num_passes, 1)
   best = max(range(len(checked)), key=lambda k: (singles[k], -k))
   if singles[best] > search.score:
     search.start_from(best, singles[best])

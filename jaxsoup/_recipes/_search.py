@@ -97,15 +97,30 @@ class Search:
   def start_from(self, k: int, score: float) -> None:
     """Makes ingredient k alone the current soup."""
     self.accepted, self.score, self._total = (k,), score, None
-    self._change(self._checked[k], 1)
+    self._total = _mixing.add(None, self._checked[k], _tree.numbers(1.0))
 
-  def add(self, k: int, then: int | None = None) -> None:
-    """Tries to add ingredient k; `then` is likely to be tried next."""
-    self._try(k, 1, (*self.accepted, k), then)
+  def run(
+      self,
+      order: Sequence[int],
+      sign: int,
+      num_passes: int,
+      limit: int,
+      with_replacement: bool = False,
+  ) -> None:
+    """Tries to add ingredients (sign 1), or to take them out (-1).
 
-  def take_out(self, k: int, then: int | None = None) -> None:
-    """Tries to take ingredient k out."""
-    self._try(k, -1, tuple(m for m in self.accepted if m != k), then)
+    Pass after pass, until one changes nothing, or so many are accepted.
+    """
+    for _ in range(num_passes):
+      before = self.accepted
+      to_try = [
+          k for k in order if with_replacement or (k in before) == (sign < 0)
+      ]
+      for k, then in zip(to_try, [*to_try[1:], None]):
+        if len(self.accepted) != limit:
+          self._try(k, sign, then)
+      if self.accepted == before:
+        return
 
   def soup(self, order: Sequence[int]) -> Soup[SearchInfo]:
     """The current soup, and all trials."""
@@ -122,9 +137,14 @@ class Search:
     alpha = alpha_of(self.accepted, len(self._checked))
     return Soup(self._params(self._mean(), self.accepted), alpha, info)
 
-  def _try(
-      self, k: int, sign: int, accepted: Members, then: int | None
-  ) -> None:
+  def _try(self, k: int, sign: int, then: int | None) -> None:
+    """Changes the soup by ingredient k; `then` is likely to be tried next."""
+    accepted = (*self.accepted, k)
+    if sign < 0:
+      accepted = tuple(m for m in self.accepted if m != k)
+    members = tuple(sorted(accepted))
+    numbers = _tree.numbers(sign), _tree.numbers(len(members))
+
     @functools.cache
     def leaves() -> list[jax.Array]:
       read = self._checked[k]
@@ -132,15 +152,15 @@ class Search:
         self._checked.prefetch(then)
       return read
 
-    members = tuple(sorted(accepted))
-    score = self._score(
-        members,
-        lambda: self._candidate(leaves(), sign, len(members)),
-        bar=self.score,
-    )
+    def candidate() -> list[jax.Array]:
+      if self._total is None:  # It is the ingredient itself.
+        return leaves()
+      return _mixing.rounded_with(self._total, leaves(), *numbers)
+
+    score = self._score(members, candidate, bar=self.score)
     is_kept = False
     if not isinstance(score, AtMost) and self._reaches(score, self.score):
-      self._change(leaves(), sign)
+      self._total = _mixing.add(self._total, leaves(), numbers[0])
       self.accepted, self.score, is_kept = accepted, score, True
     self._trials.append(Trial(k, members, score, is_kept))
     self._on_trial(self._trials[-1])
@@ -204,17 +224,6 @@ class Search:
   def _params(self, floats: list[jax.Array], members: Members) -> Params:
     # Keys and counters must not depend on what was read: a log spares reads.
     return self._checked.replace(floats, min(members))
-
-  def _candidate(
-      self, leaves: list[jax.Array], sign: int, count: int
-  ) -> list[jax.Array]:
-    if self._total is None:  # It is the ingredient itself.
-      return leaves
-    numbers = _tree.numbers(sign), _tree.numbers(count)
-    return _mixing.rounded_with(self._total, leaves, *numbers)
-
-  def _change(self, leaves: list[jax.Array], sign: int) -> None:
-    self._total = _mixing.add(self._total, leaves, _tree.numbers(sign))
 
   def _mean(self) -> list[jax.Array]:
     count = _tree.numbers(len(self.accepted))
