@@ -28,6 +28,7 @@ import numpy as np
 from jaxsoup import _checked
 from jaxsoup import _tree
 from jaxsoup.typing import Alpha
+from jaxsoup.typing import ArrayLike
 from jaxsoup.typing import Params
 
 BinaryFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -349,23 +350,18 @@ def host_mean(
 
 
 def weighted_sum(
-    checked: _checked.Checked,
-    alpha: Alpha | None = None,
-    order: Sequence[int] | None = None,
+    source: _checked.Leaves,
+    order: Sequence[int],
+    weights_fn: Callable[[int], ArrayLike] = lambda k: 1.0,
 ) -> list[jax.Array]:
-  """`sum_k alpha_k theta_k` of the float leaves, one ingredient at a time.
+  """`sum_k w_k theta_k` of those in `order`, one ingredient at a time.
 
-  Without alpha every weight is one. Ingredients that are not in `order` are not
-  read.
+  The weights of ingredient k are `[L]`, or one for all leaves.
   """
-  order = range(len(checked)) if order is None else order
   total: list[jax.Array] | None = None
-  weights = _tree.numbers(1.0)
-  for k, leaves in _checked.in_order(checked, order):
-    if alpha is not None:
-      paths, others = checked.float_paths, checked.template.others
-      rows = _tree.alphas_of(alpha, paths, others)
-      weights = _tree.numbers([row[k] for row in rows])
-    total = add(total, leaves, weights)
+  for k, leaves in _checked.in_order(source, order):
+    total = add(total, leaves, _tree.numbers(weights_fn(k)))
+    # Otherwise reading could run ahead of adding, and fill the memory.
+    jax.block_until_ready(total)
   assert total is not None
   return total

@@ -6,6 +6,7 @@ soup.alpha, soup.info.beta
 ```
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from jaxsoup import _mixing
 from jaxsoup import _tree
 from jaxsoup._recipes import _streamed
 from jaxsoup._soup import LearnedInfo
+from jaxsoup._soup import LearnedPlan
 from jaxsoup._soup import Soup
 from jaxsoup.typing import AlphaFn
 from jaxsoup.typing import GroupFn
@@ -178,8 +180,6 @@ def learned(
       plan.reads_per_step,
       plan.reason,
   )
-  is_resident = plan.memory == 'resident'
-  is_cached = plan.memory == 'cached'
   groups = _tree.groups_of(checked.float_paths, group_fn)
   w = {g: _tree.numbers(np.zeros(len(checked))) for g in groups}
   # A fixed beta is not a variable, or weight decay would move it.
@@ -194,37 +194,34 @@ def learned(
     scale = jnp.float32(beta) if scale is None else scale
     return loss_fn(checked.replace(floats), batch, scale)
 
-  source = _streamed.Source(checked, first, is_cached)
+  source = _streamed.Source(checked, first, plan.memory == 'cached')
   shardings = [x.sharding for x in first]
   del first
   start = _on_mesh((variables, jax.jit(tx.init)(variables)), shardings)
-  if is_resident:
-    with _out_of_memory():
+  with _out_of_memory(plan):
+    model: _streamed.Streamed | Resident
+    if plan.memory == 'resident':
       stacked = _mixing.stack_leaves(source)
-      model: _streamed.Streamed | Resident = Resident(
-          stacked, groups, alphas, loss_at
-      )
+      model = Resident(stacked, groups, alphas, loss_at)
       del stacked
-  else:
-    model = _streamed.Streamed(
-        source, groups, alphas, loss_at, checked.float_dtypes, shardings
+    else:
+      model = _streamed.Streamed(
+          source, groups, alphas, loss_at, checked.float_dtypes, shardings
+      )
+    del source
+    (w, scale), losses, val_losses, best_epoch = _fit(
+        model, tx, start, batches, val_batches, num_epochs, patience
     )
-  del source
-  fit = _Fit(model, loss_at, tx)
-  with _out_of_memory() if is_resident else contextlib.nullcontext():
-    w, scale = fit.run(start, batches, val_batches, num_epochs, patience)
   by_group = jax.device_get(jax.jit(alphas)(w))
   alpha = _tree.nest(jax.tree.map(np.asarray, by_group))
-  if is_cached:
-    total = _mixing.weighted_sum(checked, alpha)
-    floats = _mixing.rounded(total, _tree.numbers(1.0), checked.float_dtypes)
-  else:
-    floats = model.mixed(w)
+  if isinstance(model, _streamed.Streamed) and plan.memory == 'cached':
+    model.source = checked  # Not rounded.
+  floats = model.mixed(w)
   info = LearnedInfo(
       beta=float(jax.device_get(scale) if beta is None else beta),
-      losses=np.array(fit.losses, np.float32),
-      val_losses=np.array(fit.val_losses, np.float32),
-      best_epoch=fit.best_epoch,
+      losses=np.array(losses, np.float32),
+      val_losses=np.array(val_losses, np.float32),
+      best_epoch=best_epoch,
       duplicates=checked.duplicates(),
       plan=plan,
   )
@@ -245,11 +242,11 @@ def _on_mesh(
 
 
 @contextlib.contextmanager
-def _out_of_memory() -> Iterator[None]:
+def _out_of_memory(plan: LearnedPlan) -> Iterator[None]:
   try:
     yield
   except jax.errors.JaxRuntimeError as e:
-    if 'RESOURCE_EXHAUSTED' not in str(e):
+    if plan.memory != 'resident' or 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     raise MemoryError(
         'The stack of all ingredients and a step do not fit into memory: pass '
@@ -281,6 +278,7 @@ class Resident:
 
     self.mix = jax.jit(mixed)
     self.step = jax.jit(jax.value_and_grad(loss_of))
+    self.loss = jax.jit(loss_at)
 
   def mixed(self, w: ByGroup) -> list[jax.Array]:
     return self.mix(w, self._stacked)
@@ -291,78 +289,67 @@ class Resident:
     return self.step(variables, self._stacked, batch)
 
 
-class _Fit:
-  """Gradient descent with early stopping on a second split."""
+def _fit(
+    model: _streamed.Streamed | Resident,
+    tx: optax.GradientTransformation,
+    state: _State,
+    batches: Iterable[Tree],
+    val_batches: Iterable[Tree] | None,
+    num_epochs: int,
+    patience: int | None,
+) -> tuple[Variables, list[float], list[float], int]:
+  """Gradient descent with early stopping on a second split.
 
-  def __init__(
-      self,
-      model: _streamed.Streamed | Resident,
-      loss_at: _streamed.LossAt,
-      tx: optax.GradientTransformation,
-  ):
-    self.losses: list[float] = []
-    self.val_losses: list[float] = []
-    self.best_epoch = 0
-    self._model = model
-    self._tx = tx
-    self.loss = jax.jit(loss_at)
-    self._update = jax.jit(self._updated)
+  Returns:
+    The variables, the losses of the steps, those on the second split, and the
+    best epoch.
+  """
+  variables, opt_state = state
 
-  def run(
-      self,
-      start: _State,
-      batches: Iterable[Tree],
-      val_batches: Iterable[Tree] | None,
-      num_epochs: int,
-      patience: int | None,
-  ) -> Variables:
-    variables, opt_state = start
-    best = variables
-    if val_batches is not None:
-      self.val_losses.append(self._mean_loss(variables, val_batches))
-    for epoch in range(1, num_epochs + 1):
-      losses = []
-      for batch in batches:
-        batch = jax.tree.map(_tree.on_device, batch)
-        loss, gradient = self._model.value_and_grad(variables, batch)
-        variables, opt_state = self._update(variables, opt_state, gradient)
-        losses.append(loss)
-        _wait(losses)
-      self.losses.extend(_finite(losses, f'batches, epoch {epoch}'))
-      if val_batches is None:
-        self.best_epoch, best = epoch, variables
-        continue
-      self.val_losses.append(self._mean_loss(variables, val_batches))
-      if self.val_losses[-1] < self.val_losses[self.best_epoch]:
-        self.best_epoch, best = epoch, variables
-      elif patience is not None and epoch - self.best_epoch >= patience:
-        break
-    return best
-
-  def _updated(
-      self, variables: Variables, opt_state: optax.OptState, gradient: Variables
+  @jax.jit
+  def updated(
+      variables: Variables, opt_state: optax.OptState, gradient: Variables
   ) -> _State:
-    updates, opt_state = self._tx.update(gradient, opt_state, variables)
+    updates, opt_state = tx.update(gradient, opt_state, variables)
     return optax.apply_updates(variables, updates), opt_state
 
-  def _mean_loss(self, variables: Variables, batches: Iterable[Tree]) -> float:
-    w, scale = variables
-    floats = self._model.mixed(w)  # Once, for all batches.
-    losses: list[jax.Array] = []
-    for batch in batches:
-      batch = jax.tree.map(_tree.on_device, batch)
-      losses.append(self.loss(floats, scale, batch))
-      _wait(losses)
-    return float(np.mean(_finite(losses, 'val_batches')))
+  def step(batch: Tree) -> jax.Array:
+    nonlocal variables, opt_state
+    loss, gradient = model.value_and_grad(variables, batch)
+    variables, opt_state = updated(variables, opt_state, gradient)
+    return loss
+
+  def validate() -> None:
+    if val_batches is not None:
+      w, scale = variables
+      floats = model.mixed(w)  # Once, for all batches.
+      fn = lambda batch: model.loss(floats, scale, batch)
+      of_batches = _losses(fn, val_batches, 'val_batches')
+      val_losses.append(float(np.mean(of_batches)))
+
+  losses: list[float] = []
+  val_losses: list[float] = []
+  best_epoch, best = 0, variables
+  validate()
+  for epoch in range(1, num_epochs + 1):
+    losses += _losses(step, batches, f'batches, epoch {epoch}')
+    validate()
+    if not val_losses or val_losses[-1] < val_losses[best_epoch]:
+      best_epoch, best = epoch, variables
+    elif patience is not None and epoch - best_epoch >= patience:
+      break
+  return best, losses, val_losses, best_epoch
 
 
-def _wait(losses: list[jax.Array]) -> None:
-  """Waits for all but the last two: batches in flight take memory."""
-  if len(losses) > 2:
-    losses[-3].block_until_ready()
-
-
-def _finite(losses: list[jax.Array], where: str) -> list[float]:
+def _losses(
+    step: Callable[[Tree], jax.Array], batches: Iterable[Tree], where: str
+) -> list[float]:
+  """What each batch yields; raises if that is not finite."""
+  losses: list[jax.Array] = []
+  for batch in batches:
+    losses.append(step(jax.tree.map(_tree.on_device, batch)))
+    if len(losses) > 2:  # Batches in flight take memory.
+      losses[-3].block_until_ready()
   values = [float(x) for x in jax.device_get(losses)]
   if not values:
     raise ValueError(

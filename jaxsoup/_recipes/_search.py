@@ -91,7 +91,7 @@ class Search:
   def start_from_all(self) -> None:
     """Makes the uniform soup the current one."""
     self.accepted = tuple(range(len(self._checked)))
-    self._total = _mixing.weighted_sum(self._checked)
+    self._total = _mixing.weighted_sum(self._checked, self.accepted)
     self.score = self._exact(self.accepted, self._mean)
 
   def start_from(self, k: int, score: float) -> None:

@@ -7,7 +7,6 @@ loss, gradient = streamed.value_and_grad(variables, batch)
 """
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
 import functools
 import math
@@ -47,30 +46,29 @@ class Source:
     self._checked = checked
     self._is_cached = is_cached
     self._cache: dict[int, list[_Copy]] = {}
-    self._last: tuple[int, list[jax.Array]] | None = 0, self._copied(0, first)
+    self._last = {0: self._copied(0, lambda: first)}
 
   def __len__(self) -> int:
     return len(self._checked)
 
   def __getitem__(self, k: int) -> list[jax.Array]:
-    if self._last is None or self._last[0] != k:
-      self._last = None  # Freed before the next one is read.
-      self._last = k, self._read(k)
-    return self._last[1]
+    if k not in self._last:
+      self._last = {}  # Freed before the next one is read.
+      self._last = {k: self._copied(k, lambda: self._checked[k])}
+    return self._last[k]
 
   def prefetch(self, k: int) -> None:
-    if k not in self._cache and (self._last is None or self._last[0] != k):
+    if k not in self._cache and k not in self._last:
       self._checked.prefetch(k)
 
-  def _read(self, k: int) -> list[jax.Array]:
-    return self._copied(k, [] if k in self._cache else self._checked[k])
-
-  def _copied(self, k: int, leaves: list[jax.Array]) -> list[jax.Array]:
-    """These leaves after a round trip through the cache, if there is one."""
+  def _copied(
+      self, k: int, read: Callable[[], list[jax.Array]]
+  ) -> list[jax.Array]:
+    """The leaves after a round trip through the cache, if there is one."""
     if not self._is_cached:
-      return leaves
+      return read()
     if k not in self._cache:
-      self._cache[k] = list(map(_Copy, leaves))
+      self._cache[k] = list(map(_Copy, read()))
     leaves = [copy.placed() for copy in self._cache[k]]
     return _widened(leaves, self._checked.float_dtypes)
 
@@ -79,11 +77,10 @@ class _Copy:
   """What this host has of an array, in 16 bits where it is wider."""
 
   def __init__(self, x: jax.Array):
-    is_wider = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 2
-    # float16 has three more bits than bfloat16, but ends at 65,504.
-    is_small = is_wider and bool(jax.device_get(_is_small(x)))
-    narrow = np.float16 if is_small else jnp.bfloat16
-    dtype = narrow if is_wider else x.dtype
+    dtype: Any = x.dtype
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 2:
+      # float16 has three more bits than bfloat16, but ends at 65,504.
+      dtype = np.float16 if jax.device_get(_is_small(x)) else jnp.bfloat16
     self._shape, self._sharding = x.shape, x.sharding
     # By what part it is, of which several devices may have the same. Copied, or
     # on a CPU it would be the memory of the ingredient itself.
@@ -128,7 +125,7 @@ class Streamed:
       dtypes: tuple[np.dtype[Any], ...],
       shardings: Sequence[jax.sharding.Sharding],
   ):
-    self._source = source
+    self.source = source
     self._groups = groups
     self._dtypes = dtypes
     self._order = list(range(len(source)))
@@ -139,18 +136,15 @@ class Streamed:
         jax.value_and_grad(loss_at, (0, 1)),
         out_shardings=(None, (on_mesh, None)),
     )
+    self.loss = jax.jit(loss_at)
     self.inner = jax.jit(self._inner_products)
     # The chain rule from alpha to w.
     self._pull = jax.jit(lambda w, inner: jax.vjp(alphas, w)[1](inner)[0])
 
   def mixed(self, w: ByGroup) -> list[jax.Array]:
     alpha = jax.device_get(self._alphas(w))
-    total: list[jax.Array] | None = None
-    for k, leaves in self._walk():
-      weights = _tree.numbers([alpha[g][k] for g in self._groups])
-      total = _mixing.add(total, leaves, weights)
-      # Otherwise reading could run ahead of adding, and fill the memory.
-      jax.block_until_ready(total)
+    weights_of = lambda k: [alpha[g][k] for g in self._groups]
+    total = _mixing.weighted_sum(self.source, self._next(), weights_of)
     return _mixing.rounded(total, _tree.numbers(1.0), self._dtypes)
 
   def value_and_grad(
@@ -159,17 +153,16 @@ class Streamed:
     """The loss, and its gradient in w and beta."""
     w, scale = variables
     loss, (gradient, scale_gradient) = self.step(self.mixed(w), scale, batch)
-    inner = {g: np.zeros(len(self._source), np.float32) for g in w}
-    for k, leaves in self._walk():
+    inner = {g: np.zeros(len(self._order), np.float32) for g in w}
+    for k, leaves in _checked.in_order(self.source, self._next()):
       for g, value in jax.device_get(self.inner(gradient, leaves)).items():
         inner[g][k] = value
     on_device = {g: _tree.numbers(x) for g, x in inner.items()}
     return loss, (self._pull(w, on_device), scale_gradient)
 
-  def _walk(self) -> Iterator[tuple[int, list[jax.Array]]]:
-    order = self._order
-    self._order = order[::-1]
-    return _checked.in_order(self._source, order)
+  def _next(self) -> list[int]:
+    order, self._order = self._order, self._order[::-1]
+    return order
 
   def _inner_products(
       self, gradient: list[jax.Array], leaves: list[jax.Array]
