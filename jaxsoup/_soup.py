@@ -173,12 +173,12 @@ Info = AverageInfo | SearchInfo | LearnedInfo | StockInfo | AdapterInfo
 InfoT = TypeVar('InfoT', bound=Info, covariant=True)
 
 
+@dataclasses.dataclass(eq=False)
 class _Static:
   """Values that are part of a pytree's structure, compared one by one."""
 
-  def __init__(self, structure: jax.tree_util.PyTreeDef, values: list[Any]):
-    self.structure = structure
-    self.values = values
+  structure: jax.tree_util.PyTreeDef
+  values: list[Any]
 
   def __eq__(self, other: object) -> bool:
     return (
@@ -218,12 +218,11 @@ class Soup(Generic[InfoT]):
 
   def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], _Static]:
     values, structure = jax.tree.flatten((self.alpha, self.info))
-    is_array = [isinstance(x, jax.Array) for x in values]
-    arrays = [x if is_leaf else None for x, is_leaf in zip(values, is_array)]
-    static = [None if is_leaf else x for x, is_leaf in zip(values, is_array)]
+    arrays = [x if isinstance(x, jax.Array) else None for x in values]
+    static = [x if a is None else None for x, a in zip(values, arrays)]
     keys = map(jax.tree_util.GetAttrKey, ('params', 'alpha_and_info'))
-    children = zip(keys, (self.params, arrays))
-    return tuple(children), _Static(structure, static)
+    children = tuple(zip(keys, (self.params, arrays)))
+    return children, _Static(structure, static)
 
   @classmethod
   def tree_unflatten(cls, aux: _Static, children: Any) -> 'Soup[Any]':
