@@ -59,26 +59,21 @@ def mismatch_error(
     name: str, differences: Sequence[str], is_stored: bool = False
 ) -> ValueError:
   """The error for an ingredient that differs from the first one."""
-  if 'dtype' in differences[0] and is_stored:
-    remedy = (
-        "Choose one: --dtype float32, or Ingredients(..., dtype='float32')."
+  cast = (
+      'Cast one of them: jax.tree.map(lambda x: x.astype(jnp.float32), params)'
+  )
+  part = 'pass the part that is the same: [p["backbone"] for p in ingredients].'
+  if is_stored:
+    cast = "Choose one: --dtype float32, or Ingredients(..., dtype='float32')."
+    part = (
+        'take that of the first (--ignore PATTERN), or only what all have '
+        '(--intersect); in Python Ingredients(..., ignore=[PATTERN]).'
     )
-  elif 'dtype' in differences[0]:
-    remedy = (
-        'Cast one of them: '
-        'jax.tree.map(lambda x: x.astype(jnp.float32), params)'
-    )
-  elif is_stored:
+  remedy = cast
+  if 'dtype' not in differences[0]:
     remedy = (
         'Only models of the same architecture can be averaged. If only the '
-        'heads differ, take that of the first (--ignore PATTERN), or only what '
-        'all have (--intersect); in Python Ingredients(..., ignore=[PATTERN]).'
-    )
-  else:
-    remedy = (
-        'Only models of the same architecture can be averaged. If only the '
-        'heads differ, pass the part that is the same: [p["backbone"] for p in '
-        'ingredients].'
+        f'heads differ, {part}'
     )
   return ValueError(
       f'{name} does not match the first ingredient: {listed(differences)}. '

@@ -32,73 +32,47 @@ from jaxsoup.typing import ArrayLike
 from jaxsoup.typing import Params
 
 BinaryFn = Callable[[jax.Array, jax.Array], jax.Array]
-# One argument is known by its `aval` only.
 TransposeFn = Callable[[jax.Array, Any, Any], jax.Array]
 
 
 def _bilinear(
-    name: str, fn: BinaryFn, by_first: TransposeFn, by_second: TransposeFn
+    name: str,
+    by_row: BinaryFn,
+    whole: BinaryFn,
+    by_first: BinaryFn,
+    by_second: TransposeFn,
 ) -> BinaryFn:
-  """A function that JAX knows to be linear in each of its two arguments.
+  """A function `(x, stacked)` that JAX knows to be linear in each argument.
 
   It has derivatives of any order and mode, with products that are written here:
   those that JAX would transpose from `tensordot` copy the stack on a CPU, and
-  raise on a mesh with Explicit axes. `by_first` is `(cotangent, x, y) ->
-  cotangent of x`, where only `x.aval` is known; `by_second` the same for y.
+  raise on a mesh with Explicit axes. `by_first` is `(cotangent, stacked) ->
+  cotangent of x`; `by_second` is `(cotangent, x, stacked) -> cotangent of
+  stacked`, where only `stacked.aval` is known.
   """
+
+  def fn(x: jax.Array, stacked: jax.Array) -> jax.Array:
+    x = x.astype(_tree.wide_dtype(stacked.dtype))
+    if x.dtype == stacked.dtype:
+      return whole(x, stacked)
+    # XLA:CPU makes a float32 copy of a whole stack of a narrow dtype.
+    return jax.lax.platform_dependent(x, stacked, cpu=by_row, default=whole)
+
+  def transposed(cotangent: jax.Array, x: Any, stacked: jax.Array) -> jax.Array:
+    return by_first(cotangent, stacked).astype(x.aval.dtype)
+
   primitive = extend.core.Primitive(name)
   primitive.def_impl(jax.jit(fn))
   primitive.def_abstract_eval(lambda *x: jax.make_jaxpr(fn)(*x).out_avals[0])
-  ad.defbilinear(primitive, by_first, by_second)
+  ad.defbilinear(primitive, transposed, by_second)
   batcher = lambda x, axes: (jax.vmap(fn, axes)(*x), 0)
   batching.primitive_batchers[primitive] = batcher
   mlir.register_lowering(primitive, mlir.lower_fun(fn, multiple_results=False))
   return primitive.bind
 
 
-def _mix(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
-  """`sum_k alpha_k theta_k` of a leaf `[K, ...]`."""
-  alpha = alpha.astype(_tree.wide_dtype(stacked.dtype))
-  return _by_platform(_mix_rows, _mix_whole, alpha, stacked)
-
-
-def _inner(x: jax.Array, stacked: jax.Array) -> jax.Array:
-  """`<x, theta_k>` for each k: K inner products."""
-  x = x.astype(_tree.wide_dtype(stacked.dtype))
-  return _by_platform(_inner_by_row, _inner_whole, x, stacked)
-
-
-def _outer(alpha: jax.Array, x: jax.Array, stacked: Any) -> jax.Array:
-  """`alpha_k x` for each k, in the dtype of the stack."""
-  wide = _tree.wide_dtype(stacked.aval.dtype)
-  alpha = jnp.expand_dims(alpha.astype(wide), range(1, 1 + x.ndim))
-  return (alpha * x.astype(wide)).astype(stacked.aval.dtype)
-
-
-_mix_leaf: BinaryFn = _bilinear(
-    'jaxsoup_mix',
-    _mix,
-    lambda x, alpha, stacked: _inner_leaf(x, stacked).astype(alpha.aval.dtype),
-    lambda x, alpha, stacked: _outer(alpha, x, stacked),
-)
-_inner_leaf: BinaryFn = _bilinear(
-    'jaxsoup_inner',
-    _inner,
-    lambda alpha, x, stacked: _mix_leaf(alpha, stacked).astype(x.aval.dtype),
-    lambda alpha, x, stacked: _outer(alpha, x, stacked),
-)
-
-
-def _by_platform(
-    by_row: BinaryFn, whole: BinaryFn, x: jax.Array, stacked: jax.Array
-) -> jax.Array:
-  """XLA:CPU makes a float32 copy of a whole stack of a narrow dtype."""
-  if _bits(stacked) not in _UNSIGNED:
-    return whole(x, stacked)
-  return jax.lax.platform_dependent(x, stacked, cpu=by_row, default=whole)
-
-
 def _mix_whole(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
+  """`sum_k alpha_k theta_k` of a leaf `[K, ...]`."""
   # HIGHEST: TPUs and recent GPUs would round the factors of a product.
   mixed = jnp.tensordot(
       alpha, stacked.astype(alpha.dtype), 1, precision=jax.lax.Precision.HIGHEST
@@ -106,33 +80,15 @@ def _mix_whole(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
   return mixed.astype(stacked.dtype)
 
 
-def _mix_rows(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
+def _mix_by_row(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
   add_row = lambda k, total: total + alpha[k] * _row(stacked, k)
   start = alpha[0] * _row(stacked, 0)
   mixed = jax.lax.fori_loop(1, stacked.shape[0], add_row, start)
   return mixed.astype(stacked.dtype)
 
 
-_UNSIGNED = {4: jnp.uint4, 8: jnp.uint8, 16: jnp.uint16}
-
-
-def _bits(x: jax.Array) -> int:
-  return jnp.finfo(x.dtype).bits
-
-
-def _row(stacked: jax.Array, k: int | jax.Array) -> jax.Array:
-  """Row k in float32, without XLA:CPU making a float32 copy of all rows.
-
-  It widens the operand of a slice of bfloat16 (not of integers), and moves
-  what does not depend on k out of a loop (the barrier makes it depend on k).
-  """
-  stacked, k = jax.lax.optimization_barrier((stacked, jnp.int32(k)))
-  bits = jax.lax.bitcast_convert_type(stacked, _UNSIGNED[_bits(stacked)])
-  row = jax.lax.dynamic_index_in_dim(bits, k, keepdims=False)
-  return jax.lax.bitcast_convert_type(row, stacked.dtype).astype(jnp.float32)
-
-
 def _inner_whole(x: jax.Array, stacked: jax.Array) -> jax.Array:
+  """`<x, theta_k>` for each k: K inner products."""
   wide = stacked.astype(x.dtype)
   axes = tuple(range(1, stacked.ndim))
   spec = getattr(getattr(jax.typeof(x), 'sharding', None), 'spec', ())
@@ -146,6 +102,38 @@ def _inner_whole(x: jax.Array, stacked: jax.Array) -> jax.Array:
 def _inner_by_row(x: jax.Array, stacked: jax.Array) -> jax.Array:
   one = lambda k: jnp.sum(_row(stacked, k) * x)
   return jax.lax.map(one, jnp.arange(stacked.shape[0]))
+
+
+def _row(stacked: jax.Array, k: int | jax.Array) -> jax.Array:
+  """Row k in float32, without XLA:CPU making a float32 copy of all rows.
+
+  It widens the operand of a slice of bfloat16 (not of integers), and moves
+  what does not depend on k out of a loop (the barrier makes it depend on k).
+  """
+  stacked, k = jax.lax.optimization_barrier((stacked, jnp.int32(k)))
+  unsigned = getattr(jnp, f'uint{jnp.finfo(stacked.dtype).bits}')
+  bits = jax.lax.bitcast_convert_type(stacked, unsigned)
+  row = jax.lax.dynamic_index_in_dim(bits, k, keepdims=False)
+  return jax.lax.bitcast_convert_type(row, stacked.dtype).astype(jnp.float32)
+
+
+def _outer(alpha: jax.Array, x: jax.Array, stacked: Any) -> jax.Array:
+  """`alpha_k x` for each k, in the dtype of the stack."""
+  wide = _tree.wide_dtype(stacked.aval.dtype)
+  alpha = jnp.expand_dims(alpha.astype(wide), range(1, 1 + x.ndim))
+  return (alpha * x.astype(wide)).astype(stacked.aval.dtype)
+
+
+_mix_leaf: BinaryFn = _bilinear(
+    'jaxsoup_mix',
+    _mix_by_row,
+    _mix_whole,
+    lambda x, stacked: _inner_leaf(x, stacked),
+    lambda x, alpha, stacked: _outer(alpha, x, stacked),
+)
+_inner_leaf: BinaryFn = _bilinear(
+    'jaxsoup_inner', _inner_by_row, _inner_whole, _mix_leaf, _outer
+)
 
 
 @jax.jit
@@ -163,9 +151,9 @@ def first_rows(stacked: list[jax.Array]) -> list[jax.Array]:
 
 @jax.jit
 def mix_many(alpha: jax.Array, stacked: list[jax.Array]) -> list[jax.Array]:
-  """Models of a curve or a grid, `[n, ...]`, from alpha `[n, K]`."""
+  """A model from alpha `[K]`, or those of a curve or a grid from `[n, K]`."""
   mix = lambda a: mix_leaves([a] * len(stacked), stacked)
-  return jax.vmap(mix)(alpha)
+  return jax.vmap(mix)(alpha) if alpha.ndim > 1 else mix(alpha)
 
 
 def mix(stacked: Params, alpha: Alpha) -> Params:
@@ -207,8 +195,8 @@ def mix(stacked: Params, alpha: Alpha) -> Params:
           '[K, ...]. Stack the ingredients with jaxsoup.stack.'
       )
   # Leaves of one group share one array, which goes to the device once.
-  by_id = {id(a): a for a in alphas}
-  placed = {key: _tree.on_device(a) for key, a in by_id.items()}
+  one_each = {id(a): a for a in alphas}
+  placed = {key: _tree.on_device(a) for key, a in one_each.items()}
   mixed = mix_leaves([placed[id(a)] for a in alphas], list(floats.values()))
   rows = first_rows(list(others.values())) if others else ()
   return flat.combine(mixed, rows)
@@ -295,8 +283,7 @@ def _added(
   terms = [w.astype(x.real.dtype) * x for w, x in zip(by_leaf, wide)]
   if total is None:
     return terms
-  kept = total if decay == 1 else [decay * t for t in total]
-  return [t + term for t, term in zip(kept, terms)]
+  return [decay * t + term for t, term in zip(total, terms)]
 
 
 # `decay * total + weight * theta` of every leaf, in float32 or wider: a running

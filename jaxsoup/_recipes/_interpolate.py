@@ -57,11 +57,10 @@ def interpolate(
   checked = _checked.Checked([theta_0, theta_1])
   stacked = _mixing.stack_leaves(checked)
   alpha = _ends(t)
+  floats = _mixing.mix_many(alpha, stacked)
   if t.ndim:
-    floats = _mixing.mix_many(alpha, stacked)
     params = _mixing.with_rows(checked.template, floats, len(t))
   else:
-    floats = _mixing.mix_leaves([alpha] * len(stacked), stacked)
     params = checked.replace(floats)
   alpha = alpha if is_traced else jax.device_get(alpha)
   return Soup(params, alpha, AverageInfo(checked.duplicates()))

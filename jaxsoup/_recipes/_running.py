@@ -122,16 +122,10 @@ def _init(params: Params) -> AverageState:
   flat = _tree.flatten(params)
   floats = flat.floats.values()
   # Copies: to donate the state must not delete the parameters.
-  params = flat.combine(
-      map(_zeros, floats), map(jnp.copy, flat.others.values())
-  )
+  zeros = [jnp.zeros_like(x, _tree.wide_dtype(x.dtype)) for x in floats]
+  params = flat.combine(zeros, map(jnp.copy, flat.others.values()))
   dtypes = tuple(np.dtype(x.dtype) for x in floats)
   return AverageState(params, _tree.numbers(0.0), dtypes)
-
-
-def _zeros(x: jax.Array) -> jax.Array:
-  sharding = None if _tree.is_traced(x) else x.sharding
-  return jnp.zeros(x.shape, _tree.wide_dtype(x.dtype), device=sharding)
 
 
 def _require_match(

@@ -86,13 +86,16 @@ class Search:
     unknown = [k for k in singles if self._is_open(self._log.get((k,)))]
     for k, leaves in _checked.in_order(self._checked, unknown):
       self._score((k,), functools.partial(list, leaves))
-    return [self._exact((k,), list) for k in singles]
+    for k in singles:
+      self._score((k,), list)
+    return [self._scores[k,] for k in singles]
 
   def start_from_all(self) -> None:
     """Makes the uniform soup the current one."""
     self.accepted = tuple(range(len(self._checked)))
     self._total = _mixing.weighted_sum(self._checked, self.accepted)
-    self.score = self._exact(self.accepted, self._mean)
+    self._score(self.accepted, self._mean)
+    self.score = self._scores[self.accepted]
 
   def start_from(self, k: int, score: float) -> None:
     """Makes ingredient k alone the current soup."""
@@ -167,13 +170,6 @@ class Search:
 
   def _reaches(self, score: float, bar: float) -> bool:
     return score > bar if self._strict else score >= bar
-
-  def _exact(
-      self, members: Members, floats_fn: Callable[[], list[jax.Array]]
-  ) -> float:
-    """A candidate's score, whatever it is."""
-    self._score(members, floats_fn)
-    return self._scores[members]
 
   def _score(
       self,
