@@ -98,14 +98,13 @@ def non_float_error(
     is_stored: bool = False,
 ) -> ValueError:
   """The error for integers or booleans that are not equal."""
+  leaf = repr(_tree.name_of(path))
   remedy = 'pass parameters without such a leaf: nnx.state(model, nnx.Param).'
   if is_stored:
-    remedy = (
-        f'to take that of the first: --ignore {_tree.name_of(path)!r}, or '
-        f'Ingredients(..., ignore=[{_tree.name_of(path)!r}]).'
-    )
+    options = f'--ignore {leaf}, or Ingredients(..., ignore=[{leaf}])'
+    remedy = f'to take that of the first: {options}.'
   return ValueError(
-      f'{name}: leaf {_tree.name_of(path)!r} of dtype {actual.dtype} is '
+      f'{name}: leaf {leaf} of dtype {actual.dtype} is '
       f'{_short(actual)}, but {_short(expected)} in the first ingredient. Only '
       'floats are averaged: quantized weights have to be converted to floats '
       'first. Of the rest only PRNG keys and counters may differ; '
@@ -148,7 +147,7 @@ def require_ingredients(ingredients: Sequence[Params]) -> None:
 
 
 def require_floats(paths: Sequence[_tree.Path]) -> None:
-  """Raises unless some leaves are floats: only those can be learned or move."""
+  """Raises unless some leaves are floats."""
   if not paths:
     raise ValueError(
         'The parameters have no floats: no leaf has a float or complex dtype. '
@@ -192,11 +191,9 @@ class Leaves(Protocol):
 class Checked:
   """Ingredients as flat lists of leaves, each checked when it is first read.
 
-  The first one that is read is the template: the others must have its paths,
-  shapes and dtypes, finite values, and equal leaves where those are neither
-  floats nor state (PRNG keys, steps, counters). Those on other devices are
-  moved to its devices. Floats are not kept. A leaf that `stacks` names is taken
-  as its layers.
+  The first one that is read is the template of `check_compatible`. Those on
+  other devices are moved to its devices. Floats are not kept. A leaf that
+  `stacks` names is taken as its layers.
   """
 
   def __init__(
@@ -364,8 +361,7 @@ def check_compatible(ingredients: Sequence[Params]) -> tuple[Members, ...]:
   They must agree in the paths, shapes and dtypes of their leaves, and all
   values must be finite. Leaves that are not floats must be equal, except for
   PRNG keys, steps and counters, which a soup takes from its first ingredient.
-  Every recipe checks each ingredient when it first reads it; call this to know
-  before you start.
+  Recipes check each ingredient when they first read it; this does so before.
 
   Args:
     ingredients: K pytrees.

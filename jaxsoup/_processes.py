@@ -71,11 +71,11 @@ def summed(array: np.ndarray) -> np.ndarray:
 
 def gathered(leaf: Leaf) -> np.ndarray:
   """A whole array on the host of every process."""
-  if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-    return np.asarray(jax.device_get(leaf))
-  if leaf.is_fully_replicated:
-    return np.asarray(leaf)
-  return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+  if isinstance(leaf, jax.Array) and not (
+      leaf.is_fully_addressable or leaf.is_fully_replicated
+  ):
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+  return np.asarray(jax.device_get(leaf))
 
 
 @contextlib.contextmanager

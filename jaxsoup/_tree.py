@@ -206,6 +206,14 @@ def numbers(values: ArrayLike, dtype: DType | None = None) -> jax.Array:
   return jax.device_put(np.asarray(values, dtype or widest_float()))
 
 
+def on_host(x: ArrayLike) -> Array:
+  """Numbers as a NumPy array, unless they are traced."""
+  if is_traced(*(x if isinstance(x, (list, tuple)) else [x])):
+    return jnp.asarray(x)  # Perhaps [1 - t, t].
+  dtype = x.dtype if isinstance(x, jax.Array) else widest_float()
+  return np.asarray(jax.device_get(x), dtype)
+
+
 def widest_float() -> np.dtype[Any]:
   """float64 where jax has it, else float32."""
   return jax.dtypes.canonicalize_dtype(np.float64)
@@ -305,12 +313,8 @@ def entries_of(alpha: Alpha) -> dict[Path, Array]:
 
 
 def _coefficients(path: Path, x: ArrayLike) -> Array:
-  """An entry of alpha as a NumPy array, unless it is traced; raises if NaN."""
-  if is_traced(*(x if isinstance(x, (list, tuple)) else [x])):
-    return jnp.asarray(x)  # Perhaps [1 - t, t].
-  dtype = x.dtype if isinstance(x, jax.Array) else widest_float()
-  values = np.asarray(jax.device_get(x), dtype)
-  if not np.isfinite(values).all():
+  values = on_host(x)
+  if not is_traced(values) and not np.isfinite(values).all():
     where = f' of {name_of(path)!r}' if path else ''
     raise ValueError(f'alpha{where} is {values}: expected finite numbers.')
   return values

@@ -43,17 +43,15 @@ def greedy(
     if score(mean(soup + {k})) >= score(mean(soup)): soup = soup + {k}
   ```
 
-  Deterministic given its arguments. To resume after an interruption, call it
-  again with the same `scores`: known trials are not evaluated again, and the
-  ingredients that they rejected are not read.
+  To resume after an interruption, call it again with the same `scores`: known
+  trials are not evaluated again, and what they rejected is not read.
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     eval_fn: score of a model on held-out data, any metric, higher is better.
-      Data that choose must not be the data that report. Where it can tell
-      early that a candidate does not reach the present score, as
-      `evaluation.mean_of` can for right and wrong answers, rejections cost
-      less; what is accepted is the same.
+      Data that choose must not be the data that report. Where it can tell early
+      that a candidate does not reach the present score, as `evaluation.mean_of`
+      can for right and wrong answers, rejections cost less.
     order: indices in the order of trial, of all ingredients or some.
       By default the best single model is tried first (ties: the lower index
       first).

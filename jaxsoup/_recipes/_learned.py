@@ -82,20 +82,13 @@ def learned(
   `alpha = alpha_fn(w)`, from w = 0 (with softmax and `hyperplane`: the uniform
   soup) and beta = 1.
 
-  Where the stack of all ingredients fits into memory it is held there, sharded
-  as they are: *resident*. Otherwise they are *streamed*: a step reads and mixes
-  them, runs forward and backward on the mixed model, and takes K inner products
-  while it reads them again. The gradient is the same, up to rounding:
-
-  `dL/dalpha_k = <dL/dtheta, theta_k>`, and through `alpha_fn` to w.
-
-  Streamed, a step holds at most three models at once, whatever K is, as well as
-  the activations: the float32 sum and two ingredients (one being added, one
-  read ahead), or the mixed model, its gradient and the last ingredient, or the
-  gradient and two ingredients. It reads 2 K - 2 ingredients.
-
-  Which of the two, and why, is logged before the first step, by the logger
-  `jaxsoup` at level INFO.
+  The stack of all ingredients is *resident* in memory, sharded as they are. Or
+  they are *streamed*: a step reads and mixes them, runs forward and backward on
+  the mixed model, and reads them again for K inner products,
+  `dL/dalpha_k = <dL/dtheta, theta_k>`. That is 2 K - 2 reads, the same gradient
+  up to rounding, and at most three models at once, whatever K is, as well as
+  the activations. Which of the two, and why, the logger `jaxsoup` says before
+  the first step, at level INFO.
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
@@ -106,14 +99,13 @@ def learned(
     tx: any optimizer; the paper's authors use `optax.adamw(0.05,
       weight_decay=0.0)`.
     num_epochs: the maximal number of passes over the batches.
-    group_fn: the group of a leaf, given its path: the first keys of it. Leaves
-      of one group share one alpha. `lambda path: path[:1]` learns one for each
-      top-level module, `lambda path: path` one for each tensor. By default
-      there is one for the whole model.
+    group_fn: the first keys of the path of a leaf: those with the same ones
+      share one alpha. `lambda path: path[:1]` learns one for each top-level
+      module, `lambda path: path` one for each tensor. By default there is one
+      for the whole model.
     stacks: modules whose leaves are stacks of layers, and the axis of the
-      layers there: `{'decoder/layers': 0}`. `group_fn` is then asked for the
-      group of each layer, whose path has its number after the name of the
-      stack: `('decoder', 'layers', '3', 'mlp', 'kernel')`.
+      layers there: `{'decoder/layers': 0}`. `group_fn` is then asked for each
+      layer: `('decoder', 'layers', '3', 'mlp', 'kernel')`.
     alpha_fn: alpha `[K]` from unconstrained w `[K]`: `jax.nn.softmax`,
       `hyperplane`, or your own.
     beta: None learns the temperature from 1; a number keeps it fixed.
@@ -125,14 +117,13 @@ def learned(
     memory: 'resident', 'streamed' or 'auto': resident if the stack and three
       models more fit into two thirds of the free memory, else streamed.
       'cached' streams 16-bit copies in the host's memory (of narrower floats
-      exact ones), so that each ingredient is read from its source only twice.
-      Rounding changes alpha only: the soup itself is always mixed from exact
-      ingredients.
+      exact ones), so that each ingredient is read from its source only twice:
+      alpha is that of rounded ingredients, the soup is mixed from exact ones.
 
   Returns:
     A `Soup` with alpha `[K]` or, with groups, nested dicts of `[K]`; and a
-    `LearnedInfo` with beta and the losses. To use the temperature multiply the
-    logits by `soup.info.beta`; the prediction does not depend on it.
+    `LearnedInfo` with the losses, and with beta, which multiplies the logits:
+    the prediction does not depend on it.
 
   Raises:
     ValueError: no or mismatched ingredients, no floats, no batches, a loss that
@@ -231,10 +222,7 @@ def learned(
 def _on_mesh(
     state: _State, shardings: Sequence[jax.sharding.Sharding]
 ) -> _State:
-  """Places the state on the mesh of the ingredients, as each step does.
-
-  Otherwise the second step would be compiled again.
-  """
+  """As each step places it, or the second one would be compiled again."""
   meshes = [x.mesh for x in shardings if isinstance(x, NamedSharding)]
   if not meshes:
     return state
@@ -255,7 +243,7 @@ def _out_of_memory(plan: LearnedPlan) -> Iterator[None]:
 
 
 class Resident:
-  """The loss of a mix and its gradient, from the stack of all ingredients."""
+  """From the stack of all ingredients: see `_streamed.Streamed`."""
 
   def __init__(
       self,
@@ -298,12 +286,7 @@ def _fit(
     num_epochs: int,
     patience: int | None,
 ) -> tuple[Variables, list[float], list[float], int]:
-  """Gradient descent with early stopping on a second split.
-
-  Returns:
-    The variables, the losses of the steps, those on the second split, and the
-    best epoch.
-  """
+  """The best variables, the losses on both splits, and the best epoch."""
   variables, opt_state = state
 
   @jax.jit

@@ -36,8 +36,8 @@ class AverageState:
   """What has been added up so far: a pytree, which may be saved and donated.
 
   Attributes:
-    total: `sum_k w_k theta_k` in the container of the parameters, its floats in
-      float32 or wider, sharded as they are; other leaves as they were at first.
+    total: `sum_k w_k theta_k` in the container of the parameters, sharded as
+      they are; leaves that are not floats as they were at first.
     weight: `sum_k w_k`, a scalar.
     dtypes: of the parameters' floats.
   """
@@ -48,7 +48,7 @@ class AverageState:
 
 
 class RunningAverage(NamedTuple):
-  """Three pure functions, in the form of an `optax.GradientTransformation`.
+  """Three pure functions: see `running_average`.
 
   Attributes:
     init: `init(params) -> state`, with nothing added yet.
@@ -72,8 +72,8 @@ def running_average(decay: float = 1.0) -> RunningAverage:
   - d < 1: an exponential moving average without the bias of its start. For one
     that starts from theta_0, add that with weight 1 and others with 1 - d.
 
-  The functions are pure. Run `update` under `jax.jit` with `donate_argnums=0`
-  to add in place; the sum is sharded like the parameters.
+  In the form of an `optax.GradientTransformation`. Run `update` under `jax.jit`
+  with `donate_argnums=0` to add in place.
 
   Args:
     decay: d, from 0 to 1.
@@ -104,14 +104,10 @@ def running_average(decay: float = 1.0) -> RunningAverage:
   ) -> AverageState:
     flat, total = _tree.flatten(params), _tree.flatten(state.total)
     _require_match(flat, total, state.dtypes)
-    floats = flat.floats
+    floats, totals = flat.floats, total.floats
     weight = _tree.numbers(weight)
-    sums = _mixing.added(
-        list(total.floats.values()),
-        [floats[path] for path in total.floats],
-        weight,
-        decay,
-    )
+    leaves = [floats[path] for path in totals]
+    sums = _mixing.added(list(totals.values()), leaves, weight, decay)
     added = state.weight if decay == 1 else decay * state.weight
     return AverageState(total.combine(sums), added + weight, state.dtypes)
 
@@ -131,7 +127,6 @@ def _init(params: Params) -> AverageState:
 def _require_match(
     flat: _tree.Flat, total: _tree.Flat, dtypes: Sequence[np.dtype[Any]]
 ) -> None:
-  """Raises if parameters differ from those of `init` in paths or shapes."""
   narrow = {
       path: jax.ShapeDtypeStruct(x.shape, dtype)
       for (path, x), dtype in zip(total.floats.items(), dtypes)
@@ -139,13 +134,12 @@ def _require_match(
   if differences := _checked.mismatches(total.by_path | narrow, flat.by_path):
     raise ValueError(
         'The parameters given to update differ from those given to init: '
-        f'{"; ".join(differences[:5])}.'
+        f'{_checked.listed(differences)}.'
     )
 
 
 def _value(state: AverageState) -> Params:
-  weight = state.weight
-  if not _tree.is_traced(weight) and not jax.device_get(weight):
+  if not _tree.is_traced(state.weight) and not jax.device_get(state.weight):
     raise ValueError(
         'The weights of this running average add up to 0: call update before '
         'value.'

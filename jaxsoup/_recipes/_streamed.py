@@ -1,4 +1,4 @@
-"""Ingredients that are read repeatedly, and what is computed from them.
+"""The loss of a mix and its gradient, of ingredients that are read repeatedly.
 
 ```
 streamed = Streamed(source, groups, alphas, loss_at)
@@ -110,10 +110,8 @@ def _widened(
 class Streamed:
   """The loss of a mix and its gradient, at the memory of a few models.
 
-  `dL/dalpha_k = <dL/dtheta, theta_k>`: one forward and backward on the mixed
-  model, then K inner products while the ingredients are read once more. Each
-  pass reverses the order of the one before, and so begins with the ingredient
-  that is still in memory.
+  Each pass reverses the order of the one before, and so begins with the
+  ingredient that is still in memory.
   """
 
   def __init__(
@@ -138,7 +136,6 @@ class Streamed:
     )
     self.loss = jax.jit(loss_at)
     self.inner = jax.jit(self._inner_products)
-    # The chain rule from alpha to w.
     self._pull = jax.jit(lambda w, inner: jax.vjp(alphas, w)[1](inner)[0])
 
   def mixed(self, w: ByGroup) -> list[jax.Array]:
@@ -150,15 +147,14 @@ class Streamed:
   def value_and_grad(
       self, variables: Variables, batch: Tree
   ) -> tuple[jax.Array, Variables]:
-    """The loss, and its gradient in w and beta."""
     w, scale = variables
     loss, (gradient, scale_gradient) = self.step(self.mixed(w), scale, batch)
-    inner = {g: np.zeros(len(self._order), np.float32) for g in w}
-    for k, leaves in _checked.in_order(self.source, self._next()):
-      for g, value in jax.device_get(self.inner(gradient, leaves)).items():
-        inner[g][k] = value
-    on_device = {g: _tree.numbers(x) for g, x in inner.items()}
-    return loss, (self._pull(w, on_device), scale_gradient)
+    rows = {
+        k: jax.device_get(self.inner(gradient, leaves))
+        for k, leaves in _checked.in_order(self.source, self._next())
+    }
+    inner = {g: _tree.numbers([rows[k][g] for k in sorted(rows)]) for g in w}
+    return loss, (self._pull(w, inner), scale_gradient)
 
   def _next(self) -> list[int]:
     order, self._order = self._order, self._order[::-1]
