@@ -58,7 +58,6 @@ def listed(differences: Sequence[str]) -> str:
 def mismatch_error(
     name: str, differences: Sequence[str], is_stored: bool = False
 ) -> ValueError:
-  """The error for an ingredient that differs from the first one."""
   cast = (
       'Cast one of them: jax.tree.map(lambda x: x.astype(jnp.float32), params)'
   )
@@ -69,20 +68,14 @@ def mismatch_error(
         'take that of the first (--ignore PATTERN), or only what all have '
         '(--intersect); in Python Ingredients(..., ignore=[PATTERN]).'
     )
-  remedy = cast
-  if 'dtype' not in differences[0]:
-    remedy = (
-        'Only models of the same architecture can be averaged. If only the '
-        f'heads differ, {part}'
-    )
-  return ValueError(
-      f'{name} does not match the first ingredient: {listed(differences)}. '
-      f'{remedy}'
-  )
+  alike = 'Only models of the same architecture can be averaged.'
+  is_dtype = 'dtype' in differences[0]
+  remedy = cast if is_dtype else f'{alike} If only the heads differ, {part}'
+  said = f'{name} does not match the first ingredient: {listed(differences)}.'
+  return ValueError(f'{said} {remedy}')
 
 
 def not_finite_error(name: str, paths: Sequence[_tree.Path]) -> ValueError:
-  """The error for an ingredient with NaN or infinite values in some leaves."""
   return ValueError(
       f'{name} has NaN or infinite values in leaf {_tree.name_of(paths[0])!r}'
       + (f' and {len(paths) - 1} more' if len(paths) > 1 else '')
@@ -97,18 +90,16 @@ def non_float_error(
     actual: Leaf,
     is_stored: bool = False,
 ) -> ValueError:
-  """The error for integers or booleans that are not equal."""
   leaf = repr(_tree.name_of(path))
   remedy = 'pass parameters without such a leaf: nnx.state(model, nnx.Param).'
   if is_stored:
     options = f'--ignore {leaf}, or Ingredients(..., ignore=[{leaf}])'
     remedy = f'to take that of the first: {options}.'
   return ValueError(
-      f'{name}: leaf {leaf} of dtype {actual.dtype} is '
-      f'{_short(actual)}, but {_short(expected)} in the first ingredient. Only '
-      'floats are averaged: quantized weights have to be converted to floats '
-      'first. Of the rest only PRNG keys and counters may differ; '
-      f'{remedy}'
+      f'{name}: leaf {leaf} of dtype {actual.dtype} is {_short(actual)}, but '
+      f'{_short(expected)} in the first ingredient. Only floats are averaged: '
+      'quantized weights have to be converted to floats first. Of the rest '
+      f'only PRNG keys and counters may differ; {remedy}'
   )
 
 
@@ -269,10 +260,7 @@ class Checked:
   def replace(
       self, floats: Iterable[jax.Array], k: int | None = None
   ) -> Params:
-    """These floats in the template's container; the rest is ingredient k's.
-
-    Without k it is that of the template.
-    """
+    """A tree of these floats; the rest is ingredient k's, or the template's."""
     others = None if k is None else self._others[k]
     return self.template.combine(self._layers.join(list(floats)), others)
 
@@ -294,7 +282,6 @@ class Checked:
     ]
 
   def _check_values(self, k: int, flat: _tree.Flat) -> None:
-    """What cannot be checked under `jax.jit`."""
     leaves, name = flat.by_path, self.name(k)
     for path, expected in self.template.others.items():
       actual = leaves[path]
@@ -402,10 +389,7 @@ def in_order(
 def fitting_leaves(
     checked: Checked, params: Params, name: str = 'theta_0'
 ) -> list[jax.Array]:
-  """The float leaves of another model, in the order of the template.
-
-  Raises if it does not match the ingredients; the error calls it `name`.
-  """
+  """The float leaves of another model, which errors call `name`."""
   pair = Checked([checked.replace(checked[0]), params], checked.stacks)
   try:
     pair[0]

@@ -44,11 +44,10 @@ def _bilinear(
 ) -> BinaryFn:
   """A function `(x, stacked)` that JAX knows to be linear in each argument.
 
-  It has derivatives of any order and mode, with products that are written here:
-  those that JAX would transpose from `tensordot` copy the stack on a CPU, and
-  raise on a mesh with Explicit axes. `by_first` is `(cotangent, stacked) ->
-  cotangent of x`; `by_second` is `(cotangent, x, stacked) -> cotangent of
-  stacked`, where only `stacked.aval` is known.
+  It has derivatives of any order and mode. The products that JAX would
+  transpose from `tensordot` copy the stack on a CPU, and raise on a mesh with
+  Explicit axes. `by_first` is `(cotangent, stacked) -> cotangent of x`;
+  `by_second` the same of stacked, of which only `stacked.aval` is known.
   """
 
   def fn(x: jax.Array, stacked: jax.Array) -> jax.Array:
@@ -205,8 +204,7 @@ def mix(stacked: Params, alpha: Alpha) -> Params:
 def stack(ingredients: Sequence[Params]) -> Params:
   """Stacks K models along a new first axis.
 
-  At most one ingredient is held as well as the stack, so K checkpoints need
-  K + 1 times the memory of one.
+  At most one ingredient is held as well as the stack: K + 1 models in all.
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
@@ -321,9 +319,8 @@ def host_mean(
   """`sum_k w_k theta_k / count` of pairs `(w_k, theta_k)`, written to `total`.
 
   What `added` and `rounded` compute, in NumPy: three times as fast in the
-  caches of a core, and float64 without jax_enable_x64. The dtype of `total` is
-  the wide one, and the caller rounds; `product` is memory for a product of that
-  dtype. A weight of None is one.
+  caches of a core, and float64 without jax_enable_x64. The caller rounds from
+  `total`, of the wide dtype like `product`. A weight of None is one.
   """
   total.fill(0)
   # Of values that are not finite; the caller looks at the sum.

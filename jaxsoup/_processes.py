@@ -55,7 +55,7 @@ def agreed_min(value: int, array: jax.Array) -> int:
   """The least value of the processes that hold an array, and all call this.
 
   What a process sees alone, such as free memory, must not decide whether it
-  takes part in a collective: those that decide otherwise would wait for it.
+  takes part in a collective.
   """
   if array.is_fully_addressable:
     return value
@@ -104,10 +104,7 @@ def merged(texts: dict[str, str]) -> dict[str, str]:
 def share_of(
     sizes: Mapping[_T, int], number: int, num_processes: int
 ) -> list[_T]:
-  """The parts that one of several processes works on.
-
-  The largest ones first, each goes to the process with the least so far.
-  """
+  """The parts of one process: the largest first, to that with the least."""
   loads, owners = [0] * num_processes, {}
   for part in sorted(sizes, key=sizes.__getitem__, reverse=True):
     owners[part] = loads.index(min(loads))

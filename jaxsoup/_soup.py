@@ -30,8 +30,7 @@ class AtMost:
   bar (`strict`: exceed it) and returns an `AtMost` whose bound does not reach
   it either. `jaxsoup.evaluation.mean_of` has one.
 
-  A bound is not a number: to compare it, add it or convert it to a float is a
-  TypeError.
+  A bound is not a number, and cannot be compared or added.
 
   Attributes:
     bound: the score is this or less.
@@ -200,9 +199,8 @@ class _Static:
 class Soup(Generic[InfoT]):
   """An average of K models, and how it was made.
 
-  A pytree whose leaves are those of `params`: `jax.tree.map`, `jax.device_put`
-  and `jax.jit` leave alpha and info as they are. (Where a recipe was traced,
-  they hold `jax.Array`s, and those are leaves too.)
+  A pytree whose leaves are those of `params`, and the `jax.Array`s that alpha
+  and info hold where a recipe was traced.
 
   Attributes:
     params: `sum_k alpha_k theta_k`, in the container and dtypes of the

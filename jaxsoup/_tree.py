@@ -266,8 +266,7 @@ def alphas_of(
 ) -> list[Array]:
   """The coefficients of every leaf: the entry of alpha above its path.
 
-  NumPy arrays unless they are traced. Leaves that are not averaged, `others`,
-  may have an entry too.
+  Leaves that are not averaged, `others`, may have an entry too.
   """
   entries = entries_of(alpha)
 
@@ -304,17 +303,13 @@ def checked_alpha(alpha: Alpha, num: int) -> Nested:
 
 
 def entries_of(alpha: Alpha) -> dict[Path, Array]:
-  """The groups of a prefix tree, with their coefficients."""
+  """The groups of a prefix tree, with their coefficients `on_host`."""
   # A list of numbers is one [K], not a tree of K scalars.
   is_vector = lambda x: isinstance(x, (list, tuple))
   with_paths, _ = jax.tree_util.tree_flatten_with_path(alpha, is_leaf=is_vector)
-  entries = [(path_of(key_path), x) for key_path, x in with_paths]
-  return {path: _coefficients(path, x) for path, x in entries}
-
-
-def _coefficients(path: Path, x: ArrayLike) -> Array:
-  values = on_host(x)
-  if not is_traced(values) and not np.isfinite(values).all():
-    where = f' of {name_of(path)!r}' if path else ''
-    raise ValueError(f'alpha{where} is {values}: expected finite numbers.')
-  return values
+  entries = {path_of(key_path): on_host(x) for key_path, x in with_paths}
+  for path, values in entries.items():
+    if not is_traced(values) and not np.isfinite(values).all():
+      where = f' of {name_of(path)!r}' if path else ''
+      raise ValueError(f'alpha{where} is {values}: expected finite numbers.')
+  return entries

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxsoup import _checked
 from jaxsoup._recipes import _search
 from jaxsoup._soup import Scores
 from jaxsoup._soup import SearchInfo
@@ -88,19 +87,19 @@ def greedy(
   Source: Wortsman et al. 2022, recipe 1. With replacement: Caruana et al. 2004,
   "Ensemble selection from libraries of models".
   """
-  checked = _checked.Checked(ingredients)
+  search = _search.Search(
+      ingredients, eval_fn, strict=strict, log=scores, on_trial=on_trial
+  )
   limits = {'max_ingredients': max_ingredients, 'num_passes': num_passes}
   for name, value in limits.items():
     if value is not None and value < 1:
       raise ValueError(f'{name} is {value}: it must be at least 1.')
-  search = _search.Search(
-      checked, eval_fn, strict=strict, log=scores, on_trial=on_trial
-  )
-  given = _given_order(order, key, len(checked))
+  num = len(ingredients)
+  given = _given_order(order, key, num)
   if given is None:
     singles = search.scores_of_singles()
-    given = sorted(range(len(checked)), key=lambda k: (-singles[k], k))
-  limit = max_ingredients or len(checked) * num_passes
+    given = sorted(range(num), key=lambda k: (-singles[k], k))
+  limit = max_ingredients or num * num_passes
   search.run(given, 1, num_passes, limit, with_replacement)
   return search.soup(given)
 

@@ -165,12 +165,9 @@ def learned(
         'of jax.jit, jax.vmap and jax.grad.'
     )
   plan = _streamed.plan(first, len(checked), memory)
-  logging.getLogger('jaxsoup').info(
-      'learned: %s, %d reads per step; %s.',
-      plan.memory,
-      plan.reads_per_step,
-      plan.reason,
-  )
+  said = plan.memory, plan.reads_per_step, plan.reason
+  text = 'learned: %s, %d reads per step; %s.'
+  logging.getLogger('jaxsoup').info(text, *said)
   groups = _tree.groups_of(checked.float_paths, group_fn)
   w = {g: _tree.numbers(np.zeros(len(checked))) for g in groups}
   # A fixed beta is not a variable, or weight decay would move it.

@@ -9,7 +9,6 @@ soup = average.value(state)
 """
 
 from collections.abc import Callable
-from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -102,11 +101,19 @@ def running_average(decay: float = 1.0) -> RunningAverage:
   def update(
       state: AverageState, params: Params, weight: ArrayLike = 1.0
   ) -> AverageState:
-    flat, total = _tree.flatten(params), _tree.flatten(state.total)
-    _require_match(flat, total, state.dtypes)
-    floats, totals = flat.floats, total.floats
+    given, total = _tree.flatten(params).by_path, _tree.flatten(state.total)
+    totals = total.floats
+    expected = total.by_path | {
+        path: jax.ShapeDtypeStruct(x.shape, dtype)
+        for (path, x), dtype in zip(totals.items(), state.dtypes)
+    }
+    if differences := _checked.mismatches(expected, given):
+      raise ValueError(
+          'The parameters given to update differ from those given to init: '
+          f'{_checked.listed(differences)}.'
+      )
     weight = _tree.numbers(weight)
-    leaves = [floats[path] for path in totals]
+    leaves = [given[path] for path in totals]
     sums = _mixing.added(list(totals.values()), leaves, weight, decay)
     added = state.weight if decay == 1 else decay * state.weight
     return AverageState(total.combine(sums), added + weight, state.dtypes)
@@ -122,20 +129,6 @@ def _init(params: Params) -> AverageState:
   params = flat.combine(zeros, map(jnp.copy, flat.others.values()))
   dtypes = tuple(np.dtype(x.dtype) for x in floats)
   return AverageState(params, _tree.numbers(0.0), dtypes)
-
-
-def _require_match(
-    flat: _tree.Flat, total: _tree.Flat, dtypes: Sequence[np.dtype[Any]]
-) -> None:
-  narrow = {
-      path: jax.ShapeDtypeStruct(x.shape, dtype)
-      for (path, x), dtype in zip(total.floats.items(), dtypes)
-  }
-  if differences := _checked.mismatches(total.by_path | narrow, flat.by_path):
-    raise ValueError(
-        'The parameters given to update differ from those given to init: '
-        f'{_checked.listed(differences)}.'
-    )
 
 
 def _value(state: AverageState) -> Params:

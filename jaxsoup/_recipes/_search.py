@@ -62,7 +62,7 @@ class Search:
 
   def __init__(
       self,
-      checked: _checked.Checked,
+      ingredients: Sequence[Params],
       eval_fn: EvalFn,
       *,
       strict: bool,
@@ -71,7 +71,7 @@ class Search:
   ):
     self.accepted: tuple[int, ...] = ()
     self.score = -np.inf
-    self._checked = checked
+    self._checked = _checked.Checked(ingredients)
     self._eval_fn = eval_fn
     self._strict = strict
     self._log: Scores = {} if log is None else log
@@ -90,17 +90,12 @@ class Search:
       self._score((k,), list)
     return [self._scores[k,] for k in singles]
 
-  def start_from_all(self) -> None:
-    """Makes the uniform soup the current one."""
-    self.accepted = tuple(range(len(self._checked)))
-    self._total = _mixing.weighted_sum(self._checked, self.accepted)
-    self._score(self.accepted, self._mean)
-    self.score = self._scores[self.accepted]
-
-  def start_from(self, k: int, score: float) -> None:
-    """Makes ingredient k alone the current soup."""
-    self.accepted, self.score, self._total = (k,), score, None
-    self._total = _mixing.add(None, self._checked[k], _tree.numbers(1.0))
+  def start_from(self, members: Members) -> None:
+    """Makes the mean of these the current soup."""
+    self.accepted = members
+    self._total = _mixing.weighted_sum(self._checked, members)
+    self._score(members, self._mean)
+    self.score = self._scores[members]
 
   def run(
       self,

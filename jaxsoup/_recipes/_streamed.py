@@ -45,7 +45,7 @@ class Source:
   ):
     self._checked = checked
     self._is_cached = is_cached
-    self._cache: dict[int, list[_Copy]] = {}
+    self._cache: dict[int, list[Callable[[], jax.Array]]] = {}
     self._last = {0: self._copied(0, lambda: first)}
 
   def __len__(self) -> int:
@@ -68,31 +68,24 @@ class Source:
     if not self._is_cached:
       return read()
     if k not in self._cache:
-      self._cache[k] = list(map(_Copy, read()))
-    leaves = [copy.placed() for copy in self._cache[k]]
+      self._cache[k] = list(map(_copy_of, read()))
+    leaves = [placed() for placed in self._cache[k]]
     return _widened(leaves, self._checked.float_dtypes)
 
 
-class _Copy:
-  """What this host has of an array, in 16 bits where it is wider."""
-
-  def __init__(self, x: jax.Array):
-    dtype: Any = x.dtype
-    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 2:
-      # float16 has three more bits than bfloat16, but ends at 65,504.
-      dtype = np.float16 if jax.device_get(_is_small(x)) else jnp.bfloat16
-    self._shape, self._sharding = x.shape, x.sharding
-    # By what part it is, of which several devices may have the same. Copied, or
-    # on a CPU it would be the memory of the ingredient itself.
-    parts = {str(part.index): part.data for part in x.addressable_shards}
-    self._parts = {
-        i: np.array(jax.device_get(p), dtype) for i, p in parts.items()
-    }
-
-  def placed(self) -> jax.Array:
-    return jax.make_array_from_callback(
-        self._shape, self._sharding, lambda index: self._parts[str(index)]
-    )
+def _copy_of(x: jax.Array) -> Callable[[], jax.Array]:
+  """Places what this host has of an array, in 16 bits where it is wider."""
+  dtype: Any = x.dtype
+  if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 2:
+    # float16 has three more bits than bfloat16, but ends at 65,504.
+    dtype = np.float16 if jax.device_get(_is_small(x)) else jnp.bfloat16
+  # By what part it is, of which several devices may have the same. Copied, or
+  # on a CPU it would be the memory of the ingredient itself.
+  parts = {str(part.index): part.data for part in x.addressable_shards}
+  copies = {i: np.array(jax.device_get(p), dtype) for i, p in parts.items()}
+  part_fn = lambda index: copies[str(index)]
+  place = jax.make_array_from_callback
+  return functools.partial(place, x.shape, x.sharding, part_fn)
 
 
 @jax.jit
