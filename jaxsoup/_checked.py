@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
-from typing import Any
 from typing import Protocol
 
 import jax
@@ -224,9 +223,7 @@ class Checked:
     floats = [leaves[path] for path in self.template.floats]
     if not self._shardings:
       self._shardings = list(map(_sharding_of, floats))
-    return self._layers.split(
-        list(map(_on_devices_of, self._shardings, floats))
-    )
+    return self.layers.split(list(map(_on_devices_of, self._shardings, floats)))
 
   @property
   def template(self) -> _tree.Flat:
@@ -246,31 +243,23 @@ class Checked:
     return f'ingredient {k}' + (f' ({paths[k]})' if paths else '')
 
   @functools.cached_property
-  def _layers(self) -> _layers.Layers:
+  def layers(self) -> _layers.Layers:
+    """The paths and dtypes of the floats."""
     return _layers.Layers(self.template.floats, self.stacks)
-
-  @property
-  def float_paths(self) -> list[_tree.Path]:
-    return self._layers.paths
-
-  @property
-  def float_dtypes(self) -> tuple[np.dtype[Any], ...]:
-    return self._layers.dtypes
 
   def replace(
       self, floats: Iterable[jax.Array], k: int | None = None
   ) -> Params:
     """A tree of these floats; the rest is ingredient k's, or the template's."""
     others = None if k is None else self._others[k]
-    return self.template.combine(self._layers.join(list(floats)), others)
+    return self.template.combine(self.layers.join(list(floats)), others)
 
   def duplicates(self) -> tuple[Members, ...]:
     """Groups of equal ingredients among those read so far; warns of them."""
     return duplicates_of(self._originals, self.name)
 
   def _check(self, k: int, flat: _tree.Flat) -> None:
-    differences = mismatches(self.template.by_path, flat.by_path)
-    if differences:
+    if differences := mismatches(self.template.by_path, flat.by_path):
       raise mismatch_error(self.name(k), differences, self._is_stored)
     if not _tree.is_traced(*flat.leaves, *self.template.leaves):
       self._check_values(k, flat)
@@ -296,7 +285,7 @@ class Checked:
       raise not_finite_error(name, bad)
     # Equal sums are a hint; a permuted model has them too. So compare.
     own = b''.join(np.asarray(s).tobytes() for s in sums)
-    layers = self._layers.split(list(floats.values()))
+    layers = self.layers.split(list(floats.values()))
     alike = (i for i, other in self._sums.items() if other == own)
     same = (i for i in alike if _all_equal(layers, self[i]))
     self._originals[k] = next(same, k)
@@ -395,6 +384,5 @@ def fitting_leaves(
     pair[0]
     return pair[1]
   except ValueError as e:
-    said = str(e).replace('ingredient 1', name)
-    said = said.replace('first ingredient', 'ingredients')
-    raise ValueError(said) from None
+    said = str(e).replace('first ingredient', 'ingredients')
+    raise ValueError(said.replace('ingredient 1', name)) from None

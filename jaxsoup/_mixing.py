@@ -139,7 +139,6 @@ _inner_leaf: BinaryFn = _bilinear(
 def mix_leaves(
     alphas: list[jax.Array], stacked: list[jax.Array]
 ) -> list[jax.Array]:
-  """`sum_k alpha_k theta_k` of every leaf."""
   return list(map(_mix_leaf, alphas, stacked))
 
 

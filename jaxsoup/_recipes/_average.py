@@ -188,9 +188,9 @@ def _mean(
   def weights_of(k: int) -> ArrayLike:
     if alpha is None:
       return 1.0
-    paths, others = checked.float_paths, checked.template.others
+    paths, others = checked.layers.paths, checked.template.others
     return [row[k] for row in _tree.alphas_of(alpha, paths, others)]
 
   total = _mixing.weighted_sum(checked, order, weights_of)
-  floats = _mixing.rounded(total, _tree.numbers(count), checked.float_dtypes)
+  floats = _mixing.rounded(total, _tree.numbers(count), checked.layers.dtypes)
   return checked.replace(floats), checked.duplicates()

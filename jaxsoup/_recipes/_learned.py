@@ -158,7 +158,7 @@ def learned(
     )
   checked = _checked.Checked(ingredients, stacks)
   first = checked[0]
-  _checked.require_floats(checked.float_paths)
+  _checked.require_floats(checked.layers.paths)
   if _tree.is_traced(*first):
     raise TypeError(
         'learned is a training loop, which jax cannot trace: call it outside '
@@ -168,7 +168,7 @@ def learned(
   said = plan.memory, plan.reads_per_step, plan.reason
   text = 'learned: %s, %d reads per step; %s.'
   logging.getLogger('jaxsoup').info(text, *said)
-  groups = _tree.groups_of(checked.float_paths, group_fn)
+  groups = _tree.groups_of(checked.layers.paths, group_fn)
   w = {g: _tree.numbers(np.zeros(len(checked))) for g in groups}
   # A fixed beta is not a variable, or weight decay would move it.
   variables = (w, _tree.numbers(1.0) if beta is None else None)
@@ -194,7 +194,7 @@ def learned(
       del stacked
     else:
       model = _streamed.Streamed(
-          source, groups, alphas, loss_at, checked.float_dtypes, shardings
+          source, groups, alphas, loss_at, checked.layers.dtypes, shardings
       )
     del source
     (w, scale), losses, val_losses, best_epoch = _fit(
@@ -258,8 +258,7 @@ class Resident:
     def loss_of(
         variables: Variables, stacked: list[jax.Array], batch: Tree
     ) -> jax.Array:
-      w, scale = variables
-      return loss_at(mixed(w, stacked), scale, batch)
+      return loss_at(mixed(variables[0], stacked), variables[1], batch)
 
     self.mix = jax.jit(mixed)
     self.step = jax.jit(jax.value_and_grad(loss_of))
@@ -301,9 +300,8 @@ def _fit(
 
   def validate() -> None:
     if val_batches is not None:
-      w, scale = variables
-      floats = model.mixed(w)  # Once, for all batches.
-      fn = lambda batch: model.loss(floats, scale, batch)
+      floats = model.mixed(variables[0])  # Once, for all batches.
+      fn = lambda batch: model.loss(floats, variables[1], batch)
       of_batches = _losses(fn, val_batches, 'val_batches')
       val_losses.append(float(np.mean(of_batches)))
 

@@ -218,4 +218,4 @@ class Search:
 
   def _mean(self) -> list[jax.Array]:
     count = _tree.numbers(len(self.accepted))
-    return _mixing.rounded(self._total, count, self._checked.float_dtypes)
+    return _mixing.rounded(self._total, count, self._checked.layers.dtypes)

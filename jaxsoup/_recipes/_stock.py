@@ -69,9 +69,8 @@ def model_stock(
   floats, cosine, ratio = _towards_mean(sums, start, num)
   if not _tree.is_traced(*ratio):
     cosine, ratio = jax.device_get((cosine, ratio))
-  paths = checked.float_paths
-  by_path = lambda values: _tree.nest(dict(zip(paths, values)))
   full = jnp.full if _tree.is_traced(*ratio) else np.full
+  by_path = lambda values: _tree.nest(dict(zip(checked.layers.paths, values)))
   alpha = by_path([full(num, t / num, np.float32) for t in ratio])
   info = StockInfo(by_path(cosine), by_path(ratio), checked.duplicates())
   return Soup(checked.replace(floats), alpha, info)

@@ -38,10 +38,7 @@ class Source:
   """Leaves of ingredients: the last one is kept, and copies of all if asked."""
 
   def __init__(
-      self,
-      checked: _checked.Checked,
-      first: list[jax.Array],
-      is_cached: bool,
+      self, checked: _checked.Checked, first: list[jax.Array], is_cached: bool
   ):
     self._checked = checked
     self._is_cached = is_cached
@@ -70,7 +67,7 @@ class Source:
     if k not in self._cache:
       self._cache[k] = list(map(_copy_of, read()))
     leaves = [placed() for placed in self._cache[k]]
-    return _widened(leaves, self._checked.float_dtypes)
+    return _widened(leaves, self._checked.layers.dtypes)
 
 
 def _copy_of(x: jax.Array) -> Callable[[], jax.Array]:
@@ -165,25 +162,29 @@ class Streamed:
     return inner
 
 
+def memory_of(leaves: Sequence[jax.Array]) -> tuple[str, int, int]:
+  """The platform of a model, its bytes on a device, and what is free there."""
+  sharding = leaves[0].sharding
+  device: jax.Device = next(iter(sharding.addressable_devices))
+  shard_sizes = [math.prod(x.sharding.shard_shape(x.shape)) for x in leaves]
+  num_bytes = sum(n * x.dtype.itemsize for n, x in zip(shard_sizes, leaves))
+  if device.platform == 'cpu':  # Whose devices share one memory.
+    num_bytes *= len(sharding.addressable_devices)
+  free = _processes.agreed_min(_memory.free_bytes(device), leaves[0])
+  return device.platform, num_bytes, free
+
+
 def plan(
     leaves: Sequence[jax.Array], num_ingredients: int, memory: str
 ) -> LearnedPlan:
   """Resident if the stack fits as well as what a step needs, else streamed."""
-  sharding = leaves[0].sharding
-  device: jax.Device = next(iter(sharding.addressable_devices))
-  model_bytes = sum(
-      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-      for x in leaves
-  )
-  if device.platform == 'cpu':  # Whose devices share one memory.
-    model_bytes *= len(sharding.addressable_devices)
-  free = _processes.agreed_min(_memory.free_bytes(device), leaves[0])
+  platform, model_bytes, free = memory_of(leaves)
   needed, is_fitting = fits(num_ingredients, model_bytes, free)
   reason = (
       f'the stack of {num_ingredients} ingredients and three more models (one '
       'being read, the mixed one, its gradient) takes '
       f'{_memory.amount(needed)} of {_memory.amount(free)} free on '
-      f'{device.platform}, a third of which is kept for activations: it '
+      f'{platform}, a third of which is kept for activations: it '
       f'{"fits" if is_fitting else "does not fit"}'
   )
   if memory == 'auto':

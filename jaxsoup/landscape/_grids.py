@@ -272,7 +272,7 @@ class _Basis:
   """
 
   def __init__(self, corners: _checked.Checked):
-    _checked.require_floats(corners.float_paths)
+    _checked.require_floats(corners.layers.paths)
     self._corners = corners
     self._origin, *self._tasks = (corners[k] for k in range(3))
     gram = np.array([self._products(task)[:2] for task in self._tasks])
