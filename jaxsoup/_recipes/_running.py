@@ -10,7 +10,6 @@ soup = average.value(state)
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -25,11 +24,7 @@ from jaxsoup.typing import ArrayLike
 from jaxsoup.typing import Params
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=['total', 'weight'],
-    meta_fields=['dtypes'],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AverageState:
   """What has been added up so far: a pytree, which may be saved and donated.
@@ -43,7 +38,9 @@ class AverageState:
 
   total: Params
   weight: jax.Array
-  dtypes: tuple[np.dtype[Any], ...]
+  dtypes: tuple[np.dtype[Any], ...] = dataclasses.field(
+      metadata={'static': True}
+  )
 
 
 class RunningAverage(NamedTuple):
