@@ -9,9 +9,7 @@ soup = average.value(state)
 """
 
 from collections.abc import Callable
-from collections.abc import Sequence
 import dataclasses
-import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -26,29 +24,27 @@ from jaxsoup.typing import ArrayLike
 from jaxsoup.typing import Params
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=['total', 'weight'],
-    meta_fields=['dtypes'],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AverageState:
   """What has been added up so far: a pytree, which may be saved and donated.
 
   Attributes:
-    total: `sum_k w_k theta_k` in the container of the parameters, its floats in
-      float32 or wider, sharded as they are; other leaves as they were at first.
+    total: `sum_k w_k theta_k` in the container of the parameters, sharded as
+      they are; leaves that are not floats as they were at first.
     weight: `sum_k w_k`, a scalar.
     dtypes: of the parameters' floats.
   """
 
   total: Params
   weight: jax.Array
-  dtypes: tuple[np.dtype[Any], ...]
+  dtypes: tuple[np.dtype[Any], ...] = dataclasses.field(
+      metadata={'static': True}
+  )
 
 
 class RunningAverage(NamedTuple):
-  """Three pure functions, in the form of an `optax.GradientTransformation`.
+  """Three pure functions: see `running_average`.
 
   Attributes:
     init: `init(params) -> state`, with nothing added yet.
@@ -72,8 +68,8 @@ def running_average(decay: float = 1.0) -> RunningAverage:
   - d < 1: an exponential moving average without the bias of its start. For one
     that starts from theta_0, add that with weight 1 and others with 1 - d.
 
-  The functions are pure. Run `update` under `jax.jit` with `donate_argnums=0`
-  to add in place; the sum is sharded like the parameters.
+  In the form of an `optax.GradientTransformation`. Run `update` under `jax.jit`
+  with `donate_argnums=0` to add in place.
 
   Args:
     decay: d, from 0 to 1.
@@ -102,16 +98,20 @@ def running_average(decay: float = 1.0) -> RunningAverage:
   def update(
       state: AverageState, params: Params, weight: ArrayLike = 1.0
   ) -> AverageState:
-    flat, total = _tree.flatten(params), _tree.flatten(state.total)
-    _require_match(flat, total, state.dtypes)
-    floats = flat.floats
+    given, total = _tree.flatten(params).by_path, _tree.flatten(state.total)
+    totals = total.floats
+    expected = total.by_path | {
+        path: jax.ShapeDtypeStruct(x.shape, dtype)
+        for (path, x), dtype in zip(totals.items(), state.dtypes)
+    }
+    if differences := _checked.mismatches(expected, given):
+      raise ValueError(
+          'The parameters given to update differ from those given to init: '
+          f'{_checked.listed(differences)}.'
+      )
     weight = _tree.numbers(weight)
-    sums = _mixing.added(
-        list(total.floats.values()),
-        [floats[path] for path in total.floats],
-        weight,
-        decay,
-    )
+    leaves = [given[path] for path in totals]
+    sums = _mixing.added(list(totals.values()), leaves, weight, decay)
     added = state.weight if decay == 1 else decay * state.weight
     return AverageState(total.combine(sums), added + weight, state.dtypes)
 
@@ -122,36 +122,14 @@ def _init(params: Params) -> AverageState:
   flat = _tree.flatten(params)
   floats = flat.floats.values()
   # Copies: to donate the state must not delete the parameters.
-  params = flat.combine(
-      map(_zeros, floats), map(jnp.copy, flat.others.values())
-  )
+  zeros = [jnp.zeros_like(x, _tree.wide_dtype(x.dtype)) for x in floats]
+  params = flat.combine(zeros, map(jnp.copy, flat.others.values()))
   dtypes = tuple(np.dtype(x.dtype) for x in floats)
   return AverageState(params, _tree.numbers(0.0), dtypes)
 
 
-def _zeros(x: jax.Array) -> jax.Array:
-  sharding = None if _tree.is_traced(x) else x.sharding
-  return jnp.zeros(x.shape, _tree.wide_dtype(x.dtype), device=sharding)
-
-
-def _require_match(
-    flat: _tree.Flat, total: _tree.Flat, dtypes: Sequence[np.dtype[Any]]
-) -> None:
-  """Raises if parameters differ from those of `init` in paths or shapes."""
-  narrow = {
-      path: jax.ShapeDtypeStruct(x.shape, dtype)
-      for (path, x), dtype in zip(total.floats.items(), dtypes)
-  }
-  if differences := _checked.mismatches(total.by_path | narrow, flat.by_path):
-    raise ValueError(
-        'The parameters given to update differ from those given to init: '
-        f'{"; ".join(differences[:5])}.'
-    )
-
-
 def _value(state: AverageState) -> Params:
-  weight = state.weight
-  if not _tree.is_traced(weight) and not jax.device_get(weight):
+  if not _tree.is_traced(state.weight) and not jax.device_get(state.weight):
     raise ValueError(
         'The weights of this running average add up to 0: call update before '
         'value.'
