@@ -12,11 +12,11 @@ Names are imported when they are first used: `jaxsoup --help` does not wait for
 jax, nor `import jaxsoup` for flax and orbax.
 """
 
-import importlib
-from typing import TYPE_CHECKING
-from typing import Any
+import sys as _sys
 
-if TYPE_CHECKING:
+from etils import epy as _epy
+
+with _epy.lazy_api_imports(globals()):
   from jaxsoup import checkpoints as checkpoints
   from jaxsoup import diagnosis as diagnosis
   from jaxsoup import ensembles as ensembles
@@ -47,45 +47,4 @@ if TYPE_CHECKING:
   from jaxsoup._soup import Trial as Trial
 
 __version__ = '0.1.0'
-
-_EXPORTS = {
-    '_checked': ('check_compatible',),
-    '_mixing': ('mix', 'stack'),
-    '_recipes._average': ('average', 'uniform'),
-    '_recipes._greedy': ('greedy',),
-    '_recipes._interpolate': ('interpolate',),
-    '_recipes._learned': ('hyperplane', 'learned'),
-    '_recipes._pruned': ('pruned',),
-    '_recipes._running': ('running_average',),
-    '_recipes._stock': ('model_stock',),
-    '_soup': ('AtMost', 'Soup', 'Trial'),
-}
-_MODULES = (
-    'checkpoints',
-    'diagnosis',
-    'ensembles',
-    'evaluation',
-    'landscape',
-    'lora',
-    'metrics',
-    'report',
-    'sharding',
-    'statistics',
-    'studies',
-    'trajectory',
-    'typing',
-)
-__all__ = sorted([*sum(_EXPORTS.values(), ()), *_MODULES])
-
-
-def __getattr__(name: str) -> Any:
-  if name in _MODULES:
-    return importlib.import_module(f'jaxsoup.{name}')
-  for module, names in _EXPORTS.items():
-    if name in names:
-      return getattr(importlib.import_module(f'jaxsoup.{module}'), name)
-  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-
-
-def __dir__() -> list[str]:
-  return __all__
+__all__ = sorted(name for name in dir(_sys.modules[__name__]) if name[0] != '_')

@@ -7,12 +7,12 @@ checked[0], checked.duplicates()
 """
 
 from collections.abc import Callable
+from collections.abc import Hashable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
-from typing import Any
 from typing import Protocol
 
 import jax
@@ -57,36 +57,24 @@ def listed(differences: Sequence[str]) -> str:
 def mismatch_error(
     name: str, differences: Sequence[str], is_stored: bool = False
 ) -> ValueError:
-  """The error for an ingredient that differs from the first one."""
-  if 'dtype' in differences[0] and is_stored:
-    remedy = (
-        "Choose one: --dtype float32, or Ingredients(..., dtype='float32')."
-    )
-  elif 'dtype' in differences[0]:
-    remedy = (
-        'Cast one of them: '
-        'jax.tree.map(lambda x: x.astype(jnp.float32), params)'
-    )
-  elif is_stored:
-    remedy = (
-        'Only models of the same architecture can be averaged. If only the '
-        'heads differ, take that of the first (--ignore PATTERN), or only what '
-        'all have (--intersect); in Python Ingredients(..., ignore=[PATTERN]).'
-    )
-  else:
-    remedy = (
-        'Only models of the same architecture can be averaged. If only the '
-        'heads differ, pass the part that is the same: [p["backbone"] for p in '
-        'ingredients].'
-    )
-  return ValueError(
-      f'{name} does not match the first ingredient: {listed(differences)}. '
-      f'{remedy}'
+  cast = (
+      'Cast one of them: jax.tree.map(lambda x: x.astype(jnp.float32), params)'
   )
+  part = 'pass the part that is the same: [p["backbone"] for p in ingredients].'
+  if is_stored:
+    cast = "Choose one: --dtype float32, or Ingredients(..., dtype='float32')."
+    part = (
+        'take that of the first (--ignore PATTERN), or only what all have '
+        '(--intersect); in Python Ingredients(..., ignore=[PATTERN]).'
+    )
+  alike = 'Only models of the same architecture can be averaged.'
+  is_dtype = 'dtype' in differences[0]
+  remedy = cast if is_dtype else f'{alike} If only the heads differ, {part}'
+  said = f'{name} does not match the first ingredient: {listed(differences)}.'
+  return ValueError(f'{said} {remedy}')
 
 
 def not_finite_error(name: str, paths: Sequence[_tree.Path]) -> ValueError:
-  """The error for an ingredient with NaN or infinite values in some leaves."""
   return ValueError(
       f'{name} has NaN or infinite values in leaf {_tree.name_of(paths[0])!r}'
       + (f' and {len(paths) - 1} more' if len(paths) > 1 else '')
@@ -101,31 +89,33 @@ def non_float_error(
     actual: Leaf,
     is_stored: bool = False,
 ) -> ValueError:
-  """The error for integers or booleans that are not equal."""
+  leaf = repr(_tree.name_of(path))
   remedy = 'pass parameters without such a leaf: nnx.state(model, nnx.Param).'
   if is_stored:
-    remedy = (
-        f'to take that of the first: --ignore {_tree.name_of(path)!r}, or '
-        f'Ingredients(..., ignore=[{_tree.name_of(path)!r}]).'
-    )
+    options = f'--ignore {leaf}, or Ingredients(..., ignore=[{leaf}])'
+    remedy = f'to take that of the first: {options}.'
   return ValueError(
-      f'{name}: leaf {_tree.name_of(path)!r} of dtype {actual.dtype} is '
-      f'{_short(actual)}, but {_short(expected)} in the first ingredient. Only '
-      'floats are averaged: quantized weights have to be converted to floats '
-      'first. Of the rest only PRNG keys and counters may differ; '
-      f'{remedy}'
+      f'{name}: leaf {leaf} of dtype {actual.dtype} is {_short(actual)}, but '
+      f'{_short(expected)} in the first ingredient. Only floats are averaged: '
+      'quantized weights have to be converted to floats first. Of the rest '
+      f'only PRNG keys and counters may differ; {remedy}'
   )
 
 
-def warn_of_duplicates(
-    groups: Sequence[Members], name_fn: Callable[[int], str]
-) -> None:
-  """Warns of ingredients with equal parameters."""
-  for group in groups:
+def duplicates_of(
+    contents: Mapping[int, Hashable], name_fn: Callable[[int], str]
+) -> tuple[Members, ...]:
+  """Groups of ingredients with the same content; warns of them."""
+  groups: dict[Hashable, Members] = {}
+  for k, content in sorted(contents.items()):
+    groups[content] = (*groups.get(content, ()), k)
+  duplicates = tuple(group for group in groups.values() if len(group) > 1)
+  for group in duplicates:
     _warnings.warn(
         f'{" and ".join(map(name_fn, group))} have equal parameters: the '
         'same model counts more than once.'
     )
+  return duplicates
 
 
 def require_ingredients(ingredients: Sequence[Params]) -> None:
@@ -147,7 +137,7 @@ def require_ingredients(ingredients: Sequence[Params]) -> None:
 
 
 def require_floats(paths: Sequence[_tree.Path]) -> None:
-  """Raises unless some leaves are floats: only those can be learned or move."""
+  """Raises unless some leaves are floats."""
   if not paths:
     raise ValueError(
         'The parameters have no floats: no leaf has a float or complex dtype. '
@@ -166,16 +156,13 @@ def _summary(leaves: list[jax.Array]) -> tuple[list[jax.Array], ...]:
 def _all_equal(leaves: list[jax.Array], others: list[jax.Array]) -> bool:
   """Whether all leaves are equal; models may lie on different devices."""
   others = jax.device_put(others, [x.sharding for x in leaves])
-  return bool(jax.device_get(_equal(leaves, others)))
+  return all(jax.device_get(_equal(leaves, others)))
 
 
 @jax.jit
-def _equal(leaves: list[jax.Array], others: list[jax.Array]) -> jax.Array:
-  """A scalar, which every process has."""
-  equal = jnp.array(True)
-  for x, y in zip(leaves, others):
-    equal &= (x == y).all()
-  return equal
+def _equal(leaves: list[jax.Array], others: list[jax.Array]) -> list[jax.Array]:
+  """Scalars, which every process has."""
+  return [(x == y).all() for x, y in zip(leaves, others)]
 
 
 class Leaves(Protocol):
@@ -194,11 +181,9 @@ class Leaves(Protocol):
 class Checked:
   """Ingredients as flat lists of leaves, each checked when it is first read.
 
-  The first one that is read is the template: the others must have its paths,
-  shapes and dtypes, finite values, and equal leaves where those are neither
-  floats nor state (PRNG keys, steps, counters). Those on other devices are
-  moved to its devices. Floats are not kept. A leaf that `stacks` names is taken
-  as its layers.
+  The first one that is read is the template of `check_compatible`. Those on
+  other devices are moved to its devices. Floats are not kept. A leaf that
+  `stacks` names is taken as its layers.
   """
 
   def __init__(
@@ -208,10 +193,11 @@ class Checked:
     self._source = ingredients
     self.stacks = stacks or {}
     self._is_stored = hasattr(ingredients, 'paths')
-    # None of those that are traced.
-    self._sums: dict[int, bytes | None] = {}
+    # Of those that were checked.
     self._others: dict[int, list[Leaf]] = {}
-    self._duplicates: dict[int, int] = {}
+    # Of those whose values are known: the first equal one, or themselves.
+    self._originals: dict[int, int] = {}
+    self._sums: dict[int, bytes] = {}
     self._first: _tree.Flat | None = None
     self._shardings: list[jax.sharding.Sharding | None] = []
 
@@ -221,7 +207,7 @@ class Checked:
   def __getitem__(self, k: int) -> list[jax.Array]:
     """The leaves of ingredient k that are floats."""
     k = range(len(self))[k]
-    if k not in self._sums:  # Of checkpoints, what their names and files say.
+    if k not in self._others:  # Of checkpoints, what names and files say.
       getattr(self._source, 'require_averageable', lambda _: None)(k)
     flat = _tree.flatten(self._source[k])
     if self._first is None:
@@ -230,16 +216,14 @@ class Checked:
       self._first = flat._replace(
           leaves=[shape(x) if _tree.is_float(x) else x for x in flat.leaves]
       )
-    if k not in self._sums:
+    if k not in self._others:
       self._check(k, flat)
     # Sorted as the template is: a State may list its leaves in another order.
     leaves = flat.by_path
     floats = [leaves[path] for path in self.template.floats]
     if not self._shardings:
       self._shardings = list(map(_sharding_of, floats))
-    return self._layers.split(
-        list(map(_on_devices_of, self._shardings, floats))
-    )
+    return self.layers.split(list(map(_on_devices_of, self._shardings, floats)))
 
   @property
   def template(self) -> _tree.Flat:
@@ -259,82 +243,54 @@ class Checked:
     return f'ingredient {k}' + (f' ({paths[k]})' if paths else '')
 
   @functools.cached_property
-  def _layers(self) -> _layers.Layers:
+  def layers(self) -> _layers.Layers:
+    """The paths and dtypes of the floats."""
     return _layers.Layers(self.template.floats, self.stacks)
-
-  @property
-  def float_paths(self) -> list[_tree.Path]:
-    return self._layers.paths
-
-  @property
-  def float_dtypes(self) -> tuple[np.dtype[Any], ...]:
-    return self._layers.dtypes
 
   def replace(
       self, floats: Iterable[jax.Array], k: int | None = None
   ) -> Params:
-    """These floats in the template's container; the rest is ingredient k's.
-
-    Without k it is that of the template.
-    """
+    """A tree of these floats; the rest is ingredient k's, or the template's."""
     others = None if k is None else self._others[k]
-    return self.template.combine(self._layers.join(list(floats)), others)
+    return self.template.combine(self.layers.join(list(floats)), others)
 
   def duplicates(self) -> tuple[Members, ...]:
     """Groups of equal ingredients among those read so far; warns of them."""
-    groups: dict[int, list[int]] = {}
-    for k, first in sorted(self._duplicates.items()):
-      groups.setdefault(first, [first]).append(k)
-    duplicates = tuple(tuple(group) for group in groups.values())
-    warn_of_duplicates(duplicates, self.name)
-    return duplicates
+    return duplicates_of(self._originals, self.name)
 
   def _check(self, k: int, flat: _tree.Flat) -> None:
-    differences = mismatches(self.template.by_path, flat.by_path)
-    if differences:
+    if differences := mismatches(self.template.by_path, flat.by_path):
       raise mismatch_error(self.name(k), differences, self._is_stored)
-    others, first = flat.others, self.template.others
+    if not _tree.is_traced(*flat.leaves, *self.template.leaves):
+      self._check_values(k, flat)
+    others = flat.others
     # What is no state has to be equal: only the template's is kept.
     self._others[k] = [
-        others[path] if _tree.is_state(x) else x for path, x in first.items()
+        others[path] if _tree.is_state(x) else x
+        for path, x in self.template.others.items()
     ]
-    if _tree.is_traced(*flat.leaves, *self.template.leaves):
-      self._sums[k] = None
-    else:
-      self._check_values(k, flat)
 
   def _check_values(self, k: int, flat: _tree.Flat) -> None:
-    """What cannot be checked under `jax.jit`."""
-    leaves = flat.by_path
+    leaves, name = flat.by_path, self.name(k)
     for path, expected in self.template.others.items():
       actual = leaves[path]
       if _tree.is_state(expected) or actual is expected:
         continue
       if not _all_equal([expected], [actual]):
-        raise non_float_error(
-            self.name(k), path, expected, actual, self._is_stored
-        )
-    paths = list(self.template.floats)
-    floats = [leaves[path] for path in paths]
-    _require_same_devices(self.name(k), paths, floats)
-    finite, sums = jax.device_get(_summary(floats))
-    bad = [path for path, ok in zip(paths, finite) if not ok]
-    if bad:
-      raise not_finite_error(self.name(k), bad)
-    sum_bytes = b''.join(np.asarray(s).tobytes() for s in sums)
-    self._find_duplicate(k, self._layers.split(floats), sum_bytes)
-
-  def _find_duplicate(
-      self, k: int, floats: list[jax.Array], sums: bytes
-  ) -> None:
+        raise non_float_error(name, path, expected, actual, self._is_stored)
+    floats = {path: leaves[path] for path in self.template.floats}
+    _require_same_devices(name, floats)
+    finite, sums = jax.device_get(_summary(list(floats.values())))
+    if bad := [path for path, ok in zip(floats, finite) if not ok]:
+      raise not_finite_error(name, bad)
     # Equal sums are a hint; a permuted model has them too. So compare.
-    for other, other_sums in self._sums.items():
-      if other_sums != sums or other in self._duplicates:
-        continue
-      if _all_equal(floats, self[other]):
-        self._duplicates[k] = other
-        break
-    self._sums[k] = sums
+    own = b''.join(np.asarray(s).tobytes() for s in sums)
+    layers = self.layers.split(list(floats.values()))
+    alike = (i for i, other in self._sums.items() if other == own)
+    same = (i for i in alike if _all_equal(layers, self[i]))
+    self._originals[k] = next(same, k)
+    if self._originals[k] == k:
+      self._sums[k] = own
 
 
 def _sharding_of(x: jax.Array) -> jax.sharding.Sharding | None:
@@ -352,23 +308,18 @@ def _on_devices_of(
   return jax.device_put(x, sharding)
 
 
-def _require_same_devices(
-    name: str, paths: Sequence[_tree.Path], floats: Sequence[jax.Array]
-) -> None:
-  bound = [
-      (path, sharding.device_set)
-      for path, x in zip(paths, floats)
-      if (sharding := _sharding_of(x)) is not None
-  ]
-  for pair in bound:
-    if pair[1] != bound[0][1]:
-      first, other = (
-          f'leaf {_tree.name_of(path)!r} is on {sorted(map(str, devices))}'
-          for path, devices in (bound[0], pair)
+def _require_same_devices(name: str, floats: _LeavesByPath) -> None:
+  bound = {p: s.device_set for p, x in floats.items() if (s := _sharding_of(x))}
+  for path, devices in bound.items():
+    first = next(iter(bound))
+    if devices != bound[first]:
+      both = ' and '.join(
+          f'leaf {_tree.name_of(p)!r} is on {sorted(map(str, bound[p]))}'
+          for p in (first, path)
       )
       raise ValueError(
-          f'{name}: {first} and {other}. Put the model on one device or one '
-          'mesh first, with jax.device_put.'
+          f'{name}: {both}. Put the model on one device or one mesh first, '
+          'with jax.device_put.'
       )
 
 
@@ -386,8 +337,7 @@ def check_compatible(ingredients: Sequence[Params]) -> tuple[Members, ...]:
   They must agree in the paths, shapes and dtypes of their leaves, and all
   values must be finite. Leaves that are not floats must be equal, except for
   PRNG keys, steps and counters, which a soup takes from its first ingredient.
-  Every recipe checks each ingredient when it first reads it; call this to know
-  before you start.
+  Recipes check each ingredient when they first read it; this does so before.
 
   Args:
     ingredients: K pytrees.
@@ -428,15 +378,11 @@ def in_order(
 def fitting_leaves(
     checked: Checked, params: Params, name: str = 'theta_0'
 ) -> list[jax.Array]:
-  """The float leaves of another model, in the order of the template.
-
-  Raises if it does not match the ingredients; the error calls it `name`.
-  """
+  """The float leaves of another model, which errors call `name`."""
   pair = Checked([checked.replace(checked[0]), params], checked.stacks)
   try:
     pair[0]
     return pair[1]
   except ValueError as e:
-    said = str(e).replace('ingredient 1', name)
-    said = said.replace('first ingredient', 'ingredients')
-    raise ValueError(said) from None
+    said = str(e).replace('first ingredient', 'ingredients')
+    raise ValueError(said.replace('ingredient 1', name)) from None

@@ -21,12 +21,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Orbax and tensorstore write in their own threads, and raise ValueError.
 _SAID = ('No space left', 'File too large', 'quota exceeded')
 BUCKETS = ('gs://', 's3://', 'az://')
-_UNFINISHED = '.unfinished-'
 _LEFTOVER = re.compile(
     r'(.+)\.(?:unfinished-[0-9a-f]+|orbax-checkpoint-tmp.*)', re.DOTALL
 )
-# Within as many bytes a file of ours has its marker.
-_START = 1024
 
 
 class FullDiskError(OSError):
@@ -59,7 +56,7 @@ def is_remote(path: object) -> bool:
 
 def unfinished_name(path: pathlib.Path) -> pathlib.Path:
   """A name that no other process has: process ids repeat in containers."""
-  return path.with_name(f'{path.name}{_UNFINISHED}{secrets.token_hex(6)}')
+  return path.with_name(f'{path.name}.unfinished-{secrets.token_hex(6)}')
 
 
 def clear_leftovers(folder: Any, name: str = '') -> None:
@@ -87,7 +84,7 @@ def require_ours(path: pathlib.Path, marker: str) -> None:
   """Raises if something is there that does not begin with what we write."""
   if path.is_file():
     with path.open('rb') as file:
-      if marker.encode() in file.read(_START):
+      if marker.encode() in file.read(1024):
         return
   if path.exists() or path.is_symlink():
     raise FileExistsError(

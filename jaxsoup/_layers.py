@@ -41,21 +41,19 @@ class Layers:
     below = {tuple(name.split('/')): axis for name, axis in stacks.items()}
     for path, leaf in leaves.items():
       name = next((p for p in below if path[: len(p)] == p), None)
-      if name is None:
-        parts.append(None)
-        self.paths.append(path)
-        dtypes.append(leaf.dtype)
-        continue
-      axis, rest = below[name], path[len(name) :]
-      if not -len(leaf.shape) <= axis < len(leaf.shape):
-        raise ValueError(
-            f'Leaf {_tree.name_of(path)!r} of shape {tuple(leaf.shape)} has no '
-            f'axis {axis} of layers, as stacks={dict(stacks)} says.'
-        )
-      num = leaf.shape[axis]
-      parts.append((num, axis))
-      self.paths += [(*name, str(i), *rest) for i in range(num)]
-      dtypes += [leaf.dtype] * num
+      part, layers = None, [path]
+      if name is not None:
+        axis, rest = below[name], path[len(name) :]
+        if not -len(leaf.shape) <= axis < len(leaf.shape):
+          raise ValueError(
+              f'Leaf {_tree.name_of(path)!r} of shape {tuple(leaf.shape)} has '
+              f'no axis {axis} of layers, as stacks={dict(stacks)} says.'
+          )
+        part = leaf.shape[axis], axis
+        layers = [(*name, str(i), *rest) for i in range(part[0])]
+      parts.append(part)
+      self.paths += layers
+      dtypes += [leaf.dtype] * len(layers)
     for name in below:
       if not any(path[: len(name)] == name for path in leaves):
         first = _tree.name_of(next(iter(leaves), ()))

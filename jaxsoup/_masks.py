@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxsoup import _processes
 from jaxsoup import _tree
+from jaxsoup.typing import Array
 from jaxsoup.typing import ArrayLike
 from jaxsoup.typing import Batch
 from jaxsoup.typing import Batches
@@ -28,29 +29,30 @@ from jaxsoup.typing import Tree
 
 def checked(batches: Batches) -> Iterator[dict[str, jax.Array]]:
   """Yields the batches on the device; raises where a mask is invalid."""
+  put = lambda name: lambda x: _tree.on_device(x, (name,))
+  # A list of numbers is one array; a dict is a part of the batch.
+  is_leaf = lambda x: not isinstance(x, Mapping)
   for i, batch in enumerate(batches):
     if 'mask' in batch:
       _require_mask(batch['mask'], f'batch {i}')
-    yield {name: _on_device(name, x) for name, x in batch.items()}
+    yield {
+        k: jax.tree.map(put(k), x, is_leaf=is_leaf) for k, x in batch.items()
+    }
 
 
-def _on_device(name: str, x: Tree) -> Tree:
-  # A list of numbers is one array; a dict is a part of the batch.
-  is_leaf = lambda leaf: not isinstance(leaf, Mapping)
-  put = lambda leaf: _tree.on_device(leaf, (name,))
-  return jax.tree.map(put, x, is_leaf=is_leaf)
-
-
-def weights_of(batch: Batch, num: int) -> jax.Array:
+def weights_of(batch: Batch, num: int) -> Array:
   """The weights of the `num` examples of a batch: `[B]`, bool or float32."""
-  if 'mask' not in batch:
-    return jnp.ones(num, bool)
-  _require_rows(batch['mask'], num)
-  mask = batch['mask']
+  mask = batch.get('mask', np.ones(num, bool))
+  if mask.shape != (num,):
+    raise ValueError(
+        f'The mask has shape {mask.shape}, and its batch {num} examples: '
+        f'expected ({num},), one entry per example. Rename the entry if it is '
+        'an input of the model.'
+    )
   return mask if mask.dtype == bool else mask.astype(jnp.float32)
 
 
-def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
+def weighted_sum(values: jax.Array, weights: Array) -> jax.Array:
   """`sum_j w_j x_j` over the last axis; what does not count may be NaN."""
   values = jnp.where(weights > 0, values.astype(jnp.float32), 0)
   return (values if weights.dtype == bool else values * weights).sum(-1)
@@ -58,35 +60,26 @@ def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 def kept_rows(batch: Batch, num: int) -> np.ndarray:
   """Which of the `num` examples of a batch are not dropped, `[B]` bool."""
-  if 'mask' not in batch:
-    return np.ones(num, bool)
-  _require_rows(batch['mask'], num)
-  return _processes.gathered(batch['mask']) > 0
+  return _processes.gathered(weights_of(batch, num)) > 0
 
 
 def kept(batch: Tree, where: str) -> Tree:
   """A batch, on the device, without the examples that its mask drops."""
-  if isinstance(batch, Mapping) and 'mask' in batch:
-    _require_mask(batch['mask'], where)
-  batch = jax.tree.map(_tree.on_device, batch)
+  placed = jax.tree.map(_tree.on_device, batch)
   if not isinstance(batch, Mapping) or 'mask' not in batch:
-    return batch
-  others = jax.tree.leaves({k: x for k, x in batch.items() if k != 'mask'})
-  rows = kept_rows(batch, len(others[0] if others else batch['mask']))
+    return placed
+  _require_mask(batch['mask'], where)
+  others = jax.tree.leaves({k: x for k, x in placed.items() if k != 'mask'})
+  rows = kept_rows(placed, len(others[0] if others else placed['mask']))
   if rows.all():
-    return batch
+    return placed
   # Whole: no sharding need divide the rows that are left.
-  place = lambda x, kept: jax.device_put(kept, _tree.replicated_like(x))
-  return jax.tree.map(lambda x: place(x, _processes.gathered(x)[rows]), batch)
-
-
-def _require_rows(mask: jax.Array, num: int) -> None:
-  if mask.shape != (num,):
-    raise ValueError(
-        f'The mask has shape {mask.shape}, and its batch {num} examples: '
-        f'expected ({num},), one entry per example. Rename the entry if it is '
-        'an input of the model.'
-    )
+  return jax.tree.map(
+      lambda x: jax.device_put(
+          _processes.gathered(x)[rows], _tree.replicated_like(x)
+      ),
+      placed,
+  )
 
 
 def _require_mask(mask: ArrayLike, where: str) -> None:

@@ -6,11 +6,21 @@ amount(free_bytes(jax.devices()[0]))
 """
 
 from collections.abc import Iterator
-from collections.abc import Sequence
 import os
 import pathlib
 
 import jax
+
+# Of control groups of version 2, which have no controllers in their paths, and
+# of version 1: limit, usage, and what a row of `memory.stat` is called.
+_GROUP_FILES = {
+    '': ('memory.max', 'memory.current', 'inactive_file'),
+    'memory': (
+        'memory.limit_in_bytes',
+        'memory.usage_in_bytes',
+        'total_inactive_file',
+    ),
+}
 
 
 def amount(number: float, unit: str = 'B') -> str:
@@ -40,53 +50,35 @@ def host_free_bytes(root: str | pathlib.Path = '/') -> int:
   Where there is no `/proc` (macOS), all of the memory.
   """
   root = pathlib.Path(root)
-  limits = [*_of_system(root), *_of_control_groups(root)]
+  of_system = _numbers(root / 'proc/meminfo')
+  limits = [1024 * n for name, n in of_system.items() if name == 'MemAvailable']
+  limits += _of_control_groups(root)
   if limits:
     return max(0, min(limits))
   return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
-def _of_system(root: pathlib.Path) -> Iterator[int]:
-  for line in _lines(root / 'proc/meminfo'):
-    if line.startswith('MemAvailable:'):
-      yield int(line.split()[1]) * 1024
-
-
 def _of_control_groups(root: pathlib.Path) -> Iterator[int]:
-  mount = root / 'sys/fs/cgroup'
   for line in _lines(root / 'proc/self/cgroup'):
     _, controllers, path = line.split(':', 2)
-    if not controllers:  # Version 2.
-      names = 'memory.max', 'memory.current', 'inactive_file'
-      yield from _of_folders(mount, path, names)
-    elif 'memory' in controllers.split(','):
-      limit, used = 'memory.limit_in_bytes', 'memory.usage_in_bytes'
-      names = limit, used, 'total_inactive_file'
-      yield from _of_folders(mount / 'memory', path, names)
+    for controller in _GROUP_FILES.keys() & controllers.split(','):
+      limit, usage, cached = _GROUP_FILES[controller]
+      mount = root / 'sys/fs/cgroup' / controller
+      own = mount / path.strip('/')
+      # Groups above limit it too; a container sees only the mount.
+      for folder in [own, *own.parents]:
+        most, used = (_numbers(folder / name) for name in (limit, usage))
+        # It is no number where it is 'max', unlimited.
+        if folder.is_relative_to(mount) and most and used:
+          # Cached files count as used, but make room when memory is needed.
+          free = _numbers(folder / 'memory.stat').get(cached, 0)
+          yield most[''] - used[''] + free
 
 
-def _of_folders(
-    mount: pathlib.Path, path: str, names: Sequence[str]
-) -> Iterator[int]:
-  """Groups above limit it too; a container sees only the mount."""
-  own = mount / path.strip('/')
-  for folder in [own, *own.parents]:
-    if mount not in (folder, *folder.parents):
-      return
-    limit, used = (_number(folder / name) for name in names[:2])
-    if limit is not None and used is not None:
-      # Cached files count as used, but make room when memory is needed.
-      yield limit - used + _stat(folder / 'memory.stat', names[2])
-
-
-def _number(path: pathlib.Path) -> int | None:
-  text = ''.join(_lines(path)).strip()
-  return int(text) if text.isdigit() else None  # 'max': unlimited.
-
-
-def _stat(path: pathlib.Path, name: str) -> int:
-  rows = (line.split() for line in _lines(path))
-  return next((int(row[1]) for row in rows if row[:1] == [name]), 0)
+def _numbers(path: pathlib.Path) -> dict[str, int]:
+  """The number of each line by what is before it: `name: 12 kB`, `name 12`."""
+  rows = (line.removesuffix(' kB').rpartition(' ') for line in _lines(path))
+  return {name.strip(' :'): int(n) for name, _, n in rows if n.isdigit()}
 
 
 def _lines(path: pathlib.Path) -> list[str]:

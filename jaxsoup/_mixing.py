@@ -10,6 +10,7 @@ a running mean.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -27,76 +28,50 @@ import numpy as np
 from jaxsoup import _checked
 from jaxsoup import _tree
 from jaxsoup.typing import Alpha
+from jaxsoup.typing import ArrayLike
 from jaxsoup.typing import Params
 
 BinaryFn = Callable[[jax.Array, jax.Array], jax.Array]
-# One argument is known by its `aval` only.
 TransposeFn = Callable[[jax.Array, Any, Any], jax.Array]
 
 
 def _bilinear(
-    name: str, fn: BinaryFn, by_first: TransposeFn, by_second: TransposeFn
+    name: str,
+    by_row: BinaryFn,
+    whole: BinaryFn,
+    by_first: BinaryFn,
+    by_second: TransposeFn,
 ) -> BinaryFn:
-  """A function that JAX knows to be linear in each of its two arguments.
+  """A function `(x, stacked)` that JAX knows to be linear in each argument.
 
-  It has derivatives of any order and mode, with products that are written here:
-  those that JAX would transpose from `tensordot` copy the stack on a CPU, and
-  raise on a mesh with Explicit axes. `by_first` is `(cotangent, x, y) ->
-  cotangent of x`, where only `x.aval` is known; `by_second` the same for y.
+  It has derivatives of any order and mode. The products that JAX would
+  transpose from `tensordot` copy the stack on a CPU, and raise on a mesh with
+  Explicit axes. `by_first` is `(cotangent, stacked) -> cotangent of x`;
+  `by_second` the same of stacked, of which only `stacked.aval` is known.
   """
+
+  def fn(x: jax.Array, stacked: jax.Array) -> jax.Array:
+    x = x.astype(_tree.wide_dtype(stacked.dtype))
+    if x.dtype == stacked.dtype:
+      return whole(x, stacked)
+    # XLA:CPU makes a float32 copy of a whole stack of a narrow dtype.
+    return jax.lax.platform_dependent(x, stacked, cpu=by_row, default=whole)
+
+  def transposed(cotangent: jax.Array, x: Any, stacked: jax.Array) -> jax.Array:
+    return by_first(cotangent, stacked).astype(x.aval.dtype)
+
   primitive = extend.core.Primitive(name)
   primitive.def_impl(jax.jit(fn))
   primitive.def_abstract_eval(lambda *x: jax.make_jaxpr(fn)(*x).out_avals[0])
-  ad.defbilinear(primitive, by_first, by_second)
+  ad.defbilinear(primitive, transposed, by_second)
   batcher = lambda x, axes: (jax.vmap(fn, axes)(*x), 0)
   batching.primitive_batchers[primitive] = batcher
   mlir.register_lowering(primitive, mlir.lower_fun(fn, multiple_results=False))
   return primitive.bind
 
 
-def _mix(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
-  """`sum_k alpha_k theta_k` of a leaf `[K, ...]`."""
-  alpha = alpha.astype(_tree.wide_dtype(stacked.dtype))
-  return _by_platform(_mix_rows, _mix_whole, alpha, stacked)
-
-
-def _inner(x: jax.Array, stacked: jax.Array) -> jax.Array:
-  """`<x, theta_k>` for each k: K inner products."""
-  x = x.astype(_tree.wide_dtype(stacked.dtype))
-  return _by_platform(_inner_by_row, _inner_whole, x, stacked)
-
-
-def _outer(alpha: jax.Array, x: jax.Array, stacked: Any) -> jax.Array:
-  """`alpha_k x` for each k, in the dtype of the stack."""
-  wide = _tree.wide_dtype(stacked.aval.dtype)
-  alpha = jnp.expand_dims(alpha.astype(wide), range(1, 1 + x.ndim))
-  return (alpha * x.astype(wide)).astype(stacked.aval.dtype)
-
-
-_mix_leaf: BinaryFn = _bilinear(
-    'jaxsoup_mix',
-    _mix,
-    lambda x, alpha, stacked: _inner_leaf(x, stacked).astype(alpha.aval.dtype),
-    lambda x, alpha, stacked: _outer(alpha, x, stacked),
-)
-_inner_leaf: BinaryFn = _bilinear(
-    'jaxsoup_inner',
-    _inner,
-    lambda alpha, x, stacked: _mix_leaf(alpha, stacked).astype(x.aval.dtype),
-    lambda alpha, x, stacked: _outer(alpha, x, stacked),
-)
-
-
-def _by_platform(
-    by_row: BinaryFn, whole: BinaryFn, x: jax.Array, stacked: jax.Array
-) -> jax.Array:
-  """XLA:CPU makes a float32 copy of a whole stack of a narrow dtype."""
-  if _bits(stacked) not in _UNSIGNED:
-    return whole(x, stacked)
-  return jax.lax.platform_dependent(x, stacked, cpu=by_row, default=whole)
-
-
 def _mix_whole(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
+  """`sum_k alpha_k theta_k` of a leaf `[K, ...]`."""
   # HIGHEST: TPUs and recent GPUs would round the factors of a product.
   mixed = jnp.tensordot(
       alpha, stacked.astype(alpha.dtype), 1, precision=jax.lax.Precision.HIGHEST
@@ -104,33 +79,15 @@ def _mix_whole(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
   return mixed.astype(stacked.dtype)
 
 
-def _mix_rows(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
+def _mix_by_row(alpha: jax.Array, stacked: jax.Array) -> jax.Array:
   add_row = lambda k, total: total + alpha[k] * _row(stacked, k)
   start = alpha[0] * _row(stacked, 0)
   mixed = jax.lax.fori_loop(1, stacked.shape[0], add_row, start)
   return mixed.astype(stacked.dtype)
 
 
-_UNSIGNED = {4: jnp.uint4, 8: jnp.uint8, 16: jnp.uint16}
-
-
-def _bits(x: jax.Array) -> int:
-  return jnp.finfo(x.dtype).bits
-
-
-def _row(stacked: jax.Array, k: int | jax.Array) -> jax.Array:
-  """Row k in float32, without XLA:CPU making a float32 copy of all rows.
-
-  It widens the operand of a slice of bfloat16 (not of integers), and moves
-  what does not depend on k out of a loop (the barrier makes it depend on k).
-  """
-  stacked, k = jax.lax.optimization_barrier((stacked, jnp.int32(k)))
-  bits = jax.lax.bitcast_convert_type(stacked, _UNSIGNED[_bits(stacked)])
-  row = jax.lax.dynamic_index_in_dim(bits, k, keepdims=False)
-  return jax.lax.bitcast_convert_type(row, stacked.dtype).astype(jnp.float32)
-
-
 def _inner_whole(x: jax.Array, stacked: jax.Array) -> jax.Array:
+  """`<x, theta_k>` for each k: K inner products."""
   wide = stacked.astype(x.dtype)
   axes = tuple(range(1, stacked.ndim))
   spec = getattr(getattr(jax.typeof(x), 'sharding', None), 'spec', ())
@@ -146,11 +103,42 @@ def _inner_by_row(x: jax.Array, stacked: jax.Array) -> jax.Array:
   return jax.lax.map(one, jnp.arange(stacked.shape[0]))
 
 
+def _row(stacked: jax.Array, k: int | jax.Array) -> jax.Array:
+  """Row k in float32, without XLA:CPU making a float32 copy of all rows.
+
+  It widens the operand of a slice of bfloat16 (not of integers), and moves
+  what does not depend on k out of a loop (the barrier makes it depend on k).
+  """
+  stacked, k = jax.lax.optimization_barrier((stacked, jnp.int32(k)))
+  unsigned = getattr(jnp, f'uint{jnp.finfo(stacked.dtype).bits}')
+  bits = jax.lax.bitcast_convert_type(stacked, unsigned)
+  row = jax.lax.dynamic_index_in_dim(bits, k, keepdims=False)
+  return jax.lax.bitcast_convert_type(row, stacked.dtype).astype(jnp.float32)
+
+
+def _outer(alpha: jax.Array, x: jax.Array, stacked: Any) -> jax.Array:
+  """`alpha_k x` for each k, in the dtype of the stack."""
+  wide = _tree.wide_dtype(stacked.aval.dtype)
+  alpha = jnp.expand_dims(alpha.astype(wide), range(1, 1 + x.ndim))
+  return (alpha * x.astype(wide)).astype(stacked.aval.dtype)
+
+
+_mix_leaf: BinaryFn = _bilinear(
+    'jaxsoup_mix',
+    _mix_by_row,
+    _mix_whole,
+    lambda x, stacked: _inner_leaf(x, stacked),
+    lambda x, alpha, stacked: _outer(alpha, x, stacked),
+)
+_inner_leaf: BinaryFn = _bilinear(
+    'jaxsoup_inner', _inner_by_row, _inner_whole, _mix_leaf, _outer
+)
+
+
 @jax.jit
 def mix_leaves(
     alphas: list[jax.Array], stacked: list[jax.Array]
 ) -> list[jax.Array]:
-  """`sum_k alpha_k theta_k` of every leaf."""
   return list(map(_mix_leaf, alphas, stacked))
 
 
@@ -161,9 +149,9 @@ def first_rows(stacked: list[jax.Array]) -> list[jax.Array]:
 
 @jax.jit
 def mix_many(alpha: jax.Array, stacked: list[jax.Array]) -> list[jax.Array]:
-  """Models of a curve or a grid, `[n, ...]`, from alpha `[n, K]`."""
+  """A model from alpha `[K]`, or those of a curve or a grid from `[n, K]`."""
   mix = lambda a: mix_leaves([a] * len(stacked), stacked)
-  return jax.vmap(mix)(alpha)
+  return jax.vmap(mix)(alpha) if alpha.ndim > 1 else mix(alpha)
 
 
 def mix(stacked: Params, alpha: Alpha) -> Params:
@@ -205,8 +193,8 @@ def mix(stacked: Params, alpha: Alpha) -> Params:
           '[K, ...]. Stack the ingredients with jaxsoup.stack.'
       )
   # Leaves of one group share one array, which goes to the device once.
-  by_id = {id(a): a for a in alphas}
-  placed = {key: _tree.on_device(a) for key, a in by_id.items()}
+  one_each = {id(a): a for a in alphas}
+  placed = {key: _tree.on_device(a) for key, a in one_each.items()}
   mixed = mix_leaves([placed[id(a)] for a in alphas], list(floats.values()))
   rows = first_rows(list(others.values())) if others else ()
   return flat.combine(mixed, rows)
@@ -215,8 +203,7 @@ def mix(stacked: Params, alpha: Alpha) -> Params:
 def stack(ingredients: Sequence[Params]) -> Params:
   """Stacks K models along a new first axis.
 
-  At most one ingredient is held as well as the stack, so K checkpoints need
-  K + 1 times the memory of one.
+  At most one ingredient is held as well as the stack: K + 1 models in all.
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
@@ -324,24 +311,42 @@ def rounded_with(
   return rounded(_added(total, leaves, weight), count, dtypes)
 
 
-def weighted_sum(
-    checked: _checked.Checked,
-    alpha: Alpha | None = None,
-    order: Sequence[int] | None = None,
-) -> list[jax.Array]:
-  """`sum_k alpha_k theta_k` of the float leaves, one ingredient at a time.
+def host_mean(
+    terms: Iterable[tuple[np.number[Any] | None, np.ndarray]],
+    count: float,
+    total: np.ndarray,
+    product: np.ndarray,
+) -> None:
+  """`sum_k w_k theta_k / count` of pairs `(w_k, theta_k)`, written to `total`.
 
-  Without alpha every weight is one. Ingredients that are not in `order` are not
-  read.
+  What `added` and `rounded` compute, in NumPy: three times as fast in the
+  caches of a core, and float64 without jax_enable_x64. The caller rounds from
+  `total`, of the wide dtype like `product`. A weight of None is one.
   """
-  order = range(len(checked)) if order is None else order
+  total.fill(0)
+  # Of values that are not finite; the caller looks at the sum.
+  with np.errstate(over='ignore', invalid='ignore'):
+    for weight, leaf in terms:
+      if weight is not None:
+        leaf = np.multiply(leaf, weight, out=product)
+      np.add(total, leaf, out=total)
+    if count != 1:
+      np.divide(total, total.dtype.type(count), out=total)
+
+
+def weighted_sum(
+    source: _checked.Leaves,
+    order: Sequence[int],
+    weights_fn: Callable[[int], ArrayLike] = lambda k: 1.0,
+) -> list[jax.Array]:
+  """`sum_k w_k theta_k` of those in `order`, one ingredient at a time.
+
+  The weights of ingredient k are `[L]`, or one for all leaves.
+  """
   total: list[jax.Array] | None = None
-  weights = _tree.numbers(1.0)
-  for k, leaves in _checked.in_order(checked, order):
-    if alpha is not None:
-      paths, others = checked.float_paths, checked.template.others
-      rows = _tree.alphas_of(alpha, paths, others)
-      weights = _tree.numbers([row[k] for row in rows])
-    total = add(total, leaves, weights)
+  for k, leaves in _checked.in_order(source, order):
+    total = add(total, leaves, _tree.numbers(weights_fn(k)))
+    # Otherwise reading could run ahead of adding, and fill the memory.
+    jax.block_until_ready(total)
   assert total is not None
   return total

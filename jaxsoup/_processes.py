@@ -3,9 +3,9 @@
 from collections.abc import Hashable
 from collections.abc import Iterator
 from collections.abc import Mapping
-from collections.abc import Sequence
 import contextlib
 import json
+from typing import Any
 from typing import TypeVar
 
 import jax
@@ -36,15 +36,14 @@ def from_main(content: bytes) -> bytes:
   return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
 
 
+def json_of_main(value: Any) -> Any:
+  """What the main process passed, as JSON, on every process."""
+  return json.loads(from_main(json.dumps(value).encode()))
+
+
 def agreed(answer: bool) -> bool:
   """The main process's answer, on every process: disks are not seen alike."""
-  return from_main(bytes([answer])) == b'\1'
-
-
-def numbers_of_main(numbers: Sequence[float]) -> list[float]:
-  """The main process's numbers, on every process, such as of its clock."""
-  content = from_main(np.array(numbers, np.float64).tobytes())
-  return np.frombuffer(content, np.float64).tolist()
+  return json_of_main(bool(answer))
 
 
 def is_any(answer: bool) -> bool:
@@ -56,14 +55,12 @@ def agreed_min(value: int, array: jax.Array) -> int:
   """The least value of the processes that hold an array, and all call this.
 
   What a process sees alone, such as free memory, must not decide whether it
-  takes part in a collective: those that decide otherwise would wait for it.
+  takes part in a collective.
   """
   if array.is_fully_addressable:
     return value
-  # As halves, because jax has no 64-bit integers unless they are switched on.
-  halves = np.array([value], np.int64).view(np.uint32)
-  gathered = np.asarray(multihost_utils.process_allgather(halves))
-  return int(gathered.view(np.int64).min())
+  values = merged({str(jax.process_index()): str(value)}).values()
+  return min(map(int, values))
 
 
 def summed(array: np.ndarray) -> np.ndarray:
@@ -74,11 +71,11 @@ def summed(array: np.ndarray) -> np.ndarray:
 
 def gathered(leaf: Leaf) -> np.ndarray:
   """A whole array on the host of every process."""
-  if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-    return np.asarray(jax.device_get(leaf))
-  if leaf.is_fully_replicated:
-    return np.asarray(leaf)
-  return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+  if isinstance(leaf, jax.Array) and not (
+      leaf.is_fully_addressable or leaf.is_fully_replicated
+  ):
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+  return np.asarray(jax.device_get(leaf))
 
 
 @contextlib.contextmanager
@@ -107,14 +104,9 @@ def merged(texts: dict[str, str]) -> dict[str, str]:
 def share_of(
     sizes: Mapping[_T, int], number: int, num_processes: int
 ) -> list[_T]:
-  """The parts that one of several processes works on.
-
-  The largest ones first, each goes to the process with the least so far.
-  """
-  loads = [0] * num_processes
-  shares: list[set[_T]] = [set() for _ in loads]
+  """The parts of one process: the largest first, to that with the least."""
+  loads, owners = [0] * num_processes, {}
   for part in sorted(sizes, key=sizes.__getitem__, reverse=True):
-    least = loads.index(min(loads))
-    loads[least] += sizes[part]
-    shares[least].add(part)
-  return [part for part in sizes if part in shares[number]]
+    owners[part] = loads.index(min(loads))
+    loads[owners[part]] += sizes[part]
+  return [part for part in sizes if owners[part] == number]

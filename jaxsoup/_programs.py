@@ -33,23 +33,21 @@ def jit_of(
   def decorate(fn: Callable[..., _T]) -> Callable[..., _T]:
     programs: dict[tuple[weakref.ref[Any], ...], Callable[..., _T]] = {}
 
-    def program(fns: tuple[Any, ...]) -> Callable[..., _T]:
-      refs = tuple(map(weakref.ref, fns))
-      if refs not in programs:
-        call = lambda *args: fn(*(ref() for ref in refs), *args)
-        programs[refs] = jax.jit(functools.wraps(fn)(call), **options)
-        for f in fns:
-          weakref.finalize(f, programs.pop, refs, None)
-      return programs[refs]
-
     @functools.wraps(fn)
     def jitted(*args: Any) -> _T:
       fns, rest = args[:num_fns], args[num_fns:]
       try:
-        compiled = program(fns)
+        refs = tuple(map(weakref.ref, fns))
+        program = programs.get(refs)
       except TypeError:  # Without a weak reference or a hash: not kept.
-        compiled = jax.jit(functools.partial(fn, *fns), **options)
-      return compiled(*rest)
+        return jax.jit(functools.partial(fn, *fns), **options)(*rest)
+      if program is None:
+        call = lambda *args: fn(*(ref() for ref in refs), *args)
+        program = jax.jit(functools.wraps(fn)(call), **options)
+        programs[refs] = program
+        for f in fns:
+          weakref.finalize(f, programs.pop, refs, None)
+      return program(*rest)
 
     return jitted
 

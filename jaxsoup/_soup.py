@@ -30,8 +30,7 @@ class AtMost:
   bar (`strict`: exceed it) and returns an `AtMost` whose bound does not reach
   it either. `jaxsoup.evaluation.mean_of` has one.
 
-  A bound is not a number: to compare it, add it or convert it to a float is a
-  TypeError.
+  A bound is not a number, and cannot be compared or added.
 
   Attributes:
     bound: the score is this or less.
@@ -173,12 +172,12 @@ Info = AverageInfo | SearchInfo | LearnedInfo | StockInfo | AdapterInfo
 InfoT = TypeVar('InfoT', bound=Info, covariant=True)
 
 
+@dataclasses.dataclass(eq=False)
 class _Static:
   """Values that are part of a pytree's structure, compared one by one."""
 
-  def __init__(self, structure: jax.tree_util.PyTreeDef, values: list[Any]):
-    self.structure = structure
-    self.values = values
+  structure: jax.tree_util.PyTreeDef
+  values: list[Any]
 
   def __eq__(self, other: object) -> bool:
     return (
@@ -200,9 +199,8 @@ class _Static:
 class Soup(Generic[InfoT]):
   """An average of K models, and how it was made.
 
-  A pytree whose leaves are those of `params`: `jax.tree.map`, `jax.device_put`
-  and `jax.jit` leave alpha and info as they are. (Where a recipe was traced,
-  they hold `jax.Array`s, and those are leaves too.)
+  A pytree whose leaves are those of `params`, and the `jax.Array`s that alpha
+  and info hold where a recipe was traced.
 
   Attributes:
     params: `sum_k alpha_k theta_k`, in the container and dtypes of the
@@ -218,12 +216,11 @@ class Soup(Generic[InfoT]):
 
   def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], _Static]:
     values, structure = jax.tree.flatten((self.alpha, self.info))
-    is_array = [isinstance(x, jax.Array) for x in values]
-    arrays = [x if is_leaf else None for x, is_leaf in zip(values, is_array)]
-    static = [None if is_leaf else x for x, is_leaf in zip(values, is_array)]
+    arrays = [x if isinstance(x, jax.Array) else None for x in values]
+    static = [x if a is None else None for x, a in zip(values, arrays)]
     keys = map(jax.tree_util.GetAttrKey, ('params', 'alpha_and_info'))
-    children = zip(keys, (self.params, arrays))
-    return tuple(children), _Static(structure, static)
+    children = tuple(zip(keys, (self.params, arrays)))
+    return children, _Static(structure, static)
 
   @classmethod
   def tree_unflatten(cls, aux: _Static, children: Any) -> 'Soup[Any]':

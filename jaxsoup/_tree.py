@@ -206,6 +206,14 @@ def numbers(values: ArrayLike, dtype: DType | None = None) -> jax.Array:
   return jax.device_put(np.asarray(values, dtype or widest_float()))
 
 
+def on_host(x: ArrayLike) -> Array:
+  """Numbers as a NumPy array, unless they are traced."""
+  if is_traced(*(x if isinstance(x, (list, tuple)) else [x])):
+    return jnp.asarray(x)  # Perhaps [1 - t, t].
+  dtype = x.dtype if isinstance(x, jax.Array) else widest_float()
+  return np.asarray(jax.device_get(x), dtype)
+
+
 def widest_float() -> np.dtype[Any]:
   """float64 where jax has it, else float32."""
   return jax.dtypes.canonicalize_dtype(np.float64)
@@ -229,28 +237,17 @@ def groups_of(paths: Sequence[Path], group_fn: GroupFn) -> list[Path]:
 
 
 # Keys of running statistics, next to each other in the tree.
-_STATISTICS = ({'mean', 'var'}, {'running_mean', 'running_var'})
+_PARTNERS = {'mean': 'var', 'running_mean': 'running_var'}
+_PARTNERS |= {var: mean for mean, var in _PARTNERS.items()}
 
 
 def statistics_of(paths: Sequence[Path]) -> np.ndarray:
   """Which leaves are running statistics of BatchNorm, [L] bool."""
-  siblings: dict[Path, set[str]] = {}
-  places = []
-  for path in paths:
-    # A key may have dots, as in torch.
-    stem, _, key = path[-1].rpartition('.') if path else ('', '', '')
-    places.append(((*path[:-1], stem), key))
-    siblings.setdefault(places[-1][0], set()).add(key)
-  return np.array(
-      [
-          any(
-              key in names and names <= siblings[parent]
-              for names in _STATISTICS
-          )
-          for parent, key in places
-      ],
-      bool,
-  )
+  # The last key may have dots, as in torch.
+  places = [p and (*p[:-1], *p[-1].rpartition('.')) for p in paths]
+  known = set(places)
+  is_one = lambda p: p[-1] in _PARTNERS and (*p[:-1], _PARTNERS[p[-1]]) in known
+  return np.array([bool(p) and is_one(p) for p in places], bool)
 
 
 def nest(groups: Mapping[Path, Any]) -> Nested:
@@ -269,8 +266,7 @@ def alphas_of(
 ) -> list[Array]:
   """The coefficients of every leaf: the entry of alpha above its path.
 
-  NumPy arrays unless they are traced. Leaves that are not averaged, `others`,
-  may have an entry too.
+  Leaves that are not averaged, `others`, may have an entry too.
   """
   entries = entries_of(alpha)
 
@@ -291,13 +287,12 @@ def alphas_of(
         f'alpha has entries {sorted(map(name_of, unused))} that match no leaf; '
         f'the leaves are {[name_of(p) for p in paths[:8]]}...'
     )
-  checked = {path: _finite(path, x) for path, x in entries.items()}
-  return [checked[place] for place in places.values() if place is not None]
+  return [entries[place] for place in places.values() if place is not None]
 
 
 def checked_alpha(alpha: Alpha, num: int) -> Nested:
   """Coefficients as NumPy arrays, unless traced; raises if not all `[num]`."""
-  alpha = nest({p: _finite(p, x) for p, x in entries_of(alpha).items()})
+  alpha = nest(entries_of(alpha))
   lengths = {np.shape(x) for x in jax.tree.leaves(alpha)}
   if lengths != {(num,)}:
     raise ValueError(
@@ -307,28 +302,14 @@ def checked_alpha(alpha: Alpha, num: int) -> Nested:
   return alpha
 
 
-def _finite(path: Path, x: jax.Array) -> Array:
-  """An entry of alpha as a NumPy array, unless it is traced; raises if NaN."""
-  if is_traced(x):
-    return x
-  values = np.asarray(jax.device_get(x))
-  if not np.isfinite(values).all():
-    where = f' of {name_of(path)!r}' if path else ''
-    raise ValueError(f'alpha{where} is {values}: expected finite numbers.')
-  return values
-
-
-def entries_of(alpha: Alpha) -> dict[Path, jax.Array]:
-  """The groups of a prefix tree, with their coefficients on a device."""
+def entries_of(alpha: Alpha) -> dict[Path, Array]:
+  """The groups of a prefix tree, with their coefficients `on_host`."""
   # A list of numbers is one [K], not a tree of K scalars.
   is_vector = lambda x: isinstance(x, (list, tuple))
   with_paths, _ = jax.tree_util.tree_flatten_with_path(alpha, is_leaf=is_vector)
-  return {path_of(key_path): _vector(x) for key_path, x in with_paths}
-
-
-def _vector(x: ArrayLike) -> jax.Array:
-  if isinstance(x, jax.Array):
-    return x
-  if isinstance(x, (list, tuple)) and any(isinstance(a, jax.Array) for a in x):
-    return jnp.stack(x)  # Perhaps traced ones, such as [1 - t, t].
-  return numbers(x)
+  entries = {path_of(key_path): on_host(x) for key_path, x in with_paths}
+  for path, values in entries.items():
+    if not is_traced(values) and not np.isfinite(values).all():
+      where = f' of {name_of(path)!r}' if path else ''
+      raise ValueError(f'alpha{where} is {values}: expected finite numbers.')
+  return entries

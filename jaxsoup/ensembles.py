@@ -12,6 +12,7 @@ are the same functions, applied to logits: no ingredient is run twice.
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 from typing import Generic
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ def uniform(logits: Array) -> Ensemble[AverageInfo]:
     >>> uniform(np.array([[[0.0, 1.0]], [[2.0, 1.0]]])).logits
     Array([[1., 1.]], dtype=float32)
   """
-  return _of(_average.uniform(_models(logits)))
+  return _ensemble(_average.uniform, logits)
 
 
 def greedy(
@@ -127,27 +128,28 @@ def greedy(
 
   Source: Wortsman et al. 2022, appendix H; Caruana et al. 2004.
   """
-  return _of(
-      _greedy.greedy(
-          _models(logits),
-          score_fn,
-          order=order,
-          strict=strict,
-          num_passes=num_passes,
-          with_replacement=with_replacement,
-          max_ingredients=max_ingredients,
-      )
+  return _ensemble(
+      _greedy.greedy,
+      logits,
+      score_fn,
+      order=order,
+      strict=strict,
+      num_passes=num_passes,
+      with_replacement=with_replacement,
+      max_ingredients=max_ingredients,
   )
 
 
-def _of(soup: Soup[InfoT]) -> Ensemble[InfoT]:
-  return Ensemble(soup.params, soup.alpha, soup.info)
-
-
-def _models(logits: Array) -> list[Array]:
+def _ensemble(
+    recipe: Callable[..., Soup[InfoT]],
+    logits: Array,
+    *args: Any,
+    **options: Any,
+) -> Ensemble[InfoT]:
   if np.ndim(logits) != 3:
     raise ValueError(
         f'logits have shape {np.shape(logits)}: expected [K, N, C] for K '
         'models, as ensembles.collect returns them.'
     )
-  return list(logits)
+  soup = recipe(list(logits), *args, **options)
+  return Ensemble(soup.params, soup.alpha, soup.info)

@@ -81,19 +81,12 @@ def batched(
         'size at least 1.'
     )
   arrays = {k: np.asarray(x) for k, x in data.items()}
+  arrays.setdefault('mask', np.ones(num, bool))
   return _Batched(arrays, num, divided(batch_size, sharding), sharding)
 
 
 def divided(batch_size: int, sharding: jax.sharding.Sharding | None) -> int:
-  """A batch size, rounded up to what a sharding divides.
-
-  Args:
-    batch_size: number of examples in a batch.
-    sharding: of a batch on a mesh, or None.
-
-  Returns:
-    The least size from `batch_size` on that is the same on every device.
-  """
+  """The least batch size from this one on that a sharding divides equally."""
   while sharding is not None:
     try:
       sharding.shard_shape((batch_size,))
@@ -113,8 +106,7 @@ class _Batched(list[dict[str, jax.Array]]):
       size: int,
       sharding: jax.sharding.Sharding | None,
   ):
-    self.num, self.size = num, size
-    self._data, self._sharding = data, sharding
+    self._data, self.size, self._sharding = data, size, sharding
     super().__init__(
         map(self.of, np.split(np.arange(num), range(size, num, size)))
     )
@@ -124,9 +116,7 @@ class _Batched(list[dict[str, jax.Array]]):
     padded = np.pad(rows, (0, self.size - len(rows)), 'edge')
     batch = {k: x[padded] for k, x in self._data.items()}
     # Padding has weight 0, whatever the mask of the data says.
-    mask = batch.get('mask', np.ones(self.size, bool))
-    is_row = np.arange(self.size) < len(rows)
-    batch['mask'] = np.where(is_row, mask, np.zeros_like(mask))
+    batch['mask'][len(rows) :] = 0
     return {k: placed(x, self._sharding) for k, x in batch.items()}
 
 
@@ -151,7 +141,7 @@ def mean_of(metric_fn: ExampleMetricFn, batches: Batches) -> 'MeanOf':
 
   Args:
     metric_fn: `metric_fn(params, batch) -> [B]`, one number per example,
-      higher is better. bool makes rejections cheap.
+      higher is better.
     batches: mappings of arrays `[B, ...]` that can be read any number of times.
       A batch may have a `mask` `[B]`: bool, only those examples count; or
       floats, the weights w of the examples, finite and not negative.
@@ -198,8 +188,9 @@ class MeanOf:
     self.num_seen = 0
     self._metric_fn = metric_fn
     self.batches = batches
-    self.step = jax.jit(functools.partial(_sums, metric_fn))
-    self._steps = jax.jit(jax.vmap(self.step, (0, None)))
+    self.step = step = jax.jit(functools.partial(_sums, metric_fn))
+    sums_fn = lambda *args: step(*args)[:2]
+    self._steps = jax.jit(jax.vmap(sums_fn, (0, None)))
     # Known when a model was scored: the number of examples, and the rest.
     self._num = 0
     self._is_boolean: bool | None = None
@@ -216,10 +207,7 @@ class MeanOf:
 
   def __call__(self, params: Params) -> float:
     """The score of a model."""
-    params = jax.tree.map(_tree.on_device, params)
-    parts = _few_ahead(
-        self.step(params, batch) for batch in _masks.checked(self.batches)
-    )
+    parts = self._walk(self.step, params)
     totals = jax.device_get([part[:2] for part in parts])
     count = sum(n.item() for _, n in totals)
     _require_examples(count)
@@ -228,10 +216,19 @@ class MeanOf:
       self._is_boolean = all(x is not None for x in wrong)
       if self._is_boolean and isinstance(self.batches, _Batched):
         self._hard_first = _HardFirst(self.batches)
-    if self._hard_first is not None:
+    if self._hard_first:
       self._hard_first.saw_all([_processes.gathered(x) for x in wrong])
     self._num = self.num_seen = count
     return float(sum(float(s) for s, _ in totals) / count)
+
+  def _walk(self, step: Callable[..., _T], params: Params) -> list[_T]:
+    """A step on each batch, few at a time: batches in flight take memory."""
+    params = jax.tree.map(_tree.on_device, params)
+    parts: list[_T] = []
+    for batch in _masks.checked(self.batches):
+      parts.append(step(params, batch))
+      jax.block_until_ready(parts[-_NUM_AHEAD:][0])
+    return parts
 
   def of_many(self, stacked: Params) -> np.ndarray:
     """The scores of n models that are run side by side.
@@ -243,11 +240,7 @@ class MeanOf:
     Returns:
       `[n]` float64.
     """
-    stacked = jax.tree.map(_tree.on_device, stacked)
-    parts = _few_ahead(
-        self._steps(stacked, batch)[:2]
-        for batch in _masks.checked(self.batches)
-    )
+    parts = self._walk(self._steps, stacked)
     _require_examples(parts)
     totals, counts = np.sum(jax.device_get(parts), axis=0, dtype=float)
     _require_examples(counts.all())
@@ -292,16 +285,19 @@ class MeanOf:
     """The score, or the first bound on it that does not reach the bar."""
     params = jax.tree.map(_tree.on_device, params)
     most, self.num_seen = self._num, 0
-    as_given = ((None, batch) for batch in _masks.checked(self.batches))
-    ordered = self._hard_first.batches() if self._hard_first else as_given
-    for rows, batch in ordered:
+    walk: Iterable[tuple[Any, Batch]] = (
+        self._hard_first.batches()
+        if self._hard_first
+        else ((None, batch) for batch in _masks.checked(self.batches))
+    )
+    for rows, batch in walk:
       right, count, wrong = self.step(params, batch)
-      right, count = jax.device_get((right, count))
-      if self._hard_first is not None and rows is not None:
+      right, count = map(int, jax.device_get((right, count)))
+      if self._hard_first:
         wrong = _processes.gathered(wrong)
         self._hard_first.saw(rows, wrong[: len(rows)])
-      self.num_seen += int(count)
-      most -= int(count) - int(right)
+      self.num_seen += count
+      most -= count - right
       if not reaches(most / self._num):
         return most / self._num
     if self.num_seen != self._num:
@@ -310,15 +306,6 @@ class MeanOf:
           'before. An iterator can be read only once: pass a list.'
       )
     return most / self._num
-
-
-def _few_ahead(results: Iterable[_T]) -> list[_T]:
-  """The results, few at a time: batches in flight take memory."""
-  done: list[_T] = []
-  for result in results:
-    done.append(result)
-    jax.block_until_ready(done[-_NUM_AHEAD:][0])
-  return done
 
 
 def _require_examples(num: Sized | float) -> None:
@@ -351,11 +338,10 @@ class _HardFirst:
   def __init__(self, batches: _Batched):
     self._batches = batches
     masks = [_processes.gathered(batch['mask']) for batch in batches]
-    self._rows = np.flatnonzero(np.concatenate(masks))
-    self._num_seen = np.zeros(batches.num, np.int64)
-    self._num_wrong = np.zeros(batches.num, np.int64)
+    self._rows = self._order = np.flatnonzero(np.concatenate(masks))
+    # Of each row: how many models answered it, and how many of them wrong.
+    self._num_seen, self._num_wrong = np.zeros((2, self._rows[-1] + 1), int)
     self._num_walks = self._num_ordered = 0
-    self._order = self._rows
     self._made: dict[int, Batch] = {}
 
   def saw(self, rows: np.ndarray, wrong: np.ndarray) -> None:
@@ -372,9 +358,11 @@ class _HardFirst:
     """Yields rows and their batch, the hardest first."""
     # To move the rows costs time: only when twice as much is known.
     if self._num_walks >= 2 * self._num_ordered:
-      self._num_ordered = self._num_walks
-      self._order = self._rows[np.argsort(-self._rates(), kind='stable')]
-      self._made = {}
+      self._num_ordered, self._made = self._num_walks, {}
+      seen, wrong = self._num_seen[self._rows], self._num_wrong[self._rows]
+      # How likely a wrong answer is; the mean, where nothing is known.
+      rates = (wrong + wrong.sum() / max(seen.sum(), 1)) / (seen + 1)
+      self._order = self._rows[np.argsort(-rates, kind='stable')]
     self._num_walks += 1
     size = self._batches.size
     for start in range(0, len(self._order), size):
@@ -382,11 +370,6 @@ class _HardFirst:
       if start not in self._made:
         self._made[start] = self._batches.of(rows)
       yield rows, self._made[start]
-
-  def _rates(self) -> np.ndarray:
-    """How likely a wrong answer is; the mean, where nothing is known."""
-    seen, wrong = self._num_seen[self._rows], self._num_wrong[self._rows]
-    return (wrong + wrong.sum() / max(seen.sum(), 1)) / (seen + 1)
 
 
 def logits_of(logits_fn: LogitsFn, batches: Batches) -> OutputsFn:
@@ -410,11 +393,11 @@ def logits_of(logits_fn: LogitsFn, batches: Batches) -> OutputsFn:
     >>> logits_of(lambda params, batch: params * batch['x'], batches)(2.0)
     array([ 2.,  4., 12.], dtype=float32)
   """
-  run = _outputs_of(jax.jit(logits_fn), batches)
+  step = jax.jit(logits_fn)
   first: list[np.ndarray] = []
 
   def fn(params: Params) -> Tree:
-    outputs, hashes = run(params)
+    outputs, hashes = _outputs(step, batches, params)
     if not first:
       first.append(hashes)
     num = min(len(first[0]), len(hashes))
@@ -431,24 +414,20 @@ def logits_of(logits_fn: LogitsFn, batches: Batches) -> OutputsFn:
   return fn
 
 
-def _outputs_of(
-    compiled: LogitsFn, batches: Batches
-) -> Callable[[Params], tuple[Tree, np.ndarray]]:
+def _outputs(
+    step: LogitsFn, batches: Batches, params: Params
+) -> tuple[Tree, np.ndarray]:
   """As `logits_of`, in any order, and a hash of each example, `[N]`."""
-
-  def fn(params: Params) -> tuple[Tree, np.ndarray]:
-    params = jax.tree.map(_tree.on_device, params)
-    parts = []
-    for batch in _masks.checked(batches):
-      part = compiled(params, batch)
-      num = len(jax.tree.leaves(part)[0])
-      part = jax.tree.map(_processes.gathered, (part, _hashes(batch, num)))
-      keep = _masks.kept_rows(batch, num)
-      parts.append(jax.tree.map(lambda x: x[keep], part))  # noqa: B023
-    _require_examples(sum(len(hashes) for _, hashes in parts))
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
-
-  return fn
+  params = jax.tree.map(_tree.on_device, params)
+  parts = []
+  for batch in _masks.checked(batches):
+    part = step(params, batch)
+    num = len(jax.tree.leaves(part)[0])
+    keep = _masks.kept_rows(batch, num)
+    kept = lambda x: _processes.gathered(x)[keep]  # noqa: B023
+    parts.append(jax.tree.map(kept, (part, _hashes(batch, num))))
+  _require_examples(sum(len(hashes) for _, hashes in parts))
+  return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -462,7 +441,7 @@ def _hashes(batch: Batch, num: int) -> jax.Array:
     x = jnp.real(x).astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     odd = 2 * jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32) + 1
-    bits = bits * odd.reshape(1, *x.shape[1:]) if x.ndim > 1 else bits
+    bits = bits * odd.reshape(1, *x.shape[1:])
     total = 31 * total + bits.sum(tuple(range(1, x.ndim)), dtype=jnp.uint32)
   return total
 
@@ -487,10 +466,9 @@ def score_of(
     `eval_fn(params) -> float`, with `step(params, batch)`, jitted.
   """
   step = jax.jit(lambda params, batch: (logits_fn(params, batch), batch[label]))
-  run = _outputs_of(step, batches)
 
   def eval_fn(params: Params) -> float:
-    (logits, labels), _ = run(params)
+    (logits, labels), _ = _outputs(step, batches, params)
     return float(jax.device_get(metric(logits, labels)))
 
   eval_fn.step = step  # type: ignore[attr-defined]

@@ -80,16 +80,23 @@ def average(
     raise ValueError(f'rank is {rank}, expected at least 1.')
   flats = [_tree.flatten(adapter) for adapter in adapters]
   factors = [_factors(flat, f'adapter {k}') for k, flat in enumerate(flats)]
-  _check_sizes(factors)
-  averaged, residuals = {}, {}
+  averaged: dict[_tree.Path, np.ndarray] = {}
+  residuals = {}
   for layer in dict.fromkeys(layer for f in factors for layer in f):
-    parts = [(w, *f[layer]) for w, f in zip(alpha, factors) if layer in f]
-    a = np.concatenate([a for _, a, _ in parts], axis=-1)
-    b = np.concatenate([w * b for w, _, b in parts], axis=-2)
+    parts = {k: f[layer] for k, f in enumerate(factors) if layer in f}
+    try:
+      a = np.concatenate([a for a, _ in parts.values()], axis=-1)
+      b = np.concatenate([alpha[k] * b for k, (_, b) in parts.items()], axis=-2)
+    except ValueError as e:
+      shapes = {k: (*a.shape[:-1], b.shape[-1]) for k, (a, b) in parts.items()}
+      raise ValueError(
+          f'layer {_tree.name_of(layer)!r}: the adapters add matrices of the '
+          f'shapes {shapes}. Average adapters of the same base model.'
+      ) from e
     residual = 0.0
     if rank is not None and rank < a.shape[-1]:
       a, b, residual = _of_rank(a, b, rank)
-    averaged[layer] = a, b
+    averaged |= {(*layer, 'lora_a'): a, (*layer, 'lora_b'): b}
     residuals[_tree.name_of(layer)] = residual
   return Soup(
       params=_in_container(averaged, flats),
@@ -101,14 +108,14 @@ def average(
 def _factors(flat: _tree.Flat, name: str) -> dict[_tree.Path, _Factors]:
   """The two factors of each layer, by its path."""
   leaves: dict[_tree.Path, dict[str, np.ndarray]] = {}
-  for path, leaf in zip(flat.paths, flat.leaves):
+  for path, leaf in flat.by_path.items():
     where = f'{name}: leaf {_tree.name_of(path)!r} of shape {leaf.shape}'
     if path[-1:] not in (('lora_a',), ('lora_b',)) or leaf.ndim < 2:
       raise ValueError(
           f'{where} is no factor lora_a or lora_b. Pass the parameters of the '
           'adapter only, such as nnx.state(model, nnx.LoRAParam).'
       )
-    value = np.asarray(jax.device_get(leaf)).astype(np.float64)
+    value = np.asarray(jax.device_get(leaf), np.float64)
     if not np.isfinite(value).all():
       raise ValueError(f'{where} has NaN or infinite values: leave it out.')
     leaves.setdefault(path[:-1], {})[path[-1]] = value
@@ -123,21 +130,6 @@ def _factors(flat: _tree.Flat, name: str) -> dict[_tree.Path, _Factors]:
       )
     factors[layer] = a, b
   return factors
-
-
-def _check_sizes(factors: Sequence[Mapping[_tree.Path, _Factors]]) -> None:
-  """Raises where adapters do not have the same base model."""
-  seen: dict[_tree.Path, tuple[int, tuple[int, ...]]] = {}
-  for k, adapter in enumerate(factors):
-    for layer, (a, b) in adapter.items():
-      shape = (*a.shape[:-1], b.shape[-1])
-      first, expected = seen.setdefault(layer, (k, shape))
-      if shape != expected:
-        raise ValueError(
-            f'adapter {k}: layer {_tree.name_of(layer)!r} adds a matrix of '
-            f'shape {shape}, but adapter {first} adds {expected}. Average '
-            'adapters of the same base model.'
-        )
 
 
 def _of_rank(
@@ -160,18 +152,17 @@ def _of_rank(
 
 
 def _in_container(
-    factors: Mapping[_tree.Path, _Factors], flats: Sequence[_tree.Flat]
+    factors: Mapping[_tree.Path, np.ndarray], flats: Sequence[_tree.Flat]
 ) -> Params:
   """The factors in the container of the first adapter, if it has all layers."""
-  leaves: dict[_tree.Path, jax.Array] = {}
-  dtypes = {p: x.dtype for f in flats[::-1] for p, x in zip(f.paths, f.leaves)}
-  for layer, pair in factors.items():
-    for key, x in zip(('lora_a', 'lora_b'), pair):
-      path = (*layer, key)
-      leaves[path] = _tree.on_device(x.astype(dtypes[path]))
+  dtypes = {p: x.dtype for f in flats[::-1] for p, x in f.by_path.items()}
+  leaves = {
+      path: _tree.on_device(x.astype(dtypes[path]))
+      for path, x in factors.items()
+  }
   if leaves.keys() - set(flats[0].paths):
     return _tree.nest(leaves)
-  return flats[0].replace(leaves[path] for path in flats[0].paths)
+  return flats[0].replace(map(leaves.__getitem__, flats[0].paths))
 
 
 def dense(params: Params) -> dict[str, np.ndarray]:

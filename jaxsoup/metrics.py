@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import _tree
 from jaxsoup.typing import Array
 from jaxsoup.typing import ArrayLike
 
@@ -42,10 +43,7 @@ def _metric(
   def wrapper(
       logits: ArrayLike, labels: ArrayLike, *args: _P.args, **options: _P.kwargs
   ) -> _T:
-    on_device = [
-        x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x))
-        for x in (logits, labels)
-    ]
+    on_device = list(map(_tree.on_device, (logits, labels)))
     _require_fit(fn.__name__, *on_device)
     return compiled(*on_device, *args, **options)
 
@@ -185,9 +183,8 @@ def reliability(
   confidence = jax.nn.softmax(logits.astype(jnp.float32)).max(-1)
   order = jnp.argsort(confidence, stable=True)
   # The same cut points as np.array_split: the first bins are one longer.
-  count = np.array(
-      [len(b) for b in np.array_split(range(num), num_bins)], np.int32
-  )
+  parts = np.array_split(range(num), num_bins)
+  count = np.array(list(map(len, parts)), np.int32)
   bins = np.repeat(np.arange(num_bins), count)
   mean = lambda x: jax.ops.segment_sum(x, bins, num_bins) / count
   right = correct(logits, labels).astype(jnp.float32)[order]

@@ -61,10 +61,11 @@ def fsdp(
         f'The mesh has no axis {axis!r}, only {mesh.axis_names}. Pass '
         'axis=NAME.'
     )
-  num_shards = mesh.shape[axis]
 
   def sharded(leaf: ShapeDtype) -> jax.ShapeDtypeStruct:
-    fitting = [i for i, n in enumerate(leaf.shape) if n and n % num_shards == 0]
+    fitting = [
+        i for i, n in enumerate(leaf.shape) if n and n % mesh.shape[axis] == 0
+    ]
     spec: list[str | None] = [None] * len(leaf.shape)
     if fitting and math.prod(leaf.shape) >= min_size:
       spec[max(fitting, key=lambda i: (leaf.shape[i], i))] = axis
@@ -82,8 +83,7 @@ def by_rules(
   """Shards leaves by their paths: the first rule that matches decides.
 
   Args:
-    abstract_params: a tree of `jax.ShapeDtypeStruct` (from `jax.eval_shape`),
-      or of arrays, of which shape and dtype are used.
+    abstract_params: as in `fsdp`.
     mesh: a `jax.sharding.Mesh`.
     rules: pairs of a regular expression, looked for anywhere in the leaf's path
       such as 'blocks/mlp/dense_in/kernel', and a `PartitionSpec`. Leaves that

@@ -186,7 +186,9 @@ def test_mistakes():
     lora.average([first], rank=0)
   ones = lambda shape: np.ones(shape, np.float32)
   head = lambda a, b: {'head': {'lora_a': ones(a), 'lora_b': ones(b)}}
-  with pytest.raises(ValueError, match=r"adapter 1: .*'head' .*\(2, 6\)"):
+  with pytest.raises(
+      ValueError, match=r"'head': .* {0: \(3, 6\), 1: \(2, 6\)}"
+  ):
     lora.average([first, head((2, 1), (1, 6))])
   with pytest.raises(
       ValueError, match=r"'lora_a': \(6, 1\), 'lora_b': \(2, 3\)"

@@ -294,16 +294,20 @@ def counted(monkeypatch):
         (evaluation.MeanOf, {'step': 'evaluation step'}),
         (
             _learned.Resident,
-            {'step': 'learned step, resident', 'mix': 'mix'},
+            {
+                'step': 'learned step, resident',
+                'mix': 'mix',
+                'loss': 'early stopping',
+            },
         ),
         (
             _streamed.Streamed,
             {
                 'step': 'learned step, streamed',
                 'inner': 'inner products, streamed',
+                'loss': 'early stopping',
             },
         ),
-        (_learned._Fit, {'loss': 'early stopping'}),
     ]:
       monkeypatch.setattr(of_class, '__init__', made(of_class.__init__, names))
 

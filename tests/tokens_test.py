@@ -194,3 +194,23 @@ def test_what_cannot_be_aligned(tmp_path, runs):
       jaxsoup.uniform(ingredients)
   result = soup('uniform', *runs[:2], '--out', tmp_path / 'soup')
   assert result.exit_code == 1 and '--align-tokens' in result.stderr
+
+
+@pytest.mark.parametrize('name', ['added_tokens.json', 'spiece.model'])
+def test_files_that_are_read_with_others_differ(tmp_path, name):
+  """Added tokens next to an equal vocabulary, or SentencePiece alone."""
+  runs = []
+  for k in (0, 1):
+    run = made(tmp_path / f'run{k}', arrays_of(k), WORDS, 'vocab.json')
+    if name == 'spiece.model':
+      pathlib.Path(run, 'vocab.json').unlink()
+    ids = {'<x>': 6, '<y>': 7} if k else {'<y>': 6, '<x>': 7}
+    pathlib.Path(run, name).write_text(json.dumps(ids))
+    runs.append(run)
+  result = soup('uniform', *runs, '--out', tmp_path / 'soup')
+  assert result.exit_code == 1 and not (tmp_path / 'soup').exists()
+  assert 'a row of the embeddings' in result.stderr
+  pathlib.Path(runs[1], name).write_bytes(
+      pathlib.Path(runs[0], name).read_bytes()
+  )
+  assert soup('uniform', *runs, '--out', tmp_path / 'soup').exit_code == 0

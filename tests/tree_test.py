@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import jaxsoup
+from jaxsoup import _mixing
 from jaxsoup import _tree
 
 NUM = 3
@@ -91,6 +92,37 @@ def test_uniform_is_the_mean(models):
   soup = jaxsoup.uniform(models)
   (expected,) = _reference.mean([[m] for m in models])
   np.testing.assert_allclose(soup.params, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize('count', [1, NUM])
+@pytest.mark.parametrize('is_weighted', [False, True])
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32', 'float64'])
+def test_sums_of_numpy_are_those_of_jax(dtype, is_weighted, count, rng):
+  """The two ways to add up: sums are equal, the rest within one rounding."""
+  dtype = jnp.dtype(dtype)
+  models = list(rng.normal(size=(NUM, 1000)).astype(dtype))
+  with x64():
+    wide = _tree.wide_dtype(dtype)
+    given = rng.normal(size=NUM).astype(wide) if is_weighted else [None] * NUM
+    total, product = np.empty((2, 1000), wide)
+    _mixing.host_mean(zip(given, models), count, total, product)
+    total_of_jax = None
+    for weight, model in zip(given, models):
+      weight = _tree.numbers(1.0 if weight is None else weight)
+      total_of_jax = _mixing.add(total_of_jax, [jnp.asarray(model)], weight)
+    (actual,) = _mixing.rounded(total_of_jax, _tree.numbers(count), (dtype,))
+    assert actual.dtype == dtype and total_of_jax[0].dtype == wide
+  expected = total.astype(dtype)
+  weights = np.ones(NUM) if given[0] is None else np.float64(given)
+  scale = np.abs(weights) @ np.abs(np.float64(models)) / count
+  # XLA fuses products into sums, and divides by way of a reciprocal.
+  is_exact = not is_weighted and count == 1
+  most = 0 if is_exact else scale * float(jnp.finfo(dtype).eps)
+  difference = np.abs(np.float64(actual) - np.float64(expected))
+  assert (difference <= most).all()
+  (exact,) = _reference.mix([[m] for m in models], weights)
+  error = np.abs(np.float64(expected) - exact / count)
+  assert (error <= 2 * scale * float(jnp.finfo(dtype).eps)).all()
 
 
 # --- Prefix trees -------------------------------------------------------------

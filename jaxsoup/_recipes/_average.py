@@ -17,6 +17,7 @@ from jaxsoup import _tree
 from jaxsoup._soup import AverageInfo
 from jaxsoup._soup import Soup
 from jaxsoup.typing import Alpha
+from jaxsoup.typing import ArrayLike
 from jaxsoup.typing import Members
 from jaxsoup.typing import Params
 
@@ -97,6 +98,13 @@ def _mean(
   if streamed_fn is not None:  # Checkpoints, which are read in parallel.
     return streamed_fn(order, alpha, count)
   checked = _checked.Checked(ingredients)
-  total = _mixing.weighted_sum(checked, alpha, order)
-  floats = _mixing.rounded(total, _tree.numbers(count), checked.float_dtypes)
+
+  def weights_of(k: int) -> ArrayLike:
+    if alpha is None:
+      return 1.0
+    paths, others = checked.layers.paths, checked.template.others
+    return [row[k] for row in _tree.alphas_of(alpha, paths, others)]
+
+  total = _mixing.weighted_sum(checked, order, weights_of)
+  floats = _mixing.rounded(total, _tree.numbers(count), checked.layers.dtypes)
   return checked.replace(floats), checked.duplicates()

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxsoup import _checked
 from jaxsoup._recipes import _search
 from jaxsoup._soup import Scores
 from jaxsoup._soup import SearchInfo
@@ -43,17 +42,15 @@ def greedy(
     if score(mean(soup + {k})) >= score(mean(soup)): soup = soup + {k}
   ```
 
-  Deterministic given its arguments. To resume after an interruption, call it
-  again with the same `scores`: known trials are not evaluated again, and the
-  ingredients that they rejected are not read.
+  To resume after an interruption, call it again with the same `scores`: known
+  trials are not evaluated again, and what they rejected is not read.
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     eval_fn: score of a model on held-out data, any metric, higher is better.
-      Data that choose must not be the data that report. Where it can tell
-      early that a candidate does not reach the present score, as
-      `evaluation.mean_of` can for right and wrong answers, rejections cost
-      less; what is accepted is the same.
+      Data that choose must not be the data that report. Where it can tell early
+      that a candidate does not reach the present score, as `evaluation.mean_of`
+      can for right and wrong answers, rejections cost less.
     order: indices in the order of trial, of all ingredients or some.
       By default the best single model is tried first (ties: the lower index
       first).
@@ -90,31 +87,21 @@ def greedy(
   Source: Wortsman et al. 2022, recipe 1. With replacement: Caruana et al. 2004,
   "Ensemble selection from libraries of models".
   """
-  checked = _checked.Checked(ingredients)
-  _require_positive(max_ingredients=max_ingredients, num_passes=num_passes)
-  num_most = max_ingredients or len(checked) * num_passes
   search = _search.Search(
-      checked, eval_fn, strict=strict, log=scores, on_trial=on_trial
+      ingredients, eval_fn, strict=strict, log=scores, on_trial=on_trial
   )
-  given = _given_order(order, key, len(checked))
-  if given is None:
-    singles = search.scores_of_singles()
-    given = sorted(range(len(checked)), key=lambda k: (-singles[k], k))
-  for _ in range(num_passes):
-    before = search.accepted
-    to_try = [k for k in given if with_replacement or k not in before]
-    for k, then in zip(to_try, [*to_try[1:], None]):
-      if len(search.accepted) < num_most:
-        search.add(k, then)
-    if search.accepted == before:
-      break
-  return search.soup(given)
-
-
-def _require_positive(**options: int | None) -> None:
-  for name, value in options.items():
+  limits = {'max_ingredients': max_ingredients, 'num_passes': num_passes}
+  for name, value in limits.items():
     if value is not None and value < 1:
       raise ValueError(f'{name} is {value}: it must be at least 1.')
+  num = len(ingredients)
+  given = _given_order(order, key, num)
+  if given is None:
+    singles = search.scores_of_singles()
+    given = sorted(range(num), key=lambda k: (-singles[k], k))
+  limit = max_ingredients or num * num_passes
+  search.run(given, 1, num_passes, limit, with_replacement)
+  return search.soup(given)
 
 
 def _given_order(

@@ -6,7 +6,6 @@ accuracies = jax.vmap(accuracy)(curve.params)
 ```
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -47,27 +46,20 @@ def interpolate(
 
   Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
   """
-  t = t if isinstance(t, jax.Array) else _tree.numbers(t)
+  t = _tree.on_host(t)
   is_traced = _tree.is_traced(t)
-  if t.ndim > 1 or not (is_traced or np.isfinite(jax.device_get(t)).all()):
+  if t.ndim > 1 or not (is_traced or np.isfinite(t).all()):
     raise ValueError(
         f't has shape {t.shape} and values {t}: expected a finite number '
         'or a vector of finite numbers.'
     )
   checked = _checked.Checked([theta_0, theta_1])
   stacked = _mixing.stack_leaves(checked)
-  alpha = _ends(t)
+  alpha = (jnp if is_traced else np).stack([1 - t, t], axis=-1)
+  alpha = alpha.astype(_tree.widest_float())
+  floats = _mixing.mix_many(_tree.on_device(alpha), stacked)
   if t.ndim:
-    floats = _mixing.mix_many(alpha, stacked)
     params = _mixing.with_rows(checked.template, floats, len(t))
   else:
-    floats = _mixing.mix_leaves([alpha] * len(stacked), stacked)
     params = checked.replace(floats)
-  alpha = alpha if is_traced else jax.device_get(alpha)
   return Soup(params, alpha, AverageInfo(checked.duplicates()))
-
-
-@jax.jit
-def _ends(t: jax.Array) -> jax.Array:
-  """The coefficients of the two models, `[..., 2]`."""
-  return jnp.stack([1 - t, t], axis=-1).astype(_tree.widest_float())

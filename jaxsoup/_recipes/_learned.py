@@ -6,6 +6,7 @@ soup.alpha, soup.info.beta
 ```
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from jaxsoup import _mixing
 from jaxsoup import _tree
 from jaxsoup._recipes import _streamed
 from jaxsoup._soup import LearnedInfo
+from jaxsoup._soup import LearnedPlan
 from jaxsoup._soup import Soup
 from jaxsoup.typing import AlphaFn
 from jaxsoup.typing import GroupFn
@@ -80,20 +82,13 @@ def learned(
   `alpha = alpha_fn(w)`, from w = 0 (with softmax and `hyperplane`: the uniform
   soup) and beta = 1.
 
-  Where the stack of all ingredients fits into memory it is held there, sharded
-  as they are: *resident*. Otherwise they are *streamed*: a step reads and mixes
-  them, runs forward and backward on the mixed model, and takes K inner products
-  while it reads them again. The gradient is the same, up to rounding:
-
-  `dL/dalpha_k = <dL/dtheta, theta_k>`, and through `alpha_fn` to w.
-
-  Streamed, a step holds at most three models at once, whatever K is, as well as
-  the activations: the float32 sum and two ingredients (one being added, one
-  read ahead), or the mixed model, its gradient and the last ingredient, or the
-  gradient and two ingredients. It reads 2 K - 2 ingredients.
-
-  Which of the two, and why, is logged before the first step, by the logger
-  `jaxsoup` at level INFO.
+  The stack of all ingredients is *resident* in memory, sharded as they are. Or
+  they are *streamed*: a step reads and mixes them, runs forward and backward on
+  the mixed model, and reads them again for K inner products,
+  `dL/dalpha_k = <dL/dtheta, theta_k>`. That is 2 K - 2 reads, the same gradient
+  up to rounding, and at most three models at once, whatever K is, as well as
+  the activations. Which of the two, and why, the logger `jaxsoup` says before
+  the first step, at level INFO.
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
@@ -104,14 +99,13 @@ def learned(
     tx: any optimizer; the paper's authors use `optax.adamw(0.05,
       weight_decay=0.0)`.
     num_epochs: the maximal number of passes over the batches.
-    group_fn: the group of a leaf, given its path: the first keys of it. Leaves
-      of one group share one alpha. `lambda path: path[:1]` learns one for each
-      top-level module, `lambda path: path` one for each tensor. By default
-      there is one for the whole model.
+    group_fn: the first keys of the path of a leaf: those with the same ones
+      share one alpha. `lambda path: path[:1]` learns one for each top-level
+      module, `lambda path: path` one for each tensor. By default there is one
+      for the whole model.
     stacks: modules whose leaves are stacks of layers, and the axis of the
-      layers there: `{'decoder/layers': 0}`. `group_fn` is then asked for the
-      group of each layer, whose path has its number after the name of the
-      stack: `('decoder', 'layers', '3', 'mlp', 'kernel')`.
+      layers there: `{'decoder/layers': 0}`. `group_fn` is then asked for each
+      layer: `('decoder', 'layers', '3', 'mlp', 'kernel')`.
     alpha_fn: alpha `[K]` from unconstrained w `[K]`: `jax.nn.softmax`,
       `hyperplane`, or your own.
     beta: None learns the temperature from 1; a number keeps it fixed.
@@ -123,14 +117,13 @@ def learned(
     memory: 'resident', 'streamed' or 'auto': resident if the stack and three
       models more fit into two thirds of the free memory, else streamed.
       'cached' streams 16-bit copies in the host's memory (of narrower floats
-      exact ones), so that each ingredient is read from its source only twice.
-      Rounding changes alpha only: the soup itself is always mixed from exact
-      ingredients.
+      exact ones), so that each ingredient is read from its source only twice:
+      alpha is that of rounded ingredients, the soup is mixed from exact ones.
 
   Returns:
     A `Soup` with alpha `[K]` or, with groups, nested dicts of `[K]`; and a
-    `LearnedInfo` with beta and the losses. To use the temperature multiply the
-    logits by `soup.info.beta`; the prediction does not depend on it.
+    `LearnedInfo` with the losses, and with beta, which multiplies the logits:
+    the prediction does not depend on it.
 
   Raises:
     ValueError: no or mismatched ingredients, no floats, no batches, a loss that
@@ -165,22 +158,17 @@ def learned(
     )
   checked = _checked.Checked(ingredients, stacks)
   first = checked[0]
-  _checked.require_floats(checked.float_paths)
+  _checked.require_floats(checked.layers.paths)
   if _tree.is_traced(*first):
     raise TypeError(
         'learned is a training loop, which jax cannot trace: call it outside '
         'of jax.jit, jax.vmap and jax.grad.'
     )
   plan = _streamed.plan(first, len(checked), memory)
-  logging.getLogger('jaxsoup').info(
-      'learned: %s, %d reads per step; %s.',
-      plan.memory,
-      plan.reads_per_step,
-      plan.reason,
-  )
-  is_resident = plan.memory == 'resident'
-  is_cached = plan.memory == 'cached'
-  groups = _tree.groups_of(checked.float_paths, group_fn)
+  said = plan.memory, plan.reads_per_step, plan.reason
+  text = 'learned: %s, %d reads per step; %s.'
+  logging.getLogger('jaxsoup').info(text, *said)
+  groups = _tree.groups_of(checked.layers.paths, group_fn)
   w = {g: _tree.numbers(np.zeros(len(checked))) for g in groups}
   # A fixed beta is not a variable, or weight decay would move it.
   variables = (w, _tree.numbers(1.0) if beta is None else None)
@@ -194,37 +182,34 @@ def learned(
     scale = jnp.float32(beta) if scale is None else scale
     return loss_fn(checked.replace(floats), batch, scale)
 
-  source = _streamed.Source(checked, first, is_cached)
+  source = _streamed.Source(checked, first, plan.memory == 'cached')
   shardings = [x.sharding for x in first]
   del first
   start = _on_mesh((variables, jax.jit(tx.init)(variables)), shardings)
-  if is_resident:
-    with _out_of_memory():
+  with _out_of_memory(plan):
+    model: _streamed.Streamed | Resident
+    if plan.memory == 'resident':
       stacked = _mixing.stack_leaves(source)
-      model: _streamed.Streamed | Resident = Resident(
-          stacked, groups, alphas, loss_at
-      )
+      model = Resident(stacked, groups, alphas, loss_at)
       del stacked
-  else:
-    model = _streamed.Streamed(
-        source, groups, alphas, loss_at, checked.float_dtypes, shardings
+    else:
+      model = _streamed.Streamed(
+          source, groups, alphas, loss_at, checked.layers.dtypes, shardings
+      )
+    del source
+    (w, scale), losses, val_losses, best_epoch = _fit(
+        model, tx, start, batches, val_batches, num_epochs, patience
     )
-  del source
-  fit = _Fit(model, loss_at, tx)
-  with _out_of_memory() if is_resident else contextlib.nullcontext():
-    w, scale = fit.run(start, batches, val_batches, num_epochs, patience)
   by_group = jax.device_get(jax.jit(alphas)(w))
   alpha = _tree.nest(jax.tree.map(np.asarray, by_group))
-  if is_cached:
-    total = _mixing.weighted_sum(checked, alpha)
-    floats = _mixing.rounded(total, _tree.numbers(1.0), checked.float_dtypes)
-  else:
-    floats = model.mixed(w)
+  if isinstance(model, _streamed.Streamed) and plan.memory == 'cached':
+    model.source = checked  # Not rounded.
+  floats = model.mixed(w)
   info = LearnedInfo(
       beta=float(jax.device_get(scale) if beta is None else beta),
-      losses=np.array(fit.losses, np.float32),
-      val_losses=np.array(fit.val_losses, np.float32),
-      best_epoch=fit.best_epoch,
+      losses=np.array(losses, np.float32),
+      val_losses=np.array(val_losses, np.float32),
+      best_epoch=best_epoch,
       duplicates=checked.duplicates(),
       plan=plan,
   )
@@ -234,10 +219,7 @@ def learned(
 def _on_mesh(
     state: _State, shardings: Sequence[jax.sharding.Sharding]
 ) -> _State:
-  """Places the state on the mesh of the ingredients, as each step does.
-
-  Otherwise the second step would be compiled again.
-  """
+  """As each step places it, or the second one would be compiled again."""
   meshes = [x.mesh for x in shardings if isinstance(x, NamedSharding)]
   if not meshes:
     return state
@@ -245,11 +227,11 @@ def _on_mesh(
 
 
 @contextlib.contextmanager
-def _out_of_memory() -> Iterator[None]:
+def _out_of_memory(plan: LearnedPlan) -> Iterator[None]:
   try:
     yield
   except jax.errors.JaxRuntimeError as e:
-    if 'RESOURCE_EXHAUSTED' not in str(e):
+    if plan.memory != 'resident' or 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     raise MemoryError(
         'The stack of all ingredients and a step do not fit into memory: pass '
@@ -258,7 +240,7 @@ def _out_of_memory() -> Iterator[None]:
 
 
 class Resident:
-  """The loss of a mix and its gradient, from the stack of all ingredients."""
+  """From the stack of all ingredients: see `_streamed.Streamed`."""
 
   def __init__(
       self,
@@ -276,11 +258,11 @@ class Resident:
     def loss_of(
         variables: Variables, stacked: list[jax.Array], batch: Tree
     ) -> jax.Array:
-      w, scale = variables
-      return loss_at(mixed(w, stacked), scale, batch)
+      return loss_at(mixed(variables[0], stacked), variables[1], batch)
 
     self.mix = jax.jit(mixed)
     self.step = jax.jit(jax.value_and_grad(loss_of))
+    self.loss = jax.jit(loss_at)
 
   def mixed(self, w: ByGroup) -> list[jax.Array]:
     return self.mix(w, self._stacked)
@@ -291,78 +273,61 @@ class Resident:
     return self.step(variables, self._stacked, batch)
 
 
-class _Fit:
-  """Gradient descent with early stopping on a second split."""
+def _fit(
+    model: _streamed.Streamed | Resident,
+    tx: optax.GradientTransformation,
+    state: _State,
+    batches: Iterable[Tree],
+    val_batches: Iterable[Tree] | None,
+    num_epochs: int,
+    patience: int | None,
+) -> tuple[Variables, list[float], list[float], int]:
+  """The best variables, the losses on both splits, and the best epoch."""
+  variables, opt_state = state
 
-  def __init__(
-      self,
-      model: _streamed.Streamed | Resident,
-      loss_at: _streamed.LossAt,
-      tx: optax.GradientTransformation,
-  ):
-    self.losses: list[float] = []
-    self.val_losses: list[float] = []
-    self.best_epoch = 0
-    self._model = model
-    self._tx = tx
-    self.loss = jax.jit(loss_at)
-    self._update = jax.jit(self._updated)
-
-  def run(
-      self,
-      start: _State,
-      batches: Iterable[Tree],
-      val_batches: Iterable[Tree] | None,
-      num_epochs: int,
-      patience: int | None,
-  ) -> Variables:
-    variables, opt_state = start
-    best = variables
-    if val_batches is not None:
-      self.val_losses.append(self._mean_loss(variables, val_batches))
-    for epoch in range(1, num_epochs + 1):
-      losses = []
-      for batch in batches:
-        batch = jax.tree.map(_tree.on_device, batch)
-        loss, gradient = self._model.value_and_grad(variables, batch)
-        variables, opt_state = self._update(variables, opt_state, gradient)
-        losses.append(loss)
-        _wait(losses)
-      self.losses.extend(_finite(losses, f'batches, epoch {epoch}'))
-      if val_batches is None:
-        self.best_epoch, best = epoch, variables
-        continue
-      self.val_losses.append(self._mean_loss(variables, val_batches))
-      if self.val_losses[-1] < self.val_losses[self.best_epoch]:
-        self.best_epoch, best = epoch, variables
-      elif patience is not None and epoch - self.best_epoch >= patience:
-        break
-    return best
-
-  def _updated(
-      self, variables: Variables, opt_state: optax.OptState, gradient: Variables
+  @jax.jit
+  def updated(
+      variables: Variables, opt_state: optax.OptState, gradient: Variables
   ) -> _State:
-    updates, opt_state = self._tx.update(gradient, opt_state, variables)
+    updates, opt_state = tx.update(gradient, opt_state, variables)
     return optax.apply_updates(variables, updates), opt_state
 
-  def _mean_loss(self, variables: Variables, batches: Iterable[Tree]) -> float:
-    w, scale = variables
-    floats = self._model.mixed(w)  # Once, for all batches.
-    losses: list[jax.Array] = []
-    for batch in batches:
-      batch = jax.tree.map(_tree.on_device, batch)
-      losses.append(self.loss(floats, scale, batch))
-      _wait(losses)
-    return float(np.mean(_finite(losses, 'val_batches')))
+  def step(batch: Tree) -> jax.Array:
+    nonlocal variables, opt_state
+    loss, gradient = model.value_and_grad(variables, batch)
+    variables, opt_state = updated(variables, opt_state, gradient)
+    return loss
+
+  def validate() -> None:
+    if val_batches is not None:
+      floats = model.mixed(variables[0])  # Once, for all batches.
+      fn = lambda batch: model.loss(floats, variables[1], batch)
+      of_batches = _losses(fn, val_batches, 'val_batches')
+      val_losses.append(float(np.mean(of_batches)))
+
+  losses: list[float] = []
+  val_losses: list[float] = []
+  best_epoch, best = 0, variables
+  validate()
+  for epoch in range(1, num_epochs + 1):
+    losses += _losses(step, batches, f'batches, epoch {epoch}')
+    validate()
+    if not val_losses or val_losses[-1] < val_losses[best_epoch]:
+      best_epoch, best = epoch, variables
+    elif patience is not None and epoch - best_epoch >= patience:
+      break
+  return best, losses, val_losses, best_epoch
 
 
-def _wait(losses: list[jax.Array]) -> None:
-  """Waits for all but the last two: batches in flight take memory."""
-  if len(losses) > 2:
-    losses[-3].block_until_ready()
-
-
-def _finite(losses: list[jax.Array], where: str) -> list[float]:
+def _losses(
+    step: Callable[[Tree], jax.Array], batches: Iterable[Tree], where: str
+) -> list[float]:
+  """What each batch yields; raises if that is not finite."""
+  losses: list[jax.Array] = []
+  for batch in batches:
+    losses.append(step(jax.tree.map(_tree.on_device, batch)))
+    if len(losses) > 2:  # Batches in flight take memory.
+      losses[-3].block_until_ready()
   values = [float(x) for x in jax.device_get(losses)]
   if not values:
     raise ValueError(

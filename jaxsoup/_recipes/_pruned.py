@@ -7,9 +7,7 @@ soup = jaxsoup.pruned(ingredients, eval_fn)
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import itertools
 
-from jaxsoup import _checked
 from jaxsoup._recipes import _search
 from jaxsoup._soup import Scores
 from jaxsoup._soup import SearchInfo
@@ -67,21 +65,16 @@ def pruned(
 
   Source: Dansereau et al. 2023, section 3.
   """
-  checked = _checked.Checked(ingredients)
   search = _search.Search(
-      checked, eval_fn, strict=strict, log=scores, on_trial=on_trial
+      ingredients, eval_fn, strict=strict, log=scores, on_trial=on_trial
   )
   singles = search.scores_of_singles()
-  order = sorted(range(len(checked)), key=lambda k: (singles[k], k))
-  search.start_from_all()
-  for _ in itertools.count() if num_passes is None else range(num_passes):
-    before = search.accepted
-    for k, then in zip(order, [*order[1:], None]):
-      if k in search.accepted and len(search.accepted) > 1:
-        search.take_out(k, then)
-    if search.accepted == before:
-      break
-  best = max(range(len(checked)), key=lambda k: (singles[k], -k))
+  num = len(singles)
+  order = sorted(range(num), key=lambda k: (singles[k], k))
+  search.start_from(tuple(range(num)))
+  # Each pass but the last takes at least one out.
+  search.run(order, -1, num if num_passes is None else num_passes, 1)
+  best = max(range(num), key=lambda k: (singles[k], -k))
   if singles[best] > search.score:
-    search.start_from(best, singles[best])
+    search.start_from((best,))
   return search.soup(order)

@@ -10,7 +10,6 @@ soup = average.value(state)
 
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -27,19 +26,17 @@ from jaxsoup import _tree
 from jaxsoup.typing import ArrayLike
 from jaxsoup.typing import Params
 
+_STATIC: Any = dataclasses.field(metadata={'static': True})
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=['total', 'weight', 'count'],
-    meta_fields=['dtypes', 'is_on_host'],
-)
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AverageState:
   """What has been added up so far: a pytree, which may be saved and donated.
 
   Attributes:
-    total: `sum_k w_k theta_k` in the container of the parameters, its floats in
-      float32 or wider, sharded as they are; other leaves as they were at first.
+    total: `sum_k w_k theta_k` in the container of the parameters, sharded as
+      they are; leaves that are not floats as they were at first.
     weight: `sum_k w_k`, a scalar.
     count: of calls of `update`, an int32 scalar.
     dtypes: of the parameters' floats.
@@ -49,12 +46,12 @@ class AverageState:
   total: Params
   weight: jax.Array
   count: jax.Array
-  dtypes: tuple[np.dtype[Any], ...]
-  is_on_host: bool = False
+  dtypes: tuple[np.dtype[Any], ...] = _STATIC
+  is_on_host: bool = _STATIC
 
 
 class RunningAverage(NamedTuple):
-  """Three pure functions, in the form of an `optax.GradientTransformation`.
+  """Three pure functions: see `running_average`.
 
   Attributes:
     init: `init(params) -> state`, with nothing added yet.
@@ -88,8 +85,8 @@ def running_average(
     `trajectory.power_decay`; means of 1,000 models each with
     `lambda n: n % 1000 != 1`, as 0 starts the sum anew.
 
-  The functions are pure. Run `update` under `jax.jit` with `donate_argnums=0`
-  to add in place; the sum is sharded like the parameters.
+  In the form of an `optax.GradientTransformation`. Run `update` under `jax.jit`
+  with `donate_argnums=0` to add in place.
 
   Args:
     decay: d, from 0 to 1, or a function that JAX can trace.
@@ -128,9 +125,17 @@ def running_average(
   def update(
       state: AverageState, params: Params, weight: ArrayLike = 1.0
   ) -> AverageState:
-    flat, total = _tree.flatten(params), _tree.flatten(state.total)
-    _require_match(flat, total, state.dtypes)
-    floats = [_as_stored(flat.floats[path]) for path in total.floats]
+    given, total = _tree.flatten(params).by_path, _tree.flatten(state.total)
+    expected = total.by_path | {
+        path: jax.ShapeDtypeStruct(x.shape, dtype)
+        for (path, x), dtype in zip(total.floats.items(), state.dtypes)
+    }
+    if differences := _checked.mismatches(expected, given):
+      raise ValueError(
+          'The parameters given to update differ from those given to init: '
+          f'{_checked.listed(differences)}.'
+      )
+    floats = [_as_stored(given[path]) for path in total.floats]
     sums = _moved(state, total.floats.values(), memory.Space.Device)
     if start == 0 and every == 1:
       sums, added_up = added(sums, state.weight, floats, weight, state.count)
@@ -194,35 +199,18 @@ def _init(params: Params, is_on_host: bool) -> AverageState:
       dtypes,
       is_on_host,
   )
-  zeros = _moved(state, map(_zeros, floats), memory.Space.Host)
+  zeros = _moved(
+      state,
+      (jnp.zeros_like(x, _tree.wide_dtype(x.dtype)) for x in floats),
+      memory.Space.Host,
+  )
   # Copies: to donate the state must not delete the parameters.
   total = flat.combine(zeros, map(jnp.copy, flat.others.values()))
   return dataclasses.replace(state, total=total)
 
 
-def _zeros(x: jax.Array) -> jax.Array:
-  sharding = None if _tree.is_traced(x) else x.sharding
-  return jnp.zeros(x.shape, _tree.wide_dtype(x.dtype), device=sharding)
-
-
-def _require_match(
-    flat: _tree.Flat, total: _tree.Flat, dtypes: Sequence[np.dtype[Any]]
-) -> None:
-  """Raises if parameters differ from those of `init` in paths or shapes."""
-  narrow = {
-      path: jax.ShapeDtypeStruct(x.shape, dtype)
-      for (path, x), dtype in zip(total.floats.items(), dtypes)
-  }
-  if differences := _checked.mismatches(total.by_path | narrow, flat.by_path):
-    raise ValueError(
-        'The parameters given to update differ from those given to init: '
-        f'{"; ".join(differences[:5])}.'
-    )
-
-
 def _value(state: AverageState) -> Params:
-  weight = state.weight
-  if not _tree.is_traced(weight) and not jax.device_get(weight):
+  if not _tree.is_traced(state.weight) and not jax.device_get(state.weight):
     raise ValueError(
         'The weights of this running average add up to 0: call update before '
         'value.'

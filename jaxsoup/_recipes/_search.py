@@ -62,7 +62,7 @@ class Search:
 
   def __init__(
       self,
-      checked: _checked.Checked,
+      ingredients: Sequence[Params],
       eval_fn: EvalFn,
       *,
       strict: bool,
@@ -71,7 +71,7 @@ class Search:
   ):
     self.accepted: tuple[int, ...] = ()
     self.score = -np.inf
-    self._checked = checked
+    self._checked = _checked.Checked(ingredients)
     self._eval_fn = eval_fn
     self._strict = strict
     self._log: Scores = {} if log is None else log
@@ -86,26 +86,39 @@ class Search:
     unknown = [k for k in singles if self._is_open(self._log.get((k,)))]
     for k, leaves in _checked.in_order(self._checked, unknown):
       self._score((k,), functools.partial(list, leaves))
-    return [self._exact((k,), list) for k in singles]
+    for k in singles:
+      self._score((k,), list)
+    return [self._scores[k,] for k in singles]
 
-  def start_from_all(self) -> None:
-    """Makes the uniform soup the current one."""
-    self.accepted = tuple(range(len(self._checked)))
-    self._total = _mixing.weighted_sum(self._checked)
-    self.score = self._exact(self.accepted, self._mean)
+  def start_from(self, members: Members) -> None:
+    """Makes the mean of these the current soup."""
+    self.accepted = members
+    self._total = _mixing.weighted_sum(self._checked, members)
+    self._score(members, self._mean)
+    self.score = self._scores[members]
 
-  def start_from(self, k: int, score: float) -> None:
-    """Makes ingredient k alone the current soup."""
-    self.accepted, self.score, self._total = (k,), score, None
-    self._change(self._checked[k], 1)
+  def run(
+      self,
+      order: Sequence[int],
+      sign: int,
+      num_passes: int,
+      limit: int,
+      with_replacement: bool = False,
+  ) -> None:
+    """Tries to add ingredients (sign 1), or to take them out (-1).
 
-  def add(self, k: int, then: int | None = None) -> None:
-    """Tries to add ingredient k; `then` is likely to be tried next."""
-    self._try(k, 1, (*self.accepted, k), then)
-
-  def take_out(self, k: int, then: int | None = None) -> None:
-    """Tries to take ingredient k out."""
-    self._try(k, -1, tuple(m for m in self.accepted if m != k), then)
+    Pass after pass, until one changes nothing, or so many are accepted.
+    """
+    for _ in range(num_passes):
+      before = self.accepted
+      to_try = [
+          k for k in order if with_replacement or (k in before) == (sign < 0)
+      ]
+      for k, then in zip(to_try, [*to_try[1:], None]):
+        if len(self.accepted) != limit:
+          self._try(k, sign, then)
+      if self.accepted == before:
+        return
 
   def soup(self, order: Sequence[int]) -> Soup[SearchInfo]:
     """The current soup, and all trials."""
@@ -122,9 +135,14 @@ class Search:
     alpha = alpha_of(self.accepted, len(self._checked))
     return Soup(self._params(self._mean(), self.accepted), alpha, info)
 
-  def _try(
-      self, k: int, sign: int, accepted: Members, then: int | None
-  ) -> None:
+  def _try(self, k: int, sign: int, then: int | None) -> None:
+    """Changes the soup by ingredient k; `then` is likely to be tried next."""
+    accepted = (*self.accepted, k)
+    if sign < 0:
+      accepted = tuple(m for m in self.accepted if m != k)
+    members = tuple(sorted(accepted))
+    numbers = _tree.numbers(sign), _tree.numbers(len(members))
+
     @functools.cache
     def leaves() -> list[jax.Array]:
       read = self._checked[k]
@@ -132,28 +150,21 @@ class Search:
         self._checked.prefetch(then)
       return read
 
-    members = tuple(sorted(accepted))
-    score = self._score(
-        members,
-        lambda: self._candidate(leaves(), sign, len(members)),
-        bar=self.score,
-    )
+    def candidate() -> list[jax.Array]:
+      if self._total is None:  # It is the ingredient itself.
+        return leaves()
+      return _mixing.rounded_with(self._total, leaves(), *numbers)
+
+    score = self._score(members, candidate, bar=self.score)
     is_kept = False
     if not isinstance(score, AtMost) and self._reaches(score, self.score):
-      self._change(leaves(), sign)
+      self._total = _mixing.add(self._total, leaves(), numbers[0])
       self.accepted, self.score, is_kept = accepted, score, True
     self._trials.append(Trial(k, members, score, is_kept))
     self._on_trial(self._trials[-1])
 
   def _reaches(self, score: float, bar: float) -> bool:
     return score > bar if self._strict else score >= bar
-
-  def _exact(
-      self, members: Members, floats_fn: Callable[[], list[jax.Array]]
-  ) -> float:
-    """A candidate's score, whatever it is."""
-    self._score(members, floats_fn)
-    return self._scores[members]
 
   def _score(
       self,
@@ -205,17 +216,6 @@ class Search:
     # Keys and counters must not depend on what was read: a log spares reads.
     return self._checked.replace(floats, min(members))
 
-  def _candidate(
-      self, leaves: list[jax.Array], sign: int, count: int
-  ) -> list[jax.Array]:
-    if self._total is None:  # It is the ingredient itself.
-      return leaves
-    numbers = _tree.numbers(sign), _tree.numbers(count)
-    return _mixing.rounded_with(self._total, leaves, *numbers)
-
-  def _change(self, leaves: list[jax.Array], sign: int) -> None:
-    self._total = _mixing.add(self._total, leaves, _tree.numbers(sign))
-
   def _mean(self) -> list[jax.Array]:
     count = _tree.numbers(len(self.accepted))
-    return _mixing.rounded(self._total, count, self._checked.float_dtypes)
+    return _mixing.rounded(self._total, count, self._checked.layers.dtypes)

@@ -33,17 +33,14 @@ def model_stock(
 
   `theta = t mean_k theta_k + (1 - t) theta_0`, with
   `t = K cos / (1 + (K - 1) cos)` for each tensor, where cos is the mean cosine
-  between two task vectors `theta_k - theta_0`, 0 where one of them is zero. The
-  more the fine-tuned models agree, the further the soup goes. Needs no data:
-  one pass over the ingredients, which keeps two sums, of theta_k and of the
-  unit task vectors (`|sum_k u_k|^2 = M + K (K - 1) cos`, where M moved).
+  between two task vectors `theta_k - theta_0`, 0 where one of them is zero. One
+  pass over the ingredients keeps two sums, of theta_k and of the unit task
+  vectors (`|sum_k u_k|^2 = M + K (K - 1) cos`, where M moved).
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
     theta_0: the parameters they were all fine-tuned from.
-    stacks: modules whose leaves are stacks of layers, and the axis of the
-      layers there, as of a scanned Transformer: `{'decoder/layers': 0}`. Each
-      layer then has a t of its own.
+    stacks: as in `learned`: each layer of a scanned stack has a t of its own.
 
   Returns:
     A `Soup` with alpha a nested dict of `[K]`, t/K each: the rest, 1 - t, is
@@ -72,9 +69,8 @@ def model_stock(
   floats, cosine, ratio = _towards_mean(sums, start, num)
   if not _tree.is_traced(*ratio):
     cosine, ratio = jax.device_get((cosine, ratio))
-  paths = checked.float_paths
-  by_path = lambda values: _tree.nest(dict(zip(paths, values)))
   full = jnp.full if _tree.is_traced(*ratio) else np.full
+  by_path = lambda values: _tree.nest(dict(zip(checked.layers.paths, values)))
   alpha = by_path([full(num, t / num, np.float32) for t in ratio])
   info = StockInfo(by_path(cosine), by_path(ratio), checked.duplicates())
   return Soup(checked.replace(floats), alpha, info)

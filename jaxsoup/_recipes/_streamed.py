@@ -1,4 +1,4 @@
-"""Ingredients that are read repeatedly, and what is computed from them.
+"""The loss of a mix and its gradient, of ingredients that are read repeatedly.
 
 ```
 streamed = Streamed(source, groups, alphas, loss_at)
@@ -7,7 +7,6 @@ loss, gradient = streamed.value_and_grad(variables, batch)
 """
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
 import functools
 import math
@@ -39,63 +38,51 @@ class Source:
   """Leaves of ingredients: the last one is kept, and copies of all if asked."""
 
   def __init__(
-      self,
-      checked: _checked.Checked,
-      first: list[jax.Array],
-      is_cached: bool,
+      self, checked: _checked.Checked, first: list[jax.Array], is_cached: bool
   ):
     self._checked = checked
     self._is_cached = is_cached
-    self._cache: dict[int, list[_Copy]] = {}
-    self._last: tuple[int, list[jax.Array]] | None = 0, self._copied(0, first)
+    self._cache: dict[int, list[Callable[[], jax.Array]]] = {}
+    self._last = {0: self._copied(0, lambda: first)}
 
   def __len__(self) -> int:
     return len(self._checked)
 
   def __getitem__(self, k: int) -> list[jax.Array]:
-    if self._last is None or self._last[0] != k:
-      self._last = None  # Freed before the next one is read.
-      self._last = k, self._read(k)
-    return self._last[1]
+    if k not in self._last:
+      self._last = {}  # Freed before the next one is read.
+      self._last = {k: self._copied(k, lambda: self._checked[k])}
+    return self._last[k]
 
   def prefetch(self, k: int) -> None:
-    if k not in self._cache and (self._last is None or self._last[0] != k):
+    if k not in self._cache and k not in self._last:
       self._checked.prefetch(k)
 
-  def _read(self, k: int) -> list[jax.Array]:
-    return self._copied(k, [] if k in self._cache else self._checked[k])
-
-  def _copied(self, k: int, leaves: list[jax.Array]) -> list[jax.Array]:
-    """These leaves after a round trip through the cache, if there is one."""
+  def _copied(
+      self, k: int, read: Callable[[], list[jax.Array]]
+  ) -> list[jax.Array]:
+    """The leaves after a round trip through the cache, if there is one."""
     if not self._is_cached:
-      return leaves
+      return read()
     if k not in self._cache:
-      self._cache[k] = list(map(_Copy, leaves))
-    leaves = [copy.placed() for copy in self._cache[k]]
-    return _widened(leaves, self._checked.float_dtypes)
+      self._cache[k] = list(map(_copy_of, read()))
+    leaves = [placed() for placed in self._cache[k]]
+    return _widened(leaves, self._checked.layers.dtypes)
 
 
-class _Copy:
-  """What this host has of an array, in 16 bits where it is wider."""
-
-  def __init__(self, x: jax.Array):
-    is_wider = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 2
+def _copy_of(x: jax.Array) -> Callable[[], jax.Array]:
+  """Places what this host has of an array, in 16 bits where it is wider."""
+  dtype: Any = x.dtype
+  if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 2:
     # float16 has three more bits than bfloat16, but ends at 65,504.
-    is_small = is_wider and bool(jax.device_get(_is_small(x)))
-    narrow = np.float16 if is_small else jnp.bfloat16
-    dtype = narrow if is_wider else x.dtype
-    self._shape, self._sharding = x.shape, x.sharding
-    # By what part it is, of which several devices may have the same. Copied, or
-    # on a CPU it would be the memory of the ingredient itself.
-    parts = {str(part.index): part.data for part in x.addressable_shards}
-    self._parts = {
-        i: np.array(jax.device_get(p), dtype) for i, p in parts.items()
-    }
-
-  def placed(self) -> jax.Array:
-    return jax.make_array_from_callback(
-        self._shape, self._sharding, lambda index: self._parts[str(index)]
-    )
+    dtype = np.float16 if jax.device_get(_is_small(x)) else jnp.bfloat16
+  # By what part it is, of which several devices may have the same. Copied, or
+  # on a CPU it would be the memory of the ingredient itself.
+  parts = {str(part.index): part.data for part in x.addressable_shards}
+  copies = {i: np.array(jax.device_get(p), dtype) for i, p in parts.items()}
+  part_fn = lambda index: copies[str(index)]
+  place = jax.make_array_from_callback
+  return functools.partial(place, x.shape, x.sharding, part_fn)
 
 
 @jax.jit
@@ -113,10 +100,8 @@ def _widened(
 class Streamed:
   """The loss of a mix and its gradient, at the memory of a few models.
 
-  `dL/dalpha_k = <dL/dtheta, theta_k>`: one forward and backward on the mixed
-  model, then K inner products while the ingredients are read once more. Each
-  pass reverses the order of the one before, and so begins with the ingredient
-  that is still in memory.
+  Each pass reverses the order of the one before, and so begins with the
+  ingredient that is still in memory.
   """
 
   def __init__(
@@ -128,7 +113,7 @@ class Streamed:
       dtypes: tuple[np.dtype[Any], ...],
       shardings: Sequence[jax.sharding.Sharding],
   ):
-    self._source = source
+    self.source = source
     self._groups = groups
     self._dtypes = dtypes
     self._order = list(range(len(source)))
@@ -139,37 +124,31 @@ class Streamed:
         jax.value_and_grad(loss_at, (0, 1)),
         out_shardings=(None, (on_mesh, None)),
     )
+    self.loss = jax.jit(loss_at)
     self.inner = jax.jit(self._inner_products)
-    # The chain rule from alpha to w.
     self._pull = jax.jit(lambda w, inner: jax.vjp(alphas, w)[1](inner)[0])
 
   def mixed(self, w: ByGroup) -> list[jax.Array]:
     alpha = jax.device_get(self._alphas(w))
-    total: list[jax.Array] | None = None
-    for k, leaves in self._walk():
-      weights = _tree.numbers([alpha[g][k] for g in self._groups])
-      total = _mixing.add(total, leaves, weights)
-      # Otherwise reading could run ahead of adding, and fill the memory.
-      jax.block_until_ready(total)
+    weights_of = lambda k: [alpha[g][k] for g in self._groups]
+    total = _mixing.weighted_sum(self.source, self._next(), weights_of)
     return _mixing.rounded(total, _tree.numbers(1.0), self._dtypes)
 
   def value_and_grad(
       self, variables: Variables, batch: Tree
   ) -> tuple[jax.Array, Variables]:
-    """The loss, and its gradient in w and beta."""
     w, scale = variables
     loss, (gradient, scale_gradient) = self.step(self.mixed(w), scale, batch)
-    inner = {g: np.zeros(len(self._source), np.float32) for g in w}
-    for k, leaves in self._walk():
-      for g, value in jax.device_get(self.inner(gradient, leaves)).items():
-        inner[g][k] = value
-    on_device = {g: _tree.numbers(x) for g, x in inner.items()}
-    return loss, (self._pull(w, on_device), scale_gradient)
+    rows = {
+        k: jax.device_get(self.inner(gradient, leaves))
+        for k, leaves in _checked.in_order(self.source, self._next())
+    }
+    inner = {g: _tree.numbers([rows[k][g] for k in sorted(rows)]) for g in w}
+    return loss, (self._pull(w, inner), scale_gradient)
 
-  def _walk(self) -> Iterator[tuple[int, list[jax.Array]]]:
-    order = self._order
-    self._order = order[::-1]
-    return _checked.in_order(self._source, order)
+  def _next(self) -> list[int]:
+    order, self._order = self._order, self._order[::-1]
+    return order
 
   def _inner_products(
       self, gradient: list[jax.Array], leaves: list[jax.Array]
@@ -183,25 +162,29 @@ class Streamed:
     return inner
 
 
+def memory_of(leaves: Sequence[jax.Array]) -> tuple[str, int, int]:
+  """The platform of a model, its bytes on a device, and what is free there."""
+  sharding = leaves[0].sharding
+  device: jax.Device = next(iter(sharding.addressable_devices))
+  shard_sizes = [math.prod(x.sharding.shard_shape(x.shape)) for x in leaves]
+  num_bytes = sum(n * x.dtype.itemsize for n, x in zip(shard_sizes, leaves))
+  if device.platform == 'cpu':  # Whose devices share one memory.
+    num_bytes *= len(sharding.addressable_devices)
+  free = _processes.agreed_min(_memory.free_bytes(device), leaves[0])
+  return device.platform, num_bytes, free
+
+
 def plan(
     leaves: Sequence[jax.Array], num_ingredients: int, memory: str
 ) -> LearnedPlan:
   """Resident if the stack fits as well as what a step needs, else streamed."""
-  sharding = leaves[0].sharding
-  device: jax.Device = next(iter(sharding.addressable_devices))
-  model_bytes = sum(
-      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-      for x in leaves
-  )
-  if device.platform == 'cpu':  # Whose devices share one memory.
-    model_bytes *= len(sharding.addressable_devices)
-  free = _processes.agreed_min(_memory.free_bytes(device), leaves[0])
+  platform, model_bytes, free = memory_of(leaves)
   needed, is_fitting = fits(num_ingredients, model_bytes, free)
   reason = (
       f'the stack of {num_ingredients} ingredients and three more models (one '
       'being read, the mixed one, its gradient) takes '
       f'{_memory.amount(needed)} of {_memory.amount(free)} free on '
-      f'{device.platform}, a third of which is kept for activations: it '
+      f'{platform}, a third of which is kept for activations: it '
       f'{"fits" if is_fitting else "does not fit"}'
   )
   if memory == 'auto':

@@ -82,8 +82,8 @@ def write(
   if resume is not None:
     unfinished = final.with_name(f'{final.name}{_RESUMABLE}{resume}')
   elif not _files.is_remote(final):  # A bucket has no renames: clear_leftovers.
-    name = str(_files.unfinished_name(pathlib.Path(final))).encode()
-    unfinished = epath.Path(_processes.from_main(name).decode())
+    name = str(_files.unfinished_name(pathlib.Path(final)))
+    unfinished = epath.Path(_processes.json_of_main(name))
   root = unfinished / layout.step
   folders = {
       p: root / part.item / _file_name(inside)

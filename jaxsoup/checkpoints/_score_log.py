@@ -77,7 +77,7 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
     if evaluation is not None:
       head['evaluation'] = evaluation
     # Compared as JSON, and alike on all processes.
-    self._head = json.loads(_processes.from_main(json.dumps(head).encode()))
+    self._head = _processes.json_of_main(head)
     self._scores: dict[Members, float | AtMost] = {}
     if self._path.exists() and not self._path.is_file():
       raise ValueError(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _checked
+from jaxsoup import _mixing
 from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checkpoint
@@ -177,14 +178,9 @@ class Average:
 
   def duplicates(self) -> tuple[Members, ...]:
     """Groups of equal ingredients among those read; warns of them."""
-    groups: dict[str, list[int]] = {}
-    for k in sorted(self._order):
-      content_hash = self._opened[k].content_hash()
-      if content_hash is not None:
-        groups.setdefault(content_hash, []).append(k)
-    duplicates = tuple(tuple(g) for g in groups.values() if len(g) > 1)
-    _checked.warn_of_duplicates(duplicates, self._name)
-    return duplicates
+    contents = {k: self._opened[k].content_hash() for k in self._order}
+    known = {k: content for k, content in contents.items() if content}
+    return _checked.duplicates_of(known, self._name)
 
   def _name(self, k: int) -> str:
     return f'ingredient {k} ({self._opened[k].source.metadata.path})'
@@ -218,21 +214,14 @@ class Average:
     dtype = self.leaves[name].dtype
     if not _tree.is_float(self._template.stored[name]):
       return self._non_float(name, index).astype(dtype)
-    wide = self._wide[name].type
-    shape = [s.stop - s.start for s in index]
+    shape, wide = [s.stop - s.start for s in index], self._wide[name]
     total = _source.scratch('total', shape, wide)
     product = _source.scratch('product', shape, wide)
-    total.fill(0)
-    with np.errstate(over='ignore', invalid='ignore'):  # See below.
-      for weight, read in self._terms[name]:
-        piece = read(index)
-        if weight is not None:
-          piece = np.multiply(piece, weight, out=product)
-        np.add(total, piece, out=total)
+    terms = ((weight, read(index)) for weight, read in self._terms[name])
+    count = 1 if name in self._of_first else self._count
+    _mixing.host_mean(terms, count, total, product)
     if not np.isfinite(np.add.reduce(total, axis=None)):
       self._find_not_finite(name, index)
-    if name not in self._of_first:
-      np.divide(total, wide(self._count), out=total)
     _require_fits(total, dtype, name)
     return total.astype(dtype, copy=False)
 

@@ -1,5 +1,6 @@
 """Which token a row of the embeddings belongs to."""
 
+from collections.abc import Sequence
 import pathlib
 import re
 
@@ -11,6 +12,9 @@ from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _refusals
 
 _VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt')
+# Of SentencePiece, which are compared as they are.
+_PIECES = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model')
+_ADDED = 'added_tokens.json'
 _NUMBERS = re.compile(r'"(\w+)": *(\d+)[,\s}]')
 
 
@@ -26,10 +30,15 @@ def require_same_tokens(
       if x.shape[0] != other.stored[name].shape[0]
   }
   paths = dict.fromkeys(c.source.metadata.path for c in (first, other))
-  files = [f for p in paths if (f := _refusals.next_to(p, _VOCABULARIES))]
+  of_kind = lambda names: [
+      f for p in paths if (f := _refusals.next_to(p, names))
+  ]
+  files = of_kind(_VOCABULARIES)
   if len(files) < 2:
+    _require_same_pieces(of_kind(_PIECES))
     return
-  if not rows and files[0].read_bytes() == files[1].read_bytes():
+  added = [f.with_name(_ADDED) for f in files]
+  if not rows and _is_same(*files) and _is_same(*added):
     return
   tokens = list(map(_tokens_of, files))
   ids = {token: i for i, token in tokens[1].items()}
@@ -53,6 +62,21 @@ def require_same_tokens(
         f'{", ..." if len(more) > 3 else ""} of {files[k]} (None: unused). '
         'Give all models the same tokens first (with transformers: '
         'model.resize_token_embeddings, save_pretrained).'
+    )
+
+
+def _is_same(a: pathlib.Path, b: pathlib.Path) -> bool:
+  contents = [f.read_bytes() if f.is_file() else b'' for f in (a, b)]
+  return contents[0] == contents[1]
+
+
+def _require_same_pieces(files: Sequence[pathlib.Path]) -> None:
+  if len(files) == 2 and not _is_same(*files):
+    raise ValueError(
+        f'{files[0]} and {files[1]} differ: a row of the embeddings may belong '
+        'to different tokens. If the tokens are the same, save both tokenizers '
+        'with transformers as tokenizer.json, which is compared token by token '
+        '(AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained).'
     )
 
 
@@ -114,7 +138,7 @@ def _rows_of_tokens(checkpoint, num_ids: int) -> tuple[int, list[_tree.Path]]:
 
 def _tokens_of(file: pathlib.Path) -> dict[int, str]:
   """By id; empty where the file is of a kind that is not known."""
-  tokens, more = _tokens_in(file), file.with_name('added_tokens.json')
+  tokens, more = _tokens_in(file), file.with_name(_ADDED)
   is_old = file.name != _VOCABULARIES[0] and more.is_file()
   return tokens | _tokens_in(more) if tokens and is_old else tokens
 

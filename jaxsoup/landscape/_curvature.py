@@ -76,7 +76,7 @@ def sharpness(
   Source: Lanczos 1950; Golub and Van Loan, "Matrix computations", section 10.1.
   """
   checked = _checked.Checked([params])
-  _checked.require_floats(checked.float_paths)
+  _checked.require_floats(checked.layers.paths)
   leaves = _widened(checked[0])
   widened, leaves = checked.replace(leaves), _reals(leaves)
   product_fn = functools.partial(_product, loss_fn, widened)

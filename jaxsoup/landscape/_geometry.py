@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup import _checked
-from jaxsoup import _memory
-from jaxsoup import _processes
 from jaxsoup import _tree
+from jaxsoup._recipes import _streamed
 from jaxsoup.typing import GroupFn
 from jaxsoup.typing import Nested
 from jaxsoup.typing import Params
@@ -77,7 +76,7 @@ def angles(
     [[0.0, 45.0, 90.0], [45.0, 0.0, 135.0], [90.0, 135.0, 0.0]]
   """
   checked = _checked.Checked(ingredients)
-  _checked.require_floats(checked.float_paths)
+  _checked.require_floats(checked.layers.paths)
   start = _checked.fitting_leaves(checked, theta_0)
   products = _of_pairs(checked, lambda x, y: inner_products(x, y, start))
   return jax.tree.map(_degrees, _grouped(products, checked, group_fn))
@@ -108,7 +107,7 @@ def distances(
     [[0.0, 5.0], [5.0, 0.0]]
   """
   checked = _checked.Checked(ingredients)
-  _checked.require_floats(checked.float_paths)
+  _checked.require_floats(checked.layers.paths)
   squares = _of_pairs(checked, lambda x, y: inner_products(x, x, y))
   return jax.tree.map(np.sqrt, _grouped(squares, checked, group_fn))
 
@@ -138,7 +137,7 @@ def _of_pairs(
   """
   num = len(checked)
   size = _block_size(checked[0])
-  products = np.zeros((num, num, len(checked.float_paths)))
+  products = np.zeros((num, num, len(checked.layers.paths)))
   for start in range(0, num, size):
     held: dict[int, _Leaves] = {}
     for j, leaves in _checked.in_order(checked, range(start, num)):
@@ -146,18 +145,14 @@ def _of_pairs(
         held[j] = leaves
       row = jax.device_get([product_fn(x, leaves) for x in held.values()])
       products[list(held), j] = products[j, list(held)] = row
-  products[..., _tree.statistics_of(checked.float_paths)] = 0
+  products[..., _tree.statistics_of(checked.layers.paths)] = 0
   return products
 
 
 def _block_size(leaves: _Leaves) -> int:
   """How many models may stay: half of what is free, for one more is read."""
-  device: jax.Device = next(iter(leaves[0].sharding.addressable_devices))
-  model_bytes = sum(x.nbytes for x in leaves)
-  if device.platform != 'cpu':
-    model_bytes = sum(x.addressable_data(0).nbytes for x in leaves)
-  size = int(_memory.free_bytes(device) / 2 / max(model_bytes, 1))
-  return max(1, _processes.agreed_min(size, leaves[0]))
+  _, model_bytes, free = _streamed.memory_of(leaves)
+  return max(1, int(free / 2 / max(model_bytes, 1)))
 
 
 def _grouped(
@@ -165,7 +160,7 @@ def _grouped(
 ) -> Nested:
   """Sums over the leaves of each group: nested dicts of `[K, K]`."""
   groups: dict[_tree.Path, np.ndarray] = {}
-  for i, group in enumerate(_tree.groups_of(checked.float_paths, group_fn)):
+  for i, group in enumerate(_tree.groups_of(checked.layers.paths, group_fn)):
     groups[group] = groups.get(group, 0) + products[..., i]
   return _tree.nest(groups)
 

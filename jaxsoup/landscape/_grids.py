@@ -272,7 +272,7 @@ class _Basis:
   """
 
   def __init__(self, corners: _checked.Checked):
-    _checked.require_floats(corners.float_paths)
+    _checked.require_floats(corners.layers.paths)
     self._corners = corners
     self._origin, *self._tasks = (corners[k] for k in range(3))
     gram = np.array([self._products(task)[:2] for task in self._tasks])
@@ -348,9 +348,8 @@ class Grid:
       self, loss_fn: ObjectiveFn, alpha: np.ndarray, stacked: list[jax.Array]
   ) -> Array | list[Scalar]:
     if self._size == 1:
-      one = [_tree.numbers(alpha[0])] * len(stacked)
-      params = self.models.replace(_mixing.mix_leaves(one, stacked))
-      return [_value(loss_fn, params, self._is_traced)]
+      floats = _mixing.mix_many(_tree.numbers(alpha[0]), stacked)
+      return [_value(loss_fn, self.models.replace(floats), self._is_traced)]
     alpha = jax.device_put(alpha.astype(np.float32), self._sharding)
     floats = _mixing.mix_many(alpha, stacked)
     models = _mixing.with_rows(self.models.template, floats, self._size)

@@ -124,7 +124,7 @@ def of(
             streamed.step, flat.leaves, number(), batch
         ),
         'inner products, streamed': (streamed.inner, flat.leaves, flat.leaves),
-        'early stopping': (jax.jit(loss_at), flat.leaves, number(), other),
+        'early stopping': (resident.loss, flat.leaves, number(), other),
     }  # fmt: skip
   return {
       name: functools.partial(fn.trace, *arguments)

@@ -125,9 +125,9 @@ class Saved:
     left = self._seconds - (now - self._last)
     speed = (num_done - self._num_restored) / max(now - self._began, 1e-9)
     num = round(speed * (left if left > 0 else self._seconds))
-    is_due, num_more = _processes.numbers_of_main([left <= 0, max(1, num)])
-    self._next_look = num_done + int(num_more)
-    return bool(is_due)
+    is_due, num_more = _processes.json_of_main([left <= 0, max(1, num)])
+    self._next_look = num_done + num_more
+    return is_due
 
   def _opened(self) -> _Manager:
     if self._manager is None:
