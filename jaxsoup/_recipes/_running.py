@@ -26,7 +26,7 @@ from jaxsoup import _tree
 from jaxsoup.typing import ArrayLike
 from jaxsoup.typing import Params
 
-_STATIC: Any = dataclasses.field(metadata={'static': True})
+_static: Any = functools.partial(dataclasses.field, metadata={'static': True})
 
 
 @jax.tree_util.register_dataclass
@@ -46,8 +46,8 @@ class AverageState:
   total: Params
   weight: jax.Array
   count: jax.Array
-  dtypes: tuple[np.dtype[Any], ...] = _STATIC
-  is_on_host: bool = _STATIC
+  dtypes: tuple[np.dtype[Any], ...] = _static()
+  is_on_host: bool = _static()
 
 
 class RunningAverage(NamedTuple):
