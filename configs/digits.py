@@ -71,13 +71,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       run=dict(learning_rate=2e-3, weight_decay=0.05, affine=0.5),
   )
   # Copies of a run are further ingredients: moving averages of its parameters
-  # with these decays per step, and its parameters after these epochs.
+  # with these decays per step, and its parameters after these steps.
   config.finetune = defaults.training(
       num_epochs=10 if is_short else 20,
       batch_size=50,
       optimizer='adamw',
       ema=(),
-      keep_epochs=(),
+      keep_steps=(),
   )
   # Ranges, low to high. Up to a rate of 1.5e-2, pairs of runs with a barrier
   # of several points between them are common; up to 1e-2 they are rare.

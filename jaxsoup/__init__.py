@@ -28,14 +28,12 @@ with _epy.lazy_api_imports(globals()):
   from jaxsoup import sharding as sharding
   from jaxsoup import statistics as statistics
   from jaxsoup import studies as studies
+  from jaxsoup import trajectory as trajectory
   from jaxsoup import typing as typing
   from jaxsoup._checked import check_compatible as check_compatible
   from jaxsoup._mixing import mix as mix
   from jaxsoup._mixing import stack as stack
   from jaxsoup._recipes._average import average as average
-  from jaxsoup._recipes._average import ema as ema
-  from jaxsoup._recipes._average import lawa as lawa
-  from jaxsoup._recipes._average import swa as swa
   from jaxsoup._recipes._average import uniform as uniform
   from jaxsoup._recipes._greedy import greedy as greedy
   from jaxsoup._recipes._interpolate import interpolate as interpolate

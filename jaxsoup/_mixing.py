@@ -273,20 +273,22 @@ def _added(
     total: list[jax.Array] | None,
     leaves: list[jax.Array],
     weights: jax.Array,
-    decay: float = 1.0,
+    decay: jax.Array | None = None,
 ) -> list[jax.Array]:
   by_leaf = weights if weights.ndim else [weights] * len(leaves)
   wide = [x.astype(_tree.wide_dtype(x.dtype)) for x in leaves]
   terms = [w.astype(x.real.dtype) * x for w, x in zip(by_leaf, wide)]
   if total is None:
     return terms
-  return [decay * t + term for t, term in zip(total, terms)]
+  if decay is not None:
+    total = [decay.astype(t.real.dtype) * t for t in total]
+  return [t + term for t, term in zip(total, terms)]
 
 
 # `decay * total + weight * theta` of every leaf, in float32 or wider: a running
 # sum, which begins as None. The weights are `[L]`, or one for all leaves.
-added = jax.jit(_added, static_argnums=3)
-add = jax.jit(_added, static_argnums=3, donate_argnums=0)  # In place.
+added = jax.jit(_added)
+add = jax.jit(_added, donate_argnums=0)  # In place.
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -176,11 +176,11 @@ def test_the_held_out_set_is_drawn_several_times(tmp_path, uninterrupted):
 
 @pytest.mark.slow
 def test_copies_of_runs_are_ingredients(tmp_path, uninterrupted):
-  more = ['--config.finetune.ema=(0.9,)', '--config.finetune.keep_epochs=(1,)']
+  more = ['--config.finetune.ema=(0.9,)', '--config.finetune.keep_steps=(5,)']
   more += ['--config.tensorboard=True', '--config.sweep.num_runs=2']
   finish(tmp_path, *more)
   names = sorted(path.name for path in (tmp_path / 'runs').iterdir())
-  copies = ['', '_ema_0.9', '_epoch_1']
+  copies = ['', '_ema_0.9', '_step_5']
   assert names == [f'{k:02d}{copy}' for k in range(2) for copy in copies]
   results = json.loads((tmp_path / 'results.json').read_text())
   singles = [r['name'] for r in results['rows'] if r['kind'] == 'single']

@@ -339,14 +339,51 @@ def keeper(kept):
 
 
 @pytest.mark.slow
+def test_steps_within_an_epoch_are_kept(config, model, theta_0, data):
+  """In one compiled loop up to them, or step by step."""
+  phase = config.finetune.to_dict() | dict(keep_steps=(1, 3))
+  kept = {True: {}, False: {}}
+  for is_scanned, copies in kept.items():
+    settings = phase | dict(is_scanned=is_scanned)
+    keep_fn = keeper(copies)
+    loop.train(model, settings, theta_0, RUNS[:2], data, keep_fn=keep_fn)
+  assert list(kept[True]) == list(kept[False]) == ['step_1', 'step_3']
+  jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *kept.values()
+  )
+
+
+@pytest.mark.parametrize(
+    'given, expected',
+    [
+        (dict(final=1.0), [1, 1, 1, 1, 1]),
+        (dict(decay='linear'), [1, 0.75, 0.5, 0.25, 0]),
+        (dict(decay='linear', decay_from=0.5), [1, 1, 1, 0.5, 0]),
+        (dict(decay='1-sqrt', decay_from=0.5), [1, 1, 1, 1 - 0.5**0.5, 0]),
+        (dict(decay='linear', final=0.2), [1, 0.8, 0.6, 0.4, 0.2]),
+        (dict(decay='linear', warmup=0.5), [0, 0.375, 0.5, 0.25, 0]),
+        (dict(decay_from=1.0), [1, 1, 1, 1]),
+    ],
+)
+def test_schedules(config, data, given, expected):
+  phase = config.finetune.to_dict() | dict(warmup=0.0) | given
+  settings = steps.settings_of(phase, RUNS[:1], len(data))
+  assert settings.num_updates == 4
+  counts = np.arange(len(expected))
+  rates = steps.schedule(settings, counts)
+  np.testing.assert_allclose(rates, expected, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_copies_are_kept(config, model, theta_0, data):
-  phase = config.finetune.to_dict() | dict(ema=(0.9,), keep_epochs=(1,))
+  num = len(data) // config.finetune.batch_size
+  phase = config.finetune.to_dict() | dict(ema=(0.9,), keep_steps=(num,))
   kept = {}
   last = loop.train(model, phase, theta_0, RUNS[:2], data, keep_fn=keeper(kept))
   assert ['', *kept] == loop.names_of(phase)
   # After one epoch it is where the first epoch of the same schedule ends.
   leaves = lambda t: np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)])
-  assert abs(leaves(kept['epoch_1']) - leaves(last)).max() > 1e-4
+  assert abs(leaves(kept[f'step_{num}']) - leaves(last)).max() > 1e-4
   distance = lambda t: np.linalg.norm(
       leaves(t) - leaves(jax.tree.map(lambda x: np.stack([x, x]), theta_0))
   )

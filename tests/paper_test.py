@@ -42,8 +42,8 @@ def table():
   return {int(cells[0]): cells[1:] for cells in lines}
 
 
-def test_there_are_21_lines():
-  assert list(table()) == list(range(1, 22))
+def test_there_is_a_line_for_each():
+  assert list(table()) == list(range(1, 23))
   assert all(len(cells) == 5 for cells in table().values())
 
 
@@ -59,7 +59,7 @@ def resolved(name):
   raise AssertionError(f'{name} leads nowhere')
 
 
-@pytest.mark.parametrize('number', range(1, 22))
+@pytest.mark.parametrize('number', range(1, 23))
 def test_functions_and_figures_exist(number):
   _, held, where, functions, figures = table()[number]
   for cell in (functions, figures):
@@ -130,7 +130,7 @@ def on_shifts(problem, params):
 @pytest.mark.slow
 def test_every_experiment_found_something(made):
   workdir, rows_of = made
-  assert list(rows_of) == list(range(1, 21))
+  assert list(rows_of) == list(studies.EXPERIMENTS)
   text = (workdir / 'experiments.md').read_text()
   for number, rows in rows_of.items():
     assert rows and f'## {number}. ' in text
@@ -169,7 +169,7 @@ def test_soups_against_numpy(made, problem):
   last = pool_of(workdir, 'averaged')
   # A moving average, four epochs and the last parameters of each run.
   assert len(last) == NUM_RUNS * 6
-  swa = mean(pool_of(workdir, 'averaged', '*_epoch*'))
+  swa = mean(pool_of(workdir, 'averaged', '*_step*'))
   plain = mean(pool_of(workdir, 'averaged', '??'))
   swa = jax.tree.map(lambda x, y: np.float32(0.8 * x + 0.2 * y), swa, plain)
   check(14, 'SWA: uniform soup', swa)
@@ -177,6 +177,11 @@ def test_soups_against_numpy(made, problem):
   check(15, 'SAM: uniform soup', mean(pool_of(workdir, 'sam')))
   half = [*sweep[:2], *pool_of(workdir, 'sam')[2:]]
   check(15, 'half of each: uniform soup', mean(half))
+  ends = [mean(pool_of(workdir, 'constant', f'{k:02d}*')) for k in (0, 1)]
+  scores = [accuracy(problem, params) for params in ends]
+  row = rows_of[22]['mean of all']
+  np.testing.assert_allclose(row['test, %'], [np.mean(scores)], atol=1e-3)
+  check(22, 'soup of: decayed rate', mean(pool_of(workdir, 'decayed')))
   check(19, 'linear probe: uniform soup', mean(pool_of(workdir, 'probed')))
   check(19, 'random head: uniform soup', mean(pool_of(workdir, 'random_head')))
 
@@ -251,18 +256,22 @@ def test_heads_and_data_sets(made):
 
 
 def test_figures_of_several_seeds_are_means(tmp_path):
-  seeds = [{'soup': {'test, %': x, 'p': y}} for x, y in ((90, 0.5), (94, 0.1))]
+  seeds = [
+      {'soup': {'test, %': x, 'p': y, 'test, points': x - 92}}
+      for x, y in ((90, 0.5), (94, 0.1))
+  ]
   rows_of = {5: run._stacked(seeds)}
-  run._write(tmp_path, rows_of)
+  run._write(tmp_path, rows_of, {'test': 0.5, 'shifts': 0.5})
   text = (tmp_path / 'experiments.md').read_text()
   # Deviations with one degree of freedom.
-  assert '| soup | 92.0 ± 2.8 | 0.30 ± 0.28 |' in text
+  # Of a gain an interval: t is 12.7, times 2.8 sqrt(1 / 2 + 1).
+  assert '| soup | 92.0 ± 2.8 | 0.30 ± 0.28 | +0.00 [-44.0, 44.0] |' in text
 
 
 @pytest.mark.parametrize(
     'argv, text',
     [
-        (['--only=22'], 'no experiments [22]: choose from 1 to 20'),
+        (['--only=99'], 'no experiments [99]: choose from 1 to 22'),
         (['--only=x'], 'Write --only=4,13'),
         (['--seeds=0'], '0 is not a positive integer'),
         (['--sedes=2'], 'sedes'),

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import jaxsoup
+from jaxsoup import trajectory
 
 NUM = 3
 ALPHA = np.float32([0.5, 0.75, -0.25])
@@ -539,19 +540,6 @@ def test_average_refuses_another_length(alpha):
 
 
 @pytest.mark.parametrize('decay', [0.0, 0.5, 0.9])
-@pytest.mark.parametrize('num', [1, 2, 7])
-def test_ema_is_the_recursion(num, decay):
-  models = np.random.default_rng(num).normal(size=(num, 3))
-  moving = models[0]
-  for model in models[1:]:
-    moving = decay * moving + (1 - decay) * model
-  alpha = jaxsoup.ema(num, decay=decay)
-  np.testing.assert_allclose(alpha @ models, moving, atol=1e-6)
-  assert alpha.sum() == pytest.approx(1)
-  assert alpha.dtype == np.float32
-
-
-@pytest.mark.parametrize('decay', [0.0, 0.5, 0.9])
 def test_running_average_that_decays(decay):
   models = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
   average = jaxsoup.running_average(decay)
@@ -564,7 +552,7 @@ def test_running_average_that_decays(decay):
   np.testing.assert_allclose(
       average.value(state), weights @ models / weights.sum(), rtol=1e-5
   )
-  expected = jaxsoup.ema(6, decay=decay) @ [models[0], *models]
+  expected = trajectory.ema(range(6), decay=decay) @ [models[0], *models]
   np.testing.assert_allclose(average.value(started), expected, rtol=1e-5)
 
 
@@ -576,7 +564,7 @@ def test_running_average_of_a_window():
     state = average.update(state, model)
     if k >= 4:
       state = average.update(state, models[k - 4], -1.0)
-  expected = jaxsoup.lawa(9, last=4) @ models
+  expected = models[-4:].mean(0)
   np.testing.assert_allclose(average.value(state), expected, rtol=1e-5)
 
 
@@ -609,30 +597,5 @@ def test_running_average_refuses():
     jax.jit(average.update)(state, {'w': np.zeros(3, 'f4')})
   with pytest.raises(ValueError, match='decay is 1.5: expected a number from'):
     jaxsoup.running_average(1.5)
-
-
-def test_swa_and_lawa():
-  assert jaxsoup.swa(4).tolist() == [0.25] * 4
-  assert jaxsoup.swa(4, start=2).tolist() == [0, 0, 0.5, 0.5]
-  assert jaxsoup.swa(5, start=1, every=2).tolist() == [0, 0.5, 0, 0.5, 0]
-  assert jaxsoup.lawa(5, last=2).tolist() == [0, 0, 0, 0.5, 0.5]
-  np.testing.assert_array_equal(jaxsoup.lawa(3, last=3), jaxsoup.swa(3))
-
-
-@pytest.mark.parametrize(
-    'make',
-    [
-        lambda: jaxsoup.swa(3, start=3),
-        lambda: jaxsoup.swa(3, start=-1),
-        lambda: jaxsoup.swa(3, every=0),
-        lambda: jaxsoup.swa(0),
-        lambda: jaxsoup.ema(0, decay=0.5),
-        lambda: jaxsoup.ema(3, decay=1.0),
-        lambda: jaxsoup.ema(3, decay=-0.1),
-        lambda: jaxsoup.lawa(3, last=0),
-        lambda: jaxsoup.lawa(3, last=4),
-    ],
-)
-def test_trajectories_refuse(make):
-  with pytest.raises(ValueError, match='expected|must be'):
-    make()
+  with pytest.raises(ValueError, match='every is 0: expected start >= 0 and'):
+    jaxsoup.running_average(every=0)

@@ -230,7 +230,7 @@ PUBLIC = {
         jaxsoup.stack(m), {'b': ALPHA, 'w': ALPHA}
     ),
     'uniform': jaxsoup.uniform,
-    'average': lambda m: jaxsoup.average(m, jaxsoup.ema(NUM, decay=0.5)),
+    'average': lambda m: jaxsoup.average(m, np.full(NUM, 1 / NUM)),
     'interpolate': lambda m: jaxsoup.interpolate(m[0], m[1], 0.5),
     'curve': lambda m: jaxsoup.interpolate(m[0], m[1], np.linspace(0, 1, 3)),
     'greedy': lambda m: jaxsoup.greedy(m, score, num_passes=2),

@@ -1,8 +1,8 @@
-"""Averages whose coefficients are given: uniform, and along a trajectory.
+"""Averages whose coefficients are given.
 
 ```
 soup = jaxsoup.uniform(ingredients)
-soup = jaxsoup.average(checkpoints_of_one_run, jaxsoup.swa(20, start=10))
+soup = jaxsoup.average(ingredients, [0.5, 0.3, 0.2])
 ```
 """
 
@@ -62,8 +62,8 @@ def average(ingredients: Sequence[Params], alpha: Alpha) -> Soup[AverageInfo]:
 
   Args:
     ingredients: K pytrees of one structure, or `checkpoints.Ingredients`.
-    alpha: mixing coefficients `[K]`, such as those of `swa`, `ema` and `lawa`;
-      or a prefix tree of those (see `mix`).
+    alpha: mixing coefficients `[K]`, such as those of
+      `jaxsoup.trajectory`; or a prefix tree of those (see `mix`).
 
   Returns:
     A `Soup` with this alpha and an `AverageInfo`.
@@ -85,92 +85,6 @@ def average(ingredients: Sequence[Params], alpha: Alpha) -> Soup[AverageInfo]:
     order = np.flatnonzero(used).tolist() or [0]
   params, duplicates = _mean(ingredients, alpha, order, 1)
   return Soup(params, alpha, AverageInfo(duplicates))
-
-
-def swa(num: int, *, start: int = 0, every: int = 1) -> np.ndarray:
-  """Coefficients of stochastic weight averaging: late iterates, equally.
-
-  Args:
-    num: number of checkpoints along the trajectory, K.
-    start: the first one that counts.
-    every: take every n-th one, counted from `start`.
-
-  Returns:
-    alpha, `[K]` float32, sums to one.
-
-  Raises:
-    ValueError: nothing would be averaged.
-
-  Example:
-    >>> swa(4, start=2)
-    array([0. , 0. , 0.5, 0.5], dtype=float32)
-
-  Source: Izmailov et al. 2018, algorithm 1. Networks with BatchNorm need
-  their statistics re-estimated afterwards.
-  """
-  if not 0 <= start < num or every < 1:
-    raise ValueError(
-        f'swa(num={num}, start={start}, every={every}) averages nothing: '
-        'expected 0 <= start < num and every >= 1.'
-    )
-  alpha = np.zeros(num, np.float32)
-  alpha[start::every] = 1
-  return alpha / alpha.sum()
-
-
-def ema(num: int, *, decay: float) -> np.ndarray:
-  """Coefficients of an exponential moving average over checkpoints.
-
-  `theta_bar_k = decay theta_bar_{k-1} + (1 - decay) theta_k`, starting at
-  the first: `alpha_k = (1 - decay) decay^(K-1-k)`, and `alpha_0 = decay^(K-1)`.
-
-  Args:
-    num: number of checkpoints along the trajectory, K.
-    decay: in [0, 1); per checkpoint, not per training step.
-
-  Returns:
-    alpha, `[K]` float32, sums to one.
-
-  Raises:
-    ValueError: a decay outside [0, 1), or no checkpoints.
-
-  Example:
-    >>> ema(3, decay=0.5)
-    array([0.25, 0.25, 0.5 ], dtype=float32)
-  """
-  if num < 1 or not 0 <= decay < 1:
-    raise ValueError(
-        f'ema(num={num}, decay={decay}): num must be at least 1 and decay in '
-        '[0, 1).'
-    )
-  alpha = (1 - decay) * decay ** np.arange(num - 1, -1, -1.0)
-  alpha[0] = decay ** (num - 1)
-  return alpha.astype(np.float32)
-
-
-def lawa(num: int, *, last: int) -> np.ndarray:
-  """Coefficients of latest weight averaging: the last few, equally.
-
-  Args:
-    num: number of checkpoints along the trajectory, K.
-    last: how many of them count.
-
-  Returns:
-    alpha, `[K]` float32, sums to one.
-
-  Raises:
-    ValueError: `last` is not in 1..num.
-
-  Example:
-    >>> lawa(3, last=2)
-    array([0. , 0.5, 0.5], dtype=float32)
-
-  Source: Kaddour 2022, "Stop wasting my time! Saving days of ImageNet and BERT
-  training with latest weight averaging".
-  """
-  if not 1 <= last <= num:
-    raise ValueError(f'lawa(num={num}, last={last}): last must be in 1..{num}.')
-  return swa(num, start=num - last)
 
 
 def _mean(

@@ -19,6 +19,8 @@ from jaxsoup.checkpoints._ingredients import Ingredients as Ingredients
 from jaxsoup.checkpoints._peft import Adapters as Adapters
 from jaxsoup.checkpoints._peft import load_adapters as load_adapters
 from jaxsoup.checkpoints._peft import save_adapter as save_adapter
+from jaxsoup.checkpoints._runs import metric as metric
+from jaxsoup.checkpoints._runs import steps as steps
 from jaxsoup.checkpoints._score_log import ScoreLog as ScoreLog
 from jaxsoup.checkpoints._soups import load as load
 from jaxsoup.checkpoints._soups import provenance as provenance

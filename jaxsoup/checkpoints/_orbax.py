@@ -30,7 +30,7 @@ from jaxsoup.typing import PathLike
 # A directory with this file holds one pytree, written by Orbax v0, by v1
 # (below `state/`) or a CheckpointManager (below `STEP/ITEM/`).
 _PYTREE_FILE = _orbax_layout.TREE_FILE
-_UNFINISHED = '.orbax-checkpoint-tmp'
+UNFINISHED = '.orbax-checkpoint-tmp'
 # What is looked at before a directory is too large to be a run's.
 _MOST_DIRECTORIES = 10_000
 _DEEPEST = 8
@@ -46,8 +46,8 @@ def resolve(path: PathLike, item: str | None = None) -> epath.Path:
     )
   resolved = _resolve(root, item, itertools.count())
   if resolved is None:
-    if _UNFINISHED in root.name or any(
-        _UNFINISHED in p.name for p in _directories(root)
+    if UNFINISHED in root.name or any(
+        UNFINISHED in p.name for p in _directories(root)
     ):
       raise FileNotFoundError(
           f'{root} holds only an unfinished checkpoint (its writer was '
@@ -71,7 +71,7 @@ def _resolve(
     path: epath.Path, item: str | None, counter: Iterator[int], depth: int = 0
 ) -> epath.Path | None:
   """The checkpoint at or below a directory; raises where it is too large."""
-  if _UNFINISHED in path.name:
+  if UNFINISHED in path.name:
     return None
   if next(counter) > _MOST_DIRECTORIES:
     raise ValueError(
@@ -87,7 +87,7 @@ def _resolve(
       for child in directories
       if (resolved := _resolve(child, item, counter, depth + 1)) is not None
   }
-  unfinished = [p.name for p in directories if _UNFINISHED in p.name]
+  unfinished = [p.name for p in directories if UNFINISHED in p.name]
   if children and unfinished:
     _warnings.warn(
         f'{path}: {", ".join(unfinished)} is unfinished (its writer was '

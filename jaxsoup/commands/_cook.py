@@ -23,6 +23,7 @@ def cook(
     seed: int | None = None,
     saved: str = NOTHING_SAVED,
     num_hosts: int | None = None,
+    details: dict[str, Any] | None = None,
 ) -> None:
   """Makes a soup, saves it with its provenance, and shows it.
 
@@ -34,6 +35,7 @@ def cook(
     alpha: of an average; None for the mean.
     seed: of the recipe, for the provenance.
     saved: what a SIGTERM leaves.
+    details: more of the recipe, for the provenance.
     num_hosts: only tell what an average takes on so many.
   """
   with _common.failures():
@@ -79,7 +81,9 @@ def cook(
         mesh = loop.all_devices()
         shapes = sharding.fsdp(ingredients.abstract_params, mesh)
         ingredients = stopping.Ingredients(ingredients.paths, shapes, **options)
-      metadata = {'recipe': recipe, 'seed': seed}
+      # The same dict, to which a recipe may still add.
+      metadata = {} if details is None else details
+      metadata |= {'recipe': recipe, 'seed': seed}
       soup = _make_and_save(order, ingredients, recipe_fn, alpha, metadata)
     if is_main:
       _show(soup, ingredients, order, recipe)

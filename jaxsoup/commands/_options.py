@@ -48,6 +48,17 @@ def _stacks(text: str) -> tuple[str, int]:
   return name, int(axis or 0)
 
 
+def _step_range(text: str) -> tuple[int | None, ...]:
+  """Start, stop and distance, from START:STOP:EVERY; each may be empty."""
+  parts = (*text.split(':'), '', '')[:3]
+  if text.count(':') > 2 or not all(re.fullmatch(r'\d*', x) for x in parts):
+    raise typer.BadParameter(
+        f'{text!r} is not a range of steps: write START:STOP or '
+        'START:STOP:EVERY, such as 10000:20000:1000.'
+    )
+  return tuple(int(x) if x else None for x in parts)
+
+
 class Order(NamedTuple):
   """What every recipe is told."""
 
@@ -170,6 +181,67 @@ Stacks = Annotated[
         parser=_stacks,
         help='Module whose arrays hold all layers along an axis (default 0), '
         'such as params/decoder/layers: each layer counts as one. Repeatable.',
+        show_default=False,
+    ),
+]
+Steps = Annotated[
+    Any,
+    typer.Option(
+        metavar='START:STOP[:EVERY]',
+        parser=_step_range,
+        help='Steps that count, both ends included. Default: all.',
+        show_default=False,
+    ),
+]
+Last = Annotated[
+    list[int],
+    typer.Option(
+        min=1,
+        help='Only the last so many of them. Repeatable with --eval.',
+        show_default=False,
+    ),
+]
+Curve = enum.StrEnum(
+    'Curve',
+    {
+        'mean': 'mean',
+        '1-sqrt': '1-sqrt',
+        'linear': 'linear',
+        'cosine': 'cosine',
+        'exponential': 'exponential',
+    },
+)
+Curves = Annotated[
+    list[Curve],
+    typer.Option(
+        '--decay',
+        help='Decay of the learning rate that the average replaces; or mean. '
+        'Repeatable with --eval.',
+    ),
+]
+Best = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help='Only so many with the best --metric.', show_default=False
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        metavar='[FILE:]NAME[:min]',
+        help='A metric that the CheckpointManager of the run has stored, or a '
+        'FILE (JSON lines, CSV, trainer_state.json). Higher is better, unless '
+        ':min.',
+        show_default=False,
+    ),
+]
+EvalOrNot = Annotated[
+    str | None,
+    typer.Option(
+        '--eval',
+        metavar='MODULE:FUNCTION',
+        help='FUNCTION(params) returns a score, higher is better: the best of '
+        'the last step and all --last and --decay is saved.',
         show_default=False,
     ),
 ]

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import math
 import pathlib
 from typing import Annotated
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import typer
 from typer import core
 
+from jaxsoup.commands import _along
 from jaxsoup.commands import _common
 from jaxsoup.commands import _cook
 from jaxsoup.commands import _options
@@ -55,15 +57,21 @@ def _command(function: Callable[..., Asked]) -> None:
   """A command with the options of a recipe, and of `_options.Order`.
 
   Args:
-    function: of its own options; returns further arguments of `_cook.cook`.
+    function: of its own options, and of the runs if it asks for them; returns
+      further arguments of `_cook.cook`, and perhaps other runs.
   """
-  own = inspect.signature(function).parameters
+  own = dict(inspect.signature(function).parameters)
+  asks_for_runs = bool(own.pop('runs', None))
   runs, out, *others = inspect.signature(_options.Order).parameters.values()
   parameters = [runs, out, *own.values(), *others]
 
   @functools.wraps(function)
   def command(**given):
-    asked = function(**{name: given.pop(name) for name in own})
+    options = {name: given.pop(name) for name in own}
+    if asks_for_runs:
+      options['runs'] = given['runs']
+    asked = function(**options)
+    given['runs'] = asked.pop('runs', given['runs'])
     _cook.cook(_options.Order(**given), function.__name__, **asked)
 
   # Where typer looks.
@@ -88,6 +96,48 @@ def average(alpha: _options.Alpha, plan: _options.Plan = None) -> Asked:
         err=True,
     )
   return {'alpha': alpha, 'num_hosts': plan}
+
+
+@_command
+def trajectory(
+    runs: list[Any],
+    steps: _options.Steps = None,
+    last: _options.Last = (),  # type: ignore[assignment]
+    curves: _options.Curves = (_options.Curve.mean,),  # type: ignore
+    best: _options.Best = None,
+    metric: _options.Metric = None,
+    eval_name: _options.EvalOrNot = None,
+) -> Asked:
+  """Averages the steps of one run: RUN is its directory."""
+  with _common.failures():
+    numbers, paths = _along.steps_of_run(runs, steps, best, metric)
+    alphas = _along.alphas(numbers, last, curves, eval_name is not None)
+  details: dict[str, Any] = {'steps': numbers.tolist()}
+  asked: Asked = {'runs': paths, 'details': details}
+  if eval_name is None:
+    ((name, alpha),) = alphas.items()
+    used = alpha != 0
+    details.update(steps=numbers[used].tolist(), average=name)
+    asked['runs'] = [path for path, is_used in zip(paths, used) if is_used]
+    return {**asked, 'alpha': alpha[used].tolist()}
+
+  def recipe_fn(ingredients):
+    import jaxsoup
+
+    eval_fn = user_code.load(eval_name)
+    best_score, best_soup = -math.inf, None
+    for name, alpha in alphas.items():
+      soup = jaxsoup.average(ingredients, alpha)
+      score = float(eval_fn(soup.params))
+      _common.echo(f'{score:8.4f}  {name}', err=True)
+      if score > best_score:
+        best_score, best_soup = score, soup
+        details.update(average=name, score=score)
+    if best_soup is None:
+      raise ValueError(f'{eval_name} returned no score that is a number.')
+    return best_soup
+
+  return {**asked, 'recipe_fn': recipe_fn}
 
 
 @_command

@@ -215,7 +215,8 @@ _POSITIVE = {
 _OF_TRAINING = ('finetune', 'learned', 'pretrain', 'sweep')
 _SEEDS = ('draw', 'seed')
 _SHARES = {
-    'ema', 'final', 'label_smoothing', 'momentum', 'val_fraction', 'warmup',
+    'decay_from', 'ema', 'final', 'label_smoothing', 'momentum',
+    'val_fraction', 'warmup',
 }  # fmt: skip
 
 
@@ -241,10 +242,11 @@ def _problems(fields: Json) -> Iterator[str]:
       expected = 'a range, low before high'
     elif name == 'image_shape' and (len(numbers) != 3 or min(numbers) < 1):
       expected = 'height, width and channels'
-    elif name == 'keep_epochs':
-      last = fields.get(f'{section}.num_epochs', 1)
+    elif name == 'keep_steps':
+      num = fields.get('data.sizes.train', 0) // fields[f'{section}.batch_size']
+      last = num * fields[f'{section}.num_epochs'] or math.inf
       if not all(1 <= x <= last for x in numbers):
-        expected = f'epochs from 1 to {last}, which is num_epochs'
+        expected = f'steps from 1 to {last}, the last one'
     is_of_runs = section.partition('.')[0] in _OF_TRAINING
     is_negative = min(numbers, default=0) < 0 and name not in _SEEDS
     is_at_least_0 = is_of_runs or name == 'num_workers'

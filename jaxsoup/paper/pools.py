@@ -48,6 +48,8 @@ NUM_VALUES = 4
 # Of the larger pools; a multiple of a group, so that few programs are compiled.
 NUM_RUNS = 8
 SAM_RADIUS = 0.05
+# Of runs at a constant rate: how many there are, and checkpoints of each.
+NUM_LONG, NUM_KEPT = 2, 20
 # Shifts that models are fine-tuned on, one each, under a head that is frozen.
 DATA_SETS = ('noise', 'occlusion', 'shear')
 NUM_NARROW = 50
@@ -66,8 +68,9 @@ class Variant(NamedTuple):
 
   Attributes:
     runs: hyper-parameters of each run.
-    start_fn: (work, theta_0 of the sweep) -> theta_0. None: it is pre-trained
+    start_fn: (work, theta_0 of `start`) -> theta_0. None: it is pre-trained
       again.
+    start: the pool that begins where this one does.
     finetune: changes `config.finetune`.
     data_fn: (config, splits) -> splits.
     frozen: the part of the model that is not trained.
@@ -75,6 +78,7 @@ class Variant(NamedTuple):
 
   runs: list[configs.Run]
   start_fn: Callable[[workdirs.Work, Params], Params] | None = lambda work, x: x
+  start: str = 'sweep'
   finetune: Mapping[str, Any] = {}
   data_fn: Callable[[Any, sources.Splits], sources.Splits] = lambda _, x: x
   frozen: str = ''
@@ -89,8 +93,6 @@ class Pool:
     runs: hyper-parameters of each.
     names: of the models: '03', '03_ema_0.95'.
     models: K pytrees.
-    logits: `[K, N, C]` by data set.
-    singles: scores of each model.
     known: remembered held-out scores, by members.
     eval_fn: the score on the held-out data.
   """
@@ -101,14 +103,6 @@ class Pool:
     paths = [path for _, _, path in work.copies()]
     self.names = [path.name for path in paths]
     self.models = list(checkpoints.Ingredients(paths))
-    each = [
-        work.logits_of(path, functools.partial(self.models.__getitem__, k))
-        for k, path in enumerate(paths)
-    ]
-    self.logits = {
-        name: np.stack([x[name] for x in each]) for name in work.data
-    }
-    self.singles = list(map(self.scores_of, each))
     self.known: dict[Any, Any] = {}  # Scores, or bounds on them.
     batches = cook.batches_of(work.splits.held_out, work.config.batch_size)
     self.eval_fn = cook.score_fn(work.config, work.model.logits_fn, batches)
@@ -116,6 +110,30 @@ class Pool:
 
   def __len__(self) -> int:
     return len(self.models)
+
+  @functools.cached_property
+  def logits(self) -> dict[str, np.ndarray]:
+    """`[K, N, C]` by data set."""
+    each = [
+        self.work.logits_of(path, functools.partial(self.models.__getitem__, k))
+        for k, (_, _, path) in enumerate(self.work.copies())
+    ]
+    return {name: np.stack([x[name] for x in each]) for name in self.work.data}
+
+  @functools.cached_property
+  def singles(self) -> list[Scores]:
+    """Scores of each model."""
+    of = lambda k: {name: x[k] for name, x in self.logits.items()}
+    return [self.scores_of(of(k)) for k in range(len(self))]
+
+  def kept(self) -> tuple[np.ndarray, list[list[Params]]]:
+    """Steps of what is kept of each run, the last too, and these models."""
+    names = loop.names_of(self.work.config.finetune)
+    phase, num_train = self.work.config.finetune, len(self.work.splits.train)
+    last = phase.num_epochs * (num_train // phase.batch_size)
+    starts = range(0, len(self), len(names))
+    runs = [self.models[i : i + len(names)] for i in starts]
+    return np.array([*phase.keep_steps, last]), [[*x[1:], x[0]] for x in runs]
 
   def by_set(self, logits: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The score of logits `[N, C]` by data set."""
@@ -192,7 +210,8 @@ class Bench(contextlib.ExitStack):
       return self._pools[name]
     variant = VARIANTS[name](self)
     config = copy.deepcopy(self.config)
-    config.finetune.update(variant.finetune)
+    with config.unlocked():  # Not all configs have what is set.
+      config.finetune.update(variant.finetune)
     make_fn: Any = self.experiment.data_fn
     experiment = self.experiment._replace(
         config=config,
@@ -204,7 +223,9 @@ class Bench(contextlib.ExitStack):
     work = workdirs.work_of(experiment, folder, stop=self._stop)
     path = work.workdir / 'theta_0'
     if variant.start_fn is not None and not path.exists():
-      checkpoints.save(path, variant.start_fn(work, self['sweep'].theta_0))
+      checkpoints.save(
+          path, variant.start_fn(work, self[variant.start].theta_0)
+      )
     theta_0 = stages.theta_0(work)
     if variant.frozen:
       # One model for all pools, or each would be compiled.
@@ -215,6 +236,10 @@ class Bench(contextlib.ExitStack):
     if name == 'sweep':
       results.make(work, theta_0)
     return pool
+
+  def shares(self) -> dict[str, float]:
+    """See `results.shares`; all pools have the same data that report."""
+    return results.shares(next(iter(self._pools.values())).work)
 
 
 def middle(config: ml_collections.ConfigDict) -> configs.Run:
@@ -278,11 +303,32 @@ def _scratch(bench: Bench, is_shared: bool) -> Variant:
 
 
 def _averaged(bench: Bench) -> Variant:
-  """Copies of each run: a moving average, and four late epochs."""
-  last = bench.config.finetune.num_epochs
-  late = np.linspace(last / 2, last, 5)[:-1].round().astype(int).tolist()
-  finetune = {'ema': (0.95,), 'keep_epochs': tuple(late)}
+  """Copies of each run: a moving average, and four in its second half."""
+  finetune = {'ema': (0.95,), 'keep_steps': _steps(bench, 0.5, 5)[:-1]}
   return Variant(bench.runs[:NUM_RUNS], finetune=finetune)
+
+
+def _steps(bench: Bench, start: float, num: int) -> tuple[int, ...]:
+  """Steps at equal distances from a share of the fine-tuning to its end."""
+  phase, sizes = bench.config.finetune, bench.config.data.sizes
+  last = phase.num_epochs * (sizes.train // phase.batch_size)
+  return tuple(
+      np.linspace(start * last, last, num).round().astype(int).tolist()
+  )
+
+
+def _constant(bench: Bench) -> Variant:
+  """Runs at one rate that does not fall, and what they were on the way."""
+  kept = _steps(bench, 1 / NUM_KEPT, NUM_KEPT)[:-1]
+  runs = [{**middle(bench.config), 'seed': 1 + k} for k in range(NUM_LONG)]
+  finetune = {'final': 1.0, 'keep_steps': kept}
+  return Variant(runs, start_fn=None, finetune=finetune)
+
+
+def _decayed(bench: Bench) -> Variant:
+  """The same runs, whose rate falls in their second half."""
+  finetune = {'final': 0.0, 'decay': '1-sqrt', 'decay_from': 0.5}
+  return Variant(bench['constant'].runs, start='constant', finetune=finetune)
 
 
 def _probed(bench: Bench) -> Variant:
@@ -337,6 +383,8 @@ VARIANTS: dict[str, Callable[[Bench], Variant]] = {
     'scratch_shared': lambda bench: _scratch(bench, is_shared=True),
     'scratch_apart': lambda bench: _scratch(bench, is_shared=False),
     'averaged': _averaged,
+    'constant': _constant,
+    'decayed': _decayed,
     'sam': lambda bench: Variant(
         [{**run, 'sam': SAM_RADIUS} for run in bench.runs[:NUM_RUNS]]
     ),

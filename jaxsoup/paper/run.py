@@ -21,6 +21,7 @@ import numpy as np
 from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import report
+from jaxsoup import statistics
 from jaxsoup.experiments import configs
 from jaxsoup.paper import pools
 from jaxsoup.paper import studies
@@ -73,8 +74,12 @@ def run(
           figures[number].append(_once(bench, number))
     progress_fn('experiments', 1.0)
   stacked = {n: _stacked(of_seeds) for n, of_seeds in figures.items()}
-  _write(workdir, stacked)
+  _write(workdir, stacked, json.loads((workdir / _shares(first)).read_text()))
   return stacked
+
+
+def _shares(seed: int) -> str:
+  return f'seed{seed}/shares.json'
 
 
 def _once(bench: pools.Bench, number: int) -> studies.Figures:
@@ -87,6 +92,7 @@ def _once(bench: pools.Bench, number: int) -> studies.Figures:
   if draw is not None:
     report.save(draw, path.with_suffix('.png'), size=(6.4, 4.4))
   _json.write(path, _json.plain(figures))
+  _json.write(bench.workdir / 'shares.json', bench.shares())
   return json.loads(path.read_text())
 
 
@@ -102,12 +108,15 @@ def _stacked(
   return stacked
 
 
-def _write(workdir: pathlib.Path, figures) -> None:
-  """The figures as a Markdown file, and those that are drawn, of all seeds."""
+def _write(workdir: pathlib.Path, figures, shares: Mapping[str, float]) -> None:
+  """The figures as a Markdown file, and those that are drawn, of all seeds.
+
+  Seeds have `shares` of the examples that report in common, by set.
+  """
   lines = ['# The experiments of the paper: results', '']
   for number, rows in figures.items():
     experiment = studies.EXPERIMENTS[number]
-    lines += [f'## {number}. {experiment.title}', '', *_table(rows), '']
+    lines += [f'## {number}. {experiment.title}', '', *_table(rows, shares), '']
     if experiment.has_dots:
       per_cent = {
           row: {k: x for k, x in columns.items() if '%' in k}
@@ -121,12 +130,24 @@ def _write(workdir: pathlib.Path, figures) -> None:
     unfinished.write_text('\n'.join(lines))
 
 
-def _table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
-  """Means over the seeds, and their deviations."""
+def _table(
+    rows: Mapping[str, Mapping[str, Sequence[float]]],
+    shares: Mapping[str, float],
+) -> list[str]:
+  """Means over the seeds; of scores their deviations, of gains intervals."""
+
+  def cell(column, values):
+    where = next((x for x in ('shifts', 'test') if x in column), None)
+    if where is None or not column.endswith('points') or None in values:
+      return _cell(values)
+    gain = statistics.over_repeats(values, share=shares[where])
+    interval = f' [{gain.low:.1f}, {gain.high:.1f}]' if len(values) > 1 else ''
+    return f'{gain.gain:+.2f}{interval}'
+
   columns = list(dict.fromkeys(k for row in rows.values() for k in row))
   lines = [f'| | {" | ".join(columns)} |', f'|---|{"---:|" * len(columns)}']
   for name, row in rows.items():
-    cells = [_cell(row[k]) if k in row else '' for k in columns]
+    cells = [cell(k, row[k]) if k in row else '' for k in columns]
     lines.append(f'| {name} | {" | ".join(cells)} |')
   return lines
 

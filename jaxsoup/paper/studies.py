@@ -24,8 +24,10 @@ from jaxsoup import landscape
 from jaxsoup import metrics
 from jaxsoup import report
 from jaxsoup import studies
+from jaxsoup import trajectory
 from jaxsoup.experiments import landscapes
 from jaxsoup.paper import pools
+from jaxsoup.typing import Params
 
 # Figures by row and column; those of a column with '%' are drawn.
 Figures = dict[str, dict[str, float]]
@@ -375,7 +377,7 @@ def averages(bench: pools.Bench) -> Result:
   last = [k for k, name in enumerate(names) if '_' not in name]
   swa = [
       jaxsoup.uniform(
-          [pool.models[k] for k in [*of(f'{names[i]}_epoch'), i]]
+          [pool.models[k] for k in [*of(f'{names[i]}_step'), i]]
       ).params
       for i in last
   ]
@@ -385,6 +387,93 @@ def averages(bench: pools.Bench) -> Result:
     figures |= _compared(prefix, singles, pool.soup(members))
   soup = pool.of(jaxsoup.uniform(swa).params)
   return figures | _compared('SWA', list(map(pool.of, swa)), soup), None
+
+
+# Names of averages that are souped over runs as well.
+_LAST, _LATE, _WSM = 'last iterate', 'mean of the second half', 'WSM, 1-sqrt'
+
+
+def along_a_run(bench: pools.Bench) -> Result:
+  """Averages along runs with a constant rate, against a rate that falls."""
+  pool, decayed = bench['constant'], bench['decayed']
+  steps, runs = pool.kept()
+  by_run = [_along(pool, steps, models) for models in runs]
+  figures: Figures = {
+      'decayed rate': _scores(pools.mean_scores(decayed.singles))
+  }
+  for name in by_run[0]:
+    scores = [pool.of(averages[name]) for averages in by_run]
+    figures[name] = _scores(pools.mean_scores(scores))
+  figures['soup of: decayed rate'] = _scores(decayed.soup(range(len(decayed))))
+  for name in (_LAST, _LATE, _WSM):
+    soup = jaxsoup.uniform([averages[name] for averages in by_run])
+    figures[f'soup of: {name}'] = _scores(pool.of(soup.params))
+  for base in (_LAST, 'decayed rate'):
+    for row in figures.values():
+      for where in _WHERE:
+        gain = row[f'{where}, %'] - figures[base][f'{where}, %']
+        row[f'{where} minus {base}, points'] = gain
+  size, score = 5, lambda params: 100 * float(pool.eval_fn(params))
+  drawn = {
+      'iterate': (steps, list(map(score, runs[0]))),
+      f'mean of {size}': (
+          steps[size - 1 :],
+          [score(soup.params) for soup in trajectory.sliding(runs[0], size)],
+      ),
+  }
+  return figures, functools.partial(report.by_step, scores=drawn)
+
+
+def _along(pool: pools.Pool, steps: np.ndarray, models: list[Params]):
+  """Averages of the checkpoints of one run, by name."""
+  last, half = steps[-1], trajectory.window(steps, start=steps[-1] // 2)
+  of_last = lambda num: trajectory.window(steps, last=num)
+  alphas = {
+      _LAST: trajectory.swa(steps, where=of_last(1)),
+      'mean of the last 2': trajectory.swa(steps, where=of_last(2)),
+      'mean of the last 5': trajectory.swa(steps, where=of_last(5)),
+      _LATE: trajectory.swa(steps, where=half),
+      'mean of all': trajectory.swa(steps),
+      _WSM: trajectory.decay(steps, '1-sqrt', where=half),
+      'WSM, linear': trajectory.decay(steps, 'linear', where=half),
+      'WSM, cosine': trajectory.decay(steps, 'cosine', where=half),
+      **{
+          f'EMA, half-life {share:.0%} of the run': trajectory.ema(
+              steps, decay=0.5 ** (1 / (share * last))
+          )
+          for share in (0.05, 0.2)
+      },
+  }
+  averages = {
+      name: jaxsoup.average(models, alpha).params
+      for name, alpha in alphas.items()
+  }
+  late = [model for model, is_late in zip(models, half) if is_late]
+  return averages | {
+      'post-hoc EMA, length by held-out': _post_hoc(pool, models),
+      'greedy over the second half': jaxsoup.greedy(late, pool.eval_fn).params,
+  }
+
+
+def _post_hoc(pool: pools.Pool, models: list[Params]) -> Params:
+  """From two EMAs that are stored now and then, the best of several lengths."""
+  stored = {}
+  for length in (0.05, 0.1):
+    average = jaxsoup.running_average(trajectory.power_decay(length))
+    state = average.init(models[0])
+    for num, model in enumerate(models, 1):
+      state = average.update(state, model)
+      if num % 5 == 0:
+        stored[num, length] = average.value(state)
+  nums, lengths = zip(*stored)
+  alpha_of = functools.partial(
+      trajectory.post_hoc_ema, nums, lengths, step=len(models)
+  )
+  averages = [
+      jaxsoup.average(list(stored.values()), alpha_of(length=length)).params
+      for length in (0.05, 0.1, 0.15, 0.2, 0.25)
+  ]
+  return max(averages, key=pool.eval_fn)
 
 
 def sharpness_aware(bench: pools.Bench) -> Result:
@@ -482,7 +571,8 @@ def significance(bench: pools.Bench) -> Result:
   return figures, functools.partial(report.scatter, rows=_rows(bench))
 
 
-# By the number that they have in docs/experiments.md; 21 is text.
+# By the number that they have in docs/experiments.md; 21 is text, and those
+# after it are not of the paper.
 EXPERIMENTS = {
     1: Experiment('loss and error slice', plane),
     2: Experiment('angle against gain', angles_and_gains),
@@ -504,4 +594,5 @@ EXPERIMENTS = {
     18: Experiment('several data sets', data_sets, has_dots=True),
     19: Experiment('LP-FT', heads, has_dots=True),
     20: Experiment('significance', significance),
+    22: Experiment('averages along a run', along_a_run, has_dots=True),
 }

@@ -15,6 +15,7 @@ from jaxsoup.report._landscape_sections import pair_rates as pair_rates
 from jaxsoup.report._landscape_sections import plane_sections as plane_sections
 from jaxsoup.report._landscapes import against_ensembles as against_ensembles
 from jaxsoup.report._landscapes import angles_and_gains as angles_and_gains
+from jaxsoup.report._landscapes import by_step as by_step
 from jaxsoup.report._landscapes import compared as compared
 from jaxsoup.report._landscapes import contributions as contributions
 from jaxsoup.report._landscapes import growth as growth

@@ -249,6 +249,28 @@ def growth(
   _plots.legend(ax)
 
 
+def by_step(
+    ax: 'Axes',
+    scores: Mapping[str, tuple[ArrayLike, Sequence[float]]],
+    *,
+    label: str = 'held-out score (%)',
+) -> None:
+  """Scores along a run, of the run itself and of averages along it.
+
+  Args:
+    ax: a matplotlib Axes.
+    scores: by name, steps `[n]` and scores `[n]`.
+    label: what the scores are.
+  """
+  for i, (name, (steps, values)) in enumerate(scores.items()):
+    colour, marker, _ = _plots.look(i)
+    ax.plot(
+        steps, values, label=name, color=colour, marker=marker, markersize=4
+    )
+  _plots.tidy(ax, 'step', label)
+  _plots.legend(ax)
+
+
 def varied(
     ax: 'Axes',
     groups: Sequence[Varied],

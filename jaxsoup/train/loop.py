@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import functools
+import itertools
 import operator
 import time
 from typing import Any
@@ -44,7 +45,7 @@ from jaxsoup.typing import Config
 
 # Epochs done, epochs, losses [K].
 Progress = Callable[[int, int, np.ndarray], None]
-# Name of a copy that is kept ('ema_0.99', 'epoch_2'), its stacked parameters.
+# Name of a copy that is kept ('ema_0.99', 'step_200'), its stacked parameters.
 Keep = Callable[[str, steps.Params], None]
 # Row of the run in the call, and what is logged: `step`, `loss` and so on.
 Log = Callable[[int, Mapping[str, float]], None]
@@ -113,11 +114,11 @@ def train(
             model, settings, state, hyper, data, *place, inputs
         )
         done += seen.add(metrics, done)
+        if keep_fn is not None and before + done in settings.keep_steps:
+          keep_fn(f'step_{before + done}', state.params)
         if saved and done < num_steps:
           saved.after(before + done, state)
       progress_fn(epoch + 1, settings.num_epochs, seen.losses())
-      if keep_fn is not None and epoch + 1 in settings.keep_epochs:
-        keep_fn(f'epoch_{epoch + 1}', state.params)
       if saved:
         saved.after(before + num_steps, state)
   if keep_fn is not None:
@@ -130,8 +131,9 @@ def _feed(model, settings, hyper, source, mesh):
   """What `advance` takes: data or None, and (epoch, start) -> its inputs.
 
   Without a mesh the data lie on the device as a whole, and the inputs are rows
-  of it, [K, steps, B]: of a whole epoch, or of one step where `is_scanned` is
-  false. On a mesh they are batches, [K, 1, B, ...].
+  of it, [K, steps, B]: of an epoch, or up to a step after which parameters are
+  kept, or of one step where `is_scanned` is false. On a mesh they are batches,
+  [K, 1, B, ...].
   """
   seeds = jax.device_get(hyper['seed']).tolist()
   size, num_steps = settings.batch_size, len(source) // settings.batch_size
@@ -143,9 +145,11 @@ def _feed(model, settings, hyper, source, mesh):
       order = [sources.shuffled(len(source), seed, epoch) for seed in seeds]
       rows = np.stack(order)[:, : num_steps * size]
       rows = rows.reshape(len(seeds), num_steps, size).astype(np.int32)
-      step = num_steps if settings.is_scanned else 1
-      for first in range(start, num_steps, step):
-        yield jax.device_put(rows[:, first : first + step])
+      kept = {step - epoch * num_steps for step in settings.keep_steps}
+      each = range(num_steps) if not settings.is_scanned else kept
+      ends = sorted(x for x in {*each, num_steps} if start < x <= num_steps)
+      for first, last in itertools.pairwise([start, *ends]):
+        yield jax.device_put(rows[:, first:last])
 
     return jax.device_put(only(source.arrays)), rows_of
   check_divided(size, mesh)
@@ -433,7 +437,7 @@ def names_of(phase: Config) -> list[str]:
   """Names of the copies that a run leaves: '' is the last one."""
   return [
       '',
-      *(f'epoch_{n}' for n in phase.get('keep_epochs', ())),
+      *(f'step_{n}' for n in phase.get('keep_steps', ())),
       *(f'ema_{decay}' for decay in phase.get('ema', ())),
   ]
 

@@ -18,6 +18,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from jaxsoup import trajectory
 from jaxsoup._recipes._running import AverageState
 from jaxsoup._recipes._running import running_average
 from jaxsoup.train import augmentation
@@ -48,14 +49,16 @@ class Settings(NamedTuple):
     batch_size: examples a step.
     num_updates: of the parameters, in all epochs.
     warmup: share of the updates in which the rate rises linearly.
-    final: share of the peak rate at the end of the cosine.
+    final: share of the peak rate at the end; 1 is a constant rate.
+    decay: a key of `trajectory.CURVES`, along which the rate falls.
+    decay_from: share of the updates after which it begins to.
     augmentation: further arguments of augmentations, see `augmentation.apply`.
     optimizer: a key of `OPTIMIZERS`.
     momentum: of SGD.
     clip: largest norm of the gradient; 0 does not clip.
     num_accumulated: batches whose mean gradient makes one update.
     ema: decays per step; each keeps a moving average of the parameters.
-    keep_epochs: after which the parameters are kept as well.
+    keep_steps: after which the parameters are kept as well.
     batch_norm: 'train', by the statistics of the batch, or 'frozen', by those
       that are there.
     augmentations: names of those that a run asks for.
@@ -71,12 +74,14 @@ class Settings(NamedTuple):
   warmup: float
   final: float
   augmentation: ml_collections.FrozenConfigDict
+  decay: str = 'cosine'
+  decay_from: float = 0.0
   optimizer: str = 'adamw'
   momentum: float = 0.9
   clip: float = 0.0
   num_accumulated: int = 1
   ema: tuple[float, ...] = ()
-  keep_epochs: tuple[int, ...] = ()
+  keep_steps: tuple[int, ...] = ()
   batch_norm: str = 'train'
   augmentations: tuple[str, ...] = ()
   is_sharp: bool = False
@@ -142,7 +147,7 @@ def settings_of(
     )
   given = {k: phase[k] for k in Settings._fields if k in phase}
   given |= {k: runs[0][k] for k in STATIC if k in runs[0]}
-  for name in ('ema', 'keep_epochs'):
+  for name in ('ema', 'keep_steps'):
     given[name] = tuple(given.get(name, ()))
   options = given.get('augmentation', {})
   given['augmentation'] = ml_collections.FrozenConfigDict(options)
@@ -161,11 +166,17 @@ def settings_of(
   )
   for name, allowed in (
       ('optimizer', OPTIMIZERS),
+      ('decay', trajectory.CURVES),
       ('batch_norm', ('train', 'frozen')),
   ):
     if (value := getattr(settings, name)) not in allowed:
       choices = ', '.join(allowed)
       raise ValueError(f'{name} is {value!r}: choose from {choices}.')
+  if any(not 1 <= step <= num_steps for step in settings.keep_steps):
+    raise ValueError(
+        f'keep_steps is {settings.keep_steps}: expected steps from 1 to '
+        f'{num_steps}, the last one.'
+    )
   if settings.is_sharp and settings.num_accumulated > 1:
     raise ValueError(
         f'num_accumulated is {settings.num_accumulated} and runs have sam, '
@@ -213,11 +224,12 @@ def make_tx(
 
 
 def schedule(settings: Settings, count: Any) -> Any:
-  """Share of the peak rate: a linear warm-up times a cosine to `final`."""
-  done = count / settings.num_updates
-  cosine = 0.5 * (1 + jnp.cos(jnp.pi * done))
+  """Share of the peak rate: a linear warm-up times a decay to `final`."""
+  done = jnp.asarray(count / settings.num_updates)
+  decayed = (done - settings.decay_from) / (1 - settings.decay_from)
+  kept = trajectory.CURVES[settings.decay](jnp.maximum(0, decayed))
   warm = jnp.minimum(1.0, done / settings.warmup) if settings.warmup else 1.0
-  return warm * (settings.final + (1 - settings.final) * cosine)
+  return warm * (settings.final + (1 - settings.final) * kept)
 
 
 def initial_state(settings, params, hyper) -> State:
