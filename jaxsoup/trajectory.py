@@ -468,7 +468,7 @@ def kept(opt_state: Any) -> dict[str, Params]:
   """The averages in the state of an optimizer with `keep`, by name.
 
   Traceable, so that an evaluation on a mesh needs no second copy of them. As
-  items of their own in an Orbax checkpoint:
+  items of their own in an Orbax checkpoint::
 
     items = {n: ocp.args.StandardSave(x) for n, x in kept(opt_state).items()}
     manager.save(step, args=ocp.args.Composite(state=..., **items))
