@@ -227,14 +227,14 @@ def power_decay(length: float) -> Callable[[ArrayLike], jax.Array]:
 
   Args:
     length: standard deviation of the weights, as a share of the run, below
-      0.289, that of the mean; called sigma_rel in the source, which stores 0.05
-      and 0.10.
+      0.2886, that of the mean; called sigma_rel in the source, which stores
+      0.05 and 0.10.
 
   Returns:
     `decay(n)` for the n-th model that is added, from 1.
 
   Raises:
-    ValueError: a length outside (0, 0.289).
+    ValueError: a length outside (0, 0.2886).
 
   Example:
     >>> decay_fn = power_decay(0.1)
@@ -281,7 +281,7 @@ def post_hoc_ema(
     alpha, `[K]` float32, sums to one.
 
   Raises:
-    ValueError: lengths outside (0, 0.289), or none that match the steps.
+    ValueError: lengths outside (0, 0.2886), or none that match the steps.
 
   Example:
     >>> post_hoc_ema([50, 100, 50, 100], [0.05, 0.05, 0.1, 0.1],
@@ -468,7 +468,7 @@ def kept(opt_state: Any) -> dict[str, Params]:
   """The averages in the state of an optimizer with `keep`, by name.
 
   Traceable, so that an evaluation on a mesh needs no second copy of them. As
-  items of their own in an Orbax checkpoint:
+  items of their own in an Orbax checkpoint::
 
     items = {n: ocp.args.StandardSave(x) for n, x in kept(opt_state).items()}
     manager.save(step, args=ocp.args.Composite(state=..., **items))

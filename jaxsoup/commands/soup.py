@@ -112,14 +112,14 @@ def trajectory(
   with _common.failures():
     numbers, paths = _along.steps_of_run(runs, steps, best, metric)
     alphas = _along.alphas(numbers, last, curves, eval_name is not None)
-  details: dict[str, Any] = {'steps': numbers.tolist()}
+  used = sum(abs(alpha) for alpha in alphas.values()) > 0
+  alphas = {name: alpha[used] for name, alpha in alphas.items()}
+  details: dict[str, Any] = {'steps': numbers[used].tolist()}
+  paths = [path for path, is_used in zip(paths, used) if is_used]
   asked: Asked = {'runs': paths, 'details': details}
   if eval_name is None:
-    ((name, alpha),) = alphas.items()
-    used = alpha != 0
-    details.update(steps=numbers[used].tolist(), average=name)
-    asked['runs'] = [path for path, is_used in zip(paths, used) if is_used]
-    return {**asked, 'alpha': alpha[used].tolist()}
+    ((details['average'], alpha),) = alphas.items()
+    return {**asked, 'alpha': alpha.tolist()}
 
   def recipe_fn(ingredients):
     import jaxsoup
