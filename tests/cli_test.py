@@ -242,7 +242,11 @@ def test_soup_as_text(runs, recipe, options):
     [
         (('best',), 2, "'best' is not a recipe. The recipe comes first: "),
         (('model_stock',), 2, 'jaxsoup soup model-stock RUN... --out OUT.'),
-        (('--seed', '3'), 2, 'Recipes: uniform, average, model-stock, greedy,'),
+        (
+            ('--seed', '3'),
+            2,
+            'Recipes: uniform, average, trajectory, model-stock,',
+        ),
         (('greedy',), 2, "Missing option '--eval'"),
         (('pruned',), 2, "Missing option '--eval'"),
         (('learned',), 2, "Missing option '--loss'"),
