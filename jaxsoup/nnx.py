@@ -1,6 +1,8 @@
 """Averages of an nnx model, as an object next to its optimizer.
 
 ```
+import jaxsoup.nnx
+
 averages = jaxsoup.nnx.Averages(model, {'ema': jaxsoup.running_average(0.999)})
 optimizer.update(model, grads)
 averages.update(model)

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from jaxsoup import _checked
+from jaxsoup import _tree
 from jaxsoup._recipes import _running
 from jaxsoup._soup import AverageInfo
 from jaxsoup._soup import Soup
@@ -227,14 +228,14 @@ def power_decay(length: float) -> Callable[[ArrayLike], jax.Array]:
 
   Args:
     length: standard deviation of the weights, as a share of the run, below
-      0.289, that of the mean; called sigma_rel in the source, which stores 0.05
-      and 0.10.
+      0.2886, that of the mean; called sigma_rel in the source, which stores
+      0.05 and 0.10.
 
   Returns:
     `decay(n)` for the n-th model that is added, from 1.
 
   Raises:
-    ValueError: a length outside (0, 0.289).
+    ValueError: a length outside (0, 0.2886).
 
   Example:
     >>> decay_fn = power_decay(0.1)
@@ -281,7 +282,7 @@ def post_hoc_ema(
     alpha, `[K]` float32, sums to one.
 
   Raises:
-    ValueError: lengths outside (0, 0.289), or none that match the steps.
+    ValueError: lengths outside (0, 0.2886), or none that match the steps.
 
   Example:
     >>> post_hoc_ema([50, 100, 50, 100], [0.05, 0.05, 0.1, 0.1],
@@ -467,8 +468,9 @@ def keep(
 def kept(opt_state: Any) -> dict[str, Params]:
   """The averages in the state of an optimizer with `keep`, by name.
 
-  Traceable, so that an evaluation on a mesh needs no second copy of them. As
-  items of their own in an Orbax checkpoint:
+  Traceable, so that an evaluation on a mesh needs no second copy of them; where
+  it is not traced, those to which nothing was added yet are left out. As
+  items of their own in an Orbax checkpoint::
 
     items = {n: ocp.args.StandardSave(x) for n, x in kept(opt_state).items()}
     manager.save(step, args=ocp.args.Composite(state=..., **items))
@@ -481,7 +483,7 @@ def kept(opt_state: Any) -> dict[str, Params]:
     By name, parameters in their dtypes; `nnx.update(model, ...)` takes them.
 
   Raises:
-    ValueError: no such state, or nothing has been added to an average.
+    ValueError: no such state, or nothing has been added to any average.
   """
   is_kept = lambda x: isinstance(x, Kept)
   states = filter(is_kept, jax.tree.leaves(opt_state, is_leaf=is_kept))
@@ -491,8 +493,15 @@ def kept(opt_state: Any) -> dict[str, Params]:
         'This optimizer state has no averages: chain(..., trajectory.keep(...))'
         ' puts them there.'
     )
+  averages = {name: pure(average) for name, average in averages.items()}
+  weights = [average.weight for average in averages.values()]
+  if not _tree.is_traced(*weights):
+    is_there = [bool(weight) for weight in jax.device_get(weights)]
+    averages = {n: x for (n, x), y in zip(averages.items(), is_there) if y}
+  if not averages:
+    raise ValueError('Nothing has been added to any of these averages yet.')
   value = _running.running_average().value
-  return {name: value(pure(average)) for name, average in averages.items()}
+  return {name: value(average) for name, average in averages.items()}
 
 
 def pure(tree: Any) -> Any:
@@ -506,7 +515,8 @@ def pure(tree: Any) -> Any:
 
 
 def _checked_steps(steps: ArrayLike) -> np.ndarray:
-  numbers = np.asarray(steps)
+  # Also the keys of what `checkpoints.steps` returns.
+  numbers = np.asarray(list(steps) if isinstance(steps, Mapping) else steps)
   if numbers.ndim != 1 or not len(numbers) or numbers.dtype.kind not in 'iu':
     raise ValueError(
         f'steps are {steps!r:.80}: expected the step number of each '

@@ -165,6 +165,21 @@ def test_alpha_that_does_not_sum_to_one(runs, alpha, said):
   )
 
 
+def test_steps_that_no_average_uses_are_not_read(tmp_path):
+  """An early step of another structure: it was saved before something began."""
+  for step in (1, 2, 3):
+    params = {'w': np.full(2, step, np.float32)}
+    checkpoints.save(tmp_path / f'run/{step}', params)
+  checkpoints.save(tmp_path / 'run/0', {'v': np.ones(3)})
+  args = ('--last', 2, '--last', 1, '--eval', 'mine:score')
+  result = invoke('soup', 'trajectory', 'run', *args, '--out', 'out', '--json')
+  assert result.exit_code == 0, result.output
+  alpha = json.loads(result.stdout)['alpha']
+  assert {pathlib.Path(p).name: x for p, x in alpha.items()} == dict.fromkeys(
+      ('3', '2'), 0.5
+  )
+
+
 def test_best_single_is_said_if_all_were_scored(runs):
   args = ('soup', 'greedy', *runs, '--eval', 'mine:score', '--out')
   assert ', best single -0.4000' in invoke(*args, 'a').stdout
@@ -227,7 +242,11 @@ def test_soup_as_text(runs, recipe, options):
     [
         (('best',), 2, "'best' is not a recipe. The recipe comes first: "),
         (('model_stock',), 2, 'jaxsoup soup model-stock RUN... --out OUT.'),
-        (('--seed', '3'), 2, 'Recipes: uniform, average, model-stock, greedy,'),
+        (
+            ('--seed', '3'),
+            2,
+            'Recipes: uniform, average, trajectory, model-stock,',
+        ),
         (('greedy',), 2, "Missing option '--eval'"),
         (('pruned',), 2, "Missing option '--eval'"),
         (('learned',), 2, "Missing option '--loss'"),

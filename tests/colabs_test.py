@@ -131,11 +131,30 @@ def check_why_did_my_soup_fail(names):
   assert good[-1] + 1 not in names['greedy'].info.accepted
 
 
+def check_averages_along_a_run(names):
+  assert_mean(
+      names['models']['mean of the same quarter'], names['ingredients'][-11:]
+  )
+  inside, test = names['inside'], names['test']
+  assert_mean(inside['mean'], names['ingredients'][-11:])
+  assert_mean(
+      checkpoints.Ingredients(['late.safetensors'])[0], [inside['mean']]
+  )
+  each = [100 * test(params) for params in names['ingredients']]
+  size = names['SIZE']
+  assert len(names['sliding']) == len(each) - size + 1
+  assert np.mean(names['sliding']) > np.mean(each[size - 1 :]) + 1
+  low, high = names['other_rates'].values()
+  assert test(low['mean of all']) < test(low['last step'])
+  assert max(map(test, high.values())) < test(names['models']['last step'])
+
+
 CHECKS = {
     '01_soup_in_five_minutes': check_soup_in_five_minutes,
     '02_fine_tune_and_soup': check_fine_tune_and_soup,
     '03_sharded_and_streamed': check_sharded_and_streamed,
     '04_why_did_my_soup_fail': check_why_did_my_soup_fail,
+    '05_averages_along_a_run': check_averages_along_a_run,
 }
 
 

@@ -573,6 +573,10 @@ def test_command_that_compares(run, tmp_path, monkeypatch):
   scores = [float(line.split()[0]) for line in result.stderr.splitlines()]
   assert stored['average'].endswith('over the last 4')
   assert stored['score'] == pytest.approx(max(scores), abs=1e-4)
+  result = _invoke(run, '--eval', 'chosen:score', '--out', 'again', '--json')
+  printed = json.loads(result.stdout)
+  assert printed['average'] == 'mean of the 5 steps'
+  assert printed['score'] == pytest.approx(-6)
 
 
 @pytest.mark.parametrize(
@@ -584,6 +588,7 @@ def test_command_that_compares(run, tmp_path, monkeypatch):
         (('--best', 2, '--metric', 'loss'), 1, "no metric 'loss' for any step"),
         (('--last', 1, '--last', 2), 1, 'add --eval, or give one of each'),
         (('--decay', 'sqrt'), 2, "'sqrt' is not one of"),
+        (('--whole', '--eval', 'x:y'), 1, '--eval scores models, and --whole'),
     ],
 )
 def test_mistakes_in_the_command(run, tmp_path, options, code, message):
@@ -591,6 +596,32 @@ def test_mistakes_in_the_command(run, tmp_path, options, code, message):
   assert result.exit_code == code
   assert message in ' '.join(result.stderr.replace('│', ' ').split())
   assert not (tmp_path / 'out').exists()
+
+
+def test_a_plan_makes_no_soup(run, tmp_path):
+  result = _invoke(run, '--last', 2, '--plan', 3, '--out', tmp_path / 'out')
+  assert 'of 2 checkpoints' in result.stdout and result.exit_code == 0
+  assert not (tmp_path / 'out').exists()
+
+
+def test_the_sum_of_an_average_is_not_taken_for_it(tmp_path):
+  state = _state()
+  assert_none = pytest.raises(ValueError, match='Nothing has been added')
+  with assert_none:
+    trajectory.kept(trajectory.Kept({'swa': AVERAGES['swa'].init(1.0)}))
+  state = _step(state, _batches(1)[0])
+  # That which starts later has no value yet.
+  assert sorted(trajectory.kept(state.opt_state)) == sorted(
+      AVERAGES.keys() - {'swa'}
+  )
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'state', state)
+  item = 'opt_state/1/averages/ema/total'
+  ingredients = checkpoints.Ingredients([tmp_path / 'state'], item=item)
+  with pytest.raises(ValueError, match='is the sum of a running average'):
+    jaxsoup.uniform(ingredients)
+  whole = checkpoints.Ingredients([tmp_path / 'state'], whole=True)
+  assert 'opt_state' in jaxsoup.uniform(whole).params
 
 
 def test_missing_steps_are_said(run, tmp_path):

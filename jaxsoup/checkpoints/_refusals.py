@@ -1,5 +1,6 @@
 """What cannot be averaged, although its structure fits."""
 
+from collections.abc import Collection
 from collections.abc import Sequence
 import pathlib
 import re
@@ -48,7 +49,7 @@ def require_averageable(checkpoint: _checkpoint.Checkpoint) -> None:
       for stem, key in [_stem_and_key(path)]
       if _OF_SCALES.search(key)
   }
-  for path in checkpoint.places.values():
+  for leaf_path, path in checkpoint.places.items():
     name, leaf = _tree.name_of(path), metadata.leaves[path]
     if _LORA.search(name):
       raise ValueError(
@@ -56,6 +57,12 @@ def require_averageable(checkpoint: _checkpoint.Checkpoint) -> None:
           'product of averaged factors is not the average of the products. '
           'Average adapters with jaxsoup.lora.average in Python, or merge each '
           'into its base model first.'
+      )
+    if path != leaf_path and _is_of_a_sum(path, metadata.leaves):
+      raise ValueError(
+          f'{metadata.path}: {name!r} is the sum of a running average, not its '
+          'value. In training, save jaxsoup.trajectory.kept(opt_state) as '
+          'items of their own; or average whole states: --whole, whole=True.'
       )
     stem, key = _stem_and_key(path)
     is_scaled = (
@@ -68,6 +75,16 @@ def require_averageable(checkpoint: _checkpoint.Checkpoint) -> None:
           f'{metadata.path}: {name!r} of dtype {leaf.dtype} is quantized. '
           f'{_DEQUANTIZE}'
       )
+
+
+def _is_of_a_sum(path: _tree.Path, leaves: Collection[_tree.Path]) -> bool:
+  """Whether it lies in the `total` of a `jaxsoup.running_average`."""
+  return any(
+      key == 'total'
+      and (*path[:i], 'weight') in leaves
+      and (*path[:i], 'count') in leaves
+      for i, key in enumerate(path)
+  )
 
 
 def _stem_and_key(path: _tree.Path) -> tuple[str, str]:

@@ -133,9 +133,10 @@ def metric(source: PathLike, name: str) -> dict[int, float]:
     ) from e
   if not values:
     known = sorted({key for row in rows for key in row} - {'step'})
+    none = 'none (a CheckpointManager stores them if its options have best_fn)'
     raise ValueError(
         f'{path} has no metric {name!r} for any step. It has '
-        f'{", ".join(known) or "none"}.'
+        f'{", ".join(known) or none}.'
     )
   return values
 

@@ -86,7 +86,7 @@ def cook(
       metadata |= {'recipe': recipe, 'seed': seed}
       soup = _make_and_save(order, ingredients, recipe_fn, alpha, metadata)
     if is_main:
-      _show(soup, ingredients, order, recipe)
+      _show(soup, ingredients, order, recipe, details or {})
 
 
 # What a host reads or writes in a second.
@@ -151,7 +151,7 @@ def _make_and_save(order, ingredients, recipe_fn, alpha, metadata):
   return soup
 
 
-def _show(soup, ingredients, order, recipe) -> None:
+def _show(soup, ingredients, order, recipe, details) -> None:
   import jax
   import numpy as np
 
@@ -163,7 +163,7 @@ def _show(soup, ingredients, order, recipe) -> None:
     rows = dict(zip(ingredients.paths, map(float, alpha)))
     content = {
         'out': str(order.out), 'recipe': recipe, 'alpha': rows, 'score': score,
-        'left_out': ingredients.left_out(),
+        'left_out': ingredients.left_out(), **details,
     }  # fmt: skip
     typer.echo(json.dumps(content))
     return

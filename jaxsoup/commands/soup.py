@@ -57,22 +57,22 @@ def _command(function: Callable[..., Asked]) -> None:
   """A command with the options of a recipe, and of `_options.Order`.
 
   Args:
-    function: of its own options, and of the runs if it asks for them; returns
-      further arguments of `_cook.cook`, and perhaps other runs.
+    function: of its own options, and of the order if it asks for it; returns
+      further arguments of `_cook.cook`, and perhaps another order.
   """
   own = dict(inspect.signature(function).parameters)
-  asks_for_runs = bool(own.pop('runs', None))
+  asks_for_order = bool(own.pop('order', None))
   runs, out, *others = inspect.signature(_options.Order).parameters.values()
   parameters = [runs, out, *own.values(), *others]
 
   @functools.wraps(function)
   def command(**given):
     options = {name: given.pop(name) for name in own}
-    if asks_for_runs:
-      options['runs'] = given['runs']
-    asked = function(**options)
-    given['runs'] = asked.pop('runs', given['runs'])
-    _cook.cook(_options.Order(**given), function.__name__, **asked)
+    order = _options.Order(**given)
+    if asks_for_order:
+      options['order'] = order
+    asked = {'order': order, **function(**options)}
+    _cook.cook(recipe=function.__name__, **asked)
 
   # Where typer looks.
   vars(command)['__signature__'] = inspect.Signature(parameters)
@@ -100,26 +100,33 @@ def average(alpha: _options.Alpha, plan: _options.Plan = None) -> Asked:
 
 @_command
 def trajectory(
-    runs: list[Any],
+    order: _options.Order,
     steps: _options.Steps = None,
     last: _options.Last = (),  # type: ignore[assignment]
     curves: _options.Curves = (_options.Curve.mean,),  # type: ignore
     best: _options.Best = None,
     metric: _options.Metric = None,
     eval_name: _options.EvalOrNot = None,
+    plan: _options.Plan = None,
 ) -> Asked:
   """Averages the steps of one run: RUN is its directory."""
   with _common.failures():
-    numbers, paths = _along.steps_of_run(runs, steps, best, metric)
+    if order.whole and eval_name is not None:
+      raise ValueError(
+          '--eval scores models, and --whole averages all that trains them. '
+          'Choose with --eval first, then average that window with --whole.'
+      )
+    numbers, paths = _along.steps_of_run(order.runs, steps, best, metric)
     alphas = _along.alphas(numbers, last, curves, eval_name is not None)
-  details: dict[str, Any] = {'steps': numbers.tolist()}
-  asked: Asked = {'runs': paths, 'details': details}
+  used = sum(abs(alpha) for alpha in alphas.values()) > 0
+  alphas = {name: alpha[used] for name, alpha in alphas.items()}
+  details: dict[str, Any] = {'steps': numbers[used].tolist()}
+  paths = [path for path, is_used in zip(paths, used) if is_used]
+  order = order._replace(runs=paths)
+  asked: Asked = {'order': order, 'details': details, 'num_hosts': plan}
   if eval_name is None:
-    ((name, alpha),) = alphas.items()
-    used = alpha != 0
-    details.update(steps=numbers[used].tolist(), average=name)
-    asked['runs'] = [path for path, is_used in zip(paths, used) if is_used]
-    return {**asked, 'alpha': alpha[used].tolist()}
+    ((details['average'], alpha),) = alphas.items()
+    return {**asked, 'alpha': alpha.tolist()}
 
   def recipe_fn(ingredients):
     import jaxsoup

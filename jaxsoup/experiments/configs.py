@@ -243,8 +243,12 @@ def _problems(fields: Json) -> Iterator[str]:
     elif name == 'image_shape' and (len(numbers) != 3 or min(numbers) < 1):
       expected = 'height, width and channels'
     elif name == 'keep_steps':
-      num = fields.get('data.sizes.train', 0) // fields[f'{section}.batch_size']
-      last = num * fields[f'{section}.num_epochs'] or math.inf
+      names = 'num_epochs', 'batch_size'
+      each, size = (fields.get(f'{section}.{name}') for name in names)
+      try:
+        last = each * (fields['data.sizes.train'] // size)
+      except (KeyError, TypeError, ZeroDivisionError):
+        last = math.inf  # Not known, or wrong itself.
       if not all(1 <= x <= last for x in numbers):
         expected = f'steps from 1 to {last}, the last one'
     is_of_runs = section.partition('.')[0] in _OF_TRAINING
