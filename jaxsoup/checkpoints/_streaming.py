@@ -17,6 +17,7 @@ from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _pieces
+from jaxsoup.checkpoints import _resumable
 from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Alpha
 from jaxsoup.typing import DType
@@ -124,7 +125,7 @@ class Average:
     """Passes `(name, start, piece)` of every piece, `start` in bytes.
 
     And `(name, note)` of every leaf: the note stands for what was read of the
-    ingredients, as `exchange` takes it.
+    ingredients, as `_exchange` takes it.
     """
     names = self._template.flat.paths if names is None else names
 
@@ -142,6 +143,28 @@ class Average:
       done_fn(names[i], self._note(names[i]))
       if i < num_questions:
         self._stop_fn()
+
+  def put_missing(
+      self,
+      put_fn: Callable[[_tree.Path, int, np.ndarray], None],
+      written: _resumable.Written,
+      targets: Mapping[_tree.Path, _tree.Path],
+  ) -> None:
+    """Passes this process's part of the leaves that are not yet `written`.
+
+    To what `_resumable.fill` gives, by their `targets`.
+    """
+    notes = {n: written.notes.get(targets[n]) for n in self.leaves}
+    missing = [n for n, note in notes.items() if note is None]
+    sizes = {n: _tree.num_bytes(self.leaves[n]) for n in missing}
+    number, num = jax.process_index(), written.num_writers
+    names = _processes.share_of(sizes, number, num) if number < num else []
+    self.put_all(
+        lambda name, start, piece: put_fn(targets[name], start, piece),
+        names,
+        lambda name, note: written.add(targets[name], note),
+    )
+    self._exchange({n: note for n, note in notes.items() if note})
 
   def cost(self, num_hosts: int) -> Cost:
     """What the average takes, from file to file; reads no array."""
@@ -167,7 +190,7 @@ class Average:
     digests = {k: c.digest_of(name) for k, c in self._opened.items()}
     return {str(k): digest for k, digest in digests.items() if digest}
 
-  def exchange(self, notes: Mapping[_tree.Path, Json]) -> None:
+  def _exchange(self, notes: Mapping[_tree.Path, Json]) -> None:
     """Completes the checksums: of leaves that other processes read, or an
     earlier start of this program, which left notes.
     """
