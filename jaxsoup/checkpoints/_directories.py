@@ -146,7 +146,7 @@ def save_directory(
     if soup is not None:
       _put_params(put_fn, soup.params, parts[0])
     for part, (streamed, _) in zip(averaged, streams):
-      streamed.put_missing(put_fn, written, part.targets)
+      streamed.put_all(put_fn, part.targets, written)
     written.read_back()
 
   def end_fn(folder):
@@ -228,17 +228,11 @@ def _with_dtype(config: Any, dtype: str) -> Any:
 
 
 class _Part(NamedTuple):
-  """The model, or a module of it with weights of its own.
-
-  Attributes:
-    ingredients: of it.
-    targets: of each leaf, by name, its file and its path in there.
-    leaves: shape and dtype of each leaf, by its target.
-  """
+  """The model, or a module of it with weights of its own."""
 
   ingredients: _ingredients.Ingredients
-  targets: dict[_tree.Path, _tree.Path]
-  leaves: dict[_tree.Path, ShapeDtype]
+  targets: dict[_tree.Path, _tree.Path]  # File and path in there, by name.
+  leaves: dict[_tree.Path, ShapeDtype]  # By their targets.
 
 
 def _part(module, ingredients, most=math.inf) -> _Part:

@@ -230,10 +230,9 @@ def write(
   Args:
     path: a file, or with `end_fn` a directory, that does not exist yet.
     leaves: shape and dtype of each leaf, by its file and its path in there.
-    own_fn: what is stored with the arrays, in JSON; called before the arrays
-      are written, and after.
+    own_fn: what is stored with the arrays, in JSON; called before and after
+      they are written, between which it may grow by `num_more` bytes.
     fill_fn: as of `_resumable.fill`.
-    num_more: by how many bytes what `own_fn` returns may grow meanwhile.
     end_fn: adds other files to the directory, in the main process.
     key: as of `_resumable.shared`.
   """

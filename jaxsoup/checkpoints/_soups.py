@@ -103,35 +103,34 @@ def _write(path, leaves, own_fn, ingredients, streamed=None, key=None) -> str:
   """Writes leaves, or those of an average, in the format of the path."""
   file = _file_at(path, ingredients, leaves)
   path = new_path(path)
-  if file is not None:
-    with _files.room_for(path):
-      _write_copy(path, file, leaves, own_fn, ingredients, streamed)
-    return str(path)
-  is_file = path.suffix == _FILE
-  layout = _orbax_layout.BARE
-  targets = {p: (path.name, *p) if is_file else p for p in leaves}
-  if ingredients is not None and not is_file:
+  layout, targets = _orbax_layout.BARE, {p: p for p in leaves}
+  is_orbax = file is None and path.suffix != _FILE
+  if file is None and not is_orbax:
+    targets = {p: (path.name, *p) for p in leaves}
+  elif is_orbax and ingredients is not None:
     found, places = ingredients.targets()
     if found is not None and places.keys() == leaves.keys():
       layout, targets = found, places
 
   def fill_fn(put_fn, written):
     if streamed is not None:
-      streamed.put_missing(put_fn, written, targets)
+      streamed.put_all(put_fn, targets, written)
       return
     for name, leaf in leaves.items():
-      leaf = _processes.gathered(leaf) if is_file else leaf
+      leaf = leaf if is_orbax else _processes.gathered(leaf)
       if _processes.is_main() or _orbax_files.is_spread(leaf):
         put_fn(targets[name], 0, leaf)
 
   placed = {targets[name]: leaf for name, leaf in leaves.items()}
   with _files.room_for(path):
-    if is_file:
+    if file is not None:
+      _write_copy(path, file, leaves, own_fn, fill_fn, ingredients)
+    elif is_orbax:
+      _orbax_files.write(path, placed, own_fn, fill_fn, layout, key)
+    else:
       # Hashes of ingredients, and duplicates, are known when all is read.
       num_more = 200 * len(ingredients) if streamed is not None else 0
       _safetensors.write(path, placed, own_fn, fill_fn, num_more, key=key)
-    else:
-      _orbax_files.write(path, placed, own_fn, fill_fn, layout, key)
   return str(path)
 
 
@@ -148,7 +147,7 @@ def _warn_of_modules(ingredients: _ingredients.Ingredients | None) -> None:
     )
 
 
-def _write_copy(path, file, leaves, own_fn, ingredients, streamed) -> None:
+def _write_copy(path, file, leaves, own_fn, fill_fn, ingredients) -> None:
   """Writes a soup as a copy of the first file, with other values.
 
   Alpha and what else is known of a soup are next to it: `soup.json` in a
@@ -165,28 +164,24 @@ def _write_copy(path, file, leaves, own_fn, ingredients, streamed) -> None:
           'Save a .safetensors file, or leave the dtype as it is.'
       )
   is_main, is_file = _processes.is_main(), file == path
-  with (
-      _resumable.shared(path, is_file=is_file) as shared,
-      _processes.together(),
-  ):
+  with _resumable.shared(path, is_file=is_file) as shared:
     folder = pathlib.Path(shared)
     made = folder / (path.name if is_file else file.relative_to(path))
-    copy: Any = contextlib.nullcontext(lambda *_: None)
-    if is_main:
-      made.parent.mkdir(parents=True, exist_ok=True)
-      copy = ingredients.patched(made)
-    with copy as put_fn:
+    written = _resumable.Written(shared, {}, is_kept=False)
+    written.num_writers = 1
+    with _processes.together(), contextlib.ExitStack() as stack:
+      put_fn: Any = None
+      if is_main:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        put_fn = stack.enter_context(ingredients.patched(made))
       # jax has no 64-bit integers by default.
-      put = lambda n, start, x: put_fn(n, start, x.astype(stored[n].dtype))
-      if streamed is None:
-        for name, leaf in leaves.items():
-          put(name, 0, _processes.gathered(leaf))
-      elif is_main:
-        streamed.put_all(put)
-    if is_main and not is_file:
-      first = pathlib.Path(ingredients.paths[0])
-      _directories.copy_other_files(first, made.parent)
-      sidecar_file(folder).write_text(json.dumps(_json.sealed(own_fn())))
+      cast = lambda n, x: x.astype(stored[n].dtype)
+      fill_fn(lambda n, start, x: put_fn(n, start, cast(n, x)), written)
+    with _processes.together():
+      if is_main and not is_file:
+        first = pathlib.Path(ingredients.paths[0])
+        _directories.copy_other_files(first, made.parent)
+        sidecar_file(folder).write_text(json.dumps(_json.sealed(own_fn())))
   if is_main and is_file:
     sidecar_file(path).write_text(json.dumps(_json.sealed(own_fn())))
 
