@@ -255,6 +255,20 @@ def test_without_a_shared_file_system_the_first_process_writes(tmp_path, out):
   assert not (tmp_path / 'other').exists()
 
 
+def test_what_one_process_finds_damaged_ends_both(tmp_path):
+  runs = _save_directories(tmp_path)
+  file = runs[1] / 'model.safetensors'
+  content = bytearray(file.read_bytes())
+  content[-1] ^= 1
+  file.write_bytes(content)
+  results = _finish(_start_average(runs, tmp_path / 'soup', 2))
+  assert [code for code, _, _ in results] == [1, 1]
+  damaged, other = sorted(err.splitlines()[-1] for _, _, err in results)
+  assert f"Leaf 'w4' of {file} is damaged" in damaged
+  assert 'Another process failed' in other
+  assert not list(tmp_path.glob('soup*'))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('out', ['soup', 'soup.safetensors'])
 def test_an_average_goes_on_where_its_processes_were_killed(tmp_path, out):

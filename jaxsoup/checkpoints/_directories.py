@@ -4,7 +4,6 @@ The names of the tensors stay the same, and no model code is needed.
 """
 
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 import fnmatch
 import json
@@ -239,18 +238,24 @@ def _part(module, ingredients, most=math.inf) -> _Part:
   """One file, or several, named as in the first ingredient."""
   first = _ingredients.first_of(ingredients)
   wanted = first.flat.by_path
-  leaves = {name: wanted[name] for name in first.stored}  # In their order.
-  shards = _shards(leaves, most)
   file = pathlib.Path(first.source.metadata.path).name
   stem = 'model' if file == _torch.IN_DIRECTORY else file.partition('.safet')[0]
-  num = len(shards)
+  shards: list[list[_tree.Path]] = []
+  total = 0  # Larger leaves than `most` are alone.
+  for name in first.stored:  # In their order.
+    num_bytes = _tree.num_bytes(wanted[name])
+    total += num_bytes
+    if not shards or total > most:
+      shards.append([])
+      total = num_bytes
+    shards[-1].append(name)
   targets: dict[_tree.Path, _tree.Path] = {}
-  for i, shard in enumerate(shards):
-    number = f'-{i + 1:05}-of-{num:05}' if num > 1 else ''
+  for i, names in enumerate(shards):
+    number = f'-{i + 1:05}-of-{len(shards):05}' if len(shards) > 1 else ''
     file = os.path.join(module, f'{stem}{number}.safetensors')
-    targets |= {name: (file, *first.places[name]) for name in shard}
-  placed = {targets[name]: leaf for name, leaf in leaves.items()}
-  return _Part(ingredients, targets, placed)
+    targets |= {name: (file, *first.places[name]) for name in names}
+  leaves = {target: wanted[name] for name, target in targets.items()}
+  return _Part(ingredients, targets, leaves)
 
 
 def _put_params(put_fn, params: Params, part: _Part) -> None:
@@ -260,22 +265,6 @@ def _put_params(put_fn, params: Params, part: _Part) -> None:
     if _processes.is_main():
       # jax has no 64-bit arrays by default.
       put_fn(target, 0, array.astype(part.leaves[target].dtype))
-
-
-def _shards(
-    leaves: Mapping[_tree.Path, ShapeDtype], most: int
-) -> list[dict[_tree.Path, ShapeDtype]]:
-  """Groups of leaves with at most `most` bytes; larger leaves are alone."""
-  shards: list[dict[_tree.Path, ShapeDtype]] = [{}]
-  total = 0
-  for name, leaf in leaves.items():
-    num_bytes = _tree.num_bytes(leaf)
-    if shards[-1] and total + num_bytes > most:
-      shards.append({})
-      total = 0
-    shards[-1][name] = leaf
-    total += num_bytes
-  return shards
 
 
 def _write_index(folder, leaves) -> None:

@@ -177,7 +177,8 @@ class _Array(_resumable.Array):
         starts = [s.indices(n)[0] for s, n in zip(shard.index, piece.shape)]
         chunk = [start // n for start, n in zip(starts, self.chunks)]
         data = _resumable.bytes_of(jax.device_get(shard.data))
-        self._write(self._file_of(*chunk), data)
+        file = self._file_of(*chunk)
+        _resumable.write_at(file, data, 0, self._file_bytes)
 
   def digest(self) -> str | None:
     """The checksum, if the processes, or this one alone, wrote all of it."""

@@ -74,11 +74,8 @@ def shared(
         if is_file:
           os.link(folder / final.name, final)  # It never overwrites.
           folder.rmtree()
-        elif final.exists() and folder != final:
-          raise FileExistsError(
-              f'{final} exists now and is not overwritten. Give another path.'
-          )
         elif folder != final:
+          _files.require_new(final)  # An empty directory would be replaced.
           folder.rename(final)
   except BaseException as e:
     is_kept = key is not None and not isinstance(e, (OSError, ValueError))
@@ -115,15 +112,8 @@ class Array:
     while data:
       number, offset = divmod(start, self._file_bytes)
       part = data[: self._file_bytes - offset]
-      self._write(self._file_fn(number), part, offset)
+      write_at(self._file_fn(number), part, offset, self._file_bytes)
       data, start = data[len(part) :], start + len(part)
-
-  def _write(self, file: PathLike, data: memoryview, offset: int = 0) -> None:
-    if _files.is_remote(file):
-      whole = bytes(data).ljust(self._file_bytes, b'\0')
-      epath.Path(file).write_bytes(whole)
-      return
-    write_at(file, data, offset, self._file_bytes)
 
   def is_written(self, digest: str | None) -> bool:
     """Whether its files hold what has this checksum."""
@@ -156,6 +146,9 @@ def write_at(
     file: PathLike, data: memoryview, place: int, file_bytes: int
 ) -> None:
   """Writes a part of a file of this size, which is made if it is not there."""
+  if _files.is_remote(file):
+    epath.Path(file).write_bytes(bytes(data).ljust(file_bytes, b'\0'))
+    return
   number = os.open(file, os.O_WRONLY | os.O_CREAT, 0o666)
   try:
     os.truncate(number, file_bytes)

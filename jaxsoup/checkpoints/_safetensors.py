@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup import _tree
@@ -236,6 +237,11 @@ def write(
     end_fn: adds other files to the directory, in the main process.
     key: as of `_resumable.shared`.
   """
+  if _files.is_remote(path):
+    raise ValueError(
+        f'{path} is in a bucket, where no .safetensors file can be written '
+        'piece by piece. Save it here and copy it, or save an Orbax checkpoint.'
+    )
   by_file: dict[str, dict[_tree.Path, ShapeDtype]] = {}
   for (name, *place), leaf in leaves.items():
     by_file.setdefault(name, {})[tuple(place)] = leaf

@@ -8,7 +8,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 from typing import Any
@@ -275,11 +274,7 @@ def new_path(path: PathLike) -> pathlib.Path:
   root: Any = _orbax.absolute(path)
   if not _files.is_remote(path):
     root = pathlib.Path(root)
-  if root.exists() or os.path.lexists(root):
-    raise FileExistsError(
-        f'{root} exists and is not overwritten. Delete it, or give another '
-        'path.'
-    )
+  _files.require_new(root)
   root.parent.mkdir(parents=True, exist_ok=True)
   return root
 
