@@ -127,8 +127,6 @@ def save_directory(
   path = _soups.new_path(path)
   _require_directories(ingredients)
   folders = [pathlib.Path(p).parent for p in ingredients.paths]
-  for module in ('', *_modules(folders[0])):
-    _warn_of_configs([folder / module for folder in folders])
   if soup is None:
     ingredients = ingredients.unsharded()
   own_alpha = alpha if soup is None else soup.alpha
@@ -140,6 +138,8 @@ def save_directory(
     parts.append(_part(module, of_module))
   averaged = parts if soup is None else parts[1:]
   streams = [_soups.streamed_soup(x.ingredients, own_alpha) for x in averaged]
+  for module in ('', *_modules(folders[0])):
+    _warn_of_configs([folder / module for folder in folders])
 
   def fill_fn(put_fn, written):
     if soup is not None:
