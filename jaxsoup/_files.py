@@ -80,6 +80,15 @@ def clear_leftovers(folder: Any, name: str = '') -> None:
       path.unlink()
 
 
+def require_new(path: Any) -> None:
+  """Raises if something is there, be it a broken link."""
+  if path.exists() or os.path.lexists(path):
+    raise FileExistsError(
+        f'{path} exists and is not overwritten. Delete it, or give another '
+        'path.'
+    )
+
+
 def require_ours(path: pathlib.Path, marker: str) -> None:
   """Raises if something is there that does not begin with what we write."""
   if path.is_file():

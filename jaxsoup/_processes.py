@@ -90,11 +90,11 @@ def together() -> Iterator[None]:
     raise RuntimeError('Another process failed: see what it says.')
 
 
-def merged(texts: dict[str, str]) -> dict[str, str]:
-  """The entries of all processes in one dict."""
+def merged(entries: dict[str, Any]) -> dict[str, Any]:
+  """The entries of all processes in one dict, of what JSON can hold."""
   if jax.process_count() == 1:
-    return texts
-  own = json.dumps(texts).encode()
+    return entries
+  own = json.dumps(entries).encode()
   lengths = multihost_utils.process_allgather(np.int32(len(own)))
   padded = np.frombuffer(own.ljust(int(np.max(lengths))), np.uint8)
   rows = np.asarray(multihost_utils.process_allgather(padded))

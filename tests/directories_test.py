@@ -379,7 +379,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path, monkeypatch):
   process = subprocess.Popen(command, stderr=subprocess.PIPE)
   try:
     # In the middle: the second of many files is there.
-    while not list(tmp_path.glob('soup.unfinished-*/model-00002-*')):
+    while not list(tmp_path.glob('soup.resumable-*/model-00002-*')):
       assert process.poll() is None, process.stderr.read()
       time.sleep(0.0005)
     process.send_signal(signal.SIGKILL)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import re
 import signal
 import socket
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
+from safetensors import safe_open
 
 from jaxsoup import checkpoints
 
@@ -140,6 +142,162 @@ def test_the_command_in_two_processes(tmp_path):
   )  # fmt: skip
   w = checkpoints.load(tmp_path / 'soup').params['w']
   np.testing.assert_allclose(np.asarray(w), mean, atol=1e-6)
+
+
+def _save_directories(folder, num_leaves=5, size=100):
+  """Models in the form of Hugging Face, of which a soup is several files."""
+  runs = [folder / f'd{k}' for k in range(3)]
+  for k, run in enumerate(runs):
+    rng = np.random.default_rng(k)
+    params = {f'w{i}': rng.random((size, 256), 'f4') for i in range(num_leaves)}
+    checkpoints.save(run / 'model.safetensors', params)
+    (run / 'config.json').write_text('{}')
+  return runs
+
+
+# How much was read, at the end of what is printed.
+COUNTED = f"""
+import atexit, pathlib
+status = pathlib.Path('/proc/self/io')
+atexit.register(lambda: print(status.read_text().split()[1]))
+{MAIN}
+"""
+
+
+def _start_average(runs, out, num_processes=1, code=COUNTED):
+  command = ['-c', code, 'soup', 'uniform', *runs, '--out', out]
+  command += ['--max-shard-size', '200KB']
+  if num_processes == 1:
+    return [_start(command)]
+  port = _free_port()
+  return [
+      _start(
+          [*command, '--distributed'],
+          env=os.environ | _joined(port, num_processes, i),
+      )
+      for i in range(num_processes)
+  ]
+
+
+def _num_read(processes):
+  """Bytes that all of them have read together, when they have ended."""
+  results = _finish(processes)
+  for code, _, err in results:
+    assert code == 0, err
+  return sum(int(out.splitlines()[-1]) for _, out, _ in results)
+
+
+def _weights(folder):
+  """The files with weights, and their index: what does not hold the time."""
+  files = [*folder.glob('*.safetensors'), *folder.glob('*.index.json')]
+  return {file.name: file.read_bytes() for file in files}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_a_directory_of_two_processes_is_that_of_one(tmp_path):
+  transformers = pytest.importorskip('transformers')
+  config = transformers.BertConfig(
+      vocab_size=500,
+      hidden_size=64,
+      num_hidden_layers=2,
+      num_attention_heads=2,
+      intermediate_size=128,
+  )
+  runs = [tmp_path / f'd{k}' for k in range(3)]
+  for k, run in enumerate(runs):
+    transformers.set_seed(k)
+    transformers.BertModel(config).save_pretrained(run)
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  _num_read(_start_average(runs, one))
+  _num_read(_start_average(runs, two, 2))
+  assert len(_weights(two)) > 3 and _weights(two) == _weights(one)
+  assert {p.name for p in tmp_path.iterdir()} == {
+      'd0',
+      'd1',
+      'd2',
+      'one',
+      'two',
+  }
+  models = [safetensors.load_file(r / 'model.safetensors') for r in runs]
+  for file in two.glob('*.safetensors'):
+    with safe_open(file, 'numpy') as opened:
+      for name in opened.keys():  # noqa: SIM118
+        mean = np.mean([model.pop(name) for model in models], axis=0)
+        np.testing.assert_allclose(opened.get_tensor(name), mean, atol=1e-6)
+  assert not models[0]
+  transformers.BertModel.from_pretrained(two)
+
+
+# The second process is another machine, where the first one's files are not.
+ELSEWHERE = f"""
+import os
+from jaxsoup import _processes
+from_main = _processes.from_main
+if os.environ['JAX_PROCESS_ID'] == '1':
+  other = lambda x: from_main(x).replace(b'/soup', b'/other/soup')
+  _processes.from_main = other
+{COUNTED}
+"""
+
+
+@pytest.mark.slow_variants
+@pytest.mark.parametrize('out', ['soup', 'soup.safetensors'])
+def test_without_a_shared_file_system_the_first_process_writes(tmp_path, out):
+  runs = _save_directories(tmp_path)
+  _num_read(_start_average(runs, tmp_path / 'one', 2))
+  _num_read(_start_average(runs, tmp_path / out, 2, ELSEWHERE))
+  one, other = (
+      {name: x.tobytes() for name, x in checkpoints.Arrays(path).items()}
+      for path in (tmp_path / 'one', tmp_path / out)
+  )
+  assert len(one) == 5 and one == other
+  assert not (tmp_path / 'other').exists()
+
+
+def test_what_one_process_finds_damaged_ends_both(tmp_path):
+  runs = _save_directories(tmp_path)
+  file = runs[1] / 'model.safetensors'
+  content = bytearray(file.read_bytes())
+  content[-1] ^= 1
+  file.write_bytes(content)
+  results = _finish(_start_average(runs, tmp_path / 'soup', 2))
+  assert [code for code, _, _ in results] == [1, 1]
+  damaged, other = sorted(err.splitlines()[-1] for _, _, err in results)
+  assert f"Leaf 'w4' of {file} is damaged" in damaged
+  assert 'Another process failed' in other
+  assert not list(tmp_path.glob('soup*'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('out', ['soup', 'soup.safetensors'])
+def test_an_average_goes_on_where_its_processes_were_killed(tmp_path, out):
+  runs = _save_directories(tmp_path, num_leaves=32, size=4000)
+  out, whole = tmp_path / out, tmp_path / f'whole-{out}'
+  all_read = _num_read(_start_average(runs, whole, 2))
+
+  def num_written(number):
+    files = tmp_path.glob(f'{out.name}.resumable-*/written-{number}.jsonl')
+    return sum(len(file.read_text().splitlines()) for file in files)
+
+  for least in sorted(random.Random(0).sample(range(1, 28), 3)):
+    processes = _start_average(runs, out, 2)
+    while num_written('*') < least:
+      assert all(process.poll() is None for process in processes)
+      time.sleep(0.001)
+    for process in processes:
+      process.kill()
+      process.wait()
+    assert not out.exists()
+  assert num_written(0) and num_written(1)
+  assert _num_read(_start_average(runs, out, 2)) < all_read * 0.8
+  if out.is_dir():
+    assert len(_weights(out)) > 3 and _weights(out) == _weights(whole)
+  arrays, expected = map(checkpoints.Arrays, (out, whole))
+  assert list(arrays) == list(expected)
+  for name in expected:
+    np.testing.assert_array_equal(arrays[name], expected[name])
+  assert not list(tmp_path.glob('*.resumable-*'))
 
 
 @pytest.mark.parametrize('process', [0, 1])

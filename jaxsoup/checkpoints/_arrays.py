@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxsoup import _files
+from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _directories
@@ -126,37 +127,33 @@ def save_arrays(
   """
   path = _soups.new_path(path)
   own = _soups.own_of(None, None, metadata)
-  with _files.room_for(path):
-    if path.name.endswith('.safetensors'):
-      _write_file(path, shapes, arrays, own)
-    elif like is not None:
-      with _directories.atomic_directory(path) as folder:
-        _write_file(folder / 'model.safetensors', shapes, arrays, own)
-        like = pathlib.Path(like)
-        if _directories.is_directory(like.parent):
-          _directories.copy_other_files(like, folder)
-          for name, content in (configs or {}).items():
-            _directories.write_json(folder / name, content)
-    else:
-      _write(_orbax_files.write, path, shapes, arrays, own, separator)
-  return str(path)
+  is_file = path.name.endswith('.safetensors')
+  is_orbax = not is_file and like is None
+  paths = _source.paths_of(shapes, separator if is_orbax else '.')
+  file = path.name if is_file else 'model.safetensors'
+  targets = dict(
+      zip(shapes, paths if is_orbax else ((file, *p) for p in paths))
+  )
 
-
-def _write_file(path, shapes, arrays, own) -> None:
-  _write(_safetensors.write, path, shapes, arrays, own, '.')
-  try:
-    _directories.verify(path)
-  except ValueError:
-    path.unlink()
-    raise
-
-
-def _write(write_fn, path, shapes, arrays, own, separator) -> None:
-  paths = dict(zip(shapes, _source.paths_of(shapes, separator)))
-  leaves = {paths[name]: x for name, x in shapes.items()}
-
-  def fill_fn(put_fn, *_):
+  def fill_fn(put_fn, written):
     for name, array in arrays:
-      put_fn(paths[name], 0, array)
+      if _processes.is_main():
+        put_fn(targets[name], 0, array)
+    if not is_orbax:
+      written.read_back()
 
-  write_fn(path, leaves, lambda: own, fill_fn)
+  def end_fn(folder):
+    weights = pathlib.Path(like or '')
+    if _directories.is_directory(weights.parent):
+      _directories.copy_other_files(weights, folder)
+      for name, content in (configs or {}).items():
+        _directories.write_json(folder / name, content)
+
+  leaves = {targets[name]: x for name, x in shapes.items()}
+  with _files.room_for(path):
+    if is_orbax:
+      _orbax_files.write(path, leaves, lambda: own, fill_fn)
+    else:
+      end = None if is_file else end_fn
+      _safetensors.write(path, leaves, lambda: own, fill_fn, end_fn=end)
+  return str(path)

@@ -1,7 +1,6 @@
 """One checkpoint: the paths of the wanted leaves, and their checksums."""
 
 import collections
-from collections.abc import Callable
 from collections.abc import Container
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -122,16 +121,10 @@ class Checkpoint:
   def read(self) -> Params:
     """All wanted leaves, in their dtypes and shardings."""
     self._warn_of_rounding()
-    plans, read_fn, verify_fn = self.reads()
-    return _pieces.load(self.flat, plans, read_fn, verify_fn)
-
-  def reads(
-      self,
-  ) -> tuple[_pieces.Plans, _pieces.ReadFn, Callable[[_tree.Path], None]]:
-    """How `_pieces` reads and verifies all wanted leaves."""
     sums, names = Sums(), self.flat.paths
     readers = [self.reader(name, sums) for name in names]
-    return (
+    return _pieces.load(
+        self.flat,
         [self.plan(name) for name in names],
         lambda i, index: readers[i](index),
         lambda name: self.verify(name, sums),

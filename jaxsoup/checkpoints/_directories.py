@@ -3,17 +3,17 @@
 The names of the tensors stay the same, and no model code is needed.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
-import contextlib
 import fnmatch
 import json
+import math
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,6 @@ from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _formats
 from jaxsoup.checkpoints import _hub
 from jaxsoup.checkpoints import _ingredients
-from jaxsoup.checkpoints import _pieces
 from jaxsoup.checkpoints import _refusals
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _soups
@@ -48,8 +47,6 @@ _MODULES = 'modules.json'  # Of sentence-transformers.
 _NOT_COMPARED = {
     '_name_or_path', 'dtype', 'torch_dtype', 'transformers_version'
 }  # fmt: skip
-
-FillFn = Callable[[_safetensors.PutFn, Sequence[_tree.Path]], None]
 
 
 def is_directory(path: PathLike) -> bool:
@@ -79,6 +76,7 @@ def save_directory(
     alpha: Alpha | None = None,
     max_shard_bytes: int = 5_000_000_000,
     metadata: Config | None = None,
+    resume: bool = False,
 ) -> str:
   """Writes a soup as a directory that `from_pretrained` loads.
 
@@ -88,7 +86,8 @@ def save_directory(
   which its config then gets too; config and tokenizer are copied. A model card
   and `soup.json` say how the soup was made. What was written is read back and
   compared; the directory gets its name only when it is complete.
-  Modules of sentence-transformers are averaged and copied as well.
+  Modules of sentence-transformers are averaged and copied as well. Several
+  processes each take a part of the tensors of an average.
 
   Args:
     path: a directory that does not exist yet.
@@ -97,6 +96,7 @@ def save_directory(
     alpha: as in `jaxsoup.average`; None is the uniform soup.
     max_shard_bytes: larger soups are several files with an index.
     metadata: as in `save`; `recipe` is named in the model card.
+    resume: as in `save_average`; not of a soup that is given.
 
   Returns:
     The absolute path.
@@ -125,54 +125,54 @@ def save_directory(
     {'head': {'weight': Array([1.5], dtype=float32)}}
   """
   path = _soups.new_path(path)
-  first = _first(ingredients)
-  wanted = first.flat.by_path
-  leaves = {name: wanted[name] for name in first.stored}  # In their order.
+  _require_directories(ingredients)
+  folders = [pathlib.Path(p).parent for p in ingredients.paths]
   if soup is None:
     ingredients = ingredients.unsharded()
-    streamed, soup_fn = _soups.streamed_soup(ingredients, alpha)
-    fill_fn: FillFn = streamed.put_all
-  else:
-    soup_fn = lambda: soup
-    fill_fn = _filler(soup.params, leaves)
-  folders = [pathlib.Path(p).parent for p in ingredients.paths]
+  own_alpha = alpha if soup is None else soup.alpha
+  parts = [_part('', ingredients, max_shard_bytes)]
+  for module in modules_with_weights(folders[0]):
+    paths = [folder / module for folder in folders]
+    of_module = _ingredients.Ingredients(paths, dtype=ingredients.dtype)
+    _require_one_alpha(own_alpha, of_module)
+    parts.append(_part(module, of_module))
+  averaged = parts if soup is None else parts[1:]
+  streams = [_soups.streamed_soup(x.ingredients, own_alpha) for x in averaged]
   for module in ('', *_modules(folders[0])):
     _warn_of_configs([folder / module for folder in folders])
-  shards = _shards(leaves, max_shard_bytes)
-  _processes.wait_for_all('every process has seen that the path is free')
-  if not _processes.is_main():
-    if soup is not None:  # Their shards are gathered by the main process.
-      for shard in shards:
-        fill_fn(lambda *_: None, list(shard))
-  else:
-    with atomic_directory(path) as folder:
-      _write_weights(folder, first, shards, fill_fn)
-      made = soup_fn()
-      for module in modules_with_weights(folders[0]):
-        paths = [path / module for path in folders]
-        (folder / module).mkdir()
-        own_alpha = alpha if soup is None else soup.alpha
-        of_module = _ingredients.Ingredients(paths, dtype=ingredients.dtype)
-        _write_module(folder / module, of_module, own_alpha)
-      names = _names_of(ingredients.paths)
-      card = _card.text(path.name, names, made, metadata or {})
-      (folder / 'README.md').write_text(card)
-      copy_other_files(pathlib.Path(first.source.metadata.path), folder)
-      if ingredients.dtype is not None:
-        config = folder / _refusals.CONFIG
-        dtype = str(np.dtype(ingredients.dtype))
-        write_json(config, _with_dtype(_refusals.config_of(config), dtype))
-      own = _soups.own_of(made, ingredients, metadata)
-      own['files'] = {
-          file: _digest(folder / file) for file in _of_model(folder)
-      }
-      write_json(folder / _soups.SIDECAR_FILE, _json.sealed(own))
-  _processes.wait_for_all('the directory is written')
+
+  def fill_fn(put_fn, written):
+    if soup is not None:
+      _put_params(put_fn, soup.params, parts[0])
+    for part, (streamed, _) in zip(averaged, streams):
+      streamed.put_all(put_fn, part.targets, written)
+    written.read_back()
+
+  def end_fn(folder):
+    _write_index(folder, parts[0].leaves)
+    made = streams[0][1]() if soup is None else soup
+    names = _names_of(ingredients.paths)
+    card = _card.text(path.name, names, made, metadata or {})
+    (folder / 'README.md').write_text(card)
+    copy_other_files(pathlib.Path(ingredients.paths[0]), folder)
+    if ingredients.dtype is not None:
+      config = folder / _refusals.CONFIG
+      dtype = str(np.dtype(ingredients.dtype))
+      write_json(config, _with_dtype(_refusals.config_of(config), dtype))
+    own = _soups.own_of(made, ingredients, metadata)
+    own['files'] = {file: _digest(folder / file) for file in _of_model(folder)}
+    write_json(folder / _soups.SIDECAR_FILE, _json.sealed(own))
+
+  key = None
+  if resume and soup is None:
+    key = _soups.key_of(alpha, [(x.ingredients, x.leaves) for x in parts])
+  leaves = {p: leaf for part in parts for p, leaf in part.leaves.items()}
+  with _files.room_for(path):
+    _safetensors.write(path, leaves, dict, fill_fn, 0, end_fn, key)
   return str(path)
 
 
-def _first(ingredients) -> _checkpoint.Checkpoint:
-  """The first ingredient: names and dtypes of all tensors."""
+def _require_directories(ingredients) -> None:
   for path in ingredients.paths:
     if not is_directory(pathlib.Path(path).parent):
       raise ValueError(
@@ -186,7 +186,17 @@ def _first(ingredients) -> _checkpoint.Checkpoint:
         f'{source.metadata.path} holds tensors inside and outside of params; '
         'only those inside would be averaged. Rename them.'
     )
-  return _ingredients.first_of(ingredients)
+
+
+def _require_one_alpha(alpha, of_module) -> None:
+  if alpha is not None and (
+      isinstance(alpha, dict) or abs(sum(alpha) - 1) > 1e-3
+  ):
+    raise ValueError(
+        f'{of_module.paths[0]} is a module of its own, for which this recipe '
+        'has no coefficients. Make a uniform soup, or give one coefficient for '
+        'each model, with a sum of 1: jaxsoup soup average --alpha.'
+    )
 
 
 def _warn_of_configs(folders: Sequence[pathlib.Path]) -> None:
@@ -216,109 +226,59 @@ def _with_dtype(config: Any, dtype: str) -> Any:
   }
 
 
-def _filler(params: Params, wanted: Mapping[_tree.Path, ShapeDtype]) -> FillFn:
-  flat = _tree.flatten_in_place(params)
-  leaves = flat.by_path
+class _Part(NamedTuple):
+  """The model, or a module of it with weights of its own."""
 
-  def fill(put_fn, names):
-    for name in names:
-      array = _processes.gathered(leaves[name])
-      # jax has no 64-bit arrays by default.
-      put_fn(name, 0, array.astype(wanted[name].dtype))
-
-  return fill
+  ingredients: _ingredients.Ingredients
+  targets: dict[_tree.Path, _tree.Path]  # File and path in there, by name.
+  leaves: dict[_tree.Path, ShapeDtype]  # By their targets.
 
 
-def _shards(
-    leaves: Mapping[_tree.Path, ShapeDtype], most: int
-) -> list[dict[_tree.Path, ShapeDtype]]:
-  """Groups of leaves with at most `most` bytes; larger leaves are alone."""
-  shards: list[dict[_tree.Path, ShapeDtype]] = [{}]
-  total = 0
-  for name, leaf in leaves.items():
-    num_bytes = _tree.num_bytes(leaf)
-    if shards[-1] and total + num_bytes > most:
-      shards.append({})
-      total = 0
-    shards[-1][name] = leaf
-    total += num_bytes
-  return shards
-
-
-def _write_module(folder, ingredients, alpha) -> None:
-  """The average of a module that has weights of its own."""
-  if alpha is not None and (
-      isinstance(alpha, dict) or abs(sum(alpha) - 1) > 1e-3
-  ):
-    raise ValueError(
-        f'{ingredients.paths[0]} is a module of its own, for which this recipe '
-        'has no coefficients. Make a uniform soup, or give one coefficient for '
-        'each model, with a sum of 1: jaxsoup soup average --alpha.'
-    )
-  streamed, _ = _soups.streamed_soup(ingredients, alpha)
+def _part(module, ingredients, most=math.inf) -> _Part:
+  """One file, or several, named as in the first ingredient."""
   first = _ingredients.first_of(ingredients)
-  _write_weights(folder, first, [streamed.leaves], streamed.put_all)
+  wanted = first.flat.by_path
+  file = pathlib.Path(first.source.metadata.path).name
+  stem = 'model' if file == _torch.IN_DIRECTORY else file.partition('.safet')[0]
+  shards: list[list[_tree.Path]] = []
+  total = 0  # Larger leaves than `most` are alone.
+  for name in first.stored:  # In their order.
+    num_bytes = _tree.num_bytes(wanted[name])
+    total += num_bytes
+    if not shards or total > most:
+      shards.append([])
+      total = num_bytes
+    shards[-1].append(name)
+  targets: dict[_tree.Path, _tree.Path] = {}
+  for i, names in enumerate(shards):
+    number = f'-{i + 1:05}-of-{len(shards):05}' if len(shards) > 1 else ''
+    file = os.path.join(module, f'{stem}{number}.safetensors')
+    targets |= {name: (file, *first.places[name]) for name in names}
+  leaves = {target: wanted[name] for name, target in targets.items()}
+  return _Part(ingredients, targets, leaves)
 
 
-def _write_weights(folder, first, shards, fill_fn) -> None:
-  """One file, or several with an index, named as in the first ingredient."""
-  weights = pathlib.Path(first.source.metadata.path).name
-  is_torch = weights == _torch.IN_DIRECTORY
-  stem = 'model' if is_torch else weights.partition('.safetensors')[0]
-  num = len(shards)
-  files = [f'{stem}-{i + 1:05}-of-{num:05}' for i in range(num)]
-  files = [f'{f}.safetensors' for f in (files if num > 1 else [stem])]
-  for file, shard in zip(files, shards):
-    _write_shard(folder / file, shard, first.places, fill_fn)
-  index = folder / f'{stem}.safetensors.index.json'
-  if num > 1:
-    weight_map = {
-        '.'.join(first.places[name]): file
-        for file, shard in zip(files, shards)
-        for name in shard
-    }
-    size = sum(_tree.num_bytes(x) for shard in shards for x in shard.values())
+def _put_params(put_fn, params: Params, part: _Part) -> None:
+  values = _tree.flatten_in_place(params).by_path
+  for name, target in part.targets.items():
+    array = _processes.gathered(values[name])
+    if _processes.is_main():
+      # jax has no 64-bit arrays by default.
+      put_fn(target, 0, array.astype(part.leaves[target].dtype))
+
+
+def _write_index(folder, leaves) -> None:
+  """Where each tensor is, if there are several files."""
+  weight_map = {'.'.join(place): file for file, *place in leaves}
+  stem, *ending = re.split('-00001-of-', next(iter(weight_map.values())))
+  if ending:
+    size = sum(map(_tree.num_bytes, leaves.values()))
     content = {'metadata': {'total_size': size}, 'weight_map': weight_map}
-    write_json(index, content)
-  verify(index if num > 1 else folder / files[0])
-
-
-def _write_shard(file, shard, places, fill_fn) -> None:
-  def fill(put_fn):
-    put = lambda name, start, piece: put_fn(places[name], start, piece)
-    fill_fn(put, list(shard))
-
-  leaves = {places[name]: leaf for name, leaf in shard.items()}
-  _safetensors.write(file, leaves, dict, fill)
-
-
-def verify(path: pathlib.Path) -> None:
-  """Reads a file that was written, and compares the checksums."""
-  checkpoint = _checkpoint.Checkpoint(_safetensors.open_source(path), None)
-  plans, read_fn, verify_fn = checkpoint.reads()
-  for i in _pieces.run(plans, read_fn):
-    verify_fn(checkpoint.flat.paths[i])
+    write_json(folder / f'{stem}.safetensors.index.json', content)
 
 
 def write_json(file: pathlib.Path, content: Any) -> None:
   file.write_text(json.dumps(content, indent=2) + '\n')
-
-
-@contextlib.contextmanager
-def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A directory that gets its name when it is complete, else is deleted."""
-  folder = _files.unfinished_name(path)
-  try:
-    with _files.room_for(path):
-      folder.mkdir()
-      yield folder
-    if path.exists():  # An empty directory would be replaced.
-      raise FileExistsError(
-          f'{path} exists now and is not overwritten. Give another path.'
-      )
-    folder.rename(path)
-  finally:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def copy_other_files(weights: pathlib.Path, folder: pathlib.Path) -> None:

@@ -12,12 +12,8 @@ import base64
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
-import contextlib
-import itertools
 import json
 import math
-import os
-import pathlib
 import time
 from typing import Any
 
@@ -25,13 +21,12 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _orbax_layout
-from jaxsoup.typing import Array
+from jaxsoup.checkpoints import _resumable
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
@@ -39,8 +34,6 @@ from jaxsoup.typing import ShapeDtype
 
 _SHARDING = '_sharding'
 _STRINGS = '_strings.json'
-_RESUMABLE = '.resumable-'
-_WRITTEN = 'written-{}.jsonl'
 _HANDLER = (
     'orbax.checkpoint._src.handlers.pytree_checkpoint_handler.'
     'PyTreeCheckpointHandler'
@@ -51,16 +44,14 @@ _CHUNK_BYTES = 64 << 20
 # Files in a step that describe it, such as JSON items, are copied.
 _MOST_COPIED = 10 << 20
 
-PutFn = Callable[[_tree.Path, int, Array], None]
-
 
 def write(
     path: PathLike,
     leaves: Mapping[_tree.Path, ShapeDtype],
     own_fn: Callable[[], Config],
-    fill_fn: Callable[[PutFn, 'Written'], None],
+    fill_fn: _resumable.FillFn,
     layout: _orbax_layout.Layout = _orbax_layout.BARE,
-    resume: str | None = None,
+    key: str | None = None,
 ) -> None:
   """Writes a checkpoint; it gets its name when it is complete.
 
@@ -71,72 +62,46 @@ def write(
     path: a directory that does not exist yet.
     leaves: shape and dtype of each leaf, by its path in the checkpoint.
     own_fn: what is stored with the arrays, in JSON; called when all is written.
-    fill_fn: is given `put_fn(path, start, piece)`, see `_safetensors.write`; a
-      piece may be a whole array that is sharded over processes, all of which
-      put it. And the leaves that are written already.
+    fill_fn: as of `_resumable.fill`; a piece may be a whole array that is
+      sharded over processes, all of which put it.
     layout: of the source, which the checkpoint gets as well.
-    resume: a text that stands for what is written: after a kill the next call
-      with the same text goes on. Only under a lock.
+    key: as of `_resumable.shared`.
   """
-  final = unfinished = epath.Path(path)
-  if resume is not None:
-    unfinished = final.with_name(f'{final.name}{_RESUMABLE}{resume}')
-  elif not _files.is_remote(final):  # A bucket has no renames: clear_leftovers.
-    name = str(_files.unfinished_name(pathlib.Path(final)))
-    unfinished = epath.Path(_processes.json_of_main(name))
-  root = unfinished / layout.step
-  folders = {
-      p: root / part.item / _file_name(inside)
-      for part, inner in layout.trees({p: p for p in leaves})
-      for inside, p in inner.items()
-  }
-  arrays = {p: _Array(folders[p], x, p) for p, x in leaves.items()}
-  if len({array.folder for array in arrays.values()}) < len(leaves):
-    raise ValueError(
-        'Orbax would confuse leaves of this tree: its keys contain dots that '
-        "make two paths equal (such as 'a.b' and {'a': {'b'}}). Rename them."
-    )
-  _processes.wait_for_all('every process has seen that the path is free')
-  try:
+  with _resumable.shared(path, key) as folder:
+    root = folder / layout.step
+    folders = {
+        p: root / part.item / _file_name(inside)
+        for part, inner in layout.trees({p: p for p in leaves})
+        for inside, p in inner.items()
+    }
+    arrays = {p: _Array(folders[p], x, p) for p, x in leaves.items()}
+    if len({array.folder for array in arrays.values()}) < len(leaves):
+      raise ValueError(
+          'Orbax would confuse leaves of this tree: its keys contain dots that '
+          "make two paths equal (such as 'a.b' and {'a': {'b'}}). Rename them."
+      )
     with _processes.together():
       if _processes.is_main():
-        if resume is not None:
-          for other in final.parent.glob(f'{final.name}{_RESUMABLE}*'):
-            if other != unfinished:
-              other.rmtree()  # Of other ingredients.
         root.mkdir(parents=True, exist_ok=True)
         _write_root_file(root, layout, {})
-        for array in arrays.values():
-          array.create()
-    written = Written(unfinished, arrays, is_kept=resume is not None)
-    with _processes.together():
-      fill_fn(lambda p, start, piece: arrays[p].put(start, piece), written)
-    known = {_tree.name_of(p): array.digest() for p, array in arrays.items()}
-    digests = _processes.merged({n: x for n, x in known.items() if x})
+    digests = _resumable.fill(folder, arrays, fill_fn, key is not None)
     with _processes.together():
       if _processes.is_main():
         for part, inner in layout.trees(arrays):
           _describe(root / part.item, inner, part)
+        checksums = {_tree.name_of(p): x for p, x in digests.items()}
         by_name = {_tree.name_of(p): x for p, x in leaves.items()}
         own = {
             **own_fn(),
-            'checksums': {name: digests[name] for name in known},
-            'content_hash': _checksum.content_hash(by_name, digests),
+            'checksums': checksums,
+            'content_hash': _checksum.content_hash(by_name, checksums),
             'items': list(layout.parts),
         }
         _write_root_file(root, layout, own)
         _copy_others(root, layout)
-        written.clear()
         (root / _orbax_layout.COMMITTED).write_text(
             'The checkpoint is complete.\n'
         )
-        if unfinished != final:
-          unfinished.rename(final)
-  except BaseException as e:
-    is_kept = resume is not None and not isinstance(e, (OSError, ValueError))
-    if _processes.is_main() and unfinished.exists() and not is_kept:
-      unfinished.rmtree()
-    raise
 
 
 def _file_name(path: _tree.Path) -> str:
@@ -152,44 +117,7 @@ def _file_name(path: _tree.Path) -> str:
   return name
 
 
-class Written:
-  """The leaves that are written and verified, with a note to each.
-
-  Of an earlier start only those count whose files still have their checksum.
-  """
-
-  def __init__(
-      self,
-      folder: epath.Path,
-      arrays: Mapping[_tree.Path, '_Array'],
-      is_kept: bool,
-  ):
-    self.notes: dict[_tree.Path, Json] = {}
-    self._folder, self._arrays, self._is_kept = folder, arrays, is_kept
-    for file in folder.glob(_WRITTEN.format('*')) if is_kept else ():
-      for line in file.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # Cut off by the kill.
-          row = _json.unsealed(_json.parsed(line))
-          path = tuple(row['path'])
-          if path in arrays and arrays[path].is_written(row['digest']):
-            self.notes[path] = row['note']
-    _processes.wait_for_all('every process knows what is written')
-
-  def add(self, path: _tree.Path, note: Json) -> None:
-    """Remembers that a leaf is complete."""
-    if self._is_kept:
-      digest = self._arrays[path].digest()
-      row = {'path': path, 'digest': digest, 'note': note}
-      file = self._folder / _WRITTEN.format(jax.process_index())
-      with file.open('a') as lines:
-        lines.write(json.dumps(_json.sealed(row)) + '\n')
-
-  def clear(self) -> None:
-    for file in self._folder.glob(_WRITTEN.format('*')):
-      file.unlink()
-
-
-class _Array:
+class _Array(_resumable.Array):
   """The files of one array, and the checksum of what is written to them."""
 
   def __init__(self, folder: epath.Path, leaf: ShapeDtype, path: _tree.Path):
@@ -201,8 +129,8 @@ class _Array:
     self.folder = folder
     self._leaf, self._dtype = leaf, np.dtype(leaf.dtype)
     self.chunks = self._chunk_shape()
-    self._chunk_bytes = math.prod(self.chunks) * self._dtype.itemsize
-    self._checksum = _checksum.Checksum(_tree.num_bytes(leaf))
+    chunk_bytes = math.prod(self.chunks) * self._dtype.itemsize
+    super().__init__(leaf, self._file_of, chunk_bytes)
     self._spread: jax.Array | None = None
 
   def _chunk_shape(self) -> list[int]:
@@ -233,70 +161,30 @@ class _Array:
     self.folder.mkdir(parents=True, exist_ok=True)
     (self.folder / '.zarray').write_text(json.dumps(content))
 
+  def _file_of(self, *chunk: int) -> epath.Path:
+    """The file of a chunk, of which the last numbers are 0 if not given."""
+    numbers = [*chunk, *[0] * (len(self.chunks) - len(chunk))]
+    return self.folder / '.'.join(map(str, numbers))
+
   def put(self, start: int, piece: Any) -> None:
     """Writes a piece, or the part that this process has of a whole array."""
-    if is_spread(piece):
-      self._put_shards(piece)
+    if not is_spread(piece):
+      super().put(start, piece)
       return
-    piece = np.ascontiguousarray(piece)
-    self._checksum.add(piece, start)
-    data = _bytes(piece)
-    rest = [0] * (len(self.chunks) - 1)
-    while data:
-      row, offset = divmod(start, self._chunk_bytes)
-      part = data[: self._chunk_bytes - offset]
-      self._write([row, *rest], offset, part)
-      data, start = data[len(part) :], start + len(part)
-
-  def _put_shards(self, array: jax.Array) -> None:
-    self._spread = array
-    for shard in array.addressable_shards:
+    self._spread = piece
+    for shard in piece.addressable_shards:
       if not shard.replica_id:
-        starts = [s.indices(n)[0] for s, n in zip(shard.index, array.shape)]
+        starts = [s.indices(n)[0] for s, n in zip(shard.index, piece.shape)]
         chunk = [start // n for start, n in zip(starts, self.chunks)]
-        self._write(chunk, 0, _bytes(jax.device_get(shard.data)))
-
-  def _write(self, chunk: list[int], offset: int, data: memoryview) -> None:
-    file = self.folder / '.'.join(map(str, chunk or [0]))
-    if _files.is_remote(file):
-      file.write_bytes(bytes(data).ljust(self._chunk_bytes, b'\0'))
-      return
-    number = os.open(file, os.O_WRONLY | os.O_CREAT, 0o666)
-    try:
-      # All chunks have one size, the last one too.
-      os.truncate(number, self._chunk_bytes)
-      _files.write_at(number, data, offset)
-    finally:
-      os.close(number)
-
-  def is_written(self, digest: str) -> bool:
-    """Whether its files hold what has this checksum."""
-    self._checksum = _checksum.Checksum(_tree.num_bytes(self._leaf))
-    rest = '.0' * (len(self.chunks) - 1)
-    start, end = 0, _tree.num_bytes(self._leaf)
-    for row in itertools.count():
-      if start >= end:
-        break
-      file = self.folder / f'{row}{rest}'
-      if not file.exists():
-        break
-      data = np.fromfile(file, np.uint8, min(self._chunk_bytes, end - start))
-      self._checksum.add(data, start)
-      start += self._chunk_bytes
-    is_same = self.digest() == digest
-    if not is_same:
-      self._checksum = _checksum.Checksum(_tree.num_bytes(self._leaf))
-    return is_same
+        data = _resumable.bytes_of(jax.device_get(shard.data))
+        file = self._file_of(*chunk)
+        _resumable.write_at(file, data, 0, self._file_bytes)
 
   def digest(self) -> str | None:
     """The checksum, if the processes, or this one alone, wrote all of it."""
     if self._spread is not None:
       return _checksum.of(self._spread)
-    return self._checksum.digest() if self._checksum.is_complete else None
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-  return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return super().digest()
 
 
 def is_spread(leaf: Any) -> bool:
@@ -339,7 +227,7 @@ def _describe(
         for name, row in described.items()
         if name in names
     ]
-    (tree / _orbax_layout.ARRAYS).mkdir()
+    (tree / _orbax_layout.ARRAYS).mkdir(exist_ok=True)
     content = {'array_metadatas': [{'array_metadata': row} for row in kept]}
     (tree / _orbax_layout.ARRAYS / 'process_0').write_text(json.dumps(content))
   file = layout.root and layout.root / layout.item / _SHARDING

@@ -19,10 +19,12 @@ import jax
 import numpy as np
 
 from jaxsoup import _json
+from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup import _warnings
 from jaxsoup.checkpoints import _arrays
 from jaxsoup.checkpoints import _directories
+from jaxsoup.checkpoints import _resumable
 from jaxsoup.checkpoints import _soups
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
@@ -199,9 +201,10 @@ def save_adapter(
       ranks[layer] = factor.shape[1]
   config = _config(ranks, config or {})
   metadata = {'scaling': _scaling_of(config)}
-  with _directories.atomic_directory(path) as folder:
+  with _resumable.shared(path) as folder:
     _soups.save(folder / _WEIGHTS, arrays, metadata=metadata)
-    _directories.write_json(folder / _CONFIG, config)
+    if _processes.is_main():
+      _directories.write_json(folder / _CONFIG, config)
   return str(path)
 
 

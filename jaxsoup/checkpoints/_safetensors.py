@@ -4,7 +4,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import json
 import math
-import os
 import pathlib
 import struct
 
@@ -14,15 +13,18 @@ import numpy as np
 
 from jaxsoup import _files
 from jaxsoup import _json
+from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _raw
+from jaxsoup.checkpoints import _resumable
 from jaxsoup.checkpoints import _sharded
 from jaxsoup.checkpoints import _source
 from jaxsoup.runtime import buckets
 from jaxsoup.typing import Config
 from jaxsoup.typing import DType
 from jaxsoup.typing import Json
+from jaxsoup.typing import PathLike
 from jaxsoup.typing import ShapeDtype
 
 _DTYPES = {
@@ -179,68 +181,87 @@ def _check_offsets(offsets: list[list[int]], num_bytes: int) -> None:
     raise ValueError(f'the tensors end at {end:,}, the file at {num_bytes:,}')
 
 
-PutFn = Callable[[_tree.Path, int, np.ndarray], None]
+class _File:
+  """A new file: `start` is the byte at which its arrays begin."""
+
+  def __init__(self, leaves, own, num_more):
+    self._leaves, self._rows, self._end = leaves, {}, 0
+    for p, x in leaves.items():
+      begin, self._end = self._end, self._end + _tree.num_bytes(x)
+      self._rows['.'.join(p)] = {
+          'dtype': _dtype_name(x.dtype, p),
+          'shape': list(x.shape),
+          'data_offsets': [begin, self._end],
+      }
+    if len(self._rows) < len(leaves):
+      raise ValueError(
+          'Two leaves would have the same name: keys contain dots, such as '
+          "'a.b' and {'a': {'b'}}. Rename the keys."
+      )
+    # The checksums come last, and are as long as their placeholders.
+    header = _header_bytes(self._rows, leaves, own, {}, num_more)
+    self.start = 8 + len(header)
+
+  def array(self, file: PathLike, p: _tree.Path) -> _resumable.Array:
+    begin, _ = self._rows['.'.join(p)]['data_offsets']
+    size = self.start + self._end
+    return _resumable.Array(
+        self._leaves[p], lambda _: file, size, self.start + begin
+    )
+
+  def complete(self, file: PathLike, own, digests) -> None:
+    header = _header_bytes(self._rows, self._leaves, own, digests)
+    # Spaces at the end of a header belong to the format.
+    length = self.start - 8
+    start = memoryview(struct.pack('<Q', length) + header.ljust(length))
+    _resumable.write_at(file, start, 0, self.start + self._end)
 
 
 def write(
     path: pathlib.Path,
     leaves: Mapping[_tree.Path, ShapeDtype],
     own_fn: Callable[[], Config],
-    fill_fn: Callable[[PutFn], None],
+    fill_fn: _resumable.FillFn,
     num_more: int = 0,
+    end_fn: Callable[[pathlib.Path], None] | None = None,
+    key: str | None = None,
 ) -> None:
-  """Writes a file piece by piece; it gets its name when it is complete.
+  """Writes files piece by piece; they get their name when all is complete.
 
   Args:
-    path: a file that does not exist yet.
-    leaves: shape and dtype of each leaf, by path.
-    own_fn: what is stored with the arrays, in JSON; called before the arrays
-      are written, and after.
-    fill_fn: is given `put_fn(path, start, piece)`, to be called for every piece
-      of every leaf, in any order and from any thread, with the byte at which
-      the piece begins.
-    num_more: by how many bytes what `own_fn` returns may grow meanwhile.
+    path: a file, or with `end_fn` a directory, that does not exist yet.
+    leaves: shape and dtype of each leaf, by its file and its path in there.
+    own_fn: what is stored with the arrays, in JSON; called before and after
+      they are written, between which it may grow by `num_more` bytes.
+    fill_fn: as of `_resumable.fill`.
+    end_fn: adds other files to the directory, in the main process.
+    key: as of `_resumable.shared`.
   """
-  rows: Json = {}
-  num_bytes = 0
-  for p, x in leaves.items():
-    end = num_bytes + _tree.num_bytes(x)
-    rows['.'.join(p)] = {
-        'dtype': _dtype_name(x.dtype, p),
-        'shape': list(x.shape),
-        'data_offsets': [num_bytes, end],
-    }
-    num_bytes = end
-  if len(rows) < len(leaves):
+  if _files.is_remote(path):
     raise ValueError(
-        "Two leaves would have the same name: keys contain dots, such as 'a.b' "
-        "and {'a': {'b'}}. Rename the keys."
+        f'{path} is in a bucket, where no .safetensors file can be written '
+        'piece by piece. Save it here and copy it, or save an Orbax checkpoint.'
     )
-  unfinished = _files.unfinished_name(path)
-  number = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-  try:
-    # The checksums come last, and are as long as their placeholders.
-    length = 8 + len(_header_bytes(rows, leaves, own_fn(), {}, num_more))
-    checksums = {
-        p: _checksum.Checksum(_tree.num_bytes(x)) for p, x in leaves.items()
-    }
-
-    def put(leaf_path, start, piece):
-      place = length + rows['.'.join(leaf_path)]['data_offsets'][0] + start
-      data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
-      _files.write_at(number, data, place)
-      checksums[leaf_path].add(piece, start)
-
-    fill_fn(put)
-    digests = {p: checksum.digest() for p, checksum in checksums.items()}
-    header = _header_bytes(rows, leaves, own_fn(), digests)
-    # Spaces at the end of a header belong to the format.
-    start = struct.pack('<Q', length - 8) + header.ljust(length - 8)
-    _files.write_at(number, memoryview(start), 0)
-    os.link(unfinished, path)  # Unlike a rename, it never overwrites a file.
-  finally:
-    os.close(number)
-    unfinished.unlink()
+  by_file: dict[str, dict[_tree.Path, ShapeDtype]] = {}
+  for (name, *place), leaf in leaves.items():
+    by_file.setdefault(name, {})[tuple(place)] = leaf
+  own = own_fn()
+  files = {name: _File(x, own, num_more) for name, x in by_file.items()}
+  starts = _processes.json_of_main([x.start for x in files.values()])
+  for file, start in zip(files.values(), starts):
+    file.start = start
+  key = key and f'{key}{sum(starts):x}'
+  with _resumable.shared(path, key, is_file=end_fn is None) as folder:
+    arrays = {p: files[p[0]].array(folder / p[0], p[1:]) for p in leaves}
+    digests = _resumable.fill(folder, arrays, fill_fn, key is not None)
+    with _processes.together():
+      if _processes.is_main():
+        own = own_fn()
+        for name, file in files.items():
+          of_file = {p[1:]: x for p, x in digests.items() if p[0] == name}
+          file.complete(folder / name, own, of_file)
+        if end_fn is not None:
+          end_fn(pathlib.Path(folder))
 
 
 def _dtype_name(dtype: DType, path: _tree.Path) -> str:

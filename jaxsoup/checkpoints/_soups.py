@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 from typing import Any
@@ -29,6 +29,7 @@ from jaxsoup.checkpoints import _ingredients
 from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _orbax_files
 from jaxsoup.checkpoints import _orbax_layout
+from jaxsoup.checkpoints import _resumable
 from jaxsoup.checkpoints import _safetensors
 from jaxsoup.checkpoints import _source
 from jaxsoup.checkpoints import _streaming
@@ -37,6 +38,7 @@ from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import Params
 from jaxsoup.typing import PathLike
+from jaxsoup.typing import ShapeDtype
 
 _FILE = '.safetensors'
 SIDECAR_FILE = 'soup.json'  # In a Hugging Face directory.
@@ -93,41 +95,41 @@ def save(
   params = params.params if isinstance(params, Soup) else params
   own = own_of(soup, ingredients, metadata)
   _warn_of_modules(ingredients)
-  leaves = _orbax.savable(params)
-
-  def put_all(put_fn, *_):
-    for name, leaf in leaves.items():
-      put_fn(name, 0, leaf)
-
-  return _write(path, leaves, put_all, lambda: own, ingredients)
+  return _write(path, _orbax.savable(params), lambda: own, ingredients)
 
 
-def _write(path, leaves, put_all, own_fn, ingredients, **of_average) -> str:
-  """Writes leaves that `put_all(put_fn)` puts, in the format of the path."""
+def _write(path, leaves, own_fn, ingredients, streamed=None, key=None) -> str:
+  """Writes leaves, or those of an average, in the format of the path."""
   file = _file_at(path, ingredients, leaves)
   path = new_path(path)
-  if file is None and path.suffix != _FILE:
-    return _write_orbax(
-        path, leaves, put_all, own_fn, ingredients, **of_average
-    )
-  is_streamed = 'key' in of_average
-  # Whoever has no part of the leaves in memory need not take part.
-  put = lambda put_fn: put_all(
-      lambda name, start, piece: put_fn(name, start, _processes.gathered(piece))
-  )
-  _processes.wait_for_all('every process has seen that the path is free')
-  if not _processes.is_main():
-    if not is_streamed:
-      put(lambda *_: None)
-  else:
-    with _files.room_for(path):
-      if file is not None:
-        _write_copy(path, file, leaves, put, own_fn, ingredients)
-      else:
-        # Hashes of ingredients, and duplicates, are known when all is read.
-        num_more = 200 * len(ingredients) if is_streamed else 0
-        _safetensors.write(path, leaves, own_fn, put, num_more)
-  _processes.wait_for_all('the file is written')
+  layout, targets = _orbax_layout.BARE, {p: p for p in leaves}
+  is_orbax = file is None and path.suffix != _FILE
+  if file is None and not is_orbax:
+    targets = {p: (path.name, *p) for p in leaves}
+  elif is_orbax and ingredients is not None:
+    found, places = ingredients.targets()
+    if found is not None and places.keys() == leaves.keys():
+      layout, targets = found, places
+
+  def fill_fn(put_fn, written):
+    if streamed is not None:
+      streamed.put_all(put_fn, targets, written)
+      return
+    for name, leaf in leaves.items():
+      leaf = leaf if is_orbax else _processes.gathered(leaf)
+      if _processes.is_main() or _orbax_files.is_spread(leaf):
+        put_fn(targets[name], 0, leaf)
+
+  placed = {targets[name]: leaf for name, leaf in leaves.items()}
+  with _files.room_for(path):
+    if file is not None:
+      _write_copy(path, file, leaves, own_fn, fill_fn, ingredients)
+    elif is_orbax:
+      _orbax_files.write(path, placed, own_fn, fill_fn, layout, key)
+    else:
+      # Hashes of ingredients, and duplicates, are known when all is read.
+      num_more = 200 * len(ingredients) if streamed is not None else 0
+      _safetensors.write(path, placed, own_fn, fill_fn, num_more, key=key)
   return str(path)
 
 
@@ -144,12 +146,14 @@ def _warn_of_modules(ingredients: _ingredients.Ingredients | None) -> None:
     )
 
 
-def _write_copy(path, file, leaves, put_all, own_fn, ingredients) -> None:
+def _write_copy(path, file, leaves, own_fn, fill_fn, ingredients) -> None:
   """Writes a soup as a copy of the first file, with other values.
 
   Alpha and what else is known of a soup are next to it: `soup.json` in a
-  directory, else `NAME.soup.json`.
+  directory, else `NAME.soup.json`. The main process does it.
   """
+  from jaxsoup.checkpoints import _directories
+
   stored = ingredients.stored(0)
   for name, leaf in leaves.items():
     if _tree.is_float(leaf) and leaf.dtype != stored[name].dtype:
@@ -158,54 +162,27 @@ def _write_copy(path, file, leaves, put_all, own_fn, ingredients) -> None:
           f'{_tree.name_of(name)!r} is {stored[name].dtype}, not {leaf.dtype}. '
           'Save a .safetensors file, or leave the dtype as it is.'
       )
-  from jaxsoup.checkpoints import _directories
-
-  with contextlib.ExitStack() as stack:
-    folder = None
-    if file == path:
-      made = _files.unfinished_name(path)
-      stack.callback(made.unlink, missing_ok=True)
-    else:
-      folder = stack.enter_context(_directories.atomic_directory(path))
-      made = folder / file.relative_to(path)
-      made.parent.mkdir(parents=True, exist_ok=True)
-    with ingredients.patched(made) as put:
+  is_main, is_file = _processes.is_main(), file == path
+  with _resumable.shared(path, is_file=is_file) as shared:
+    folder = pathlib.Path(shared)
+    made = folder / (path.name if is_file else file.relative_to(path))
+    written = _resumable.Written(shared, {}, is_kept=False)
+    written.num_writers = 1
+    with _processes.together(), contextlib.ExitStack() as stack:
+      put_fn: Any = None
+      if is_main:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        put_fn = stack.enter_context(ingredients.patched(made))
       # jax has no 64-bit integers by default.
-      put_all(lambda n, start, x: put(n, start, x.astype(stored[n].dtype)))
-    if folder is None:
-      os.link(made, path)  # Unlike a rename, it never overwrites.
-    else:
-      first = pathlib.Path(ingredients.paths[0])
-      _directories.copy_other_files(first, made.parent)
-    sidecar = sidecar_file(folder or path)
-    sidecar.write_text(json.dumps(_json.sealed(own_fn())))
-
-
-def _write_orbax(
-    path, leaves, put_all, own_fn, ingredients, streamed=None, key=None
-) -> str:
-  """Writes a soup as its ingredients are stored; all processes take part."""
-  layout, targets = ingredients.targets() if ingredients else (None, {})
-  if layout is None or targets.keys() != leaves.keys():
-    layout, targets = _orbax_layout.BARE, {p: p for p in leaves}
-
-  def fill_fn(put_fn, written):
-    put = lambda name, start, piece: put_fn(targets[name], start, piece)
-    if streamed is None:
-      is_main, is_spread = _processes.is_main(), _orbax_files.is_spread
-      put_all(lambda *args: put(*args) if is_main or is_spread(args[2]) else 0)
-      return
-    notes = {n: written.notes.get(p) for n, p in targets.items()}
-    sizes = {n: _tree.num_bytes(x) for n, x in leaves.items()}
-    own = _processes.share_of(sizes, jax.process_index(), jax.process_count())
-    names = [n for n in own if notes[n] is None]
-    put_all(put, names, lambda name, note: written.add(targets[name], note))
-    streamed.exchange({n: note for n, note in notes.items() if note})
-
-  placed = {targets[name]: leaf for name, leaf in leaves.items()}
-  with _files.room_for(path):
-    _orbax_files.write(path, placed, own_fn, fill_fn, layout, key)
-  return str(path)
+      cast = lambda n, x: x.astype(stored[n].dtype)
+      fill_fn(lambda n, start, x: put_fn(n, start, cast(n, x)), written)
+    with _processes.together():
+      if is_main and not is_file:
+        first = pathlib.Path(ingredients.paths[0])
+        _directories.copy_other_files(first, made.parent)
+        sidecar_file(folder).write_text(json.dumps(_json.sealed(own_fn())))
+  if is_main and is_file:
+    sidecar_file(path).write_text(json.dumps(_json.sealed(own_fn())))
 
 
 def save_average(
@@ -221,15 +198,16 @@ def save_average(
   `theta = sum_k alpha_k theta_k`, piece by piece from file to file: what
   `save(path, uniform(ingredients), ingredients=ingredients)` writes, in some
   hundred megabytes of memory whatever the size and number of the models.
-  Several processes each take a part of the leaves of an Orbax checkpoint.
+  Several processes each take a part of the leaves, except of a copy of the
+  first file, such as `.npz`.
 
   Args:
     path: as in `save`.
     ingredients: the checkpoints.
     alpha: as in `jaxsoup.average`; None is the uniform soup.
     metadata: as in `save`.
-    resume: whether an Orbax checkpoint that a killed program left unfinished is
-      continued, next to `path`. Nothing else may write there meanwhile.
+    resume: whether what a killed program left unfinished is continued, next to
+      `path`. Nothing else may write there meanwhile.
 
   Returns:
     The absolute path.
@@ -252,19 +230,22 @@ def save_average(
   ingredients = ingredients.unsharded()
   streamed, soup_fn = streamed_soup(ingredients, alpha)
   own_fn = lambda: own_of(soup_fn(), ingredients, metadata)
-  what = ingredients.meaning()
-  what += [np.asarray(x).tolist() for x in jax.tree.leaves(alpha)]
-  what += [(p, str(x.dtype), x.shape) for p, x in streamed.leaves.items()]
-  key = hashlib.blake2b(json.dumps(what).encode(), digest_size=6).hexdigest()
-  return _write(
-      path,
-      streamed.leaves,
-      streamed.put_all,
-      own_fn,
-      ingredients,
-      streamed=streamed,
-      key=key if resume else None,
-  )
+  key = key_of(alpha, [(ingredients, streamed.leaves)]) if resume else None
+  return _write(path, streamed.leaves, own_fn, ingredients, streamed, key)
+
+
+def key_of(
+    alpha: Alpha | None,
+    averages: Sequence[
+        tuple[_ingredients.Ingredients, Mapping[_tree.Path, ShapeDtype]]
+    ],
+) -> str:
+  """A short text that stands for all that decides what averages are."""
+  what = [np.asarray(x).tolist() for x in jax.tree.leaves(alpha)]
+  for ingredients, leaves in averages:
+    what += ingredients.meaning()
+    what += [(p, str(x.dtype), x.shape) for p, x in leaves.items()]
+  return hashlib.blake2b(json.dumps(what).encode(), digest_size=6).hexdigest()
 
 
 def streamed_soup(
@@ -293,11 +274,7 @@ def new_path(path: PathLike) -> pathlib.Path:
   root: Any = _orbax.absolute(path)
   if not _files.is_remote(path):
     root = pathlib.Path(root)
-  if root.exists() or os.path.lexists(root):
-    raise FileExistsError(
-        f'{root} exists and is not overwritten. Delete it, or give another '
-        'path.'
-    )
+  _files.require_new(root)
   root.parent.mkdir(parents=True, exist_ok=True)
   return root
 
@@ -317,7 +294,10 @@ def own_of(
       'ingredients': _describe(ingredients),
       'versions': _versions(),
       'command': _card.command(),
-      'time': datetime.datetime.now(datetime.UTC).isoformat(),
+      # Always as long, since the place in a header is kept for it.
+      'time': datetime.datetime.now(datetime.UTC).isoformat(
+          timespec='microseconds'
+      ),
   }
 
 

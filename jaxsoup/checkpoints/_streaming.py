@@ -18,6 +18,7 @@ from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checkpoint
 from jaxsoup.checkpoints import _pieces
+from jaxsoup.checkpoints import _resumable
 from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Alpha
 from jaxsoup.typing import DType
@@ -118,31 +119,39 @@ class Average:
 
   def put_all(
       self,
-      put_fn: Callable[[_tree.Path, int, np.ndarray], None],
-      names: Sequence[_tree.Path] | None = None,
-      done_fn: Callable[[_tree.Path, Json], None] = lambda *_: None,
+      put_fn: _resumable.PutFn,
+      targets: Mapping[_tree.Path, _tree.Path],
+      written: _resumable.Written,
   ) -> None:
-    """Passes `(name, start, piece)` of every piece, `start` in bytes.
+    """Passes `(target, start, piece)` of every piece, `start` in bytes.
 
-    And `(name, note)` of every leaf: the note stands for what was read of the
-    ingredients, as `exchange` takes it.
+    Of what is not yet `written`, and of that the share of this process.
     """
-    names = self._template.flat.paths if names is None else names
+    notes = {n: written.notes.get(target) for n, target in targets.items()}
+    missing = [n for n in self._template.flat.paths if notes[n] is None]
+    sizes = {n: _tree.num_bytes(self.leaves[n]) for n in missing}
+    number, num = jax.process_index(), written.num_writers
+    names = _processes.share_of(sizes, number, num) if number < num else []
 
     def piece_fn(i, index):
       piece = self._piece(names[i], index)
       columns = self.leaves[names[i]].shape[1:]
       row_bytes = piece.dtype.itemsize * math.prod(columns)
       start = index[0].start * row_bytes if index else 0
-      put_fn(names[i], start, piece)
+      put_fn(targets[names[i]], start, piece)
 
     # As often in each of several processes.
     num_questions = len(self.leaves) // jax.process_count()
-    for i in _pieces.run([self._plan(n) for n in names], piece_fn):
-      self._verify(names[i])
-      done_fn(names[i], self._note(names[i]))
-      if i < num_questions:
-        self._stop_fn()
+    with _processes.together():
+      for i in _pieces.run([self._plan(n) for n in names], piece_fn):
+        self._verify(names[i])
+        written.add(targets[names[i]], self._note(names[i]))
+        if i < num_questions:
+          self._stop_fn()
+    # Of what other processes read, or an earlier start of this program.
+    for k, checkpoint in self._opened.items():
+      known = {n: note.get(str(k)) for n, note in notes.items() if note}
+      checkpoint.exchange({n: digest for n, digest in known.items() if digest})
 
   def cost(self, num_hosts: int) -> Cost:
     """What the average takes, from file to file; reads no array."""
@@ -167,14 +176,6 @@ class Average:
   def _note(self, name: _tree.Path) -> Json:
     digests = {k: c.digest_of(name) for k, c in self._opened.items()}
     return {str(k): digest for k, digest in digests.items() if digest}
-
-  def exchange(self, notes: Mapping[_tree.Path, Json]) -> None:
-    """Completes the checksums: of leaves that other processes read, or an
-    earlier start of this program, which left notes.
-    """
-    for k, checkpoint in self._opened.items():
-      read = {n: note[str(k)] for n, note in notes.items() if str(k) in note}
-      checkpoint.exchange(read)
 
   def duplicates(self) -> tuple[Members, ...]:
     """Groups of equal ingredients among those read; warns of them."""

@@ -50,7 +50,7 @@ def cook(
     from jaxsoup.experiments import stopping
     from jaxsoup.runtime import preemption
 
-    if recipe_fn is None and order.out.suffix != '.safetensors':
+    if recipe_fn is None:
       saved = f'what is written so far is kept next to {order.out}'
     is_main = jax.process_index() == 0
     held = _common.held(order.out) if is_main else contextlib.nullcontext()
@@ -138,6 +138,7 @@ def _make_and_save(order, ingredients, recipe_fn, alpha, metadata):
         alpha=alpha,
         max_shard_bytes=order.max_shard_size,
         metadata=metadata,
+        resume=True,
     )
   elif soup is None:
     checkpoints.save_average(

@@ -37,15 +37,13 @@ def make(experiment: configs.Experiment, workdir: pathlib.Path) -> None:
   Raises:
     ValueError: the model is not what the classes of that library compute.
   """
-  if not _processes.is_main():
-    return
   config, data_fn = experiment.config, experiment.data_fn
   model = config.model.to_dict()
   labels = None
   if 'num_classes' in model and data_fn is not None:
     labels = list(data_fn(config).labels) or None
-  for soup in [*workdir.glob('soups/*'), *workdir.glob('splits/*/soups/*')]:
+  soups = [*workdir.glob('soups/*'), *workdir.glob('splits/*/soups/*')]
+  for soup in sorted(soups):
     path = soup.parent.parent / 'exported' / soup.name
-    if not path.exists():
-      path.parent.mkdir(exist_ok=True)
+    if not _processes.agreed(path.exists()):
       models.convert(soup, path, like=config.init, labels=labels, **model)

@@ -1,8 +1,10 @@
 """Averages of large checkpoints from file to file, against the disk itself.
 
 python tests/benchmarks/average.py FOLDER [--gigabytes 20] [--ingredients 8]
+  [--directories]
 
-Writes bfloat16 checkpoints with the leaves of a scanned Transformer, and runs
+Writes bfloat16 checkpoints with the leaves of a scanned Transformer, or with
+--directories those of Hugging Face, where each layer has its own, and runs
 `jaxsoup soup uniform` on them in one and in two processes, with the files out
 of the page cache (cold) and in it as far as they fit (warm). The limit is the
 disk: what it reads and writes in large blocks, measured in the same run. Two
@@ -49,6 +51,22 @@ def params_of(num_bytes: int, seed: int) -> dict:
   rng = np.random.default_rng(seed)
   block = rng.normal(size=1 << 20).astype(jnp.bfloat16)
   return {n: np.resize(block, shape) for n, shape in shapes.items()}
+
+
+def save(run: pathlib.Path, params: dict, is_directory: bool) -> None:
+  if not is_directory:
+    checkpoints.save(run, params)
+    return
+  embedding = params.pop('embedding')
+  layers = {
+      f'{i}/{name}': layer
+      for name, stack in params.items()
+      for i, layer in enumerate(stack)
+  }
+  checkpoints.save(
+      run / 'model.safetensors', {**layers, 'embedding': embedding}
+  )
+  (run / 'config.json').write_text('{}')
 
 
 def forget(folder: pathlib.Path) -> None:
@@ -143,6 +161,7 @@ def main() -> None:
   parser.add_argument('folder', type=pathlib.Path)
   parser.add_argument('--gigabytes', type=float, default=20)
   parser.add_argument('--ingredients', type=int, default=8)
+  parser.add_argument('--directories', action='store_true')
   arguments = parser.parse_args()
   folder = arguments.folder.absolute() / 'average'
   folder.mkdir()
@@ -150,7 +169,7 @@ def main() -> None:
   try:
     runs = [str(folder / f'run{k}') for k in range(arguments.ingredients)]
     for k, run in enumerate(runs):
-      checkpoints.save(run, params_of(one, k))
+      save(pathlib.Path(run), params_of(one, k), arguments.directories)
     forget(folder)
     read = read_all(folder)
     write = write_all(folder / 'file', one)
