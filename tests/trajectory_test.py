@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
 from typer import testing
 
 import jaxsoup
@@ -509,6 +510,26 @@ def test_metrics_of_a_run(run, tmp_path):
   for file in (table, lines):
     with pytest.raises(ValueError, match=file.name):
       checkpoints.metric(file, 'accuracy')
+
+
+def test_a_run_of_a_trainer(tmp_path):
+  """Directories of Hugging Face: as transformers leaves them."""
+  losses = {5: 3.0, 10: 1.0, 100: 2.0}
+  for step in losses:
+    folder = tmp_path / f'run/checkpoint-{step}'
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text('{}')
+    weights = {'w': np.full(3, step, np.float32)}
+    safetensors.numpy.save_file(weights, folder / 'model.safetensors')
+    rows = [{'step': k, 'loss': x} for k, x in losses.items() if k <= step]
+    content = json.dumps({'log_history': rows})
+    (folder / 'trainer_state.json').write_text(content)
+  assert checkpoints.metric(tmp_path / 'run', 'loss') == losses
+  options = ('--best', 2, '--metric', 'loss:min', '--out', tmp_path / 'soup')
+  result = _invoke(tmp_path / 'run', *options)
+  assert result.exit_code == 0, (result.output, result.exception)
+  soup = safetensors.numpy.load_file(tmp_path / 'soup/model.safetensors')
+  assert soup['w'].tolist() == [55.0] * 3
 
 
 def _invoke(*args):
