@@ -260,6 +260,7 @@ def test_sliding_windows_do_not_drift(rng):
         (lambda: trajectory.decay([1], 'sqrt'), "curve is 'sqrt': choose from"),
         (lambda: trajectory.window([1, 2], last=3), '2 lie in the window'),
         (lambda: trajectory.window([1, 2], start=5), r'\(start 5\), and 1'),
+        (lambda: trajectory.window([1, 2], every=0), 'every is 0: expected'),
         (lambda: trajectory.best([1, np.nan], 2), '1 of 2 checkpoints have'),
         (lambda: trajectory.power_decay(0.3), 'EMA is 0.3: expected a share'),
         (
@@ -605,6 +606,7 @@ def test_command_that_compares(run, tmp_path, monkeypatch):
     [
         (('--steps', '1:2:3:4'), 2, 'write START:STOP or START:STOP:EVERY'),
         (('--steps', '41:50'), 1, '0 lie in the window (start 41, stop 50)'),
+        (('--steps', '0:40:0'), 1, 'every is 0: expected at least 1'),
         (('--best', 2), 1, '--best and --metric go together'),
         (('--best', 2, '--metric', 'loss'), 1, "no metric 'loss' for any step"),
         (('--last', 1, '--last', 2), 1, 'add --eval, or give one of each'),
