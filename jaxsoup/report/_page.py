@@ -423,7 +423,10 @@ circle.selected { stroke: var(--link); stroke-width: 2.4; }
 @media print { details::details-content { content-visibility: visible; }
   .filter, #tip { display: none; }
   .scroll { overflow: visible !important; max-height: none !important; }
-  table { font-size: .55rem; }
+  table { font-size: .7rem; }
+  table.models { font-size: .5rem; }
   th, td { padding: .1rem .25rem; }
-  thead th { white-space: normal; } }
+  thead th { white-space: normal; }
+  .pictures { display: block; }
+  h2 { break-after: avoid; } }
 """
