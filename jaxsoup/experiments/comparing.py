@@ -12,6 +12,7 @@ import functools
 import pathlib
 from typing import NamedTuple
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -24,6 +25,17 @@ from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
 
 _HELD_OUT, _TEST, _MEAN = 'held-out', 'test', 'mean of shifts'
+# Of a damaged file of NumPy, and of one that is not that of the rows.
+_UNREADABLE = (
+    EOFError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _KEYS = {_HELD_OUT: 'held_out', _TEST: 'test'}
 
 
@@ -304,6 +316,8 @@ def _over_examples(pair, row: str, names, *, is_mean: bool) -> Comparison:
 
 def _answers(repeat: _Repeat, row: str, names) -> tuple[Json, Json]:
   """Answers of a row, `[N]`, and labels, by data set."""
+  if 'splits' in repeat.content:
+    raise _UnknownError('one seed, and A and B do not have the same splits')
   path = repeat.path.parent / 'answers.npz'
   if not path.is_file():
     raise _UnknownError(
@@ -319,7 +333,7 @@ def _answers(repeat: _Repeat, row: str, names) -> tuple[Json, Json]:
     with np.load(path) as stored:
       answers = {name: stored[f'answers/{name}'][rows] for name in names}
       labels = {name: stored[f'label/{name}'] for name in names}
-  except (EOFError, IndexError, KeyError, ValueError, zipfile.BadZipFile) as e:
+  except _UNREADABLE as e:
     raise ValueError(
         f'{path} does not belong to {repeat.path.name}: {e}. Delete both, and '
         'run the command of the experiment again, which trains nothing again.'

@@ -291,7 +291,7 @@ def against(
       ax.ticklabel_format(axis='x', scilimits=(-3, 4))
       ax.locator_params(axis='x', nbins=6)
   else:  # A row each, since their names would overlap below the axis.
-    kinds = kinds_of(values)
+    kinds = sorted(set(map(str, values)))
     x, y = y, np.array([kinds.index(str(value)) for value in values], float)
     axes = label, name
     step = -(-len(kinds) // _MAX_KINDS)
@@ -305,11 +305,6 @@ def against(
         x[mask], y[mask], s=26, facecolors=face, edgecolors=colour, zorder=3
     )
   tidy(ax, *axes)
-
-
-def kinds_of(values: Sequence[Any]) -> list[str]:
-  """What has no order but that of the alphabet."""
-  return sorted(set(map(str, values)))
 
 
 def is_numeric(values: Sequence[Any]) -> bool:
@@ -336,11 +331,9 @@ def drawn(
     fig = figure.Figure(figsize=size, layout='constrained')
     draw(fig.add_subplot())
     for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)):
-      for kind in ('major', 'minor'):
-        old = getattr(axis, f'get_{kind}_formatter')()
-        if isinstance(old, ticker.LogFormatterMathtext):
-          new = ticker.LogFormatter(labelOnlyBase=old.labelOnlyBase)
-          getattr(axis, f'set_{kind}_formatter')(new)
+      if isinstance(axis.get_major_formatter(), ticker.LogFormatterMathtext):
+        axis.set_major_formatter(ticker.LogFormatter())
+        axis.set_minor_formatter(ticker.LogFormatter())
     yield fig
 
 

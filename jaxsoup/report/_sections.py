@@ -104,22 +104,19 @@ def models_section(rows: Sequence[Row], settings: Settings) -> Section:
   )
   shifts = list(dict.fromkeys(name for row in rows for name in row.shifts))
   _, names = singles_with(settings, rows)
+  text = lambda x: f'{x:.4g}' if isinstance(x, float) else str(x)
   percent = lambda x: '' if x is None or np.isnan(x) else f'{100 * x:.1f}'
   lines = [
       [
           *cells[:1], row.kind, *(x.replace('nan', '') for x in cells[1:]),
           *(percent(row.shifts.get(name)) for name in shifts),
-          *(_text(setting.get(name, '')) for name in names),
+          *(text(setting.get(name, '')) for name in names),
       ]
       for row, setting, cells in zip(rows, settings, body)
   ]  # fmt: skip
   header = ['model', 'kind', *header[1:], *shifts, *names]
-  text = f'Scores: {rows[0].metric}, in per cent.'
-  return Section('All models', [text, Table(header, lines, has_models=True)])
-
-
-def _text(value: object) -> str:
-  return f'{value:.4g}' if isinstance(value, float) else str(value)
+  legend = f'Scores: {rows[0].metric}, in per cent.'
+  return Section('All models', [legend, Table(header, lines, has_models=True)])
 
 
 def models_of(rows: Sequence[Row]) -> list[int]:
@@ -409,7 +406,7 @@ def _setting(name, values, rows, chosen, models) -> Picture:
     span = f'from {min(values):.3g} to {max(values):.3g}'
     points = list(zip(models, values, percents))
   else:
-    kinds = _plots.kinds_of(values)
+    kinds = sorted(set(map(str, values)))
     span = _listed(kinds)
     height = 1.2 + 0.2 * min(len(kinds), 60)
     rows_of = [kinds.index(str(value)) for value in values]
