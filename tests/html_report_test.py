@@ -569,8 +569,8 @@ def test_one_model_twice_is_named():
   parts, *_ = [_sections.table_section([*rows, again]).parts]
   (text,) = (x for x in parts if 'Equal' in str(x))
   assert text == (
-      'Equal scores on all 3 data sets, probably one model: 01, 05. It counts '
-      '2 times.'
+      'Equal scores on all 3 data sets: 01, 05. If that is one model, it '
+      'counts 2 times.'
   )
   assert not any('Equal' in str(x) for x in _sections.table_section(rows).parts)
 

@@ -263,7 +263,7 @@ def _difference(pairs, row: str, data: str, shifts) -> Difference:
 def _score(row: report.Row, data: str, shifts: Sequence[str]) -> float:
   if data == _MEAN:
     return float(np.mean([row.shifts[name] for name in shifts]))
-  return row.shifts[data] if data in row.shifts else getattr(row, _KEYS[data])
+  return getattr(row, _KEYS[data]) if data in _KEYS else row.shifts[data]
 
 
 def _require_same_examples(pairs, names: Sequence[str]) -> None:

@@ -84,14 +84,14 @@ def _findings(shown: Sequence[Row]) -> list[str]:
 
 
 def _twice(rows: Sequence[Row]) -> list[str]:
-  """Single models with the same scores, of which two or more are known."""
+  """Single models that are perhaps one, given more than once."""
   names: dict[tuple[float, ...], list[str]] = {}
   for row in _tables.singles(rows):
     key = (row.held_out, row.test, *row.shifts.values())
     names.setdefault(key, []).append(row.name)
   return [
-      f'Equal scores on all {len(key)} data sets, probably one model: '
-      f'{_listed(x)}. It counts {len(x)} times.'
+      f'Equal scores on all {len(key)} data sets: {_listed(x)}. If that is one '
+      f'model, it counts {len(x)} times.'
       for key, x in names.items()
       if len(x) > 1
   ]
