@@ -67,13 +67,16 @@ def window(
     Bool, `[K]`: the `where` of `swa`, `decay` and `ema`.
 
   Raises:
-    ValueError: nothing lies in it, or there are not as many as `last`.
+    ValueError: nothing lies in it, there are not as many as `last`, or every is
+      not positive.
 
   Example:
     >>> window([0, 100, 200, 300], start=100, every=200)
     array([False,  True, False,  True])
   """
   steps = _checked_steps(steps)
+  if every is not None and every < 1:
+    raise ValueError(f'every is {every}: expected at least 1.')
   where = np.ones(len(steps), bool)
   if start is not None:
     where &= steps >= start

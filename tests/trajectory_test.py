@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
 from typer import testing
 
 import jaxsoup
@@ -259,6 +260,7 @@ def test_sliding_windows_do_not_drift(rng):
         (lambda: trajectory.decay([1], 'sqrt'), "curve is 'sqrt': choose from"),
         (lambda: trajectory.window([1, 2], last=3), '2 lie in the window'),
         (lambda: trajectory.window([1, 2], start=5), r'\(start 5\), and 1'),
+        (lambda: trajectory.window([1, 2], every=0), 'every is 0: expected'),
         (lambda: trajectory.best([1, np.nan], 2), '1 of 2 checkpoints have'),
         (lambda: trajectory.power_decay(0.3), 'EMA is 0.3: expected a share'),
         (
@@ -511,6 +513,26 @@ def test_metrics_of_a_run(run, tmp_path):
       checkpoints.metric(file, 'accuracy')
 
 
+def test_a_run_of_a_trainer(tmp_path):
+  """Directories of Hugging Face: as transformers leaves them."""
+  losses = {5: 3.0, 10: 1.0, 100: 2.0}
+  for step in losses:
+    folder = tmp_path / f'run/checkpoint-{step}'
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text('{}')
+    weights = {'w': np.full(3, step, np.float32)}
+    safetensors.numpy.save_file(weights, folder / 'model.safetensors')
+    rows = [{'step': k, 'loss': x} for k, x in losses.items() if k <= step]
+    content = json.dumps({'log_history': rows})
+    (folder / 'trainer_state.json').write_text(content)
+  assert checkpoints.metric(tmp_path / 'run', 'loss') == losses
+  options = ('--best', 2, '--metric', 'loss:min', '--out', tmp_path / 'soup')
+  result = _invoke(tmp_path / 'run', *options)
+  assert result.exit_code == 0, (result.output, result.exception)
+  soup = safetensors.numpy.load_file(tmp_path / 'soup/model.safetensors')
+  assert soup['w'].tolist() == [55.0] * 3
+
+
 def _invoke(*args):
   args = ['soup', 'trajectory', *map(str, args)]
   return testing.CliRunner().invoke(cli.app, args)
@@ -584,6 +606,7 @@ def test_command_that_compares(run, tmp_path, monkeypatch):
     [
         (('--steps', '1:2:3:4'), 2, 'write START:STOP or START:STOP:EVERY'),
         (('--steps', '41:50'), 1, '0 lie in the window (start 41, stop 50)'),
+        (('--steps', '0:40:0'), 1, 'every is 0: expected at least 1'),
         (('--best', 2), 1, '--best and --metric go together'),
         (('--best', 2, '--metric', 'loss'), 1, "no metric 'loss' for any step"),
         (('--last', 1, '--last', 2), 1, 'add --eval, or give one of each'),

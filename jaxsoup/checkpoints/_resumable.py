@@ -27,7 +27,6 @@ from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup.checkpoints import _checksum
 from jaxsoup.checkpoints import _pieces
-from jaxsoup.checkpoints import _source
 from jaxsoup.typing import Array as AnyArray
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
@@ -213,13 +212,17 @@ class Written:
 
   def read_back(self) -> None:
     """Raises if what this process has written does not have its checksum."""
-    arrays = [x for p, x in self._arrays.items() if p not in self.notes]
-    own = [(x, digest) for x in arrays if (digest := x.digest())]
+    arrays = {p: x for p, x in self._arrays.items() if p not in self.notes}
+    own = [(p, x, digest) for p, x in arrays.items() if (digest := x.digest())]
 
     def piece_fn(i, _):
-      array, digest = own[i]
+      path, array, digest = own[i]
       if not array.is_written(digest):
-        raise _source.damaged(self._folder, 'it reads back with other values')
+        raise ValueError(
+            f'{self._folder}: what was written of {_tree.name_of(path)!r} is '
+            'damaged, as it reads back with other values. Check the disk, and '
+            'write it again.'
+        )
 
     for _ in _pieces.run([[((), _STEP_BYTES)]] * len(own), piece_fn):
       pass

@@ -23,6 +23,7 @@ _STEP = re.compile(r'(?:.*[_-])?(\d+)')
 _OF_A_STEP = (_orbax_layout.TREE_FILE, _orbax_layout.ROOT_FILE)
 # Where a CheckpointManager keeps the metrics of a step.
 _METRICS = 'metrics/metrics'
+_OF_TRAINER = 'trainer_state.json'
 
 
 def steps(run: PathLike) -> dict[int, str]:
@@ -99,9 +100,9 @@ def metric(source: PathLike, name: str) -> dict[int, float]:
   r"""A metric that was stored for the steps of a run.
 
   Args:
-    source: the run, see `steps`, whose `CheckpointManager` has stored metrics;
-      or a file with a `step` in each row: JSON lines, CSV, or the
-      `trainer_state.json` of transformers.
+    source: the run, see `steps`, whose `CheckpointManager` or Trainer has
+      stored metrics; or a file with a `step` in each row: JSON lines, CSV, or
+      the `trainer_state.json` of a Trainer.
     name: of the metric.
 
   Returns:
@@ -146,6 +147,8 @@ def _rows_of_run(run: epath.Path) -> Iterable[dict[str, Any]]:
     file = epath.Path(path) / _METRICS
     if file.exists():
       yield {**_json.parsed(file.read_bytes()), 'step': step}
+    if (state := epath.Path(path) / _OF_TRAINER).exists():
+      yield from _rows_of_file(state)
 
 
 def _rows_of_file(file: epath.Path) -> Iterable[dict[str, Any]]:

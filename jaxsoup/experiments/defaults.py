@@ -59,7 +59,7 @@ def training(num_epochs: int, batch_size: int, **others: Any) -> Json:
     batch_size: examples of a step.
     **others: more fields, or other values.
   """
-  fixed = dict(warmup=0.1, final=0.0)
+  fixed = dict(warmup=0.1, decay='cosine', decay_from=0.0, final=0.0)
   return dict(num_epochs=num_epochs, batch_size=batch_size, **(fixed | others))
 
 
