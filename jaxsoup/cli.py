@@ -7,6 +7,7 @@ from typing import Any
 import typer
 from typer import core
 
+from jaxsoup.commands import compare
 from jaxsoup.commands import convert
 from jaxsoup.commands import demo
 from jaxsoup.commands import diagnose
@@ -59,6 +60,7 @@ for command in (
     plan.plan,
     convert.convert,
     report.report,
+    compare.compare,
     doctor.doctor,
 ):
   app.command()(command)

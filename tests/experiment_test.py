@@ -355,6 +355,12 @@ def test_what_a_workdir_holds(uninterrupted):
   assert kinds == ['single'] * 4 + ['soup'] * 6 + ['ensemble'] * 2
   assert len(results['runs']) == 4
   assert results['config']['sweep.num_runs'] == 4
+  answers = np.load(uninterrupted / 'answers.npz')
+  right, label = answers['answers/test'], answers['label/test']
+  scores = [row['test'] for row in results['rows']]
+  np.testing.assert_allclose(right.mean(1), scores, atol=1e-6)
+  logits = np.load(uninterrupted / 'logits/01.npz')['test']
+  np.testing.assert_array_equal(right[1], logits.argmax(-1) == label)
   for name in ('test_against_shifts.png', 'trials.png'):
     assert (uninterrupted / name).read_bytes().startswith(b'\x89PNG')
   table = (uninterrupted / 'table.md').read_text()

@@ -37,7 +37,7 @@ from jaxsoup.typing import Json
 from jaxsoup.typing import Params
 from jaxsoup.typing import ParamsFn
 
-_RESULTS, _TABLE = 'results.json', 'table.md'
+_RESULTS, _TABLE, _ANSWERS = 'results.json', 'table.md', 'answers.npz'
 _SCATTER, _TRIALS = 'test_against_shifts.png', 'trials.png'
 
 
@@ -161,6 +161,9 @@ def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
     content['stability'] = stable
     if _processes.is_main():
       _write(work, content, tables, first.soups)
+      if len(made) == 1:
+        _write_answers(work, made[0][1][1])
+      _store(work, content)
   prepare_fn = next(iter(first.statistics_fns.values()), None)
   _add_stability(work, content, ingredients, all_splits[0], logits, prepare_fn)
   _processes.wait_for_all(f'{_RESULTS} is written')
@@ -399,8 +402,8 @@ def _scored(work, split, model: Compared):
   return row, answers if metric_name == 'accuracy' else logits, curve
 
 
-def _table(work, split, models) -> tuple[list[report.Row], Json]:
-  """Rows with their gains, and the reliability of what a user would choose.
+def _table(work, split, models) -> tuple[list[report.Row], Any]:
+  """Rows with their gains; reliability of what a user would choose; answers.
 
   What is resampled for the gains are the examples of this split.
   """
@@ -418,7 +421,7 @@ def _table(work, split, models) -> tuple[list[report.Row], Json]:
       for i, (row, curve) in enumerate(zip(rows, curves))
       if i == best or row.kind != 'single'
   }
-  return with_gains, calibration
+  return with_gains, (calibration, answers)
 
 
 def shares(work: workdirs.Work) -> dict[str, float]:
@@ -460,12 +463,13 @@ def record(work: workdirs.Work) -> Json:
 
 def _content(work, made, all_splits, soups) -> Json:
   """What is in results.json, but for the stability."""
-  tables, (calibration, *_) = zip(*made)
+  tables, ((calibration, _), *_) = zip(*made)
   workdir = work.workdir
   paths = [workdir / 'theta_0', *(path for _, _, path in work.copies())]
   paths += [split.soup_path(name) for split in all_splits for name in soups]
   names = [path.relative_to(workdir).as_posix() for path in paths]
   names += [_SCATTER, *([_TRIALS] if _searches(soups) else []), _TABLE]
+  names += [_ANSWERS] if len(tables) == 1 else []
   content = {
       'config': json.loads((workdir / 'config.json').read_text()),
       'runs': list(work.experiment.runs),
@@ -496,7 +500,7 @@ def _searches(soups) -> Json:
 
 
 def _write(work, content: Json, tables, soups) -> None:
-  """Pictures and the table; results.json last, as it stands for them all."""
+  """Pictures and the table; results.json comes last, and stands for all."""
   workdir = work.workdir
   draw = functools.partial(report.scatter, rows=report.averaged(tables)[0])
   with buckets.local_copy(workdir / _SCATTER) as file:
@@ -510,7 +514,23 @@ def _write(work, content: Json, tables, soups) -> None:
   if names := ', '.join(content['diverged']):
     text += f'\n\nLeft out, with NaN or infinite values: {names}.'
   (workdir / _TABLE).write_text(text + '\n')
-  _store(work, content)
+
+
+def _write_answers(work, answers) -> None:
+  """What `comparing` pairs: labels, and an answer a row and example.
+
+  By data set whether it is right; of metrics that need more, the class.
+  """
+  arrays: Json = {}
+  for name, label in work.labels.items():
+    given = np.stack([_answer(of_row[name]) for of_row in answers])
+    arrays |= {f'label/{name}': label, f'answers/{name}': given}
+  with buckets.local_copy(work.workdir / _ANSWERS) as file:
+    np.savez_compressed(file, **arrays)
+
+
+def _answer(x: np.ndarray) -> np.ndarray:
+  return x if x.ndim == 1 else x.argmax(-1).astype(np.int32)
 
 
 def _store(work, content: Json) -> None:

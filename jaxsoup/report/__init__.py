@@ -46,6 +46,8 @@ from jaxsoup.report._tables import mean_rows as mean_rows
 from jaxsoup.report._tables import read_rows as read_rows
 from jaxsoup.report._tables import refuse_twice as refuse_twice
 from jaxsoup.report._tables import rich_table as rich_table
+from jaxsoup.report._tables import rows_of as rows_of
 from jaxsoup.report._tables import summary as summary
 from jaxsoup.report._tables import with_gains as with_gains
+from jaxsoup.report._tables import with_interval as with_interval
 from jaxsoup.report._workdir import write_report as write_report

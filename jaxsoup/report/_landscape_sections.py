@@ -46,13 +46,16 @@ def read_landscape(workdir: PathLike) -> Json:
   return parts
 
 
-def plane_sections(measured: Config, names: Sequence[str]) -> list[Section]:
+def plane_sections(
+    measured: Config, names: Sequence[str], models: Sequence[int] = ()
+) -> list[Section]:
   """Loss and error around the start and two models; empty without a plane.
 
   Args:
     measured: corners, names of the soups, and the fields of a
       `jaxsoup.landscape.Plane`, whose `loss` is one array for each surface.
     names: of the single models.
+    models: their rows in the table of all models, if the page has one.
   """
   if 'loss' not in measured:
     return []
@@ -90,6 +93,7 @@ def plane_sections(measured: Config, names: Sequence[str]) -> list[Section]:
             f'Coloured map with the start, the models and the soups. {text}',
             text,
             (5.4, 4.6),
+            [(i, *xy) for i, xy in zip(models, points[3:].tolist())],
         )
     )
   legend = (

@@ -7,7 +7,8 @@ report.write_page('out/report.html', 'My soups', [section])
 ```
 
 Pictures are inline SVG in the colours of the page, so that they follow a dark
-mode. No scripts, no fonts and nothing else is loaded.
+mode. Nothing is loaded; the one script, `page.js`, is part of the page, which
+says the same without it.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,14 @@ import csv
 import html
 import io
 import itertools
+import json
 import pathlib
 import re
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
+
+import numpy as np
 
 from jaxsoup import _files
 from jaxsoup.report import _plots
@@ -39,6 +43,7 @@ _INK = {
 }
 
 
+_SCRIPT = pathlib.Path(__file__).with_name('page.js')
 # What a page of ours begins with.
 _MARKER = '<meta name="generator" content="jaxsoup">'
 
@@ -73,12 +78,14 @@ class Table(NamedTuple):
     rows: cells, all of them texts; a `Strong` one is bold.
     caption: what it shows, printed above it.
     is_folded: whether it is collapsed until a reader opens it.
+    has_models: whether each row is a model, which `Picture.points` are about.
   """
 
   header: Sequence[str]
   rows: Sequence[Sequence[str]]
   caption: str = ''
   is_folded: bool = False
+  has_models: bool = False
 
 
 DrawFn = Callable[['Axes'], None]
@@ -96,6 +103,8 @@ class Picture(NamedTuple):
     caption: below the picture.
     size: width and height in inches; narrow, so that its text is legible on a
       phone.
+    points: where models lie on its first axes, in the units of these: (row of
+      the table with `has_models`, x, y).
   """
 
   name: str
@@ -103,6 +112,7 @@ class Picture(NamedTuple):
   alt: str
   caption: str = ''
   size: tuple[float, float] = (4.8, 3.6)
+  points: Sequence[tuple[int, float, float]] = ()
 
 
 Part = str | Labelled | Table | Picture
@@ -239,6 +249,7 @@ def page(title: str, sections: Sequence[Section], *, intro: str = '') -> str:
       *([f'<nav><ul>{links}</ul></nav>'] if len(sections) > 1 else []),
       *(_section(section) for section in sections),
       '</main>',
+      f'<script>\n{_SCRIPT.read_text(encoding="utf-8")}</script>',
       '</body>',
       '</html>',
   ]
@@ -284,9 +295,10 @@ def _table(table: Table) -> str:
       for row in table.rows
   )
   # What is wider than the screen scrolls, also by keyboard.
+  kind = ' class="models"' if table.has_models else ''
   text = (
       f'<div class="scroll" tabindex="0" role="region" aria-label="'
-      f'{html.escape(table.caption or "table")}"><table>\n'
+      f'{html.escape(table.caption or "table")}"><table{kind}>\n'
       f'<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>'
       '</table></div>'
   )
@@ -311,16 +323,15 @@ def _figure(picture: Picture) -> str:
 
 def svg(picture: Picture) -> str:
   """A picture as an inline SVG element, in the colours of the page."""
-  import matplotlib
-  from matplotlib import figure
-
-  fig = figure.Figure(figsize=picture.size, layout='constrained')
-  picture.draw(fig.add_subplot())
   file = io.StringIO()
+  nothing = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
   # With a salt, equal pictures are equal files.
-  with matplotlib.rc_context({'svg.hashsalt': picture.name}):
-    nothing = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
+  with _plots.drawn(picture.draw, picture.size, picture.name) as fig:
     fig.savefig(file, format='svg', transparent=True, metadata=nothing)
+    to_figure = fig.axes[0].transData + fig.transFigure.inverted()
+    places = to_figure.transform(
+        [(x, y) for _, x, y in picture.points] or [(0, 0)]
+    )
   text = file.getvalue()
   text = text[text.index('<svg') :].strip()
   # Ids on one page must be unique.
@@ -332,10 +343,16 @@ def svg(picture: Picture) -> str:
   _, _, rest = text.partition('>')
   width, height = (72 * x for x in picture.size)
   alt = html.escape(picture.alt)
+  points = [
+      [row, round(width * x, 1), round(height * (1 - y), 1)]
+      for (row, *_), (x, y) in zip(picture.points, places)
+      if np.isfinite((x, y)).all()
+  ]
+  data = f'data-points="{json.dumps(points)}" ' if points else ''
   return (
       '<svg xmlns="http://www.w3.org/2000/svg" '
       'xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
-      f'aria-label="{alt}" viewBox="0 0 {width:g} {height:g}">{rest}'
+      f'aria-label="{alt}" {data}viewBox="0 0 {width:g} {height:g}">{rest}'
   )
 
 
@@ -386,5 +403,30 @@ figure { margin: .5rem 0; width: 100%; }
 svg { display: block; width: 100%; height: auto; fill: currentColor; }
 pre { background: var(--band); padding: .7rem; overflow-x: auto;
   font-size: .85rem; }
-@media print { details::details-content { content-visibility: visible; } }
+tr.selected > * { background: var(--band); }
+tr.selected > th { color: var(--link); }
+thead th[tabindex], tr[tabindex], svg[data-points] { cursor: pointer; }
+.scroll:has(.models) { overflow: auto; max-height: 70vh; }
+.models thead th { position: sticky; top: 0; background: var(--page); }
+.models thead th:first-child { z-index: 1; }
+th[aria-sort=ascending]::after { content: ' \25B2'; }
+th[aria-sort=descending]::after { content: ' \25BC'; }
+circle.out { fill: var(--page); opacity: .85; }
+circle.in { fill: var(--link); }
+circle.ring { fill: none; stroke: var(--ink); stroke-width: 1.2;
+  filter: drop-shadow(0 0 1px var(--page)); }
+circle.selected { stroke: var(--link); stroke-width: 2.4; }
+#tip { position: fixed; z-index: 9; max-width: 20rem; padding: .4rem .6rem;
+  background: var(--band); border: 1px solid var(--soft); font-size: .8rem;
+  line-height: 1.35; pointer-events: none; overflow-wrap: anywhere; }
+.filter > * { font: inherit; max-width: 9rem; margin: 0 .2rem; }
+@media print { details::details-content { content-visibility: visible; }
+  .filter, #tip { display: none; }
+  .scroll { overflow: visible !important; max-height: none !important; }
+  table { font-size: .7rem; }
+  table.models { font-size: .5rem; }
+  th, td { padding: .1rem .25rem; }
+  thead th { white-space: normal; }
+  .pictures { display: block; }
+  h2 { break-after: avoid; } }
 """

@@ -1,8 +1,10 @@
 """Pictures that take an Axes."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import pathlib
 from typing import TYPE_CHECKING
 from typing import Any
@@ -28,6 +30,7 @@ COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _GREY = '#9a9a9a'
 _DASHED: Json = dict(color='#8c8c8c', linewidth=1, linestyle='--')
 _MAX_LABELS = 24  # More would overlap.
+_MAX_KINDS = 60
 MARKERS = ('*', 'P', 'X', 'D', '^', 'v')
 _TRIALS = {'accepted': 'o', 'rejected': 'o', 'rejected early, at most': 'v'}
 AREAS = (190, 90, 90, 60, 80, 80)
@@ -106,7 +109,7 @@ def trials(
     ax.step(numbers, bars, where='post', color=colour, label=f'{name} soup')
     for outcome, marker in _TRIALS.items():
       chosen = [
-          (n, _height(trial.score) * scale)
+          (n, height(trial.score) * scale)
           for n, trial in zip(numbers, info.trials)
           if _outcome(trial) == outcome
       ]
@@ -132,7 +135,7 @@ def mark(ax: 'Axes', points: Sequence[Any], marker: str, **kwargs) -> None:
   ax.scatter(x, y, s=30, marker=marker, linewidths=1.1, zorder=3, **kwargs)
 
 
-def _height(score: float | AtMost) -> float:
+def height(score: float | AtMost) -> float:
   return score.bound if isinstance(score, AtMost) else score
 
 
@@ -278,7 +281,8 @@ def against(
     label: str = 'held-out accuracy (%)',
 ) -> None:
   """Scores of single models against one hyper-parameter; chosen are filled."""
-  x = np.arange(len(values), dtype=float)
+  y = 100 * np.asarray(scores, float)
+  axes = name, label
   if is_numeric(values):
     x = np.array(values, float)
     if x.min() > 0 and x.max() / x.min() > 20:
@@ -286,19 +290,21 @@ def against(
     else:  # 2, 4, 6 and 1e-5 at the end of the axis: long numbers overlap.
       ax.ticklabel_format(axis='x', scilimits=(-3, 4))
       ax.locator_params(axis='x', nbins=6)
-  else:
+  else:  # A row each, since their names would overlap below the axis.
     kinds = sorted(set(map(str, values)))
-    x = np.array([kinds.index(str(value)) for value in values], float)
-    ax.set_xticks(range(len(kinds)), kinds)
-    ax.set_xlim(-0.5, len(kinds) - 0.5)
-  y = 100 * np.asarray(scores, float)
+    x, y = y, np.array([kinds.index(str(value)) for value in values], float)
+    axes = label, name
+    step = -(-len(kinds) // _MAX_KINDS)
+    names = [kind if len(kind) < 30 else f'{kind[:28]}…' for kind in kinds]
+    ax.set_yticks(range(0, len(kinds), step), names[::step])
+    ax.set_ylim(len(kinds) - 0.5, -0.5)
   is_chosen = np.isin(np.arange(len(x)), list(chosen))
   colour = COLOURS[0]
   for mask, face in ((~is_chosen, 'none'), (is_chosen, colour)):
     ax.scatter(
         x[mask], y[mask], s=26, facecolors=face, edgecolors=colour, zorder=3
     )
-  tidy(ax, name, label)
+  tidy(ax, *axes)
 
 
 def is_numeric(values: Sequence[Any]) -> bool:
@@ -307,6 +313,28 @@ def is_numeric(values: Sequence[Any]) -> bool:
       isinstance(value, (int, float)) and not isinstance(value, bool)
       for value in values
   )
+
+
+@contextlib.contextmanager
+def drawn(
+    draw: Callable[['Axes'], None],
+    size: tuple[float, float],
+    salt: str | None = None,
+) -> Iterator[Any]:
+  """A figure, without a display; in texts a $ is one, and not mathematics."""
+  # Not pyplot: it keeps state, and may ask for a display.
+  import matplotlib
+  from matplotlib import figure
+  from matplotlib import ticker
+
+  with matplotlib.rc_context({'text.parse_math': False, 'svg.hashsalt': salt}):
+    fig = figure.Figure(figsize=size, layout='constrained')
+    draw(fig.add_subplot())
+    for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)):
+      if isinstance(axis.get_major_formatter(), ticker.LogFormatterMathtext):
+        axis.set_major_formatter(ticker.LogFormatter())
+        axis.set_minor_formatter(ticker.LogFormatter())
+    yield fig
 
 
 def save(
@@ -322,13 +350,9 @@ def save(
     path: a file; its ending says the format.
     size: width and height in inches, at 160 dots each.
   """
-  # Not pyplot: it keeps state, and may ask for a display.
-  from matplotlib import figure
-
-  fig = figure.Figure(figsize=size, layout='constrained')
-  draw(fig.add_subplot())
   pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-  fig.savefig(path, dpi=160)
+  with drawn(draw, size) as fig:
+    fig.savefig(path, dpi=160)
 
 
 def tidy(ax: 'Axes', x: str, y: str) -> None:

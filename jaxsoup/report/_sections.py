@@ -3,6 +3,7 @@
 ```
 sections = [
     table_section(rows),
+    models_section(rows, settings),
     *scatter_sections(rows),
     *setting_sections(rows, settings),
 ]
@@ -59,7 +60,7 @@ def table_section(
   settings = settings or [{}] * len(rows)
   return Section(
       'Scores',
-      [*_findings(shown), Table(header, body), *legend],
+      [*_findings(shown), *_twice(rows), Table(header, body), *legend],
       {
           'summary': [_record(row) for row in shown],
           'models': [_record(row, x) for row, x in zip(rows, settings)],
@@ -80,6 +81,47 @@ def _findings(shown: Sequence[Row]) -> list[str]:
       text += f'{_listed(better)}.'
       sentences.append(text + (f' Worse: {_listed(worse)}.' if worse else ''))
   return sentences
+
+
+def _twice(rows: Sequence[Row]) -> list[str]:
+  """Single models that are perhaps one, given more than once."""
+  names: dict[tuple[float, ...], list[str]] = {}
+  for row in _tables.singles(rows):
+    key = (row.held_out, row.test, *row.shifts.values())
+    names.setdefault(key, []).append(row.name)
+  return [
+      f'Equal scores on all {len(key)} data sets: {_listed(x)}. If that is one '
+      f'model, it counts {len(x)} times.'
+      for key, x in names.items()
+      if len(x) > 1
+  ]
+
+
+def models_section(rows: Sequence[Row], settings: Settings) -> Section:
+  """All scores and hyper-parameters of every model; `Picture.points`."""
+  header, body = _tables.cells(
+      [row._replace(gains={}) for row in rows], None, bold=str
+  )
+  shifts = list(dict.fromkeys(name for row in rows for name in row.shifts))
+  _, names = singles_with(settings, rows)
+  text = lambda x: f'{x:.4g}' if isinstance(x, float) else str(x)
+  percent = lambda x: '' if x is None or np.isnan(x) else f'{100 * x:.1f}'
+  lines = [
+      [
+          *cells[:1], row.kind, *(x.replace('nan', '') for x in cells[1:]),
+          *(percent(row.shifts.get(name)) for name in shifts),
+          *(text(setting.get(name, '')) for name in names),
+      ]
+      for row, setting, cells in zip(rows, settings, body)
+  ]  # fmt: skip
+  header = ['model', 'kind', *header[1:], *shifts, *names]
+  legend = f'Scores: {rows[0].metric}, in per cent.'
+  return Section('All models', [legend, Table(header, lines, has_models=True)])
+
+
+def models_of(rows: Sequence[Row]) -> list[int]:
+  """The row of each single model: of ingredient k the k-th."""
+  return [i for i, row in enumerate(rows) if row.kind == 'single']
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -128,14 +170,19 @@ def scatter_sections(rows: Sequence[Row]) -> list[Section]:
       alt,
       caption,
       (4.8, 4.6),
+      [(i, 100 * r.test, 100 * r.mean_shift) for i, r in enumerate(rows)],
   )
   return [Section('Test and shifted data', [picture])]
 
 
 def trial_sections(
-    infos: Mapping[str, SearchInfo], *, label: str, scale: float = 100
+    infos: Mapping[str, SearchInfo],
+    *,
+    label: str,
+    scale: float = 100,
+    models: Sequence[int] = (),
 ) -> list[Section]:
-  """What the searches tried; empty without searches."""
+  """What the searches tried; empty without searches; `models_of` the rows."""
   if not infos:
     return []
   pictures, records = [], []
@@ -159,6 +206,11 @@ def trial_sections(
             ),
             f'Held-out score against trial. {text}',
             text,
+            points=[
+                (models[t.ingredient], i, scale * _plots.height(t.score))
+                for i, t in enumerate(info.trials, 1)
+                if t.ingredient < len(models)
+            ],
         )
     )
     records += [
@@ -176,7 +228,9 @@ def trial_sections(
   return [Section('Trials of the searches', pictures, {'trials': records})]
 
 
-def alpha_sections(alphas: Mapping[str, Nested]) -> list[Section]:
+def alpha_sections(
+    alphas: Mapping[str, Nested], models: Sequence[int] = ()
+) -> list[Section]:
   """The mixing coefficients of each soup; empty without soups."""
   if not alphas:
     return []
@@ -200,6 +254,11 @@ def alpha_sections(alphas: Mapping[str, Nested]) -> list[Section]:
           'Mixing coefficients of each model; each row has its own scale. '
           'Where every tensor has its own coefficients, their mean.',
           (4.8, 0.9 + 0.5 * len(means)),
+          [
+              (model, k, i + 0.1)
+              for i in range(len(means))
+              for k, model in enumerate(models)
+          ],
       )
   ]
   for name, tensors in by_path.items():
@@ -307,6 +366,7 @@ def setting_sections(
   `chosen` are places among the singles of those that the greedy soup took.
   """
   pairs, names = singles_with(settings, rows)
+  models = models_of(rows)
   pictures = []
   for name in names:
     known = [k for k, (_, setting) in enumerate(pairs) if name in setting]
@@ -319,6 +379,7 @@ def setting_sections(
               values,
               [pairs[k][0] for k in known],
               [i for i, k in enumerate(known) if k in chosen],
+              [models[k] for k in known],
           )
       )
   if not pictures:
@@ -337,13 +398,19 @@ def singles_with(
   return pairs, list(dict.fromkeys(name for _, x in pairs for name in x))
 
 
-def _setting(name, values, rows, chosen) -> Picture:
+def _setting(name, values, rows, chosen, models) -> Picture:
   scores = [row.held_out for row in rows]
   best = int(np.argmax(scores))
+  percents, height = [100 * score for score in scores], 3.2
   if _plots.is_numeric(values):
     span = f'from {min(values):.3g} to {max(values):.3g}'
+    points = list(zip(models, values, percents))
   else:
-    span = _listed(sorted(set(map(str, values))))
+    kinds = sorted(set(map(str, values)))
+    span = _listed(kinds)
+    height = 1.2 + 0.2 * min(len(kinds), 60)
+    rows_of = [kinds.index(str(value)) for value in values]
+    points = list(zip(models, percents, rows_of))
   shown = values[best]
   shown = f'{shown:.3g}' if _plots.is_numeric([shown]) else str(shown)
   label = f'held-out {rows[0].metric} (%)'
@@ -352,7 +419,8 @@ def _setting(name, values, rows, chosen) -> Picture:
       lambda ax: _plots.against(ax, name, values, scores, chosen, label=label),
       f'Held-out {rows[0].metric} against {name}, {span}. The best of '
       f'{len(rows)} models, at {shown}, scores {_percent(scores[best])}.',
-      size=(4.8, 3.2),
+      size=(4.8, height),
+      points=points,
   )
 
 

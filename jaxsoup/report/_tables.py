@@ -378,7 +378,7 @@ def cells(
       line.append(_score(column, row, deviation))
       if column.gain:
         gain = row.gains.get(column.gain)
-        text = _gain(gain)
+        text = with_interval(gain)
         line.append(bold(text) if gain and _is_bold(gain) else text)
     body.append(line)
   return headers, body
@@ -447,7 +447,7 @@ def _rich_cell(column, row, deviation, before_deviation, before_interval):
   cell = text.Text(score)
   if column.gain in row.gains:
     gain = row.gains[column.gain]
-    shown = _gain(gain).replace(' ', before_interval)
+    shown = with_interval(gain).replace(' ', before_interval)
     cell.append('\n').append(shown, 'bold' if _is_bold(gain) else '')
   return cell
 
@@ -485,7 +485,7 @@ def _is_bold(gain: Comparison) -> bool:
   return gain.is_significant and gain.gain > 0
 
 
-def _gain(gain: Comparison | None) -> str:
+def with_interval(gain: Comparison | None) -> str:
   """A gain and its interval, in per cent."""
   if gain is None:
     return ''
@@ -512,7 +512,7 @@ def legend(
   if sets:
     lines.append(_on_what(sets))
   optimism = [
-      f'{row.name} {_gain(row.gains["optimism"])}'
+      f'{row.name} {with_interval(row.gains["optimism"])}'
       for row in compared
       if 'optimism' in row.gains
   ]

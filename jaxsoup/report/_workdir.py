@@ -84,6 +84,7 @@ def write_report(
     sections = [
         _sections.table_section(rows, settings=settings),
         *_sections.scatter_sections(rows),
+        _sections.models_section(rows, settings),
         *_sections.setting_sections(rows, settings),
         *further,
     ]
@@ -178,7 +179,7 @@ def _soups(workdir: pathlib.Path, rows: Sequence[Row]):
 def sections_of(contents: Contents) -> list[Section]:
   """The sections of an experiment; the last says how it was made."""
   rows, settings = contents.rows, contents.settings
-  results = contents.results
+  results, models = contents.results, _sections.models_of(rows)
   soups = contents.soups.items()
   infos: Json = {name: own.get('info') for name, own in soups}
   infos = {k: x for k, x in infos.items() if isinstance(x, SearchInfo)}
@@ -193,14 +194,16 @@ def sections_of(contents: Contents) -> list[Section]:
           sets=results.get('roles'),
       ),
       *_sections.scatter_sections(rows),
+      _sections.models_section(rows, settings),
       *_sections.trial_sections(
           _first_of_each(infos),
           label='held-out log-likelihood'
           if is_nll
           else f'held-out {rows[0].metric} (%)',
           scale=1 if is_nll else 100,
+          models=models,
       ),
-      *_sections.alpha_sections(_first_of_each(alphas)),
+      *_sections.alpha_sections(_first_of_each(alphas), models),
       *_around(contents),
       *_sections.calibration_sections(results.get('calibration', {})),
       *_sections.setting_sections(
@@ -221,7 +224,9 @@ def _around(contents: Contents) -> list[Section]:
   names = [row.name for row, _ in singles]
   settings = [setting for _, setting in singles]
   return [
-      *_landscape_sections.plane_sections(parts.get('plane', {}), names),
+      *_landscape_sections.plane_sections(
+          parts.get('plane', {}), names, _sections.models_of(contents.rows)
+      ),
       *_landscape_sections.barrier_sections(
           parts.get('lines', {}), names, settings
       ),
@@ -273,7 +278,6 @@ def _origin(contents: Contents) -> Section:
     looked_at |= part.get('settings', {})
   config += [[f'landscape.{k}', json.dumps(v)] for k, v in looked_at.items()]
   parts.append(Table(['', 'value'], config, 'Config', is_folded=True))
-  parts.append(_models(contents))
   if soups:
     parts.append(_provenance(soups))
   return Section('Provenance', parts)
@@ -294,26 +298,6 @@ def _data(record: Mapping[str, Config]) -> Table:
   ]
   header = ['data set', 'examples', 'rule', 'SHA-256, first 16']
   return Table(header, body, 'Data', is_folded=True)
-
-
-def _models(contents: Contents) -> Table:
-  pairs, names = _sections.singles_with(contents.settings, contents.rows)
-  body = [
-      [
-          row.name,
-          f'{100 * row.held_out:.1f}',
-          f'{100 * row.test:.1f}',
-          *(_text(setting.get(name, '')) for name in names),
-      ]
-      for row, setting in pairs
-  ]
-  caption = f'The {len(pairs)} single models'
-  header = ['model', 'held-out', 'test', *names]
-  return Table(header, body, caption, is_folded=True)
-
-
-def _text(value: object) -> str:
-  return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
 def _provenance(soups: Mapping[str, Config]) -> Table:
