@@ -61,6 +61,16 @@ def paths_of(
   return paths
 
 
+def pure(tree: Params) -> Any:
+  """The same tree with arrays in place of nnx.Variables."""
+  nnx = sys.modules.get('flax.nnx')
+  if nnx is None:
+    return tree
+  is_variable = lambda x: isinstance(x, nnx.Variable)
+  value_of = lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x
+  return jax.tree.map(value_of, tree, is_leaf=is_variable)
+
+
 def num_bytes(leaf: ShapeDtype) -> int:
   return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from flax import nnx
 import jax
 
+from jaxsoup import _tree
 from jaxsoup import trajectory
 from jaxsoup._recipes._running import RunningAverage
 from jaxsoup.typing import Params
@@ -44,7 +45,7 @@ class Averages(nnx.Pytree):
     """
     self._averages = dict(averages)
     self._wrt = wrt
-    params = trajectory.pure(nnx.state(model, wrt))
+    params = _tree.pure(nnx.state(model, wrt))
     kept = {name: x.init(params) for name, x in averages.items()}
     self.kept = nnx.data(jax.tree.map(nnx.Variable, trajectory.Kept(kept)))
 
@@ -57,8 +58,8 @@ class Averages(nnx.Pytree):
     Raises:
       ValueError: it has another one.
     """
-    params = trajectory.pure(nnx.state(model, self._wrt))
-    states = trajectory.pure(self.kept).averages
+    params = _tree.pure(nnx.state(model, self._wrt))
+    states = _tree.pure(self.kept).averages
     added = {n: x.update(states[n], params) for n, x in self._averages.items()}
     nnx.update(self.kept, nnx.state(trajectory.Kept(added)))
 

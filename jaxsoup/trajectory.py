@@ -12,7 +12,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-import sys
 from typing import Any
 from typing import NamedTuple
 
@@ -89,10 +88,9 @@ def window(
     given = dict(start=start, stop=stop, every=every)
     said = [f'{name} {x}' for name, x in given.items() if x is not None]
     raise ValueError(
-        f'Of {len(steps)} checkpoints with steps {steps.min()} to '
-        f'{steps.max()}, {where.sum()} lie in the window '
-        f'({", ".join(said) or "all steps"}), and {wanted} are asked for: '
-        'choose another window.'
+        f'The window ({", ".join(said) or "all steps"}) has {where.sum()} of '
+        f'the {len(steps)} checkpoints, whose steps are {steps.min()} to '
+        f'{steps.max()}. It needs at least {max(wanted, 1)}: choose another.'
     )
   if last is not None:
     where &= steps >= np.sort(steps[where])[-last]
@@ -285,7 +283,7 @@ def post_hoc_ema(
     alpha, `[K]` float32, sums to one.
 
   Raises:
-    ValueError: lengths outside (0, 0.2886), or none that match the steps.
+    ValueError: lengths outside (0, 0.2886), or not as many as steps.
 
   Example:
     >>> post_hoc_ema([50, 100, 50, 100], [0.05, 0.05, 0.1, 0.1],
@@ -320,8 +318,8 @@ def best(scores: ArrayLike, num: int) -> np.ndarray:
   """Which checkpoints have the best scores, for the `where` of `swa`.
 
   Args:
-    scores: of each checkpoint, `[K]`, higher is better; NaN is none.
-    num: how many; of equal ones, the later.
+    scores: of each checkpoint, `[K]`, higher is better; NaN if it has none.
+    num: how many; of checkpoints with equal scores, the later ones.
 
   Returns:
     Bool, `[K]`.
@@ -337,8 +335,8 @@ def best(scores: ArrayLike, num: int) -> np.ndarray:
   num_known = np.count_nonzero(~np.isnan(scores))
   if not 1 <= num <= num_known:
     raise ValueError(
-        f'{num_known} of {len(scores)} checkpoints have a score, and the best '
-        f'{num} are asked for: choose from 1 to {num_known}.'
+        f'{num_known} of {len(scores)} checkpoints have a score: instead of '
+        f'the best {num} choose a number from 1 to {num_known}.'
     )
   # Stable, and NaN last: of the reverse, later ones come first.
   order = len(scores) - 1 - np.argsort(-scores[::-1], kind='stable')
@@ -496,7 +494,7 @@ def kept(opt_state: Any) -> dict[str, Params]:
         'This optimizer state has no averages: chain(..., trajectory.keep(...))'
         ' puts them there.'
     )
-  averages = {name: pure(average) for name, average in averages.items()}
+  averages = {n: _tree.pure(average) for n, average in averages.items()}
   weights = [average.weight for average in averages.values()]
   if not _tree.is_traced(*weights):
     is_there = [bool(weight) for weight in jax.device_get(weights)]
@@ -505,16 +503,6 @@ def kept(opt_state: Any) -> dict[str, Params]:
     raise ValueError('Nothing has been added to any of these averages yet.')
   value = _running.running_average().value
   return {name: value(average) for name, average in averages.items()}
-
-
-def pure(tree: Any) -> Any:
-  """The same tree with arrays in place of nnx variables."""
-  nnx = sys.modules.get('flax.nnx')
-  if nnx is None:
-    return tree
-  is_variable = lambda x: isinstance(x, nnx.Variable)
-  value_of = lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x
-  return jax.tree.map(value_of, tree, is_leaf=is_variable)
 
 
 def _checked_steps(steps: ArrayLike) -> np.ndarray:

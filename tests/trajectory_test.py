@@ -205,6 +205,23 @@ def test_post_hoc_ema_of_what_was_stored(walk):
   np.testing.assert_allclose(soup, weights @ walk, rtol=1e-2)
 
 
+@pytest.mark.parametrize(
+    'steps, lengths, most',
+    [
+        (range(40, 401, 40), (0.04, 0.07, 0.10, 0.13, 0.16), 0.03),
+        ((200, 400), (0.05, 0.06, 0.08, 0.10), 0.08),
+    ],
+)
+def test_post_hoc_ema_is_as_close_as_the_guide_says(steps, lengths, most):
+  """The sum of the absolute differences of the weights."""
+  stored = [(step, length) for length in (0.05, 0.1) for step in steps]
+  profiles = _profiles(*zip(*stored))
+  for length in lengths:
+    alpha = trajectory.post_hoc_ema(*zip(*stored), step=400, length=length)
+    (wanted,) = _profiles([400], [length])
+    assert np.abs(alpha @ profiles - wanted).sum() < most, length
+
+
 def test_best_takes_the_later_of_equal_ones():
   best = lambda *args: trajectory.best(*args).tolist()
   assert best([1, 3, 3, 3, 2], 2) == [False, False, True, True, False]
@@ -258,8 +275,14 @@ def test_sliding_windows_do_not_drift(rng):
         (lambda: trajectory.swa([1], where=[False]), 'at least one True'),
         (lambda: trajectory.ema([1], decay=1.0), r'decay is 1.0: expected'),
         (lambda: trajectory.decay([1], 'sqrt'), "curve is 'sqrt': choose from"),
-        (lambda: trajectory.window([1, 2], last=3), '2 lie in the window'),
-        (lambda: trajectory.window([1, 2], start=5), r'\(start 5\), and 1'),
+        (
+            lambda: trajectory.window([1, 2], last=3),
+            'has 2 of the 2 checkpoints',
+        ),
+        (
+            lambda: trajectory.window([1, 2], start=5),
+            r'\(start 5\) has 0 of the 2',
+        ),
         (lambda: trajectory.window([1, 2], every=0), 'every is 0: expected'),
         (lambda: trajectory.best([1, np.nan], 2), '1 of 2 checkpoints have'),
         (lambda: trajectory.power_decay(0.3), 'EMA is 0.3: expected a share'),
@@ -486,9 +509,25 @@ def test_steps_of_a_run(run, tmp_path):
     checkpoints.steps(run / '10/default/ocdbt.process_0/d')
   with pytest.raises(FileNotFoundError, match='is not a directory'):
     checkpoints.steps(tmp_path / 'nowhere')
-  (run / 'step_10').mkdir()
-  with pytest.raises(ValueError, match='has step 10 twice'):
+  (run / '0010').mkdir()
+  with pytest.raises(ValueError, match='has one step twice'):
     checkpoints.steps(run)
+  (run / '0010').rmdir()
+  (run / 'theta_0').mkdir()  # Alone of its kind.
+  (run / 'events.out.tfevents.17.host-0').touch()
+  assert checkpoints.steps(run) == steps
+  (run / 'theta_1').mkdir()
+  with pytest.raises(ValueError, match='steps of several kinds: .*theta_'):
+    checkpoints.steps(run)
+
+
+def test_a_directory_that_is_no_run(tmp_path):
+  """As the workdir of an experiment: `theta_0` is not a trajectory."""
+  checkpoints.save(tmp_path / 'work/theta_0', {'w': np.ones(2, np.float32)})
+  (tmp_path / 'work/soups').mkdir()
+  result = _invoke(tmp_path / 'work', '--out', tmp_path / 'out')
+  assert result.exit_code == 1 and not (tmp_path / 'out').exists()
+  assert 'has one step only' in result.stderr and 'theta_0' in result.stderr
 
 
 def test_metrics_of_a_run(run, tmp_path):
@@ -606,7 +645,11 @@ def test_command_that_compares(run, tmp_path, monkeypatch):
     'options, code, message',
     [
         (('--steps', '1:2:3:4'), 2, 'write START:STOP or START:STOP:EVERY'),
-        (('--steps', '41:50'), 1, '0 lie in the window (start 41, stop 50)'),
+        (
+            ('--steps', '41:50'),
+            1,
+            'The window (start 41, stop 50) has 0 of the 5',
+        ),
         (('--steps', '0:40:0'), 1, 'every is 0: expected at least 1'),
         (('--best', 2), 1, '--best and --metric go together'),
         (('--best', 2, '--metric', 'loss'), 1, "no metric 'loss' for any step"),

@@ -239,7 +239,8 @@ def _part(module, ingredients, most=math.inf) -> _Part:
   first = _ingredients.first_of(ingredients)
   wanted = first.flat.by_path
   file = pathlib.Path(first.source.metadata.path).name
-  stem = 'model' if file == _torch.IN_DIRECTORY else file.partition('.safet')[0]
+  is_torch = file == _torch.IN_DIRECTORY
+  stem = 'model' if is_torch else file.partition('.safetensors')[0]
   shards: list[list[_tree.Path]] = []
   total = 0  # Larger leaves than `most` are alone.
   for name in first.stored:  # In their order.

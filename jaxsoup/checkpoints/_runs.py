@@ -19,7 +19,7 @@ from jaxsoup.checkpoints import _orbax
 from jaxsoup.checkpoints import _orbax_layout
 from jaxsoup.typing import PathLike
 
-_STEP = re.compile(r'(?:.*[_-])?(\d+)')
+_STEP = re.compile(r'(.*[_-])?(\d+)')
 _OF_A_STEP = (_orbax_layout.TREE_FILE, _orbax_layout.ROOT_FILE)
 # Where a CheckpointManager keeps the metrics of a step.
 _METRICS = 'metrics/metrics'
@@ -40,7 +40,7 @@ def steps(run: PathLike) -> dict[int, str]:
 
   Raises:
     FileNotFoundError: the directory is not there, or holds no steps.
-    ValueError: it holds several runs, or one step twice.
+    ValueError: it holds several runs, steps of several kinds, or one twice.
 
   Example:
     >>> import os, tempfile
@@ -75,18 +75,28 @@ def steps(run: PathLike) -> dict[int, str]:
 
 
 def _steps_in(directory: epath.Path) -> dict[int, epath.Path]:
-  numbered: dict[int, epath.Path] = {}
+  """Those with one name but for the number; others are alone, as `theta_0`."""
+  kinds: dict[str, list[tuple[int, epath.Path]]] = {}
   for path in directory.iterdir():
     match = _STEP.fullmatch(path.name)
     if match is None or _orbax.UNFINISHED in path.name:
       continue
-    step = int(match[1])
-    if step in numbered:
-      raise ValueError(
-          f'{directory} has step {step} twice: {numbered[step].name} and '
-          f'{path.name}. Give the checkpoints themselves.'
-      )
-    numbered[step] = path
+    if path.is_dir() or path.name.startswith('checkpoint_'):  # A file of flax.
+      kinds.setdefault(match[1] or '', []).append((int(match[2]), path))
+  several = [rows for rows in kinds.values() if len(rows) > 1]
+  if len(several) > 1:
+    raise ValueError(
+        f'{directory} has steps of several kinds: '
+        f'{sorted(rows[0][1].name for rows in several)}. Give a directory with '
+        'the steps of one run.'
+    )
+  rows = (several or [*kinds.values(), []])[0]
+  numbered = dict(rows)
+  if len(numbered) < len(rows):
+    raise ValueError(
+        f'{directory} has one step twice: {sorted(p.name for _, p in rows)}. '
+        'Give the checkpoints themselves.'
+    )
   # In a bucket, steps that lack the file that Orbax writes last are unfinished.
   marked = {
       step: path

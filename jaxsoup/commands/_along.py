@@ -21,6 +21,11 @@ def steps_of_run(runs, steps, best, metric):
         'whose steps are averaged.'
     )
   by_step = checkpoints.steps(runs[0])
+  if len(by_step) < 2:
+    raise ValueError(
+        f'{runs[0]} has one step only, {list(by_step.values())[0]}: there is '
+        'nothing to average. Give the directory of a run with several.'
+    )
   numbers = np.array(list(by_step))[::-1]
   start, stop, every = steps or (None, None, None)
   where = trajectory.window(numbers, start=start, stop=stop, every=every)
