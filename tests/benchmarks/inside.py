@@ -19,12 +19,13 @@ one EMA            0.604  0.0186         2.17
 two EMAs, SWA      0.609  0.0266         3.12
 SWA, every 100     0.581  0.0090         1.06
 
-So one EMA takes 1 to 2 % of a step in addition to what its bytes take,
+So one EMA takes 1 to 2 % of a step in addition to what its bytes take, and
 three take what their bytes take. An average that skips the step costs about a
-copy (2.6 and 1.5 % of these steps), although it moves nothing: new parameters in bfloat16 are written
-before they are looked at, so that what is added is what is stored. By itself an
-update takes 0.0049 s (a copy 0.0065 s), and one that skips 0.00005 s. Tried:
-rounding as a part of the sum in place of a barrier takes 2.1 times as long.
+copy (2.6 and 1.5 % of these steps), although it moves nothing: new parameters
+in bfloat16 are written before they are looked at, so that what is added is what
+is stored. By itself an update takes 0.0049 s (a copy 0.0065 s), and one that
+skips 0.00005 s. Tried: rounding as a part of the sum in place of a barrier
+takes 2.1 times as long.
 """
 
 import argparse
