@@ -31,7 +31,6 @@ from jaxsoup.statistics._comparisons import Comparison as Comparison
 from jaxsoup.statistics._comparisons import compare as compare
 from jaxsoup.statistics._comparisons import mcnemar as mcnemar
 from jaxsoup.statistics._comparisons import optimism as optimism
-from jaxsoup.statistics._comparisons import over_repeats as over_repeats
 from jaxsoup.statistics._comparisons import paired_bootstrap as paired_bootstrap
 from jaxsoup.statistics._disjoint import Split as Split
 from jaxsoup.statistics._disjoint import check_disjoint as check_disjoint
@@ -40,5 +39,7 @@ from jaxsoup.statistics._disjoint import (
 )
 from jaxsoup.statistics._disjoint import shared_rows as shared_rows
 from jaxsoup.statistics._disjoint import split as split
+from jaxsoup.statistics._repeats import crossed as crossed
+from jaxsoup.statistics._repeats import over_repeats as over_repeats
 from jaxsoup.statistics._stability import Stability as Stability
 from jaxsoup.statistics._stability import stability as stability

@@ -190,7 +190,7 @@ def paired_bootstrap(
         f'num_resamples is {num_resamples} and level {level}: expected a level '
         'between 0 and 1, and more than 2 / (1 - level) - 1 resamples.'
     )
-  sets = _sets(metric, a, b, label)
+  sets = sets_of(metric, a, b, label)
   rng = np.random.default_rng(seed)
   gain = np.mean([s.differences.mean() for s in sets])
   draws = np.zeros(num_resamples)
@@ -266,72 +266,6 @@ def compare(
   )
 
 
-def over_repeats(
-    gains: ArrayLike, *, share: float = 0.0, level: float = 0.95
-) -> Comparison:
-  """The mean gain over repeats, such as seeds or splits, and its interval.
-
-  `mean +- t sd sqrt(1 / n + share / (1 - share))`, t of Student's distribution
-  with n - 1 degrees of freedom. Each gain is a difference within one repeat,
-  hence paired.
-
-  Repeats that draw their examples from one pool depend on each other: on
-  average two of them have `share` of the examples that report in common, which
-  is taken for the correlation of their gains. This is the corrected resampled t
-  test; where the parts of a repeat use up the pool, `share / (1 - share)` is
-  its `n_test / n_train`, with all that does not report in n_train.
-
-  Args:
-    gains: one a repeat, `[n]`.
-    share: the examples that report in one repeat, as a share of the pool that
-      each repeat draws them from, in 0..1. 0: repeats have no examples in
-      common, which leaves the paired t test. 1: all have the same, which tells
-      nothing about others: use `compare` on these.
-    level: of the interval.
-
-  Returns:
-    A `Comparison`; interval and p-value are NaN of a single repeat, and of a
-    share of 1.
-
-  Raises:
-    ValueError: no gains, or a share that is not in 0..1.
-
-  Example:
-    >>> mean = over_repeats([0.01, 0.02, 0.03])
-    >>> mean.gain, round(mean.low, 4), round(mean.high, 4)
-    (0.02, -0.0048, 0.0448)
-    >>> mean = over_repeats([0.01, 0.02, 0.03], share=600 / 1000)
-    >>> mean.gain, round(mean.low, 4), round(mean.high, 4)
-    (0.02, -0.0383, 0.0783)
-
-  Source: Student 1908, "The probable error of a mean"; Nadeau and Bengio 2003,
-  "Inference for the generalization error", Machine Learning 52.
-  """
-  from scipy import special
-
-  gains = np.asarray(gains, float)
-  num = gains.size
-  if gains.ndim != 1 or not num or not 0 <= share <= 1:
-    raise ValueError(
-        f'gains have shape {list(gains.shape)}, and share is {share}: expected '
-        '[n], one number per repeat and at least one, and a share in 0..1.'
-    )
-  mean, error, free = float(gains.mean()), float('nan'), max(num - 1, 1)
-  if num > 1 and share < 1:
-    factor = np.sqrt(1 / num + share / (1 - share))
-    error = float(gains.std(ddof=1) * factor)
-  margin = float(special.stdtrit(free, (1 + level) / 2)) * error
-  return Comparison(
-      mean,
-      mean - margin,
-      mean + margin,
-      _two_sided(mean, error, lambda t: special.stdtr(free, t)),
-      method='corrected resampled t' if share else 'paired t',
-      level=level,
-      num_repeats=num,
-  )
-
-
 def optimism(held_out_gain: Comparison, report_gain: Comparison) -> Comparison:
   """Selection optimism: held-out gain minus report gain.
 
@@ -379,16 +313,14 @@ def optimism(held_out_gain: Comparison, report_gain: Comparison) -> Comparison:
       gain,
       low,
       high,
-      _two_sided(
-          gain, to_zero / special.ndtri((1 + a.level) / 2), special.ndtr
-      ),
+      two_sided(gain, to_zero / special.ndtri((1 + a.level) / 2), special.ndtr),
       num=a.num + b.num,
       method='two intervals',
       level=a.level,
   )
 
 
-def _two_sided(
+def two_sided(
     mean: float, error: float, cdf: Callable[[float], np.floating[Any]]
 ) -> float:
   """The p-value of a mean with a standard error; of no error 0 or 1."""
@@ -397,7 +329,7 @@ def _two_sided(
   return min(2 * float(cdf(-abs(mean) / error)), 1.0)  # In order: NaN stays.
 
 
-class _Set(NamedTuple):
+class Set(NamedTuple):
   """Answers of two models to one data set."""
 
   name: str
@@ -411,7 +343,8 @@ class _Set(NamedTuple):
     return self.scores[0].astype(float) - self.scores[1].astype(float)
 
 
-def _sets(metric, a, b, label) -> list[_Set]:
+def sets_of(metric, a, b, label) -> list[Set]:
+  """Answers by data set, checked."""
   if not isinstance(a, Mapping):
     return [_set('the data', metric, a, b, label)]
   label = dict.fromkeys(a) if label is None else label
@@ -423,7 +356,7 @@ def _sets(metric, a, b, label) -> list[_Set]:
   return [_set(name, metric, a[name], b[name], label[name]) for name in a]
 
 
-def _set(name, metric, a, b, label) -> _Set:
+def _set(name, metric, a, b, label) -> Set:
   a, b, label = (
       None if x is None else np.asarray(jax.device_get(x))
       for x in (a, b, label)
@@ -444,15 +377,15 @@ def _set(name, metric, a, b, label) -> _Set:
         f'{len(a)} examples: expected a scalar, or one number per example. '
         'Logits need a metric, such as metrics.correct.'
     )
-  return _Set(name, a, b, label, scores)
+  return Set(name, a, b, label, scores)
 
 
 def _answers(metric, x, label) -> np.ndarray:
   return np.asarray(jax.device_get(x if metric is None else metric(x, label)))
 
 
-def _of_same_examples(sets: Sequence[_Set]) -> list[list[_Set]]:
-  groups: dict[tuple[int, bytes | None], list[_Set]] = {}
+def _of_same_examples(sets: Sequence[Set]) -> list[list[Set]]:
+  groups: dict[tuple[int, bytes | None], list[Set]] = {}
   for s in sets:
     key = len(s.a), None if s.label is None else s.label.tobytes()
     groups.setdefault(key, []).append(s)
@@ -467,15 +400,15 @@ def _resampled(metric, group, num_resamples, rng) -> np.ndarray:
         _resampled_sums(sum(s.differences for s in group), num_resamples, rng)
         / num
     )
-  gain_fns = [_gain_fn(metric, s) for s in group]
+  gain_fns = [gain_fn(metric, s) for s in group]
   draws = []
   for _ in range(0, num_resamples, _NUM_AT_ONCE):
     rows = rng.integers(num, size=(_NUM_AT_ONCE, num), dtype=np.int32)
-    draws.append(sum(gain_fn(rows) for gain_fn in gain_fns))
+    draws.append(sum(fn(rows) for fn in gain_fns))
   return np.concatenate(draws)[:num_resamples]
 
 
-def _gain_fn(metric, s: _Set) -> Callable[[np.ndarray], np.ndarray]:
+def gain_fn(metric, s: Set) -> Callable[[np.ndarray], np.ndarray]:
   """The gain on rows `[R, N]` of a data set, `[R]`; compiled if it can be."""
   compiled = functools.partial(
       _gains(metric), *jax.device_put((s.a, s.b, s.label))
