@@ -39,6 +39,7 @@ seed takes three quarters of a minute, half of it spent in the compiler.
 
 import ml_collections
 
+from jaxsoup import statistics
 from jaxsoup.data import digits
 from jaxsoup.data import shifts
 from jaxsoup.data import sources
@@ -123,7 +124,7 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
   return sources.Splits(
       **arrays,
       shifts={name: sources.Arrays(x) for name, x in shifted.items()},
-      pools=dict.fromkeys(('held_out', 'test', *shifted), digits.NUM_EXAMPLES),
+      ids=dict.fromkeys(shifted, statistics.ids_of(parts['test'])),
   )
 
 

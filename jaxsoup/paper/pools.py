@@ -237,9 +237,13 @@ class Bench(contextlib.ExitStack):
       results.make(work, theta_0)
     return pool
 
-  def shares(self) -> dict[str, float]:
-    """See `results.shares`; all pools have the same data that report."""
-    return results.shares(next(iter(self._pools.values())).work)
+  def ids(self) -> dict[str, np.ndarray]:
+    """The examples that report, in all pools, as `results.ids`."""
+    make_fn: Any = self.experiment.data_fn
+    splits = make_fn(self.config)
+    by_set = results.ids(splits, self.config.seed)
+    shifts = [by_set[name] for name in splits.shifts]
+    return {'test': by_set['test'], 'shifts': np.concatenate([*shifts, []])}
 
 
 def middle(config: ml_collections.ConfigDict) -> configs.Run:

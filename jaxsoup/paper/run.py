@@ -12,6 +12,7 @@ DIR/seed0/sweep` shows the sweep itself.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+import itertools
 import json
 import pathlib
 import sys
@@ -63,6 +64,7 @@ def run(
   workdir = pathlib.Path(workdir).absolute()
   first = configs.load(path, overrides).config.seed
   figures: dict[int, list[studies.Figures]] = {n: [] for n in chosen}
+  ids: list[dict[str, np.ndarray]] = []
   shown = progress.shown({'experiments': 1})
   with preemption.handled() as stop, shown as progress_fn:
     for i, seed in enumerate(range(first, first + num_seeds)):
@@ -72,14 +74,20 @@ def run(
           progress_fn('experiments', (i + j / len(chosen)) / num_seeds)
           stop.check(f'{workdir} holds the results so far')
           figures[number].append(_once(bench, number))
+        ids.append(bench.ids())
     progress_fn('experiments', 1.0)
   stacked = {n: _stacked(of_seeds) for n, of_seeds in figures.items()}
-  _write(workdir, stacked, json.loads((workdir / _shares(first)).read_text()))
+  _write(workdir, stacked, _shares(ids))
   return stacked
 
 
-def _shares(seed: int) -> str:
-  return f'seed{seed}/shares.json'
+def _shares(ids: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+  """What two seeds have in common on average of the examples that report."""
+  shared: dict[str, list[float]] = {name: [] for name in ids[0]}
+  for a, b in itertools.combinations(ids, 2):
+    for name, x in shared.items():
+      x.append(np.isin(np.unique(a[name]), b[name]).mean())
+  return {name: float(np.mean(x or [0.0])) for name, x in shared.items()}
 
 
 def _once(bench: pools.Bench, number: int) -> studies.Figures:
@@ -92,7 +100,6 @@ def _once(bench: pools.Bench, number: int) -> studies.Figures:
   if draw is not None:
     report.save(draw, path.with_suffix('.png'), size=(6.4, 4.4))
   _json.write(path, _json.plain(figures))
-  _json.write(bench.workdir / 'shares.json', bench.shares())
   return json.loads(path.read_text())
 
 
@@ -141,7 +148,8 @@ def _table(
     if where is None or not column.endswith('points') or None in values:
       return _cell(values)
     gain = statistics.over_repeats(values, share=shares[where])
-    interval = f' [{gain.low:.1f}, {gain.high:.1f}]' if len(values) > 1 else ''
+    is_known = np.isfinite(gain.low)
+    interval = f' [{gain.low:.1f}, {gain.high:.1f}]' if is_known else ''
     return f'{gain.gain:+.2f}{interval}'
 
   columns = list(dict.fromkeys(k for row in rows.values() for k in row))
