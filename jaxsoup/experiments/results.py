@@ -437,7 +437,7 @@ def shares(work: workdirs.Work) -> dict[str, float]:
 def roles(work: workdirs.Work) -> dict[str, dict[str, int]]:
   """The data sets of each role, and how many examples they have."""
   shifts = {name: len(x) for name, x in work.splits.shifts.items()}
-  if len(shifts) > 4:
+  if len(shifts) > 6:
     shifts = {f'{len(shifts)} shifts': sum(shifts.values())}
   return {
       'trained': {'train': len(work.splits.train)},
