@@ -461,7 +461,7 @@ def ids(splits: sources.Splits, seed: int) -> dict[str, np.ndarray]:
 def roles(work: workdirs.Work) -> dict[str, dict[str, int]]:
   """The data sets of each role, and how many examples they have."""
   shifts = {name: len(x) for name, x in work.splits.shifts.items()}
-  if len(shifts) > 4:
+  if len(shifts) > 6:
     shifts = {f'{len(shifts)} shifts': sum(shifts.values())}
   return {
       'trained': {'train': len(work.splits.train)},
