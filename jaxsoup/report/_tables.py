@@ -548,7 +548,7 @@ def _sets_of(row: Row) -> dict[str, dict[str, int]]:
   """The data sets of each role, as far as the gains of a row know."""
   sizes = {key: gain.num for key, gain in row.gains.items() if gain.num}
   names = list(row.shifts)
-  shifts = ', '.join(names) if len(names) <= 4 else f'{len(names)} shifts'
+  shifts = ', '.join(names) if len(names) <= 6 else f'{len(names)} shifts'
   sets: dict[str, dict[str, int]] = {}
   for role, name, key in (
       ('selected', 'held-out', 'held_out'),
