@@ -57,8 +57,8 @@ ALLOWED = (
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'scipy', 'tensorstore'}
     | {'h5py', 'huggingface_hub', 'msgpack', 'torch', 'xxhash'},
     BASIC
-    | {'PIL', 'absl', 'etils', 'flax', 'grain', 'scipy', 'sentencepiece'}
-    | {'sklearn', 'tensorflow_datasets', 'tokenizers'},
+    | {'PIL', 'absl', 'etils', 'flax', 'grain', 'mlxtend', 'scipy'}
+    | {'sentencepiece', 'sklearn', 'tensorflow_datasets', 'tokenizers'},
     FLAX | {'etils', 'orbax'},
     FLAX | {'absl', 'rich'},
     FLAX | {'absl'},
