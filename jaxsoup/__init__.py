@@ -26,6 +26,7 @@ with _epy.lazy_api_imports(globals()):
   from jaxsoup import lora as lora
   from jaxsoup import metrics as metrics
   from jaxsoup import report as report
+  from jaxsoup import scoring as scoring
   from jaxsoup import sharding as sharding
   from jaxsoup import statistics as statistics
   from jaxsoup import studies as studies

@@ -17,8 +17,6 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxsoup.typing import Candidate
-
 
 class Optimizer(Protocol):
   """What a method returns; it is asked and told in turns."""
@@ -89,7 +87,13 @@ def cma_es(
 
 class _CmaEs:
 
-  def __init__(self, start, rng, step, population):
+  def __init__(
+      self,
+      start: np.ndarray,
+      rng: np.random.Generator,
+      step: float,
+      population: int | None,
+  ):
     try:
       import cma
     except ImportError as e:
@@ -148,7 +152,12 @@ def random_search(
 
 class _RandomSearch:
 
-  def __init__(self, shape, rng, population):
+  def __init__(
+      self,
+      shape: tuple[int, ...],
+      rng: np.random.Generator,
+      population: int,
+  ):
     self._shape, self._rng, self._population = shape, rng, population
 
   def ask(self) -> np.ndarray:
@@ -188,7 +197,14 @@ def coordinate_search(
 
 class _CoordinateSearch:
 
-  def __init__(self, start, score, rng, step, min_step):
+  def __init__(
+      self,
+      start: np.ndarray,
+      score: float,
+      rng: np.random.Generator,
+      step: float,
+      min_step: float,
+  ):
     self._alpha, self._score = start, score
     self._step, self._min_step = step, min_step
     self._order = rng.permutation(start.size)
@@ -217,7 +233,7 @@ class _CoordinateSearch:
 
 
 def category_experts(
-    scores: Mapping[Candidate, Any],
+    scores: Mapping[Any, Any],
     num_ingredients: int,
     *,
     correlation: float = 0.5,

@@ -42,7 +42,7 @@ LAYERS = (
         'studies',
         'trajectory',
     ),
-    ('checkpoints', 'diagnosis', 'report'),
+    ('checkpoints', 'diagnosis', 'report', 'scoring'),
     ('models', 'data', 'nnx'),
     ('train',),
     ('experiments',),
