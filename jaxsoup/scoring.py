@@ -230,7 +230,9 @@ class _Command(NamedTuple):
         while (code := _waited(process, 0.2)) is None:
           look_for_stop()
           if time.monotonic() > end:
-            raise _Failure(f'did not end within {self.timeout:g} s (--timeout)')
+            raise _Failure(
+                f'did not end within {self.timeout:g} s (--score-timeout)'
+            )
       finally:
         _end(process)
     if code:
@@ -306,10 +308,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _parsed(text: str) -> tuple[Any] | None:
   """What JSON says, in a tuple of its own; None if it is no JSON."""
-  try:
-    return (_json.parsed(text),)
-  except ValueError:
-    return None
+  for parse in (_json.parsed, float):  # nan is a score, which is refused.
+    with contextlib.suppress(ValueError):
+      return (parse(text),)
+  return None
 
 
 def _numbers(value: Any, name: str = '') -> Iterator[tuple[str, float]]:
@@ -321,11 +323,12 @@ def _numbers(value: Any, name: str = '') -> Iterator[tuple[str, float]]:
     yield name, float(value)
 
 
-def identity(command: str) -> str:
+def identity(command: str, score_key: str = '') -> str:
   """The command, with hashes of the files that it names, for a `ScoreLog`.
 
   Args:
     command: as for `from_command`.
+    score_key: as there.
 
   Returns:
     A text that changes if one of the files does.
@@ -333,4 +336,5 @@ def identity(command: str) -> str:
   words = shlex.split(command)
   files = [f for w in words if (f := pathlib.Path(w)).suffix and f.is_file()]
   hashes = [hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files]
-  return ' '.join([command, *(f'(sha256 {h})' for h in hashes)])
+  said = [f'(sha256 {h})' for h in hashes]
+  return ' '.join(filter(None, [command, score_key, *said]))

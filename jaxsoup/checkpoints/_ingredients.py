@@ -304,7 +304,7 @@ class Ingredients(Sequence[Params]):
   def ending(self) -> str:
     """That of the first ingredient if a file was given, else ''."""
     given = pathlib.Path(self._given[0])
-    is_file = self._given[0] == self.paths[0] and given.is_file()
+    is_file = str(given) == self.paths[0] and given.is_file()
     return _formats.ending_of(given) if is_file else ''
 
   @contextlib.contextmanager

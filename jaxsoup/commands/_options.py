@@ -158,7 +158,7 @@ class Order(NamedTuple):
 
 
 _OF_COMMANDS = 'Scores of a command'
-_OBJECTIVE = 'NAME|NAME=WEIGHT,...|worst'
+_OBJECTIVE = 'NAME[=WEIGHT],...'
 
 
 class Scored(NamedTuple):
@@ -280,7 +280,7 @@ class Scored(NamedTuple):
           scratch=self.scratch,
           outputs=self.scores and f'{self.scores}.outputs',
       )
-      evaluation = scoring.identity(self.command)
+      evaluation = scoring.identity(self.command, self.score_key)
     log = None
     if self.scores is not None:
       log = checkpoints.ScoreLog(self.scores, ingredients, evaluation)
