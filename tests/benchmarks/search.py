@@ -1,0 +1,156 @@
+"""Searches of alpha on the digits, at equal numbers of evaluations.
+
+  python tests/benchmarks/search.py WORKDIR [--seeds 8]
+
+Each seed fine-tunes 24 ViTs as `configs/digits.py` does (WORKDIR keeps them),
+and makes soups of them by their scores on the 400 held-out examples. `scored`
+is how many models are scored in full, those that a start takes included; a
+gradient step of `learned` counts as three evaluations of its examples.
+Test data (897 examples) and shifts report. The optimism is the gain over the
+best single model on held-out minus that on test data, in points.
+"""
+
+import argparse
+import copy
+import functools
+import pathlib
+
+import jax
+import numpy as np
+
+import jaxsoup
+from jaxsoup import black_box
+from jaxsoup import statistics
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import cook
+from jaxsoup.paper import pools
+
+ROOT = pathlib.Path(__file__).parents[2]
+NUM = 24  # Models.
+BUDGETS = (47, 150, 400)
+BLOCKS = lambda path: path[:1]
+
+
+def searches(pool, seed):
+  """Functions that make a soup, by name."""
+  by_accuracy = pool.eval_fn
+  config = copy.deepcopy(pool.work.config)
+  with config.unlocked():
+    config.select_by = 'nll'
+  held_out = pool.work.splits.held_out
+  batches = cook.batches_of(held_out, config.batch_size)
+  by_nll = cook.score_fn(config, pool.work.model.logits_fn, batches)
+
+  def searched(num, eval_fn=by_accuracy, start_fn=None, **options):
+    start, num_more = None, 0
+    if start_fn is not None:
+      start, num_more = start_fn()
+    soup = jaxsoup.search(
+        pool.models,
+        eval_fn,
+        num_evaluations=num - num_more,
+        key=jax.random.key(seed),
+        start=start,
+        **options,
+    )
+    return soup, num
+
+  def of_greedy():
+    info = greedy(by_accuracy)
+    return info[0].alpha, info[1]
+
+  @functools.cache
+  def greedy(eval_fn):
+    soup = jaxsoup.greedy(pool.models, eval_fn)
+    return soup, len(
+        set(soup.info.scores) | {t.members for t in soup.info.trials}
+    )
+
+  def learned(**options):
+    soup = cook.learned(
+        config, pool.work.model, pool.models, held_out, **options
+    )
+    num_val = int(len(held_out) * config.learned.val_fraction)
+    num_seen = 3 * len(soup.info.losses) * config.learned.batch_size
+    num_seen += len(soup.info.val_losses) * num_val
+    return soup, round(num_seen / len(held_out))
+
+  made = {
+      'uniform': lambda: (jaxsoup.uniform(pool.models), 0),
+      'greedy': lambda: greedy(by_accuracy),
+      'greedy, likelihood': lambda: greedy(by_nll),
+      'pruned': lambda: (
+          s := jaxsoup.pruned(pool.models, by_accuracy),
+          len(set(s.info.scores) | {t.members for t in s.info.trials}),
+      ),
+      'learned': learned,
+      'learned, hyperplane': lambda: learned(alpha_fn=jaxsoup.hyperplane),
+      'learned by block': lambda: learned(group_fn=BLOCKS),
+  }
+  cma = dict(method=black_box.cma_es)
+  plane = dict(alpha_fn=jaxsoup.hyperplane)
+  for num in BUDGETS:
+    options = {
+        'CMA-ES': cma,
+        'coordinates': dict(method=black_box.coordinate_search),
+        'random': dict(method=black_box.random_search),
+        'CMA-ES, likelihood': cma | dict(eval_fn=by_nll),
+        'CMA-ES, hyperplane': cma | plane,
+        'CMA-ES, hyperplane, likelihood': cma | plane | dict(eval_fn=by_nll),
+    }
+    if num > 47:
+      options |= {
+          'CMA-ES from greedy': cma | dict(start_fn=of_greedy),
+          'CMA-ES by block': cma | dict(group_fn=BLOCKS),
+          'CMA-ES by block, likelihood': cma
+          | dict(group_fn=BLOCKS, eval_fn=by_nll),
+      }
+    for name, more in options.items():
+      made[f'{name}, {num}'] = functools.partial(searched, num, **more)
+  return made
+
+
+def of_seed(workdir, seed):
+  """By name: scored, held-out, test, shifts, and the gains over the best."""
+  config = str(ROOT / 'configs' / 'digits.py')
+  experiment = configs.load(config, [f'--config.seed={seed}'])
+  rows = {}
+  with pools.Bench(experiment, workdir / f'seed{seed}') as bench:
+    pool = bench['sweep']
+    shares = bench.shares()
+    best = max(pool.singles, key=lambda scores: scores.held_out)
+    rows['best single'] = (NUM, *best, 0.0, 0.0, 0.0)
+    for name, make in searches(pool, seed).items():
+      soup, num = make()
+      scores = pool.of(soup.params)
+      rows[name] = (num, *scores, *np.subtract(scores, best))
+  return rows, shares
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('workdir', type=pathlib.Path)
+  parser.add_argument('--seeds', type=int, default=8)
+  asked = parser.parse_args()
+  tables = []
+  for seed in range(asked.seeds):
+    table, shares = of_seed(asked.workdir, seed)
+    tables.append(table)
+    print(f'seed {seed} is done', flush=True)
+  print(
+      f'{"":33}scored  held-out  test  shifts' '  gain on test       optimism'
+  )
+  for name in tables[0]:
+    rows = np.array([table[name] for table in tables])
+    num, held_out, test, shifted, gain_held_out, gain, _ = rows.mean(0)
+    between = statistics.over_repeats(rows[:, 5], share=shares['test'])
+    optimism = rows[:, 4] - rows[:, 5]
+    print(
+        f'{name:33}{num:5.0f} {held_out:8.2f} {test:7.2f} {shifted:6.2f}'
+        f' {between.gain:+6.2f} [{between.low:+.2f}, {between.high:+.2f}]'
+        f' {optimism.mean():+6.2f} ± {optimism.std(ddof=1):.2f}'
+    )
+
+
+if __name__ == '__main__':
+  main()
