@@ -75,6 +75,13 @@ def test_no_score(script, lines, said):
     eval_fn(PARAMS)
 
 
+def test_what_a_command_leaves_running_is_ended(tmp_path):
+  file = tmp_path / 'number'
+  command = f'sleep 600 & echo $! > {shlex.quote(str(file))}; echo 1 # {{path}}'
+  assert scoring.from_command(command)(PARAMS) == 1.0
+  assert not _is_running(int(file.read_text()))
+
+
 @pytest.mark.parametrize('text', ['NaN', 'nan', '-Infinity', '{"a": NaN}'])
 def test_a_score_that_is_not_finite(script, text):
   """It is not taken for noise after an earlier number."""
@@ -105,6 +112,9 @@ import pathlib, sys
 file = pathlib.Path({str(tmp_path / "count")!r})
 count = int(file.read_text()) if file.exists() else 0
 file.write_text(str(count + 1))
+left = pathlib.Path(sys.argv[1] + '-left')
+assert not left.exists()
+left.mkdir()
 print(count)
 sys.exit(count == 0)
 """)

@@ -143,6 +143,8 @@ def search(
     raise ValueError(
         'patience needs val_objective: of which score of a second split?'
     )
+  if patience is not None and patience < 0:
+    raise ValueError(f'patience is {patience}: it must be at least 0.')
   space = _Space(_checked.Checked(ingredients, stacks), group_fn, alpha_fn)
   evaluations = _search.Evaluations(eval_fn, objective=objective, log=scores)
   trials = _Trials(space, evaluations, num_evaluations, minutes, on_trial)

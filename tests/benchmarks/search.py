@@ -13,6 +13,7 @@ best single model on held-out minus that on test data, in points.
 import argparse
 import copy
 import functools
+import json
 import pathlib
 
 import jax
@@ -53,7 +54,7 @@ def searches(pool, seed):
         start=start,
         **options,
     )
-    return soup, num
+    return soup, len(soup.info.trials) + num_more
 
   def of_greedy():
     info = greedy(by_accuracy)
@@ -114,6 +115,9 @@ def of_seed(workdir, seed):
   """By name: scored, held-out, test, shifts, and the gains over the best."""
   config = str(ROOT / 'configs' / 'digits.py')
   experiment = configs.load(config, [f'--config.seed={seed}'])
+  file = workdir / f'seed{seed}.json'
+  if file.exists():
+    return json.loads(file.read_text())
   rows = {}
   with pools.Bench(experiment, workdir / f'seed{seed}') as bench:
     pool = bench['sweep']
@@ -123,7 +127,8 @@ def of_seed(workdir, seed):
     for name, make in searches(pool, seed).items():
       soup, num = make()
       scores = pool.of(soup.params)
-      rows[name] = (num, *scores, *np.subtract(scores, best))
+      rows[name] = (num, *scores, *np.subtract(scores, best).tolist())
+  file.write_text(json.dumps([rows, shares]))
   return rows, shares
 
 
@@ -131,9 +136,10 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('workdir', type=pathlib.Path)
   parser.add_argument('--seeds', type=int, default=8)
+  parser.add_argument('--first', type=int, default=0)
   asked = parser.parse_args()
   tables = []
-  for seed in range(asked.seeds):
+  for seed in range(asked.first, asked.first + asked.seeds):
     table, shares = of_seed(asked.workdir, seed)
     tables.append(table)
     print(f'seed {seed} is done', flush=True)
