@@ -14,6 +14,7 @@ import bisect
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from collections.abc import Sized
 import functools
@@ -306,6 +307,22 @@ class MeanOf:
           'before. An iterator can be read only once: pass a list.'
       )
     return most / self._num
+
+
+def worst(scores: Mapping[str, float]) -> float:
+  """The least of several scores, as an `objective` of a search.
+
+  Args:
+    scores: by name.
+
+  Returns:
+    One of them.
+
+  Example:
+    >>> worst({'code': 0.4, 'math': 0.7})
+    0.4
+  """
+  return min(scores.values())
 
 
 def _require_examples(num: Sized | float) -> None:

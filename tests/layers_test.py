@@ -31,6 +31,7 @@ LAYERS = (
     ),
     (
         '_recipes',
+        'black_box',
         'evaluation',
         'metrics',
         'ensembles',
@@ -41,7 +42,7 @@ LAYERS = (
         'studies',
         'trajectory',
     ),
-    ('checkpoints', 'diagnosis', 'report'),
+    ('checkpoints', 'diagnosis', 'report', 'scoring'),
     ('models', 'data', 'nnx'),
     ('train',),
     ('experiments',),
@@ -52,7 +53,7 @@ BASIC = {'jax', 'numpy', 'jaxsoup'}
 FLAX = BASIC | {'flax', 'optax', 'ml_collections'}
 ALLOWED = (
     BASIC | {'etils', 'fsspec', 'rich', 'tensorboardX'},
-    BASIC | {'optax', 'scipy'},
+    BASIC | {'cma', 'optax', 'scipy'},
     BASIC
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'scipy', 'tensorstore'}
     | {'h5py', 'huggingface_hub', 'msgpack', 'torch', 'xxhash'},

@@ -18,6 +18,7 @@ from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
 from jaxsoup.typing import EvalFn
+from jaxsoup.typing import Objective
 from jaxsoup.typing import Params
 
 
@@ -31,6 +32,7 @@ def greedy(
     num_passes: int = 1,
     with_replacement: bool = False,
     max_ingredients: int | None = None,
+    objective: Objective | None = None,
     scores: Scores | None = None,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> Soup[SearchInfo]:
@@ -62,6 +64,10 @@ def greedy(
     with_replacement: whether later passes also try those already accepted,
       which then count more than once.
     max_ingredients: stop when the soup has this many ingredients.
+    objective: where `eval_fn` returns several scores by name: the name of the
+      one that counts, weights `{'a': 0.7, 'b': 0.3}` of a sum, or a function of
+      the dict, such as `evaluation.worst`. All of them are remembered, and each
+      evaluation runs in full.
     scores: remembered scores, read and written; maps the indices of a candidate
       in ascending order to its score, such as `{(0,): 0.91, (0, 3): 0.92}`. A
       dict, or `checkpoints.ScoreLog`. Of a candidate that was rejected early it
@@ -74,9 +80,11 @@ def greedy(
 
   Raises:
     ValueError: no ingredients, ingredients that do not fit, a score that is NaN
-      or infinite, an order that is empty or names an ingredient that is unknown
-      or named before, or both an order and a key.
-    TypeError: a score that is not one number, or a `jax.Array` as an order.
+      or infinite, an objective that does not fit, an order that is empty or
+      names an ingredient that is unknown or named before, or both an order and
+      a key.
+    TypeError: a score that is neither a number nor a dict of numbers, or a
+      `jax.Array` as an order.
 
   Example:
     >>> models = [np.float32(x) for x in (1.0, 4.0, -2.0)]
@@ -88,7 +96,12 @@ def greedy(
   "Ensemble selection from libraries of models".
   """
   search = _search.Search(
-      ingredients, eval_fn, strict=strict, log=scores, on_trial=on_trial
+      ingredients,
+      eval_fn,
+      strict=strict,
+      objective=objective,
+      log=scores,
+      on_trial=on_trial,
   )
   limits = {'max_ingredients': max_ingredients, 'num_passes': num_passes}
   for name, value in limits.items():

@@ -14,6 +14,7 @@ from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
 from jaxsoup.typing import EvalFn
+from jaxsoup.typing import Objective
 from jaxsoup.typing import Params
 
 
@@ -23,6 +24,7 @@ def pruned(
     *,
     strict: bool = False,
     num_passes: int | None = None,
+    objective: Objective | None = None,
     scores: Scores | None = None,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> Soup[SearchInfo]:
@@ -45,6 +47,7 @@ def pruned(
     strict: whether a tie keeps the ingredient; by default a tie removes it.
     num_passes: the maximal number of passes; None goes on until a pass removes
       none.
+    objective: of several scores, as in `greedy`.
     scores: remembered scores, as in `greedy`; one log may serve both.
     on_trial: is called after each trial.
 
@@ -54,7 +57,7 @@ def pruned(
   Raises:
     ValueError: no ingredients, ingredients that do not fit, or a score that is
       NaN or infinite.
-    TypeError: a score that is not one number.
+    TypeError: a score that is neither a number nor a dict of numbers.
 
   Example:
     >>> import numpy as np
@@ -66,7 +69,12 @@ def pruned(
   Source: Dansereau et al. 2023, section 3.
   """
   search = _search.Search(
-      ingredients, eval_fn, strict=strict, log=scores, on_trial=on_trial
+      ingredients,
+      eval_fn,
+      strict=strict,
+      objective=objective,
+      log=scores,
+      on_trial=on_trial,
   )
   singles = search.scores_of_singles()
   num = len(singles)

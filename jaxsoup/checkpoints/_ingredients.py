@@ -301,6 +301,12 @@ class Ingredients(Sequence[Params]):
     is_of_flax = ending in ('', '.msgpack', '.msgpack.index.json')
     return path / file.relative_to(given) if is_of_flax else None
 
+  def ending(self) -> str:
+    """That of the first ingredient if a file was given, else ''."""
+    given = pathlib.Path(self._given[0])
+    is_file = str(given) == self.paths[0] and given.is_file()
+    return _formats.ending_of(given) if is_file else ''
+
   @contextlib.contextmanager
   def patched(self, file: pathlib.Path) -> Iterator[_source.PutFn]:
     """A copy of the first ingredient's file, with other values put into it."""

@@ -8,6 +8,8 @@ report.write_report('runs/digits')               # one HTML file of all
 ```
 """
 
+from jaxsoup.report._candidates import not_dominated as not_dominated
+from jaxsoup.report._candidates import pareto as pareto
 from jaxsoup.report._landscape_sections import (
     diagnosis_sections as diagnosis_sections,
 )

@@ -17,6 +17,7 @@ from jaxsoup import _json
 from jaxsoup import checkpoints
 from jaxsoup._soup import LearnedInfo
 from jaxsoup._soup import SearchInfo
+from jaxsoup.report import _candidates
 from jaxsoup.report import _landscape_sections
 from jaxsoup.report import _page
 from jaxsoup.report import _scores
@@ -58,16 +59,19 @@ def write_report(
     out: PathLike | None = None,
     *,
     further: Sequence[Section] = (),
+    metrics: Sequence[str] | None = None,
     **columns: Any,
 ) -> list[pathlib.Path]:
-  """Writes one HTML file of an experiment, or of a table of scores.
+  """Writes one HTML file of an experiment, a table of scores, or a score log.
 
   Args:
-    source: a workdir, or a file for `read_scores`.
+    source: a workdir, a file for `read_scores`, or a `checkpoints.ScoreLog`,
+      of which all candidates are compared.
     out: the HTML file; by default `report.html` in the workdir, or a file
       of the same name next to the table. An existing file is overwritten.
     further: sections that come before the last, which says how the experiment
       was made; of a table of scores, at the end.
+    metrics: of a score log with several scores each: those that are compared.
     **columns: of a table of scores, as in `read_scores`.
 
   Returns:
@@ -79,6 +83,17 @@ def write_report(
     ValueError: as `read_scores`; a damaged `results.json`.
   """
   source = pathlib.Path(source)
+  is_log = _candidates.is_score_log(source)
+  if metrics is not None and not is_log or columns and is_log:
+    raise ValueError(
+        f'{source} is {"a" if is_log else "not a"} score log: '
+        'metrics= (--metrics) is for those, and names of columns are for '
+        'tables of scores.'
+    )
+  if is_log:
+    sections = [*_candidates.log_sections(source, metrics), *further]
+    out = source.with_suffix('.html') if out is None else out
+    return _page.write_page(out, f'Searches in {source.name}', sections)
   if not source.is_dir():
     rows, settings = _scores.read_scores(source, **columns)
     sections = [
