@@ -78,7 +78,6 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from jaxsoup import statistics
 from jaxsoup.data import cifar
 from jaxsoup.data import fashion
 from jaxsoup.data import preparation
@@ -238,7 +237,7 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
   return splits._replace(
       test=sources.subset(splits.test, first),
       shifts={name: sources.Arrays(x) for name, x in shifted.items()},
-      ids=dict.fromkeys(shifted, statistics.ids_of(source)),
+      originals=dict.fromkeys(shifted, sources.Arrays(source)),
   )
 
 

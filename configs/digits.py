@@ -41,7 +41,6 @@ seed takes three quarters of a minute, half of it spent in the compiler.
 
 import ml_collections
 
-from jaxsoup import statistics
 from jaxsoup.data import digits
 from jaxsoup.data import shifts
 from jaxsoup.data import sources
@@ -123,15 +122,14 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
       for name, severity in config.shifts.items()
       if severity > 0
   }
-  # Corruptions of one image are one example.
-  ids = dict.fromkeys(shifted, statistics.ids_of(parts['test']))
+  arrays = {name: sources.Arrays(x) for name, x in parts.items()}
+  originals = dict.fromkeys(shifted, arrays['test'])
   if (num := config.data.other_writers) > 0:
     shifted['other writers'] = digits.other_writers(config.seed, num)
-  arrays = {name: sources.Arrays(x) for name, x in parts.items()}
   return sources.Splits(
       **arrays,
       shifts={name: sources.Arrays(x) for name, x in shifted.items()},
-      ids=ids,
+      originals=originals,
   )
 
 

@@ -148,7 +148,10 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
           name: sources.subset(source, shifted)
           for name, source in splits.shifts.items()
       },
-      ids={name: x[shifted] for name, x in splits.ids.items()},
+      originals={
+          name: sources.subset(source, shifted)
+          for name, source in splits.originals.items()
+      },
   )
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxsoup import statistics
 from jaxsoup.data import imagenet
 from jaxsoup.data import shifts
 from jaxsoup.data import sources
@@ -122,7 +121,7 @@ def splits(
   return sources.Splits(
       **arrays,
       shifts=shifted,
-      ids=dict.fromkeys(shifted, statistics.ids_of(drawn['test'])),
+      originals=dict.fromkeys(shifted, arrays['test']),
       labels=CLASSES,
   )
 

@@ -84,9 +84,9 @@ class Splits(NamedTuple):
     views: by name of a set with its own classes, logits [N, C] ->
       logits over those classes.
     rules: how sets were chosen, JSON values by the set's name.
-    ids: which examples a set has, `[N]` as `statistics.ids_of` returns, by the
-      set's name. Of a set in memory by default its own rows, so that only what
-      is made of other examples needs them, such as their corruptions.
+    originals: by name of a shift that was made from other examples, such as a
+      corruption, those `[N]`: by them it is told which examples seeds have in
+      common.
     labels: the names of the classes by number, if they are known.
   """
 
@@ -97,7 +97,7 @@ class Splits(NamedTuple):
   pretrain: Source | None = None
   views: Mapping[str, Callable[..., Any]] = {}
   rules: Mapping[str, Mapping[str, Any]] = {}
-  ids: Mapping[str, np.ndarray] = {}
+  originals: Mapping[str, Source] = {}
   labels: Sequence[str] = ()
 
 

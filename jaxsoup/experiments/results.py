@@ -443,15 +443,16 @@ def _table(work, split, models) -> _Table:
 def ids(splits: sources.Splits, seed: int) -> dict[str, np.ndarray]:
   """Which examples the sets have that score the models, `[N]` by name.
 
-  Of a set in memory by content. Of a stream by row and name: such sets are the
-  same for all seeds, but for those that are drawn, which have a rule.
+  Of a set in memory by content, of a shift by that of its originals. Of a
+  stream by row and name: such sets are the same for all seeds, but for those
+  that are drawn, which have a rule.
   """
-  by_set = dict(splits.ids)
+  by_set = {}
   sets = {'held_out': splits.held_out, 'test': splits.test, **splits.shifts}
-  for name, source in sets.items():
-    if name not in by_set and hasattr(source, 'arrays'):
+  for name, source in (sets | dict(splits.originals)).items():
+    if hasattr(source, 'arrays'):
       by_set[name] = statistics.ids_of(source)
-    elif name not in by_set:
+    else:
       drawn = str(seed) if name in splits.rules else ''
       start = zlib.crc32(f'{name} {drawn}'.encode()) << 32
       by_set[name] = np.uint64(start) + np.arange(len(source), dtype=np.uint64)
