@@ -302,6 +302,16 @@ def test_gains_over_repetitions_with_examples_in_common(rng):
       None, of(name, 'test'), of('best single', 'test'), ids
   )
   assert gains['test'] == expected._replace(num=0)
+  shift, *others = tables[0][-1].shifts
+  expected = statistics.crossed(
+      None, of(name, shift), of('best single', shift),
+      [x.ids[shift] for (x,) in given],
+  )  # fmt: skip
+  assert gains[shift] == expected._replace(num=0)
+  table = report.gains_by_shift(means)
+  assert table.startswith(f'| gain on | {" | ".join([shift, *others])} |')
+  assert report.with_interval(expected) in table
+  assert report.gains_by_shift(tables[0]) == ''
   # The held-out gain minus the test gain, by repetition.
   mean = lambda name, key: np.mean(of(name, key), axis=1)
   by_key = [

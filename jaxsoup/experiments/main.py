@@ -148,8 +148,9 @@ def run_seeds(
     if is_exported and tables[folder]:
       exporting.make(loaded, folder)
   if num_seeds > 1 and all(tables.values()) and _processes.is_main():
-    text = report.markdown(*averaged(tables))
-    (parent / 'table.md').write_text(text + '\n')
+    means, deviations = averaged(tables)
+    texts = report.markdown(means, deviations), report.gains_by_shift(means)
+    (parent / 'table.md').write_text('\n\n'.join(texts).strip() + '\n')
   return tables
 
 

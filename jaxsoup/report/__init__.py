@@ -44,6 +44,7 @@ from jaxsoup.report._tables import Answers as Answers
 from jaxsoup.report._tables import Row as Row
 from jaxsoup.report._tables import best_single as best_single
 from jaxsoup.report._tables import by_set as by_set
+from jaxsoup.report._tables import gains_by_shift as gains_by_shift
 from jaxsoup.report._tables import markdown as markdown
 from jaxsoup.report._tables import mean_rows as mean_rows
 from jaxsoup.report._tables import read_rows as read_rows

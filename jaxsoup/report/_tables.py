@@ -39,7 +39,7 @@ class Row(NamedTuple):
     ece: expected calibration error on test data, in 0..1.
     cost: forward passes for one prediction.
     gains: over the best single model, see `with_gains`: of 'held_out', 'test',
-      the mean of the 'shifts'; and 'optimism'.
+      the mean of the 'shifts', 'optimism'; of `mean_rows` also of each shift.
     metric: what the scores are.
   """
 
@@ -294,6 +294,7 @@ def _crossed(
     return {}
   sets = [name for name in answers[0][0].ids if name not in _SCORES]
   roles = {'held_out': ['held_out'], 'test': ['test'], 'shifts': sets}
+  roles |= {name: [name] for name in sets}
 
   def gain(a, b, sets):
     part = lambda fn: [by_set(splits, fn, sets) for splits in answers]
@@ -377,6 +378,30 @@ def markdown(
   return '\n'.join(
       [*lines, *(f'\n{x}' for x in legend(rows, sets, bold='**bold**'))]
   )
+
+
+def gains_by_shift(rows: Sequence[Row]) -> str:
+  """A table in Markdown of the gains on each shift, of `mean_rows`.
+
+  Args:
+    rows: means over repetitions with answers.
+
+  Returns:
+    Lines, without a final newline; none, if no gains on shifts are known.
+  """
+  shown = [row for row in rows if row.gains.keys() & row.shifts.keys()]
+  if not shown:
+    return ''
+  names = list(shown[0].shifts)
+  lines = [('gain on', *names), ('---', *['---:'] * len(names))]
+  for row in shown:
+    gains = [row.gains[name] for name in names]
+    texts = (
+        f'**{with_interval(x)}**' if _is_bold(x) else with_interval(x)
+        for x in gains
+    )
+    lines.append((row.name, *texts))
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def cells(
