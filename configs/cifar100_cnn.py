@@ -78,6 +78,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from jaxsoup import statistics
 from jaxsoup.data import cifar
 from jaxsoup.data import fashion
 from jaxsoup.data import preparation
@@ -234,13 +235,10 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
       for name, severity in config.shifts.items()
       if severity > 0
   }
-  pools = dict(splits.pools)
-  if 'test' in pools:  # Which the corrupted images are from, too.
-    pools |= dict.fromkeys(shifted, pools['test'])
   return splits._replace(
       test=sources.subset(splits.test, first),
       shifts={name: sources.Arrays(x) for name, x in shifted.items()},
-      pools=pools,
+      ids=dict.fromkeys(shifted, statistics.ids_of(source)),
   )
 
 

@@ -148,6 +148,7 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
           name: sources.subset(source, shifted)
           for name, source in splits.shifts.items()
       },
+      ids={name: x[shifted] for name, x in splits.ids.items()},
   )
 
 

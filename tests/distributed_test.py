@@ -420,6 +420,7 @@ def get_config(arg=None):
   config.is_sharded = True
   config.model.update(width=16, depth=1, num_heads=2, mlp_width=16)
   config.data.sizes.update(pretrain=96, train=96, held_out=120, test=100)
+  config.data.other_writers = 100
   config.batch_size = 100
   config.sweep.update(num_runs=2, group_size=1)
   config.recipes = ('uniform', 'greedy', 'learned')

@@ -373,6 +373,15 @@ def test_what_a_workdir_holds(uninterrupted):
   # Bins of the best single model, soups and ensembles; beta is applied.
   singles = [row for row in results['rows'] if row['kind'] == 'single']
   rows['best single'] = max(singles, key=lambda row: row['held_out'])
+  # Five corruptions, and digits of other writers.
+  shifts = rows['best single']['shifts']
+  assert len(shifts) == 6 and 'other writers (100)' in table
+  right = answers['answers/other writers'].mean(1)
+  scores = [row['shifts']['other writers'] for row in results['rows']]
+  np.testing.assert_allclose(right, scores, atol=1e-6)
+  (line,) = (x for x in table.splitlines() if x.startswith('| best single |'))
+  mean = 100 * np.mean(list(shifts.values()))
+  assert line.split('|')[5].strip() == f'{mean:.1f}'
   assert len(results['calibration']) == 1 + 6 + 2
   for name, bins in results['calibration'].items():
     gap = np.abs(np.subtract(bins['confidence'], bins['accuracy']))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsoup import statistics
 from jaxsoup.data import imagenet
 from jaxsoup.data import shifts
 from jaxsoup.data import sources
@@ -121,10 +122,7 @@ def splits(
   return sources.Splits(
       **arrays,
       shifts=shifted,
-      pools={
-          'held_out': _PARTS['train'][1],
-          **dict.fromkeys(('test', *shifted), _PARTS['test'][1]),
-      },
+      ids=dict.fromkeys(shifted, statistics.ids_of(drawn['test'])),
       labels=CLASSES,
   )
 

@@ -84,9 +84,9 @@ class Splits(NamedTuple):
     views: by name of a set with its own classes, logits [N, C] ->
       logits over those classes.
     rules: how sets were chosen, JSON values by the set's name.
-    pools: by name of a set that the seed draws, the number of examples that it
-      is drawn from; infinity if no seed ever draws an example again. Those of
-      other sets are the same for all seeds.
+    ids: which examples a set has, `[N]` as `statistics.ids_of` returns, by the
+      set's name. Of a set in memory by default its own rows, so that only what
+      is made of other examples needs them, such as their corruptions.
     labels: the names of the classes by number, if they are known.
   """
 
@@ -97,7 +97,7 @@ class Splits(NamedTuple):
   pretrain: Source | None = None
   views: Mapping[str, Callable[..., Any]] = {}
   rules: Mapping[str, Mapping[str, Any]] = {}
-  pools: Mapping[str, float] = {}
+  ids: Mapping[str, np.ndarray] = {}
   labels: Sequence[str] = ()
 
 

@@ -30,6 +30,7 @@ With --export, `exported/` has each soup with the names, config and tokenizer of
 from collections.abc import Sequence
 import contextlib
 import importlib.util
+import pathlib
 import shutil
 import sys
 from typing import Any
@@ -37,6 +38,7 @@ from typing import Any
 from jaxsoup import _files
 from jaxsoup import _processes
 from jaxsoup import report
+from jaxsoup.experiments import answers
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import exporting
 from jaxsoup.experiments import results
@@ -57,6 +59,9 @@ STAGES = {
     'reporting': 5,
     'landscapes': 10,
 }
+
+# Rows by workdir, of one experiment or of its seeds.
+Tables = dict[pathlib.Path, list[report.Row]]
 
 
 def run(
@@ -115,14 +120,14 @@ def run_seeds(
     overrides: Sequence[str] = (),
     num_seeds: int = 1,
     is_exported: bool = False,
-) -> list[list[report.Row]]:
+) -> Tables:
   """Runs an experiment with several seeds, a progress bar and SIGTERM handling.
 
   Several seeds, from that of the config on, are in `seed0/`, `seed1/`... of the
   workdir, and the mean over them in its `table.md`.
 
   Returns:
-    A table a seed, as of `run`.
+    By the workdir of each seed its table, as of `run`.
   """
   parent = buckets.path_of(workdir)
   if num_seeds > 1 and not any(parent.glob('seed*/config.json')):
@@ -131,7 +136,7 @@ def run_seeds(
   first = loaded.config.seed
   if is_exported:
     exporting.check(loaded, parent)
-  tables = []
+  tables: Tables = {}
   for seed in range(first, first + num_seeds):
     loaded = configs.load(path, [*overrides, f'--config.seed={seed}'])
     folder = parent if num_seeds == 1 else parent / f'seed{seed}'
@@ -139,21 +144,23 @@ def run_seeds(
     if _processes.is_main():
       shown = progress.shown(STAGES)
     with preemption.handled() as stop, shown as progress_fn:
-      tables.append(run(loaded, folder, progress_fn, stop))
-    if is_exported and tables[-1]:
+      tables[folder] = run(loaded, folder, progress_fn, stop)
+    if is_exported and tables[folder]:
       exporting.make(loaded, folder)
-  if num_seeds > 1 and all(tables) and _processes.is_main():
-    text = report.markdown(*_averaged(tables))
+  if num_seeds > 1 and all(tables.values()) and _processes.is_main():
+    text = report.markdown(*averaged(tables))
     (parent / 'table.md').write_text(text + '\n')
   return tables
 
 
-def _averaged(tables):
-  """The table, and its deviations where there are several seeds."""
-  summaries = [report.summary(rows) for rows in tables]
+def averaged(
+    tables: Tables,
+) -> tuple[list[report.Row], list[report.Row] | None]:
+  """The table of `run_seeds`, and its deviations where there are several."""
+  summaries = [report.summary(rows) for rows in tables.values()]
   if len(tables) == 1:
     return summaries[0], None
-  return report.mean_rows(summaries)
+  return report.mean_rows(summaries, [*map(answers.of_workdir, tables)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return getattr(e, 'exit_code', 1)
   if not _processes.is_main():
     return 0
-  if all(tables):
+  if all(tables.values()):
     show(tables, workdir)
   else:
     print(
@@ -184,13 +191,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
-def show(tables: Sequence[Sequence[report.Row]], workdir: PathLike) -> None:
+def show(tables: Tables, workdir: PathLike) -> None:
   """Prints a table, the mean over the seeds, and where the files are."""
   from rich import console
 
   width = shutil.get_terminal_size().columns
   out = console.Console(width=max(width, 100))
-  out.print(report.rich_table(*_averaged(tables)))
+  out.print(report.rich_table(*averaged(tables)))
   out.print(f'[dim]Pictures, table and soups: {workdir}[/dim]')
 
 

@@ -40,7 +40,7 @@ class Contents(NamedTuple):
   Attributes:
     rows: a row a model.
     settings: hyper-parameters of each row, empty of soups and ensembles.
-    tables: the rows of each split; empty of one.
+    summary: means and deviations over the splits; None of one.
     soups: `checkpoints.provenance` by name, of the first split.
     results: `results.json`.
     landscape: by part, `landscape/*.json`: planes, lines, angles, diagnosis.
@@ -48,7 +48,7 @@ class Contents(NamedTuple):
 
   rows: list[Row]
   settings: list[Json]
-  tables: list[list[Row]]
+  summary: tuple[list[Row], list[Row]] | None
   soups: dict[str, Json]
   results: Json
   landscape: Json = {}
@@ -146,7 +146,7 @@ def read_workdir(workdir: PathLike) -> Contents:
     rows = _tables.read_rows(path)
     if not rows:
       raise ValueError('it has no rows')
-    tables = [_tables.rows_of(table) for table in results.get('splits', [])]
+    summary = [_tables.rows_of(x) for x in results.get('summary', [])]
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise ValueError(
         f'{path} is unreadable: {e}. Run the command of the experiment again, '
@@ -156,7 +156,7 @@ def read_workdir(workdir: PathLike) -> Contents:
   return Contents(
       rows,
       settings,
-      tables,
+      (summary[0], summary[1]) if summary else None,
       _soups(workdir, rows),
       results,
       _landscape_sections.read_landscape(workdir),
@@ -205,7 +205,7 @@ def sections_of(contents: Contents) -> list[Section]:
       _sections.table_section(
           rows,
           settings=settings,
-          tables=contents.tables,
+          summary=contents.summary,
           sets=results.get('roles'),
       ),
       *_sections.scatter_sections(rows),
