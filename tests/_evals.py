@@ -1,0 +1,40 @@
+"""What workers of tests import."""
+
+import functools
+import os
+
+import numpy as np
+
+from jaxsoup import evaluation
+
+
+def distance(params):
+  return -float(np.sum((np.asarray(params['w']) - 0.25) ** 2))
+
+
+@functools.cache
+def _right():
+  x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+  labels = (x.sum(1) > 0).astype(np.int32)
+  batches = evaluation.batched({'x': x, 'label': labels}, 16)
+  return evaluation.mean_of(
+      lambda params, batch: (batch['x'] @ params['w'] > 0) == batch['label'],
+      batches,
+  )
+
+
+def right(params):
+  return _right()(params)
+
+
+right.at_least = lambda params, bar, strict=False: _right().at_least(
+    params, bar, strict=strict
+)
+
+
+def raises(params):
+  raise KeyError('no such thing')
+
+
+def dies(params):
+  os._exit(1)
