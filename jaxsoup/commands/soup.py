@@ -326,7 +326,11 @@ def _searched(recipe_fn: Callable[..., Any], scored: _options.Scored) -> Asked:
   saved = f'{_cook.NOTHING_SAVED} (--scores FILE keeps the scores)'
   if scored.scores is not None:
     saved = f'{scored.scores} holds the scores so far'
-  made = lambda runs: recipe_fn(runs, **scored.arguments(runs))
+
+  def made(ingredients):
+    with scored.arguments(ingredients) as arguments:
+      return recipe_fn(ingredients, **arguments)
+
   return {'recipe_fn': made, 'saved': saved}
 
 
