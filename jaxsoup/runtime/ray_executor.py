@@ -18,7 +18,7 @@ from typing import Any
 class RayExecutor(futures.ThreadPoolExecutor):
   """A `concurrent.futures.Executor` of actors, which keep what they have read.
 
-  A thread for each actor waits for it. An actor that dies is started anew.
+  A thread for each actor waits for it. After one that died comes another.
   """
 
   def __init__(self, num_workers: int, **options: Any):
@@ -39,8 +39,8 @@ class RayExecutor(futures.ThreadPoolExecutor):
           'ray is not installed: pip install "jaxsoup[ray]".'
       ) from e
     super().__init__(num_workers, 'jaxsoup-ray')
-    self._ray, self._threads = ray, threading.local()
-    self._actor = ray.remote(_Actor).options(max_restarts=-1, **options)
+    self._engine, self._here = ray, threading.local()
+    self._actor = ray.remote(_Actor).options(**options)
 
   def submit(
       self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
@@ -49,12 +49,15 @@ class RayExecutor(futures.ThreadPoolExecutor):
     return super().submit(self._run, fn, args, kwargs)
 
   def _run(self, *call: Any) -> Any:
-    if not hasattr(self._threads, 'actor'):
-      self._threads.actor = self._actor.remote()
+    if not hasattr(self._here, 'actor'):
+      self._here.actor = self._actor.remote()
     try:
-      return self._ray.get(self._threads.actor.run.remote(*call))
-    except self._ray.exceptions.RayTaskError as e:
+      return self._engine.get(self._here.actor.run.remote(*call))
+    except self._engine.exceptions.RayTaskError as e:
       raise e.cause from e
+    except self._engine.exceptions.RayActorError:
+      del self._here.actor
+      raise
 
 
 class _Actor:
