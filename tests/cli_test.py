@@ -202,6 +202,18 @@ def test_rejections_end_early(runs):
   assert json.loads(again.stdout)['score'] == checkpoints.load('out').info.score
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('recipe', ['greedy', 'pruned', 'search'])
+def test_workers_make_the_same(runs, recipe):
+  args = ('soup', recipe, *runs, '--eval', 'mine:score', '--json')
+  if recipe == 'search':
+    args = (*args, '--evaluations', 9)
+  here = json.loads(invoke(*args, '--out', 'here').stdout)
+  there = json.loads(invoke(*args, '--out', 'there', '--workers', 2).stdout)
+  assert here.pop('out') != there.pop('out')
+  assert here == there
+
+
 @pytest.mark.parametrize(
     'options, mode',
     [

@@ -103,6 +103,11 @@ def run(
     raise ImportError(
         'matplotlib is not installed: pip install "jaxsoup[demo]"'
     )
+  if executor is not None and experiment.source is None:
+    raise configs.UsageError(
+        'With an executor, workers load the experiment by its path: pass what '
+        'configs.load returned.'
+    )
   folder = buckets.path_of(workdir)
   if not _files.is_remote(folder):
     folder = folder.absolute()
@@ -127,11 +132,7 @@ def run(
 
 def _finetune_on(executor: futures.Executor, work: workdirs.Work) -> None:
   """Has workers train the groups of runs that are not there yet."""
-  if work.experiment.source is None:
-    raise configs.UsageError(
-        'With an executor, workers load the experiment by its path: pass what '
-        'configs.load returned.'
-    )
+  assert work.experiment.source is not None
   size = work.config.sweep.group_size
   groups = steps.grouped(work.experiment.runs, size)
   shards = [
