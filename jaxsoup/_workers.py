@@ -161,8 +161,9 @@ def _died_error(died: Exception, key: Any) -> ChildProcessError:
         'goes on from the scores that were kept (scores=, --scores).'
     )
   return ChildProcessError(
-      f'{_NUM_TRIES} workers died at the same call, {key}: {said}. What they '
-      'print says why. A score log (scores=, --scores) keeps what was scored.'
+      f'{_NUM_TRIES} workers died at the same call, {key}, or could not make '
+      f'it: {said}. What they print says why. A score log (scores=, --scores) '
+      'keeps what was scored.'
   )
 
 

@@ -1,11 +1,14 @@
 """Searches on workers decide as those without; engines, and what fails how."""
 
 from concurrent import futures
+import copy
 import multiprocessing
+import pickle
 import threading
 import time
 
 import _evals
+from flax import nnx
 import jax
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from jaxsoup import checkpoints
 from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import scoring
+from jaxsoup import sharding
 
 NUM_MOST = 7
 
@@ -208,7 +212,7 @@ def test_a_call_whose_worker_dies_is_made_again(num):
 
 def test_three_deaths_are_an_error():
   log, lost = {}, ConnectionError('lost')
-  said = r'3 workers died at .*\(0, 1, 2\): .*lost'
+  said = r'3 workers died at .*\(0, 1, 2\).*lost'
   with (
       Fails(STEPS, 3, lost) as executor,
       pytest.raises(ChildProcessError, match=said) as caught,
@@ -280,6 +284,35 @@ def runs(tmp_path):
     w = (start + 0.4 * rng.normal(size=4)).astype(np.float32)
     checkpoints.save(tmp_path / f'run{k}', {'w': w})
   return [tmp_path / f'run{k}' for k in range(4)]
+
+
+@pytest.mark.parametrize('is_sharded', [False, True])
+def test_ingredients_travel_as_paths(runs, is_sharded):
+  mesh = jax.make_mesh((1,), ('x',))
+  shapes = {'w': jax.ShapeDtypeStruct((4,), 'float32')}
+  if is_sharded:
+    shapes = sharding.fsdp(shapes, mesh, axis='x', min_size=1)
+  ingredients = checkpoints.Ingredients(runs, shapes)
+  expected = ingredients[1]['w']
+  ingredients.prefetch(2)
+  content = pickle.dumps(ingredients)
+  assert len(content) < 2000
+  arrived = pickle.loads(content)
+  np.testing.assert_array_equal(arrived[1]['w'], expected)
+  assert arrived.abstract_params['w'].sharding is None
+  # Another thread of this process has the same devices.
+  copied = copy.copy(ingredients)
+  assert copied[1]['w'].sharding == expected.sharding
+  np.testing.assert_array_equal(copied[1]['w'], expected)
+
+
+def test_states_of_nnx_travel(tmp_path):
+  state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+  checkpoints.save(tmp_path / 'run', state)
+  shapes = jax.eval_shape(lambda: state)
+  ingredients = checkpoints.Ingredients([tmp_path / 'run'], shapes)
+  arrived = pickle.loads(pickle.dumps(ingredients))
+  assert jax.tree.structure(arrived[0]) == jax.tree.structure(state)
 
 
 @pytest.fixture(scope='module')
