@@ -110,6 +110,10 @@ class _CmaEs:
         'randn': lambda *shape: rng.standard_normal(shape),
         'seed': np.nan,  # NumPy's global generator is not touched.
         'verbose': -9,
+        # Scores such as accuracy have plateaus; the budget ends the search.
+        'tolflatfitness': np.inf,
+        'tolfun': 0,
+        'tolfunhist': 0,
     }
     if population is not None:
       options['popsize'] = population

@@ -80,12 +80,13 @@ def from_command(
       with `{path}`, so that it is new in each trial. It may be a pattern, such
       as `{path}-results/*.json`, that one file matches.
     score_key: where in the JSON the score is, such as `results/mmlu`.
-    timeout: seconds after which the command, with all that it started, is
-      ended.
+    timeout: seconds after which the command is ended. What it started and left
+      running is ended in any case.
     retries: how often a command that fails, runs out of time or has no score is
       run again.
     scratch: the directory for candidates. By default `/dev/shm`, which is
-      memory, if two candidates fit there, else the temporary directory.
+      memory, if two candidates fit there, else the temporary directory. Several
+      processes need one that all of them see.
     outputs: a directory that keeps what each run prints, `0001.out` and
       `0001.err` and so on. None keeps nothing; an error shows the end.
 
@@ -131,13 +132,14 @@ def _score_of(
     retries: int,
     params: Params,
 ) -> Any:
+  look_for_stop = getattr(ingredients, 'look_for_stop', None)
+  if look_for_stop is None or jax.process_count() > 1:
+    look_for_stop = lambda: None  # Several processes would have to agree.
   with _written(params, ingredients, scratch) as path:
     said: dict[str, Any] = {}
-    if _processes.is_main():
-      look_for_stop = getattr(ingredients, 'look_for_stop', None)
-      if look_for_stop is None or jax.process_count() > 1:
-        look_for_stop = lambda: None  # Several processes would have to agree.
-      said = run.tried(path, 1 + retries, look_for_stop)
+    with _processes.together():
+      if _processes.is_main():
+        said = run.tried(path, 1 + retries, look_for_stop)
     said = _processes.json_of_main(said)
   if 'error' in said:
     raise user_code.UserCodeError(said['error'])
@@ -151,11 +153,17 @@ def _written(
     scratch: PathLike | None,
 ) -> Iterator[str]:
   """The path of a candidate, which is there meanwhile."""
+  if scratch is None and jax.process_count() > 1:
+    raise ValueError(
+        'Several processes write a candidate: pass scratch= (--scratch), a '
+        'directory that all of them see.'
+    )
   folder = None
-  if _processes.is_main():
-    scratch = _with_room(params) if scratch is None else scratch
-    pathlib.Path(scratch).mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix='jaxsoup-', dir=scratch)
+  with _processes.together():
+    if _processes.is_main():
+      scratch = _with_room(params) if scratch is None else scratch
+      pathlib.Path(scratch).mkdir(parents=True, exist_ok=True)
+      folder = tempfile.mkdtemp(prefix='jaxsoup-', dir=scratch)
   folder = _processes.json_of_main(folder)
   try:
     path = f'{folder}/candidate'
@@ -192,7 +200,11 @@ class _Command(NamedTuple):
   ) -> dict[str, Any]:
     """The score, or the error of the last run."""
     error = ''
+    folder = pathlib.Path(path).parent
+    own = set(folder.iterdir())
     for _ in range(num_most):
+      for left in set(folder.iterdir()) - own:  # By a run that failed.
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
       with tempfile.TemporaryDirectory(prefix='jaxsoup-') as temporary:
         files = self._files(pathlib.Path(temporary))
         try:
@@ -312,12 +324,15 @@ def _waited(process: subprocess.Popen[bytes], seconds: float) -> int | None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-  """Ends a command and all that it started, if it has not ended."""
+  """Ends a command, and what it started and left behind."""
   for number in (signal.SIGTERM, signal.SIGKILL):
-    if process.returncode is None:
-      with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-      _waited(process, _GRACE)
+    end = time.monotonic() + _GRACE
+    with contextlib.suppress(ProcessLookupError):  # None of them is left.
+      os.killpg(process.pid, number)
+      while time.monotonic() < end:
+        _waited(process, 0.02)
+        os.killpg(process.pid, 0)
+        time.sleep(0.02)
 
 
 def _parsed(text: str) -> tuple[Any] | None:
@@ -338,17 +353,18 @@ def _numbers(value: Any, name: str = '') -> Iterator[tuple[str, float]]:
 
 
 def identity(command: str, score_key: str = '') -> str:
-  """The command, with hashes of the files that it names, for a `ScoreLog`.
+  """The command, with hashes of the scripts that it names, for a `ScoreLog`.
 
   Args:
     command: as for `from_command`.
     score_key: as there.
 
   Returns:
-    A text that changes if one of the files does.
+    A text that changes if one of these scripts does.
   """
-  words = shlex.split(command)
-  files = [f for w in words if (f := pathlib.Path(w)).suffix and f.is_file()]
-  hashes = [hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files]
+  files = [pathlib.Path(w) for w in shlex.split(command) if os.path.isfile(w)]
+  # Scripts; not programs and data.
+  small = [f for f in files if f.suffix and f.stat().st_size < 10**6]
+  hashes = [hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in small]
   said = [f'(sha256 {h})' for h in hashes]
   return ' '.join(filter(None, [command, score_key, *said]))

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import sys
 import time
 
@@ -74,6 +75,13 @@ def test_no_score(script, lines, said):
     eval_fn(PARAMS)
 
 
+def test_what_a_command_leaves_running_is_ended(tmp_path):
+  file = tmp_path / 'number'
+  command = f'sleep 600 & echo $! > {shlex.quote(str(file))}; echo 1 # {{path}}'
+  assert scoring.from_command(command)(PARAMS) == 1.0
+  assert not _is_running(int(file.read_text()))
+
+
 @pytest.mark.parametrize('text', ['NaN', 'nan', '-Infinity', '{"a": NaN}'])
 def test_a_score_that_is_not_finite(script, text):
   """It is not taken for noise after an earlier number."""
@@ -104,6 +112,9 @@ import pathlib, sys
 file = pathlib.Path({str(tmp_path / "count")!r})
 count = int(file.read_text()) if file.exists() else 0
 file.write_text(str(count + 1))
+left = pathlib.Path(sys.argv[1] + '-left')
+assert not left.exists()
+left.mkdir()
 print(count)
 sys.exit(count == 0)
 """)
@@ -300,3 +311,110 @@ def test_candidates_go_where_there_is_room(tmp_path, monkeypatch):
   monkeypatch.setattr(scoring.shutil, 'disk_usage', usage)
   for num, expected in ((free // 9, tmp_path), (free // 7, tmp_path / 'disk')):
     assert scoring._with_room({'w': np.zeros(num, np.float32)}) == expected
+
+
+def test_stops_while_a_command_runs(script, tmp_path):
+  """As a SIGTERM does: the command is ended, and its candidate deleted."""
+  run = checkpoints.save(tmp_path / 'run', PARAMS)
+
+  class Stopping(checkpoints.Ingredients):
+
+    def look_for_stop(self):
+      if (tmp_path / 'number').exists():
+        raise RuntimeError('stop here')
+
+  command = script(f"""
+import os, pathlib, time
+file = pathlib.Path({str(tmp_path / "number")!r})
+file.with_suffix('.new').write_text(str(os.getpid()))
+file.with_suffix('.new').rename(file)
+time.sleep(600)
+""")
+  scratch = tmp_path / 'scratch'
+  eval_fn = scoring.from_command(command, Stopping([run]), scratch=scratch)
+  with pytest.raises(RuntimeError, match='stop here'):
+    eval_fn(PARAMS)
+  assert not _is_running(int((tmp_path / 'number').read_text()))
+  assert not list(scratch.iterdir())
+
+
+# The harness of EleutherAI.
+
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs:
+  data_files: {test: FILE}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+COLOURS = ['red', 'green', 'blue']
+THINGS = ['rose', 'grass', 'sky', 'sea', 'leaf', 'fire', 'cherry', 'moss']
+
+
+@pytest.mark.slow
+@pytest.mark.reference
+@pytest.mark.skipif(not shutil.which('lm_eval'), reason='lm_eval is missing')
+def test_lm_evaluation_harness(tmp_path, monkeypatch):
+  """A small GPT-2 and a local task, against the answers of the model."""
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  import tokenizers
+
+  words = ['<unk>', '<eos>', 'the', 'is', *COLOURS, *THINGS]
+  model_of_words = tokenizers.models.WordLevel(
+      {word: i for i, word in enumerate(words)}, unk_token='<unk>'
+  )
+  tokenizer = tokenizers.Tokenizer(model_of_words)
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  fast = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=tokenizer, unk_token='<unk>', eos_token='<eos>'
+  )
+  config = transformers.GPT2Config(
+      vocab_size=len(words), n_positions=16, n_embd=16, n_layer=1, n_head=2
+  )
+  models = []
+  for k in range(2):
+    torch.manual_seed(k)
+    models.append(transformers.GPT2LMHeadModel(config).eval())
+    with torch.no_grad():
+      for parameter in models[-1].parameters():
+        parameter.add_(0.5 * torch.randn_like(parameter))
+    models[-1].save_pretrained(tmp_path / f'run{k}')
+    fast.save_pretrained(tmp_path / f'run{k}')
+  rows = [
+      {'question': f'the {thing} is', 'choices': COLOURS, 'answer': i % 3}
+      for i, thing in enumerate(THINGS)
+  ]
+  data = tmp_path / 'data.jsonl'
+  data.write_text('\n'.join(map(json.dumps, rows)))
+  (tmp_path / 'tasks').mkdir()
+  (tmp_path / 'tasks/colours.yaml').write_text(TASK.replace('FILE', str(data)))
+  for name, value in {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path)}.items():
+    monkeypatch.setenv(name, value)
+  ingredients = checkpoints.Ingredients([tmp_path / f'run{k}' for k in (0, 1)])
+  eval_fn = scoring.from_command(
+      'lm_eval --model hf --model_args pretrained={path},dtype=float32 --tasks '
+      f'colours --include_path {tmp_path}/tasks --device cpu --output_path '
+      '{path}-results',
+      ingredients,
+      score_file='{path}-results/*/results_*.json',
+      score_key='results',
+  )
+  scores = eval_fn(ingredients[1])
+
+  def is_right(row):
+    ids = fast(row['question'], return_tensors='pt').input_ids
+    with torch.no_grad():
+      last = models[1](ids).logits[0, -1]
+    choices = fast.convert_tokens_to_ids(row['choices'])
+    return int(last[choices].argmax()) == row['answer']
+
+  assert scores['colours/acc,none'] == np.mean(list(map(is_right, rows)))

@@ -116,6 +116,16 @@ def test_cma_is_that_of_its_package():
   np.testing.assert_allclose(actual, optimum, atol=1e-3)
 
 
+def test_plateaus_do_not_end_it():
+  """A round of equal scores says little where scores are in few values."""
+  ingredients = models()
+  exact = Counted([0.5, 0.5, 0, 0], ingredients)
+  eval_fn = lambda params: float(np.ceil(exact(params)))
+  soup = jaxsoup.search(ingredients, eval_fn, num_evaluations=300)
+  assert len(soup.info.trials) == 300
+  assert soup.info.trials[0].score < soup.info.score == 0
+
+
 def test_global_randomness_is_left_alone():
   np.random.seed(5)
   expected = np.random.rand()

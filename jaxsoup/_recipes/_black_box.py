@@ -152,6 +152,8 @@ def search(
     raise ValueError(
         'patience needs val_objective: of which score of a second split?'
     )
+  if patience is not None and patience < 0:
+    raise ValueError(f'patience is {patience}: it must be at least 0.')
   space = _Space(ingredients, stacks, group_fn, alpha_fn)
   evaluations = _search.Evaluations(
       space.mixes,
