@@ -185,9 +185,9 @@ class _Shared:
       return cloudpickle.dumps(self._function)
     except Exception as e:
       self.error = TypeError(
-          f'eval_fn and ingredients cannot be sent to workers: {e}. Use a '
-          'function at the top level of a module, which makes its data when it '
-          'is called first, or jaxsoup.runtime.user_code.load('
+          f'eval_fn, or what it works on, cannot be sent to workers: {e}. Use '
+          'a function at the top level of a module, which makes its data when '
+          'it is first called, or jaxsoup.runtime.user_code.load('
           "'MODULE:FUNCTION')."
       )
       raise self.error from e

@@ -45,6 +45,10 @@ def logits(params, batch):
   return batch['x'] * params['w']
 
 
+def quartic(w):
+  return ((w**2 - 1) ** 2).sum()
+
+
 class Shuffled:
   """Batches whose order each process draws anew, and keeps."""
 

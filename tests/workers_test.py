@@ -10,6 +10,8 @@ import time
 import _evals
 from flax import nnx
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
@@ -18,6 +20,7 @@ from jaxsoup import black_box
 from jaxsoup import checkpoints
 from jaxsoup import ensembles
 from jaxsoup import evaluation
+from jaxsoup import landscape
 from jaxsoup import scoring
 from jaxsoup import sharding
 
@@ -346,6 +349,31 @@ def test_ensembles_of_processes(runs, pool):
   np.testing.assert_array_equal(actual, expected)
   with pytest.raises(ValueError, match='not those of the first call'):
     ensembles.collect(*args[:2], _evals.Shuffled(x), executor=pool)
+
+
+@pytest.mark.parametrize('chunk_size', [1, 4])
+def test_landscapes_of_processes(pool, chunk_size):
+  corners = [np.float32(x) for x in ([0, 0], [2, 0], [1, 3])]
+  seen = []
+  kwargs = {'num': 5, 'chunk_size': chunk_size}
+  expected = landscape.plane(_evals.quartic, *corners, **kwargs)
+  actual = landscape.plane(
+      _evals.quartic,
+      *corners,
+      **kwargs,
+      executor=pool,
+      num_ahead=3,
+      on_points=lambda *nums: seen.append(nums),
+  )
+  np.testing.assert_array_equal(actual.loss, expected.loss)
+  num = 9 if chunk_size == 1 else 12
+  assert seen == [(num, 25), (2 * num, 25), (25, 25)]
+  pair = landscape.lines(_evals.quartic, corners, [(0, 2)], executor=pool)
+  serial = landscape.lines(_evals.quartic, corners, [(0, 2)])
+  np.testing.assert_array_equal(pair[0, 2].loss, serial[0, 2].loss)
+  mesh = NamedSharding(jax.make_mesh((1,), ('x',)), PartitionSpec('x'))
+  with pytest.raises(ValueError, match='choose one'):
+    landscape.line(_evals.quartic, *corners[:2], executor=pool, sharding=mesh)
 
 
 def test_what_cannot_be_sent(runs, pool):
