@@ -23,6 +23,7 @@ from jaxsoup import evaluation
 from jaxsoup import landscape
 from jaxsoup import scoring
 from jaxsoup import sharding
+from jaxsoup.report import _sections
 
 NUM_MOST = 7
 
@@ -183,6 +184,19 @@ def test_scores_of_several_metrics():
     soup = jaxsoup.greedy(models, eval_fn, executor=executor, **kwargs)
   assert_same_search(soup, expected)
   assert soup.info.metrics
+
+
+def test_the_report_counts_what_was_stale():
+  info = jaxsoup.greedy([np.float32(1)], float).info
+  of = (
+      lambda num: _sections.trial_sections(
+          {'greedy': info._replace(stale=num)}, label='accuracy'
+      )[0]
+      .parts[0]
+      .caption
+  )
+  assert 'Workers had begun 3 more' in of(3)
+  assert 'Workers' not in of(0)
 
 
 class Fails(futures.ThreadPoolExecutor):

@@ -200,7 +200,7 @@ class Evaluations:
   def announce(
       self, candidate: Candidate, recipe: Any, who: str, bar: float = -np.inf
   ) -> None:
-    """Has a worker evaluate it that is likely to be asked for."""
+    """Has a worker evaluate what is likely to be asked for next."""
     if self._calls and self.is_open(candidate, bar):
       self._calls.begin(candidate, recipe, who, bar)
 
