@@ -345,6 +345,7 @@ def test_a_score_command(runs):
         ),
         (('greedy',), 2, 'for --eval or --score-command: give one of the two'),
         (('pruned',), 2, 'for --eval or --score-command: give one of the two'),
+        (('greedy', '--workers', 2, '--shard'), 2, 'Choose one'),
         (
             ('greedy', '--eval', 'mine:score', '--score-command', 'x {path}'),
             2,
