@@ -96,6 +96,8 @@ class SearchInfo(NamedTuple):
     strict: whether a tie was a rejection.
     duplicates: groups of ingredients with equal parameters.
     metrics: as `scores`, all numbers by name; empty if `eval_fn` returns one.
+    stale: evaluations that workers of an executor had begun for a soup that had
+      changed when they were due. It depends on who is how fast.
   """
 
   trials: tuple[Trial, ...]
@@ -106,6 +108,7 @@ class SearchInfo(NamedTuple):
   strict: bool
   duplicates: tuple[Members, ...]
   metrics: dict[Members, dict[str, float]] = {}
+  stale: int = 0
 
 
 class AlphaTrial(NamedTuple):

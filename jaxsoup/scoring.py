@@ -11,8 +11,10 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import functools
 import glob
 import hashlib
+import itertools
 import math
 import os
 import pathlib
@@ -119,21 +121,29 @@ def from_command(
   outputs = None if outputs is None else pathlib.Path(outputs)
   run = _Command(command, score_file, score_key, timeout, outputs)
 
-  def eval_fn(params: Params) -> Any:
-    look_for_stop = getattr(ingredients, 'look_for_stop', None)
-    if look_for_stop is None or jax.process_count() > 1:
-      look_for_stop = lambda: None  # Several processes would have to agree.
-    with _written(params, ingredients, scratch) as path:
-      said: dict[str, Any] = {}
-      with _processes.together():
-        if _processes.is_main():
-          said = run.tried(path, 1 + retries, look_for_stop)
-      said = _processes.json_of_main(said)
-    if 'error' in said:
-      raise user_code.UserCodeError(said['error'])
-    return said['score']
+  # Not a closure, which could not be sent to workers.
+  return functools.partial(_score_of, run, ingredients, scratch, retries)
 
-  return eval_fn
+
+def _score_of(
+    run: '_Command',
+    ingredients: checkpoints.Ingredients | None,
+    scratch: PathLike | None,
+    retries: int,
+    params: Params,
+) -> Any:
+  look_for_stop = getattr(ingredients, 'look_for_stop', None)
+  if look_for_stop is None or jax.process_count() > 1:
+    look_for_stop = lambda: None  # Several processes would have to agree.
+  with _written(params, ingredients, scratch) as path:
+    said: dict[str, Any] = {}
+    with _processes.together():
+      if _processes.is_main():
+        said = run.tried(path, 1 + retries, look_for_stop)
+    said = _processes.json_of_main(said)
+  if 'error' in said:
+    raise user_code.UserCodeError(said['error'])
+  return said['score']
 
 
 @contextlib.contextmanager
@@ -212,7 +222,11 @@ class _Command(NamedTuple):
       folder = self.outputs
       folder.mkdir(parents=True, exist_ok=True)
       numbers = [int(p.stem) for p in folder.glob('[0-9]*.out')]
-      name = f'{max(numbers, default=0) + 1:04}'
+      for number in itertools.count(max(numbers, default=0) + 1):
+        name = f'{number:04}'
+        with contextlib.suppress(FileExistsError):  # Of another worker.
+          (folder / f'{name}.out').touch(exist_ok=False)
+          break
     return [folder / f'{name}.out', folder / f'{name}.err']
 
   def _run(

@@ -138,13 +138,18 @@ def soup_scores(
     >>> score_fn((0, 2)), score_fn((1,))
     (-3.5, -2.0)
   """
-  evaluations = _search.Evaluations(eval_fn, objective=None, log=scores)
+
+  def params_fn(members: Members) -> Params:
+    alpha = _search.alpha_of(members, len(ingredients))
+    return _average.average(ingredients, alpha).params
+
+  evaluations = _search.Evaluations(
+      params_fn, eval_fn, objective=None, log=scores
+  )
 
   def score_fn(members: Members) -> float:
     members = tuple(sorted(members))
-    alpha = _search.alpha_of(members, len(ingredients))
-    params_fn = lambda: _average.average(ingredients, alpha).params
-    score = evaluations.score(members, params_fn, f'ingredients {members}')
+    score = evaluations.score(members, members, f'ingredients {members}')
     assert not isinstance(score, AtMost)  # Without a bar.
     return score
 

@@ -210,6 +210,18 @@ def test_rejections_end_early(runs):
   assert json.loads(again.stdout)['score'] == checkpoints.load('out').info.score
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('recipe', ['greedy', 'pruned', 'search'])
+def test_workers_make_the_same(runs, recipe):
+  args = ('soup', recipe, *runs, '--eval', 'mine:score', '--json')
+  if recipe == 'search':
+    args = (*args, '--evaluations', 9)
+  here = json.loads(invoke(*args, '--out', 'here').stdout)
+  there = json.loads(invoke(*args, '--out', 'there', '--workers', 2).stdout)
+  assert here.pop('out') != there.pop('out')
+  assert here == there
+
+
 @pytest.mark.parametrize(
     'options, mode',
     [
@@ -333,6 +345,7 @@ def test_a_score_command(runs):
         ),
         (('greedy',), 2, 'for --eval or --score-command: give one of the two'),
         (('pruned',), 2, 'for --eval or --score-command: give one of the two'),
+        (('greedy', '--workers', 2, '--shard'), 2, 'Choose one'),
         (
             ('greedy', '--eval', 'mine:score', '--score-command', 'x {path}'),
             2,

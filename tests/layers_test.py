@@ -25,6 +25,7 @@ LAYERS = (
         '_programs',
         '_tree',
         '_warnings',
+        '_workers',
         '_checked',
         '_mixing',
         'runtime',
@@ -52,7 +53,7 @@ LAYERS = (
 BASIC = {'jax', 'numpy', 'jaxsoup'}
 FLAX = BASIC | {'flax', 'optax', 'ml_collections'}
 ALLOWED = (
-    BASIC | {'etils', 'fsspec', 'rich', 'tensorboardX'},
+    BASIC | {'cloudpickle', 'etils', 'fsspec', 'ray', 'rich', 'tensorboardX'},
     BASIC | {'cma', 'optax', 'scipy'},
     BASIC
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'scipy', 'tensorstore'}

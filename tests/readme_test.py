@@ -32,6 +32,13 @@ BLOCK = re.compile(r'^```(python|bash)\n(.*?)^```', re.DOTALL | re.MULTILINE)
 NOT_RUN = {
     'owners': 'makes the environments of other libraries',
     'cd': 'the next command is looked at, wherever it runs',
+    'dask': 'runs on until it is stopped',
+    'do': 'what is repeated is looked at',
+    'done': 'the end of that',
+    'for': 'the list of what is repeated',
+    'kubectl': 'needs a cluster of Kubernetes',
+    'ray': 'needs a cluster of Ray',
+    'ssh': 'needs other hosts',
     'curl': 'fetches from the net',
     'export': 'of what gcloud takes',
     'mkdir': 'on another machine',
@@ -45,6 +52,7 @@ NOT_RUN = {
 ONLY_PARSED = {
     'README.md': 'the demo, and a plan of a large model, take minutes',
     'tpu.md': 'its runs are on other machines',
+    'workers.md': 'processes that are spawned take seconds to start',
 }
 PREFIXES = ('nohup', 'srun')
 
@@ -229,7 +237,7 @@ def _commands(line: str) -> Iterator[list[str]]:
       is_file = not is_file
     elif set(token) <= set('&|;'):
       commands.append([])
-    elif commands[-1] or token not in PREFIXES:
+    elif commands[-1] or not token.startswith((*PREFIXES, '--')):
       commands[-1].append(token)
   return (command for command in commands if command)
 
@@ -238,6 +246,8 @@ def _check(program: str, args: list[str], page: pathlib.Path) -> None:
   """Runs a command of ours or parses it; looks into those of others."""
   if program == 'jaxsoup':
     _run_ours(args, is_parsed=page.name in ONLY_PARSED)
+  elif program == 'python' and args[0].endswith('.py'):
+    compile(pathlib.Path(args[0]).read_text(), args[0], 'exec')
   elif program == 'python':
     assert args[:2] == ['-m', 'jaxsoup.experiments.main'], args
     parsed = configs.parse(args[2:])

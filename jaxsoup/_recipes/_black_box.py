@@ -8,8 +8,11 @@ soup = jaxsoup.search(ingredients, eval_fn, num_evaluations=100)
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from concurrent import futures
+import copy
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +82,8 @@ def search(
     patience: int | None = None,
     scores: Scores | None = None,
     on_trial: Callable[[AlphaTrial], None] | None = None,
+    executor: futures.Executor | None = None,
+    num_ahead: int | None = None,
 ) -> Soup[AlphaInfo]:
   """Searches the mixing coefficients that score best, without a gradient.
 
@@ -114,6 +119,9 @@ def search(
       `val_objective`. None never stops early.
     scores: remembered scores, as in `greedy`; one log may serve all.
     on_trial: is called after each trial.
+    executor: where the candidates of a round are evaluated, as in `greedy`. If
+      the stack fits in memory here, each worker has one.
+    num_ahead: as in `greedy`.
 
   Returns:
     A `Soup` with alpha `[K]` or, with groups, nested dicts of `[K]`; and an
@@ -125,6 +133,7 @@ def search(
       `val_objective`.
     TypeError: a score that is neither a number nor a dict of numbers.
     ImportError: `black_box.cma_es` needs the package `cma`.
+    ChildProcessError: workers died; a score log keeps what was scored.
 
   Example:
     >>> models = [np.float32(x) for x in (1.0, 4.0, -2.0)]
@@ -145,8 +154,16 @@ def search(
     )
   if patience is not None and patience < 0:
     raise ValueError(f'patience is {patience}: it must be at least 0.')
-  space = _Space(_checked.Checked(ingredients, stacks), group_fn, alpha_fn)
-  evaluations = _search.Evaluations(eval_fn, objective=objective, log=scores)
+  space = _Space(ingredients, stacks, group_fn, alpha_fn)
+  evaluations = _search.Evaluations(
+      space.mixes,
+      eval_fn,
+      objective=objective,
+      log=scores,
+      executor=executor,
+      num_ahead=num_ahead,
+      on_wait=getattr(ingredients, 'look_for_stop', lambda: None),
+  )
   trials = _Trials(space, evaluations, num_evaluations, minutes, on_trial)
   # Those of jax.random.key(0).
   seed = [0, 0] if key is None else jax.device_get(jax.random.key_data(key))
@@ -171,7 +188,7 @@ def search(
       val_scores=np.array(val_scores, np.float32),
       duplicates=space.checked.duplicates(),
   )
-  params = space.params(trials.alphas[chosen])
+  params = space.mixes(trials.alphas[chosen])
   return Soup(params, info.trials[chosen].alpha, info)
 
 
@@ -224,14 +241,22 @@ class _Trials:
 
   def scored(self, alphas: np.ndarray) -> list[float]:
     """The scores of a round; of fewer, if the budget ends, but at least one."""
+    try:
+      return self._scored(alphas)
+    finally:
+      self._evaluations.drop()
+
+  def _scored(self, alphas: np.ndarray) -> list[float]:
     scores: list[float] = []
-    for alpha in alphas:
+    for i, alpha in enumerate(alphas):
       if self.made and not self.has_budget():
         break
-      candidate = self._space.candidate(alpha)
-      params_fn = functools.partial(self._space.params, alpha)
-      who = f'alpha {np.array2string(alpha, precision=3, threshold=9)}'
-      score = self._evaluations.score(candidate, params_fn, who)
+      left = self._num_most - len(self._evaluations.scores)
+      num_ahead = int(min(self._evaluations.num_ahead, left))
+      for ahead in alphas[i : i + num_ahead]:
+        self._evaluations.announce(*self._space.named(ahead))
+      candidate, _, who = self._space.named(alpha)
+      score = self._evaluations.score(candidate, alpha, who)
       assert not isinstance(score, AtMost)  # Without a bar.
       metrics = self._evaluations.metrics.get(candidate, {})
       scores.append(score)
@@ -247,9 +272,13 @@ class _Space:
   """Mixing coefficients of G groups of leaves as an array, `[G, K]`."""
 
   def __init__(
-      self, checked: _checked.Checked, group_fn: GroupFn, alpha_fn: AlphaFn
+      self,
+      ingredients: Sequence[Params],
+      stacks: Stacks | None,
+      group_fn: GroupFn,
+      alpha_fn: AlphaFn,
   ):
-    self.checked = checked
+    self.checked = checked = _checked.Checked(ingredients, stacks)
     first = checked[0]
     _checked.require_floats(checked.layers.paths)
     groups = _tree.groups_of(checked.layers.paths, group_fn)
@@ -258,7 +287,9 @@ class _Space:
     self._rows = [self._names.index(group) for group in groups]
     self._alpha_fn = jax.jit(jax.vmap(jax.vmap(alpha_fn)))
     memory = _streamed.plan(first, len(checked), 'auto').memory
-    self._is_resident = memory == 'resident'
+    self.mixes = _Mixes(
+        ingredients, stacks, self._rows, memory == 'resident', checked
+    )
 
   def start(self, alpha: Alpha | None) -> np.ndarray:
     num = len(self.checked)
@@ -289,23 +320,48 @@ class _Space:
   def nested(self, alpha: np.ndarray) -> Nested:
     return _tree.nest(dict(zip(self._names, alpha)))
 
-  def candidate(self, alpha: np.ndarray) -> Coefficients:
+  def named(self, alpha: np.ndarray) -> tuple[Coefficients, np.ndarray, str]:
+    """Its name in a log, alpha, and its name in messages."""
     names = map('/'.join, self._names)
-    return tuple(zip(names, map(tuple, alpha.tolist())))
+    shown = np.array2string(alpha, precision=3, threshold=9)
+    candidate = tuple(zip(names, map(tuple, alpha.tolist())))
+    return candidate, alpha, f'alpha {shown}'
 
-  def params(self, alpha: np.ndarray) -> Params:
-    """The mix."""
+
+class _Mixes:
+  """Mixes of ingredients, here or on a worker."""
+
+  def __init__(
+      self,
+      ingredients: Sequence[Params],
+      stacks: Stacks | None,
+      rows: Sequence[int],
+      is_resident: bool,
+      checked: _checked.Checked | None = None,
+  ):
+    self._given = ingredients, stacks, rows, is_resident
+    self._checked = checked or _checked.Checked(ingredients, stacks)
+    self._rows, self._is_resident = np.asarray(rows), is_resident
+
+  def __reduce__(self) -> Any:
+    return _Mixes, self._given
+
+  def __copy__(self) -> '_Mixes':
+    return _Mixes(copy.copy(self._given[0]), *self._given[1:])
+
+  def __call__(self, alpha: np.ndarray) -> Params:
+    """The mix with alpha `[G, K]`."""
     if self._is_resident:
       placed = list(map(_tree.numbers, alpha))
       by_leaf = [placed[row] for row in self._rows]
-      return self.checked.replace(_mixing.mix_leaves(by_leaf, self._stacked))
+      return self._checked.replace(_mixing.mix_leaves(by_leaf, self._stacked))
     used = np.flatnonzero(alpha.any(0)).tolist() or [0]
     weights_fn = lambda k: alpha[self._rows, k]
-    total = _mixing.weighted_sum(self.checked, used, weights_fn)
-    dtypes = self.checked.layers.dtypes
+    dtypes = self._checked.layers.dtypes  # Ingredient 0 is read first.
+    total = _mixing.weighted_sum(self._checked, used, weights_fn)
     floats = _mixing.rounded(total, _tree.numbers(1.0), dtypes)
-    return self.checked.replace(floats)
+    return self._checked.replace(floats)
 
   @functools.cached_property
   def _stacked(self) -> list[jax.Array]:
-    return _mixing.stack_leaves(self.checked)
+    return _mixing.stack_leaves(self._checked)

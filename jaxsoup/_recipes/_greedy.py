@@ -8,6 +8,7 @@ soup.info.accepted, soup.info.score
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -35,6 +36,8 @@ def greedy(
     objective: Objective | None = None,
     scores: Scores | None = None,
     on_trial: Callable[[Trial], None] | None = None,
+    executor: futures.Executor | None = None,
+    num_ahead: int | None = None,
 ) -> Soup[SearchInfo]:
   """Adds ingredients one by one, and keeps each that does not hurt.
 
@@ -73,18 +76,26 @@ def greedy(
       dict, or `checkpoints.ScoreLog`. Of a candidate that was rejected early it
       holds an `AtMost`.
     on_trial: is called after each trial.
+    executor: where candidates are evaluated, such as a `ProcessPoolExecutor` of
+      spawned processes: the guide "Many workers" says what `eval_fn` and
+      ingredients have to be. All decisions are those without one. None: here.
+    num_ahead: how many candidates are evaluated at a time, on the guess that
+      those before them are rejected: at least as many as there are workers.
+      None: twice the number of cores of this machine.
 
   Returns:
     A `Soup` with alpha `[K]` and a `SearchInfo`. One ingredient alone is its
-    own soup. Only ingredients that were read are checked for duplicates.
+    own soup. Only ingredients that were read here are checked for duplicates:
+    with an executor those of the soup.
 
   Raises:
     ValueError: no ingredients, ingredients that do not fit, a score that is NaN
       or infinite, an objective that does not fit, an order that is empty or
       names an ingredient that is unknown or named before, or both an order and
       a key.
-    TypeError: a score that is neither a number nor a dict of numbers, or a
-      `jax.Array` as an order.
+    TypeError: a score that is neither a number nor a dict of numbers, a
+      `jax.Array` as an order, or an `eval_fn` that cannot be pickled.
+    ChildProcessError: workers died; a score log keeps what was scored.
 
   Example:
     >>> models = [np.float32(x) for x in (1.0, 4.0, -2.0)]
@@ -102,6 +113,8 @@ def greedy(
       objective=objective,
       log=scores,
       on_trial=on_trial,
+      executor=executor,
+      num_ahead=num_ahead,
   )
   limits = {'max_ingredients': max_ingredients, 'num_passes': num_passes}
   for name, value in limits.items():

@@ -7,6 +7,7 @@ soup = jaxsoup.pruned(ingredients, eval_fn)
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from concurrent import futures
 
 from jaxsoup._recipes import _search
 from jaxsoup._soup import Scores
@@ -27,6 +28,8 @@ def pruned(
     objective: Objective | None = None,
     scores: Scores | None = None,
     on_trial: Callable[[Trial], None] | None = None,
+    executor: futures.Executor | None = None,
+    num_ahead: int | None = None,
 ) -> Soup[SearchInfo]:
   """Starts from the mean of all, and removes each that does not help.
 
@@ -50,6 +53,8 @@ def pruned(
     objective: of several scores, as in `greedy`.
     scores: remembered scores, as in `greedy`; one log may serve both.
     on_trial: is called after each trial.
+    executor: where candidates are evaluated, as in `greedy`.
+    num_ahead: as in `greedy`.
 
   Returns:
     A `Soup` with alpha `[K]` and a `SearchInfo`, whose trials are removals.
@@ -75,6 +80,8 @@ def pruned(
       objective=objective,
       log=scores,
       on_trial=on_trial,
+      executor=executor,
+      num_ahead=num_ahead,
   )
   singles = search.scores_of_singles()
   num = len(singles)

@@ -201,6 +201,7 @@ def _show_search(info, num) -> None:
   _common.echo(
       f'{len(info.trials)} trials, {len(rejected)} rejections, '
       f'{num_early} of them early'
+      + (f'; {info.stale} stale evaluations' if info.stale else '')
   )
 
 

@@ -1,6 +1,10 @@
 """Options of `jaxsoup soup` that several recipes have, or that are parsed."""
 
+from collections.abc import Iterator
+from concurrent import futures
+import contextlib
 import enum
+import multiprocessing
 import os
 import pathlib
 import re
@@ -191,6 +195,14 @@ class Scored(NamedTuple):
           show_default=False,
       ),
   ] = None
+  workers: Annotated[
+      int,
+      typer.Option(
+          min=1,
+          help='Processes of this machine that evaluate candidates at a time, '
+          'with the same result. They share its devices and memory.',
+      ),
+  ] = 1
   command: Annotated[
       str | None,
       typer.Option(
@@ -261,8 +273,9 @@ class Scored(NamedTuple):
           'give one of the two.', param_hint='--eval or --score-command'
       )
 
-  def arguments(self, ingredients: Any) -> dict[str, Any]:
-    """What a search in Python takes."""
+  @contextlib.contextmanager
+  def arguments(self, ingredients: Any) -> Iterator[dict[str, Any]]:
+    """What a search in Python takes, while the workers are there."""
     from jaxsoup import checkpoints
     from jaxsoup import scoring
 
@@ -285,7 +298,18 @@ class Scored(NamedTuple):
     if self.scores is not None:
       log = checkpoints.ScoreLog(self.scores, ingredients, evaluation)
     objective = objective_of(self.objective)
-    return {'eval_fn': eval_fn, 'objective': objective, 'scores': log}
+    arguments = {'eval_fn': eval_fn, 'objective': objective, 'scores': log}
+    if self.workers == 1:
+      yield arguments
+      return
+    # A fork of a process that runs jax may hang.
+    context = multiprocessing.get_context('spawn')
+    executor = futures.ProcessPoolExecutor(self.workers, context)
+    num_ahead = 2 * self.workers
+    try:
+      yield {**arguments, 'executor': executor, 'num_ahead': num_ahead}
+    finally:
+      executor.shutdown(cancel_futures=True)
 
 
 def objective_of(given: Any) -> Any:

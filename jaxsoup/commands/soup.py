@@ -75,6 +75,11 @@ def _command(function: Callable[..., Asked]) -> None:
   def command(**given):
     made = lambda group: group(**{name: given[name] for name in group._fields})
     order = made(_options.Order)
+    if given.get('workers', 1) > 1 and (order.shard or order.distributed):
+      raise typer.BadParameter(
+          'each worker has a whole model on its own device. Choose one.',
+          param_hint='--workers with --shard or --distributed',
+      )
     options = {n: made(groups[n]) if n in groups else given[n] for n in own}
     asked = {'order': order, **function(**options)}
     _cook.cook(recipe=function.__name__, **asked)
@@ -326,7 +331,11 @@ def _searched(recipe_fn: Callable[..., Any], scored: _options.Scored) -> Asked:
   saved = f'{_cook.NOTHING_SAVED} (--scores FILE keeps the scores)'
   if scored.scores is not None:
     saved = f'{scored.scores} holds the scores so far'
-  made = lambda runs: recipe_fn(runs, **scored.arguments(runs))
+
+  def made(ingredients):
+    with scored.arguments(ingredients) as arguments:
+      return recipe_fn(ingredients, **arguments)
+
   return {'recipe_fn': made, 'saved': saved}
 
 

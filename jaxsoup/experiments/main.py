@@ -28,7 +28,9 @@ With --export, `exported/` has each soup with the names, config and tokenizer of
 """
 
 from collections.abc import Sequence
+from concurrent import futures
 import contextlib
+import functools
 import importlib.util
 import pathlib
 import shutil
@@ -37,6 +39,7 @@ from typing import Any
 
 from jaxsoup import _files
 from jaxsoup import _processes
+from jaxsoup import _workers
 from jaxsoup import report
 from jaxsoup.experiments import answers
 from jaxsoup.experiments import configs
@@ -49,6 +52,7 @@ from jaxsoup.runtime import distributed
 from jaxsoup.runtime import preemption
 from jaxsoup.runtime import progress
 from jaxsoup.runtime import user_code
+from jaxsoup.train import steps
 from jaxsoup.typing import PathLike
 
 # The stages, and about how long each takes.
@@ -69,6 +73,7 @@ def run(
     workdir: PathLike,
     progress_fn: progress.ProgressFn = progress.silent,
     stop: preemption.Stop | None = None,
+    executor: futures.Executor | None = None,
 ) -> list[report.Row]:
   """Runs one experiment, or what is left of it.
 
@@ -77,6 +82,9 @@ def run(
     workdir: where everything goes.
     progress_fn: called with a stage and the share of it that is done.
     stop: whether the script is asked to stop, see `preemption.handled`.
+    executor: where the runs are fine-tuned, each group of them as a shard of
+      its own. Workers need the config, by its path, and the workdir on a shared
+      disk. None: here, one after another.
 
   Returns:
     A row a model: singles, soups, ensembles. None at all with `sweep.shard`,
@@ -87,12 +95,18 @@ def run(
     UsageError: the workdir was started with another config.
     InUseError: another process uses the workdir.
     Preempted: `stop` was requested; finished work is saved.
-    OSError: the disk is full; finished work is saved.
+    OSError: the disk is full, or a run failed on several workers; finished work
+      is saved.
   """
   if importlib.util.find_spec('matplotlib') is None:
     # Now, not after the training.
     raise ImportError(
         'matplotlib is not installed: pip install "jaxsoup[demo]"'
+    )
+  if executor is not None and experiment.source is None:
+    raise configs.UsageError(
+        'With an executor, workers load the experiment by its path: pass what '
+        'configs.load returned.'
     )
   folder = buckets.path_of(workdir)
   if not _files.is_remote(folder):
@@ -107,11 +121,44 @@ def run(
     if not rows:
       work = workdirs.work_of(experiment, folder, progress_fn, stop)
       theta_0 = stages.theta_0(work)
+      if executor is not None and not is_part:
+        _finetune_on(executor, work)
       if not stages.finetune_all(work, theta_0) or is_part:
         return []
       rows = results.make(work, theta_0)
     progress_fn(list(STAGES)[-1], 1.0)
     return rows
+
+
+def _finetune_on(executor: futures.Executor, work: workdirs.Work) -> None:
+  """Has workers train the groups of runs that are not there yet."""
+  assert work.experiment.source is not None
+  size = work.config.sweep.group_size
+  groups = steps.grouped(work.experiment.runs, size)
+  shards = [
+      f'{i}/{len(groups)}'
+      for i, group in enumerate(groups)
+      if not buckets.are_whole(*(p for k, _, p in work.copies() if k in group))
+  ]
+  if len(groups) == 1 or not shards:
+    return
+  train = functools.partial(_train, *work.experiment.source, work.workdir)
+  calls = _workers.Calls(
+      executor,
+      train,
+      len(shards),
+      lambda: work.stop.check(f'{work.workdir} holds the runs so far'),
+  )
+  for i, _ in enumerate(calls.values(shards), 1):
+    work.progress_fn('fine-tuning', i / len(shards))
+
+
+def _train(
+    path: str, overrides: Sequence[str], workdir: PathLike, shard: str
+) -> None:
+  """Trains a group of runs, on a worker."""
+  part = f'--config.sweep.shard={shard}'
+  run(configs.load(path, [*overrides, part]), workdir)
 
 
 def run_seeds(

@@ -193,6 +193,11 @@ def trial_sections(
     reached = max(accepted, default=-np.inf)
     if info.score > reached:
       text += ' It is the best single model: no trial scored as high.'
+    if info.stale:
+      text += (
+          f' Workers had begun {info.stale} more, which a change of the soup '
+          'made useless.'
+      )
     pictures.append(
         Picture(
             f'trials_{_file(name)}',
