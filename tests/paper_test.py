@@ -34,13 +34,16 @@ TINY = [
 
 
 @functools.cache
-def table():
-  lines = [
+def lines():
+  return [
       [cell.strip() for cell in line.strip('|').split('|')]
       for line in DOCUMENT.read_text().splitlines()
       if re.match(r'\| *\d+ *\|', line)
   ]
-  return {int(cells[0]): cells[1:] for cells in lines}
+
+
+def table():
+  return {int(cells[0]): cells[1:] for cells in lines() if len(cells) == 6}
 
 
 def test_there_is_a_line_for_each():
@@ -71,12 +74,26 @@ def test_functions_and_figures_exist(number):
       assert not any(part.startswith('_') for part in name.split('.')), name
   for file in re.findall(r'configs/\w+\.py', where):
     assert (ROOT / file).is_file(), file
-  assert re.match(r'(yes|no|partly|open)\b', held), held
+  assert re.match(r'(yes|no|partly|open|cannot tell)\b', held), held
 
 
 def test_titles_are_those_of_the_command():
   for number, experiment in studies.EXPERIMENTS.items():
     assert table()[number][0] == experiment.title
+
+
+def test_the_page_has_every_criterion_and_its_verdict():
+  told = {}
+  for number, finding, value, word in (x for x in lines() if len(x) == 4):
+    told.setdefault(int(number), []).append(finding)
+    gain, low, high = map(float, re.findall(r'[-+.\d]+', value))
+    assert low <= gain <= high
+    expected = 'holds' if low > 0 else 'does not hold' if high < 0 else 'cannot'
+    assert word.startswith(expected), finding
+  assert told == {
+      number: [x.finding for x in known]
+      for number, known in criteria.CRITERIA.items()
+  }
 
 
 # The command.
