@@ -186,6 +186,9 @@ def test_verdicts_are_of_intervals():
   rows['greedy ensemble']['test, %'] = list(89 + noise)
   told = [x.split(' | ')[-1] for x in run._verdicts({9: rows}, shares)[4:]]
   assert told[0] == 'does not hold |'
+  # What a config has no pools for has no line.
+  few = {'soup of 1': {'ECE of 15 bins, points': [2.0, 3.0]}}
+  assert len(run._verdicts({11: few}, shares)) == 4 + 1
   # The same examples in all seeds: of other seeds.
   lines = run._verdicts({9: rows}, {'test': 1.0, 'shifts': 0.3})
   assert lines[0] == 'Intervals tell of other seeds on the same examples.'

@@ -152,7 +152,7 @@ def _verdicts(figures, shares: Mapping[str, float]) -> list[str]:
     for criterion in criteria.CRITERIA.get(number, []):
       try:
         values = [criterion.value_fn(x) for x in seeds]
-      except KeyError:
+      except LookupError:
         continue  # Of pools that this config does not have.
       gain = statistics.over_repeats(values, share=share)
       told = criteria.verdict(gain)
