@@ -422,9 +422,9 @@ def logits_of(logits_fn: LogitsFn, batches: Batches) -> OutputsFn:
 
   def fn(params: Params) -> Tree:
     outputs, hashes = outputs_of(step, batches, params)
-    first.append(hashes)
+    if not first:
+      first.append(hashes)
     require_same_examples(first[0], hashes)
-    del first[1:]
     return outputs
 
   return fn
