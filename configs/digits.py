@@ -35,7 +35,7 @@ ensemble +7.1 [5.5, 8.7]; on digits of other writers alone uniform +1.5 [0.3,
 2.6], greedy +1.2 [0.1, 2.4], learned +2.4 [1.0, 3.8], ensemble +2.7 [1.5, 4.0].
 On test only the ensembles are, both by 0.8.
 
-`jaxsoup demo --seeds 8` prints this table in five minutes on two cores; one
+`jaxsoup demo --seeds 8` prints this table in a few minutes on two cores; one
 seed takes three quarters of a minute, half of it spent in the compiler.
 """
 
