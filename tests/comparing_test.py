@@ -222,7 +222,7 @@ def test_repeats_are_paired(tmp_path, has_splits):
         x.reason
         for x in comparing.compare(tmp_path / 'a', tmp_path / 'b').shared
     ]
-    assert reason == 'A and B have different examples in held_out'
+    assert reason == 'A and B have different examples in held-out'
   else:
     one = write(tmp_path / 'c/seed2', rows_of(classes(0.7))).parent
     (reason,) = {

@@ -271,7 +271,8 @@ def _paired_gain(given, row: str, names: Sequence[str]) -> Comparison:
 def _require_equal(what: str, first, second) -> None:
   for name in first.keys() | second.keys():
     if not np.array_equal(first.get(name, ()), second.get(name, ())):
-      name = name.partition('/')[2]
+      key = name.partition('/')[2]
+      name = next((x for x in _KEYS if _KEYS[x] == key), key)
       raise _UnknownError(f'A and B have different {what} in {name}')
 
 

@@ -265,7 +265,7 @@ CRITERIA: dict[int, list[Criterion]] = {
     20: [
         Criterion(
             f'{name} significantly above the best single model on shifts in '
-            'more than half of the seeds, share less 0.5',
+            'more than half of the seeds (share minus 0.5)',
             _is_significant(name),
         )
         for name in ('uniform', 'greedy')
