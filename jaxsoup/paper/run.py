@@ -79,11 +79,11 @@ def run(
         ids.append(bench.ids())
     progress_fn('experiments', 1.0)
   stacked = {n: _stacked(of_seeds) for n, of_seeds in figures.items()}
-  _write(workdir, stacked, _shares(ids))
+  _write(workdir, stacked, shares_of(ids))
   return stacked
 
 
-def _shares(ids: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+def shares_of(ids: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
   """What two seeds have in common on average of the examples that report."""
   shared: dict[str, list[float]] = {name: [] for name in ids[0]}
   for a, b in itertools.combinations(ids, 2):

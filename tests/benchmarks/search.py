@@ -1,12 +1,16 @@
 """Searches of alpha on the digits, at equal numbers of evaluations.
 
   python tests/benchmarks/search.py WORKDIR [--seeds 8]
+  python tests/benchmarks/search.py WORKDIR --config configs/fashion_vit.py \
+      --budgets 47 --seeds 1 --config.init=dinov2-small
 
-Each seed fine-tunes 24 ViTs as `configs/digits.py` does (WORKDIR keeps them),
-and makes soups of them by their scores on the 400 held-out examples. `scored`
-is how many models are scored, those that a start takes included; a gradient
-step of `learned` counts as three evaluations of its examples. Test data (897
-examples) and shifts report. The gain is that over the best single model on test
+Each seed fine-tunes the models of a config, by default the 24 ViTs of
+`configs/digits.py` (WORKDIR keeps them; those of a large model are what a sweep
+wrote to WORKDIR/seedN/sweep), and makes soups of them by their scores on the
+held-out examples, 400 of digits. `scored` is how many models are scored, those
+that a start takes included; a gradient step of `learned` counts as three
+evaluations of its examples. Test data (897 examples of digits) and shifts
+report. The gain is that over the best single model on test
 data, with an interval that allows for examples that seeds share. The optimism
 is the gain over the uniform soup, which nothing chose, on held-out minus that
 on test data; all in points.
@@ -60,14 +64,13 @@ from jaxsoup import statistics
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
 from jaxsoup.paper import pools
+from jaxsoup.paper import run
 
 ROOT = pathlib.Path(__file__).parents[2]
-NUM = 24  # Models.
-BUDGETS = (47, 150)  # As many as greedy takes; more.
 BLOCKS = lambda path: path[:1]
 
 
-def searches(pool, seed):
+def searches(pool, seed, budgets):
   """Functions that make a soup, by name."""
   by_accuracy = pool.eval_fn
   config = copy.deepcopy(pool.work.config)
@@ -126,7 +129,7 @@ def searches(pool, seed):
   }
   cma = dict(method=black_box.cma_es)
   plane = dict(alpha_fn=jaxsoup.hyperplane)
-  for num in BUDGETS:
+  for num in budgets:
     options = {
         'CMA-ES': cma,
         'coordinates': dict(method=black_box.coordinate_search),
@@ -147,25 +150,24 @@ def searches(pool, seed):
   return made
 
 
-def of_seed(workdir, seed):
+def of_seed(workdir, seed, config, overrides, budgets):
   """By name: scored, held-out, test, shifts, and the gains over the best."""
-  config = str(ROOT / 'configs' / 'digits.py')
-  experiment = configs.load(config, [f'--config.seed={seed}'])
+  experiment = configs.load(config, [*overrides, f'--config.seed={seed}'])
   file = workdir / f'seed{seed}.json'
   if file.exists():
     return json.loads(file.read_text())
   rows = {}
   with pools.Bench(experiment, workdir / f'seed{seed}') as bench:
     pool = bench['sweep']
-    shares = bench.shares()
+    ids = {'test': bench.ids()['test'].tolist()}
     best = max(pool.singles, key=lambda scores: scores.held_out)
-    rows['best single'] = (NUM, *best, 0.0, 0.0, 0.0)
-    for name, make in searches(pool, seed).items():
+    rows['best single'] = (len(pool.models), *best, 0.0, 0.0, 0.0)
+    for name, make in searches(pool, seed, budgets).items():
       soup, num = make()
       scores = pool.of(soup.params)
       rows[name] = (num, *scores, *np.subtract(scores, best).tolist())
-  file.write_text(json.dumps([rows, shares]))
-  return rows, shares
+  file.write_text(json.dumps([rows, ids]))
+  return rows, ids
 
 
 def main():
@@ -173,11 +175,17 @@ def main():
   parser.add_argument('workdir', type=pathlib.Path)
   parser.add_argument('--seeds', type=int, default=8)
   parser.add_argument('--first', type=int, default=0)
-  asked = parser.parse_args()
-  tables = []
+  # As many as greedy takes of 24 models at most; more.
+  parser.add_argument('--budgets', type=int, nargs='+', default=(47, 150))
+  parser.add_argument('--config', default=str(ROOT / 'configs' / 'digits.py'))
+  asked, overrides = parser.parse_known_args()
+  tables, examples = [], []
   for seed in range(asked.first, asked.first + asked.seeds):
-    table, shares = of_seed(asked.workdir, seed)
+    table, ids = of_seed(
+        asked.workdir, seed, asked.config, overrides, asked.budgets
+    )
     tables.append(table)
+    examples.append(ids)
     print(f'seed {seed} is done', flush=True)
   print(
       f'{"":33}scored  held-out  test  shifts' '  gain on test       optimism'
@@ -185,7 +193,8 @@ def main():
   for name in tables[0]:
     rows = np.array([table[name] for table in tables])
     num, held_out, test, shifted, *_ = rows.mean(0)
-    between = statistics.over_repeats(rows[:, 5], share=shares['test'])
+    share = run.shares_of(examples)['test']
+    between = statistics.over_repeats(rows[:, 5], share=share)
     uniform = np.array([table['uniform'] for table in tables])
     optimism = np.subtract(*(rows - uniform).T[1:3])
     print(
