@@ -1,14 +1,17 @@
 """The diagnosis: findings from the weights, then from data, and a verdict."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence
+import shlex
 
 import numpy as np
 
-from jaxsoup.diagnosis import _evidence
+from jaxsoup import _tree
+from jaxsoup import studies
+from jaxsoup.diagnosis import _checks
 from jaxsoup.diagnosis import _findings
 from jaxsoup.diagnosis import _pool
 from jaxsoup.diagnosis import _trials
-from jaxsoup.diagnosis import _weights
 from jaxsoup.typing import EvalFn
 from jaxsoup.typing import Json
 from jaxsoup.typing import OutputsFn
@@ -16,7 +19,12 @@ from jaxsoup.typing import Params
 from jaxsoup.typing import ParamsFn
 from jaxsoup.typing import ProgressFn
 
+Finding = _findings.Finding
 Verdict = _findings.Verdict
+
+# Share of examples that two models predict differently; below it there is
+# little to gain.
+_ALIKE = 0.005
 
 
 def diagnose(
@@ -26,36 +34,41 @@ def diagnose(
     eval_fn: EvalFn | None = None,
     logits_fn: OutputsFn | None = None,
     recalibrate_fn: ParamsFn | None = None,
-    tolerance: float = 0.02,
+    num_examples: int | None = None,
+    is_thorough: bool = False,
     names: Sequence[str] | None = None,
     progress_fn: ProgressFn | None = None,
 ) -> _findings.Diagnosis:
   """Says what is wrong with ingredients, and which of them to soup.
 
-  Without data one walk over the ingredients: structure, dtypes, values that are
-  not finite, equal models, models that were not fine-tuned, other
-  initializations, parts (heads) that were initialized apart, permuted units,
-  outliers in length, copies of one run, parts that never moved, rounding,
-  BatchNorm. With `eval_fn` barriers, the drop of the score half-way below the
-  mean of the two ends, `(s_i + s_j) / 2 - s((theta_i + theta_j) / 2)`: of all
-  pairs (of more than 12 ingredients, 2 K - 3 of them), and of each with the
-  mean of the others; then, for the worst pair, which part is to blame.
+  Each check of the weights is a row of a table: other architectures and files,
+  equal models, other starts, parts (heads) that were drawn anew, layers that
+  were transposed, swapped, permuted, rotated or rescaled, averages and copies of
+  other ingredients, lengths, rounding. With `eval_fn` the soup is compared with
+  the best single model; only where it is worse, the average of each ingredient
+  with the best one is scored too: `(s_i + s_j) / 2 - s((theta_i + theta_j) /
+  2)`, the barrier. In all at most 2 K + 4 evaluations.
+
+  Every difference has an interval, 95 % for all comparisons of one kind
+  together. It is by the same examples (exact McNemar) if `eval_fn` is
+  `evaluation.mean_of` a metric that is right or wrong, and else as wide as if
+  each model had other examples.
 
   Args:
-    ingredients: K >= 2 pytrees, or `checkpoints.Ingredients`, of which pieces
-      are read side by side; with data at most two and one average are held.
-    theta_0: what they were fine-tuned from. Without it lengths and angles of
-      task vectors are estimated from distances between ingredients, and a model
-      that was not fine-tuned is not always recognized.
+    ingredients: K >= 2 pytrees, or `checkpoints.Ingredients`, of which as many
+      are in memory as fit into half of what is free.
+    theta_0: what they were fine-tuned from, perhaps in another nesting. Without
+      it copies of one run are not told from two runs.
     eval_fn: score on held-out data, higher is better.
     logits_fn: `params -> [N, C]`, logits of the held-out examples (see
-      `evaluation.logits_of`): how far the predictions differ.
+      `evaluation.logits_of`): whether classes have another order.
     recalibrate_fn: `params -> params` with new statistics of BatchNorm, which
       every average then gets before it is scored; see
       `models.batch_norm.recalibrated`.
-    tolerance: the largest drop that is no barrier, in the units of the score.
-      The default is that of Frankle et al., for accuracies; the largest of many
-      drops on few examples is noise: of N, take 3 sqrt(a (1 - a) / N).
+    num_examples: how many `eval_fn` averages a share over; by default the
+      smallest number that fits the scores.
+    is_thorough: also score all pairs (of more than 12 ingredients, 2 K - 3 of
+      them), and the parts of the worst one.
     names: of the ingredients, for the text; by default their paths.
     progress_fn: called with a stage, a key of `STAGES`, and the share of it
       that is done.
@@ -78,98 +91,339 @@ def diagnose(
     ('initialization', (0, 1, 2))
 
   Source: Wortsman et al. 2022, "Model soups", sections 3 and 4; Frankle et al.
-  2020, "Linear mode connectivity and the lottery ticket hypothesis", for the
-  tolerance; Ainsworth et al. 2023, "Git Re-Basin", for permuted units.
+  2020, "Linear mode connectivity and the lottery ticket hypothesis", for
+  barriers; Ainsworth et al. 2023, "Git Re-Basin", for permuted units.
   """
   pool = _pool.Pool(ingredients, theta_0, names)
   if len(pool) < 2:
     raise ValueError(
         f'There is {len(pool)} ingredient: pass two or more to compare them.'
     )
-  examined = _weights.examine(pool, progress_fn)
-  findings, measured = examined.findings, examined.measured
+  case = _checks.Case(pool, progress_fn)
+  findings, suspects = _of_weights(case, theta_0 is not None)
+  trials, untested = None, []
+  if theta_0 is None:
+    untested.append(
+        'copies of one run, and models that were not fine-tuned: that needs '
+        'what they were fine-tuned from (theta_0, --init).'
+    )
   if eval_fn is None:
-    verdict = _by_weights(pool, examined)
+    untested.append('the score of the soup: that needs an eval_fn (--eval).')
+    verdict = _by_weights(case)
   else:
     trials = _trials.Trials(
-        pool,
-        examined.paths,
-        eval_fn,
-        tolerance=tolerance,
+        case,
+        _trials.Scorer(eval_fn, num_examples),
         recalibrate_fn=recalibrate_fn,
         logits_fn=logits_fn,
+        is_thorough=is_thorough,
         progress_fn=progress_fn,
-    ).run(examined.usable, examined.sound)
-    findings = _evidence.with_data(
-        pool, findings, examined.sound, trials, tolerance
+    ).run(suspects)
+    findings = list(_with_data(case, findings, trials, theta_0 is not None))
+    if logits_fn is None:
+      untested.append(
+          'predictions: whether classes have another order needs a logits_fn '
+          '(--logits).'
+      )
+    verdict = _by_scores(case, trials)
+  has_statistics = _tree.statistics_of(list(pool.leaves[0])).any()
+  if has_statistics and recalibrate_fn is None:
+    untested.append(
+        'new statistics of BatchNorm: that needs training examples '
+        '(recalibrate_fn, --recalibrate).'
     )
-    measured |= _figures(pool, trials)
-    verdict = _by_scores(pool, trials, tolerance)
+  verdict = verdict._replace(command=_command(pool, verdict, has_statistics))
   return _findings.Diagnosis(
-      pool.names, _findings.ranked(findings), verdict, measured
+      pool.names,
+      _findings.ranked(findings),
+      verdict,
+      _figures(case, trials),
+      tuple(untested),
   )
 
 
-def _by_weights(pool, examined) -> Verdict:
-  sound = tuple(examined.sound)
-  unknown = 'Barriers were not measured: that needs an eval_fn (--eval).'
-  if len(sound) == len(pool):
-    return Verdict('soup all', sound, f'the weights show no problem. {unknown}')
+def _of_weights(
+    case: _checks.Case, has_start: bool
+) -> tuple[list[Finding], list[int]]:
+  """Findings of the table, and members that only data can convict."""
+  findings, suspects = [], []
+  for check in _checks.CHECKS:
+    if check.code == 'duplicate':
+      case.usable = list(case.members)
+    if not case.members or (check.needs == 'start' and not has_start):
+      continue
+    for seen in list(check.measure(case)):
+      members = tuple(sorted(seen.members))
+      out = tuple(k for k in members if k not in seen.keep and check.leaves_out)
+      findings.append(_finding(case.pool, check, seen, members, out))
+      if check.is_fact:
+        case.leave_out(out)
+      else:
+        suspects += out
+  return findings, suspects
+
+
+def _finding(pool, check, seen, members, out=(), **fields) -> Finding:
+  them = pool.listed(out or members) or 'some'
+  return Finding(
+      severity=check.severity,
+      code=check.code,
+      title=check.title,
+      seen=seen.text,
+      meaning=check.meaning,
+      remedy=check.remedy.replace('{them}', them),
+      ingredients=members,
+      leaves=tuple(seen.leaves),
+      leave_out=out,
+      **fields,
+  )
+
+
+def _check(code, severity, title, meaning, remedy) -> _checks.Check:
+  return _checks.Check(code, lambda _: iter(()), severity, title, meaning, remedy)  # fmt: skip
+
+
+_OF_DATA = {
+    check.code: check
+    for check in (
+        _check(
+            'labels', 'error', 'Another order of labels',
+            'The outputs mean different classes.',
+            'Train with one order of labels, or reorder the outputs of the '
+            'head; or leave out {them}.',
+        ),
+        _check(
+            'batch_norm', 'error',
+            'The running statistics of the average are wrong',
+            'The statistics of a soup are not the mean of those of its '
+            'ingredients: activations have other means and smaller variances.',
+            'Re-estimate them on training examples.',
+        ),
+        _check(
+            'barrier', 'error', 'There are barriers between ingredients',
+            'They lie in different basins: models between them, such as their '
+            'average, are bad.',
+            'Let a greedy soup choose some of them. For the next sweep: '
+            'smaller learning rates, fewer epochs, or a better initialization.',
+        ),
+        _check(
+            'unknown', 'error', 'Cause unknown: a model does not fit the others',
+            'None of the known causes explains it.',
+            'Leave out {them}, and compare how it was trained and converted.',
+        ),
+        _check(
+            'weak', 'warning', 'Much worse than the others',
+            'A uniform soup averages all, and these lower its score.',
+            'Leave out {them}, or let a greedy soup choose.',
+        ),
+        _check(
+            'unmoved', 'warning', 'Not fine-tuned, or hardly',
+            'It is the worst, and the others lie in one direction from it: as '
+            'the initialization does, which pulls the soup back to it.',
+            'Leave out {them}. Pass theta_0 (--init) to be sure.',
+        ),
+        _check(
+            'alike', 'note', 'All ingredients predict almost the same',
+            'There is little to gain: soups need models that make different '
+            'errors.',
+            'Vary more between runs: learning rate, augmentation, seed.',
+        ),
+    )
+}  # fmt: skip
+
+
+def _with_data(case, findings, trials, has_start) -> Iterator[Finding]:
+  """Findings that the data confirm, with what they cost, and new ones."""
+  pool, explained = case.pool, set()
+  of_facts = {c.code for c in _checks.CHECKS if c.is_fact}
+  for f in findings:
+    drops = [trials.drops[k] for k in f.leave_out if k in trials.drops]
+    is_confirmed = any(drop.is_above for drop in drops)
+    if f.code not in of_facts and not is_confirmed:
+      continue  # Data overrule geometry.
+    if drops:
+      worst = max(drops)
+      text = (
+          f'{f.seen} Half-way to {pool.names[trials.base]} the score is '
+          f'{worst} below the mean of the two.'
+      )
+      f = f._replace(seen=text, cost=worst.value)
+    if f.leave_out:
+      explained |= set(f.ingredients)
+    yield f
+
+  def made(code, members, text, cost, out=None):
+    explained.update(members)
+    members = tuple(sorted(members))
+    out = members if out is None else out
+    return _finding(
+        pool, _OF_DATA[code], _checks.Seen((), text), members, out, cost=cost
+    )
+
+  score = lambda k: trials.answers[k].score
+  for k, (same, turned) in trials.labels.items():
+    text = (
+        f'{pool.names[k]} agrees with {pool.names[trials.base]} on '
+        f'{100 * same:.0f} % of the examples, and on {100 * turned:.0f} % with '
+        'its classes in another order.'
+    )
+    yield made('labels', [k], text, score(trials.base) - score(k))
+  new = trials.statistics
+  falls = trials.full.is_below
+  if new and new.is_above:
+    text = f'With re-estimated statistics the score of the soup changes by {new}.'
+    yield made('batch_norm', (), text, new.value)
+  elif new is None and falls and _tree.statistics_of(list(pool.leaves[0])).any():
+    text = (
+        f'The soup is {trials.full} from the best model, with averaged '
+        'statistics.'
+    )
+    yield made('batch_norm', (), text, -trials.full.value)
+  bad = [k for k in trials.bad if k not in explained]
+  sound = [k for k in case.members if k in trials.answers]
+  rates = lambda ks: _checks.rates_text(pool, ks, [k for k in sound if k not in ks])  # fmt: skip
+  text = lambda ks: '; '.join(
+      f'half-way between {pool.names[k]} and {pool.names[trials.base]} the score '
+      f'is {trials.drops[k]} below the mean of the two'
+      for k in ks[:3]
+  )
+  if bad and 2 * len(bad) >= len(sound) - 1 and len(sound) > 2 or len(sound) == 2 and bad:  # fmt: skip
+    worst = max(trials.drops[k].value for k in bad)
+    yield made(
+        'barrier', bad, f'In {len(bad)} of {len(sound) - 1} pairs there is a '
+        f'barrier: {text(bad)}.{rates(bad)}', worst,
+    )  # fmt: skip
+  else:
+    for k in bad:
+      yield made('unknown', [k], f'{text([k])}.{rates([k])}', trials.drops[k].value)  # fmt: skip
+  weak = [k for k in trials.weak if k not in explained]
+  for k in weak:
+    gap = score(trials.base) - score(k)
+    code = 'unmoved' if not has_start and _is_outside(case, k) else 'weak'
+    seen = f'{pool.names[k]} scores {score(k):.3g}, the best {score(trials.base):.3g}.{rates([k])}'  # fmt: skip
+    yield made(code, [k], seen, gap)
+  if falls and not explained and not (new and new.is_above):
+    seen = f'The soup is {trials.full} from the best model, and no model has a barrier to it.'  # fmt: skip
+    yield made('barrier', (), seen, -trials.full.value)
+  apart = trials.disagreement[~np.isnan(trials.disagreement)]
+  if apart.size and apart.max() < _ALIKE:
+    seen = f'No two differ on more than {100 * apart.max():.2g} % of the examples.'
+    yield made('alike', (), seen, np.nan)
+
+
+def _is_outside(case, k) -> bool:
+  """Whether it is far from all others, which are near to each other."""
+  g = case.geometry
+  if k not in g.members or len(g.members) < 4:
+    return False
+  i = g.members.index(k)
+  distances = g.distances()
+  others = np.delete(np.arange(len(distances)), i)
+  inside = distances[np.ix_(others, others)]
+  return distances[i, others].min() > np.median(inside[inside > 0])
+
+
+def _by_weights(case) -> Verdict:
+  num, sound = len(case.pool), tuple(case.members)
+  if len(sound) == num:
+    return Verdict('soup all', sound, 'the weights show no problem.')
   if len(sound) > 1:
-    reason = (
-        f'the weights show a problem with {len(pool) - len(sound)} of '
-        f'{len(pool)}. {unknown}'
-    )
+    reason = f'the weights show a problem with {num - len(sound)} of {num}.'
     return Verdict('soup a subset', sound, reason)
-  return Verdict(
-      'do not soup',
-      sound,
-      'no two ingredients can be averaged. The findings say why.',
-  )
+  reason = 'no two ingredients can be averaged. The findings say why.'
+  return Verdict('do not soup', sound, reason)
 
 
-def _by_scores(pool, trials, tolerance) -> Verdict:
-  subset = tuple(trials.subset)
-  if not np.isfinite(trials.scores).any():
-    return Verdict('do not soup', (), 'no ingredient has a finite score.')
-  best = int(np.nanargmax(trials.scores))
-  top = trials.scores[best]
-  single = f'the best one ({pool.names[best]}) {top:.3g}'
-  if len(subset) < 2:
-    reason = (
-        'no two ingredients can be averaged without a loss. Use the best one '
-        f'({pool.names[best]}, score {top:.3g}).'
-    )
+def _by_scores(case, trials) -> Verdict:
+  names, best = case.pool.names, trials.best
+  single = f'the best model, {names[best]}, {trials.answers[best].score:.3g}'
+  if not trials.soups:
+    reason = f'no two ingredients can be averaged; use {single}.'
     return Verdict('do not soup', (best,), reason)
-  mean = float(np.mean(trials.scores[list(subset)]))
-  bar = max(mean - tolerance, top - _trials.WEAK * tolerance)
-  if not trials.soup >= bar:
+  members, gain = tuple(trials.chosen), trials.gain
+  soup = trials.soups[members].score
+  scores = f'The soup of {len(members)} scores {soup:.3g}, {single}: {gain}.'
+  if gain.is_below:
+    return Verdict('do not soup', (best,), f'use {names[best]}. {scores}')
+  if np.isfinite(gain.low) and not gain.is_above:
+    num = trials._score.num_examples
     reason = (
-        f'their soup scores {trials.soup:.3g}, the ingredients {mean:.3g} on '
-        f'average, {single}. Use that one.'
+        f'with {num} examples the soup is neither better nor worse than the best '
+        f'model, which the same examples chose. {scores} Both will do.'
     )
-    return Verdict('do not soup', (best,), reason)
-  reason = (
-      f'Their uniform soup scores {trials.soup:.3g}, the ingredients '
-      f'{mean:.3g} on average, {single}.'
-  )
-  if len(subset) == len(pool):
-    return Verdict('soup all', subset, f'there are no barriers. {reason}')
-  reason = f'{len(subset)} of {len(pool)} have no barriers. {reason}'
-  return Verdict('soup a subset', subset, reason)
+    return Verdict('cannot tell', members, reason)
+  if len(members) == len(case.pool):
+    return Verdict('soup all', members, scores)
+  return Verdict('soup a subset', members, scores)
 
 
-def _figures(pool: _pool.Pool, trials: _trials.Measured) -> Json:
-  return {
+def _command(pool, verdict, has_statistics) -> str:
+  """What to type, with real paths; or the call."""
+  members = verdict.members
+  if not members:
+    return ''
+  paths = getattr(pool.ingredients, 'paths', None)
+  if paths is not None:
+    given = [shlex.quote(str(paths[k])) for k in members]
+    if len(members) == 1:
+      return f'jaxsoup inspect {given[0]}'
+    text = f'jaxsoup soup uniform {" ".join(given)} --out soup'
+  elif len(members) == 1:
+    return f'params = ingredients[{members[0]}]'
+  elif len(members) == len(pool):
+    text = 'soup = jaxsoup.uniform(ingredients)'
+  else:
+    text = f'soup = jaxsoup.uniform([ingredients[k] for k in {members}])'
+  if has_statistics:
+    text += (
+        '\n# then, with the batches of the training (nnx.graphdef(model); in '
+        'linen: model.apply(variables, images, mutable=["batch_stats"])):\n'
+        'params = jaxsoup.models.batch_norm.recalibrated(graphdef, soup.params,'
+        ' batches)'
+    )
+  return text
+
+
+def _figures(case, trials) -> Json:
+  num = len(case.pool)
+  figures = {
+      'norms': np.full(num, np.nan),
+      'distances': np.full((num, num), np.nan),
+      'cosines': np.full((num, num), np.nan),
+  }
+  if 'all_geometry' in vars(case):
+    g = case.all_geometry
+    rows = list(g.members)
+    figures['norms'][rows] = g.lengths()
+    figures['distances'][np.ix_(rows, rows)] = g.distances()
+    figures['cosines'][np.ix_(rows, rows)] = g.cosines()
+  if trials is None:
+    return figures
+  rates = [config.get('learning_rate') for config in case.pool.configs]
+  answer = trials.soups.get(tuple(trials.chosen))
+  return figures | {
       'scores': trials.scores,
-      'barriers': trials.drops,
-      'barriers_to_mean': trials.to_mean,
-      'soup': trials.soup,
-      'batch_norm': trials.statistics,
+      'barriers': trials.barriers,
+      'soup': answer.score if answer else np.nan,
+      'gain': list(trials.gain),
+      'statistics': trials.statistics and list(trials.statistics),
       'parts': trials.parts,
       'disagreement': trials.disagreement,
-      'learning_rates': [c.get('learning_rate') for c in pool.configs],
-      'learning_rate_correlation': _evidence.rate_correlation(
-          pool, trials.drops
-      ),
+      'num_examples': trials._score.num_examples,
+      'num_evaluations': trials._score.num_calls,
+      'learning_rates': rates,
+      'learning_rate_correlation': _rate_correlation(rates, trials.barriers),
   }
+
+
+def _rate_correlation(rates, barriers) -> float:
+  """Spearman's correlation of learning rates and mean drops, or NaN."""
+  known = [
+      k
+      for k, rate in enumerate(rates)
+      if rate is not None and np.isfinite(barriers[k]).any()
+  ]
+  if len(known) < 4:
+    return np.nan
+  means = [np.nanmean(barriers[k]) for k in known]
+  return studies.rank_correlation([rates[k] for k in known], means)[0]

@@ -1,16 +1,12 @@
-"""What held-out data tell: scores, barriers, parts, disagreement.
+"""What held-out data tell: scores with intervals, barriers, which soup is best.
 
 ```
-measured = Trials(pool, examined.paths, eval_fn, tolerance=0.02).run(
-    examined.usable, examined.sound
-)
-measured.drops                                  # [K, K], fall below the chord
+trials = Trials(case, scorer, recalibrate_fn=None, logits_fn=None).run()
+trials.chosen, trials.gain                  # members, Interval over best single
 ```
 """
 
-from collections.abc import Collection
 from collections.abc import Sequence
-import dataclasses
 import itertools
 from typing import Any
 from typing import NamedTuple
@@ -19,10 +15,11 @@ import jax
 import numpy as np
 
 from jaxsoup import _tree
+from jaxsoup import statistics
 from jaxsoup import studies
 from jaxsoup._recipes import _average
 from jaxsoup._recipes import _search
-from jaxsoup.diagnosis import _pool
+from jaxsoup.diagnosis import _checks
 from jaxsoup.typing import EvalFn
 from jaxsoup.typing import OutputsFn
 from jaxsoup.typing import Params
@@ -31,206 +28,305 @@ from jaxsoup.typing import ProgressFn
 
 # What a diagnosis does, one after another, and about how long each takes; all
 # but the first need data.
-STAGES = {
-    'weights': 1.0,
-    'single models': 1.0,
-    'pairs': 3.0,
-    'each against the mean': 3.0,
-    'parts': 1.0,
-}
-# Tolerances below the median that make an ingredient weak.
-WEAK = 5
-# Parts that are averaged one by one.
+STAGES = {'weights': 1.0, 'single models': 2.0, 'averages': 2.0}
+# All comparisons of one kind together are wrong this often.
+_ERROR = 0.05
 _MOST_PARTS = 24
+# The number of examples is read off scores with denominators up to this one.
+_MOST_EXAMPLES = 5000
 
 
-class Measured(NamedTuple):
-  """Scores of single models and of averages; NaN where not measured.
+class Answer(NamedTuple):
+  """A score, and which examples were right, [N], if that is known."""
+
+  score: float
+  right: np.ndarray | None = None
+
+
+class Interval(NamedTuple):
+  """A difference of scores; the ends are NaN if nothing tells its error."""
+
+  value: float
+  low: float = np.nan
+  high: float = np.nan
+
+  def __str__(self) -> str:
+    if not np.isfinite(self.low):
+      return f'{self.value:+.3g}'
+    return f'{self.value:+.3g} [{self.low:+.3g}, {self.high:+.3g}]'
+
+  @property
+  def is_above(self) -> bool:
+    """Whether it is above 0 by more than chance."""
+    return self.low > 0 if np.isfinite(self.low) else self.value > 0
+
+  @property
+  def is_below(self) -> bool:
+    return Interval(-self.value, -self.high, -self.low).is_above
+
+
+class Scorer:
+  """Scores models, and compares scores; counts evaluations."""
+
+  def __init__(self, eval_fn: EvalFn, num_examples: int | None):
+    self._eval_fn = eval_fn
+    self.num_examples = num_examples
+    self.num_calls = 0
+
+  def __call__(self, params: Params) -> Answer:
+    self.num_calls += 1
+    answers = getattr(self._eval_fn, 'answers', None)
+    score, right = answers(params) if answers else (self._eval_fn(params), None)
+    score = _search.number(score, 'eval_fn returned', 'a model')
+    return Answer(score, right)
+
+  def look(self, answers: Sequence[Answer]) -> None:
+    """How many examples there are: scores are quotients with one denominator.
+
+    A divisor of it fits too if all scores have it: intervals are then wider.
+    """
+    scores = np.array([a.score for a in answers])
+    if answers[0].right is not None:
+      self.num_examples = len(answers[0].right)
+    if self.num_examples or ((scores < 0) | (scores > 1)).any():
+      return
+    numbers = np.arange(1, _MOST_EXAMPLES + 1)[:, None]
+    off = np.abs(scores * numbers - np.round(scores * numbers))
+    fits = np.flatnonzero((off < 1e-6 * numbers).all(1))
+    self.num_examples = int(fits[0]) + 1 if len(fits) else None
+
+  def difference(self, a: Answer, b: Answer, num: int = 1) -> Interval:
+    """`a - b`, one of `num` comparisons."""
+    level = 1 - _ERROR / num
+    if a.right is not None and b.right is not None:
+      return Interval(*statistics.mcnemar(a.right, b.right, level=level)[:3])
+    return self._normal([(a, 1.0), (b, -1.0)], level)
+
+  def drop(self, a: Answer, b: Answer, half: Answer, num: int) -> Interval:
+    """How far the average of two lies below the mean of their scores."""
+    return self._normal([(a, 0.5), (b, 0.5), (half, -1.0)], 1 - _ERROR / num)
+
+  def _normal(self, terms, level) -> Interval:
+    from scipy import special
+
+    value = sum(w * a.score for a, w in terms)
+    scores = np.array([a.score for a, _ in terms])
+    z = special.ndtri((1 + level) / 2)
+    if all(a.right is not None for a, _ in terms):
+      each = sum(w * a.right for a, w in terms)
+      error = each.std() / np.sqrt(len(each))
+    elif self.num_examples and ((scores >= 0) & (scores <= 1)).all():
+      # As if the examples were others each time, which is cautious.
+      weights = np.array([w for _, w in terms])
+      variance = (weights**2 * scores * (1 - scores)).sum()
+      error = np.sqrt(variance / self.num_examples)
+    else:
+      return Interval(float(value))
+    return Interval(float(value), *map(float, (value - z * error, value + z * error)))  # fmt: skip
+
+
+class Trials:
+  """Evaluates ingredients and averages of them.
 
   Attributes:
-    scores: of each ingredient, [K].
-    drops: how far the average of two lies below the mean of their scores,
-      [K, K]: the barrier, of scores. Negative where it gains.
-    weak: sound ingredients that score far below the median.
-    subset: the other sound ones, without a barrier between each other.
-    to_mean: the same as `drops`, between each of the subset and the mean of the
-      others, [K].
-    soup: score of the uniform soup of the subset.
-    statistics: scores of that soup with the running statistics of its first
-      ingredient, averaged ones, and estimated ones; {} without BatchNorm.
-    pair: the pair with the largest drop of all.
-    parts: by part, how much the score of the better one of that pair falls if
-      this part alone is averaged with the other's.
-    without: the part with the largest fall, and the drop of the average of all
-      else; None if there are no parts.
-    disagreement: share of examples that two predict differently, [K, K].
+    answers: of usable ingredients.
+    best: the best single one.
+    drops: by ingredient, how far its average with `base` lies below the mean of
+      their scores.
+    base: the best of those that no fact leaves out.
+    soups: answers by members.
+    chosen: members of the best soup; the best single model if there is none.
+    gain: of that soup over the best single model.
+    full: the same of the soup of all that no fact leaves out.
+    bad: ingredients with a barrier to `base`.
+    weak: others that lower the soup by their own score.
+    labels: by ingredient, how many predictions agree as they are, and in
+      another order of classes.
+    statistics: re-estimated minus averaged statistics; None without.
+    barriers: [K, K], NaN where not measured.
+    parts: by part, how much the score of the better of the worst pair falls if
+      this part alone is averaged; only if thorough.
+    disagreement: [K, K], only if thorough.
   """
 
-  scores: np.ndarray
-  drops: np.ndarray
-  weak: list[int]
-  subset: list[int]
-  to_mean: np.ndarray
-  soup: float
-  statistics: dict[str, float]
-  pair: tuple[int, int] | None
-  parts: dict[str, float]
-  without: tuple[str, float] | None
-  disagreement: np.ndarray
+  def __init__(
+      self,
+      case: _checks.Case,
+      scorer: Scorer,
+      *,
+      recalibrate_fn: ParamsFn | None = None,
+      logits_fn: OutputsFn | None = None,
+      is_thorough: bool = False,
+      progress_fn: ProgressFn | None = None,
+  ):
+    self._case, self._pool, self._score = case, case.pool, scorer
+    self._recalibrate_fn, self._logits_fn = recalibrate_fn, logits_fn
+    self._is_thorough = is_thorough
+    self._tell = progress_fn or (lambda stage, share: None)
+    num = len(self._pool)
+    self._most = 2 * num + 4
+    self.barriers = np.full((num, num), np.nan)
+    self.disagreement = np.full((num, num), np.nan)
+    self.drops: dict[int, Interval] = {}
+    self.labels: dict[int, tuple[float, float]] = {}
+    self.soups: dict[tuple[int, ...], Answer] = {}
+    self.parts: dict[str, float] = {}
+    self.statistics: Interval | None = None
+    self._classes: dict[int, np.ndarray] = {}
 
-
-@dataclasses.dataclass
-class Trials:
-  """Evaluates ingredients and their averages.
-
-  At most two models and one average of them are in memory.
-  """
-
-  pool: _pool.Pool
-  paths: Sequence[_tree.Path]
-  eval_fn: EvalFn
-  tolerance: float
-  recalibrate_fn: ParamsFn | None = None
-  logits_fn: OutputsFn | None = None
-  progress_fn: ProgressFn | None = None
-
-  def __post_init__(self):
-    num = len(self.pool)
-    self.scores = np.full(num, np.nan)
-    self.drops = np.full((num, num), np.nan)
-
-  def _tell(self, stage: str, share: float) -> None:
-    if self.progress_fn is not None:
-      self.progress_fn(stage, share)
-
-  def run(self, usable: Sequence[int], sound: Sequence[int]) -> Measured:
-    """Measures those that can be averaged, and the soup of the sound ones."""
-    disagreement = self._singles(usable)
-    self._pairs(usable)
-    bar = np.median(self.scores[list(sound)] if sound else [np.nan])
-    weak = [k for k in sound if self.scores[k] < bar - WEAK * self.tolerance]
-    subset = self._without_barriers([k for k in sound if k not in weak])
-    subset, to_mean = self._against_mean(subset)
-    soup, statistics = np.nan, {}
-    if len(subset) > 1:
-      mean = self._mean(subset)
-      statistics = self._statistics(mean, subset[0])
-      soup = self._of_soup(mean)
-    pair, parts, without = self._parts_of_worst()
-    return Measured(
-        self.scores, self.drops, weak, subset, to_mean, soup, statistics,
-        pair, parts, without, disagreement,
-    )  # fmt: skip
-
-  def _score(self, params: Params) -> float:
-    return _search.number(self.eval_fn(params), 'eval_fn returned', 'a model')
-
-  def _of_soup(self, params: Params) -> float:
-    """The score of an average, with re-estimated running statistics."""
-    if self.recalibrate_fn is not None:
-      params = _recalibrated(params, self.recalibrate_fn(params))
-    return self._score(params)
-
-  def _mean(self, members: Sequence[int]) -> Params:
-    alpha = np.zeros(len(self.pool), np.float32)
-    alpha[list(members)] = 1 / len(members)
-    # Ingredients with alpha 0 are not read, so they need not be compatible.
-    return _average.average(self.pool.ingredients, alpha).params
-
-  def _singles(self, usable) -> np.ndarray:
-    num = len(self.pool)
-    classes = {}
-    for i, k in enumerate(usable):
-      self._tell('single models', i / len(usable))
-      params = self.pool.ingredients[k]
-      self.scores[k] = self._score(params)
-      if self.logits_fn is not None:
-        classes[k] = _classes(self.logits_fn(params))
-    sizes = sorted({len(x) for x in classes.values()})
-    if len(sizes) > 1:
-      raise ValueError(
-          f'logits_fn returned logits of {sizes[0]} examples for one model and '
-          f'of {sizes[-1]} for another: use the same examples for all.'
-      )
-    disagreement = np.full((num, num), np.nan)
-    for i, j in itertools.product(classes, repeat=2):
-      disagreement[i, j] = np.mean(classes[i] != classes[j])
-    return disagreement
-
-  def _pairs(self, usable: Sequence[int]) -> None:
-    pairs = sorted(studies.connected_pairs(self.scores, usable))
-    held: tuple[int, Params] | None = None
-    for n, (i, j) in enumerate(pairs):
-      self._tell('pairs', n / len(pairs))
-      if held is None or held[0] != i:
-        held = i, self.pool.ingredients[i]
-      other = self.pool.ingredients[j]
-      half = self._of_soup(between(held[1], other))
-      chord = (self.scores[i] + self.scores[j]) / 2
-      self.drops[i, j] = self.drops[j, i] = chord - half
-
-  def _without_barriers(self, sound: Sequence[int]) -> list[int]:
-    """Removes the one with the most barriers until there are none."""
-    subset = list(sound)
-    while len(subset) > 1:
-      block = self.drops[np.ix_(subset, subset)]
-      num = (block > self.tolerance).sum(1)
-      if not num.any():
-        break
-      # Of equals the one with the lowest score.
-      subset.remove(
-          min(subset, key=lambda k: (-num[subset.index(k)], self.scores[k]))
-      )
-    return subset
-
-  def _against_mean(self, subset: list[int]) -> tuple[list[int], np.ndarray]:
-    """Each against the mean of the others; takes out the worst one by one."""
-    drops = np.full(len(self.pool), np.nan)
-    while len(subset) > 2:
-      for n, k in enumerate(subset):
-        self._tell('each against the mean', n / len(subset))
-        mean = self._mean([j for j in subset if j != k])
-        chord = (self.scores[k] + self._of_soup(mean)) / 2
-        half = between(mean, self.pool.ingredients[k])
-        drops[k] = chord - self._of_soup(half)
-      worst = max(subset, key=lambda k: drops[k])
-      if not drops[worst] > self.tolerance:
-        break
-      subset = [k for k in subset if k != worst]
-    return subset, drops
-
-  def _statistics(self, mean: Params, first: int) -> dict[str, float]:
-    paths = self.paths
-    is_statistic = _tree.statistics_of(paths)
-    if not is_statistic.any():
-      return {}
-    some = {p for p, x in zip(paths, is_statistic) if x}
-    own = between(mean, self.pool.ingredients[first], some, t=1.0)
-    scores = {'first': self._score(own), 'averaged': self._score(mean)}
-    if self.recalibrate_fn is not None:
-      scores['re-estimated'] = self._of_soup(mean)
+  @property
+  def scores(self) -> np.ndarray:
+    scores = np.full(len(self._pool), np.nan)
+    for k, answer in self.answers.items():
+      scores[k] = answer.score
     return scores
 
-  def _parts_of_worst(self):
-    """Averages part by part the pair with the largest barrier, if any has."""
-    if not np.nanmax(self.drops, initial=0) > self.tolerance:
-      return None, {}, None
-    ends = np.unravel_index(np.nanargmax(self.drops), self.drops.shape)
-    i, j = sorted(map(int, ends), key=lambda k: -self.scores[k])
-    better, other = (self.pool.ingredients[k] for k in (i, j))
-    parts = parts_of(self.paths)
-    falls = {}
-    for n, (name, paths) in enumerate(parts.items()):
-      self._tell('parts', n / len(parts))
-      mixed = between(better, other, paths)
-      falls[name] = self.scores[i] - self._of_soup(mixed)
-    if not falls:
-      return (i, j), {}, None
-    worst = max(falls, key=lambda name: falls[name])
-    rest = set(self.paths) - parts[worst]
-    left = self._of_soup(between(better, other, rest))
-    chord = (self.scores[i] + self.scores[j]) / 2
-    return (i, j), falls, (worst, chord - left)
+  def run(self, suspects: Sequence[int]) -> 'Trials':
+    """Measures as much as it takes to choose a soup."""
+    case, usable = self._case, self._case.usable
+    self.answers = {}
+    for i, k in enumerate(usable):
+      self._tell('single models', i / len(usable))
+      self.answers[k] = self._score(self._pool.ingredients[k])
+    self._score.look(list(self.answers.values()))
+    score = lambda k: self.answers[k].score
+    self.best = max(usable, key=score)
+    sound = [k for k in case.members if k in usable]
+    self.base = max(sound, key=score, default=self.best)
+    self.full, self.bad, self.weak = Interval(np.nan), [], []
+    if len(sound) > 1:
+      self._soup(sound)
+      self.full = self._gain(sound)
+      self._of_statistics(sound)
+    is_low = self.full.is_below
+    num = max(len(usable) - 1, 1)
+    others = [k for k in usable if k != self.base]
+    below = {k: self._score.difference(self.answers[self.base], self.answers[k], num) for k in others}  # fmt: skip
+    if is_low:
+      for k in sorted(sound, key=score)[:2]:
+        if k != self.base and below[k].is_above:
+          self._compare_labels(k)
+    wanted = [k for k in others if k not in self.labels] if is_low else suspects
+    for i, k in enumerate(wanted):
+      self._tell('averages', i / len(wanted))
+      if k != self.base and self._score.num_calls < self._most:
+        self._pair(k, self.base, num)
+    out = {k for k, (same, other) in self.labels.items() if other > same}
+    self.bad = [k for k in sound if k in self.drops and self.drops[k].is_above]
+    if is_low:
+      self.weak = [k for k in sound if k in below and below[k].is_above and k not in out and k not in self.bad]  # fmt: skip
+    rest = [k for k in sound if k not in (*self.bad, *self.weak, *out)]
+    self._try(rest)
+    if len(self.bad) > len(sound) / 2:
+      # Perhaps the best one is that which does not fit.
+      self._try([k for k in sound if k != self.base])
+    self._choose(rest)
+    if self._is_thorough:
+      self._all()
+    return self
+
+  def _try(self, members: Sequence[int]) -> None:
+    is_new = len(members) > 1 and tuple(members) not in self.soups
+    if is_new and (self._score.num_calls < self._most or self._is_thorough):
+      self._soup(members)
+
+  def _choose(self, rest) -> None:
+    # Among equals that without what has a barrier.
+    key = lambda s: (self.soups[s].score, s == tuple(rest), len(s))
+    if not self.soups:
+      self.chosen, self.gain = (self.best,), Interval(0.0)
+      return
+    self.chosen = max(self.soups, key=key)
+    self.gain = self._gain(self.chosen)
+
+  def _gain(self, members: Sequence[int]) -> Interval:
+    answer = self.soups[tuple(members)]
+    return self._score.difference(answer, self.answers[self.best])
+
+  def _soup(self, members: Sequence[int]) -> None:
+    self._tell('averages', 0.0)
+    alpha = np.zeros(len(self._pool), np.float32)
+    alpha[list(members)] = 1 / len(members)
+    # Ingredients with alpha 0 are not read, so they need not be compatible.
+    self._mean = _average.average(self._pool.ingredients, alpha).params
+    self.soups[tuple(members)] = self._of_average(self._mean)
+
+  def _of_average(self, params: Params) -> Answer:
+    if self._recalibrate_fn is not None:
+      params = _recalibrated(params, self._recalibrate_fn(params))
+    return self._score(params)
+
+  def _of_statistics(self, members) -> None:
+    """What new statistics of BatchNorm change, for the soup of these."""
+    paths = self._pool.leaves[members[0]]
+    if self._recalibrate_fn is None or not _tree.statistics_of(list(paths)).any():  # fmt: skip
+      return
+    new = self.soups[tuple(members)]
+    self.statistics = self._score.difference(new, self._score(self._mean))
+
+  def _pair(self, k: int, other: int, num: int) -> None:
+    pair = sorted((k, other), key=lambda x: -self.answers[x].score)
+    half = between(*(self._pool.ingredients[x] for x in pair))
+    a, b = (self.answers[x] for x in pair)
+    drop = self._score.drop(a, b, self._of_average(half), num)
+    self.barriers[k, other] = self.barriers[other, k] = drop.value
+    if other == self.base:
+      self.drops[k] = drop
+
+  def _predicted(self, k: int) -> np.ndarray:
+    if k not in self._classes:
+      self._score.num_calls += 1
+      logits = self._logits_fn(self._pool.ingredients[k])  # type: ignore[misc]
+      self._classes[k] = _classes(logits)
+    first = next(iter(self._classes.values()))
+    if len(first) != len(self._classes[k]):
+      raise ValueError(
+          f'logits_fn returned logits of {len(first)} examples for one model '
+          f'and of {len(self._classes[k])} for another: use the same examples '
+          'for all.'
+      )
+    return self._classes[k]
+
+  def _compare_labels(self, k: int) -> None:
+    """Whether another order of classes makes two models agree.
+
+    The confusion of their predictions, and the order that puts most on its
+    diagonal: by chance, of C classes that is some 1 / C more than before.
+    """
+    from scipy import optimize
+
+    if self._logits_fn is None:
+      return
+    mine, theirs = self._predicted(self.base), self._predicted(k)
+    num = max(mine.max(), theirs.max()) + 1
+    counts = np.zeros((num, num))
+    np.add.at(counts, (theirs, mine), 1)
+    order = optimize.linear_sum_assignment(counts, maximize=True)[1]
+    same, turned = mine == theirs, mine == order[theirs]
+    gain = statistics.mcnemar(turned, same)
+    if gain.low > 0 and turned.mean() > 0.5:
+      self.labels[k] = float(same.mean()), float(turned.mean())
+
+  def _all(self) -> None:
+    """All pairs, what differs in predictions, and the part to blame."""
+    usable = self._case.usable
+    pairs = studies.connected_pairs(self.scores, usable)
+    for i, (j, k) in enumerate(pairs):
+      self._tell('averages', i / len(pairs))
+      if np.isnan(self.barriers[j, k]):
+        self._pair(j, k, len(pairs))
+    if self._logits_fn is not None:
+      for j, k in itertools.product(usable, repeat=2):
+        apart = self._predicted(j) != self._predicted(k)
+        self.disagreement[j, k] = apart.mean()
+    if not np.nanmax(self.barriers, initial=0) > 0:
+      return
+    ends = np.unravel_index(np.nanargmax(self.barriers), self.barriers.shape)
+    better, other = sorted(map(int, ends), key=lambda k: -self.answers[k].score)
+    models = [self._pool.ingredients[k] for k in (better, other)]
+    for name, paths in parts_of(self._case.all_geometry.paths).items():
+      answer = self._of_average(between(*models, paths))
+      self.parts[name] = self.answers[better].score - answer.score
 
 
 def parts_of(paths: Sequence[_tree.Path]) -> dict[str, set[_tree.Path]]:
@@ -254,38 +350,24 @@ def parts_of(paths: Sequence[_tree.Path]) -> dict[str, set[_tree.Path]]:
 
 
 def between(
-    theta_1: Params,
-    theta_2: Params,
-    paths: Collection[_tree.Path] | None = None,
-    t: float = 0.5,
+    theta_1: Params, theta_2: Params, paths: set[_tree.Path] | None = None
 ) -> Params:
-  """`(1 - t) theta_1 + t theta_2` in some leaves (None: all), else theta_1."""
-  first, second = _tree.flatten(theta_1), _tree.flatten(theta_2)
-  others = second.by_path
-  rows = [
-      i
-      for i, (path, x) in enumerate(zip(first.paths, first.leaves))
-      if _tree.is_float(x) and (paths is None or path in paths)
-  ]
-  mixed = _between(
-      [first.leaves[i] for i in rows],
-      [others[first.paths[i]] for i in rows],
-      _tree.numbers(t),
-  )
-  leaves = list(first.leaves)
-  for i, x in zip(rows, mixed):
-    leaves[i] = x
-  return first.replace(leaves)
+  """`(theta_1 + theta_2) / 2` in some leaves (None: all), else theta_1."""
+  first, others = _tree.flatten(theta_1), _tree.flatten(theta_2).by_path
+  floats = first.floats
+  rows = [p for p in floats if paths is None or p in paths]
+  mixed = _middles([floats[p] for p in rows], [others[p] for p in rows])
+  new = dict(zip(rows, mixed))
+  return first.replace(new.get(p, x) for p, x in first.by_path.items())
 
 
 @jax.jit
-def _between(first, second, t):
-  def mix(x, y):
-    x_wide, y_wide = (z.astype(_tree.wide_dtype(z.dtype)) for z in (x, y))
-    share = t.astype(x_wide.dtype)
-    return ((1 - share) * x_wide + share * y_wide).astype(x.dtype)
+def _middles(first, second):
+  def middle(x, y):
+    wide = _tree.wide_dtype(x.dtype)
+    return ((x.astype(wide) + y.astype(wide)) / 2).astype(x.dtype)
 
-  return [mix(x, y) for x, y in zip(first, second)]
+  return list(map(middle, first, second))
 
 
 def _classes(logits: Any) -> np.ndarray:

@@ -82,8 +82,9 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
         f'{", ".join(there[:8]) or "none"}.'
     )
   called = guarded(function, file, name)
-  if hasattr(function, 'at_least'):
-    called.at_least = guarded(function.at_least, file, name)
+  for method in ('answers', 'at_least'):
+    if hasattr(function, method):
+      setattr(called, method, guarded(getattr(function, method), file, name))
   return called
 
 
