@@ -153,8 +153,11 @@ class Case:
     rows = [g.members.index(k) for k in self.families[0]]
     if len(rows) < 2:
       return np.zeros(len(g.paths))
-    squares = g.squares()[np.ix_(rows, rows)]
-    return np.sqrt(np.median(squares[np.triu_indices(len(rows), 1)], axis=0))
+    pairs = np.triu_indices(len(rows), 1)
+    of_pairs = lambda x: x[np.ix_(rows, rows)][pairs]
+    squares, lost = of_pairs(g.squares()), of_pairs(self.lost[:-1, :-1])
+    squares = np.where(lost & ~lost.all(0), np.nan, squares)
+    return np.sqrt(np.nanmedian(squares, axis=0))
 
   @functools.cached_property
   def reference(self) -> int:
@@ -163,6 +166,17 @@ class Case:
     rows = [g.members.index(k) for k in self.families[0]]
     distances = np.median(g.distances()[np.ix_(rows, rows)], axis=1)
     return self.families[0][int(distances.argmin())]
+
+  def off(self, k: int) -> list[str]:
+    """Leaves in which a member is unusually far, if that is not all of them."""
+    g, reference = self.all_geometry, self.reference
+    if k not in g.members or k == reference:
+      return []
+    distances = np.sqrt(g.squares()[g.members.index(k), g.members.index(reference)])  # fmt: skip
+    with np.errstate(divide='ignore', invalid='ignore'):
+      share = np.where(self.usual > 0, distances / self.usual, 0)
+    off = share > _FAR * max(np.median(share[share > 0]), 1)
+    return [_tree.name_of(p) for p, x in zip(g.paths, off) if x]
 
   def read(self, k: int) -> dict[_tree.Path, np.ndarray]:
     return {p: self.pool.leaf(k, p) for p in self.all_geometry.paths}

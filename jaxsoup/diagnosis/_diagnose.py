@@ -217,6 +217,11 @@ _OF_DATA = {
             'Leave out {them}, or let a greedy soup choose.',
         ),
         _check(
+            'uneven', 'note', 'The best model is ahead',
+            'A uniform soup averages all, and the others lower its score.',
+            'Leave out {them}, or let a greedy soup choose.',
+        ),
+        _check(
             'unmoved', 'warning', 'Not fine-tuned, or hardly',
             'It is the worst, and the others lie in one direction from it: as '
             'the initialization does, which pulls the soup back to it.',
@@ -299,9 +304,17 @@ def _with_data(case, findings, trials, has_start) -> Iterator[Finding]:
   weak = [k for k in trials.weak if k not in explained]
   for k in weak:
     gap = score(trials.base) - score(k)
+    off = case.off(k)
     code = 'unmoved' if not has_start and _is_outside(case, k) else 'weak'
     seen = f'{pool.names[k]} scores {score(k):.3g}, the best {score(trials.base):.3g}.{rates([k])}'  # fmt: skip
+    if off:
+      code = 'unknown'
+      seen += f' It differs most in {_findings.listed(off, range(len(off)), 3)}.'
     yield made(code, [k], seen, gap)
+  if trials.uneven:
+    ks = trials.uneven
+    seen = f'{pool.listed(ks)}: {max(map(score, ks)):.3g} at most, and {pool.names[trials.base]} {score(trials.base):.3g}.{rates(ks)}'  # fmt: skip
+    yield made('uneven', ks, seen, -trials.full.value)
   if falls and not explained and not (new and new.is_above):
     seen = f'The soup is {trials.full} from the best model, and no model has a barrier to it.'  # fmt: skip
     yield made('barrier', (), seen, -trials.full.value)

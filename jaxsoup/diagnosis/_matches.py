@@ -44,10 +44,10 @@ def _bar(before: float, usual: float) -> float:
   """A distance below it is explained: nearer to the usual one than before.
 
   Half-way on a log scale. The usual one counts at least a tenth of that before,
-  so that rounding and short training do not matter. By chance, the best of all
-  orders or rotations of unrelated matrices leaves more than half.
+  so that rounding and short training do not matter, and at most half, so that
+  most of the square is explained.
   """
-  return float(np.sqrt(before * max(usual, before / 10)))
+  return float(np.sqrt(before * np.clip(usual, before / 10, before / 2)))
 
 
 def _apart(x: np.ndarray, y: np.ndarray) -> float:
@@ -82,7 +82,7 @@ def correspondence(
   if pairs:
     text = f'is {_tree.name_of(pairs[0][1])} of the others'
     return Match('swapped', tuple(p for p, _ in pairs), text)
-  orders = orders_of(theirs, ours, some, bars)
+  orders = orders_of(theirs, ours, some, usual)
   if orders:
     return _permuted(orders, ours)
   rotated = _rotated(theirs, ours, some)
@@ -109,13 +109,14 @@ def orders_of(
     theirs: _Leaves,
     ours: _Leaves,
     lost: Sequence[_tree.Path],
-    bars: Mapping[_tree.Path, float],
+    usual: Mapping[_tree.Path, float],
 ) -> dict[_tree.Path, dict[int, np.ndarray]]:
   """For leaves whose units were reordered, by axis the order that aligns them.
 
   One axis is solved for, the others take an order that is known from another
   leaf, until no leaf changes: `linear_sum_assignment` of inner products.
   """
+  bars = {p: _bar(_apart(theirs[p], ours[p]), usual[p]) for p in lost}
   orders: dict[_tree.Path, dict[int, np.ndarray]] = {}
   known: list[np.ndarray] = []
   for _ in range(len(lost)):
@@ -126,12 +127,24 @@ def orders_of(
           key=lambda c: _apart(_ordered(theirs[path], c), ours[path]),
           default=None,
       )
-      if best and _apart(_ordered(theirs[path], best), ours[path]) < bars[path]:
+      if best and _apart(_ordered(theirs[path], best), ours[path]) < min(
+          bars[path], _bar(_chance(theirs[path], ours[path], best), usual[path])
+      ):
         orders[path] = best
         known += best.values()
     if all(p not in orders for p in new):
       break
   return orders
+
+
+def _chance(theirs, ours, axes) -> float:
+  """The distance that the best order leaves of unrelated numbers."""
+  rng = np.random.default_rng(0)
+  other = rng.permutation(ours.ravel()).reshape(ours.shape)
+  rest = {i: o for i, o in list(axes.items())[:-1]}
+  last = list(axes)[-1]
+  order = _order(_ordered(theirs, rest), other, last)
+  return _apart(_ordered(theirs, rest | {last: order}), other)
 
 
 def _candidates(theirs, ours, known) -> Iterator[dict[int, np.ndarray]]:
@@ -250,8 +263,9 @@ def aligned(params: Params, like: Params) -> Params:
       for p in sorted(theirs, key=lambda p: -theirs[p].size)
       if theirs[p].ndim > 1 and apart[p] ** 2 > (ours[p] ** 2).sum() / 2
   ]
-  bars = {p: _bar(apart[p], 0) * 2 for p in theirs}
-  orders = orders_of(theirs, ours, far, bars)
+  # Without a third model, what is usual is not known: half of what chance has.
+  usual = {p: apart[p] / 4 for p in theirs}
+  orders = orders_of(theirs, ours, far, usual)
   new = {p: _ordered(x, orders.get(p, {})) for p, x in theirs.items()}
   known = [o for axes in orders.values() for o in axes.values()]
   for path in theirs.keys() - orders.keys():

@@ -139,7 +139,8 @@ class Trials:
     gain: of that soup over the best single model.
     full: the same of the soup of all that no fact leaves out.
     bad: ingredients with a barrier to `base`.
-    weak: others that lower the soup by their own score.
+    weak: the one that is much worse than all others.
+    uneven: others that are worse than the best, where the soup is too.
     labels: by ingredient, how many predictions agree as they are, and in
       another order of classes.
     statistics: re-estimated minus averaged statistics; None without.
@@ -202,10 +203,9 @@ class Trials:
     num = max(len(usable) - 1, 1)
     others = [k for k in usable if k != self.base]
     below = {k: self._score.difference(self.answers[self.base], self.answers[k], num) for k in others}  # fmt: skip
-    if is_low:
-      for k in sorted(sound, key=score)[:2]:
-        if k != self.base and below[k].is_above:
-          self._compare_labels(k)
+    for k in sorted(sound, key=score)[:2]:
+      if k != self.base and below[k].is_above:
+        self._compare_labels(k)
     wanted = [k for k in others if k not in self.labels] if is_low else suspects
     for i, k in enumerate(wanted):
       self._tell('averages', i / len(wanted))
@@ -213,9 +213,12 @@ class Trials:
         self._pair(k, self.base, num)
     out = {k for k, (same, other) in self.labels.items() if other > same}
     self.bad = [k for k in sound if k in self.drops and self.drops[k].is_above]
+    left = [k for k in sound if k not in out and k not in self.bad]
+    self.weak = self._outlier(left)
+    self.uneven = []
     if is_low:
-      self.weak = [k for k in sound if k in below and below[k].is_above and k not in out and k not in self.bad]  # fmt: skip
-    rest = [k for k in sound if k not in (*self.bad, *self.weak, *out)]
+      self.uneven = [k for k in left if k in below and below[k].is_above and k not in self.weak]  # fmt: skip
+    rest = [k for k in sound if k not in (*self.bad, *self.weak, *self.uneven, *out)]
     self._try(rest)
     if len(self.bad) > len(sound) / 2:
       # Perhaps the best one is that which does not fit.
@@ -224,6 +227,16 @@ class Trials:
     if self._is_thorough:
       self._all()
     return self
+
+  def _outlier(self, members: Sequence[int]) -> list[int]:
+    """The worst, if it is below the next by twice what the others span."""
+    if len(members) < 4:
+      return []
+    last, *above = sorted(members, key=lambda k: self.answers[k].score)
+    scores = [self.answers[k].score for k in above]
+    gap = self._score.difference(self.answers[above[0]], self.answers[last])
+    is_out = gap.is_above and gap.value > 2 * (scores[-1] - scores[0])
+    return [last] if is_out else []
 
   def _try(self, members: Sequence[int]) -> None:
     is_new = len(members) > 1 and tuple(members) not in self.soups

@@ -205,6 +205,11 @@ def _rounded(pool):
   return tree(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16)), pool)
 
 
+def _nearer(world, share):
+  move = lambda start, x: start + share * (x - start)
+  return [tree(move, world.theta_0, x) for x in world.runs['low']]
+
+
 def _soup_among(world, rng):
   good = world.runs['good']
   mean = tree(lambda *x: np.mean(x, axis=0), *good[:3])
@@ -278,7 +283,7 @@ FAULTS = {
     'NaN': (_nan, 'mlp'),
     'another head size': (_narrow, 'mlp'),
     'another dtype': (lambda w, r: _mixed(w, [tree(np.float16, w.runs['good'][4])], ('dtype',)), 'mlp'),
-    'rounding': (lambda w, r: Case(_rounded(w.runs['low']), (), ('rounding',)), 'vit'),
+    'rounding': (lambda w, r: Case(_rounded(_nearer(w, 0.1)), (), ('rounding',)), 'vit'),
     'wrong start': (lambda w, r: Case(w.runs['good'], (), ('start',), theta_0=w.starts[1]), 'mlp vit'),
     'noise in a layer': (_noise, 'mlp'),
     'preprocessing': (_files('preprocessor_config.json', _image, ('preprocessing',)), 'mlp'),
