@@ -227,7 +227,10 @@ class MeanOf:
     right = None
     if self._is_boolean:
       wrong = [_processes.gathered(x) for x in wrong]
-      masks = [None if part[3] is None else _processes.gathered(part[3]) for part in parts]  # fmt: skip
+      masks = [
+          None if part[3] is None else _processes.gathered(part[3])
+          for part in parts
+      ]
       kept = [~x if m is None else ~x[m] for x, m in zip(wrong, masks)]
       right = np.concatenate(kept)
     if self._hard_first:

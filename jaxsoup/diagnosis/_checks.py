@@ -129,7 +129,13 @@ class Case:
     with np.errstate(divide='ignore', invalid='ignore'):
       share = g.products / small**2
       error = large / small / np.sqrt(g.sizes)
-      is_lost = share < _RELATED - _ERRORS * error
+      of_start = g.products[-1] / norms[-1] / np.minimum(norms, norms[-1])
+      error_of_start = norms / norms[-1] / np.sqrt(g.sizes)
+    is_lost = share < _RELATED - _ERRORS * error
+    # A run that went far still contains where it began, and nothing else does.
+    began = of_start >= _RELATED - _ERRORS * error_of_start
+    either, both = began[:, None] | began[None], began[:, None] & began[None]
+    is_lost = np.where(g.has_start, ~both & (either | is_lost), is_lost)
     return is_lost & g.matrices & (norms[-1] > 0)
 
   @functools.cached_property
@@ -172,7 +178,9 @@ class Case:
     g, reference = self.all_geometry, self.reference
     if k not in g.members or k == reference:
       return []
-    distances = np.sqrt(g.squares()[g.members.index(k), g.members.index(reference)])  # fmt: skip
+    distances = np.sqrt(
+        g.squares()[g.members.index(k), g.members.index(reference)]
+    )
     with np.errstate(divide='ignore', invalid='ignore'):
       share = np.where(self.usual > 0, distances / self.usual, 0)
     off = share > _FAR * max(np.median(share[share > 0]), 1)
@@ -216,7 +224,9 @@ class Case:
         found[k] = 'has no negative number in any matrix'
       elif (norms[i, rows] < 0.1 * norms[row, rows]).all():
         ratio = np.median(norms[i, rows] / norms[row, rows])
-        found[k] = f'is {ratio:.1g} times as large as the others in its matrices'
+        found[k] = (
+            f'is {ratio:.1g} times as large as the others in its matrices'
+        )
     return found
 
 
@@ -343,8 +353,10 @@ def _file(*names: str, keys: Sequence[str] = ()):
 
 def _averageable(case: Case) -> Iterator[Seen]:
   """What the reader refuses: other tokens, LoRA factors, quantized weights."""
-  require = getattr(case.pool.ingredients, 'require_averageable', None)
-  for k in case.members if require else ():
+  require = getattr(
+      case.pool.ingredients, 'require_averageable', lambda k: None
+  )
+  for k in case.members:
     try:
       require(k)
     except ValueError as e:
@@ -386,7 +398,9 @@ def _duplicate(case: Case) -> Iterator[Seen]:
 def _is_start(case: Case) -> Iterator[Seen]:
   g = case.geometry
   own = np.einsum('iil->il', g.tasks)[:, g.has_start]
-  still = [k for k, row in zip(g.members, own) if g.has_start.any() and not row.any()]  # fmt: skip
+  still = [
+      k for k, row in zip(g.members, own) if g.has_start.any() and not row.any()
+  ]
   if still:
     yield Seen(still, f'{case.pool.listed(still)} and theta_0 are equal.')
 
@@ -394,8 +408,8 @@ def _is_start(case: Case) -> Iterator[Seen]:
 def _hardly(case: Case) -> Iterator[Seen]:
   g = case.geometry
   share = g.lengths() / np.median(g.lengths())
-  rows = np.flatnonzero(share < _NEAR) if len(share) > 2 else []
-  if len(rows):
+  rows = np.flatnonzero(share < _NEAR)
+  if len(share) > 2 and len(rows):
     ks = [g.members[i] for i in rows]
     yield Seen(
         ks,
@@ -430,15 +444,24 @@ def _match_start(pool: _pool.Pool, members: Sequence[int]) -> None:
   start, shapes = pool.start, pool.leaves[members[0]]
   if not start or any(p in start for p in shapes):
     return
-  ours = {p: pool.leaf(members[0], p) for p, x in shapes.items() if _tree.is_float(x)}  # fmt: skip
+  ours = {
+      p: pool.leaf(members[0], p)
+      for p, x in shapes.items()
+      if _tree.is_float(x)
+  }
   found = {}
   for shape in {x.shape for x in ours.values()}:
     mine = [p for p, x in ours.items() if x.shape == shape]
     theirs = [p for p, x in start.items() if np.shape(x) == shape]
-    costs = np.array([
-        [np.linalg.norm(ours[p] - np.asarray(start[q], float)) for q in theirs]
-        for p in mine
-    ]).reshape(len(mine), len(theirs))
+    costs = np.array(
+        [
+            [
+                np.linalg.norm(ours[p] - np.asarray(start[q], float))
+                for q in theirs
+            ]
+            for p in mine
+        ]
+    ).reshape(len(mine), len(theirs))
     for i, j in zip(*optimize.linear_sum_assignment(costs)):
       found[mine[i]] = start[theirs[j]]
   pool.start = found
@@ -455,7 +478,11 @@ def _moments(case: Case) -> Iterator[Seen]:
 
 def _match(code: str):
   def check(case: Case) -> Iterator[Seen]:
-    ks = [k for k, m in case.matches.items() if m.code == code and k in case.members]  # fmt: skip
+    ks = [
+        k
+        for k, m in case.matches.items()
+        if m.code == code and k in case.members
+    ]
     if ks:
       match = case.matches[ks[0]]
       names = [_tree.name_of(p) for p in match.paths]
@@ -476,9 +503,13 @@ def _initialization(case: Case) -> Iterator[Seen]:
   if ks:
     g = case.all_geometry
     row = lambda k: g.members.index(k)
-    total, norms = g.products.sum(-1), np.sqrt(g.norms() ** 2).sum(-1)
+    total = g.products.sum(-1)
     norms = np.sqrt(np.diag(total))
-    cosine = total[row(main[0]), row(ks[0])] / norms[row(main[0])] / norms[row(ks[0])]  # fmt: skip
+    cosine = (
+        total[row(main[0]), row(ks[0])]
+        / norms[row(main[0])]
+        / norms[row(ks[0])]
+    )
     shown = '; '.join(map(case.pool.listed, [main, *others][:4]))
     yield Seen(
         ks,
@@ -496,9 +527,9 @@ def _part(case: Case) -> Iterator[Seen]:
         [rows[i] for i in group]
         for group in _groups(~case.lost[np.ix_(rows, rows)][..., leaf])
     ]
-    own = case.lost[-1, :-1, leaf]
     if g.has_start[leaf]:  # The family of theta_0 is the right one.
-      groups.sort(key=lambda group: (own[group].mean() > 0.5, -len(group)))
+      own = case.lost[-1, :-1, leaf]
+      groups.sort(key=lambda group, own=own: (own[group[0]], -len(group)))
     outside = tuple(i for group in groups[1:] for i in group)
     if outside:
       apart.setdefault(outside, []).append(int(leaf))
@@ -506,7 +537,9 @@ def _part(case: Case) -> Iterator[Seen]:
     ks = [g.members[i] for i in outside]
     names = [_tree.name_of(g.paths[x]) for x in leaves]
     share = 100 * g.sizes[leaves].sum() / g.sizes.sum()
-    whose = 'every ingredient' if len(ks) > len(rows) - 2 else case.pool.listed(ks)  # fmt: skip
+    whose = (
+        'every ingredient' if len(ks) > len(rows) - 2 else case.pool.listed(ks)
+    )
     yield Seen(
         ks,
         f'In {whose}, the values of {_findings.listed(names, range(len(names)), 3)} '
@@ -545,7 +578,9 @@ def _untied(case: Case) -> Iterator[Seen]:
   for a, b in itertools.combinations(range(len(g.paths)), 2):
     if g.sizes[a] != g.sizes[b] or not g.matrices[a] or not g.matrices[b]:
       continue
-    is_tied = np.isclose(norms[:, a], norms[:, b], rtol=1e-6) & (norms[:, a] > 0)
+    is_tied = np.isclose(norms[:, a], norms[:, b], rtol=1e-6) & (
+        norms[:, a] > 0
+    )
     out = [k for k, tied in zip(g.members, is_tied) if not tied]
     if not out or len(out) > len(g.members) / 2:
       continue
@@ -590,7 +625,11 @@ def _soup_of_others(case: Case) -> Iterator[Seen]:
 
 
 def _copies(case: Case) -> Iterator[Seen]:
-  said = {k: case.pool.copies[k] for k in case.members if case.pool.copies[k] is not None}  # fmt: skip
+  said = {
+      k: case.pool.copies[k]
+      for k in case.members
+      if case.pool.copies[k] is not None
+  }
   raw = [k for k, name in said.items() if not name]
   kept = [k for k, name in said.items() if name]
   if raw and kept:
@@ -668,8 +707,8 @@ def rates_text(
   """The learning rates of some and of others, where runs carry them."""
   texts = []
   for group in (ks, others):
-    rates = [pool.configs[k].get('learning_rate') for k in group]
-    if not rates or any(rate is None for rate in rates):
+    rates = [pool.configs[k].get('learning_rate', np.nan) for k in group]
+    if not rates or not np.isfinite(rates).all():
       return ''
     low, high = f'{min(rates):.2g}', f'{max(rates):.2g}'
     texts.append(low if low == high else f'{low} to {high}')
@@ -738,7 +777,9 @@ def _still(g, ks, is_still, text) -> Seen:
 
 _BASINS = 'Their units do not correspond, and the average is noise.'
 _OUT = 'Leave out {them}.'
-_CONVERT = 'Find the conversion that did it, and convert again; or leave out {them}.'  # fmt: skip
+_CONVERT = (
+    'Find the conversion that did it, and convert again; or leave out {them}.'
+)
 
 CHECKS = (
     Check(

@@ -146,7 +146,8 @@ def _of_weights(
     case: _checks.Case, has_start: bool
 ) -> tuple[list[Finding], list[int]]:
   """Findings of the table, and members that only data can convict."""
-  findings, suspects = [], []
+  findings: list[Finding] = []
+  suspects: list[int] = []
   for check in _checks.CHECKS:
     if check.code == 'duplicate':
       case.usable = list(case.members)
@@ -180,7 +181,9 @@ def _finding(pool, check, seen, members, out=(), **fields) -> Finding:
 
 
 def _check(code, severity, title, meaning, remedy) -> _checks.Check:
-  return _checks.Check(code, lambda _: iter(()), severity, title, meaning, remedy)  # fmt: skip
+  return _checks.Check(
+      code, lambda _: iter(()), severity, title, meaning, remedy
+  )
 
 
 _OF_DATA = {
@@ -252,7 +255,8 @@ def _with_data(case, findings, trials, has_start) -> Iterator[Finding]:
           f'{f.seen} Half-way to {pool.names[trials.base]} the score is '
           f'{worst} below the mean of the two.'
       )
-      f = f._replace(seen=text, cost=worst.value)
+      severity = 'error' if is_confirmed else f.severity
+      f = f._replace(seen=text, cost=worst.value, severity=severity)
     if f.leave_out:
       explained |= set(f.ingredients)
     yield f
@@ -276,9 +280,13 @@ def _with_data(case, findings, trials, has_start) -> Iterator[Finding]:
   new = trials.statistics
   falls = trials.full.is_below
   if new and new.is_above:
-    text = f'With re-estimated statistics the score of the soup changes by {new}.'
+    text = (
+        f'With re-estimated statistics the score of the soup changes by {new}.'
+    )
     yield made('batch_norm', (), text, new.value)
-  elif new is None and falls and _tree.statistics_of(list(pool.leaves[0])).any():
+  elif (
+      new is None and falls and _tree.statistics_of(list(pool.leaves[0])).any()
+  ):
     text = (
         f'The soup is {trials.full} from the best model, with averaged '
         'statistics.'
@@ -286,41 +294,49 @@ def _with_data(case, findings, trials, has_start) -> Iterator[Finding]:
     yield made('batch_norm', (), text, -trials.full.value)
   bad = [k for k in trials.bad if k not in explained]
   sound = [k for k in case.members if k in trials.answers]
-  rates = lambda ks: _checks.rates_text(pool, ks, [k for k in sound if k not in ks])  # fmt: skip
-  text = lambda ks: '; '.join(
+  rates = lambda ks: _checks.rates_text(
+      pool, ks, [k for k in sound if k not in ks]
+  )
+  of_pairs = lambda ks: '; '.join(
       f'half-way between {pool.names[k]} and {pool.names[trials.base]} the score '
       f'is {trials.drops[k]} below the mean of the two'
       for k in ks[:3]
   )
-  if bad and 2 * len(bad) >= len(sound) - 1 and len(sound) > 2 or len(sound) == 2 and bad:  # fmt: skip
+  if 2 * len(bad) >= len(sound) - 1 and bad:
     worst = max(trials.drops[k].value for k in bad)
     yield made(
         'barrier', bad, f'In {len(bad)} of {len(sound) - 1} pairs there is a '
-        f'barrier: {text(bad)}.{rates(bad)}', worst,
+        f'barrier: {of_pairs(bad)}.{rates(bad)}', worst,
     )  # fmt: skip
   else:
     for k in bad:
-      yield made('unknown', [k], f'{text([k])}.{rates([k])}', trials.drops[k].value)  # fmt: skip
+      yield made(
+          'unknown', [k], f'{of_pairs([k])}.{rates([k])}', trials.drops[k].value
+      )
   weak = [k for k in trials.weak if k not in explained]
   for k in weak:
     gap = score(trials.base) - score(k)
     off = case.off(k)
     code = 'unmoved' if not has_start and _is_outside(case, k) else 'weak'
-    seen = f'{pool.names[k]} scores {score(k):.3g}, the best {score(trials.base):.3g}.{rates([k])}'  # fmt: skip
+    seen = f'{pool.names[k]} scores {score(k):.3g}, the best {score(trials.base):.3g}.{rates([k])}'
     if off:
       code = 'unknown'
-      seen += f' It differs most in {_findings.listed(off, range(len(off)), 3)}.'
+      seen += (
+          f' It differs most in {_findings.listed(off, range(len(off)), 3)}.'
+      )
     yield made(code, [k], seen, gap)
   if trials.uneven:
     ks = trials.uneven
-    seen = f'{pool.listed(ks)}: {max(map(score, ks)):.3g} at most, and {pool.names[trials.base]} {score(trials.base):.3g}.{rates(ks)}'  # fmt: skip
+    seen = f'{pool.listed(ks)}: {max(map(score, ks)):.3g} at most, and {pool.names[trials.base]} {score(trials.base):.3g}.{rates(ks)}'
     yield made('uneven', ks, seen, -trials.full.value)
   if falls and not explained and not (new and new.is_above):
-    seen = f'The soup is {trials.full} from the best model, and no model has a barrier to it.'  # fmt: skip
+    seen = f'The soup is {trials.full} from the best model, and no model has a barrier to it.'
     yield made('barrier', (), seen, -trials.full.value)
   apart = trials.disagreement[~np.isnan(trials.disagreement)]
   if apart.size and apart.max() < _ALIKE:
-    seen = f'No two differ on more than {100 * apart.max():.2g} % of the examples.'
+    seen = (
+        f'No two differ on more than {100 * apart.max():.2g} % of the examples.'
+    )
     yield made('alike', (), seen, np.nan)
 
 
@@ -333,7 +349,7 @@ def _is_outside(case, k) -> bool:
   distances = g.distances()
   others = np.delete(np.arange(len(distances)), i)
   inside = distances[np.ix_(others, others)]
-  return distances[i, others].min() > np.median(inside[inside > 0])
+  return np.median(distances[i, others]) > np.median(inside[inside > 0])
 
 
 def _by_weights(case) -> Verdict:

@@ -71,7 +71,9 @@ def correspondence(
       and _apart(theirs[p].T, ours[p]) < bars[p]
   ]
   if transposed:
-    return Match('transposed', tuple(transposed), 'is that of the others, transposed')  # fmt: skip
+    return Match(
+        'transposed', tuple(transposed), 'is that of the others, transposed'
+    )
   pairs = [
       (p, q)
       for p, q in itertools.permutations(ours, 2)
@@ -203,24 +205,27 @@ def rescaled(
   layer and into the next: `u + v = 0`, and not `|u + v|^2 = |u|^2 + |v|^2`.
   """
 
-  def logs(path, axis):
-    def norms(x):
-      x = x.reshape(len(x), -1) if axis and x.ndim > 1 else x
-      x = x.reshape(-1, x.shape[-1]) if not axis and x.ndim != 2 else x
-      return np.sqrt((x**2).sum(1 - axis)) if x.ndim > 1 else np.abs(x)
+  def logs(path, views):
+    for view in views:
+      norms = [
+          np.sqrt((view(x[path]) ** 2).sum(1)).clip(1e-9)
+          for x in (theirs, ours)
+      ]
+      yield np.log(norms[0] / norms[1])
 
-    tops = [norms(x[path]) for x in (theirs, ours)]
-    return np.log(np.maximum(tops[0], 1e-12) / np.maximum(tops[1], 1e-12))
-
+  # Units that go out, [units, all else], perhaps over heads; and that come in.
+  out = (lambda x: x.reshape(len(x) if x.ndim > 1 else 1, -1).T,
+         lambda x: x.reshape(-1, x.shape[-1]).T)  # fmt: skip
+  come = (lambda x: np.moveaxis(x, -2, 0).reshape(x.shape[-2], -1),
+          lambda x: x.reshape(-1, x.shape[-1]))  # fmt: skip
   for p, q in itertools.permutations(off, 2):
     if ours[q].ndim < 2:
       continue
-    u, v = logs(p, 1), logs(q, 0)
-    if u.shape != v.shape:
-      continue
-    u, v = np.clip(u, -9, 9), np.clip(v, -9, 9)
-    if ((u + v) ** 2).sum() < 0.5 * ((u**2).sum() + (v**2).sum()):
-      return p, q, float(np.exp(np.sqrt((u**2).mean())))
+    for u, v in itertools.product(logs(p, out), logs(q, come)):
+      if u.shape != v.shape or not len(u) > 1:
+        continue
+      if ((u + v) ** 2).sum() < 0.5 * ((u**2).sum() + (v**2).sum()):
+        return p, q, float(np.exp(np.sqrt((u**2).mean())))
   return None
 
 

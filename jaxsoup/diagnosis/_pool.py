@@ -228,9 +228,10 @@ def _looked_at(leaves):
   finite = [jnp.isfinite(x).all() for x in leaves]
   leaves = [jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in leaves]
   low = [jnp.real(x).min(initial=jnp.inf) for x in leaves]
-  is_narrow = lambda x: x.dtype == jnp.float32 and (
-      x == jax.lax.reduce_precision(x, 8, 7)
-  ).all()
+  is_narrow = (
+      lambda x: x.dtype == jnp.float32
+      and (x == jax.lax.reduce_precision(x, 8, 7)).all()
+  )
   return leaves, finite, low, [is_narrow(x) for x in leaves]
 
 
@@ -245,10 +246,12 @@ def measure(
   _checked.require_floats(paths)
   rows = _Rows(pool, members, paths, progress_fn)
   first = rows[0]
-  has_start = np.array([
-      p in pool.start and np.shape(pool.start[p]) == shapes[p].shape
-      for p in paths
-  ])
+  has_start = np.array(
+      [
+          p in pool.start and np.shape(pool.start[p]) == shapes[p].shape
+          for p in paths
+      ]
+  )
   origin = [
       jnp.asarray(pool.start[p]) if known else x
       for p, known, x in zip(paths, has_start, first)
@@ -276,10 +279,12 @@ def measure(
       raw,
       has_start[keep],
       low,
-      np.array([
-          _spacing([shapes[p].shape for p in paths], *row)
-          for row in zip(dtypes, narrow)
-      ]),
+      np.array(
+          [
+              _spacing([shapes[p].shape for p in paths], *row)
+              for row in zip(dtypes, narrow)
+          ]
+      ),
   )
   return geometry, finite
 

@@ -122,7 +122,9 @@ class Scorer:
       error = np.sqrt(variance / self.num_examples)
     else:
       return Interval(float(value))
-    return Interval(float(value), *map(float, (value - z * error, value + z * error)))  # fmt: skip
+    return Interval(
+        float(value), *map(float, (value - z * error, value + z * error))
+    )
 
 
 class Trials:
@@ -198,11 +200,15 @@ class Trials:
     if len(sound) > 1:
       self._soup(sound)
       self.full = self._gain(sound)
-      self._of_statistics(sound)
     is_low = self.full.is_below
     num = max(len(usable) - 1, 1)
     others = [k for k in usable if k != self.base]
-    below = {k: self._score.difference(self.answers[self.base], self.answers[k], num) for k in others}  # fmt: skip
+    below = {
+        k: self._score.difference(self.answers[self.base], self.answers[k], num)
+        for k in others
+    }
+    if self._logits_fn is not None:
+      self._predicted(self.base)
     for k in sorted(sound, key=score)[:2]:
       if k != self.base and below[k].is_above:
         self._compare_labels(k)
@@ -217,13 +223,20 @@ class Trials:
     self.weak = self._outlier(left)
     self.uneven = []
     if is_low:
-      self.uneven = [k for k in left if k in below and below[k].is_above and k not in self.weak]  # fmt: skip
-    rest = [k for k in sound if k not in (*self.bad, *self.weak, *self.uneven, *out)]
+      self.uneven = [
+          k
+          for k in left
+          if k in below and below[k].is_above and k not in self.weak
+      ]
+    rest = [
+        k for k in sound if k not in (*self.bad, *self.weak, *self.uneven, *out)
+    ]
     self._try(rest)
     if len(self.bad) > len(sound) / 2:
       # Perhaps the best one is that which does not fit.
       self._try([k for k in sound if k != self.base])
     self._choose(rest)
+    self._of_statistics()
     if self._is_thorough:
       self._all()
     return self
@@ -246,8 +259,9 @@ class Trials:
   def _choose(self, rest) -> None:
     # Among equals that without what has a barrier.
     key = lambda s: (self.soups[s].score, s == tuple(rest), len(s))
+    self.chosen: tuple[int, ...] = (self.best,)
+    self.gain = Interval(0.0)
     if not self.soups:
-      self.chosen, self.gain = (self.best,), Interval(0.0)
       return
     self.chosen = max(self.soups, key=key)
     self.gain = self._gain(self.chosen)
@@ -258,28 +272,31 @@ class Trials:
 
   def _soup(self, members: Sequence[int]) -> None:
     self._tell('averages', 0.0)
+    average = self._average(members)
+    self.soups[tuple(members)] = self._of_average(average)
+
+  def _average(self, members: Sequence[int]) -> Params:
     alpha = np.zeros(len(self._pool), np.float32)
     alpha[list(members)] = 1 / len(members)
     # Ingredients with alpha 0 are not read, so they need not be compatible.
-    self._mean = _average.average(self._pool.ingredients, alpha).params
-    self.soups[tuple(members)] = self._of_average(self._mean)
+    return _average.average(self._pool.ingredients, alpha).params
 
   def _of_average(self, params: Params) -> Answer:
     if self._recalibrate_fn is not None:
       params = _recalibrated(params, self._recalibrate_fn(params))
     return self._score(params)
 
-  def _of_statistics(self, members) -> None:
-    """What new statistics of BatchNorm change, for the soup of these."""
-    paths = self._pool.leaves[members[0]]
-    if self._recalibrate_fn is None or not _tree.statistics_of(list(paths)).any():  # fmt: skip
-      return
-    new = self.soups[tuple(members)]
-    self.statistics = self._score.difference(new, self._score(self._mean))
+  def _of_statistics(self) -> None:
+    """What new statistics of BatchNorm change, for the chosen soup."""
+    paths = list(self._pool.leaves[self.best])
+    if self._recalibrate_fn and self.soups and _tree.statistics_of(paths).any():
+      old = self._score(self._average(self.chosen))
+      new = self.soups[tuple(self.chosen)]
+      self.statistics = self._score.difference(new, old)
 
   def _pair(self, k: int, other: int, num: int) -> None:
     pair = sorted((k, other), key=lambda x: -self.answers[x].score)
-    half = between(*(self._pool.ingredients[x] for x in pair))
+    half = between(*[self._pool.ingredients[x] for x in pair])
     a, b = (self.answers[x] for x in pair)
     drop = self._score.drop(a, b, self._of_average(half), num)
     self.barriers[k, other] = self.barriers[other, k] = drop.value
@@ -336,9 +353,9 @@ class Trials:
       return
     ends = np.unravel_index(np.nanargmax(self.barriers), self.barriers.shape)
     better, other = sorted(map(int, ends), key=lambda k: -self.answers[k].score)
-    models = [self._pool.ingredients[k] for k in (better, other)]
+    first, second = (self._pool.ingredients[k] for k in (better, other))
     for name, paths in parts_of(self._case.all_geometry.paths).items():
-      answer = self._of_average(between(*models, paths))
+      answer = self._of_average(between(first, second, paths))
       self.parts[name] = self.answers[better].score - answer.score
 
 

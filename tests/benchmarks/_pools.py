@@ -124,7 +124,10 @@ def _convolved(p, x, stride):
 
 def _layer_norm(p, x):
   x = x - x.mean(-1, keepdims=True)
-  return p['scale'] * x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6) + p['bias']  # fmt: skip
+  return (
+      p['scale'] * x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+      + p['bias']
+  )
 
 
 def _attend(p, x):
@@ -196,7 +199,9 @@ def _train(net, start, rate, seed, steps, trains, labels, data):
     params = jax.tree_util.tree_map_with_path(
         lambda path, p, u: p - now * moves(path) * u, params, updates
     )
-    keep = lambda share: lambda old, x: jnp.where(is_on, share * old + (1 - share) * x, old)  # fmt: skip
+    keep = lambda share: lambda old, x: jnp.where(
+        is_on, share * old + (1 - share) * x, old
+    )
     stats = tree(keep(0.8), stats, seen)
     whole = joined(params, stats)
     average = tree(keep(0.95), average, whole)
@@ -325,7 +330,9 @@ def made(net, seed, folder, groups=None):
   extra = {k: of(k)['good'] for k in ('average', 'half', 'mu', 'nu')}
   extra['chain'] = chain
   extra['new head start'] = [_with_head(net, starts[0], 1000 * seed + 7)]
-  rates = {name: list(group['rates']) for name, group in (groups or GROUPS).items()}  # fmt: skip
+  rates = {
+      name: list(group['rates']) for name, group in (groups or GROUPS).items()
+  }
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(pickle.dumps((starts, of('end'), extra, rates)))
   return World(net, seed, starts, of('end'), extra, rates, data)

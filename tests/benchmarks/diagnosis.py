@@ -69,7 +69,11 @@ def _mixed(world, added, codes, num=4, **options):
 def _permute_units(world, rng):
   def change(net):
     if world.net == 'mlp':
-      for name, after in (('first', 'second'), ('second', 'third'), ('third', 'head')):  # fmt: skip
+      for name, after in (
+          ('first', 'second'),
+          ('second', 'third'),
+          ('third', 'head'),
+      ):
         order = rng.permutation(64)
         net[name] = tree(lambda x, o=order: x[..., o], net[name])
         net[after]['kernel'] = net[after]['kernel'][order]
@@ -106,7 +110,11 @@ def _permute_heads(world, rng):
 
 def _transpose(world, rng):
   def change(net):
-    layer = net['second'] if world.net == 'mlp' else net['block_1']['attention']['out']  # fmt: skip
+    layer = (
+        net['second']
+        if world.net == 'mlp'
+        else net['block_1']['attention']['out']
+    )
     layer['kernel'] = layer['kernel'].T.copy()
 
   return _last(world, change, ('transposed',))
@@ -169,7 +177,13 @@ def _labels_trained(world, rng):
 def _untie(world, rng):
   pool = []
   for k, params in enumerate(world.runs['good'][:5]):
-    kernel = params['head']['kernel'] + 0.3 * (k == 4) * rng.normal(size=(64, 10)) * params['head']['kernel'].std()  # fmt: skip
+    kernel = (
+        params['head']['kernel']
+        + 0.3
+        * (k == 4)
+        * rng.normal(size=(64, 10))
+        * params['head']['kernel'].std()
+    )
     pool.append({**params, 'tied': {'kernel': kernel.astype(np.float32)}})
   return Case(pool, (4,), ('untied',), has_start=False)
 
@@ -233,7 +247,12 @@ def _files(name, content_fn, codes):
       path = folder / f'run{k}'
       path.mkdir()
       flat = jax.tree_util.tree_leaves_with_path(params)
-      arrays = {jax.tree_util.keystr(p, simple=True, separator='.'): np.ascontiguousarray(x) for p, x in flat}  # fmt: skip
+      arrays = {
+          jax.tree_util.keystr(
+              p, simple=True, separator='.'
+          ): np.ascontiguousarray(x)
+          for p, x in flat
+      }
       safetensors.save_file(arrays, path / 'model.safetensors')
       (path / 'config.json').write_text(json.dumps({'model_type': 'x'}))
       (path / name).write_text(json.dumps(content_fn(k == 4)))
@@ -244,52 +263,113 @@ def _files(name, content_fn, codes):
 
 
 _image = lambda is_bad: {'image_mean': [0.5 if is_bad else 0.48], 'size': 8}
-_vocab = lambda is_bad: {'model': {'vocab': {'the': 1 + is_bad, 'a': 2 - is_bad}}}  # fmt: skip
+_vocab = lambda is_bad: {
+    'model': {'vocab': {'the': 1 + is_bad, 'a': 2 - is_bad}}
+}
 _classes = lambda is_bad: {
     'model_type': 'x',
     'id2label': {str(i): str((i + 3 * is_bad) % 10) for i in range(10)},
 }
 
 FAULTS = {
-    'another start': (lambda w, r: _mixed(w, w.runs['other'][:1], ('initialization',)), 'mlp cnn vit'),
-    'another start, half': (lambda w, r: _mixed(w, w.runs['other'], ('initialization',)), 'mlp vit'),
-    'own heads': (lambda w, r: Case(w.runs['own heads'][:5], (0, 1, 2, 3, 4), ('part',)), 'mlp cnn vit'),
-    'own heads, two of six': (lambda w, r: _mixed(w, w.runs['own heads'][:2], ('part',)), 'mlp cnn vit'),
+    'another start': (
+        lambda w, r: _mixed(w, w.runs['other'][:1], ('initialization',)),
+        'mlp cnn vit',
+    ),
+    'another start, half': (
+        lambda w, r: _mixed(w, w.runs['other'], ('initialization',)),
+        'mlp vit',
+    ),
+    'own heads': (
+        lambda w, r: Case(w.runs['own heads'][:5], (0, 1, 2, 3, 4), ('part',)),
+        'mlp cnn vit',
+    ),
+    'own heads, two of six': (
+        lambda w, r: _mixed(w, w.runs['own heads'][:2], ('part',)),
+        'mlp cnn vit',
+    ),
     'untrained head': (_random_head, 'mlp cnn'),
     'permuted units': (_permute_units, 'mlp cnn vit'),
     'permuted heads': (_permute_heads, 'vit'),
     'transposed': (_transpose, 'mlp vit'),
     'layers swapped': (_swap(['second'], 'third'), 'mlp'),
     'blocks swapped': (_swap(['block_1'], 'block_2'), 'vit'),
-    'q and k exchanged': (_swap(['block_1', 'attention', 'query'], 'key'), 'vit'),
-    'q and v exchanged': (_swap(['block_0', 'attention', 'query'], 'value'), 'vit'),
+    'q and k exchanged': (
+        _swap(['block_1', 'attention', 'query'], 'key'),
+        'vit',
+    ),
+    'q and v exchanged': (
+        _swap(['block_0', 'attention', 'query'], 'value'),
+        'vit',
+    ),
     'q and k rotated': (_rotate, 'vit'),
     'rescaled': (_rescale, 'mlp cnn vit'),
     'order of labels, stored': (_label_order, 'mlp vit'),
     'order of labels, trained': (_labels_trained, 'mlp cnn vit'),
-    'first moments': (lambda w, r: _mixed(w, w.extra['mu'][:1], ('moments',)), 'cnn vit'),
-    'second moments': (lambda w, r: _mixed(w, w.extra['nu'][:1], ('moments',)), 'mlp vit'),
+    'first moments': (
+        lambda w, r: _mixed(w, w.extra['mu'][:1], ('moments',)),
+        'cnn vit',
+    ),
+    'second moments': (
+        lambda w, r: _mixed(w, w.extra['nu'][:1], ('moments',)),
+        'mlp vit',
+    ),
     'soup of others': (_soup_among, 'mlp cnn vit'),
     'untied copy': (_untie, 'mlp'),
-    'not fine-tuned': (lambda w, r: _mixed(w, [w.theta_0], ('unmoved',)), 'mlp vit'),
-    'not fine-tuned, no start': (lambda w, r: _mixed(w, [w.theta_0], ('unmoved',), has_start=False), 'mlp cnn vit'),
-    'twice': (lambda w, r: _mixed(w, [w.runs['good'][1]], ('duplicate',)), 'mlp'),
+    'not fine-tuned': (
+        lambda w, r: _mixed(w, [w.theta_0], ('unmoved',)),
+        'mlp vit',
+    ),
+    'not fine-tuned, no start': (
+        lambda w, r: _mixed(w, [w.theta_0], ('unmoved',), has_start=False),
+        'mlp cnn vit',
+    ),
+    'twice': (
+        lambda w, r: _mixed(w, [w.runs['good'][1]], ('duplicate',)),
+        'mlp',
+    ),
     'EMA and its run': (_copy('average'), 'mlp cnn vit'),
     'half-way and its run': (_copy('half'), 'mlp vit'),
-    'rate too high, one': (lambda w, r: _mixed(w, w.runs['wild'][:1], ('far',)), 'mlp cnn vit'),
-    'rate too high, all': (lambda w, r: Case(w.runs['hot'], (0, 1, 2, 3), ('barrier', 'far')), 'mlp vit'),
-    'running statistics': (lambda w, r: Case(w.runs['hot'], (0, 1, 2, 3), ('batch_norm',)), 'cnn'),
-    'labels at random': (lambda w, r: _mixed(w, w.runs['noise'], ('weak',)), 'mlp cnn'),
+    'rate too high, one': (
+        lambda w, r: _mixed(w, w.runs['wild'][:1], ('far',)),
+        'mlp cnn vit',
+    ),
+    'rate too high, all': (
+        lambda w, r: Case(w.runs['hot'], (0, 1, 2, 3), ('barrier', 'far')),
+        'mlp vit',
+    ),
+    'running statistics': (
+        lambda w, r: Case(w.runs['hot'], (0, 1, 2, 3), ('batch_norm',)),
+        'cnn',
+    ),
+    'labels at random': (
+        lambda w, r: _mixed(w, w.runs['noise'], ('weak',)),
+        'mlp cnn',
+    ),
     'NaN': (_nan, 'mlp'),
     'another head size': (_narrow, 'mlp'),
-    'another dtype': (lambda w, r: _mixed(w, [tree(np.float16, w.runs['good'][4])], ('dtype',)), 'mlp'),
-    'rounding': (lambda w, r: Case(_rounded(_nearer(w, 0.1)), (), ('rounding',)), 'vit'),
-    'wrong start': (lambda w, r: Case(w.runs['good'], (), ('start',), theta_0=w.starts[1]), 'mlp vit'),
+    'another dtype': (
+        lambda w, r: _mixed(
+            w, [tree(np.float16, w.runs['good'][4])], ('dtype',)
+        ),
+        'mlp',
+    ),
+    'rounding': (
+        lambda w, r: Case(_rounded(_nearer(w, 0.1)), (), ('rounding',)),
+        'vit',
+    ),
+    'wrong start': (
+        lambda w, r: Case(w.runs['good'], (), ('start',), theta_0=w.starts[1]),
+        'mlp vit',
+    ),
     'noise in a layer': (_noise, 'mlp'),
-    'preprocessing': (_files('preprocessor_config.json', _image, ('preprocessing',)), 'mlp'),
+    'preprocessing': (
+        _files('preprocessor_config.json', _image, ('preprocessing',)),
+        'mlp',
+    ),
     'tokenizer': (_files('tokenizer.json', _vocab, ('tokenizer',)), 'mlp'),
     'id2label': (_files('config.json', _classes, ('labels',)), 'mlp'),
-}  # fmt: skip
+}
 
 
 def _low_rank(world, rng, rank=3):
@@ -298,7 +378,9 @@ def _low_rank(world, rng, rank=3):
   def leaf(start, x):
     if x.ndim < 2 or min(x.shape) <= rank:
       return start
-    u, s, v = np.linalg.svd((x - start).reshape(len(x), -1), full_matrices=False)  # fmt: skip
+    u, s, v = np.linalg.svd(
+        (x - start).reshape(len(x), -1), full_matrices=False
+    )
     return start + ((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(x.shape)
 
   return Case([tree(leaf, world.theta_0, x) for x in world.runs['high']])
@@ -310,16 +392,27 @@ HEALTHY = {
     'two runs': (_runs('good', 2), 'mlp cnn vit'),
     'twelve runs': (_runs('many'), 'mlp cnn vit'),
     'low rates': (_runs('low'), 'mlp cnn vit'),
-    'two of a low rate': (lambda w, r: Case(w.runs['good'][:4] + w.runs['low'][:2]), 'mlp cnn vit'),
+    'two of a low rate': (
+        lambda w, r: Case(w.runs['good'][:4] + w.runs['low'][:2]),
+        'mlp cnn vit',
+    ),
     'high rates': (_runs('high'), 'mlp cnn vit'),
-    'one longer': (lambda w, r: Case(w.runs['good'][:4] + w.runs['long'][:1]), 'mlp cnn vit'),
+    'one longer': (
+        lambda w, r: Case(w.runs['good'][:4] + w.runs['long'][:1]),
+        'mlp cnn vit',
+    ),
     'only EMA': (lambda w, r: Case(w.extra['average']), 'mlp cnn vit'),
     'frozen head': (_runs('bodies'), 'mlp cnn vit'),
-    'one new head for all': (lambda w, r: Case(w.runs['new head'], theta_0=w.extra['new head start'][0]), 'mlp vit'),
+    'one new head for all': (
+        lambda w, r: Case(
+            w.runs['new head'], theta_0=w.extra['new head start'][0]
+        ),
+        'mlp vit',
+    ),
     'merged low rank': (_low_rank, 'mlp vit'),
     'bfloat16': (lambda w, r: Case(_rounded(w.runs['high'])), 'mlp cnn vit'),
     'from each other': (lambda w, r: Case(w.extra['chain'][1:]), 'mlp cnn vit'),
-}  # fmt: skip
+}
 
 
 class Counted(evaluation.MeanOf):
@@ -445,7 +538,7 @@ def main():
 def shown(rows):
   """Prints the tables."""
   for row in rows:
-    mark = ('ok ' if row['is_first'] else 'any' if row['is_any'] else 'NO ')
+    mark = 'ok ' if row['is_first'] else 'any' if row['is_any'] else 'NO '
     if row['kind'] == 'healthy':
       mark = 'NO ' if row['found'] else 'ok '
     print(
