@@ -131,7 +131,8 @@ class Case:
       error = large / small / np.sqrt(g.sizes)
       of_start = g.products[-1] / norms[-1] / np.minimum(norms, norms[-1])
       error_of_start = norms / norms[-1] / np.sqrt(g.sizes)
-    is_lost = share < _RELATED - _ERRORS * error
+    # What went much further than the other may have lost where it began.
+    is_lost = (share < _RELATED - _ERRORS * error) & (large < _FAR * small)
     # A run that went far still contains where it began, and nothing else does.
     began = of_start >= _RELATED - _ERRORS * error_of_start
     either, both = began[:, None] | began[None], began[:, None] & began[None]
@@ -407,9 +408,11 @@ def _is_start(case: Case) -> Iterator[Seen]:
 
 def _hardly(case: Case) -> Iterator[Seen]:
   g = case.geometry
+  if len(g.members) < 3:
+    return
   share = g.lengths() / np.median(g.lengths())
   rows = np.flatnonzero(share < _NEAR)
-  if len(share) > 2 and len(rows):
+  if len(rows):
     ks = [g.members[i] for i in rows]
     yield Seen(
         ks,
@@ -609,13 +612,14 @@ def _soup_of_others(case: Case) -> Iterator[Seen]:
   rows = vectors * np.sqrt(values.clip(0))
   scale = np.sqrt(np.diag(total).max())
   rows = np.concatenate([rows, np.full((num, 1), 10 * scale)], 1)
-  rounding = g.rounding()
+  rounding, distances = g.rounding(), g.distances()
   for i, k in enumerate(g.members):
     others = [j for j in range(num) if j != i]
     alpha, rest = optimize.nnls(rows[others].T, rows[i])
     noise = _pool.NOISE**0.5 * scale + rounding[i]
+    nearest = distances[i, others].min()
     used = [g.members[j] for j, a in zip(others, alpha) if a > 0.01]
-    if rest < noise and len(used) > 1 and noise < 0.1 * scale:
+    if len(used) > 1 and rest < noise < nearest / 4:
       shown = ', '.join(f'{a:.2f}' for a in alpha if a > 0.01)
       yield Seen(
           [k],
@@ -641,24 +645,36 @@ def _copies(case: Case) -> Iterator[Seen]:
     )
     return
   g = case.geometry
+  # Linear probes are near to each other.
+  own = np.einsum('iil->il', g.tasks) == 0
+  probes = (own & ~own.all(0)).any(1)
+  g = g.take(np.flatnonzero(~probes))
   if not g.has_start.any() or len(g.members) < 3:
     return
-  shared, cosines = _shared(g.tasks[..., g.has_start].sum(-1)), g.cosines()
-  i, j = np.unravel_index(np.nanargmax(shared), shared.shape)
-  if shared[i, j] > _COPIES and cosines[i, j] > _COPIES:
-    pair = sorted((g.members[i], g.members[j]))
-    rows = (shared > _COPIES) & (cosines > _COPIES)
-    num = int(np.triu(rows, 1).sum())
-    norms = g.lengths()
-    out = min((i, j), key=lambda x: norms[x])
-    yield Seen(
-        pair,
-        f'{case.pool.listed(pair)} moved in the same direction (cosine of the '
-        f'task vectors {cosines[i, j]:.2f}), also in what the others do not '
-        f'share (correlation {shared[i, j]:.2f})'
-        + (f', and {num - 1} more pairs.' if num > 1 else '.'),
-        keep=[g.members[x] for x in (i, j) if x != out],
-    )
+  total, cosines, norms = (
+      g.tasks[..., g.has_start].sum(-1),
+      g.cosines(),
+      g.lengths(),
+  )
+  shared = _shared(total)
+  # Only next to others that went about as far: runs that went less far have
+  # more in common.
+  alike = np.abs(np.log(norms[:, None] / norms)) < np.log(2)
+  is_copy = (shared > _COPIES) & (cosines > _COPIES) & (alike.sum(1) > 3)
+  if not is_copy.any():
+    return
+  i, j = np.unravel_index(np.where(is_copy, shared, -1).argmax(), shared.shape)
+  pair = sorted((g.members[i], g.members[j]))
+  num = int(np.triu(is_copy | is_copy.T, 1).sum())
+  out = min((i, j), key=lambda x: norms[x])
+  yield Seen(
+      pair,
+      f'{case.pool.listed(pair)} moved in the same direction (cosine of the '
+      f'task vectors {cosines[i, j]:.2f}), also in what the others do not '
+      f'share (correlation {shared[i, j]:.2f})'
+      + (f', and {num - 1} more pairs.' if num > 1 else '.'),
+      keep=[g.members[x] for x in (i, j) if x != out],
+  )
 
 
 def _shared(total: np.ndarray) -> np.ndarray:
@@ -682,8 +698,8 @@ def _shared(total: np.ndarray) -> np.ndarray:
 
 def _far(case: Case) -> Iterator[Seen]:
   g = case.geometry
-  lengths = g.lengths()
-  if len(lengths) < 3 or not np.median(lengths) > 0:
+  lengths = g.lengths() if len(g.members) > 2 else np.zeros(1)
+  if not np.median(lengths) > 0:
     return
   share = lengths / np.median(lengths)
   with np.errstate(divide='ignore'):
@@ -935,7 +951,6 @@ CHECKS = (
         'the same model, which then counts twice.',
         'Use one copy of each run, of the same kind for all: only the moving '
         'averages, or only the last checkpoints.',
-        'start',
     ),
     Check(
         'unmoved', _hardly, 'warning', 'Hardly fine-tuned',

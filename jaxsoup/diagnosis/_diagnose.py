@@ -109,7 +109,7 @@ def diagnose(
     )
   if eval_fn is None:
     untested.append('the score of the soup: that needs an eval_fn (--eval).')
-    verdict = _by_weights(case)
+    verdict = _by_weights(case, suspects)
   else:
     trials = _trials.Trials(
         case,
@@ -210,7 +210,7 @@ _OF_DATA = {
             'smaller learning rates, fewer epochs, or a better initialization.',
         ),
         _check(
-            'unknown', 'error', 'Cause unknown: a model does not fit the others',
+            'unknown', 'error', 'Cause unknown: these models do not fit the others',
             'None of the known causes explains it.',
             'Leave out {them}, and compare how it was trained and converted.',
         ),
@@ -298,7 +298,7 @@ def _with_data(case, findings, trials, has_start) -> Iterator[Finding]:
       pool, ks, [k for k in sound if k not in ks]
   )
   of_pairs = lambda ks: '; '.join(
-      f'half-way between {pool.names[k]} and {pool.names[trials.base]} the score '
+      f'Half-way between {pool.names[k]} and {pool.names[trials.base]} the score '
       f'is {trials.drops[k]} below the mean of the two'
       for k in ks[:3]
   )
@@ -306,13 +306,11 @@ def _with_data(case, findings, trials, has_start) -> Iterator[Finding]:
     worst = max(trials.drops[k].value for k in bad)
     yield made(
         'barrier', bad, f'In {len(bad)} of {len(sound) - 1} pairs there is a '
-        f'barrier: {of_pairs(bad)}.{rates(bad)}', worst,
+        f'barrier. {of_pairs(bad)}.{rates(bad)}', worst,
     )  # fmt: skip
-  else:
-    for k in bad:
-      yield made(
-          'unknown', [k], f'{of_pairs([k])}.{rates([k])}', trials.drops[k].value
-      )
+  elif bad:
+    worst = max(trials.drops[k].value for k in bad)
+    yield made('unknown', bad, f'{of_pairs(bad)}.{rates(bad)}', worst)
   weak = [k for k in trials.weak if k not in explained]
   for k in weak:
     gap = score(trials.base) - score(k)
@@ -349,11 +347,14 @@ def _is_outside(case, k) -> bool:
   distances = g.distances()
   others = np.delete(np.arange(len(distances)), i)
   inside = distances[np.ix_(others, others)]
-  return np.median(distances[i, others]) > np.median(inside[inside > 0])
+  # By more than distances vary by chance where all are at right angles.
+  usual = np.median(inside[inside > 0])
+  return np.median(distances[i, others]) > 1.1 * usual
 
 
-def _by_weights(case) -> Verdict:
-  num, sound = len(case.pool), tuple(case.members)
+def _by_weights(case, suspects) -> Verdict:
+  num = len(case.pool)
+  sound = tuple(k for k in case.members if k not in suspects)
   if len(sound) == num:
     return Verdict('soup all', sound, 'the weights show no problem.')
   if len(sound) > 1:
@@ -374,13 +375,16 @@ def _by_scores(case, trials) -> Verdict:
   scores = f'The soup of {len(members)} scores {soup:.3g}, {single}: {gain}.'
   if gain.is_below:
     return Verdict('do not soup', (best,), f'use {names[best]}. {scores}')
-  if np.isfinite(gain.low) and not gain.is_above:
-    num = trials._score.num_examples
+  num = trials.num_examples
+  if not gain.is_above and gain.value < 0:
     reason = (
-        f'with {num} examples the soup is neither better nor worse than the best '
-        f'model, which the same examples chose. {scores} Both will do.'
+        f'with {num} examples the soup is neither better nor worse than the '
+        f'best model. {scores}'
     )
     return Verdict('cannot tell', members, reason)
+  if np.isfinite(gain.low) and not gain.is_above:
+    # The same examples chose the best model, which flatters it.
+    scores += f' With {num} examples it is as good, as far as they tell.'
   if len(members) == len(case.pool):
     return Verdict('soup all', members, scores)
   return Verdict('soup a subset', members, scores)
@@ -438,8 +442,8 @@ def _figures(case, trials) -> Json:
       'statistics': trials.statistics and list(trials.statistics),
       'parts': trials.parts,
       'disagreement': trials.disagreement,
-      'num_examples': trials._score.num_examples,
-      'num_evaluations': trials._score.num_calls,
+      'num_examples': trials.num_examples,
+      'num_evaluations': trials.num_calls,
       'learning_rates': rates,
       'learning_rate_correlation': _rate_correlation(rates, trials.barriers),
   }

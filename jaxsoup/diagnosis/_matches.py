@@ -257,9 +257,8 @@ def aligned(params: Params, like: Params) -> Params:
   """
   flat, other = _tree.flatten(params), _tree.flatten(like).by_path
   theirs = {p: np.asarray(x) for p, x in flat.floats.items()}
-  if {p: x.shape for p, x in theirs.items()} != {
-      p: other[p].shape for p in theirs if p in other
-  }:
+  shapes = {p: other[p].shape for p in theirs if p in other}
+  if shapes != {p: x.shape for p, x in theirs.items()}:
     raise ValueError('The two models have leaves of other names or shapes.')
   ours = {p: np.asarray(other[p]) for p in theirs}
   apart = {p: _apart(theirs[p], ours[p]) for p in theirs}

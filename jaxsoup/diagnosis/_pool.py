@@ -169,6 +169,8 @@ class Geometry(NamedTuple):
       own = np.einsum('iil->il', self.tasks)[:, self.has_start]
       return np.sqrt(own.sum(-1))
     distances = self.distances()
+    if len(distances) < 2:
+      return np.zeros(len(distances))
     rows = [np.delete(row, i) for i, row in enumerate(distances)]
     return np.median(rows, axis=1) / 2**0.5
 

@@ -184,6 +184,14 @@ class Trials:
       scores[k] = answer.score
     return scores
 
+  @property
+  def num_examples(self) -> int | None:
+    return self._score.num_examples
+
+  @property
+  def num_calls(self) -> int:
+    return self._score.num_calls
+
   def run(self, suspects: Sequence[int]) -> 'Trials':
     """Measures as much as it takes to choose a soup."""
     case, usable = self._case, self._case.usable

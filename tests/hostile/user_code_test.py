@@ -145,7 +145,7 @@ def test_names(name):
 @pytest.mark.parametrize(
     'options, words',
     [
-        (['diagnose', *RUNS, '--tolerance', 'inf'], 'is not a drop of a score'),
+        (['diagnose', *RUNS, '--num-examples', '9'], 'needs --eval as well'),
         (
             ['soup', 'learned', *RUNS, '--loss', 'hostile_code:learn_one']
             + ['--out', 'soup', '--learning-rate', '-1'],
