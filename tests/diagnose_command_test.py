@@ -2,6 +2,7 @@
 
 import html
 import json
+import pathlib
 import sys
 
 import numpy as np
@@ -73,7 +74,12 @@ def test_findings_in_words_and_json():
   assert '1. [BREAKS THE SOUP] Not fine-tuned from the same' in (result.stdout)
   for word in ('Seen: ', 'Meaning: ', 'Do: '):
     assert f'  {word}' in result.stdout
+  assert 'jaxsoup soup uniform ' in result.stdout
   report = json.loads(invoke(*runs, '--json').stdout)
+  command = report['verdict']['command']
+  assert command.split()[3:-2] == [
+      f'{pathlib.Path.cwd()}/{x}' for x in runs[:3]
+  ]
   assert report['verdict']['names'] == runs[:3]
   assert report['findings'][0]['code'] == 'initialization'
   assert report['findings'][0]['names'] == ['run3']
@@ -82,14 +88,14 @@ def test_findings_in_words_and_json():
 def test_with_data():
   result = invoke(
       'run0', 'run1', 'run2', '--eval', 'judge:score', '--logits',
-      'judge:logits', '--recalibrate', 'judge:reset', '--json',
+      'judge:logits', '--recalibrate', 'judge:reset', '--json', '--thorough',
   )  # fmt: skip
   assert result.exit_code == 0, (result.output, result.exception)
   measured = json.loads(result.stdout)['measured']
   assert len(measured['scores']) == 3
   assert measured['barriers'][0][1] is not None
   assert measured['disagreement'][0][0] == 0
-  assert 'pairs: ' in result.stderr
+  assert 'averages: ' in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -118,10 +124,12 @@ def test_errors(options, code, text):
 
 def test_a_page_of_it(tmp_path):
   runs = [f'run{k}' for k in range(4)]
-  options = ['--eval', 'judge:score', '--report', 'out/page.html']
+  options = ['--eval', 'judge:score', '--thorough', '--report', 'out/page.html']
   assert invoke(*runs, *options).exit_code == 1
   text = (tmp_path / 'out/page.html').read_text(encoding='utf-8')
-  report = json.loads(invoke(*runs, '--eval', 'judge:score', '--json').stdout)
+  report = json.loads(
+      invoke(*runs, '--eval', 'judge:score', '--thorough', '--json').stdout
+  )
   assert report['verdict']['reason'] in text
   for finding in report['findings']:
     for key in ('title', 'meaning', 'remedy'):

@@ -415,7 +415,7 @@ def test_batch_norm_whose_statistics_break_the_soup():
   report = diagnosis.diagnose(
       runs, eval_fn=eval_fn, recalibrate_fn=reset_fn, num_examples=1000
   )
-  finding = only(report, 'batch_norm')
+  only(report, 'batch_norm')
   assert report.measured['statistics'][0] == pytest.approx(0.7)
   assert 'recalibrated' in report.verdict.command
   # Without an estimate the averages are broken.

@@ -26,8 +26,9 @@ def diagnose(
         typer.Option(
             '--eval',
             metavar=_FUNCTION,
-            help='Compare the soup with the best run: FUNCTION(params) returns the score on '
-            'held-out data, higher is better. params are nested dicts.',
+            help='Compare the soup with the best run: FUNCTION(params) returns '
+            'the score on held-out data, higher is better. params are nested '
+            'dicts.',
         ),
     ] = None,
     logits_name: Annotated[
@@ -60,7 +61,7 @@ def diagnose(
         bool,
         typer.Option(
             '--thorough',
-            help='With --eval: score all pairs, and not 2 K + 4 models at most.',
+            help='With --eval: score all pairs, not at most 2 K + 4 models.',
         ),
     ] = False,
     report_file: Annotated[

@@ -136,7 +136,9 @@ class Case:
     # A run that went far still contains where it began, and nothing else does.
     began = of_start >= _RELATED - _ERRORS * error_of_start
     either, both = began[:, None] | began[None], began[:, None] & began[None]
-    is_lost = np.where(g.has_start, ~both & (either | is_lost), is_lost)
+    near = began | (norms < _FAR * norms[-1])
+    knows = g.has_start & near[:, None] & near[None]
+    is_lost = np.where(knows, ~both & (either | is_lost), is_lost)
     return is_lost & g.matrices & (norms[-1] > 0)
 
   @functools.cached_property
@@ -380,7 +382,9 @@ def _not_finite(case: Case) -> Iterator[Seen]:
     names = sorted(set(itertools.chain(*bad.values())))
     shown = _findings.listed(names, range(len(names)), 3)
     yield Seen(
-        list(bad), f'{case.pool.listed(list(bad))}: NaN or infinity in {shown}.', names
+        list(bad),
+        f'{case.pool.listed(list(bad))}: NaN or infinity in {shown}.',
+        names,
     )  # fmt: skip
 
 
@@ -492,7 +496,8 @@ def _match(code: str):
       shown = _findings.listed(names, range(len(names)), 4)
       yield Seen(
           ks,
-          f'In {case.pool.listed(ks)}, {names[0]} {match.text}. Leaves: {shown}.',
+          f'In {case.pool.listed(ks)}, {names[0]} {match.text}. Leaves: '
+          f'{shown}.',
           names,
       )
 
@@ -539,15 +544,15 @@ def _part(case: Case) -> Iterator[Seen]:
   for outside, leaves in apart.items():
     ks = [g.members[i] for i in outside]
     names = [_tree.name_of(g.paths[x]) for x in leaves]
+    shown = _findings.listed(names, range(len(names)), 3)
     share = 100 * g.sizes[leaves].sum() / g.sizes.sum()
     whose = (
         'every ingredient' if len(ks) > len(rows) - 2 else case.pool.listed(ks)
     )
     yield Seen(
         ks,
-        f'In {whose}, the values of {_findings.listed(names, range(len(names)), 3)} '
-        f'({share:.2g} % of the parameters) are unrelated to those of the '
-        'others, although the rest comes from one initialization.',
+        f'In {whose}, the values of {shown} ({share:.2g} % of the '
+        'parameters) are unrelated to those of the others, although the rest comes from one initialization.',
         names,
     )  # fmt: skip
 
@@ -679,17 +684,17 @@ def _copies(case: Case) -> Iterator[Seen]:
 
 def _shared(total: np.ndarray) -> np.ndarray:
   """Partial correlations: of what the others' task vectors do not span."""
-  num = len(total)
-  shared = np.full((num, num), -1.0)
+  num, norms = len(total), np.sqrt(np.diag(total))
+  shared, total = np.full((num, num), -1.0), total / norms / norms[:, None]
   for i, j in itertools.combinations(range(num), 2):
     rest = [k for k in range(num) if k not in (i, j)]
     pair = [i, j]
     across = total[np.ix_(pair, rest)]
     inverse = np.linalg.pinv(total[np.ix_(rest, rest)], rcond=_pool.NOISE)
     left = total[np.ix_(pair, pair)] - across @ inverse @ across.T
-    norms = left[0, 0] * left[1, 1]
-    if norms > 0:
-      shared[i, j] = shared[j, i] = left[0, 1] / np.sqrt(norms)
+    if min(left[0, 0], left[1, 1]) > 0:
+      shared[i, j] = left[0, 1] / np.sqrt(left[0, 0] * left[1, 1])
+      shared[j, i] = shared[i, j]
   return shared
 
 
@@ -764,18 +769,18 @@ def _partly_frozen(case: Case) -> Iterator[Seen]:
   for leaf in range(len(g.paths)):
     same = squares[..., leaf] == 0
     common = same[same.sum(1).argmax()]
+    is_shared = common.sum() > 1
     if g.has_start[leaf] and not own[:, leaf].all():
-      common = own[:, leaf] == 0
-    if 1 < common.sum() < len(common) or (
-        g.has_start[leaf] and 0 < common.sum() < len(common) and not own[:, leaf].all()
-    ):  # fmt: skip
+      common, is_shared = own[:, leaf] == 0, True
+    if is_shared and 0 < common.sum() < len(common):
       ks = tuple(k for k, x in zip(g.members, common) if x)
       groups.setdefault(ks, []).append(leaf)
   if groups:
     ks, leaves = max(groups.items(), key=lambda x: g.sizes[x[1]].sum())
     is_still = np.isin(range(len(g.paths)), leaves)
     yield _still(
-        g, ks, is_still, f'did not change in {case.pool.listed(ks)}, but in the others'
+        g, ks, is_still,
+        f'did not change in {case.pool.listed(ks)}, but in the others',
     )  # fmt: skip
 
 
@@ -805,7 +810,8 @@ CHECKS = (
         "[p['backbone'] for p in ingredients]. Otherwise leave out {them}.",
     ),
     Check(
-        'dtype', _dtype, 'warning', 'Ingredients are stored in different dtypes',
+        'dtype', _dtype, 'warning',
+        'Ingredients are stored in different dtypes',
         'Recipes do not mix dtypes: it is not clear which one the soup should '
         'have.',
         'Cast all to the wider dtype: --dtype float32, or jax.tree.map(lambda '
@@ -843,7 +849,8 @@ CHECKS = (
     ),
     Check(
         'refused', _averageable, 'error', 'Recipes refuse this checkpoint',
-        'Its leaves are not the weights of a whole model, or mean other things.',
+        'Its leaves are not the weights of a whole model, or mean other '
+        'things.',
         _OUT,
     ),
     Check(
@@ -871,7 +878,8 @@ CHECKS = (
         'start',
     ),
     Check(
-        'start', _start, 'warning', 'theta_0 is not what they were fine-tuned from',
+        'start', _start, 'warning',
+        'theta_0 is not what they were fine-tuned from',
         'Task vectors, and recipes that need theta_0 (Model Stock, WiSE-FT), '
         'would be wrong. The other findings do not use it.',
         'Pass the checkpoint that fine-tuning started from.', 'start', False,
@@ -975,7 +983,8 @@ CHECKS = (
     ),
     Check(
         'frozen', _frozen, 'note', 'Parts that no run changed',
-        'They were frozen, or got no gradient. Averages leave them as they are.',
+        'They were frozen, or got no gradient. Averages leave them as they '
+        'are.',
         'Nothing, if this is intended. Otherwise check the mask of the '
         'optimizer, and look for parts that the loss does not use.',
         leaves_out=False,

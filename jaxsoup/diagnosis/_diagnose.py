@@ -43,10 +43,10 @@ def diagnose(
 
   Each check of the weights is a row of a table: other architectures and files,
   equal models, other starts, parts (heads) that were drawn anew, layers that
-  were transposed, swapped, permuted, rotated or rescaled, averages and copies of
-  other ingredients, lengths, rounding. With `eval_fn` the soup is compared with
-  the best single model; only where it is worse, the average of each ingredient
-  with the best one is scored too: `(s_i + s_j) / 2 - s((theta_i + theta_j) /
+  were transposed, swapped, permuted, rotated or rescaled, averages and copies
+  of other ingredients, lengths, rounding. With `eval_fn` the soup is compared
+  with the best single model; only where it is worse, the average of each
+  ingredient with the best one is scored too: `(s_i + s_j) / 2 - s((theta_i + theta_j) /
   2)`, the barrier. In all at most 2 K + 4 evaluations.
 
   Every difference has an interval, 95 % for all comparisons of one kind
@@ -210,7 +210,8 @@ _OF_DATA = {
             'smaller learning rates, fewer epochs, or a better initialization.',
         ),
         _check(
-            'unknown', 'error', 'Cause unknown: these models do not fit the others',
+            'unknown', 'error',
+            'Cause unknown: these models do not fit the others',
             'None of the known causes explains it.',
             'Leave out {them}, and compare how it was trained and converted.',
         ),
@@ -243,6 +244,7 @@ _OF_DATA = {
 def _with_data(case, findings, trials, has_start) -> Iterator[Finding]:
   """Findings that the data confirm, with what they cost, and new ones."""
   pool, explained = case.pool, set()
+  base = pool.names[trials.base]
   of_facts = {c.code for c in _checks.CHECKS if c.is_fact}
   for f in findings:
     drops = [trials.drops[k] for k in f.leave_out if k in trials.drops]
@@ -298,8 +300,8 @@ def _with_data(case, findings, trials, has_start) -> Iterator[Finding]:
       pool, ks, [k for k in sound if k not in ks]
   )
   of_pairs = lambda ks: '; '.join(
-      f'Half-way between {pool.names[k]} and {pool.names[trials.base]} the score '
-      f'is {trials.drops[k]} below the mean of the two'
+      f'Half-way between {pool.names[k]} and {base} the score is '
+      f'{trials.drops[k]} below the mean of the two'
       for k in ks[:3]
   )
   if 2 * len(bad) >= len(sound) - 1 and bad:
@@ -316,7 +318,10 @@ def _with_data(case, findings, trials, has_start) -> Iterator[Finding]:
     gap = score(trials.base) - score(k)
     off = case.off(k)
     code = 'unmoved' if not has_start and _is_outside(case, k) else 'weak'
-    seen = f'{pool.names[k]} scores {score(k):.3g}, the best {score(trials.base):.3g}.{rates([k])}'
+    seen = (
+        f'{pool.names[k]} scores {score(k):.3g}, the best '
+        f'{score(trials.base):.3g}.{rates([k])}'
+    )
     if off:
       code = 'unknown'
       seen += (
@@ -325,10 +330,16 @@ def _with_data(case, findings, trials, has_start) -> Iterator[Finding]:
     yield made(code, [k], seen, gap)
   if trials.uneven:
     ks = trials.uneven
-    seen = f'{pool.listed(ks)}: {max(map(score, ks)):.3g} at most, and {pool.names[trials.base]} {score(trials.base):.3g}.{rates(ks)}'
+    seen = (
+        f'{pool.listed(ks)}: {max(map(score, ks)):.3g} at most, and {base} '
+        f'{score(trials.base):.3g}.{rates(ks)}'
+    )
     yield made('uneven', ks, seen, -trials.full.value)
   if falls and not explained and not (new and new.is_above):
-    seen = f'The soup is {trials.full} from the best model, and no model has a barrier to it.'
+    seen = (
+        f'The soup is {trials.full} from the best model, and no model has a '
+        'barrier to it.'
+    )
     yield made('barrier', (), seen, -trials.full.value)
   apart = trials.disagreement[~np.isnan(trials.disagreement)]
   if apart.size and apart.max() < _ALIKE:

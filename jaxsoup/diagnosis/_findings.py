@@ -46,8 +46,8 @@ class Verdict(NamedTuple):
   """What to do.
 
   Attributes:
-    action: 'soup all', 'soup a subset', 'do not soup', or 'cannot tell': with so
-      many examples the soup is neither better nor worse than the best model.
+    action: 'soup all', 'soup a subset', 'do not soup', or 'cannot tell': the
+      soup is a little below the best model, and the examples are too few.
     members: the ingredients to average, ascending, also where it cannot be
       told; for 'do not soup' the single model to use instead, if there is one.
     reason: why, in one sentence or two.

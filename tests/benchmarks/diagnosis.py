@@ -463,7 +463,10 @@ def judged(world, case, report) -> bool:
   common = collections.Counter(zip(shapes, sizes)).most_common(1)[0][0]
   usable = [
       k for k, key in enumerate(zip(shapes, sizes)) if key == common
-      and all(np.isfinite(np.float32(a)).all() for a in jax.tree.leaves(case.pool[k]))
+      and all(
+          np.isfinite(np.float32(a)).all()
+          for a in jax.tree.leaves(case.pool[k])
+      )
   ]  # fmt: skip
   members = list(report.verdict.members)
   if not members or not set(members) <= set(usable):
@@ -556,6 +559,7 @@ def shown(rows):
   for (expected, first), num in sorted(table.items()):
     print(f'{num:3d}  {expected} -> {first}')
   total = lambda key, some: sum(r[key] for r in some)
+  mean = np.mean([r['evaluations'] / r['size'] for r in rows])
   most = max((r['evaluations'] - 2 * r['size'] for r in rows), default=0)
   print(
       f'first {total("is_first", faults)}, anywhere {total("is_any", faults)} '
@@ -565,8 +569,7 @@ def shown(rows):
       f'healthy pools with a finding: {sum(bool(r["found"]) for r in healthy)} '
       f'of {len(healthy)}\nverdicts right: {total("is_right", faults)} of '
       f'{len(faults)} and {total("is_right", healthy)} of {len(healthy)}\n'
-      f'evaluations: {np.mean([r["evaluations"] / r["size"] for r in rows]):.1f}'
-      f' per model, at most 2 K + {most}'
+      f'evaluations: {mean:.1f} per model, at most 2 K + {most}'
   )  # fmt: skip
 
 

@@ -4,9 +4,9 @@ python tests/benchmarks/guide.py [--pools FOLDER] [--seeds 0 1 --check 2]
 
 Draws pools of 2 to 8 runs from those of `_pools.py` (one start; rates from low
 to far too high, longer and shorter runs, moving averages, heads of their own),
-and measures on 400 held-out digits what can be known of single models and pairs,
-and on 797 test images the gain: the accuracy of the soup minus that of the best
-single model on the held-out digits. Prints rank correlations with bootstrap
+and measures on 400 held-out digits what can be known of single models and
+pairs, and on 797 test images the gain: the accuracy of the soup minus that of
+the best single model on the held-out digits. Prints rank correlations with bootstrap
 intervals over pools, the mean gain by barrier, and the mean and the standard
 deviation of true gains, which are the prior of the verdict, with how often that
 is right on the pools of other seeds.
@@ -42,6 +42,7 @@ def pools_of(world, rng):
   rates |= {('average', i): r for i, r in enumerate(world.rates['good'])}
   start = _flat(world.theta_0)
   tasks = {name: _flat(x) - start for name, x in models.items()}
+  unit = {name: x / np.linalg.norm(x) for name, x in tasks.items()}
   data = world.data
   classes_fn = jax.jit(
       lambda params, image: world.logits(params, {'image': image}).argmax(-1)
@@ -85,28 +86,27 @@ def pools_of(world, rng):
         for a, b in pairs
         if best in (a, b)
     ]
-    cosine = (
-        lambda a, b: tasks[a]
-        @ tasks[b]
-        / np.linalg.norm(tasks[a])
-        / np.linalg.norm(tasks[b])
-    )
+    cosines = [np.clip(unit[a] @ unit[b], -1, 1) for a, b in pairs]
     right = [singles[best][i] == labels[i] for i in (0, 1)]
     apart = [mixed[i].astype(float) - right[i] for i in (0, 1)]
     records.append(
         {
             'barrier': max(drops),
-            'angle': np.mean([np.degrees(np.arccos(np.clip(cosine(a, b), -1, 1))) for a, b in pairs]),
-            'disagreement': np.mean([(singles[a][0] != singles[b][0]).mean() for a, b in pairs]),
+            'angle': np.degrees(np.arccos(cosines)).mean(),
+            'disagreement': np.mean([
+                (singles[a][0] != singles[b][0]).mean() for a, b in pairs
+            ]),
             'spread of rates': np.ptp(np.log([rates[n] for n in members])),
             'K': size,
-            'distance': np.mean([np.linalg.norm(tasks[n]) for n in members]) / np.linalg.norm(start),
+            'distance': np.mean([np.linalg.norm(tasks[n]) for n in members])
+            / np.linalg.norm(start),
             'best - mean': held.max() - held.mean(),
             'held-out gain': apart[0].mean(),
             'held-out error': apart[0].std() / np.sqrt(len(apart[0])),
             'gain': apart[1].mean(),
             'error': apart[1].std() / np.sqrt(len(apart[1])),
-            'over mean': mixed[1].mean() - np.mean([scores[n][1] for n in members]),
+            'over mean': mixed[1].mean()
+            - np.mean([scores[n][1] for n in members]),
         }
     )  # fmt: skip
   return records
@@ -146,7 +146,9 @@ def main():
       x, cells = column(some, name), []
       for target in ('gain', 'over mean'):
         y = column(some, target)
-        rank = lambda rows: stats.spearmanr(x[rows], y[rows]).statistic
+        rank = lambda rows, x=x, y=y: stats.spearmanr(
+            x[rows], y[rows]
+        ).statistic
         low, high = _interval(rank, len(some), rng)
         cells.append(f'{rank(slice(None)):+.2f} [{low:+.2f}, {high:+.2f}]')
       print(f'| {name} | {" | ".join(cells)} |')

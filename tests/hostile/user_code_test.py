@@ -125,7 +125,8 @@ def test_losses(tmp_path, name):
 
 @pytest.mark.parametrize('name', LOGITS)
 def test_logits(name):
-  options = ('--eval', 'hostile_code:well', '--logits', f'hostile_code:{name}')
+  options = ('--eval', 'hostile_code:well', '--thorough')
+  options += ('--logits', f'hostile_code:{name}')
   assert LOGITS[name] in _said('diagnose', *RUNS, *options)
 
 
