@@ -536,8 +536,7 @@ def _part(case: Case) -> Iterator[Seen]:
         for group in _groups(~case.lost[np.ix_(rows, rows)][..., leaf])
     ]
     if g.has_start[leaf]:  # The family of theta_0 is the right one.
-      own = case.lost[-1, :-1, leaf]
-      groups.sort(key=lambda group, own=own: (own[group[0]], -len(group)))
+      groups.sort(key=lambda group: (case.lost[-1, group[0], leaf], -len(group)))  # noqa: B023
     outside = tuple(i for group in groups[1:] for i in group)
     if outside:
       apart.setdefault(outside, []).append(int(leaf))
@@ -552,7 +551,8 @@ def _part(case: Case) -> Iterator[Seen]:
     yield Seen(
         ks,
         f'In {whose}, the values of {shown} ({share:.2g} % of the '
-        'parameters) are unrelated to those of the others, although the rest comes from one initialization.',
+        'parameters) are unrelated to those of the others, although the rest '
+        'comes from one initialization.',
         names,
     )  # fmt: skip
 
@@ -653,7 +653,7 @@ def _copies(case: Case) -> Iterator[Seen]:
   # Linear probes are near to each other.
   own = np.einsum('iil->il', g.tasks) == 0
   probes = (own & ~own.all(0)).any(1)
-  g = g.take(np.flatnonzero(~probes))
+  g = g.take(np.flatnonzero(~probes).tolist())
   if not g.has_start.any() or len(g.members) < 3:
     return
   total, cosines, norms = (

@@ -45,9 +45,9 @@ def diagnose(
   equal models, other starts, parts (heads) that were drawn anew, layers that
   were transposed, swapped, permuted, rotated or rescaled, averages and copies
   of other ingredients, lengths, rounding. With `eval_fn` the soup is compared
-  with the best single model; only where it is worse, the average of each
-  ingredient with the best one is scored too: `(s_i + s_j) / 2 - s((theta_i + theta_j) /
-  2)`, the barrier. In all at most 2 K + 4 evaluations.
+  with the best single model. Only where it is worse, the average of each
+  ingredient with the best one is scored too, `(s_i + s_j) / 2 - s((theta_i +
+  theta_j) / 2)`: the barrier. In all at most 2 K + 4 evaluations.
 
   Every difference has an interval, 95 % for all comparisons of one kind
   together. It is by the same examples (exact McNemar) if `eval_fn` is

@@ -6,10 +6,9 @@ Draws pools of 2 to 8 runs from those of `_pools.py` (one start; rates from low
 to far too high, longer and shorter runs, moving averages, heads of their own),
 and measures on 400 held-out digits what can be known of single models and
 pairs, and on 797 test images the gain: the accuracy of the soup minus that of
-the best single model on the held-out digits. Prints rank correlations with bootstrap
-intervals over pools, the mean gain by barrier, and the mean and the standard
-deviation of true gains, which are the prior of the verdict, with how often that
-is right on the pools of other seeds.
+the best single model on the held-out digits. Prints rank correlations with
+bootstrap intervals over pools, mean gains, and how well the held-out gain
+tells that on test images, on pools of other seeds too.
 """
 
 import argparse
