@@ -590,6 +590,22 @@ def test_units_are_put_back(world, rng):
     diagnosis.aligned(moved, like={'first': world.runs[0]['first']})
 
 
+def test_statistics_next_to_the_parameters_are_kept(rng, tmp_path):
+  paths = [tmp_path / f'{k}' for k in range(3)]
+  for path, params in zip(paths, related(rng, shapes=[('w', (30, 30))])):
+    stats = {'norm': {'mean': np.ones(4), 'var': np.ones(4)}}
+    variables = {'params': params, 'batch_stats': stats}
+    checkpoints.save(path, tree(np.float32, variables))
+  seen = []
+  report = diagnosis.diagnose(
+      checkpoints.Ingredients(paths),
+      eval_fn=lambda x: seen.append(set(x)) or 0.5,
+  )
+  assert seen and all(x == {'params', 'batch_stats'} for x in seen)
+  assert 'mutable=["batch_stats"]' in report.verdict.command
+  assert 'training examples' in report.untested[-1]
+
+
 # --- what only data show ------------------------------------------------------
 
 

@@ -536,7 +536,8 @@ def _part(case: Case) -> Iterator[Seen]:
         for group in _groups(~case.lost[np.ix_(rows, rows)][..., leaf])
     ]
     if g.has_start[leaf]:  # The family of theta_0 is the right one.
-      groups.sort(key=lambda group: (case.lost[-1, group[0], leaf], -len(group)))  # noqa: B023
+      began = ~case.lost[-1, :, leaf]
+      groups = sorted(groups, key=lambda x: not began[x[0]])
     outside = tuple(i for group in groups[1:] for i in group)
     if outside:
       apart.setdefault(outside, []).append(int(leaf))

@@ -418,14 +418,23 @@ def _command(pool, verdict, has_statistics) -> str:
     text = 'soup = jaxsoup.uniform(ingredients)'
   else:
     text = f'soup = jaxsoup.uniform([ingredients[k] for k in {members}])'
-  if has_statistics:
-    text += (
-        '\n# then, with the batches of the training (nnx.graphdef(model); in '
-        'linen: model.apply(variables, images, mutable=["batch_stats"])):\n'
-        'params = jaxsoup.models.batch_norm.recalibrated(graphdef, soup.params,'
-        ' batches)'
+  if not has_statistics:
+    return text
+  given = 'soup.params'
+  if paths is not None:
+    given = 'jaxsoup.checkpoints.Ingredients(["soup"])[0]'
+  if any(path[0] == 'batch_stats' for path in pool.leaves[0]):  # Of linen.
+    return (
+        f'{text}\nvariables = {given}\n'
+        '# then for batches of training images, with a momentum of its '
+        'BatchNorm that\n# forgets what the average had:\n'
+        '_, new = model.apply(variables, images, train=True, '
+        'mutable=["batch_stats"])\nvariables = variables | new'
     )
-  return text
+  return (
+      f'{text}\nparams = jaxsoup.models.batch_norm.recalibrated(\n'
+      f'    nnx.graphdef(model), {given}, images)'
+  )
 
 
 def _figures(case, trials) -> Json:
