@@ -387,15 +387,19 @@ def _by_scores(case, trials) -> Verdict:
   if gain.is_below:
     return Verdict('do not soup', (best,), f'use {names[best]}. {scores}')
   num = trials.num_examples
-  if not gain.is_above and gain.value < 0:
+  flattered = trials.optimism()
+  if not gain.is_above and gain.value + flattered < 0:
     reason = (
         f'with {num} examples the soup is neither better nor worse than the '
         f'best model. {scores}'
     )
     return Verdict('cannot tell', members, reason)
   if np.isfinite(gain.low) and not gain.is_above:
-    # The same examples chose the best model, which flatters it.
     scores += f' With {num} examples it is as good, as far as they tell.'
+    if gain.value < 0:
+      scores += (
+          f' (They also chose the best model, which is worth {flattered:.2g}.)'
+      )
   if len(members) == len(case.pool):
     return Verdict('soup all', members, scores)
   return Verdict('soup a subset', members, scores)

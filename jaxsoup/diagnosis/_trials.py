@@ -278,6 +278,22 @@ class Trials:
     answer = self.soups[tuple(members)]
     return self._score.difference(answer, self.answers[self.best])
 
+  def optimism(self) -> float:
+    """How much too high the best score is, as the same examples chose it.
+
+    The mean of `s*(best*) - s(best*)` over resamples *, with their own best.
+    """
+    rights = [a.right for a in self.answers.values()]
+    if any(right is None for right in rights):
+      return 0.0
+    right = np.array(rights, float)
+    num = right.shape[1]
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(num, np.full(num, 1 / num), 500)
+    scores = right @ draws.T / num
+    best = scores.argmax(0)
+    return float((scores.max(0) - right.mean(1)[best]).mean())
+
   def _soup(self, members: Sequence[int]) -> None:
     self._tell('averages', 0.0)
     average = self._average(members)
