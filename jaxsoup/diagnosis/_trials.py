@@ -192,6 +192,10 @@ class Trials:
   def num_calls(self) -> int:
     return self._score.num_calls
 
+  @property
+  def num_predicted(self) -> int:
+    return len(next(iter(self._classes.values()), ()))
+
   def run(self, suspects: Sequence[int]) -> 'Trials':
     """Measures as much as it takes to choose a soup."""
     case, usable = self._case, self._case.usable
@@ -250,7 +254,11 @@ class Trials:
     return self
 
   def _outlier(self, members: Sequence[int]) -> list[int]:
-    """The worst, if it is below the next by twice what the others span."""
+    """The worst, if it is below the next by twice what the others span.
+
+    In `tests/benchmarks/diagnosis.py` one pool without a fault has a model that
+    is below by that span, and none by twice.
+    """
     if len(members) < 4:
       return []
     last, *above = sorted(members, key=lambda k: self.answers[k].score)
