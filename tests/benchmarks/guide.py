@@ -180,7 +180,7 @@ def main():
     y, g = column(some, 'gain'), column(some, 'held-out gain')
     after = g + column(some, 'flattered')
     print(
-        f'{title}: {len(some)} pools without a barrier; test gain minus held-out '
+        f'{title}: {len(some)} pools without a barrier; test minus held-out '
         f'gain, points: {100 * (y - g).mean():+.2f}, with the correction '
         f'{100 * (y - after).mean():+.2f}; loss to the better one: soup '
         f'{100 * np.maximum(-y, 0).mean():.2f}, best model '
