@@ -571,8 +571,10 @@ def _rescaled(case: Case) -> Iterator[Seen]:
     return
   row = g.members.index(case.reference)
   distances = np.sqrt(g.squares()[:, row])
+  norms = g.norms()[:-1].clip(1e-9)
+  ratios = np.abs(np.log(norms / norms[row]))
   for i, k in enumerate(g.members):
-    off = distances[i] > 3 * case.usual
+    off = (distances[i] > 3 * case.usual) | (ratios[i] > np.log(2))
     if i == row or not off.any() or off.all():
       continue
     paths = [p for p, x in zip(g.paths, off) if x][:24]

@@ -223,7 +223,7 @@ _OF_DATA = {
         _check(
             'uneven', 'note', 'The best model is ahead',
             'A uniform soup averages all, and the others lower its score.',
-            'Leave out {them}, or let a greedy soup choose.',
+            'Let a greedy soup choose, or use the best one.',
         ),
         _check(
             'unmoved', 'warning', 'Not fine-tuned, or hardly',
@@ -337,10 +337,11 @@ def _with_data(case, findings, trials, has_start) -> Iterator[Finding]:
     yield made('uneven', ks, seen, -trials.full.value)
   if falls and not explained and not (new and new.is_above):
     seen = (
-        f'The soup is {trials.full} from the best model, and no model has a '
-        'barrier to it.'
+        f'The soup is {trials.full} from the best model; it is {trials.fall} '
+        'below the mean of its ingredients, and none has a barrier to the best.'
     )
-    yield made('barrier', (), seen, -trials.full.value)
+    code = 'barrier' if trials.fall.is_above else 'uneven'
+    yield made(code, (), seen, -trials.full.value)
   apart = trials.disagreement[~np.isnan(trials.disagreement)]
   if apart.size and apart.max() * trials.num_predicted < _ALIKE:
     seen = f'No two differ on more than {apart.max():.2g} of the examples.'

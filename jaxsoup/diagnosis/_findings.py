@@ -121,8 +121,8 @@ class Diagnosis(NamedTuple):
 
 
 def ranked(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-  """The worst first: by severity, then by what they cost, if known."""
-  cost = lambda f: 0 if math.isnan(f.cost) else -f.cost
+  """The worst first: by severity; facts that were not scored, then costs."""
+  cost = lambda f: -math.inf if math.isnan(f.cost) else -f.cost
   key = lambda f: (SEVERITIES.index(f.severity), cost(f))
   return tuple(sorted(findings, key=key))
 
