@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from jaxsoup import checkpoints
 from jaxsoup import diagnosis
@@ -695,10 +694,6 @@ def test_learning_rates_of_barriers(rng, tmp_path):
   assert 'Learning rate: 0.008 to 0.009; of the others: 0.001 to 0.003' in (
       finding.seen
   )
-  drops = report.measured['barriers']
-  expected = stats.spearmanr([1, 2, 8, 3, 9], np.nanmean(drops, 1)).statistic
-  actual = report.measured['learning_rate_correlation']
-  assert actual == pytest.approx(expected) and actual > 0.4
 
 
 def test_one_that_is_much_worse(rng):

@@ -7,7 +7,6 @@ import shlex
 import numpy as np
 
 from jaxsoup import _tree
-from jaxsoup import studies
 from jaxsoup.diagnosis import _checks
 from jaxsoup.diagnosis import _findings
 from jaxsoup.diagnosis import _pool
@@ -455,7 +454,6 @@ def _figures(case, trials) -> Json:
     figures['cosines'][np.ix_(rows, rows)] = g.cosines()
   if trials is None:
     return figures
-  rates = [config.get('learning_rate') for config in case.pool.configs]
   answer = trials.soups.get(tuple(trials.chosen))
   return figures | {
       'scores': trials.scores,
@@ -467,19 +465,4 @@ def _figures(case, trials) -> Json:
       'disagreement': trials.disagreement,
       'num_examples': trials.num_examples,
       'num_evaluations': trials.num_calls,
-      'learning_rates': rates,
-      'learning_rate_correlation': _rate_correlation(rates, trials.barriers),
   }
-
-
-def _rate_correlation(rates, barriers) -> float:
-  """Spearman's correlation of learning rates and mean drops, or NaN."""
-  known = [
-      k
-      for k, rate in enumerate(rates)
-      if rate is not None and np.isfinite(barriers[k]).any()
-  ]
-  if len(known) < 4:
-    return np.nan
-  means = [np.nanmean(barriers[k]) for k in known]
-  return studies.rank_correlation([rates[k] for k in known], means)[0]

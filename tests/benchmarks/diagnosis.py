@@ -11,6 +11,17 @@ what it says to use is on 797 test images not significantly worse (exact
 McNemar, 95 %) than the uniform soup of all, the best single model on the
 held-out images, and the soup of the models without the fault; "cannot tell" is,
 if the interval it gives and that of the test images have a point in common.
+
+Measured, with data and start (the code was made with seeds 0 and 1 in sight;
+with seed 2, a perceptron and a CNN only, it was run once, at the end):
+
+                       named first   invented    verdicts right
+seeds 0 1              134 of 138    0 of 74     138 of 138, 71 of 74
+seed 2 (mlp, cnn)       41 of 44     1 of 24      44 of 44, 22 of 24
+
+and 1.6 evaluations per model, at most 2 K + 4. Not named are mostly models that
+were not fine-tuned, where the start is not given: distances alone do not tell
+them from runs that went another way.
 """
 
 import argparse
