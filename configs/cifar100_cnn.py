@@ -234,13 +234,10 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
       for name, severity in config.shifts.items()
       if severity > 0
   }
-  pools = dict(splits.pools)
-  if 'test' in pools:  # Which the corrupted images are from, too.
-    pools |= dict.fromkeys(shifted, pools['test'])
   return splits._replace(
       test=sources.subset(splits.test, first),
       shifts={name: sources.Arrays(x) for name, x in shifted.items()},
-      pools=pools,
+      originals=dict.fromkeys(shifted, sources.Arrays(source)),
   )
 
 

@@ -148,6 +148,10 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
           name: sources.subset(source, shifted)
           for name, source in splits.shifts.items()
       },
+      originals={
+          name: sources.subset(source, shifted)
+          for name, source in splits.originals.items()
+      },
   )
 
 

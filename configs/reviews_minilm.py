@@ -128,10 +128,6 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
           )
           for name, source in splits.shifts.items()
       },
-      pools={
-          **splits.pools,
-          **{name: len(source) for name, source in splits.shifts.items()},
-      },
   )
 
 

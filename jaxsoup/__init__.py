@@ -17,6 +17,7 @@ import sys as _sys
 from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):
+  from jaxsoup import black_box as black_box
   from jaxsoup import checkpoints as checkpoints
   from jaxsoup import diagnosis as diagnosis
   from jaxsoup import ensembles as ensembles
@@ -25,6 +26,7 @@ with _epy.lazy_api_imports(globals()):
   from jaxsoup import lora as lora
   from jaxsoup import metrics as metrics
   from jaxsoup import report as report
+  from jaxsoup import scoring as scoring
   from jaxsoup import sharding as sharding
   from jaxsoup import statistics as statistics
   from jaxsoup import studies as studies
@@ -35,6 +37,8 @@ with _epy.lazy_api_imports(globals()):
   from jaxsoup._mixing import stack as stack
   from jaxsoup._recipes._average import average as average
   from jaxsoup._recipes._average import uniform as uniform
+  from jaxsoup._recipes._black_box import search as search
+  from jaxsoup._recipes._black_box import simplex as simplex
   from jaxsoup._recipes._greedy import greedy as greedy
   from jaxsoup._recipes._interpolate import interpolate as interpolate
   from jaxsoup._recipes._learned import hyperplane as hyperplane

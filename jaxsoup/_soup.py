@@ -6,6 +6,7 @@ soup.params, soup.alpha, soup.info.trials
 ```
 """
 
+from collections.abc import Mapping
 from collections.abc import MutableMapping
 import dataclasses
 from typing import Any
@@ -16,6 +17,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from jaxsoup.typing import Candidate
 from jaxsoup.typing import Members
 from jaxsoup.typing import Nested
 from jaxsoup.typing import Params
@@ -47,8 +49,10 @@ class AtMost:
   bound: float
 
 
-#: Remembered scores, and bounds on those that were not computed.
-Scores = MutableMapping[Members, float | AtMost]
+#: A number, several by name, or a bound on a number that was not computed.
+Score = float | Mapping[str, float] | AtMost
+#: Remembered scores.
+Scores = MutableMapping[Candidate, Score]
 
 
 class Trial(NamedTuple):
@@ -91,6 +95,9 @@ class SearchInfo(NamedTuple):
     order: the order in which the ingredients were tried.
     strict: whether a tie was a rejection.
     duplicates: groups of ingredients with equal parameters.
+    metrics: as `scores`, all numbers by name; empty if `eval_fn` returns one.
+    stale: evaluations that workers of an executor had begun for a soup that had
+      changed when they were due. It depends on who is how fast.
   """
 
   trials: tuple[Trial, ...]
@@ -99,6 +106,41 @@ class SearchInfo(NamedTuple):
   scores: dict[Members, float]
   order: tuple[int, ...]
   strict: bool
+  duplicates: tuple[Members, ...]
+  metrics: dict[Members, dict[str, float]] = {}
+  stale: int = 0
+
+
+class AlphaTrial(NamedTuple):
+  """One candidate of a search over alpha.
+
+  Attributes:
+    alpha: mixing coefficients, `[K]`, or nested dicts of those.
+    score: its score, higher is better.
+    metrics: all numbers by name; empty if `eval_fn` returns one.
+  """
+
+  alpha: Nested
+  score: float
+  metrics: dict[str, float]
+
+
+class AlphaInfo(NamedTuple):
+  """Of `search`.
+
+  Attributes:
+    trials: every candidate, in the order of trial; the first is the start.
+    chosen: which of them the soup is.
+    score: the soup's score.
+    val_scores: of the second split, of the best candidate so far: of the start,
+      then after each round; empty without `val_objective`.
+    duplicates: groups of ingredients with equal parameters.
+  """
+
+  trials: tuple[AlphaTrial, ...]
+  chosen: int
+  score: float
+  val_scores: np.ndarray
   duplicates: tuple[Members, ...]
 
 
@@ -168,7 +210,9 @@ class AdapterInfo(NamedTuple):
 
 
 #: What a recipe saw and did.
-Info = AverageInfo | SearchInfo | LearnedInfo | StockInfo | AdapterInfo
+Info = (
+    AverageInfo | SearchInfo | AlphaInfo | LearnedInfo | StockInfo | AdapterInfo
+)
 InfoT = TypeVar('InfoT', bound=Info, covariant=True)
 
 

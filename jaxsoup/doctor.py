@@ -25,9 +25,10 @@ _PACKAGES = (
     'tensorflow-datasets',
     'safetensors',
     'scikit-learn',
+    'mlxtend',
     'matplotlib',
 )
-_OPTIONAL = ('scikit-learn', 'matplotlib')
+_OPTIONAL = ('scikit-learn', 'mlxtend', 'matplotlib')
 
 
 def examine() -> dict[str, Any]:

@@ -11,7 +11,10 @@ are the same functions, applied to logits: no ingredient is run twice.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
+from concurrent import futures
+import copy
 from typing import Any
 from typing import Generic
 from typing import NamedTuple
@@ -20,6 +23,7 @@ import jax
 import numpy as np
 
 from jaxsoup import _checked
+from jaxsoup import _workers
 from jaxsoup import evaluation
 from jaxsoup._recipes import _average
 from jaxsoup._recipes import _greedy
@@ -53,6 +57,9 @@ def collect(
     ingredients: Sequence[Params],
     logits_fn: LogitsFn,
     batches: Batches,
+    *,
+    executor: futures.Executor | None = None,
+    num_ahead: int | None = None,
 ) -> Tree:
   """Runs every ingredient once over the data.
 
@@ -61,6 +68,9 @@ def collect(
     logits_fn: `logits_fn(params, batch) -> [B, C]`, or a pytree of `[B, ...]`.
     batches: as in `evaluation.logits_of`: every walk reads the same examples in
       the same order.
+    executor: where the models are run, as in `jaxsoup.greedy`; batches and
+      `logits_fn` are sent to the workers, and logits come back. None: here.
+    num_ahead: how many at a time, as in `jaxsoup.greedy`.
 
   Returns:
     Logits `[K, N, C]`, or a pytree of `[K, N, ...]`; examples that are masked
@@ -70,19 +80,50 @@ def collect(
     ValueError: no ingredients, they do not fit (see `check_compatible`), a mask
       is invalid, or the order of the examples differs between walks.
   """
-  checked = _checked.Checked(ingredients)
-  run = evaluation.logits_of(logits_fn, batches)
-  num = len(checked)
+  run = _Run(ingredients, logits_fn, batches)
+  num = len(run.checked)
+  on_wait = getattr(ingredients, 'look_for_stop', lambda: None)
+  made: Iterator[tuple[Tree, np.ndarray]]
+  if executor is None:
+    read = _checked.in_order(run.checked, range(num))
+    made = (run.of(k, leaves) for k, leaves in read)
+  else:
+    made = _workers.Calls(executor, run, num_ahead, on_wait).values(range(num))
   stacked: Tree = None
-  for k, leaves in _checked.in_order(checked, range(num)):
-    rows = run(checked.replace(leaves, k))
+  for k, (rows, hashes) in enumerate(made):
     if stacked is None:
+      first = hashes
       # Filled one by one: a stack of rows that are there takes twice as much.
       empty = lambda x: np.empty((num, *x.shape), x.dtype)
       stacked = jax.tree.map(empty, rows)
+    evaluation.require_same_examples(first, hashes)
     for of_all, row in zip(*map(jax.tree.leaves, (stacked, rows))):
       of_all[k] = row
   return stacked
+
+
+class _Run:
+  """The outputs of ingredients, and a hash of each example."""
+
+  def __init__(
+      self, ingredients: Sequence[Params], logits_fn: LogitsFn, batches: Batches
+  ):
+    self.checked = _checked.Checked(ingredients)
+    self._given = ingredients, logits_fn, batches
+    self._step = jax.jit(logits_fn)
+
+  def __reduce__(self) -> Any:
+    return _Run, self._given
+
+  def __copy__(self) -> '_Run':
+    return _Run(copy.copy(self._given[0]), *self._given[1:])
+
+  def __call__(self, k: int) -> tuple[Tree, np.ndarray]:
+    return self.of(k, self.checked[k])
+
+  def of(self, k: int, leaves: list[jax.Array]) -> tuple[Tree, np.ndarray]:
+    params = self.checked.replace(leaves, k)
+    return evaluation.outputs_of(self._step, self._given[2], params)
 
 
 def uniform(logits: Array) -> Ensemble[AverageInfo]:

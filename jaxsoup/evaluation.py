@@ -14,6 +14,7 @@ import bisect
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from collections.abc import Sized
 import functools
@@ -106,10 +107,14 @@ class _Batched(list[dict[str, jax.Array]]):
       size: int,
       sharding: jax.sharding.Sharding | None,
   ):
+    self._given = data, num, size, sharding
     self._data, self.size, self._sharding = data, size, sharding
     super().__init__(
         map(self.of, np.split(np.arange(num), range(size, num, size)))
     )
+
+  def __reduce__(self) -> Any:
+    return _Batched, self._given
 
   def of(self, rows: np.ndarray) -> dict[str, jax.Array]:
     """A batch of at most B rows of the data, padded."""
@@ -195,6 +200,9 @@ class MeanOf:
     self._num = 0
     self._is_boolean: bool | None = None
     self._hard_first: _HardFirst | None = None
+
+  def __reduce__(self) -> Any:
+    return MeanOf, (self._metric_fn, self.batches)
 
   def __repr__(self) -> str:
     name = getattr(self._metric_fn, '__name__', repr(self._metric_fn))
@@ -326,6 +334,22 @@ class MeanOf:
     return most / self._num
 
 
+def worst(scores: Mapping[str, float]) -> float:
+  """The least of several scores, as an `objective` of a search.
+
+  Args:
+    scores: by name.
+
+  Returns:
+    One of them.
+
+  Example:
+    >>> worst({'code': 0.4, 'math': 0.7})
+    0.4
+  """
+  return min(scores.values())
+
+
 def _require_examples(num: Sized | float) -> None:
   if not num:
     raise ValueError(
@@ -415,24 +439,29 @@ def logits_of(logits_fn: LogitsFn, batches: Batches) -> OutputsFn:
   first: list[np.ndarray] = []
 
   def fn(params: Params) -> Tree:
-    outputs, hashes = _outputs(step, batches, params)
+    outputs, hashes = outputs_of(step, batches, params)
     if not first:
       first.append(hashes)
-    num = min(len(first[0]), len(hashes))
-    is_same = [*(first[0][:num] == hashes[:num]), len(first[0]) == len(hashes)]
-    if not all(is_same):
-      raise ValueError(
-          'The batches are not those of the first call: they differ from row '
-          f'{is_same.index(False)} on ({len(first[0])} examples then, '
-          f'{len(hashes)} now). Outputs of different models would not line up: '
-          'pass a list, or a loader that does not shuffle.'
-      )
+    require_same_examples(first[0], hashes)
     return outputs
 
   return fn
 
 
-def _outputs(
+def require_same_examples(first: np.ndarray, hashes: np.ndarray) -> None:
+  """Raises unless two walks saw the same examples in the same order."""
+  num = min(len(first), len(hashes))
+  is_same = [*(first[:num] == hashes[:num]), len(first) == len(hashes)]
+  if not all(is_same):
+    raise ValueError(
+        'The batches are not those of the first call: they differ from row '
+        f'{is_same.index(False)} on ({len(first)} examples then, {len(hashes)} '
+        'now). Outputs of different models would not line up: pass a list, or '
+        'a loader that does not shuffle.'
+    )
+
+
+def outputs_of(
     step: LogitsFn, batches: Batches, params: Params
 ) -> tuple[Tree, np.ndarray]:
   """As `logits_of`, in any order, and a hash of each example, `[N]`."""
@@ -486,7 +515,7 @@ def score_of(
   step = jax.jit(lambda params, batch: (logits_fn(params, batch), batch[label]))
 
   def eval_fn(params: Params) -> float:
-    (logits, labels), _ = _outputs(step, batches, params)
+    (logits, labels), _ = outputs_of(step, batches, params)
     return float(jax.device_get(metric(logits, labels)))
 
   eval_fn.step = step  # type: ignore[attr-defined]

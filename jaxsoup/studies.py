@@ -138,15 +138,19 @@ def soup_scores(
     >>> score_fn((0, 2)), score_fn((1,))
     (-3.5, -2.0)
   """
-  known: Scores = {} if scores is None else scores
+
+  def params_fn(members: Members) -> Params:
+    alpha = _search.alpha_of(members, len(ingredients))
+    return _average.average(ingredients, alpha).params
+
+  evaluations = _search.Evaluations(
+      params_fn, eval_fn, objective=None, log=scores
+  )
 
   def score_fn(members: Members) -> float:
     members = tuple(sorted(members))
-    score = known.get(members)
-    if score is None or isinstance(score, AtMost):
-      alpha = _search.alpha_of(members, len(ingredients))
-      params = _average.average(ingredients, alpha).params
-      known[members] = score = float(jax.device_get(eval_fn(params)))
+    score = evaluations.score(members, members, f'ingredients {members}')
+    assert not isinstance(score, AtMost)  # Without a bar.
     return score
 
   return score_fn

@@ -11,6 +11,7 @@ Functions are protocols: any function that takes these positional arguments is
 one, whatever it calls them.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -33,6 +34,15 @@ Leaf = Any
 Path = tuple[str, ...]
 #: Ingredients of one candidate, ascending; repeated if one counts twice.
 Members = tuple[int, ...]
+#: Mixing coefficients of one candidate: pairs of a group and its `[K]`.
+Coefficients = tuple[tuple[str, tuple[float, ...]], ...]
+#: What a score belongs to.
+Candidate = Members | Coefficients
+#: What counts of several scores: one of them by its name, a weighted sum, or a
+#: function of all.
+Objective = (
+    str | Mapping[str, float] | Callable[[Mapping[str, float]], 'Scalar']
+)
 
 #: `jax.Array` or `np.ndarray`.
 Array = jax.Array | np.ndarray
@@ -97,10 +107,11 @@ class EvalFn(Protocol):
     params: of the model.
 
   Returns:
-    One finite number.
+    One finite number; or several by name, of which the `objective` of a search
+    makes one.
   """
 
-  def __call__(self, params: Params, /) -> Scalar:
+  def __call__(self, params: Params, /) -> Scalar | Mapping[str, Scalar]:
     ...
 
 

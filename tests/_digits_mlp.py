@@ -50,6 +50,7 @@ def get_config(arg=None):
   config.learned.num_epochs = 1
   config.data.sizes.test = 100
   config.data.sizes.held_out = 80
+  config.data.other_writers = 100
   if not arg:
     config.recipes = ('uniform', 'greedy')
   return config

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import pathlib
+import shlex
 import sys
 
 import _xla
@@ -37,6 +38,7 @@ from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import landscape
 from jaxsoup import metrics
+from jaxsoup import scoring
 from jaxsoup import sharding
 from jaxsoup.models import batch_norm
 
@@ -92,6 +94,7 @@ soups = {
     'learned': learn(),
     'streamed': learn(memory='streamed'),
     'cached': learn(memory='cached'),
+    'searched': jaxsoup.search(ingredients, eval_fn, num_evaluations=12),
 }
 # Weights, of which some are 0, and rows that are brought to all processes.
 weighted = evaluation.batched(
@@ -124,6 +127,17 @@ ensemble = ensembles.greedy(
 )
 results['ensemble'] = [*ensemble.alpha.tolist(), float(ensemble.logits.sum())]
 results['duplicates'] = jaxsoup.greedy(copies, eval_fn).info.duplicates
+
+# The main process runs the command, on what all have written.
+count = shlex.quote(str(folder / 'count'))
+by_command = scoring.from_command(
+    f'test -d {{path}} && echo x >> {count} && wc -l < {count}',
+    ingredients,
+    scratch=folder / 'scratch',
+)
+results['command'] = [
+    by_command(soups[name].params) for name in list(soups)[:2]
+]
 
 # The first process could hold all models, the other only one or two.
 _memory.free_bytes = lambda device: 10**9 if process == 0 else 2000

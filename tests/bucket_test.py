@@ -118,7 +118,7 @@ def test_a_workdir_in_a_bucket_is_one_of_this_machine(tmp_path, bucket):
   rows = [json.loads(line) for line in lines.split('\n') if line]
   # Those of the killed process were lost with it.
   runs = [row['run'] for row in rows if 'held_out' in row]
-  assert runs in ([0, 1, 2], [1, 2], [2])
+  assert runs == [0, 1, 2][3 - len(runs) :]
 
 
 def test_addresses_that_are_not_of_buckets():

@@ -275,7 +275,8 @@ def test_cifar100(tmp_path):
   )
   splits = experiment.data_fn(experiment.config)
   assert (len(splits.train), len(splits.held_out)) == (180, 20)
-  assert set(splits.shifts) == {'noise', 'blur', 'contrast', 'rotation'}
+  kinds = {'noise', 'blur', 'contrast', 'rotation', 'occlusion'}
+  assert set(splits.shifts) == kinds
   assert len(splits.test) == 12
   # No image that may choose is in a shift, not even corrupted.
   test = cifar.read(100, 'test', tmp_path).arrays

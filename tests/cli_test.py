@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import typer
@@ -68,6 +70,11 @@ def nan(params):
   return float('nan')
 
 
+def several(params):
+  x = float(params['w'][0])
+  return {'near': -abs(x - 1.2), 'acc,none': -x, 'high': x}
+
+
 number = 3
 """
 
@@ -120,6 +127,7 @@ def assert_fails(result, code, text):
         ('greedy', ('--eval', 'mine:score'), 1.0),
         ('greedy', ('--eval', 'mine:score', '--seed', 3, '--strict'), None),
         ('pruned', ('--eval', 'mine:score', '--scores', 'log.jsonl'), 1.0),
+        ('search', ('--eval', 'mine:score', '--evaluations', 9), None),
         ('learned', ('--loss', 'mine:loss', '--epochs', 2), None),
         ('learned', ('--loss', 'mine:with_val', '--per-tensor'), None),
         ('average', ('--alpha', '0.25,0.25,0.5'), 1.25),
@@ -144,7 +152,7 @@ def test_recipes(runs, recipe, options, expected):
   if expected is not None:
     np.testing.assert_allclose(soup.params['w'], [expected] * 2)
   stored = checkpoints.provenance('out')
-  seed = 3 if '--seed' in options else None
+  seed = 3 if '--seed' in options else None if recipe != 'search' else 0
   assert stored['metadata'] == {'recipe': recipe, 'seed': seed}
   assert [row['path'] for row in stored['ingredients']] == paths
 
@@ -202,6 +210,18 @@ def test_rejections_end_early(runs):
   assert json.loads(again.stdout)['score'] == checkpoints.load('out').info.score
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('recipe', ['greedy', 'pruned', 'search'])
+def test_workers_make_the_same(runs, recipe):
+  args = ('soup', recipe, *runs, '--eval', 'mine:score', '--json')
+  if recipe == 'search':
+    args = (*args, '--evaluations', 9)
+  here = json.loads(invoke(*args, '--out', 'here').stdout)
+  there = json.loads(invoke(*args, '--out', 'there', '--workers', 2).stdout)
+  assert here.pop('out') != there.pop('out')
+  assert here == there
+
+
 @pytest.mark.parametrize(
     'options, mode',
     [
@@ -238,6 +258,82 @@ def test_soup_as_text(runs, recipe, options):
 
 
 @pytest.mark.parametrize(
+    'options, start, score',
+    [
+        (('near',), [1 / 3] * 3, lambda x: -abs(x - 1.2)),
+        (
+            ('worst', '--start', 'greedy'),
+            [0.5, 0.5, 0],
+            lambda x: min(-abs(x - 1.2), -x),
+        ),
+        (
+            ('near=2,acc,none=-0.5', '--start', 'categories'),
+            [1 / 3] * 3,
+            lambda x: 0.5 * x - 2 * abs(x - 1.2),
+        ),
+        (
+            ('high', '--space', 'hyperplane', '--method', 'coordinates'),
+            [1 / 3] * 3,
+            lambda x: x,
+        ),
+        (
+            ('near', '--val-objective', 'high', '--patience', 1, '--depth', 1),
+            [1 / 3] * 3,
+            lambda x: -abs(x - 1.2),
+        ),
+    ],
+)
+def test_searches(runs, options, start, score):
+  """The score of the start and of the soup, by the objective."""
+  args = ('--eval', 'mine:several', '--scores', 'log.jsonl')
+  command = ('soup', 'search', *runs, *args, '--evaluations', 12, '--out')
+  result = invoke(*command, 'out', '--objective', *options)
+  assert result.exit_code == 0, (result.output, result.exception)
+  info = checkpoints.load('out').info
+  x = float(checkpoints.load('out').params['w'][0])
+  assert info.score == pytest.approx(score(x), abs=1e-5)
+  assert info.score >= info.trials[0].score
+  first = info.trials[0].alpha
+  np.testing.assert_allclose(*jax.tree.leaves(first), start, atol=1e-6)
+  assert f'near {-abs(x - 1.2):.4f}, acc,none {-x:.4f}, high' in result.stdout
+  # Again, from the log.
+  pathlib.Path('mine.py').touch()
+  before = pathlib.Path('log.jsonl').read_bytes()
+  again = invoke(*command, 'again', '--objective', *options)
+  assert again.stdout == result.stdout.replace('Soup: out', 'Soup: again')
+  assert pathlib.Path('log.jsonl').read_bytes() == before
+
+
+def test_a_score_command(runs):
+  pathlib.Path('size.py').write_text(
+      'import os, sys; print(len(os.listdir(sys.argv[1])))'
+  )
+  command = f'{sys.executable} -S size.py {{path}}'
+  args = ('soup', 'pruned', *runs, '--scores', 'log.jsonl', '--out')
+  result = invoke(*args, 'out', '--score-command', command)
+  assert result.exit_code == 0, (result.output, result.exception)
+  score = checkpoints.load('out').info.score
+  assert score == len(os.listdir('run0')) == len(os.listdir('out'))
+  lines = pathlib.Path('log.jsonl').read_text().splitlines()
+  assert len(list(pathlib.Path('log.jsonl.outputs').glob('*.out'))) == (
+      len(lines) - 1
+  )
+  # Another script is another evaluation.
+  pathlib.Path('size.py').write_text('1 / 0')
+  result = invoke(*args, 'b', '--score-command', command)
+  assert_fails(result, 1, 'scores of another evaluation')
+  result = invoke(
+      'soup', 'greedy', *runs, '--out', 'b', '--score-command', command
+  )
+  assert result.exit_code == 1 and result.stdout == ''
+  assert result.stderr.startswith(
+      f'Error: The command {sys.executable} -S size'
+  )
+  assert 'exited with 1. It printed:\n' in result.stderr
+  assert result.stderr.endswith('ZeroDivisionError: division by zero\n')
+
+
+@pytest.mark.parametrize(
     'args, code, text',
     [
         (('best',), 2, "'best' is not a recipe. The recipe comes first: "),
@@ -247,8 +343,26 @@ def test_soup_as_text(runs, recipe, options):
             2,
             'Recipes: uniform, average, trajectory, model-stock,',
         ),
-        (('greedy',), 2, "Missing option '--eval'"),
-        (('pruned',), 2, "Missing option '--eval'"),
+        (('greedy',), 2, 'for --eval or --score-command: give one of the two'),
+        (('pruned',), 2, 'for --eval or --score-command: give one of the two'),
+        (('greedy', '--workers', 2, '--shard'), 2, 'Choose one'),
+        (
+            ('greedy', '--eval', 'mine:score', '--score-command', 'x {path}'),
+            2,
+            'for --eval or --score-command: give one of the two',
+        ),
+        (('greedy', '--score-command', 'x'), 1, "'x' has no {path}"),
+        (('greedy', '--eval', 'mine:several'), 1, '(--objective)'),
+        (
+            ('greedy', '--eval', 'mine:several', '--objective', 'a=b'),
+            2,
+            "'a=b': write the name of a score, or NAME=WEIGHT,NAME=WEIGHT.",
+        ),
+        (
+            ('search', '--eval', 'mine:score'),
+            2,
+            'for --evaluations or --minutes: give one, or both',
+        ),
         (('learned',), 2, "Missing option '--loss'"),
         (('model-stock',), 2, "Missing option '--init'"),
         (('uniform', '--nonsense'), 2, 'No such option'),

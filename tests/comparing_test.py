@@ -10,6 +10,7 @@ from sklearn import metrics as sk
 from typer import testing
 
 from jaxsoup import cli
+from jaxsoup.experiments import answers
 from jaxsoup.experiments import comparing
 
 NAMES = ('00', '01', 'uniform', 'greedy')
@@ -35,11 +36,12 @@ def classes(skill, seed=1):
   }
 
 
-def rows_of(given, metric='accuracy', shares=None):
+def rows_of(given, metric='accuracy', truth=None):
+  truth = truth or labels()
   score = lambda name, i: float(
-      sk.f1_score(labels()[name], given[name][i])
+      sk.f1_score(truth[name], given[name][i])
       if metric == 'f1'
-      else np.mean(labels()[name] == given[name][i])
+      else np.mean(truth[name] == given[name][i])
   )
   return [
       {
@@ -52,25 +54,24 @@ def rows_of(given, metric='accuracy', shares=None):
           'ece': 0.1,
           'cost': 1,
           'metric': metric,
-          'shares': shares or {},
       }
       for i, name in enumerate(NAMES)
   ]
 
 
-DATA = {name: {'num': n, 'sha256': name} for name, n in SIZES.items()}
+def write_answers(folder, given, is_right=True, truth=None, ids=None):
+  folder.mkdir(parents=True, exist_ok=True)
+  truth = truth or labels()
+  ids = ids or {name: np.arange(len(y)) for name, y in truth.items()}
+  right = {k: given[k] == y if is_right else given[k] for k, y in truth.items()}
+  answers.write(folder, answers.Given(right, truth, ids))
 
 
 def write(folder, rows, given=None, **content):
   folder.mkdir(parents=True, exist_ok=True)
-  content = {'config': {'seed': 0}, 'data': DATA, 'rows': rows, **content}
-  (folder / 'results.json').write_text(json.dumps(content))
+  (folder / 'results.json').write_text(json.dumps({'rows': rows, **content}))
   if given is not None:
-    is_right = rows[0]['metric'] == 'accuracy'
-    arrays = {f'label/{name}': y for name, y in labels().items()}
-    for name, y in labels().items():
-      arrays[f'answers/{name}'] = given[name] == y if is_right else given[name]
-    np.savez(folder / 'answers.npz', **arrays)
+    write_answers(folder, given, rows[0]['metric'] == 'accuracy')
   return folder
 
 
@@ -145,95 +146,101 @@ def test_metrics_that_are_not_means_are_paired(tmp_path):
   assert got.gain.gain == pytest.approx(scores[1] - scores[0], abs=1e-6)
   assert got.gain.low < got.gain.gain < got.gain.high
   reason = found['mean of singles', 'test'].reason
-  assert reason == 'one seed, and f1 is not a mean of examples'
+  assert reason == 'one seed, and mean of singles has no answers of its own'
 
 
-def seeds_of(folder, skill, shares):
-  for seed in range(4):
-    rows = rows_of(
-        classes(skill, seed=10 * seed + int(100 * skill)), 'accuracy'
-    )
-    rows = [row | {'shares': shares} for row in rows]
-    write(folder / f'seed{seed}', rows)
-  return folder
-
-
-def test_seeds_are_paired(tmp_path):
-  shares = {'held_out': 0.0, 'test': 0.4, 'shifts': 1.0}
-  a, b = (
-      seeds_of(tmp_path / name, skill, shares)
-      for name, skill in (('a', 0.6), ('b', 0.65))
-  )
-  found = by_name(comparing.compare(a, b))
-  scores = {
-      key: np.array(
-          [
-              [
-                  json.loads((x / f'seed{i}/results.json').read_text())['rows'][
-                      3
-                  ][key]
-                  for i in range(4)
-              ]
-              for x in (a, b)
-          ]
-      )
-      for key in ('held_out', 'test')
-  }
-  got = found['greedy', 'held-out'].gain
-  expected = stats.ttest_rel(scores['held_out'][1], scores['held_out'][0])
-  assert got.num_repeats == 4 and got.gain == pytest.approx(
-      np.mean(scores['held_out'][1] - scores['held_out'][0])
-  )
-  assert got.p_value == pytest.approx(expected.pvalue)
-  interval = expected.confidence_interval()
-  np.testing.assert_allclose(got[1:3], interval)
-  # Test data are drawn from one pool: Nadeau and Bengio's correction.
-  gains = scores['test'][1] - scores['test'][0]
-  error = gains.std(ddof=1) * np.sqrt(1 / 4 + 0.4 / 0.6)
-  expected = 2 * stats.t.sf(abs(gains.mean() / error), 3)
-  assert found['greedy', 'test'].gain.p_value == pytest.approx(expected)
-  shifts = found['greedy', 'mean of shifts']
-  assert np.isnan(shifts.gain.low) and 'the same examples' in shifts.reason
-  # One seed in common, and nothing but its scores.
-  one = write(tmp_path / 'c/seed2', rows_of(classes(0.7))).parent
-  (reason,) = {x.reason for x in comparing.compare(a, one).shared}
-  assert reason.startswith('one seed, and there is no ')
-
-
-def test_splits_are_paired(tmp_path):
-  tables = {
-      name: [rows_of(classes(skill, seed=7 * i + k)) for i in range(3)]
-      for k, (name, skill) in enumerate((('a', 0.6), ('b', 0.66)))
-  }
-  folders = [
-      write(tmp_path / name, x[0], splits=x) for name, x in tables.items()
+def drawn(seed, skills):
+  """A seed's parts of one pool, and answers of both experiments to them."""
+  rng = np.random.default_rng([seed, 7])
+  pool = np.random.default_rng(0).integers(2, size=400)
+  ids = {name: rng.permutation(400)[:n] for name, n in SIZES.items()}
+  truth = {name: pool[x] for name, x in ids.items()}
+  right = lambda y, i, skill: rng.random(y.size) < skill + 0.03 * i
+  both = [
+      {
+          name: np.stack(
+              [np.where(right(y, i, skill), y, 1 - y) for i in range(4)]
+          )
+          for name, y in truth.items()
+      }
+      for skill in skills
   ]
-  found = by_name(comparing.compare(*folders))
-  gains = np.array(
-      [b[2]['test'] - a[2]['test'] for a, b in zip(tables['a'], tables['b'])]
+  return ids, truth, both
+
+
+def by_hand(repeats, names, row):
+  """`mean`, its standard error and degrees of freedom, example by example."""
+  gains, influence = [], []
+  for ids, truth, (a, b) in repeats:
+    each = {
+        k: (b[k][row] == truth[k]) * 1.0 - (a[k][row] == truth[k])
+        for k in names
+    }
+    gains.append(np.mean([x.mean() for x in each.values()]))
+    own = dict.fromkeys(range(400), 0.0)
+    for k, x in each.items():
+      for i, value in zip(ids[k], (x - x.mean()) / len(x) / len(names)):
+        own[i] += value
+    influence.append(np.array([own[i] for i in range(400)]))
+  n = len(repeats)
+  shared = np.mean(
+      [influence[i] @ influence[j] for i in range(n) for j in range(i)]
   )
-  # 120 examples select, 200 report, whichever they are.
-  error = gains.std(ddof=1) * np.sqrt(1 / 3 + 200 / 120)
-  got = found['uniform', 'test']
-  assert got.gain.gain == pytest.approx(gains.mean())
-  expected = 2 * stats.t.sf(abs(gains.mean() / error), 2)
-  assert got.gain.p_value == pytest.approx(expected)
-  assert 'the same examples' in found['uniform', 'mean of shifts'].reason
-  write(tmp_path / 'b', tables['b'][0], splits=tables['b'], config={'seed': 1})
-  (reason,) = {x.reason for x in comparing.compare(*folders).shared}
-  assert reason == 'one seed, and A and B do not have the same splits'
+  alone = np.var(gains, ddof=1) / n
+  total = max(alone + max(shared, 0), (sum(influence) ** 2).sum() / n**2)
+  free = (n - 1) * (total / alone) ** 2
+  return np.mean(gains), np.sqrt(total), free
+
+
+@pytest.mark.parametrize('has_splits', (False, True))
+def test_repeats_are_paired(tmp_path, has_splits):
+  """Over seeds, or over splits of one seed."""
+  repeats = [drawn(i, (0.6, 0.66)) for i in range(4)]
+  for k, name in enumerate('ab'):
+    tables = []
+    for i, (ids, truth, both) in enumerate(repeats):
+      tables.append(rows_of(both[k], truth=truth))
+      part = 'splits' if has_splits else ''
+      folder = tmp_path / name / part / (str(i) if part else f'seed{i}')
+      write_answers(folder, both[k], truth=truth, ids=ids)
+      if not has_splits:
+        write(folder, tables[-1])
+    if has_splits:
+      write(tmp_path / name, tables[0], splits=tables)
+  compared = by_name(comparing.compare(tmp_path / 'a', tmp_path / 'b'))
+  for data, names in (('test', ['test']), ('mean of shifts', ['blur', 'fog'])):
+    mean, error, free = by_hand(repeats, names, 3)
+    got = compared['greedy', data].gain
+    assert got.gain == pytest.approx(mean) and got.num_repeats == 4
+    interval = stats.t(free, mean, error).interval(0.95)
+    np.testing.assert_allclose(got[1:3], interval)
+  # Other seeds, or splits: other examples.
+  if has_splits:
+    ids, truth, both = drawn(9, (0.6, 0.66))
+    write_answers(tmp_path / 'b/splits/2', both[1], truth=truth, ids=ids)
+    reason, *_ = [
+        x.reason
+        for x in comparing.compare(tmp_path / 'a', tmp_path / 'b').shared
+    ]
+    assert reason == 'A and B have different examples in held-out'
+  else:
+    one = write(tmp_path / 'c/seed2', rows_of(classes(0.7))).parent
+    (reason,) = {
+        x.reason for x in comparing.compare(tmp_path / 'a', one).shared
+    }
+    assert re.fullmatch('one seed, and .* is missing: run .*', reason)
 
 
 def test_other_examples_are_not_paired(pair):
   first, second, _, b = pair
-  data = DATA | {'fog': {'num': 150, 'sha256': 'other'}}
-  write(second, rows_of(b), b, data=data)
-  found = by_name(comparing.compare(first, second, has_each_shift=True))
+  ids = {name: np.arange(n) for name, n in SIZES.items()}
+  write_answers(second, b, ids=ids | {'fog': ids['fog'] + 1})
+  compared = by_name(comparing.compare(first, second, has_each_shift=True))
   expected = 'one seed, and A and B have different examples in fog'
-  assert found['greedy', 'fog'].reason == expected
-  assert found['greedy', 'mean of shifts'].reason == expected
-  assert np.isnan(found['greedy', 'fog'].gain.low)
-  assert not found['greedy', 'blur'].reason
+  assert compared['greedy', 'fog'].reason == expected
+  assert compared['greedy', 'mean of shifts'].reason == expected
+  assert np.isnan(compared['greedy', 'fog'].gain.low)
+  assert not compared['greedy', 'blur'].reason
 
 
 def test_command(pair):
@@ -249,7 +256,10 @@ def test_command(pair):
   assert re.search(
       r'best single +held-out +\d\d\.\d +\d\d\.\d +[+-]', done.output
   )
-  assert 'test: interval by exact McNemar over 200 examples.' in done.output
+  assert (
+      'mean of shifts: interval by exact McNemar over 200 examples.'
+      in done.output
+  )
   assert 'Only A has: uniform, greedy, fog.' in done.output
   assert 'Only B has: pruned, ice.' in done.output
   # The mean is over the shifts that both have.
@@ -286,8 +296,8 @@ def flip(path):
          'compare results of one metric'),
         (lambda a, b: write(b, [rows_of(classes(0.7))[2] | {'name': 'other'}]),
          'no row is in both'),
-        (lambda a, b: (b / 'answers.npz').write_bytes(b'PK'), 'Delete both'),
-        (lambda a, b: flip(b / 'answers.npz'), 'Delete both'),
+        (lambda a, b: (b / 'answers.npz').write_bytes(b'PK'), 'Delete it'),
+        (lambda a, b: flip(b / 'answers.npz'), 'Delete it'),
         (lambda a, b: b.rename(b.parent / 'seed0'), 'no seed is in both'),
     ],
 )  # fmt: skip

@@ -23,7 +23,15 @@ from jaxsoup import checkpoints
 WORKER = pathlib.Path(__file__).parent / '_distributed_worker.py'
 DIGITS = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
 NUM = 4
-NAMES = ('uniform', 'greedy', 'learned', 'streamed', 'cached', 'undecided')
+NAMES = (
+    'uniform',
+    'greedy',
+    'learned',
+    'streamed',
+    'cached',
+    'searched',
+    'undecided',
+)
 
 
 def _free_port() -> int:
@@ -79,6 +87,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
   assert first['weighted'] == pytest.approx(one['weighted'], rel=1e-5)
   np.testing.assert_allclose(first['ensemble'], one['ensemble'], rtol=1e-5)
   assert first['duplicates'] == one['duplicates'] == [[0, 2]]
+  assert first['command'] == one['command'] == [1.0, 2.0]
   for name in NAMES:
     assert first[name]['is_restored'] and one[name]['is_restored']
     np.testing.assert_allclose(
@@ -411,6 +420,7 @@ def get_config(arg=None):
   config.is_sharded = True
   config.model.update(width=16, depth=1, num_heads=2, mlp_width=16)
   config.data.sizes.update(pretrain=96, train=96, held_out=120, test=100)
+  config.data.other_writers = 100
   config.batch_size = 100
   config.sweep.update(num_runs=2, group_size=1)
   config.recipes = ('uniform', 'greedy', 'learned')

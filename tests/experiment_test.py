@@ -1,9 +1,11 @@
 """The experiment as a command: killed and resumed, and used wrongly."""
 
+from concurrent import futures
 import json
 import os
 import pathlib
 import shutil
+import subprocess
 import sys
 import time
 
@@ -140,6 +142,31 @@ def test_parts_of_the_sweep_make_the_same(tmp_path, uninterrupted):
   assert not (tmp_path / 'soups').exists()
   finish(tmp_path)
   assert_same(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+def test_runs_on_workers_are_the_same(tmp_path, uninterrupted):
+  """And only those that are not there are trained."""
+  for name in ('theta_0', 'runs/00'):
+    shutil.copytree(uninterrupted / name, tmp_path / 'workdir' / name)
+  shutil.copy(uninterrupted / 'config.json', tmp_path / 'workdir')
+  script = ROOT / 'tests/_on_workers.py'
+  args = [sys.executable, script, CONFIG, tmp_path / 'workdir', *TINY]
+  done = subprocess.run(
+      args, env=environment(), capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  assert_same(tmp_path / 'workdir', uninterrupted)
+  rows = (tmp_path / 'workdir/metrics.jsonl').read_text().splitlines()
+  saved = [r['run'] for r in map(json.loads, rows) if 'held_out' in r]
+  assert sorted(saved) == [1, 2, 3]
+
+
+def test_workers_load_an_experiment_by_its_path(tmp_path):
+  loaded = configs.load(CONFIG, TINY)
+  executor = futures.ThreadPoolExecutor(1)
+  with pytest.raises(configs.UsageError, match='what configs.load returned'):
+    main.run(loaded._replace(source=None), tmp_path, executor=executor)
 
 
 def test_parts_that_are_none(tmp_path, capsys):
@@ -373,6 +400,15 @@ def test_what_a_workdir_holds(uninterrupted):
   # Bins of the best single model, soups and ensembles; beta is applied.
   singles = [row for row in results['rows'] if row['kind'] == 'single']
   rows['best single'] = max(singles, key=lambda row: row['held_out'])
+  # Five corruptions, and digits of other writers.
+  shifts = rows['best single']['shifts']
+  assert len(shifts) == 6 and 'other writers (100)' in table
+  right = answers['answers/other writers'].mean(1)
+  scores = [row['shifts']['other writers'] for row in results['rows']]
+  np.testing.assert_allclose(right, scores, atol=1e-6)
+  (line,) = (x for x in table.splitlines() if x.startswith('| best single |'))
+  mean = 100 * np.mean(list(shifts.values()))
+  assert line.split('|')[5].strip() == f'{mean:.1f}'
   assert len(results['calibration']) == 1 + 6 + 2
   for name, bins in results['calibration'].items():
     gap = np.abs(np.subtract(bins['confidence'], bins['accuracy']))

@@ -85,6 +85,35 @@ def test_mean_of_two_runs(tmp_path, layout):
     np.testing.assert_array_equal(x, expected)
 
 
+@pytest.mark.parametrize('layout', layouts())
+def test_a_candidate_is_stored_as_the_first_run(tmp_path, layout):
+  if layout in NEEDED:
+    pytest.importorskip(NEEDED[layout])
+  with tarfile.open(GOLDEN / f'{layout}.tar.xz') as archive:
+    archive.extractall(tmp_path, filter='data')
+  runs, item = sorted(tmp_path.glob('run[01]*')), ITEMS.get(layout)
+  ingredients = checkpoints.Ingredients(runs, item=item)
+  save = lambda: checkpoints.save_like(
+      tmp_path / 'candidate', ingredients[1], ingredients
+  )
+  if layout == 'transformers/sentence':
+    with pytest.raises(ValueError, match='is a module of its own'):
+      save()
+    return
+  path = pathlib.Path(save())
+  assert path.suffixes == runs[0].suffixes
+  (first, source), (other, _) = (arrays_of(run, item) for run in runs)
+  made, written = arrays_of(path, item)
+  if source.layout is not None:
+    place = lambda run, p: pathlib.Path(p).relative_to(run)
+    actual = place(path, written.metadata.path)
+    assert actual == place(runs[0], source.metadata.path)
+  for key, x in made.items():
+    key = key if key in first else (item, *key)
+    if jnp.issubdtype(first[key].dtype, jnp.inexact) and key[0] not in TRAINING:
+      np.testing.assert_array_equal(x, other[key])
+
+
 def test_several_files_of_flax(tmp_path, monkeypatch):
   with tarfile.open(GOLDEN / 'transformers_flax/msgpack_sharded.tar.xz') as tar:
     tar.extractall(tmp_path, filter='data')

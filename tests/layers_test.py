@@ -25,12 +25,14 @@ LAYERS = (
         '_programs',
         '_tree',
         '_warnings',
+        '_workers',
         '_checked',
         '_mixing',
         'runtime',
     ),
     (
         '_recipes',
+        'black_box',
         'evaluation',
         'metrics',
         'ensembles',
@@ -41,7 +43,7 @@ LAYERS = (
         'studies',
         'trajectory',
     ),
-    ('checkpoints', 'diagnosis', 'report'),
+    ('checkpoints', 'diagnosis', 'report', 'scoring'),
     ('models', 'data', 'nnx'),
     ('train',),
     ('experiments',),
@@ -51,14 +53,14 @@ LAYERS = (
 BASIC = {'jax', 'numpy', 'jaxsoup'}
 FLAX = BASIC | {'flax', 'optax', 'ml_collections'}
 ALLOWED = (
-    BASIC | {'etils', 'fsspec', 'rich', 'tensorboardX'},
-    BASIC | {'optax', 'scipy'},
+    BASIC | {'cloudpickle', 'etils', 'fsspec', 'ray', 'rich', 'tensorboardX'},
+    BASIC | {'cma', 'optax', 'scipy'},
     BASIC
     | {'absl', 'etils', 'matplotlib', 'orbax', 'rich', 'scipy', 'tensorstore'}
     | {'h5py', 'huggingface_hub', 'msgpack', 'torch', 'xxhash'},
     BASIC
-    | {'PIL', 'absl', 'etils', 'flax', 'grain', 'scipy', 'sentencepiece'}
-    | {'sklearn', 'tensorflow_datasets', 'tokenizers'},
+    | {'PIL', 'absl', 'etils', 'flax', 'grain', 'mlxtend', 'scipy'}
+    | {'sentencepiece', 'sklearn', 'tensorflow_datasets', 'tokenizers'},
     FLAX | {'etils', 'orbax'},
     FLAX | {'absl', 'rich'},
     FLAX | {'absl'},

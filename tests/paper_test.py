@@ -15,6 +15,7 @@ from jaxsoup import checkpoints
 from jaxsoup import landscape
 from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
+from jaxsoup.paper import criteria
 from jaxsoup.paper import pools
 from jaxsoup.paper import run
 from jaxsoup.paper import studies
@@ -33,13 +34,16 @@ TINY = [
 
 
 @functools.cache
-def table():
-  lines = [
+def lines():
+  return [
       [cell.strip() for cell in line.strip('|').split('|')]
       for line in DOCUMENT.read_text().splitlines()
       if re.match(r'\| *\d+ *\|', line)
   ]
-  return {int(cells[0]): cells[1:] for cells in lines}
+
+
+def table():
+  return {int(cells[0]): cells[1:] for cells in lines() if len(cells) == 6}
 
 
 def test_there_is_a_line_for_each():
@@ -70,12 +74,26 @@ def test_functions_and_figures_exist(number):
       assert not any(part.startswith('_') for part in name.split('.')), name
   for file in re.findall(r'configs/\w+\.py', where):
     assert (ROOT / file).is_file(), file
-  assert re.match(r'(yes|no|partly|open)\b', held), held
+  assert re.match(r'(yes|no|partly|open|cannot tell)\b', held), held
 
 
 def test_titles_are_those_of_the_command():
   for number, experiment in studies.EXPERIMENTS.items():
     assert table()[number][0] == experiment.title
+
+
+def test_the_page_has_every_criterion_and_its_verdict():
+  told = {}
+  for number, finding, value, word in (x for x in lines() if len(x) == 4):
+    told.setdefault(int(number), []).append(finding)
+    gain, low, high = map(float, re.findall(r'[-+.\d]+', value))
+    assert low <= gain <= high
+    expected = 'holds' if low > 0 else 'does not hold' if high < 0 else 'cannot'
+    assert word.startswith(expected), finding
+  assert told == {
+      number: [x.finding for x in known]
+      for number, known in criteria.CRITERIA.items()
+  }
 
 
 # The command.
@@ -141,6 +159,39 @@ def test_every_experiment_found_something(made):
     )
     picture = folder / f'experiments/{number:02d}.png'
     assert picture.read_bytes().startswith(b'\x89PNG')
+    (figures,) = run._of_seeds(rows)
+    for criterion in criteria.CRITERIA[number]:
+      if criterion.finding.startswith('learned'):
+        continue  # This config has no such recipe.
+      assert np.isfinite(criterion.value_fn(figures)), criterion.finding
+      assert f'| {number} | {criterion.finding} | ' in text
+
+
+def test_verdicts_are_of_intervals():
+  """Of eight seeds that agree, of two that do not, and of the other side."""
+  rows = lambda gains: {
+      name: {
+          f'{where}, %': [base + x for x in gains]
+          for where in ('test', 'shifts')
+      }
+      for name, base in (('greedy', 90), ('greedy ensemble', 91))
+  }
+  rows = rows([0.0] * 8)
+  noise = np.linspace(-0.1, 0.1, 8)
+  rows['greedy ensemble']['test, %'] = list(91 + noise)
+  rows['greedy']['shifts, %'] = list(91 + 20 * noise)
+  shares = {'test': 0.5, 'shifts': 0.5}
+  told = [x.split(' | ')[-1] for x in run._verdicts({9: rows}, shares)[4:]]
+  assert told == ['holds |', 'cannot tell |']
+  rows['greedy ensemble']['test, %'] = list(89 + noise)
+  told = [x.split(' | ')[-1] for x in run._verdicts({9: rows}, shares)[4:]]
+  assert told[0] == 'does not hold |'
+  # What a config has no pools for has no line.
+  few = {'soup of 1': {'ECE of 15 bins, points': [2.0, 3.0]}}
+  assert len(run._verdicts({11: few}, shares)) == 4 + 1
+  # The same examples in all seeds: of other seeds.
+  lines = run._verdicts({9: rows}, {'test': 1.0, 'shifts': 0.3})
+  assert lines[0] == 'Intervals tell of other seeds on the same examples.'
 
 
 @pytest.mark.slow
@@ -165,15 +216,20 @@ def test_soups_against_numpy(made, problem):
   sweep = pool_of(workdir, 'sweep')
   check(5, 'uniform', mean(sweep))
   check(12, 'narrow: uniform soup', mean(pool_of(workdir, 'narrow')))
-  check(14, 'EMA: uniform soup', mean(pool_of(workdir, 'averaged', '*_ema*')))
+  falling = 'falling rate, '
+  check(
+      14,
+      f'{falling}EMA: uniform soup',
+      mean(pool_of(workdir, 'averaged', '*_ema*')),
+  )
   last = pool_of(workdir, 'averaged')
   # A moving average, four epochs and the last parameters of each run.
   assert len(last) == NUM_RUNS * 6
   swa = mean(pool_of(workdir, 'averaged', '*_step*'))
   plain = mean(pool_of(workdir, 'averaged', '??'))
   swa = jax.tree.map(lambda x, y: np.float32(0.8 * x + 0.2 * y), swa, plain)
-  check(14, 'SWA: uniform soup', swa)
-  check(14, 'last: uniform soup', plain)
+  check(14, f'{falling}SWA: uniform soup', swa)
+  check(14, f'{falling}last: uniform soup', plain)
   check(15, 'SAM: uniform soup', mean(pool_of(workdir, 'sam')))
   half = [*sweep[:2], *pool_of(workdir, 'sam')[2:]]
   check(15, 'half of each: uniform soup', mean(half))
@@ -265,7 +321,7 @@ def test_figures_of_several_seeds_are_means(tmp_path):
   text = (tmp_path / 'experiments.md').read_text()
   # Deviations with one degree of freedom.
   # Of a gain an interval: t is 12.7, times 2.8 sqrt(1 / 2 + 1).
-  assert '| soup | 92.0 ± 2.8 | 0.30 ± 0.28 | +0.00 [-44.0, 44.0] |' in text
+  assert '| soup | 92.0 ± 2.8 | 0.30 ± 0.28 | +0.00 [-44.02, 44.02] |' in text
 
 
 @pytest.mark.parametrize(

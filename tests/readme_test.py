@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shlex
+import sys
 import tomllib
 
 import jax
@@ -31,6 +32,13 @@ BLOCK = re.compile(r'^```(python|bash)\n(.*?)^```', re.DOTALL | re.MULTILINE)
 NOT_RUN = {
     'owners': 'makes the environments of other libraries',
     'cd': 'the next command is looked at, wherever it runs',
+    'dask': 'runs on until it is stopped',
+    'do': 'what is repeated is looked at',
+    'done': 'the end of that',
+    'for': 'the list of what is repeated',
+    'kubectl': 'needs a cluster of Kubernetes',
+    'ray': 'needs a cluster of Ray',
+    'ssh': 'needs other hosts',
     'curl': 'fetches from the net',
     'export': 'of what gcloud takes',
     'mkdir': 'on another machine',
@@ -44,6 +52,7 @@ NOT_RUN = {
 ONLY_PARSED = {
     'README.md': 'the demo, and a plan of a large model, take minutes',
     'tpu.md': 'its runs are on other machines',
+    'workers.md': 'processes that are spawned take seconds to start',
 }
 PREFIXES = ('nohup', 'srun')
 
@@ -59,6 +68,9 @@ def names(tmp_path, monkeypatch):
   from flax import nnx
 
   monkeypatch.chdir(tmp_path)
+  # `python` in a command of a page is this one.
+  folder = os.path.dirname(sys.executable)
+  monkeypatch.setenv('PATH', folder, prepend=os.pathsep)
   build = lambda seed: nnx.Linear(4, 3, rngs=nnx.Rngs(seed))
   graphdef = nnx.graphdef(build(0))
   init_params = lambda: nnx.state(build(0), nnx.Param)
@@ -150,6 +162,18 @@ def test_blocks_run_in_their_order(page, names, request):
     assert (names['workdir'] / 'soup').is_dir()
 
 
+def test_commands_for_other_programs_are_ours():
+  """Those of the guide that hand candidates to a harness are parsed."""
+  page = DOCS / 'guides' / 'search.md'
+  blocks = re.findall(
+      r'^```text\n(.*?)^```', page.read_text(), re.DOTALL | re.M
+  )
+  assert len(blocks) == 2
+  for block in blocks:
+    words = shlex.split(block)
+    _run_ours(words[words.index('jaxsoup') + 1 :], is_parsed=True)
+
+
 def test_there_are_blocks():
   languages = {page.name: [x for x, _ in blocks_of(page)] for page in PAGES}
   assert languages['README.md'].count('python') == 2
@@ -213,7 +237,7 @@ def _commands(line: str) -> Iterator[list[str]]:
       is_file = not is_file
     elif set(token) <= set('&|;'):
       commands.append([])
-    elif commands[-1] or token not in PREFIXES:
+    elif commands[-1] or not token.startswith((*PREFIXES, '--')):
       commands[-1].append(token)
   return (command for command in commands if command)
 
@@ -222,6 +246,8 @@ def _check(program: str, args: list[str], page: pathlib.Path) -> None:
   """Runs a command of ours or parses it; looks into those of others."""
   if program == 'jaxsoup':
     _run_ours(args, is_parsed=page.name in ONLY_PARSED)
+  elif program == 'python' and args[0].endswith('.py'):
+    compile(pathlib.Path(args[0]).read_text(), args[0], 'exec')
   elif program == 'python':
     assert args[:2] == ['-m', 'jaxsoup.experiments.main'], args
     parsed = configs.parse(args[2:])

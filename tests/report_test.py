@@ -3,9 +3,7 @@
 import functools
 import io
 import json
-import math
 import re
-import types
 
 from matplotlib import figure
 import numpy as np
@@ -18,6 +16,7 @@ import jaxsoup
 from jaxsoup import metrics
 from jaxsoup import report
 from jaxsoup import statistics
+from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import results
 
@@ -278,58 +277,67 @@ def test_gains_over_repetitions():
   assert '(test, mean of shifts: paired t over 3 repeats)' in text
 
 
-def test_gains_over_repetitions_that_draw_from_one_pool():
-  shares = {'held_out': 0.2, 'test': 0.5, 'shifts': 1.0}
-  drawn = [
-      [row._replace(shares=shares) for row in table]
-      for table in repetitions([(0.70, 0.72), (0.80, 0.83), (0.75, 0.76)])
+def answers_of(tables, rng, num=60):
+  """Answers that the tables could be of, to parts of 100 examples."""
+  made = []
+  for table in tables:
+    names = ('held_out', 'test', *table[0].shifts)
+    rows = {
+        row.name: {name: rng.random(num) < 0.7 for name in names}
+        for row in table
+    }
+    ids = {name: rng.permutation(100)[:num] for name in names}
+    made.append([report.Answers(rows, dict.fromkeys(names), ids)])
+  return made
+
+
+def test_gains_over_repetitions_with_examples_in_common(rng):
+  tables = repetitions([(0.70, 0.72), (0.80, 0.83), (0.75, 0.76)])
+  given = answers_of(tables, rng)
+  means, deviations = report.mean_rows(tables, given)
+  gains, name = means[-1].gains, tables[0][-1].name
+  of = lambda name, key: [x.rows[name][key] for (x,) in given]
+  ids = [x.ids['test'] for (x,) in given]
+  expected = statistics.crossed(
+      None, of(name, 'test'), of('best single', 'test'), ids
+  )
+  assert gains['test'] == expected._replace(num=0)
+  shift, *others = tables[0][-1].shifts
+  expected = statistics.crossed(
+      None, of(name, shift), of('best single', shift),
+      [x.ids[shift] for (x,) in given],
+  )  # fmt: skip
+  assert gains[shift] == expected._replace(num=0)
+  table = report.gains_by_shift(means)
+  assert table.startswith(f'| gain on | {" | ".join([shift, *others])} |')
+  assert report.with_interval(expected) in table
+  assert report.gains_by_shift(tables[0]) == ''
+  # The held-out gain minus the test gain, by repetition.
+  mean = lambda name, key: np.mean(of(name, key), axis=1)
+  by_key = [
+      mean(name, key) - mean('best single', key) for key in ('held_out', 'test')
   ]
-  means, deviations = report.mean_rows(drawn)
-  gains, by_seed = means[-1].gains, [0.02, 0.03, 0.01]
-  expected = statistics.over_repeats(by_seed, share=0.5)
-  assert gains['test'][:4] == pytest.approx(expected[:4])
-  # The difference of two gains has the larger share of theirs.
-  optimism = np.subtract(0.05, by_seed)
-  assert gains['optimism'][:4] == pytest.approx(
-      statistics.over_repeats(optimism, share=0.5)[:4]
-  )
-  # All report on the same shifts: a gain, and nothing about other examples.
-  assert np.isnan(gains['shifts'].low)
+  optimism = by_key[0] - by_key[1]
+  assert gains['optimism'].gain == pytest.approx(optimism.mean())
+  assert gains['optimism'].high > optimism.mean() > gains['optimism'].low
   text = report.markdown(means, deviations)
-  assert 'test: corrected resampled t over 3 repeats' in text
-  assert 'shifts: no test, the same examples in all 3 repeats' in text
-  assert '| +0.0 |' in text and 'nan' not in text
+  assert '(test, mean of shifts: crossed t over 3 repeats)' in text
 
 
-@pytest.mark.parametrize('has_best', (True, False))
-def test_gains_over_splits_of_the_same_examples(has_best):
-  """300 examples choose and 500 report, whichever they are."""
-  tables = [[*compared()], [*compared()]]
-  tables[1][-1] = _with_test_gain(tables[1][-1], 0.07)
-  if has_best:
-    tables = [report.summary(table) for table in tables]
-  (*_, mean), _ = report.averaged(tables)
-  by_split = [table[-1].gains['test'].gain for table in tables]
-  expected = statistics.over_repeats(by_split, share=500 / 800)
-  assert mean.gains['test'] == expected._replace(num=500)
-  assert mean.gains['shifts'].gain == pytest.approx(
-      tables[0][-1].gains['shifts'].gain
-  )
-  assert np.isnan(mean.gains['shifts'].low)
-  single, _ = report.averaged(tables[:1])
-  assert single[-1].gains == tables[0][-1].gains
-
-
-def test_splits_of_several_seeds_report_on_both_sets():
-  shares = {'held_out': 0.2, 'test': 0.5, 'shifts': 0.5}
-  table = [x._replace(shares=shares) for x in report.summary(compared())]
-  (*_, mean), _ = report.averaged([table] * 2)
-  assert mean.shares == {'held_out': 0.7, 'test': 0.7, 'shifts': 0.5}
-
-
-def _with_test_gain(row, gain):
-  gains = {**row.gains, 'test': row.gains['test']._replace(gain=gain)}
-  return row._replace(gains=gains)
+def test_splits_of_several_seeds_count_by_their_examples(rng):
+  """A seed's gain is the mean over its splits."""
+  tables = repetitions([(0.70, 0.72), (0.80, 0.83), (0.75, 0.76)])
+  of_splits = [answers_of(tables, rng) for _ in range(2)]
+  given = [[a, b] for (a,), (b,) in zip(*of_splits)]
+  means, _ = report.mean_rows(tables, given)
+  name = tables[0][-1].name
+  gains = [
+      np.mean(x.rows[name]['test']) - np.mean(x.rows['best single']['test'])
+      for seed in given
+      for x in seed
+  ]
+  got = means[-1].gains['test']
+  assert got.gain == pytest.approx(np.mean(gains)) and got.num_repeats == 3
 
 
 def test_gains_over_repetitions_know_the_sizes():
@@ -338,20 +346,31 @@ def test_gains_over_repetitions_know_the_sizes():
   assert 'selected on held-out (300)' in report.markdown(means)
 
 
-def test_shares_of_what_the_seed_draws():
+def test_corruptions_of_one_image_are_one_example():
   config = configs.load('configs/digits.py')
   splits = config.data_fn(config.config)
-  data = {'held_out': splits.held_out, 'test': splits.test, **splits.shifts}
-  work = types.SimpleNamespace(splits=splits, data=data)
-  assert results.shares(work) == {
-      'held_out': 400 / 1797,
-      'test': 897 / 1797,
-      'shifts': 897 / 1797,
-  }
-  pools = {'held_out': math.inf, 'blur': 2 * 897}
-  work.splits = splits._replace(pools=pools)
-  # Of several shifts the largest share; of a set that never changes all of it.
-  assert results.shares(work) == {'held_out': 0, 'test': 1, 'shifts': 1}
+  ids = results.ids(splits, seed=0)
+  assert len(np.unique(ids['test'])) == pytest.approx(897, abs=3)
+  for name in ('noise', 'blur'):
+    np.testing.assert_array_equal(ids[name], ids['test'])
+  assert not set(ids['held_out'].tolist()) & set(ids['test'].tolist())
+
+
+def test_streams_have_the_same_examples_in_all_seeds():
+  stream = range(3)
+  splits = sources.Splits(
+      stream, stream, stream, {'sketch': stream}, rules={'held_out': {}}
+  )
+  first, second = (results.ids(splits, seed) for seed in (0, 1))
+  for name in ('test', 'sketch'):
+    np.testing.assert_array_equal(first[name], second[name])
+  known = [
+      first['test'],
+      first['sketch'],
+      first['held_out'],
+      second['held_out'],
+  ]
+  assert len(np.unique(np.concatenate(known))) == 12
 
 
 def test_one_repetition_keeps_its_gains():

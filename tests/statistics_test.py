@@ -509,6 +509,73 @@ def test_the_corrected_t_of_learners(repeats, pool, report, train, plain, rng):
   assert size == pytest.approx(plain, abs=2 * margin_of(2000, plain))
 
 
+def crossed_problem(rng, num, pool, report, deviations):
+  """Differences of repeats and their examples; the truth is 0.
+
+  Deviations are those of the repeats, of the examples and of what is left.
+  """
+  of_repeat, of_example, left = deviations
+  shift = rng.normal(0, of_example, pool)
+  ids = [rng.permutation(pool)[:report] for _ in range(num)]
+  own = rng.normal(0, of_repeat, num)
+  noise = rng.normal(0, left, (num, report))
+  return own[:, None] + shift[np.array(ids)] + noise, ids
+
+
+@pytest.mark.parametrize(
+    'num, pool, report, deviations',
+    [
+        (8, 300, 300, (0.02, 0.3, 0.3)),  # All examples in common.
+        (8, 400, 200, (0.0, 0.3, 0.05)),  # Repeats differ by them alone.
+        (8, 2000, 200, (0.03, 0.3, 0.3)),  # Few in common.
+        (8, 300, 300, (0.05, 0.0, 0.3)),  # Examples do not matter.
+        (4, 400, 200, (0.01, 0.3, 0.1)),
+    ],
+)
+def test_crossed_repeats_and_examples(num, pool, report, deviations, rng):
+  """The size of the test, and so the coverage of the interval, of no gain."""
+  is_found, widths = [], {'crossed': [], 'corrected': []}
+  for _ in range(600):
+    differences, ids = crossed_problem(rng, num, pool, report, deviations)
+    got = statistics.crossed(None, differences, 0 * differences, ids)
+    is_found.append(got.is_significant)
+    widths['crossed'].append(got.high - got.low)
+    assumed = statistics.over_repeats(
+        differences.mean(1), share=min(report / pool, 0.99)
+    )
+    widths['corrected'].append(assumed.high - assumed.low)
+  assert np.mean(is_found) == pytest.approx(0.05, abs=margin_of(600))
+  # What is assumed is the worst case.
+  median = {name: np.median(x) for name, x in widths.items()}
+  assert median['crossed'] < 1.1 * median['corrected']
+
+
+def test_crossed_metrics_that_are_no_means(rng):
+  """Leaving out one example of an accuracy says what its answer does."""
+  ids = [rng.permutation(80)[:50] for _ in range(4)]
+  label = [rng.integers(3, size=50) for _ in ids]
+  a, b = (
+      [rng.normal(size=(50, 3)) + skill * np.eye(3)[y] for y in label]
+      for skill in (1.0, 0.6)
+  )
+  expected = statistics.crossed(metrics.correct, a, b, ids, label=label)
+  got = statistics.crossed(metrics.accuracy, a, b, ids, label=label)
+  assert got[:4] == pytest.approx(expected[:4], rel=1e-3, abs=1e-5)
+  assert got.num == len(np.unique(ids)) and got.num_repeats == 4
+  one = statistics.crossed(
+      metrics.correct, a[:1], b[:1], ids[:1], label=label[:1]
+  )
+  assert np.isnan(one.low) and not one.is_significant
+
+
+def test_crossed_names_what_is_wrong():
+  x = np.ones((2, 5))
+  with pytest.raises(ValueError, match='2 and 1 repeats, 2 entries of ids'):
+    statistics.crossed(None, x, x[:1], [range(5)] * 2)
+  with pytest.raises(ValueError, match=r'5 examples, and ids of shape \[4\]'):
+    statistics.crossed(None, x, x, [range(4)] * 2)
+
+
 def test_equal_repeats():
   assert statistics.over_repeats([0.1, 0.1]).p_value == 0
   assert statistics.over_repeats([0.0, 0.0]).p_value == 1

@@ -8,6 +8,7 @@ soup.info.accepted, soup.info.score
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
 from jaxsoup.typing import EvalFn
+from jaxsoup.typing import Objective
 from jaxsoup.typing import Params
 
 
@@ -31,8 +33,11 @@ def greedy(
     num_passes: int = 1,
     with_replacement: bool = False,
     max_ingredients: int | None = None,
+    objective: Objective | None = None,
     scores: Scores | None = None,
     on_trial: Callable[[Trial], None] | None = None,
+    executor: futures.Executor | None = None,
+    num_ahead: int | None = None,
 ) -> Soup[SearchInfo]:
   """Adds ingredients one by one, and keeps each that does not hurt.
 
@@ -62,21 +67,35 @@ def greedy(
     with_replacement: whether later passes also try those already accepted,
       which then count more than once.
     max_ingredients: stop when the soup has this many ingredients.
+    objective: where `eval_fn` returns several scores by name: the name of the
+      one that counts, weights `{'a': 0.7, 'b': 0.3}` of a sum, or a function of
+      the dict, such as `evaluation.worst`. All of them are remembered, and each
+      evaluation runs in full.
     scores: remembered scores, read and written; maps the indices of a candidate
       in ascending order to its score, such as `{(0,): 0.91, (0, 3): 0.92}`. A
       dict, or `checkpoints.ScoreLog`. Of a candidate that was rejected early it
       holds an `AtMost`.
     on_trial: is called after each trial.
+    executor: where candidates are evaluated, such as a `ProcessPoolExecutor` of
+      spawned processes: the guide "Many workers" says what `eval_fn` and
+      ingredients have to be. All decisions are those without one. None: here.
+    num_ahead: how many candidates are evaluated at a time, on the guess that
+      those before them are rejected: at least as many as there are workers.
+      None: twice the number of cores of this machine.
 
   Returns:
     A `Soup` with alpha `[K]` and a `SearchInfo`. One ingredient alone is its
-    own soup. Only ingredients that were read are checked for duplicates.
+    own soup. Only ingredients that were read here are checked for duplicates:
+    with an executor those of the soup.
 
   Raises:
     ValueError: no ingredients, ingredients that do not fit, a score that is NaN
-      or infinite, an order that is empty or names an ingredient that is unknown
-      or named before, or both an order and a key.
-    TypeError: a score that is not one number, or a `jax.Array` as an order.
+      or infinite, an objective that does not fit, an order that is empty or
+      names an ingredient that is unknown or named before, or both an order and
+      a key.
+    TypeError: a score that is neither a number nor a dict of numbers, a
+      `jax.Array` as an order, or an `eval_fn` that cannot be pickled.
+    ChildProcessError: workers died; a score log keeps what was scored.
 
   Example:
     >>> models = [np.float32(x) for x in (1.0, 4.0, -2.0)]
@@ -88,7 +107,14 @@ def greedy(
   "Ensemble selection from libraries of models".
   """
   search = _search.Search(
-      ingredients, eval_fn, strict=strict, log=scores, on_trial=on_trial
+      ingredients,
+      eval_fn,
+      strict=strict,
+      objective=objective,
+      log=scores,
+      on_trial=on_trial,
+      executor=executor,
+      num_ahead=num_ahead,
   )
   limits = {'max_ingredients': max_ingredients, 'num_passes': num_passes}
   for name, value in limits.items():

@@ -7,6 +7,7 @@ soup = jaxsoup.pruned(ingredients, eval_fn)
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from concurrent import futures
 
 from jaxsoup._recipes import _search
 from jaxsoup._soup import Scores
@@ -14,6 +15,7 @@ from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
 from jaxsoup._soup import Trial
 from jaxsoup.typing import EvalFn
+from jaxsoup.typing import Objective
 from jaxsoup.typing import Params
 
 
@@ -23,8 +25,11 @@ def pruned(
     *,
     strict: bool = False,
     num_passes: int | None = None,
+    objective: Objective | None = None,
     scores: Scores | None = None,
     on_trial: Callable[[Trial], None] | None = None,
+    executor: futures.Executor | None = None,
+    num_ahead: int | None = None,
 ) -> Soup[SearchInfo]:
   """Starts from the mean of all, and removes each that does not help.
 
@@ -45,8 +50,11 @@ def pruned(
     strict: whether a tie keeps the ingredient; by default a tie removes it.
     num_passes: the maximal number of passes; None goes on until a pass removes
       none.
+    objective: of several scores, as in `greedy`.
     scores: remembered scores, as in `greedy`; one log may serve both.
     on_trial: is called after each trial.
+    executor: where candidates are evaluated, as in `greedy`.
+    num_ahead: as in `greedy`.
 
   Returns:
     A `Soup` with alpha `[K]` and a `SearchInfo`, whose trials are removals.
@@ -54,7 +62,7 @@ def pruned(
   Raises:
     ValueError: no ingredients, ingredients that do not fit, or a score that is
       NaN or infinite.
-    TypeError: a score that is not one number.
+    TypeError: a score that is neither a number nor a dict of numbers.
 
   Example:
     >>> import numpy as np
@@ -66,7 +74,14 @@ def pruned(
   Source: Dansereau et al. 2023, section 3.
   """
   search = _search.Search(
-      ingredients, eval_fn, strict=strict, log=scores, on_trial=on_trial
+      ingredients,
+      eval_fn,
+      strict=strict,
+      objective=objective,
+      log=scores,
+      on_trial=on_trial,
+      executor=executor,
+      num_ahead=num_ahead,
   )
   singles = search.scores_of_singles()
   num = len(singles)

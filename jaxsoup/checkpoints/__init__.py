@@ -14,6 +14,7 @@ from jaxsoup.checkpoints._arrays import Arrays as Arrays
 from jaxsoup.checkpoints._arrays import save_arrays as save_arrays
 from jaxsoup.checkpoints._directories import is_directory as is_directory
 from jaxsoup.checkpoints._directories import save_directory as save_directory
+from jaxsoup.checkpoints._directories import save_like as save_like
 from jaxsoup.checkpoints._formats import metadata as metadata
 from jaxsoup.checkpoints._ingredients import Ingredients as Ingredients
 from jaxsoup.checkpoints._peft import Adapters as Adapters

@@ -22,6 +22,7 @@ from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup import _warnings
+from jaxsoup._soup import AverageInfo
 from jaxsoup._soup import Info
 from jaxsoup._soup import Soup
 from jaxsoup.checkpoints import _card
@@ -170,6 +171,42 @@ def save_directory(
   with _files.room_for(path):
     _safetensors.write(path, leaves, dict, fill_fn, 0, end_fn, key)
   return str(path)
+
+
+def save_like(
+    path: PathLike,
+    params: Params,
+    ingredients: _ingredients.Ingredients | None = None,
+) -> str:
+  """Writes a model of the structure of ingredients as the first of them is.
+
+  A Hugging Face directory, a file of the same format, or an Orbax checkpoint in
+  the same layout: what `save` and `save_directory` write, for a program that
+  evaluates the model. It says nothing of a soup.
+
+  Args:
+    path: a directory that does not exist yet; a file gets the ending of the
+      first ingredient.
+    params: of the model.
+    ingredients: None writes an Orbax checkpoint of the bare parameters.
+
+  Returns:
+    The path.
+
+  Raises:
+    FileExistsError: the path exists.
+    ValueError: a model of sentence-transformers with further modules, for which
+      there are no params.
+  """
+  if ingredients is None:
+    return _soups.save(path, params)
+  # Zeros: no module of its own can be averaged.
+  alpha = np.zeros(len(ingredients), np.float32)
+  soup = Soup(params, alpha, AverageInfo(()))
+  if all(is_directory(pathlib.Path(p).parent) for p in ingredients.paths):
+    return save_directory(path, ingredients, soup)
+  ending = ingredients.ending()
+  return _soups.save(f'{path}{ending}', soup, ingredients=ingredients)
 
 
 def _require_directories(ingredients) -> None:

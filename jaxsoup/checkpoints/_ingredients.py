@@ -136,9 +136,7 @@ class Ingredients(Sequence[Params]):
     self._opened: dict[int, _checkpoint.Checkpoint] = {}
     self._checkpoints: dict[int, _checkpoint.Checkpoint] = {}
     self._pending: tuple[int, futures.Future[Params]] | None = None
-    # One thread: it also keeps the reads out of the caller's mesh context,
-    # which has broken restores.
-    self._reader = futures.ThreadPoolExecutor(1, 'jaxsoup-reader')
+    self._reader = _new_reader()
 
   def __len__(self) -> int:
     return len(self.paths)
@@ -160,6 +158,28 @@ class Ingredients(Sequence[Params]):
       if k + 1 < len(self):
         self.prefetch(k + 1)
       yield params
+
+  def __copy__(self) -> 'Ingredients':
+    """The same, for another thread."""
+    other = object.__new__(type(self))
+    own: dict[str, Any] = {'_pending': None, '_opened': {}, '_checkpoints': {}}
+    vars(other).update({**vars(self), **own, '_reader': _new_reader()})
+    vars(other).pop('_common', None)
+    return other
+
+  def __getstate__(self) -> dict[str, Any]:
+    """Paths and options, but no shardings: devices are those of a process."""
+    state = vars(copy.copy(self))
+    del state['_reader']
+    if (flat := state['_abstract']) is not None:
+      shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+      state['_abstract'] = flat.replace(map(shape, flat.leaves))
+    return state
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    vars(self).update(state, _reader=_new_reader())
+    if self._abstract is not None:
+      self._abstract = _tree.flatten_in_place(self._abstract)
 
   def prefetch(self, k: int) -> None:
     """Starts reading ingredient k, which `self[k]` will return."""
@@ -301,6 +321,12 @@ class Ingredients(Sequence[Params]):
     is_of_flax = ending in ('', '.msgpack', '.msgpack.index.json')
     return path / file.relative_to(given) if is_of_flax else None
 
+  def ending(self) -> str:
+    """That of the first ingredient if a file was given, else ''."""
+    given = pathlib.Path(self._given[0])
+    is_file = str(given) == self.paths[0] and given.is_file()
+    return _formats.ending_of(given) if is_file else ''
+
   @contextlib.contextmanager
   def patched(self, file: pathlib.Path) -> Iterator[_source.PutFn]:
     """A copy of the first ingredient's file, with other values put into it."""
@@ -337,12 +363,10 @@ class Ingredients(Sequence[Params]):
   def of(self, paths: Sequence[PathLike]) -> 'Ingredients':
     """Other checkpoints with the same options, but without a template."""
     others = copy.copy(self)
-    vars(others).pop('_common', None)
     paths = list(map(_hub.local, paths))
     others._given = [_orbax.absolute(path) for path in paths]
     others.paths = tuple(_formats.resolve(path, self.item) for path in paths)
-    others._abstract, others._pending = None, None
-    others._opened, others._checkpoints = {}, {}
+    others._abstract = None
     return others
 
   def unsharded(self) -> 'Ingredients':
@@ -448,6 +472,12 @@ class Ingredients(Sequence[Params]):
 def first_of(ingredients: Ingredients) -> _checkpoint.Checkpoint:
   """All that a soup of these ingredients has, as it lies in the first one."""
   return ingredients.of(ingredients.paths)._checkpoint(0)
+
+
+def _new_reader() -> futures.ThreadPoolExecutor:
+  # One thread: it also keeps the reads out of the caller's mesh context,
+  # which has broken restores.
+  return futures.ThreadPoolExecutor(1, 'jaxsoup-reader')
 
 
 def _by_path(tree: Params) -> dict[_tree.Path, jax.Array]:

@@ -18,26 +18,30 @@ except ImportError:  # Windows.
 from jaxsoup import _json
 from jaxsoup import _processes
 from jaxsoup._soup import AtMost
+from jaxsoup._soup import Score
 from jaxsoup.checkpoints import _ingredients
+from jaxsoup.typing import Candidate
 from jaxsoup.typing import Json
-from jaxsoup.typing import Members
 from jaxsoup.typing import PathLike
 
 # What a line begins with.
-_BEGINNINGS = (b'{"members": ', b'{"ingredients": ', b'{"evaluation": ')
+_SCORES = (b'{"members": ', b'{"alpha": ')
+_BEGINNINGS = (*_SCORES, b'{"ingredients": ', b'{"evaluation": ')
 # A part of the first line, where the log has no head.
-_FIRST_SCORE = re.compile(rb'\{"members": \[[\d, ]*(\](, ".{0,100})?)?')
+_FIRST_SCORE = re.compile(
+    rb'\{"members": \[[\d, ]*(\](, ".{0,100})?)?|\{"alpha": \{(".*)?'
+)
 
 
-class ScoreLog(MutableMapping[Members, float | AtMost]):
+class ScoreLog(MutableMapping[Candidate, Score]):
   """Remembered scores, one JSON line each, which make a search resumable.
 
-  Pass it as `scores=` to `jaxsoup.greedy` and `jaxsoup.pruned`. Each score is
-  written to disk before the search goes on, so that a search that was stopped
-  at any point resumes there when it is called again. An `AtMost`, of a
-  candidate that was rejected early, is stored as such. The first line says to
-  which ingredients and which evaluation the scores belong. With several
-  processes the first one reads and writes it.
+  Pass it as `scores=` to `jaxsoup.greedy`, `pruned` and `search`. Each score, a
+  number or several by name, is written to disk before the search goes on, so
+  that a search that was stopped at any point resumes there when it is called
+  again. An `AtMost`, of a candidate that was rejected early, is stored as such.
+  The first line says to which ingredients and which evaluation the scores
+  belong. With several processes the first one reads and writes it.
 
   Example:
     >>> import tempfile
@@ -78,7 +82,7 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
       head['evaluation'] = evaluation
     # Compared as JSON, and alike on all processes.
     self._head = _processes.json_of_main(head)
-    self._scores: dict[Members, float | AtMost] = {}
+    self._scores: dict[Candidate, Score] = {}
     if self._path.exists() and not self._path.is_file():
       raise ValueError(
           f'{self._path} is not a file but a directory, a pipe or a device. '
@@ -87,11 +91,11 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
     content = self._path.read_bytes() if self._path.exists() else b''
     self._read(_processes.from_main(content))
 
-  def __getitem__(self, members: Members) -> float | AtMost:
-    return self._scores[members]
+  def __getitem__(self, candidate: Candidate) -> Score:
+    return self._scores[candidate]
 
-  def __setitem__(self, members: Members, score: float | AtMost) -> None:
-    self._scores[members] = score
+  def __setitem__(self, candidate: Candidate, score: Score) -> None:
+    self._scores[candidate] = score
     if not _processes.is_main():
       return
     # Empty if the writer was stopped in the middle of the first line.
@@ -99,17 +103,22 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
       self._path.parent.mkdir(parents=True, exist_ok=True)
       if self._head:
         self._append(self._head)
+    row: Json = (
+        {'alpha': dict(candidate)}  # type: ignore[arg-type]
+        if _is_alpha(candidate)
+        else {'members': list(candidate)}
+    )
     if isinstance(score, AtMost):
-      self._append({'members': list(members), 'at_most': score.bound})
+      self._append({**row, 'at_most': score.bound})
     else:
-      self._append({'members': list(members), 'score': score})
+      self._append({**row, 'score': score})
 
-  def __delitem__(self, members: Members) -> None:
+  def __delitem__(self, candidate: Candidate) -> None:
     raise TypeError(
         'Scores cannot be deleted from a score log. Delete its file.'
     )
 
-  def __iter__(self) -> Iterator[Members]:
+  def __iter__(self) -> Iterator[Candidate]:
     return iter(self._scores)
 
   def __len__(self) -> int:
@@ -142,16 +151,17 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
     for number, line in enumerate(lines, 1):
       try:
         row = _json.unsealed(dict(_json.parsed(line)))
-        if 'members' not in row and {'ingredients', 'evaluation'} & set(row):
+        if {'ingredients', 'evaluation'} & set(row):
           heads.append(row)
         else:
-          members = tuple(int(k) for k in row['members'])
-          self._scores[members] = (
-              AtMost(float(row['at_most']))
-              if 'at_most' in row
-              else float(row['score'])
-          )
-      except (KeyError, OverflowError, TypeError, ValueError) as e:
+          self._scores[_candidate_of(row)] = _score_of(row)
+      except (
+          AttributeError,
+          KeyError,
+          OverflowError,
+          TypeError,
+          ValueError,
+      ) as e:
         raise ValueError(
             f'{self._path}, line {number} is unreadable: {line[:80]!r}. Delete '
             'that line; its score will be computed again. If this is no log of '
@@ -162,7 +172,7 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
       first = json.dumps(_json.sealed(self._head)).encode()
       is_ours = (
           first.startswith(cut)
-          or _BEGINNINGS[0].startswith(cut)
+          or any(begin.startswith(cut) for begin in _SCORES)
           or bool(_FIRST_SCORE.fullmatch(cut))
       )
     if not is_ours:
@@ -194,6 +204,26 @@ class ScoreLog(MutableMapping[Members, float | AtMost]):
           f'{self._path} holds scores of another evaluation: {then!r} then, '
           f'{now!r} now. Delete it, or give another path.'
       )
+
+
+def _is_alpha(candidate: Candidate) -> bool:
+  return bool(candidate) and isinstance(candidate[0], tuple)
+
+
+def _candidate_of(row: Json) -> Candidate:
+  if 'members' in row:
+    return tuple(int(k) for k in row['members'])
+  return tuple(
+      (group, tuple(map(float, row))) for group, row in row['alpha'].items()
+  )
+
+
+def _score_of(row: Json) -> Score:
+  if 'at_most' in row:
+    return AtMost(float(row['at_most']))
+  if isinstance(row['score'], dict):
+    return {name: float(x) for name, x in row['score'].items()}
+  return float(row['score'])
 
 
 @contextlib.contextmanager

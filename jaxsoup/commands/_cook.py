@@ -178,20 +178,33 @@ def _show(soup, ingredients, order, recipe, details) -> None:
   if isinstance(soup.alpha, dict):
     _common.echo('(alpha: the mean over the tensors)')
   if score is not None:
-    _show_search(soup.info, len(soup.alpha))
+    _show_search(soup.info, len(ingredients))
   _common.echo(f'Soup: {order.out}')
 
 
 def _show_search(info, num) -> None:
   import jaxsoup
 
+  if hasattr(info, 'chosen'):  # Of alpha, where nothing is accepted.
+    first, made = info.trials[0].score, info.trials[info.chosen]
+    _common.echo(f'held-out score {info.score:.4f}, start {first:.4f}')
+    _show_metrics(made.metrics)
+    _common.echo(f'{len(info.trials)} trials, this one is {info.chosen + 1}')
+    return
   singles = [v for m, v in info.scores.items() if len(m) == 1]
   # In a random order not every model is scored alone.
   best = f', best single {max(singles):.4f}' if len(singles) == num else ''
   _common.echo(f'held-out score {info.score:.4f}{best}')
+  _show_metrics(info.metrics.get(tuple(sorted(info.accepted)), {}))
   rejected = [t.score for t in info.trials if not t.accepted]
   num_early = sum(isinstance(s, jaxsoup.AtMost) for s in rejected)
   _common.echo(
       f'{len(info.trials)} trials, {len(rejected)} rejections, '
       f'{num_early} of them early'
+      + (f'; {info.stale} stale evaluations' if info.stale else '')
   )
+
+
+def _show_metrics(metrics) -> None:
+  if metrics:
+    _common.echo(', '.join(f'{name} {x:.4f}' for name, x in metrics.items()))

@@ -1,6 +1,10 @@
 """Options of `jaxsoup soup` that several recipes have, or that are parsed."""
 
+from collections.abc import Iterator
+from concurrent import futures
+import contextlib
 import enum
+import multiprocessing
 import os
 import pathlib
 import re
@@ -11,6 +15,7 @@ from typing import NamedTuple
 import typer
 
 from jaxsoup.commands import _common
+from jaxsoup.runtime import user_code
 
 
 def _new_path(text: str) -> pathlib.Path:
@@ -57,6 +62,19 @@ def _step_range(text: str) -> tuple[int | None, ...]:
         'START:STOP:EVERY, such as 10000:20000:1000.'
     )
   return tuple(int(x) if x else None for x in parts)
+
+
+def _objective(text: str) -> str | dict[str, float]:
+  """A name, or the weights of several, from NAME=WEIGHT,NAME=WEIGHT."""
+  # Names may have commas.
+  pairs = re.findall(r'(.+?)=([-+.\deE]+)(?:,|$)', text)
+  if '=' not in text:
+    return text
+  if ','.join(map('='.join, pairs)) != text:
+    raise typer.BadParameter(
+        f'{text!r}: write the name of a score, or NAME=WEIGHT,NAME=WEIGHT.'
+    )
+  return {name: float(weight) for name, weight in pairs}
 
 
 class Order(NamedTuple):
@@ -143,6 +161,164 @@ class Order(NamedTuple):
   as_json: _common.Json = False
 
 
+_OF_COMMANDS = 'Scores of a command'
+_OBJECTIVE = 'NAME[=WEIGHT],...'
+
+
+class Scored(NamedTuple):
+  """Where the scores of a search come from."""
+
+  eval_name: Annotated[
+      str | None,
+      typer.Option(
+          '--eval',
+          metavar='MODULE:FUNCTION',
+          help='FUNCTION(params) returns the score on held-out data, higher is '
+          'better, or a dict of several. params are nested dicts.',
+          show_default=False,
+      ),
+  ] = None
+  scores: Annotated[
+      pathlib.Path | None,
+      typer.Option(
+          parser=_common.local_path,
+          help='File of scores, from which a repeated command resumes.',
+      ),
+  ] = None
+  objective: Annotated[
+      Any,
+      typer.Option(
+          metavar=_OBJECTIVE,
+          parser=_objective,
+          help='Of several scores: the one that counts, a weighted sum, or the '
+          'worst of all.',
+          show_default=False,
+      ),
+  ] = None
+  workers: Annotated[
+      int,
+      typer.Option(
+          min=1,
+          help='Processes of this machine that evaluate candidates at a time, '
+          'with the same result. They share its devices and memory.',
+      ),
+  ] = 1
+  command: Annotated[
+      str | None,
+      typer.Option(
+          '--score-command',
+          metavar='COMMAND',
+          help="In place of --eval: such as 'python my_eval.py {path}', with "
+          'the path of a candidate, stored as the runs are. The last line that '
+          'it prints is the score: a number, or a JSON object of several.',
+          rich_help_panel=_OF_COMMANDS,
+          show_default=False,
+      ),
+  ] = None
+  score_file: Annotated[
+      str | None,
+      typer.Option(
+          metavar='{path}...',
+          help='JSON file that the command writes, in place of its output; or '
+          "a pattern such as '{path}-out/*.json'.",
+          rich_help_panel=_OF_COMMANDS,
+          show_default=False,
+      ),
+  ] = None
+  score_key: Annotated[
+      str,
+      typer.Option(
+          metavar='NAME/NAME',
+          help='Where in the JSON object the score is, or the scores are.',
+          rich_help_panel=_OF_COMMANDS,
+          show_default=False,
+      ),
+  ] = ''
+  timeout: Annotated[
+      float | None,
+      typer.Option(
+          '--score-timeout',
+          metavar='SECONDS',
+          min=0,
+          help='Time limit of the command. Default: none.',
+          rich_help_panel=_OF_COMMANDS,
+          show_default=False,
+      ),
+  ] = None
+  retries: Annotated[
+      int,
+      typer.Option(
+          '--score-retries',
+          min=0,
+          help='How often a command that fails is run again.',
+          rich_help_panel=_OF_COMMANDS,
+      ),
+  ] = 0
+  scratch: Annotated[
+      pathlib.Path | None,
+      typer.Option(
+          metavar='DIR',
+          parser=_common.local_path,
+          help='Directory for candidates. Default: /dev/shm if two fit there, '
+          'else the temporary directory.',
+          rich_help_panel=_OF_COMMANDS,
+          show_default=False,
+      ),
+  ] = None
+
+  def check(self) -> None:
+    """Raises unless there is one source of scores."""
+    if (self.eval_name is None) == (self.command is None):
+      raise typer.BadParameter(
+          'give one of the two.', param_hint='--eval or --score-command'
+      )
+
+  @contextlib.contextmanager
+  def arguments(self, ingredients: Any) -> Iterator[dict[str, Any]]:
+    """What a search in Python takes, while the workers are there."""
+    from jaxsoup import checkpoints
+    from jaxsoup import scoring
+
+    if self.command is None:
+      eval_fn = user_code.load(self.eval_name or '')
+      evaluation = user_code.identity(self.eval_name or '')
+    else:
+      eval_fn = scoring.from_command(
+          self.command,
+          ingredients,
+          score_file=self.score_file,
+          score_key=self.score_key,
+          timeout=self.timeout,
+          retries=self.retries,
+          scratch=self.scratch,
+          outputs=self.scores and f'{self.scores}.outputs',
+      )
+      evaluation = scoring.identity(self.command, self.score_key)
+    log = None
+    if self.scores is not None:
+      log = checkpoints.ScoreLog(self.scores, ingredients, evaluation)
+    objective = objective_of(self.objective)
+    arguments = {'eval_fn': eval_fn, 'objective': objective, 'scores': log}
+    if self.workers == 1:
+      yield arguments
+      return
+    # A fork of a process that runs jax may hang.
+    context = multiprocessing.get_context('spawn')
+    executor = futures.ProcessPoolExecutor(self.workers, context)
+    num_ahead = 2 * self.workers
+    try:
+      yield {**arguments, 'executor': executor, 'num_ahead': num_ahead}
+    finally:
+      executor.shutdown(cancel_futures=True)
+
+
+def objective_of(given: Any) -> Any:
+  """What an option says, as an argument of a search."""
+  from jaxsoup import evaluation
+
+  return evaluation.worst if given == 'worst' else given
+
+
 Plan = Annotated[
     int | None,
     typer.Option(
@@ -154,24 +330,8 @@ Plan = Annotated[
         show_default=False,
     ),
 ]
-Eval = Annotated[
-    str,
-    typer.Option(
-        '--eval',
-        metavar='MODULE:FUNCTION',
-        help='FUNCTION(params) returns the score on held-out data, higher is '
-        'better. params are nested dicts.',
-    ),
-]
 Strict = Annotated[
     bool, typer.Option('--strict', help='Reject ties. Default: accept.')
-]
-Scores = Annotated[
-    pathlib.Path | None,
-    typer.Option(
-        parser=_common.local_path,
-        help='File of scores, from which a repeated command resumes.',
-    ),
 ]
 Stacks = Annotated[
     list[Any],
@@ -255,3 +415,16 @@ Alpha = Annotated[
     ),
 ]
 Memory = enum.StrEnum('Memory', 'auto resident streamed cached')
+Method = enum.StrEnum('Method', 'cma random coordinates')
+Space = enum.StrEnum('Space', 'simplex hyperplane')
+Start = enum.StrEnum('Start', 'uniform greedy categories')
+ValObjective = Annotated[
+    Any,
+    typer.Option(
+        metavar=_OBJECTIVE,
+        parser=_objective,
+        help='The same for a second split of the held-out data: the candidate '
+        'that is best there is returned, of those that were the best so far.',
+        show_default=False,
+    ),
+]

@@ -34,7 +34,7 @@ def demo(
     typer.echo(distributed.banner(workdir), err=True)
     tables = experiment.run_seeds(file, workdir, num_seeds=seeds)
     if as_json:
-      rows = [[row._asdict() for row in table] for table in tables]
+      rows = [[row._asdict() for row in table] for table in tables.values()]
       typer.echo(json.dumps({'workdir': str(workdir), 'tables': rows}))
     else:
       experiment.show(tables, workdir)

@@ -1,4 +1,4 @@
-"""`jaxsoup report`: an HTML file for an experiment or a table of scores."""
+"""`jaxsoup report`: an HTML file for an experiment, or for scores."""
 
 import importlib.util
 import json
@@ -16,8 +16,8 @@ def report(
         pathlib.Path,
         typer.Argument(
             parser=_common.local_path,
-            help='Workdir of an experiment, or file of scores with one row per '
-            'model: .jsonl (JSON lines), .json or .csv.',
+            help='Workdir of an experiment, file of scores with one row per '
+            'model (.jsonl, .json or .csv), or file of --scores of a search.',
             show_default=False,
         ),
     ],
@@ -54,6 +54,15 @@ def report(
             'Default: those that begin with shifts.',
         ),
     ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar='NAME',
+            help='File of --scores: a score that is compared. Repeatable. '
+            'Default: all.',
+            show_default=False,
+        ),
+    ] = None,
     as_json: _common.Json = False,
 ) -> None:
   """Writes an HTML report: tables, figures, and how they were made."""
@@ -61,6 +70,7 @@ def report(
       'held_out': held_out,
       'test': test,
       'shifts': shifts and [name.strip() for name in shifts.split(',')],
+      'metrics': metrics or None,
   }
   given = {name: value for name, value in columns.items() if value is not None}
   if given and source.is_dir():

@@ -10,7 +10,6 @@ import functools
 import inspect
 import logging
 import math
-import pathlib
 from typing import Annotated
 from typing import Any
 
@@ -57,20 +56,31 @@ def _command(function: Callable[..., Asked]) -> None:
   """A command with the options of a recipe, and of `_options.Order`.
 
   Args:
-    function: of its own options, and of the order if it asks for it; returns
-      further arguments of `_cook.cook`, and perhaps another order.
+    function: of its own options, and of groups of options, such as the order,
+      if it asks for them; returns further arguments of `_cook.cook`, and
+      perhaps another order.
   """
-  own = dict(inspect.signature(function).parameters)
-  asks_for_order = bool(own.pop('order', None))
-  runs, out, *others = inspect.signature(_options.Order).parameters.values()
-  parameters = [runs, out, *own.values(), *others]
+  own = inspect.signature(function).parameters
+  fields = lambda group: list(inspect.signature(group).parameters.values())
+  is_group = lambda p: inspect.isclass(p.annotation)  # Others are Annotated.
+  groups = {name: p.annotation for name, p in own.items() if is_group(p)}
+  runs, out, *others = fields(_options.Order)
+  parameters = [runs, out]
+  for name, parameter in own.items():
+    if name != 'order':
+      parameters += fields(groups[name]) if name in groups else [parameter]
+  parameters += others
 
   @functools.wraps(function)
   def command(**given):
-    options = {name: given.pop(name) for name in own}
-    order = _options.Order(**given)
-    if asks_for_order:
-      options['order'] = order
+    made = lambda group: group(**{name: given[name] for name in group._fields})
+    order = made(_options.Order)
+    if given.get('workers', 1) > 1 and (order.shard or order.distributed):
+      raise typer.BadParameter(
+          'each worker has a whole model on its own device. Choose one.',
+          param_hint='--workers with --shard or --distributed',
+      )
+    options = {n: made(groups[n]) if n in groups else given[n] for n in own}
     asked = {'order': order, **function(**options)}
     _cook.cook(recipe=function.__name__, **asked)
 
@@ -173,7 +183,7 @@ def model_stock(
 
 @_command
 def greedy(
-    eval_name: _options.Eval,
+    scored: _options.Scored,
     strict: _options.Strict = False,
     seed: Annotated[
         int | None,
@@ -183,46 +193,150 @@ def greedy(
             help='Seed of a random order. Default: best score first.',
         ),
     ] = None,
-    scores: _options.Scores = None,
 ) -> Asked:
   """Adds runs while the held-out score does not drop. The safe choice."""
 
-  def recipe_fn(ingredients):
+  def recipe_fn(ingredients, **arguments):
     import jax
 
     import jaxsoup
 
-    return jaxsoup.greedy(
-        ingredients,
-        user_code.load(eval_name),
-        key=None if seed is None else jax.random.key(seed),
-        strict=strict,
-        scores=_score_log(scores, ingredients, eval_name),
-    )
+    key = None if seed is None else jax.random.key(seed)
+    return jaxsoup.greedy(ingredients, key=key, strict=strict, **arguments)
 
-  saved = _saved(scores)
-  return {'recipe_fn': recipe_fn, 'seed': seed, 'saved': saved}
+  return {**_searched(recipe_fn, scored), 'seed': seed}
 
 
 @_command
-def pruned(
-    eval_name: _options.Eval,
-    strict: _options.Strict = False,
-    scores: _options.Scores = None,
-) -> Asked:
+def pruned(scored: _options.Scored, strict: _options.Strict = False) -> Asked:
   """Removes runs while the score does not drop. For mostly good runs."""
 
-  def recipe_fn(ingredients):
+  def recipe_fn(ingredients, **arguments):
     import jaxsoup
 
-    return jaxsoup.pruned(
+    return jaxsoup.pruned(ingredients, strict=strict, **arguments)
+
+  return _searched(recipe_fn, scored)
+
+
+@_command
+def search(
+    scored: _options.Scored,
+    evaluations: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help='How many candidates are scored.',
+            show_default=False,
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help='No candidate is begun later than this.',
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        _options.Method,
+        typer.Option(
+            help='cma: CMA-ES. coordinates: more or less of one run at a time. '
+            'random: random coefficients, for comparison.'
+        ),
+    ] = _options.Method.cma,
+    space: Annotated[
+        _options.Space,
+        typer.Option(
+            help='simplex: they sum to 1, and none is negative. hyperplane: '
+            'they sum to 1.'
+        ),
+    ] = _options.Space.simplex,
+    start: Annotated[
+        _options.Start,
+        typer.Option(
+            help='uniform; greedy: the greedy soup; categories: of several '
+            'scores, the best run for each group of those that go together. '
+            'The last two score all runs first, in addition to --evaluations.'
+        ),
+    ] = _options.Start.uniform,
+    depth: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help='Arrays whose names begin with the same so many parts share '
+            'one coefficient a run. 0: all arrays.',
+        ),
+    ] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help='Seed of the search.')
+    ] = 0,
+    val_objective: _options.ValObjective = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help='Stop after so many rounds without a better --val-objective.',
+            show_default=False,
+        ),
+    ] = None,
+    stacks: _options.Stacks = (),  # type: ignore[assignment]
+) -> Asked:
+  """Searches the coefficients without a gradient. For any score."""
+
+  def recipe_fn(ingredients, **arguments):
+    import jax
+
+    import jaxsoup
+    from jaxsoup import black_box
+
+    alpha = None
+    if start == _options.Start.greedy:
+      alpha = jaxsoup.greedy(ingredients, **arguments).alpha
+    elif start == _options.Start.categories:
+      # All singles, and no more.
+      singles = jaxsoup.greedy(ingredients, max_ingredients=1, **arguments)
+      num = len(ingredients)
+      alpha = black_box.category_experts(singles.info.metrics, num)
+    methods: dict[str, Any] = {
+        'cma': black_box.cma_es,
+        'random': black_box.random_search,
+        'coordinates': black_box.coordinate_search,
+    }
+    spaces = {'simplex': jaxsoup.simplex, 'hyperplane': jaxsoup.hyperplane}
+    return jaxsoup.search(
         ingredients,
-        user_code.load(eval_name),
-        strict=strict,
-        scores=_score_log(scores, ingredients, eval_name),
+        num_evaluations=evaluations,
+        minutes=minutes,
+        method=methods[method],
+        start=alpha,
+        alpha_fn=spaces[space],
+        group_fn=lambda path: path[:depth],
+        stacks=dict(stacks),
+        key=jax.random.key(seed),
+        val_objective=_options.objective_of(val_objective),
+        patience=patience,
+        **arguments,
     )
 
-  return {'recipe_fn': recipe_fn, 'saved': _saved(scores)}
+  if evaluations is None and minutes is None:
+    hint = '--evaluations or --minutes'
+    raise typer.BadParameter('give one, or both.', param_hint=hint)
+  return {**_searched(recipe_fn, scored), 'seed': seed}
+
+
+def _searched(recipe_fn: Callable[..., Any], scored: _options.Scored) -> Asked:
+  """A recipe that scores candidates, and what a SIGTERM leaves of it."""
+  scored.check()
+  saved = f'{_cook.NOTHING_SAVED} (--scores FILE keeps the scores)'
+  if scored.scores is not None:
+    saved = f'{scored.scores} holds the scores so far'
+
+  def made(ingredients):
+    with scored.arguments(ingredients) as arguments:
+      return recipe_fn(ingredients, **arguments)
+
+  return {'recipe_fn': made, 'saved': saved}
 
 
 @_command
@@ -293,23 +407,6 @@ def _problem(loss_name: str) -> tuple[Any, ...]:
   file = user_code.file_of(loss_name)
   loss_fn = user_code.guarded(parts[0], file, f'loss_fn of {loss_name}')
   return loss_fn, *parts[1:]
-
-
-def _score_log(scores, ingredients, eval_name):
-  """The scores of a loaded function, if there is a file to keep them in."""
-  from jaxsoup import checkpoints
-
-  if scores is None:
-    return None
-  return checkpoints.ScoreLog(
-      scores, ingredients, user_code.identity(eval_name)
-  )
-
-
-def _saved(scores: pathlib.Path | None) -> str:
-  if scores is None:
-    return f'{_cook.NOTHING_SAVED} (--scores FILE keeps the scores)'
-  return f'{scores} holds the scores so far'
 
 
 @contextlib.contextmanager

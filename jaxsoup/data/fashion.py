@@ -121,10 +121,7 @@ def splits(
   return sources.Splits(
       **arrays,
       shifts=shifted,
-      pools={
-          'held_out': _PARTS['train'][1],
-          **dict.fromkeys(('test', *shifted), _PARTS['test'][1]),
-      },
+      originals=dict.fromkeys(shifted, arrays['test']),
       labels=CLASSES,
   )
 

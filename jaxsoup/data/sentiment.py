@@ -125,7 +125,6 @@ def splits(
           name: source_fn(x, np.arange(len(x['text'])))
           for name, x in data.items()
       },
-      pools=dict.fromkeys(('held_out', 'test'), len(movies['text'])),
       labels=('negative', 'positive'),
   )
 

@@ -84,9 +84,9 @@ class Splits(NamedTuple):
     views: by name of a set with its own classes, logits [N, C] ->
       logits over those classes.
     rules: how sets were chosen, JSON values by the set's name.
-    pools: by name of a set that the seed draws, the number of examples that it
-      is drawn from; infinity if no seed ever draws an example again. Those of
-      other sets are the same for all seeds.
+    originals: by name of a shift that was made from other examples, such as a
+      corruption, those `[N]`: by them it is told which examples seeds have in
+      common.
     labels: the names of the classes by number, if they are known.
   """
 
@@ -97,7 +97,7 @@ class Splits(NamedTuple):
   pretrain: Source | None = None
   views: Mapping[str, Callable[..., Any]] = {}
   rules: Mapping[str, Mapping[str, Any]] = {}
-  pools: Mapping[str, float] = {}
+  originals: Mapping[str, Source] = {}
   labels: Sequence[str] = ()
 
 

@@ -5,37 +5,21 @@ print(comparing.compare('runs/before', 'runs/after').as_text())
 ```
 """
 
-from collections.abc import Mapping
 from collections.abc import Sequence
-import dataclasses
-import functools
 import pathlib
 from typing import NamedTuple
-import zipfile
-import zlib
 
 import numpy as np
 
 from jaxsoup import _json
 from jaxsoup import report
 from jaxsoup import statistics
-from jaxsoup.experiments import cook
+from jaxsoup.experiments import answers
 from jaxsoup.statistics import Comparison
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
 
 _HELD_OUT, _TEST, _MEAN = 'held-out', 'test', 'mean of shifts'
-# Of a damaged file of NumPy, and of one that is not that of the rows.
-_UNREADABLE = (
-    EOFError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    OSError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 _KEYS = {_HELD_OUT: 'held_out', _TEST: 'test'}
 
 
@@ -107,19 +91,22 @@ class _UnknownError(Exception):
   """Why there is no interval."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Repeat:
+class _Repeat(NamedTuple):
   """One table: of an experiment, a seed or a split."""
 
-  path: pathlib.Path
   rows: list[report.Row]
-  content: Json
-  # Of a split: examples of the sets that it draws.
-  sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  # Of each split of an experiment, and its answers.
+  splits: list[tuple[list[report.Row], pathlib.Path]]
 
-  @functools.cached_property
+  @property
   def table(self) -> dict[str, report.Row]:
     return {row.name: row for row in report.summary(self.rows)}
+
+  def answers(self) -> list[report.Answers]:
+    try:
+      return [answers.read(folder, rows) for rows, folder in self.splits]
+    except FileNotFoundError as e:
+      raise _UnknownError(str(e)) from e
 
 
 def compare(
@@ -173,8 +160,15 @@ def compare(
        *(x for x in mine[shared[0]].shifts if x not in shifts)]
       for mine in (first, second)
   ]  # fmt: skip
+  given: list[list[list[report.Answers]]] | _UnknownError
+  try:
+    given = [[repeat.answers() for repeat in pair] for pair in pairs]
+  except _UnknownError as e:
+    given = e
   differences = [
-      _difference(pairs, row, name, shifts) for row in shared for name in names
+      _difference(pairs, given, row, name, shifts)
+      for row in shared
+      for name in names
   ]
   return Differences(metrics[0], differences, *only)
 
@@ -190,12 +184,9 @@ def _paired(a: pathlib.Path, b: pathlib.Path) -> list[tuple[_Repeat, _Repeat]]:
         'the same seeds.'
     )
   pairs = [(first[name], second[name]) for name in shared]
-  if len(pairs) == 1:
-    splits = list(zip(*map(_splits, pairs[0])))
-    # Other seeds draw other splits.
-    seeds = {x.content.get('config', {}).get('seed') for x in pairs[0]}
-    if len(splits) > 1 and len(seeds) == 1:
-      return splits
+  numbers = [len(x.splits) for x in pairs[0]]
+  if len(pairs) == 1 and numbers[0] == numbers[1] > 1:
+    return [*zip(*([_Repeat(x[0], [x]) for x in y.splits] for y in pairs[0]))]
   return pairs
 
 
@@ -227,119 +218,68 @@ def _read(path: pathlib.Path) -> _Repeat:
         f'{path} is not the results.json of an experiment: {e!r}. Give one, or '
         'run the command of the experiment again, which writes a new one.'
     ) from e
-  return _Repeat(path, rows, content)
+  splits = [(rows, path.parent)]
+  if 'splits' in content:
+    splits = [
+        (report.rows_of(x), path.parent / 'splits' / str(i))
+        for i, x in enumerate(content['splits'])
+    ]
+  return _Repeat(rows, splits)
 
 
-def _splits(repeat: _Repeat) -> list[_Repeat]:
-  sizes = {
-      key: repeat.content.get('data', {}).get(key, {}).get('num', 0)
-      for key in _KEYS.values()
-  }
-  return [
-      dataclasses.replace(repeat, rows=report.rows_of(rows), sizes=sizes)
-      for rows in repeat.content.get('splits', [])
-  ]
-
-
-def _difference(pairs, row: str, data: str, shifts) -> Difference:
-  scores = np.array(
+def _difference(pairs, given, row: str, data: str, shifts) -> Difference:
+  a, b = np.array(
       [[_score(x.table[row], data, shifts) for x in pair] for pair in pairs]
-  )
-  names = shifts if data == _MEAN else [_KEYS.get(data, data)]
-  gains, reason = scores[:, 1] - scores[:, 0], ''
+  ).T
+  gain, reason = statistics.over_repeats(b - a, share=1), ''
   try:
-    _require_same_examples(pairs, names)
-    if len(pairs) > 1:
-      share = max(_share(x, row, names[0]) for pair in pairs for x in pair)
-      gain = statistics.over_repeats(gains, share=share)
-    else:
-      gain = _over_examples(pairs[0], row, names, is_mean=data == _MEAN)
+    gain = _paired_gain(given, row, shifts if data == _MEAN else [data])
   except _UnknownError as e:
-    gain, reason = statistics.over_repeats(gains, share=1), str(e)
-  a, b = map(float, scores.mean(0))
-  return Difference(row, data, a, b, gain, reason)
+    few = 'one seed, and ' if len(pairs) == 1 else ''
+    reason = f'{few}{e}'
+  return Difference(row, data, float(a.mean()), float(b.mean()), gain, reason)
+
+
+def _paired_gain(given, row: str, names: Sequence[str]) -> Comparison:
+  """Over repeats, or of one repeat over examples, by the answers of both."""
+  if isinstance(given, _UnknownError):
+    raise given
+  keys = [_KEYS.get(name, name) for name in names]
+  part = lambda i, fn: [report.by_set(pair[i], fn, keys) for pair in given]
+  ids, label = (
+      [part(i, fn) for i in (0, 1)]
+      for fn in (lambda x: x.ids, lambda x: x.label)
+  )
+  for what, (of_a, of_b) in (('examples', ids), ('labels', label)):
+    for first, second in zip(of_a, of_b):
+      _require_equal(what, first, second)
+  metric = given[0][0][0].metric
+  try:
+    a, b = (part(i, lambda x: x.rows[row]) for i in (0, 1))
+  except KeyError as e:
+    raise _UnknownError(f'{row} has no answers of its own') from e
+  if len(given) > 1:
+    return statistics.crossed(metric, b, a, ids[0], label=label[0])
+  if len(a[0]) > 1:
+    return statistics.compare(b[0], a[0], label[0][0], metric=metric)
+  return statistics.compare(
+      *(next(iter(x.values())) for x in (b[0], a[0], label[0][0])),
+      metric=metric,
+  )
+
+
+def _require_equal(what: str, first, second) -> None:
+  for name in first.keys() | second.keys():
+    if not np.array_equal(first.get(name, ()), second.get(name, ())):
+      key = name.partition('/')[2]
+      name = next((x for x in _KEYS if _KEYS[x] == key), key)
+      raise _UnknownError(f'A and B have different {what} in {name}')
 
 
 def _score(row: report.Row, data: str, shifts: Sequence[str]) -> float:
   if data == _MEAN:
     return float(np.mean([row.shifts[name] for name in shifts]))
   return getattr(row, _KEYS[data]) if data in _KEYS else row.shifts[data]
-
-
-def _require_same_examples(pairs, names: Sequence[str]) -> None:
-  few = 'one seed, and ' if len(pairs) == 1 else ''
-  for pair in pairs:
-    if pair[0].sizes:  # Splits draw one of these sets from the other.
-      names = [*names, *_KEYS.values()]
-    for name in names:
-      first, second = (x.content.get('data', {}).get(name) for x in pair)
-      if first is None or first != second:
-        raise _UnknownError(f'{few}A and B have different examples in {name}')
-
-
-def _share(repeat: _Repeat, row: str, name: str) -> float:
-  key = name if name in _KEYS.values() else 'shifts'
-  if repeat.sizes:
-    shares = {
-        k: n / sum(repeat.sizes.values()) for k, n in repeat.sizes.items()
-    }
-    share = shares.get(key, 1.0)
-  else:
-    share = repeat.table[row].shares.get(key, 1.0)
-  if share == 1:
-    raise _UnknownError('all repeats report on the same examples')
-  return share
-
-
-def _over_examples(pair, row: str, names, *, is_mean: bool) -> Comparison:
-  """By the answers that both workdirs keep."""
-  metric_name = pair[0].table[row].metric
-  is_accuracy = metric_name == 'accuracy'
-  if row == 'mean of singles' and not is_accuracy:
-    raise _UnknownError(
-        f'one seed, and {metric_name} is not a mean of examples'
-    )
-  (a, labels), (b, others) = (_answers(repeat, row, names) for repeat in pair)
-  for name in names:
-    if not np.array_equal(labels[name], others[name]):
-      raise _UnknownError(f'one seed, and A and B have other labels in {name}')
-  metric = None
-  if not is_accuracy:
-    num = max(int(x.max()) for y in (a, b, labels) for x in y.values()) + 1
-    a, b = ({k: np.eye(num)[x] for k, x in y.items()} for y in (a, b))
-    metric = cook.METRICS[metric_name]
-  if is_mean:
-    return statistics.compare(b, a, labels, metric=metric)
-  (name,) = names
-  return statistics.compare(b[name], a[name], labels[name], metric=metric)
-
-
-def _answers(repeat: _Repeat, row: str, names) -> tuple[Json, Json]:
-  """Answers of a row, `[N]`, and labels, by data set."""
-  if 'splits' in repeat.content:
-    raise _UnknownError('one seed, and A and B do not have the same splits')
-  path = repeat.path.parent / 'answers.npz'
-  if not path.is_file():
-    raise _UnknownError(
-        f'one seed, and there is no {path}: delete {repeat.path} and run the '
-        'command of the experiment again, which trains nothing again'
-    )
-  rows = [i for i, x in enumerate(repeat.rows) if x.name == row]
-  singles = [i for i, x in enumerate(repeat.rows) if x.kind == 'single']
-  rows = rows or singles
-  if row == 'best single':
-    rows = [i for i in rows if i == report.best_single(repeat.rows)]
-  try:
-    with np.load(path) as stored:
-      answers = {name: stored[f'answers/{name}'][rows] for name in names}
-      labels = {name: stored[f'label/{name}'] for name in names}
-  except _UNREADABLE as e:
-    raise ValueError(
-        f'{path} does not belong to {repeat.path.name}: {e}. Delete both, and '
-        'run the command of the experiment again, which trains nothing again.'
-    ) from e
-  mean = lambda x: x[0] if len(x) == 1 else x.mean(0)
-  return {name: mean(x) for name, x in answers.items()}, labels
 
 
 def _number_of(gain: Comparison) -> str:

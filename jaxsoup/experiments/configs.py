@@ -47,6 +47,7 @@ class Experiment(NamedTuple):
       describes the model.
     log_fn: its `log`: config -> what is called with each report of the
       training, a dict, such as `wandb.init(project='soups').log`.
+    source: the arguments of `load`, for workers that load it, too.
   """
 
   config: ml_collections.ConfigDict
@@ -54,6 +55,7 @@ class Experiment(NamedTuple):
   data_fn: Callable[[ml_collections.ConfigDict], Any] | None = None
   model_fn: Callable[[ml_collections.ConfigDict], Any] | None = None
   log_fn: Callable[[ml_collections.ConfigDict], Any] | None = None
+  source: tuple[str, tuple[str, ...]] | None = None
 
 
 class UsageError(ValueError):
@@ -181,7 +183,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
       for name in optional
       if hasattr(module, name)
   }
-  return Experiment(values.config, runs, **functions)
+  source = f'{pathlib.Path(file).absolute()}:{arg}'.rstrip(':')
+  return Experiment(
+      values.config, runs, **functions, source=(source, tuple(overrides))
+  )
 
 
 def _called(module: Any, path: str, name: str, fn: Any, argument: Any) -> Any:

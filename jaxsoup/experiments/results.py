@@ -7,6 +7,7 @@ rows = results.make(work, theta_0)
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import json
 import pathlib
 from typing import Any
 from typing import NamedTuple
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,7 @@ from jaxsoup import metrics
 from jaxsoup import report
 from jaxsoup import statistics
 from jaxsoup.data import sources
+from jaxsoup.experiments import answers
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
 from jaxsoup.experiments import landscapes
@@ -37,7 +40,7 @@ from jaxsoup.typing import Json
 from jaxsoup.typing import Params
 from jaxsoup.typing import ParamsFn
 
-_RESULTS, _TABLE, _ANSWERS = 'results.json', 'table.md', 'answers.npz'
+_RESULTS, _TABLE = 'results.json', 'table.md'
 _SCATTER, _TRIALS = 'test_against_shifts.png', 'trials.png'
 
 
@@ -120,7 +123,8 @@ def _stored(experiment, workdir: pathlib.Path) -> Json | None:
     runs = json.loads(json.dumps(list(experiment.runs)))
     has_checksum = len(unsealed) < len(sealed)
     is_ours = unsealed['config'] == config and unsealed['runs'] == runs
-    if has_checksum and is_ours and 'files' in unsealed:
+    has_answers = any(x.endswith(answers.FILE) for x in unsealed['files'])
+    if has_checksum and is_ours and has_answers:
       content = unsealed
   except (AttributeError, KeyError, OSError, TypeError, ValueError):
     pass  # It is made again.
@@ -145,7 +149,7 @@ def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
   ):
     content = None
   all_splits = splits(work)
-  made = []
+  made: list[_Table] = []
   for i, split in enumerate(all_splits):
     part = (i, len(all_splits))
     cooked = _cooked(work, ingredients, theta_0, split, logits, part)
@@ -155,20 +159,19 @@ def make(work: workdirs.Work, theta_0: Params) -> list[report.Row]:
       break  # All that is left to do is of the first split.
     made.append(_table(work, split, _models(work, split, cooked, logits)))
   work.progress_fn('reporting', 0.0)
-  tables = [rows for rows, _ in made]
   if content is None:
     content = _content(work, made, all_splits, first.soups)
     content['stability'] = stable
     if _processes.is_main():
-      _write(work, content, tables, first.soups)
-      if len(made) == 1:
-        _write_answers(work, made[0][1][1])
+      _write(work, content, first.soups)
+      for split, table in zip(all_splits, made):
+        answers.write(split.folder, table.given)
       _store(work, content)
   prepare_fn = next(iter(first.statistics_fns.values()), None)
   _add_stability(work, content, ingredients, all_splits[0], logits, prepare_fn)
   _processes.wait_for_all(f'{_RESULTS} is written')
   landscapes.make(work, theta_0, first.soups, first.scores, prepare_fn)
-  return report.averaged(tables)[0] or report.read_rows(work.workdir / _RESULTS)
+  return report.rows_of(content['rows'])
 
 
 def splits(work: workdirs.Work) -> list[Split]:
@@ -376,11 +379,11 @@ def _scored(work, split, model: Compared):
       model.logits,
       lambda name: views.get(name, lambda x: x)(model.logits[name]),
   )
-  scores, answers = {}, {}
+  scores, given = {}, {}
   for name, x in logits.items():
     label = labels[name]
     scores[name] = float(cook.METRICS[metric_name](x, label))
-    answers[name] = np.asarray(metrics.correct(x, label))
+    given[name] = np.asarray(metrics.correct(x, label))
     if name == 'test':
       scaled = np.float32(model.beta) * x
       nll = float(metrics.negative_log_likelihood(scaled, label))
@@ -396,48 +399,70 @@ def _scored(work, split, model: Compared):
       ece=ece,
       cost=model.cost,
       metric=metric_name,
-      shares=shares(work),
   )
   curve = {key: x.tolist() for key, x in curve.items()}
-  return row, answers if metric_name == 'accuracy' else logits, curve
+  return row, given if metric_name == 'accuracy' else logits, curve
 
 
-def _table(work, split, models) -> tuple[list[report.Row], Any]:
-  """Rows with their gains; reliability of what a user would choose; answers.
+class _Table(NamedTuple):
+  """What a split has to tell."""
 
-  What is resampled for the gains are the examples of this split.
-  """
-  rows, answers, curves = zip(*(_scored(work, split, x) for x in models))
+  rows: list[report.Row]  # With gains: what is resampled are its examples.
+  calibration: dict[str, Json]  # Reliability of what a user would choose.
+  given: answers.Given
+
+
+def _table(work, split, models) -> _Table:
+  rows, given, curves = zip(*(_scored(work, split, x) for x in models))
   best = report.best_single(rows)
   report.refuse_twice(models[best].logits)
   name = work.config.get('metric', 'accuracy')
   # Answers one by one are known: the exact test is of those.
   metric = None if name == 'accuracy' else cook.METRICS[name]
-  with_gains = report.with_gains(
-      rows, answers, split.of(work.labels), metric=metric
-  )
+  labels = split.of(work.labels)
+  with_gains = report.with_gains(rows, given, labels, metric=metric)
   calibration = {
       'best single' if i == best else row.name: curve
       for i, (row, curve) in enumerate(zip(rows, curves))
       if i == best or row.kind != 'single'
   }
-  return with_gains, (calibration, answers)
-
-
-def shares(work: workdirs.Work) -> dict[str, float]:
-  """The share of its pool that each set is: what seeds have in common."""
-  share = {
-      name: len(source) / work.splits.pools.get(name, len(source))
-      for name, source in work.data.items()
+  answer = lambda x: x if x.ndim == 1 else x.argmax(-1).astype(np.int32)
+  stacked = {
+      name: np.stack([answer(of_row[name]) for of_row in given])
+      for name in labels
   }
-  shifts = [share.pop(name) for name in work.splits.shifts]
-  return share | ({'shifts': max(shifts)} if shifts else {})
+  return _Table(
+      with_gains,
+      calibration,
+      answers.Given(
+          stacked, labels, split.of(ids(work.splits, work.config.seed))
+      ),
+  )
+
+
+def ids(splits: sources.Splits, seed: int) -> dict[str, np.ndarray]:
+  """Which examples the sets have that score the models, `[N]` by name.
+
+  Of a set in memory by content, of a shift by that of its originals. Of a
+  stream by row and name: such sets are the same for all seeds, but for those
+  that are drawn, which have a rule.
+  """
+  by_set = {}
+  sets = {'held_out': splits.held_out, 'test': splits.test, **splits.shifts}
+  for name, source in (sets | dict(splits.originals)).items():
+    if hasattr(source, 'arrays'):
+      by_set[name] = statistics.ids_of(source)
+    else:
+      drawn = str(seed) if name in splits.rules else ''
+      start = zlib.crc32(f'{name} {drawn}'.encode()) << 32
+      by_set[name] = np.uint64(start) + np.arange(len(source), dtype=np.uint64)
+  return by_set
 
 
 def roles(work: workdirs.Work) -> dict[str, dict[str, int]]:
   """The data sets of each role, and how many examples they have."""
   shifts = {name: len(x) for name, x in work.splits.shifts.items()}
-  if len(shifts) > 4:
+  if len(shifts) > 6:
     shifts = {f'{len(shifts)} shifts': sum(shifts.values())}
   return {
       'trained': {'train': len(work.splits.train)},
@@ -461,32 +486,36 @@ def record(work: workdirs.Work) -> Json:
   return entries
 
 
-def _content(work, made, all_splits, soups) -> Json:
+def _content(work, made: Sequence[_Table], all_splits, soups) -> Json:
   """What is in results.json, but for the stability."""
-  tables, ((calibration, _), *_) = zip(*made)
   workdir = work.workdir
   paths = [workdir / 'theta_0', *(path for _, _, path in work.copies())]
   paths += [split.soup_path(name) for split in all_splits for name in soups]
+  paths += [split.folder / answers.FILE for split in all_splits]
   names = [path.relative_to(workdir).as_posix() for path in paths]
   names += [_SCATTER, *([_TRIALS] if _searches(soups) else []), _TABLE]
-  names += [_ANSWERS] if len(tables) == 1 else []
+  by_split = [[table.given.of(table.rows)] for table in made]
+  tables = [table.rows for table in made]
+  as_json = lambda rows: [row._asdict() for row in rows]
   content = {
       'config': json.loads((workdir / 'config.json').read_text()),
       'runs': list(work.experiment.runs),
       'diverged': work.diverged(),
       'data': record(work),
-      'rows': [row._asdict() for row in report.averaged(tables)[0]],
+      'rows': as_json(report.mean_rows(tables, by_split)[0]),
       'alpha': {
           name: soup.alpha.tolist()
           for name, soup in soups.items()
           if isinstance(soup.alpha, np.ndarray)
       },
       'roles': roles(work),
-      'calibration': calibration,
+      'calibration': made[0].calibration,
       'files': names,
   }
   if len(tables) > 1:
-    content['splits'] = [[r._asdict() for r in table] for table in tables]
+    content['splits'] = [*map(as_json, tables)]
+    summary = report.mean_rows([*map(report.summary, tables)], by_split)
+    content['summary'] = [*map(as_json, summary)]
   return content
 
 
@@ -499,38 +528,22 @@ def _searches(soups) -> Json:
   return searches
 
 
-def _write(work, content: Json, tables, soups) -> None:
+def _write(work, content: Json, soups) -> None:
   """Pictures and the table; results.json comes last, and stands for all."""
   workdir = work.workdir
-  draw = functools.partial(report.scatter, rows=report.averaged(tables)[0])
+  rows = report.rows_of(content['rows'])
+  draw = functools.partial(report.scatter, rows=rows)
   with buckets.local_copy(workdir / _SCATTER) as file:
     report.save(draw, file, size=(7.2, 4.2))
   if searches := _searches(soups):
     with buckets.local_copy(workdir / _TRIALS) as file:
       report.save(lambda ax: report.trials(ax, searches), file)
-  means, spread = report.averaged([report.summary(table) for table in tables])
-  deviations = spread if len(tables) > 1 else None
+  shown = [*map(report.rows_of, content.get('summary', ()))]
+  means, deviations = shown or (report.summary(rows), None)
   text = report.markdown(means, deviations, sets=content['roles'])
   if names := ', '.join(content['diverged']):
     text += f'\n\nLeft out, with NaN or infinite values: {names}.'
   (workdir / _TABLE).write_text(text + '\n')
-
-
-def _write_answers(work, answers) -> None:
-  """What `comparing` pairs: labels, and an answer a row and example.
-
-  By data set whether it is right; of metrics that need more, the class.
-  """
-  arrays: Json = {}
-  for name, label in work.labels.items():
-    given = np.stack([_answer(of_row[name]) for of_row in answers])
-    arrays |= {f'label/{name}': label, f'answers/{name}': given}
-  with buckets.local_copy(work.workdir / _ANSWERS) as file:
-    np.savez_compressed(file, **arrays)
-
-
-def _answer(x: np.ndarray) -> np.ndarray:
-  return x if x.ndim == 1 else x.argmax(-1).astype(np.int32)
 
 
 def _store(work, content: Json) -> None:

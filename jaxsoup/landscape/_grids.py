@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
+from concurrent import futures
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from jaxsoup import _checked
 from jaxsoup import _mixing
 from jaxsoup import _programs
 from jaxsoup import _tree
+from jaxsoup import _workers
 from jaxsoup import evaluation
 from jaxsoup.landscape import _geometry
 from jaxsoup.typing import Array
@@ -78,6 +80,8 @@ def line(
     is_traced: bool = True,
     sharding: NamedSharding | None = None,
     on_points: CountFn | None = None,
+    executor: futures.Executor | None = None,
+    num_ahead: int | None = None,
 ) -> Path:
   """The loss on the line between two models.
 
@@ -97,6 +101,10 @@ def line(
       `NamedSharding(mesh, PartitionSpec('points'))`: each device then evaluates
       its own. Data of `loss_fn` must lie on that mesh, or be uncommitted.
     on_points: is called with the number of points done, and that of all.
+    executor: where the points are evaluated, as in `jaxsoup.greedy`; the models
+      and `loss_fn` are sent with each part of the points. Not with a sharding.
+    num_ahead: into how many parts they are cut, at least as many as there are
+      workers. None: twice the number of cores of this machine.
 
   Returns:
     A `Path`.
@@ -118,7 +126,8 @@ def line(
     raise ValueError(f'num is {num}: a line needs at least 2 points.')
   t = np.linspace(0, 1, num)
   grid = Grid([theta_1, theta_2], chunk_size, is_traced, sharding, on_points)
-  return Path(t, grid.values(loss_fn, np.stack([1 - t, t], axis=1)))
+  alpha = np.stack([1 - t, t], axis=1)
+  return Path(t, grid.values(loss_fn, alpha, executor, num_ahead))
 
 
 def lines(
@@ -131,6 +140,8 @@ def lines(
     is_traced: bool = True,
     sharding: NamedSharding | None = None,
     on_points: CountFn | None = None,
+    executor: futures.Executor | None = None,
+    num_ahead: int | None = None,
 ) -> dict[tuple[int, int], Path]:
   """The loss on the lines between pairs of ingredients.
 
@@ -147,6 +158,8 @@ def lines(
     is_traced: as in `line`.
     sharding: as in `line`.
     on_points: as in `line`, for each pair.
+    executor: as in `line`.
+    num_ahead: as in `line`.
 
   Returns:
     A `Path` for each pair.
@@ -163,6 +176,8 @@ def lines(
       is_traced=is_traced,
       sharding=sharding,
       on_points=on_points,
+      executor=executor,
+      num_ahead=num_ahead,
   )
   return {(i, j): loss_on_line(first(i), ingredients[j]) for i, j in members}
 
@@ -202,6 +217,8 @@ def plane(
     is_traced: bool = True,
     sharding: NamedSharding | None = None,
     on_points: CountFn | None = None,
+    executor: futures.Executor | None = None,
+    num_ahead: int | None = None,
 ) -> Plane:
   """The loss on the plane through three models, and where others lie on it.
 
@@ -223,6 +240,8 @@ def plane(
     is_traced: as in `line`.
     sharding: as in `line`.
     on_points: as in `line`.
+    executor: as in `line`.
+    num_ahead: as in `line`.
 
   Returns:
     A `Plane`.
@@ -252,8 +271,8 @@ def plane(
   points, off = (np.array(values) for values in zip(*projected))
   x, y = (_axis(values, num, margin) for values in points.T)
   at = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
-  loss = grid.values(loss_fn, basis.alpha(at)).reshape(num, num)
-  return Plane(x, y, loss, points, off)
+  loss = grid.values(loss_fn, basis.alpha(at), executor, num_ahead)
+  return Plane(x, y, loss.reshape(num, num), points, off)
 
 
 def _axis(values: np.ndarray, num: int, margin: float) -> np.ndarray:
@@ -323,14 +342,40 @@ class Grid:
       on_points: CountFn | None = None,
   ):
     self.models = _checked.Checked(models)
+    self._given = models, chunk_size, is_traced
     self._size = chunk_size if is_traced else 1
     self._is_traced = is_traced
     self._sharding = sharding
     self._on_points = on_points or (lambda num_done, num: None)
     _check_chunks(self._size, sharding)
 
-  def values(self, loss_fn: ObjectiveFn, alpha: np.ndarray) -> np.ndarray:
+  def values(
+      self,
+      loss_fn: ObjectiveFn,
+      alpha: np.ndarray,
+      executor: futures.Executor | None = None,
+      num_ahead: int | None = None,
+  ) -> np.ndarray:
     """The loss at each point, `[P]`, from alpha `[P, M]`."""
+    if executor is None:
+      return self._values(loss_fn, alpha)
+    if self._sharding is not None:
+      raise ValueError(
+          f'An executor is given, and the sharding {self._sharding}, which is '
+          'of devices of this process: choose one.'
+      )
+    part_fn = functools.partial(_part, self._given, loss_fn)
+    calls = _workers.Calls(executor, part_fn, num_ahead)
+    # Of whole chunks, so that they are the same as here.
+    size = self._size * -(-len(alpha) // (self._size * calls.num_ahead))
+    losses: list[np.ndarray] = []
+    parts = np.split(alpha, range(size, len(alpha), size))
+    for losses_of_part in calls.values(parts):
+      losses.append(losses_of_part)
+      self._on_points(sum(map(len, losses)), len(alpha))
+    return np.concatenate(losses)
+
+  def _values(self, loss_fn: ObjectiveFn, alpha: np.ndarray) -> np.ndarray:
     stacked = _mixing.stack_leaves(self.models)
     if self._sharding is not None:
       stacked = [_on_mesh(x, self._sharding.mesh) for x in stacked]
@@ -358,6 +403,13 @@ class Grid:
       everywhere = NamedSharding(self._sharding.mesh, PartitionSpec())
       values = jax.device_put(values, everywhere)
     return values
+
+
+def _part(
+    given: tuple[Any, ...], loss_fn: ObjectiveFn, alpha: np.ndarray
+) -> np.ndarray:
+  """The loss at some of the points, on a worker."""
+  return Grid(*given).values(loss_fn, alpha)
 
 
 def _check_chunks(size: int, sharding: NamedSharding | None) -> None:

@@ -106,7 +106,7 @@ class Pool:
     self.known: dict[Any, Any] = {}  # Scores, or bounds on them.
     batches = cook.batches_of(work.splits.held_out, work.config.batch_size)
     self.eval_fn = cook.score_fn(work.config, work.model.logits_fn, batches)
-    self._soups: dict[tuple[int, ...], Scores] = {}
+    self._soups: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
 
   def __len__(self) -> int:
     return len(self.models)
@@ -153,13 +153,21 @@ class Pool:
     """Of any parameters."""
     return self.scores_of(self.work.logits(params))
 
+  def soup_logits(self, members: Iterable[int]) -> dict[str, np.ndarray]:
+    """Of the uniform soup of some models, by data set."""
+    members = tuple(sorted(members))
+    if members not in self._soups:
+      if len(members) == 1:
+        made = {name: x[members[0]] for name, x in self.logits.items()}
+      else:
+        soup = jaxsoup.uniform([self.models[k] for k in members])
+        made = self.work.logits(soup.params)
+      self._soups[members] = made
+    return self._soups[members]
+
   def soup(self, members: Iterable[int]) -> Scores:
     """The uniform soup of some models."""
-    members = tuple(members)
-    if members not in self._soups:
-      soup = jaxsoup.uniform([self.models[k] for k in members])
-      self._soups[members] = self.of(soup.params)
-    return self._soups[members]
+    return self.scores_of(self.soup_logits(members))
 
   def ensemble(self, members: Iterable[int]) -> Scores:
     """The mean of the logits of some models."""
@@ -237,9 +245,13 @@ class Bench(contextlib.ExitStack):
       results.make(work, theta_0)
     return pool
 
-  def shares(self) -> dict[str, float]:
-    """See `results.shares`; all pools have the same data that report."""
-    return results.shares(next(iter(self._pools.values())).work)
+  def ids(self) -> dict[str, np.ndarray]:
+    """The examples that report, in all pools, as `results.ids`."""
+    make_fn: Any = self.experiment.data_fn
+    splits = make_fn(self.config)
+    by_set = results.ids(splits, self.config.seed)
+    shifts = [by_set[name] for name in splits.shifts]
+    return {'test': by_set['test'], 'shifts': np.concatenate([*shifts, []])}
 
 
 def middle(config: ml_collections.ConfigDict) -> configs.Run:
@@ -302,9 +314,10 @@ def _scratch(bench: Bench, is_shared: bool) -> Variant:
   )
 
 
-def _averaged(bench: Bench) -> Variant:
+def _averaged(bench: Bench, **others: Any) -> Variant:
   """Copies of each run: a moving average, and four in its second half."""
-  finetune = {'ema': (0.95,), 'keep_steps': _steps(bench, 0.5, 5)[:-1]}
+  kept = _steps(bench, 0.5, 5)[:-1]
+  finetune = {'ema': (0.95,), 'keep_steps': kept, **others}
   return Variant(bench.runs[:NUM_RUNS], finetune=finetune)
 
 
@@ -383,6 +396,10 @@ VARIANTS: dict[str, Callable[[Bench], Variant]] = {
     'scratch_shared': lambda bench: _scratch(bench, is_shared=True),
     'scratch_apart': lambda bench: _scratch(bench, is_shared=False),
     'averaged': _averaged,
+    'averaged_constant': lambda bench: _averaged(bench, final=1.0),
+    'hard_labels': lambda bench: Variant(
+        [{**run, 'label_smoothing': 0.0, 'mixup': 0.0} for run in bench.runs]
+    ),
     'constant': _constant,
     'decayed': _decayed,
     'sam': lambda bench: Variant(

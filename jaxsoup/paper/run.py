@@ -9,9 +9,11 @@ the paper has the same results. Finished work is not repeated. `jaxsoup report
 DIR/seed0/sweep` shows the sweep itself.
 """
 
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+import itertools
 import json
 import pathlib
 import sys
@@ -23,6 +25,7 @@ from jaxsoup import _json
 from jaxsoup import report
 from jaxsoup import statistics
 from jaxsoup.experiments import configs
+from jaxsoup.paper import criteria
 from jaxsoup.paper import pools
 from jaxsoup.paper import studies
 from jaxsoup.runtime import distributed
@@ -63,6 +66,7 @@ def run(
   workdir = pathlib.Path(workdir).absolute()
   first = configs.load(path, overrides).config.seed
   figures: dict[int, list[studies.Figures]] = {n: [] for n in chosen}
+  ids: list[dict[str, np.ndarray]] = []
   shown = progress.shown({'experiments': 1})
   with preemption.handled() as stop, shown as progress_fn:
     for i, seed in enumerate(range(first, first + num_seeds)):
@@ -72,14 +76,20 @@ def run(
           progress_fn('experiments', (i + j / len(chosen)) / num_seeds)
           stop.check(f'{workdir} holds the results so far')
           figures[number].append(_once(bench, number))
+        ids.append(bench.ids())
     progress_fn('experiments', 1.0)
   stacked = {n: _stacked(of_seeds) for n, of_seeds in figures.items()}
-  _write(workdir, stacked, json.loads((workdir / _shares(first)).read_text()))
+  _write(workdir, stacked, _shares(ids))
   return stacked
 
 
-def _shares(seed: int) -> str:
-  return f'seed{seed}/shares.json'
+def _shares(ids: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+  """What two seeds have in common on average of the examples that report."""
+  shared: dict[str, list[float]] = {name: [] for name in ids[0]}
+  for a, b in itertools.combinations(ids, 2):
+    for name, x in shared.items():
+      x.append(np.isin(np.unique(a[name]), b[name]).mean())
+  return {name: float(np.mean(x or [0.0])) for name, x in shared.items()}
 
 
 def _once(bench: pools.Bench, number: int) -> studies.Figures:
@@ -92,7 +102,6 @@ def _once(bench: pools.Bench, number: int) -> studies.Figures:
   if draw is not None:
     report.save(draw, path.with_suffix('.png'), size=(6.4, 4.4))
   _json.write(path, _json.plain(figures))
-  _json.write(bench.workdir / 'shares.json', bench.shares())
   return json.loads(path.read_text())
 
 
@@ -114,6 +123,7 @@ def _write(workdir: pathlib.Path, figures, shares: Mapping[str, float]) -> None:
   Seeds have `shares` of the examples that report in common, by set.
   """
   lines = ['# The experiments of the paper: results', '']
+  lines += [*_verdicts(figures, shares), '']
   for number, rows in figures.items():
     experiment = studies.EXPERIMENTS[number]
     lines += [f'## {number}. {experiment.title}', '', *_table(rows, shares), '']
@@ -130,6 +140,44 @@ def _write(workdir: pathlib.Path, figures, shares: Mapping[str, float]) -> None:
     unfinished.write_text('\n'.join(lines))
 
 
+def _verdicts(figures, shares: Mapping[str, float]) -> list[str]:
+  """Whether each finding held, by the criteria that were stated before."""
+  share, among = max(shares.values()), 'other seeds and other examples'
+  if share == 1:
+    share, among = 0.0, 'other seeds on the same examples'
+  lines = [f'Intervals tell of {among}.', '']
+  lines += ['| | finding | number | |', '|---:|---|---:|---|']
+  for number, rows in figures.items():
+    seeds = list(_of_seeds(rows))
+    for criterion in criteria.CRITERIA.get(number, []):
+      try:
+        values = [criterion.value_fn(x) for x in seeds]
+      except LookupError:
+        continue  # Of pools that this config does not have.
+      gain = statistics.over_repeats(values, share=share)
+      told = criteria.verdict(gain)
+      told += ', our criterion' if criterion.is_ours else ''
+      cells = (number, criterion.finding, _with_interval(gain), told)
+      lines.append(f'| {" | ".join(map(str, cells))} |')
+  return lines
+
+
+def _of_seeds(rows) -> Iterator[studies.Figures]:
+  """What `_stacked` stacked."""
+  num = max(len(x) for row in rows.values() for x in row.values())
+  for i in range(num):
+    yield {
+        name: {column: values[i] for column, values in row.items()}
+        for name, row in rows.items()
+    }
+
+
+def _with_interval(gain: statistics.Comparison) -> str:
+  text = f'{gain.gain:+.2f}'
+  is_known = np.isfinite(gain.low)
+  return text + (f' [{gain.low:.2f}, {gain.high:.2f}]' if is_known else '')
+
+
 def _table(
     rows: Mapping[str, Mapping[str, Sequence[float]]],
     shares: Mapping[str, float],
@@ -141,8 +189,7 @@ def _table(
     if where is None or not column.endswith('points') or None in values:
       return _cell(values)
     gain = statistics.over_repeats(values, share=shares[where])
-    interval = f' [{gain.low:.1f}, {gain.high:.1f}]' if len(values) > 1 else ''
-    return f'{gain.gain:+.2f}{interval}'
+    return _with_interval(gain)
 
   columns = list(dict.fromkeys(k for row in rows.values() for k in row))
   lines = [f'| | {" | ".join(columns)} |', f'|---|{"---:|" * len(columns)}']

@@ -16,6 +16,7 @@ import json
 from typing import Any
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -71,14 +72,18 @@ def plane(bench: pools.Bench) -> Result:
   """Error at the start, at two models and in the middle of them."""
   pool = bench['sweep']
   path = pool.work.workdir / 'landscape/plane.json'
-  surfaces = json.loads(path.read_text())
-  first, second = surfaces['corners']
+  # Large models have no plane: it is a grid of evaluations.
+  surfaces = json.loads(path.read_text()) if path.exists() else {}
+  best = np.argsort([-scores.held_out for scores in pool.singles], stable=True)
+  corners = surfaces.get('corners', best[:2].tolist())
+  two = [pool.singles[k] for k in corners]
   figures = {
       'start': _scores(pool.of(pool.theta_0)),
-      'first model': _scores(pool.singles[first]),
-      'second model': _scores(pool.singles[second]),
-      'middle of the two': _scores(pool.soup((first, second))),
+      'mean of the two': _scores(pools.mean_scores(two)),
+      'middle of the two': _scores(pool.soup(corners)),
   }
+  if not surfaces:
+    return figures, None
   (section,) = report.plane_sections(surfaces, pool.names)
   pictures = [p for p in section.parts if isinstance(p, report.Picture)]
   return figures, pictures[-1].draw
@@ -91,27 +96,21 @@ def _sets(pool: pools.Pool, where: str) -> landscapes.Sets:
   return landscapes.Sets(pool.work, names, num)
 
 
-@functools.lru_cache(maxsize=1)
-def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
-  """Pairs that differ in one hyper-parameter, on test data and on shifts."""
+def _is_large(bench: pools.Bench) -> bool:
+  """Whether the start is given: nothing more is trained, and less evaluated."""
+  return bool(bench.config.get('init'))
+
+
+def _paired(bench: pools.Bench) -> tuple[pools.Pool, dict[Any, str]]:
+  """A pool, and its pairs by the hyper-parameter in which they differ.
+
+  Of large models neighbours of the sweep, which differ in all.
+  """
+  if _is_large(bench):
+    pool = bench['sweep']
+    return pool, dict.fromkeys(_neighbours(len(pool)), 'all')
   pool = bench['one_factor']
-  pairs = {}
-  for where in _WHERE:
-    sets = _sets(pool, where)
-    pairs[where] = landscape.pairs(
-        pool.models,
-        pool.theta_0,
-        pool.work.model.logits_fn,
-        sets.batches,
-        metric=sets.score,
-        members=sorted(_varied(pool)),
-    )
-  return pairs
-
-
-def _varied(pool: pools.Pool) -> dict[tuple[int, int], str]:
-  """The hyper-parameter in which two runs differ, of pairs with one."""
-  return {
+  return pool, {
       pair: name
       for name, sets in studies.groups(pool.runs, ignore=()).items()
       for group in sets
@@ -119,11 +118,29 @@ def _varied(pool: pools.Pool) -> dict[tuple[int, int], str]:
   }
 
 
+@functools.lru_cache(maxsize=1)
+def _pairs(bench: pools.Bench) -> dict[str, list[landscape.Pair]]:
+  """Pairs on test data and on shifts."""
+  pool, varied = _paired(bench)
+  angles = {
+      pair: landscape.angle(pool.theta_0, *map(pool.models.__getitem__, pair))
+      for pair in sorted(varied)
+  }
+
+  def scored(pair, where):
+    of = lambda scores: getattr(scores, where) / 100
+    singles = tuple(of(pool.singles[k]) for k in pair)
+    soup, ensemble = of(pool.soup(pair)), of(pool.ensemble(pair))
+    return landscape.Pair(pair, angles[pair], singles, soup, ensemble)
+
+  return {where: [scored(pair, where) for pair in angles] for where in _WHERE}
+
+
 def _drawn_pairs(bench, figures: Figures, draw, unit: str) -> Result:
   """With a picture of the pairs on shifts."""
   pairs = _pairs(bench)['shifts']
   members = [pair.members for pair in pairs]
-  rates = report.pair_rates(members, bench['one_factor'].runs)
+  rates = report.pair_rates(members, _paired(bench)[0].runs)
   label = f'accuracy on shifts ({unit})'
   return figures, functools.partial(
       draw, pairs=pairs, values=rates, label=label
@@ -133,10 +150,10 @@ def _drawn_pairs(bench, figures: Figures, draw, unit: str) -> Result:
 def angles_and_gains(bench: pools.Bench) -> Result:
   """Angle and gain by what varies, and their correlation over all pairs."""
   figures: Figures = collections.defaultdict(dict)
-  varied = _varied(bench['one_factor'])
+  _, varied = _paired(bench)
   for where, pairs in _pairs(bench).items():
     column = f'gain on {where}, points'
-    for name in pools.FACTORS:
+    for name in dict.fromkeys(varied.values()):
       of_name = [p for p in pairs if varied[p.members] == name]
       row = figures[f'only {name} varies']
       row['angle, degrees'] = float(np.mean([p.angle for p in of_name]))
@@ -234,7 +251,9 @@ def growth(bench: pools.Bench) -> Result:
         pool.models, pool.eval_fn, _field(pool.soup, where), scores=pool.known
     )
     curves['ensemble'] = _field(pool.ensemble, where)
-    grown[where] = studies.growth(curves, len(pool), nums=nums, num_orders=3)
+    grown[where] = studies.growth(
+        curves, len(pool), nums=nums, num_orders=1 if _is_large(bench) else 3
+    )
     for name, rows in grown[where].scores.items():
       for num, value in zip(nums, rows.mean(0)):
         if num in (1, nums[len(nums) // 2], nums[-1]):
@@ -281,10 +300,11 @@ def greedy_ensemble(bench: pools.Bench) -> Result:
 def theory(bench: pools.Bench) -> Result:
   """The approximation of soup minus ensemble against the true difference."""
   terms, values = [], []
-  for name in ('one_factor', 'rates'):
+  names = ('sweep',) if _is_large(bench) else ('one_factor', 'rates')
+  for name in names:
     pool = bench[name]
     members, logits_fn = _neighbours(len(pool)), pool.work.model.logits_fn
-    batches = _sets(pool, 'test').batches
+    batches = landscapes.Sets(pool.work, ['test'], 1000).batches
     for i, j in members:
       pair = logits_fn, pool.models[i], pool.models[j]
       terms.append(landscape.soup_minus_ensemble(*pair, batches))
@@ -309,29 +329,59 @@ def theory(bench: pools.Bench) -> Result:
 
 
 def calibration(bench: pools.Bench) -> Result:
-  """Equal-mass calibration error against the number of models."""
-  pool = bench['sweep']
+  """Equal-mass calibration error against the number of models.
+
+  What may cause it is told apart: the number of bins, and targets that are not
+  hard, from which models learn to be less sure than they are right.
+  """
+  num_orders = 1 if _is_large(bench) else 20
+  figures, grown = _calibration(bench['sweep'], num_orders)
+  if not _is_large(bench):
+    others, _ = _calibration(bench['hard_labels'], num_orders)
+    figures |= {f'hard labels, {name}': row for name, row in others.items()}
+  draw = functools.partial(report.growth, label='test ECE, points')
+  return figures, functools.partial(draw, grown=grown)
+
+
+def _calibration(pool: pools.Pool, num_orders: int):
+  """Figures of soups and ensembles, and the error in 15 bins as they grow."""
   labels = jnp.asarray(pool.work.labels['test'])
-  logits_fn = pool.work.logits
-  ece = lambda x: float(metrics.expected_calibration_error(x, labels))
-  logits = pool.logits['test']
-  curves = {
-      'soup': studies.soup_scores(
-          pool.models, lambda params: ece(logits_fn(params)['test'])
+  ece = metrics.expected_calibration_error
+  sure = lambda x: jax.nn.softmax(x).max(-1).mean()
+  measures = {
+      **{
+          f'ECE of {n} bins, points': functools.partial(ece, num_bins=n)
+          for n in (5, 15, 50)
+      },
+      'confidence minus accuracy, points': lambda logits, labels: (
+          sure(logits) - metrics.accuracy(logits, labels)
       ),
-      'ensemble': lambda members: ece(logits[list(members)].mean(0)),
   }
-  nums = _nums(len(pool))
-  grown = studies.growth(curves, len(pool), nums=nums, num_orders=20)
-  figures = {
-      f'{name} of {num}': {'ECE, points': 100 * float(value)}
-      for name, rows in grown.scores.items()
-      for num, value in zip(nums, rows.mean(0))
-      if num in (1, nums[-1])
+  logits_fns = {
+      'soup': lambda members: pool.soup_logits(members)['test'],
+      'ensemble': lambda members: pool.logits['test'][list(members)].mean(0),
   }
-  return figures, functools.partial(
-      report.growth, grown=grown, label='test ECE, points'
-  )
+  figures: Figures = collections.defaultdict(dict)
+  nums, curves = _nums(len(pool)), {}
+  for measure, fn in measures.items():
+    score = lambda members, logits_fn, fn=fn: 100 * float(
+        fn(jnp.asarray(logits_fn(members)), labels)
+    )
+    grown = studies.growth(
+        {
+            name: functools.partial(score, logits_fn=logits_fn)
+            for name, logits_fn in logits_fns.items()
+        },
+        len(pool),
+        nums=nums,
+        num_orders=num_orders,
+    )
+    curves[measure] = grown
+    for name, rows in grown.scores.items():
+      for num in (1, nums[-1]):
+        value = rows[:, nums.index(num)].mean()
+        figures[f'{name} of {num}'][measure] = float(value)
+  return dict(figures), curves['ECE of 15 bins, points']
 
 
 def breadth(bench: pools.Bench) -> Result:
@@ -370,8 +420,16 @@ def scratch(bench: pools.Bench) -> Result:
 
 
 def averages(bench: pools.Bench) -> Result:
-  """Soups of moving averages and of means over late epochs."""
-  pool = bench['averaged']
+  """Soups of moving averages and of means over late epochs.
+
+  Of runs whose rate falls to zero, and of runs at a constant rate: a rate that
+  falls averages, too.
+  """
+  falling = _averages(bench['averaged'], 'falling rate')
+  return falling | _averages(bench['averaged_constant'], 'constant rate'), None
+
+
+def _averages(pool: pools.Pool, rate: str) -> Figures:
   names = pool.names
   of = lambda text: [k for k, name in enumerate(names) if text in name]
   last = [k for k, name in enumerate(names) if '_' not in name]
@@ -382,11 +440,11 @@ def averages(bench: pools.Bench) -> Result:
       for i in last
   ]
   figures: Figures = {}
-  for prefix, members in (('last', last), ('EMA', of('_ema'))):
+  for name, members in (('last', last), ('EMA', of('_ema'))):
     singles = [pool.singles[k] for k in members]
-    figures |= _compared(prefix, singles, pool.soup(members))
+    figures |= _compared(f'{rate}, {name}', singles, pool.soup(members))
   soup = pool.of(jaxsoup.uniform(swa).params)
-  return figures | _compared('SWA', list(map(pool.of, swa)), soup), None
+  return figures | _compared(f'{rate}, SWA', list(map(pool.of, swa)), soup)
 
 
 # Names of averages that are souped over runs as well.
@@ -506,12 +564,15 @@ def wise_ft(bench: pools.Bench) -> Result:
   best = int(np.argmax([scores.held_out for scores in pool.singles]))
   models = {
       'best single': pool.models[best],
-      'greedy soup': pool.greedy().params,
       'uniform soup': jaxsoup.uniform(pool.models).params,
   }
   score_fns = {where: _sets(pool, where).score_of for where in _WHERE}
   curves = studies.wise_ft(
-      pool.theta_0, models, score_fns, num=11, is_traced=False
+      pool.theta_0,
+      models,
+      score_fns,
+      num=6 if _is_large(bench) else 11,
+      is_traced=False,
   )
   figures: Figures = {}
   for name, curve in curves.items():

@@ -8,6 +8,8 @@ report.write_report('runs/digits')               # one HTML file of all
 ```
 """
 
+from jaxsoup.report._candidates import not_dominated as not_dominated
+from jaxsoup.report._candidates import pareto as pareto
 from jaxsoup.report._landscape_sections import (
     diagnosis_sections as diagnosis_sections,
 )
@@ -38,9 +40,11 @@ from jaxsoup.report._plots import save as save
 from jaxsoup.report._plots import scatter as scatter
 from jaxsoup.report._plots import trials as trials
 from jaxsoup.report._scores import read_scores as read_scores
+from jaxsoup.report._tables import Answers as Answers
 from jaxsoup.report._tables import Row as Row
-from jaxsoup.report._tables import averaged as averaged
 from jaxsoup.report._tables import best_single as best_single
+from jaxsoup.report._tables import by_set as by_set
+from jaxsoup.report._tables import gains_by_shift as gains_by_shift
 from jaxsoup.report._tables import markdown as markdown
 from jaxsoup.report._tables import mean_rows as mean_rows
 from jaxsoup.report._tables import read_rows as read_rows

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-_GREY = '#9a9a9a'
+GREY = '#9a9a9a'
 _DASHED: Json = dict(color='#8c8c8c', linewidth=1, linestyle='--')
 _MAX_LABELS = 24  # More would overlap.
 _MAX_KINDS = 60
@@ -52,7 +52,7 @@ def scatter(ax: 'Axes', rows: Sequence[Row]) -> None:
     ax.scatter(x, [100 * row.mean_shift for row in shown], **look)
 
   dots(
-      singles(rows), s=22, color=_GREY, linewidths=0, alpha=0.75, zorder=2,
+      singles(rows), s=22, color=GREY, linewidths=0, alpha=0.75, zorder=2,
       label='fine-tuned models',
   )  # fmt: skip
   if (best := best_single(rows)) is not None:

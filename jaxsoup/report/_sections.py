@@ -37,26 +37,22 @@ def table_section(
     rows: Sequence[Row],
     *,
     settings: Settings = (),
-    tables: Sequence[Sequence[Row]] = (),
+    summary: tuple[Sequence[Row], Sequence[Row] | None] | None = None,
     sets: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Section:
   """The table of the paper, and what is significant in it.
 
   `settings` are the hyper-parameters of each row, for the file of all models;
-  `tables` the rows of each split, where the held-out set was drawn several
-  times.
+  `summary` the means and deviations of `mean_rows` over the splits, where the
+  held-out set was drawn several times.
   """
-  shown, deviations = _tables.averaged(
-      [_tables.summary(table) for table in tables or [rows]]
-  )
-  header, body = _tables.cells(
-      shown, deviations if len(tables) > 1 else None, bold=Strong
-  )
+  shown, deviations = summary or (_tables.summary(rows), None)
+  header, body = _tables.cells(shown, deviations, bold=Strong)
   legend = _tables.legend(shown, sets, bold='bold')
   if not any(row.gains for row in shown):
     legend.insert(0, f'Scores: {rows[0].metric}, in per cent.')
-  if len(tables) > 1:
-    legend.insert(0, f'Means ± deviations over {len(tables)} splits.')
+  if deviations:
+    legend.insert(0, 'Means ± deviations over splits.')
   settings = settings or [{}] * len(rows)
   return Section(
       'Scores',
@@ -132,7 +128,6 @@ def _record(row: Row, setting: Config | None = None):
   """A row as `read_scores` reads it."""
   record = row._asdict()
   gains, shifts = record.pop('gains'), record.pop('shifts')
-  del record['shares']  # Of a table over repeats; this is one.
   record |= {f'shifts.{name}': score for name, score in shifts.items()}
   record |= {f'config.{name}': x for name, x in (setting or {}).items()}
   for key, gain in gains.items():
@@ -198,6 +193,11 @@ def trial_sections(
     reached = max(accepted, default=-np.inf)
     if info.score > reached:
       text += ' It is the best single model: no trial scored as high.'
+    if info.stale:
+      text += (
+          f' Workers had begun {info.stale} more, which a change of the soup '
+          'made useless.'
+      )
     pictures.append(
         Picture(
             f'trials_{_file(name)}',

@@ -17,6 +17,7 @@ from jaxsoup import statistics
 from jaxsoup.runtime import buckets
 from jaxsoup.statistics import Comparison
 from jaxsoup.typing import Array
+from jaxsoup.typing import ArrayLike
 from jaxsoup.typing import Config
 from jaxsoup.typing import MetricFn
 from jaxsoup.typing import PathLike
@@ -38,11 +39,8 @@ class Row(NamedTuple):
     ece: expected calibration error on test data, in 0..1.
     cost: forward passes for one prediction.
     gains: over the best single model, see `with_gains`: of 'held_out', 'test',
-      the mean of the 'shifts'; and 'optimism'.
+      the mean of the 'shifts', 'optimism'; of `mean_rows` also of each shift.
     metric: what the scores are.
-    shares: where a table is repeated, such as for several seeds: of 'held_out',
-      'test' and 'shifts' the `share` of `statistics.over_repeats`; 0, repeats
-      have no examples in common, of what is not there.
   """
 
   name: str
@@ -55,12 +53,29 @@ class Row(NamedTuple):
   cost: float
   gains: Mapping[str, Comparison] = {}
   metric: str = 'accuracy'
-  shares: Mapping[str, float] = {}
 
   @property
   def mean_shift(self) -> float:
     """The mean over the shifted test sets; NaN where there are none."""
     return float(np.mean(list(self.shifts.values()) or [np.nan]))
+
+
+class Answers(NamedTuple):
+  """What the models of a table answer, example by example.
+
+  Attributes:
+    rows: by the names that rows have in `summary`, then by data set
+      ('held_out', 'test' and the shifts): whether each example is right, `[N]`,
+      or what `metric` takes.
+    label: `[N]` by data set.
+    ids: which examples these are, `[N]` by data set, see `statistics.ids_of`.
+    metric: as in `statistics.crossed`.
+  """
+
+  rows: Mapping[str, Mapping[str, ArrayLike]]
+  label: Mapping[str, ArrayLike]
+  ids: Mapping[str, ArrayLike]
+  metric: MetricFn | None = None
 
 
 class _Column(NamedTuple):
@@ -214,18 +229,24 @@ def summary(rows: Sequence[Row]) -> list[Row]:
   ]
 
 
-def mean_rows(tables: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
+def mean_rows(
+    tables: Sequence[Sequence[Row]],
+    answers: Sequence[Sequence[Answers]] = (),
+) -> tuple[list[Row], list[Row]]:
   """Means and standard deviations over tables of equal rows.
 
   Args:
     tables: one table a repetition, such as those of `summary`; names are those
       of the first.
+    answers: of each table, those of each of its splits; one, where the held-out
+      set was drawn once. Without them the tables are taken to have no examples
+      in common.
 
   Returns:
     (means, deviations): tables of the same rows; the deviation is that of a
     sample (n - 1), and NaN of a single table. The gains of the means are those
-    of `statistics.over_repeats` with the `shares` of the rows, over the best
-    single model of each repetition.
+    of `statistics.crossed`, without answers of `statistics.over_repeats`, over
+    the best single model of each repetition.
   """
   names = [row.name for row in tables[0]] if tables else []
   bests = [rows[names.index(_BEST)] for rows in tables if _BEST in names]
@@ -242,9 +263,9 @@ def mean_rows(tables: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
     # The deviation of the mean of the shifts is what the column shows.
     per_table = np.array([row.mean_shift for row in rows])
     mean = _aggregate(rows[0], columns, shifts, np.mean)
-    if len(rows) > 1:
-      by_repeat = _gains_by_repeat(rows, bests)
-      mean = mean._replace(gains=_mean_gains(rows[0], by_repeat, mean.shares))
+    if len(rows) > 1 and rows[0].kind != 'single':
+      gains = _crossed(rows[0].name, answers) or _over_tables(rows, bests)
+      mean = mean._replace(gains=_with_sizes(gains, rows[0]))
     means.append(mean)
     deviations.append(
         _aggregate(rows[0], columns, {'mean': per_table}, _deviation)
@@ -252,71 +273,70 @@ def mean_rows(tables: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
   return means, deviations
 
 
-def averaged(
-    tables: Sequence[Sequence[Row]],
-) -> tuple[list[Row], list[Row]]:
-  """Means and deviations as of `mean_rows`, over splits of the same examples.
-
-  Args:
-    tables: one table a split, with gains.
-
-  Returns:
-    (means, deviations). Each split draws its held-out set from the examples of
-    held-out and test set, which decides the shares of both; the shifts are the
-    same in all splits, so that their gains have no interval.
-  """
-  means, deviations = mean_rows(tables)
-  if len(tables) > 1:
-    means = [_over_splits(*x) for x in zip(means, zip(*tables))]
-  return means, deviations
-
-
-def _over_splits(mean: Row, rows: Sequence[Row]) -> Row:
-  """The mean with gains over splits, and its shares for tables over seeds."""
-  gains = mean.gains
-  if first := rows[0].gains:
-    by_repeat = {key: [row.gains[key].gain for row in rows] for key in first}
-    num = {key: first[key].num for key in ('held_out', 'test')}
-    shares = {key: n / sum(num.values()) for key, n in num.items()}
-    gains = _mean_gains(rows[0], by_repeat, {**shares, 'shifts': 1.0})
-  # Over all splits the examples of both sets report.
-  both = sum(mean.shares.get(key, 0.0) for key in ('held_out', 'test'))
-  both = min(both, 1.0)
-  return mean._replace(
-      gains=gains, shares={**mean.shares, 'held_out': both, 'test': both}
-  )
-
-
-def _gains_by_repeat(
-    rows: Sequence[Row], bests: Sequence[Row]
-) -> dict[str, list[float]]:
-  """Gains over repetitions, each over its own best single model."""
-  if not bests or rows[0].kind == 'single':
-    return {}
+def by_set(
+    splits: Sequence[Answers],
+    read_fn: Callable[[Answers], Mapping[str, ArrayLike]],
+    sets: Sequence[str],
+) -> dict[str, ArrayLike]:
+  """What a function reads of the sets, each of which counts in each split."""
   return {
+      f'{i}/{name}': read_fn(x)[name]
+      for i, x in enumerate(splits)
+      for name in sets
+  }
+
+
+def _crossed(
+    name: str, answers: Sequence[Sequence[Answers]]
+) -> dict[str, Comparison]:
+  """Gains of a row over the best single model, by their answers."""
+  if not answers:
+    return {}
+  sets = [name for name in answers[0][0].ids if name not in _SCORES]
+  roles = {'held_out': ['held_out'], 'test': ['test'], 'shifts': sets}
+  roles |= {name: [name] for name in sets}
+
+  def gain(a, b, sets):
+    part = lambda fn: [by_set(splits, fn, sets) for splits in answers]
+    ids, label = part(lambda x: x.ids), part(lambda x: x.label)
+    metric = answers[0][0].metric
+    return statistics.crossed(metric, part(a), part(b), ids, label=label)
+
+  mine = lambda x: x.rows[name]
+  best = lambda x: x.rows[_BEST]
+  gains = {key: gain(mine, best, x) for key, x in roles.items() if x}
+  # Half of the held-out gain minus the test gain: on test data models change
+  # places.
+  swapped = lambda one, other: lambda x: {
+      'held_out': one(x)['held_out'], 'test': other(x)['test']
+  }  # fmt: skip
+  half = gain(swapped(mine, best), swapped(best, mine), ['held_out', 'test'])
+  doubled = {key: 2 * getattr(half, key) for key in ('gain', 'low', 'high')}
+  return gains | {'optimism': half._replace(**doubled)}
+
+
+def _over_tables(
+    rows: Sequence[Row], bests: Sequence[Row]
+) -> dict[str, Comparison]:
+  """Gains over repetitions, each over its own best single model."""
+  if not bests:
+    return {}
+  by_table = {
       key: [score(row) - score(best) for row, best in zip(rows, bests)]
       for key, score in _SCORES.items()
       if key != 'shifts' or rows[0].shifts
   }
-
-
-def _mean_gains(
-    row: Row,
-    by_repeat: Mapping[str, Sequence[float]],
-    shares: Mapping[str, float],
-) -> dict[str, Comparison]:
-  """The mean gains and selection optimism; `row` knows how many examples."""
-  if {'held_out', 'test'} <= by_repeat.keys():
-    optimism = np.subtract(by_repeat['held_out'], by_repeat['test'])
-    larger = max(shares.get(key, 0.0) for key in ('held_out', 'test'))
-    by_repeat = {**by_repeat, 'optimism': optimism.tolist()}
-    shares = {**shares, 'optimism': larger}
+  optimism = np.subtract(by_table['held_out'], by_table['test'])
   return {
-      key: statistics.over_repeats(x, share=shares.get(key, 0.0))._replace(
-          num=row.gains[key].num if key in row.gains else 0
-      )
-      for key, x in by_repeat.items()
+      key: statistics.over_repeats(x)
+      for key, x in {**by_table, 'optimism': optimism.tolist()}.items()
   }
+
+
+def _with_sizes(gains, row: Row) -> dict[str, Comparison]:
+  """The gains with the examples of one repetition."""
+  num = {key: gain.num for key, gain in row.gains.items()}
+  return {key: x._replace(num=num.get(key, 0)) for key, x in gains.items()}
 
 
 def _aggregate(row, columns, shifts, fn):
@@ -358,6 +378,30 @@ def markdown(
   return '\n'.join(
       [*lines, *(f'\n{x}' for x in legend(rows, sets, bold='**bold**'))]
   )
+
+
+def gains_by_shift(rows: Sequence[Row]) -> str:
+  """A table in Markdown of the gains on each shift, of `mean_rows`.
+
+  Args:
+    rows: means over repetitions with answers.
+
+  Returns:
+    Lines, without a final newline; none, if no gains on shifts are known.
+  """
+  shown = [row for row in rows if row.gains.keys() & row.shifts.keys()]
+  if not shown:
+    return ''
+  names = list(shown[0].shifts)
+  lines = [('gain on', *names), ('---', *['---:'] * len(names))]
+  for row in shown:
+    gains = [row.gains[name] for name in names]
+    texts = (
+        f'**{with_interval(x)}**' if _is_bold(x) else with_interval(x)
+        for x in gains
+    )
+    lines.append((row.name, *texts))
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def cells(
@@ -548,7 +592,7 @@ def _sets_of(row: Row) -> dict[str, dict[str, int]]:
   """The data sets of each role, as far as the gains of a row know."""
   sizes = {key: gain.num for key, gain in row.gains.items() if gain.num}
   names = list(row.shifts)
-  shifts = ', '.join(names) if len(names) <= 4 else f'{len(names)} shifts'
+  shifts = ', '.join(names) if len(names) <= 6 else f'{len(names)} shifts'
   sets: dict[str, dict[str, int]] = {}
   for role, name, key in (
       ('selected', 'held-out', 'held_out'),

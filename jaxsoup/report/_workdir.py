@@ -17,6 +17,7 @@ from jaxsoup import _json
 from jaxsoup import checkpoints
 from jaxsoup._soup import LearnedInfo
 from jaxsoup._soup import SearchInfo
+from jaxsoup.report import _candidates
 from jaxsoup.report import _landscape_sections
 from jaxsoup.report import _page
 from jaxsoup.report import _scores
@@ -39,7 +40,7 @@ class Contents(NamedTuple):
   Attributes:
     rows: a row a model.
     settings: hyper-parameters of each row, empty of soups and ensembles.
-    tables: the rows of each split; empty of one.
+    summary: means and deviations over the splits; None of one.
     soups: `checkpoints.provenance` by name, of the first split.
     results: `results.json`.
     landscape: by part, `landscape/*.json`: planes, lines, angles, diagnosis.
@@ -47,7 +48,7 @@ class Contents(NamedTuple):
 
   rows: list[Row]
   settings: list[Json]
-  tables: list[list[Row]]
+  summary: tuple[list[Row], list[Row]] | None
   soups: dict[str, Json]
   results: Json
   landscape: Json = {}
@@ -58,16 +59,19 @@ def write_report(
     out: PathLike | None = None,
     *,
     further: Sequence[Section] = (),
+    metrics: Sequence[str] | None = None,
     **columns: Any,
 ) -> list[pathlib.Path]:
-  """Writes one HTML file of an experiment, or of a table of scores.
+  """Writes one HTML file of an experiment, a table of scores, or a score log.
 
   Args:
-    source: a workdir, or a file for `read_scores`.
+    source: a workdir, a file for `read_scores`, or a `checkpoints.ScoreLog`,
+      of which all candidates are compared.
     out: the HTML file; by default `report.html` in the workdir, or a file
       of the same name next to the table. An existing file is overwritten.
     further: sections that come before the last, which says how the experiment
       was made; of a table of scores, at the end.
+    metrics: of a score log with several scores each: those that are compared.
     **columns: of a table of scores, as in `read_scores`.
 
   Returns:
@@ -79,6 +83,17 @@ def write_report(
     ValueError: as `read_scores`; a damaged `results.json`.
   """
   source = pathlib.Path(source)
+  is_log = _candidates.is_score_log(source)
+  if metrics is not None and not is_log or columns and is_log:
+    raise ValueError(
+        f'{source} is {"a" if is_log else "not a"} score log: '
+        'metrics= (--metrics) is for those, and names of columns are for '
+        'tables of scores.'
+    )
+  if is_log:
+    sections = [*_candidates.log_sections(source, metrics), *further]
+    out = source.with_suffix('.html') if out is None else out
+    return _page.write_page(out, f'Searches in {source.name}', sections)
   if not source.is_dir():
     rows, settings = _scores.read_scores(source, **columns)
     sections = [
@@ -131,7 +146,7 @@ def read_workdir(workdir: PathLike) -> Contents:
     rows = _tables.read_rows(path)
     if not rows:
       raise ValueError('it has no rows')
-    tables = [_tables.rows_of(table) for table in results.get('splits', [])]
+    summary = [_tables.rows_of(x) for x in results.get('summary', [])]
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise ValueError(
         f'{path} is unreadable: {e}. Run the command of the experiment again, '
@@ -141,7 +156,7 @@ def read_workdir(workdir: PathLike) -> Contents:
   return Contents(
       rows,
       settings,
-      tables,
+      (summary[0], summary[1]) if summary else None,
       _soups(workdir, rows),
       results,
       _landscape_sections.read_landscape(workdir),
@@ -190,7 +205,7 @@ def sections_of(contents: Contents) -> list[Section]:
       _sections.table_section(
           rows,
           settings=settings,
-          tables=contents.tables,
+          summary=contents.summary,
           sets=results.get('roles'),
       ),
       *_sections.scatter_sections(rows),

@@ -44,7 +44,7 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
     option: the option that names it, for messages.
 
   Returns:
-    The function, which raises `UserCodeError`.
+    The function, which raises `UserCodeError`. Pickled, it is its name.
 
   Raises:
     ValueError: there is no such function.
@@ -81,11 +81,26 @@ def load(name: str, option: str = '--eval') -> Callable[..., Any]:
         f'{option} {name}: {module_name} has no such function. {file} has: '
         f'{", ".join(there[:8]) or "none"}.'
     )
-  called = guarded(function, file, name)
-  for method in ('answers', 'at_least'):
-    if hasattr(function, method):
-      setattr(called, method, guarded(getattr(function, method), file, name))
-  return called
+  return _Loaded(function, file, name, option)
+
+
+class _Loaded:
+  """A function that another process loads by its name."""
+
+  def __init__(
+      self, function: Any, file: str | None, name: str, option: str
+  ) -> None:
+    self._given = name, option
+    self._called = guarded(function, file, name)
+    for method in ('answers', 'at_least'):
+      if hasattr(function, method):
+        setattr(self, method, guarded(getattr(function, method), file, name))
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    return self._called(*args, **kwargs)
+
+  def __reduce__(self) -> Any:
+    return load, self._given
 
 
 def file_of(name: str) -> str | None:

@@ -37,6 +37,7 @@ from jaxsoup.statistics._disjoint import check_disjoint as check_disjoint
 from jaxsoup.statistics._disjoint import (
     check_disjoint_files as check_disjoint_files,
 )
+from jaxsoup.statistics._disjoint import ids_of as ids_of
 from jaxsoup.statistics._disjoint import shared_rows as shared_rows
 from jaxsoup.statistics._disjoint import split as split
 from jaxsoup.statistics._repeats import crossed as crossed

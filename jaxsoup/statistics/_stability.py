@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from collections.abc import MutableMapping
 from collections.abc import Sequence
 from typing import NamedTuple
+from typing import cast
 
 import jax
 import numpy as np
 
 from jaxsoup._recipes import _greedy
-from jaxsoup._soup import AtMost
+from jaxsoup._soup import Score
 from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Soup
 from jaxsoup.typing import ArrayLike
+from jaxsoup.typing import Candidate
 from jaxsoup.typing import Members
 from jaxsoup.typing import Params
 
@@ -148,14 +150,15 @@ class _Answers:
     return self._answers[members]
 
 
-class _Scores(MutableMapping[Members, float | AtMost]):
+class _Scores(MutableMapping[Candidate, Score]):
   """A score log that knows every candidate: the mean of resampled answers."""
 
   def __init__(self, answers: _Answers, counts: np.ndarray):
     self._answers = answers
     self._counts = counts
 
-  def __getitem__(self, members: Members) -> float:
+  def __getitem__(self, candidate: Candidate) -> float:
+    members = cast(Members, candidate)
     values = self._answers[members]
     if values.shape != self._counts.shape:
       raise ValueError(
@@ -165,13 +168,13 @@ class _Scores(MutableMapping[Members, float | AtMost]):
     # Sums of right answers are exact, so that ties stay ties.
     return float(self._counts @ values.astype(float) / self._counts.sum())
 
-  def __setitem__(self, members: Members, score: float | AtMost) -> None:
+  def __setitem__(self, members: Candidate, score: Score) -> None:
     raise TypeError(f'The score of {members} follows from the answers.')
 
-  def __delitem__(self, members: Members) -> None:
+  def __delitem__(self, members: Candidate) -> None:
     raise TypeError(f'The score of {members} follows from the answers.')
 
-  def __iter__(self) -> Iterator[Members]:
+  def __iter__(self) -> Iterator[Candidate]:
     return iter(())
 
   def __len__(self) -> int:

@@ -1,0 +1,125 @@
+"""Wall time of a greedy search on workers, against the ideal.
+
+```
+python tests/benchmarks/workers.py
+```
+
+32 ingredients, evaluations that sleep for 0.2 s, threads as workers; scores
+such that so many of the 32 trials are accepted. The ideal: the singles, then,
+between two acceptances, as many rounds as there are candidates for the workers.
+
+On two cores that others use, too, and that all 64 threads share (what is stale
+takes their time as well):
+
+```
+accepted  workers    time   ideal  speed-up  stale
+       2        1   15.2 s  12.6 s      0.8x      0
+       2        2    8.0 s   6.4 s      1.6x      0
+       2        4    3.4 s   3.2 s      3.7x      0
+       2        8    1.8 s   1.6 s      7.0x      0
+       2       64    0.5 s   0.4 s     27.0x      0
+       8        1   13.3 s  12.6 s      0.9x      0
+       8        2    7.3 s   6.6 s      1.7x      5
+       8        4    4.6 s   3.6 s      2.8x     14
+       8        8    3.3 s   2.2 s      3.8x     37
+       8       64    2.0 s   1.6 s      6.3x     93
+      16        1   13.3 s  12.6 s      0.9x      0
+      16        2    7.9 s   6.4 s      1.6x      9
+      16        4    7.7 s   4.6 s      1.6x     35
+      16        8    5.6 s   3.8 s      2.2x     84
+      16       64    7.2 s   3.2 s      1.8x    197
+two processes: 4.2 s to start, 0.15 ms a call
+```
+"""
+
+from concurrent import futures
+import math
+import multiprocessing
+import time
+
+import numpy as np
+
+import jaxsoup
+from jaxsoup import _workers
+
+NUM = 32
+SECONDS = 0.2
+
+
+def problem(num_accepted):
+  """Models, and scores of which the order of trial accepts every n-th."""
+  models = [np.eye(NUM, dtype=np.float32)[k] for k in range(NUM)]
+  kept = np.linspace(0, NUM - 1, num_accepted).round().astype(int)
+  gains = np.isin(np.arange(NUM), kept)
+
+  def eval_fn(params):
+    time.sleep(SECONDS)
+    members = np.asarray(params) > 0
+    if members.sum() == 1:
+      return -float(members.argmax())  # Tried in this order.
+    return float(members @ np.where(gains, 1.0, -1000.0))
+
+  return models, eval_fn
+
+
+def ideal(trials, num_workers):
+  """Seconds, with evaluations of stale candidates that end at once."""
+  rounds, run = math.ceil(NUM / num_workers), 0
+  for trial in trials[1:]:  # The first one is a single.
+    run += 1
+    if trial.accepted:
+      rounds, run = rounds + math.ceil(run / num_workers), 0
+  return SECONDS * (rounds + math.ceil(run / num_workers))
+
+
+def row(num_accepted, num_workers):
+  models, eval_fn = problem(num_accepted)
+  began = time.perf_counter()
+  with futures.ThreadPoolExecutor(num_workers) as executor:
+    soup = jaxsoup.greedy(
+        models, eval_fn, executor=executor, num_ahead=num_workers
+    )
+    seconds = time.perf_counter() - began
+  info = soup.info
+  assert sum(t.accepted for t in info.trials) == num_accepted
+  one = ideal(info.trials, 1)
+  best = ideal(info.trials, num_workers)
+  print(
+      f'{num_accepted:8} {num_workers:8} {seconds:6.1f} s {best:5.1f} s '
+      f'{one / seconds:8.1f}x {info.stale:6}',
+      flush=True,
+  )
+
+
+def nothing(value):
+  return value
+
+
+def overhead(num=200):
+  """Seconds for a call that does nothing, on two spawned processes."""
+  context = multiprocessing.get_context('spawn')
+  with futures.ProcessPoolExecutor(2, context) as executor:
+    calls = _workers.Calls(executor, nothing, 4)
+    began = time.perf_counter()
+    list(calls.values(range(2)))
+    start = time.perf_counter() - began
+    began = time.perf_counter()
+    list(calls.values(range(num)))
+    return start, (time.perf_counter() - began) / num
+
+
+def main():
+  models, _ = problem(1)  # Compiled once.
+  jaxsoup.greedy(models, lambda params: float(params[0]))
+  print('accepted  workers    time   ideal  speed-up  stale')
+  for num_accepted in (2, 8, 16):
+    for num_workers in (1, 2, 4, 8, 64):
+      row(num_accepted, num_workers)
+  start, seconds = overhead()
+  print(
+      f'two processes: {start:.1f} s to start, {1000 * seconds:.2f} ms a call'
+  )
+
+
+if __name__ == '__main__':
+  main()
