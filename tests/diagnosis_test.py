@@ -642,9 +642,6 @@ def test_a_barrier_that_only_data_show(rng):
   assert barriers[0, 1] == pytest.approx(0, abs=1e-6)
   assert np.isnan(np.diag(barriers)).all()
   assert report.measured['soup'] == pytest.approx(0.9 - 0.01)
-  assert report.measured['parts'] == pytest.approx(
-      {'body': 0, 'head': 0.5}, abs=1e-6
-  )
 
 
 def test_few_examples_tell_nothing(rng):

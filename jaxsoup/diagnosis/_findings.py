@@ -127,20 +127,16 @@ def ranked(findings: Sequence[Finding]) -> tuple[Finding, ...]:
   return tuple(sorted(findings, key=key))
 
 
-def listed(
-    names: Sequence[object], members: Sequence[int], most: int = 6
-) -> str:
-  """Names in a sentence.
+def listed(words: Sequence[object], most: int = 6) -> str:
+  """Words in a sentence.
 
   Example:
-    >>> listed(['a', 'b', 'c', 'd'], [0, 2, 3])
+    >>> listed(['a', 'c', 'd'])
     'a, c and d'
-    >>> listed(['a', 'b', 'c', 'd'], [0, 1, 2, 3], most=2)
+    >>> listed(['a', 'b', 'c', 'd'], most=2)
     'a, b and 2 more'
   """
-  words = [str(names[k]) for k in members]
-  if len(words) > most:
-    words = [*words[:most], f'{len(words) - most} more']
-  if len(words) < 2:
-    return ''.join(words)
-  return f'{", ".join(words[:-1])} and {words[-1]}'
+  shown = [str(word) for word in words]
+  if len(shown) > most:
+    shown = [*shown[:most], f'{len(shown) - most} more']
+  return ' and '.join(filter(None, [', '.join(shown[:-1]), *shown[-1:]]))

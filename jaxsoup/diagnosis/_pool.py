@@ -2,11 +2,12 @@
 
 ```
 pool = Pool(ingredients, theta_0)
-geometry = measure(pool, members)
-geometry.squares()                         # |theta_i - theta_j|^2, [K, K, L]
+geometry, finite = measure(pool, members)
+geometry.squares()                         # |theta_i - theta_j|^2, [n, n, L]
 ```
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence
 import functools
 import os
@@ -37,6 +38,7 @@ class Pool:
   """K ingredients, and perhaps what they were fine-tuned from.
 
   Attributes:
+    ingredients: as they were given.
     names: of the ingredients.
     leaves: shape and dtype of each leaf by its path, of each ingredient.
     start: leaves of theta_0 by path; empty without one.
@@ -56,23 +58,23 @@ class Pool:
     self.ingredients = ingredients
     self.names = _names_of(ingredients, names)
     self.damaged: dict[int, str] = {}
-    self.leaves = [self._abstract(k) for k in range(len(ingredients))]
+    self.read = functools.lru_cache(2)(
+        lambda k: _tree.flatten(ingredients[k]).by_path
+    )
+    numbers = range(len(ingredients))
+    self.leaves = list(map(self._abstract, numbers))
     self.start: dict[_tree.Path, Leaf] = {}
     if theta_0 is not None:
       self.start = _tree.flatten(theta_0).by_path
-    customs = [self._custom(k) for k in range(len(ingredients))]
+    customs = list(map(self._custom, numbers))
     self.configs = [dict(c.get('config') or {}) for c in customs]
     self.copies = [
         c.get('copy', '') if 'config' in c else None for c in customs
     ]
-    self.read = functools.lru_cache(2)(self._read)
 
-  def __len__(self) -> int:
-    return len(self.ingredients)
-
-  def listed(self, members: Sequence[int]) -> str:
+  def listed(self, members: Iterable[int]) -> str:
     """Names in a sentence."""
-    return _findings.listed(self.names, members)
+    return _findings.listed([self.names[k] for k in members])
 
   def leaf(self, k: int, path: _tree.Path) -> np.ndarray:
     """One leaf of one ingredient, complex numbers as two real ones."""
@@ -81,14 +83,15 @@ class Pool:
       return np.stack([x.real, x.imag], -1)
     return x.astype(np.float32)
 
-  def _read(self, k: int) -> dict[_tree.Path, Leaf]:
-    return _tree.flatten(self.ingredients[k]).by_path
+  def floats(self, k: int) -> list[_tree.Path]:
+    """Paths of its floats."""
+    return [p for p, x in self.leaves[k].items() if _tree.is_float(x)]
 
   def _abstract(self, k: int) -> dict[_tree.Path, Leaf]:
     if hasattr(self.ingredients, 'stored'):
       return self.ingredients.stored(k)
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return {p: shape(x) for p, x in self._read(k).items()}
+    return {p: shape(x) for p, x in self.read(k).items()}
 
   def _custom(self, k: int) -> Json:
     if not hasattr(self.ingredients, 'metadata'):
@@ -105,7 +108,8 @@ class Geometry(NamedTuple):
   Attributes:
     members: numbers of the ingredients.
     paths: of the L leaves that are floats and no running statistics.
-    shapes: of those.
+    sizes: of those, [L].
+    matrices: which of them are drawn at random, [L].
     tasks: `<theta_i - o, theta_j - o>`, [n, n, L]; o is theta_0, and of leaves
       that it lacks, the first member.
     products: `<theta_i, theta_j>`, [n + 1, n + 1, L]; o is the last row.
@@ -117,14 +121,15 @@ class Geometry(NamedTuple):
 
   members: tuple[int, ...]
   paths: list[_tree.Path]
-  shapes: list[tuple[int, ...]]
+  sizes: np.ndarray
+  matrices: np.ndarray
   tasks: np.ndarray
   products: np.ndarray
   has_start: np.ndarray
   low: np.ndarray
   eps: np.ndarray
 
-  def take(self, rows: Sequence[int]) -> 'Geometry':
+  def take(self, rows: Iterable[int]) -> 'Geometry':
     """The same of some members, and theta_0."""
     rows = list(rows)
     both = [*rows, -1]
@@ -136,25 +141,30 @@ class Geometry(NamedTuple):
         eps=self.eps[rows],
     )
 
-  @property
-  def sizes(self) -> np.ndarray:
-    return np.array([int(np.prod(s)) for s in self.shapes])
+  def where(self, rows: np.ndarray) -> list[int]:
+    """The members of rows that are true."""
+    return [self.members[i] for i in np.flatnonzero(rows)]
 
-  @property
-  def matrices(self) -> np.ndarray:
-    """Leaves that are drawn at random, [L]: a bias may have two axes."""
-    is_bias = ['bias' in p[-1] if p else False for p in self.paths]
-    return np.array([len(s) > 1 for s in self.shapes]) & ~np.array(is_bias)
+  def leaf_names(self, leaves: np.ndarray) -> list[str]:
+    """The names of leaves that are true."""
+    return [_tree.name_of(self.paths[i]) for i in np.flatnonzero(leaves)]
+
+  def share(self, leaves: np.ndarray) -> str:
+    """Which part of all parameters such leaves are."""
+    return f'{100 * self.sizes[leaves].sum() / self.sizes.sum():.2g} %'
 
   def norms(self) -> np.ndarray:
     """`|theta_k|`, [n + 1, L]."""
-    return np.sqrt(np.einsum('iil->il', self.products).clip(0))
+    return np.sqrt(_diagonal(self.products).clip(0))
+
+  def own(self) -> np.ndarray:
+    """`|theta_k - o|^2`, [n, L]."""
+    return _diagonal(self.tasks)
 
   def squares(self) -> np.ndarray:
     """`|theta_i - theta_j|^2`, [n, n, L]; 0 of equal leaves only."""
-    own = np.einsum('iil->il', self.tasks)
-    squares = own[:, None] + own[None] - 2 * self.tasks
-    return squares.clip(0)
+    own = self.own()
+    return (own[:, None] + own[None] - 2 * self.tasks).clip(0)
 
   def distances(self) -> np.ndarray:
     return np.sqrt(self.squares().sum(-1))
@@ -166,13 +176,12 @@ class Geometry(NamedTuple):
     |tau_i|^2 + |tau_j|^2`: the least squares of that, by medians.
     """
     if self.has_start.any():
-      own = np.einsum('iil->il', self.tasks)[:, self.has_start]
-      return np.sqrt(own.sum(-1))
+      return np.sqrt(self.own()[:, self.has_start].sum(-1))
     distances = self.distances()
     if len(distances) < 2:
       return np.zeros(len(distances))
-    rows = [np.delete(row, i) for i, row in enumerate(distances)]
-    return np.median(rows, axis=1) / 2**0.5
+    others = [np.delete(row, i) for i, row in enumerate(distances)]
+    return np.median(others, axis=1) / 2**0.5
 
   def cosines(self) -> np.ndarray:
     """Of task vectors, [n, n]; NaN without theta_0."""
@@ -184,6 +193,74 @@ class Geometry(NamedTuple):
   def rounding(self) -> np.ndarray:
     """Root of the summed squares of rounding errors, `0.21 eps |theta|`."""
     return _ROUNDING * self.eps * np.sqrt((self.norms()[:-1] ** 2).sum(-1))
+
+
+def _diagonal(x: np.ndarray) -> np.ndarray:
+  """`[n, n, L]` to `[n, L]`."""
+  return np.einsum('iil->il', x)
+
+
+def measure(
+    pool: Pool,
+    members: Sequence[int],
+    progress_fn: ProgressFn | None = None,
+) -> tuple[Geometry, np.ndarray]:
+  """Reads members of one structure; also which leaves are finite, [n, F]."""
+  paths = pool.floats(members[0])
+  _checked.require_floats(paths)
+  shapes = [pool.leaves[members[0]][p].shape for p in paths]
+  rows = _Rows(pool, members, paths, progress_fn)
+  first = rows[0]
+  has_start = np.array(
+      [
+          p in pool.start and np.shape(pool.start[p]) == shape
+          for p, shape in zip(paths, shapes)
+      ]
+  )
+  origin = [
+      jnp.asarray(pool.start[p]) if known else x
+      for p, known, x in zip(paths, has_start, first)
+  ]
+  tasks = _geometry.of_pairs(
+      rows, lambda x, y: _geometry.inner_products(x, y, origin)
+  )
+  seen = [rows.seen[i] for i in range(len(members))]
+  finite, low, narrow = map(np.array, zip(*seen))
+  sizes = np.array([int(np.prod(shape)) for shape in shapes])
+  # A bias may have two axes; vectors of ones and zeros fit any dtype.
+  matrices = np.array(
+      [
+          len(shape) > 1 and 'bias' not in (p[-1] if p else '')
+          for p, shape in zip(paths, shapes)
+      ]
+  )
+  eps = [
+      _spacing([pool.leaves[k][p].dtype for p in paths], sizes * matrices, row)
+      for k, row in zip(members, narrow)
+  ]
+  keep = ~_tree.statistics_of(paths)
+  geometry = Geometry(
+      tuple(members),
+      [p for p, is_kept in zip(paths, keep) if is_kept],
+      sizes[keep],
+      matrices[keep],
+      tasks[:-1, :-1, keep],
+      _of_weights(tasks)[..., keep],
+      has_start[keep],
+      low[:, keep],
+      np.array(eps),
+  )
+  return geometry, finite
+
+
+def _of_weights(tasks: np.ndarray) -> np.ndarray:
+  """`<theta_i, theta_j>` from task vectors, of which the last is `0 - o`."""
+  zero = tasks[-1]
+  products = tasks - zero[:, None] - zero[None] + zero[-1]
+  # The last row becomes o.
+  products[-1, :-1] = products[:-1, -1] = (zero[-1] - zero)[:-1]
+  products[-1, -1] = zero[-1]
+  return products
 
 
 class _Rows:
@@ -210,12 +287,9 @@ class _Rows:
       if len(self) < 3 or not hasattr(self._pool.ingredients, 'paths'):
         raise
       self._pool.damaged[k] = str(e)
-      by_path = {
-          p: jnp.zeros(x.shape, x.dtype)
-          for p, x in self._pool.leaves[k].items()
-      }
-    leaves = [by_path[path] for path in self.layers.paths]
-    leaves, *seen = _looked_at(leaves)
+      stored = self._pool.leaves[k]
+      by_path = {p: jnp.zeros(x.shape, x.dtype) for p, x in stored.items()}
+    leaves, *seen = _looked_at([by_path[path] for path in self.layers.paths])
     self.seen[i] = [np.array(jax.device_get(x)) for x in seen]
     return leaves
 
@@ -230,90 +304,35 @@ def _looked_at(leaves):
   finite = [jnp.isfinite(x).all() for x in leaves]
   leaves = [jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in leaves]
   low = [jnp.real(x).min(initial=jnp.inf) for x in leaves]
-  is_narrow = (
-      lambda x: x.dtype == jnp.float32
-      and (x == jax.lax.reduce_precision(x, 8, 7)).all()
-  )
-  return leaves, finite, low, [is_narrow(x) for x in leaves]
-
-
-def measure(
-    pool: Pool,
-    members: Sequence[int],
-    progress_fn: ProgressFn | None = None,
-) -> tuple[Geometry, np.ndarray]:
-  """Reads members of one structure; also which leaves are finite, [n, L]."""
-  shapes = pool.leaves[members[0]]
-  paths = [p for p, x in shapes.items() if _tree.is_float(x)]
-  _checked.require_floats(paths)
-  rows = _Rows(pool, members, paths, progress_fn)
-  first = rows[0]
-  has_start = np.array(
-      [
-          p in pool.start and np.shape(pool.start[p]) == shapes[p].shape
-          for p in paths
-      ]
-  )
-  origin = [
-      jnp.asarray(pool.start[p]) if known else x
-      for p, known, x in zip(paths, has_start, first)
+  narrow = [
+      x.dtype == jnp.float32 and (x == jax.lax.reduce_precision(x, 8, 7)).all()
+      for x in leaves
   ]
-  products = _geometry.of_pairs(
-      rows, lambda x, y: _geometry.inner_products(x, y, origin)
-  )
-  finite, low, narrow = map(
-      np.array, zip(*(rows.seen[i] for i in range(len(members))))
-  )
-  dtypes = [[pool.leaves[k][p].dtype for p in paths] for k in members]
-  keep = ~_tree.statistics_of(paths)
-  products, low = products[..., keep], low[:, keep]
-  zero = products[-1]
-  raw = products - zero[:, None] - zero[None] + zero[-1]
-  # <theta_i, o> in the row of the zeros.
-  raw[-1, :-1] = raw[:-1, -1] = (zero[-1] - zero)[:-1]
-  raw[-1, -1] = zero[-1]
-  select = lambda values: [x for x, ok in zip(values, keep) if ok]
-  geometry = Geometry(
-      tuple(members),
-      select(paths),
-      select([tuple(shapes[p].shape) for p in paths]),
-      products[:-1, :-1],
-      raw,
-      has_start[keep],
-      low,
-      np.array(
-          [
-              _spacing([shapes[p].shape for p in paths], *row)
-              for row in zip(dtypes, narrow)
-          ]
-      ),
-  )
-  return geometry, finite
+  return leaves, finite, low, narrow
 
 
-def _spacing(shapes, dtypes, narrow) -> float:
+def _spacing(dtypes, sizes, narrow) -> float:
   """The spacing of the numbers in which most of a member is held."""
-  sizes: dict[float, int] = {}
-  for shape, dtype, is_narrow in zip(shapes, dtypes, narrow):
-    if len(shape) > 1:  # Vectors of ones and zeros fit any dtype.
-      eps = 2.0**-7 if is_narrow else float(jnp.finfo(dtype).eps)
-      sizes[eps] = sizes.get(eps, 0) + int(np.prod(shape))
-  return max(sizes, key=lambda eps: sizes[eps]) if sizes else 0.0
+  totals: dict[float, int] = {}
+  for dtype, size, is_narrow in zip(dtypes, sizes, narrow):
+    eps = 2.0**-7 if is_narrow else float(jnp.finfo(dtype).eps)
+    totals[eps] = totals.get(eps, 0) + size
+  return max(totals, key=lambda eps: totals[eps]) if sizes.any() else 0.0
 
 
-def _names_of(ingredients, names) -> tuple[str, ...]:
+def _names_of(
+    ingredients: Sequence[Params], names: Sequence[str] | None
+) -> tuple[str, ...]:
   num = len(ingredients)
-  if names is not None:
-    if len(names) != num:
-      raise ValueError(
-          f'There are {len(names)} names and {num} ingredients: pass one name '
-          'for each.'
-      )
-    return tuple(map(str, names))
   paths = getattr(ingredients, 'paths', None)
+  if names is not None and len(names) != num:
+    raise ValueError(
+        f'There are {len(names)} names and {num} ingredients: pass one name '
+        'for each.'
+    )
+  if names is not None:
+    return tuple(map(str, names))
   if paths is None:
     return tuple(f'ingredient {k}' for k in range(num))
-  if num < 2:
-    return tuple(paths)
-  common = os.path.commonpath(paths)
+  common = os.path.commonpath(paths) if num > 1 else '.'
   return tuple(os.path.relpath(path, common) for path in paths)
