@@ -91,11 +91,18 @@ def test_with_data():
       'judge:logits', '--recalibrate', 'judge:reset', '--json', '--thorough',
   )  # fmt: skip
   assert result.exit_code == 0, (result.output, result.exception)
-  measured = json.loads(result.stdout)['measured']
+  report = json.loads(result.stdout)
+  measured = report['measured']
   assert len(measured['scores']) == 3
   assert measured['barriers'][0][1] is not None
   assert measured['disagreement'][0][0] == 0
   assert 'averages: ' in result.stderr
+  result = invoke(
+      'run0', 'run1', 'run2', '--eval', 'judge:score', '--thorough', '--json',
+      '--workers', 2,
+  )  # fmt: skip
+  assert result.exit_code == 0, (result.output, result.exception)
+  assert json.loads(result.stdout)['verdict'] == report['verdict']
 
 
 @pytest.mark.parametrize(
@@ -103,6 +110,7 @@ def test_with_data():
     [
         (('run0',), 2, 'give two or more'),
         (('run0', 'run1', '--logits', 'judge:logits'), 2, 'needs --eval'),
+        (('run0', 'run1', '--workers', '2'), 2, 'needs --eval'),
         (('run0', 'nowhere'), 1, 'nowhere'),
         (('run0', 'run1', '--eval', 'judge:nothing'), 1, 'no such function'),
         (

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from jaxsoup.commands import _common
+from jaxsoup.commands import _options
 from jaxsoup.runtime import user_code
 
 _FUNCTION = 'PACKAGE.MODULE:FUNCTION'
@@ -64,6 +65,14 @@ def diagnose(
             help='With --eval: score all pairs, not at most 2 K + 4 models.',
         ),
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help='With --eval: processes of this machine that evaluate at a '
+            'time, with the same result.',
+        ),
+    ] = 1,
     report_file: Annotated[
         pathlib.Path | None,
         typer.Option(
@@ -83,6 +92,7 @@ def diagnose(
   for name, hint in (
       (logits_name, '--logits'), (recalibrate_name, '--recalibrate'),
       (num_examples, '--num-examples'), (is_thorough or None, '--thorough'),
+      (None if workers == 1 else workers, '--workers'),
   ):  # fmt: skip
     if name is not None and eval_name is None:
       raise typer.BadParameter('needs --eval as well.', param_hint=hint)
@@ -104,7 +114,10 @@ def diagnose(
     stages = dict(diagnosis.STAGES)
     if eval_name is None:
       stages = {'weights': stages['weights']}
-    with progress.shown(stages) as progress_fn:
+    with (
+        _options.on_workers(workers) as on_workers,
+        progress.shown(stages) as progress_fn,
+    ):
       diagnosed = diagnosis.diagnose(
           checkpoints.Ingredients(runs, item=item),
           theta_0=init and checkpoints.Ingredients([init], item=item)[0],
@@ -113,6 +126,7 @@ def diagnose(
           names=list(map(str, runs)),
           progress_fn=progress_fn,
           **functions,
+          **on_workers,
       )
     if report_file is not None:
       sections = report.diagnosis_sections(diagnosed.as_json())

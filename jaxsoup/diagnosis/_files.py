@@ -143,11 +143,10 @@ def not_finite(case: Case) -> Iterator[Seen]:
   bad = geometry.where(~np.all(finite, axis=1))
   bad = [k for k in bad if k in case.members]
   if bad:
-    paths = case.pool.floats(bad[0])
     names = sorted(
-        _tree.name_of(p) for p, is_finite in zip(paths, np.all(finite, axis=0).tolist())
-        if not is_finite
-    )  # fmt: skip
+        _tree.name_of(case.pool.floats(bad[0])[i])
+        for i in np.flatnonzero(~np.all(finite, axis=0))
+    )
     yield Seen(
         bad,
         f'{case.pool.listed(bad)}: NaN or infinity in '
