@@ -235,13 +235,16 @@ class Parts:
 
   def _diagnosis(self, on_points) -> Json:
     held_out = self._sets(['held_out'])
-    has_statistics = self._work.model.recalibrate_fn is not None
+    model = self._work.model
+    # Right or wrong, by example: the same examples make intervals narrow.
+    config = {**self._work.config, 'select_by': 'metric'}
+    by_metric = ml_collections.ConfigDict(config)
     report = diagnosis.diagnose(
         self._ingredients,
         theta_0=self._theta_0,
-        eval_fn=held_out.score_of,
+        eval_fn=cook.score_fn(by_metric, model.logits_fn, held_out.batches),
         logits_fn=held_out.logits_of,
-        recalibrate_fn=self._prepare_fn if has_statistics else None,
+        recalibrate_fn=model.recalibrate_fn and self._prepare_fn,
         num_examples=len(held_out.labels),
         is_thorough=True,
         names=[pathlib.Path(path).name for path in self._ingredients.paths],
