@@ -3,10 +3,13 @@
 import html
 import json
 import pathlib
+import shlex
 import sys
 
+import jax
 import numpy as np
 import pytest
+from safetensors import numpy
 from typer import testing
 
 from jaxsoup import checkpoints
@@ -103,6 +106,34 @@ def test_with_data():
   )  # fmt: skip
   assert result.exit_code == 0, (result.output, result.exception)
   assert json.loads(result.stdout)['verdict'] == report['verdict']
+
+
+@pytest.mark.parametrize('kind', ['folders', 'files', 'items'])
+def test_the_command_makes_a_soup_like_the_runs(kind, tmp_path):
+  for k in range(3):
+    w = checkpoints.Ingredients([f'run{k}'])[0]['w']
+    if kind == 'items':
+      state = {'model': {'w': w}, 'step': np.int32(k)}
+      checkpoints.save(tmp_path / f'x{k}', state)
+      continue
+    (tmp_path / f'x{k}').mkdir()
+    numpy.save_file({'w': np.asarray(w)}, f'x{k}/model.safetensors')
+    (tmp_path / f'x{k}' / 'config.json').write_text('{"model_type": "x"}')
+  runs = [
+      f'x{k}/model.safetensors' * (kind == 'files') or f'x{k}' for k in range(3)
+  ]
+  options = ['--item', 'model'] if kind == 'items' else []
+  report = invoke(*runs, *options, '--json')
+  command = shlex.split(json.loads(report.stdout)['verdict']['command'])
+  result = testing.CliRunner().invoke(cli.app, command[1:])
+  assert result.exit_code == 0, result.output
+  assert pathlib.Path('soup/config.json').exists() == (kind == 'folders')
+  out = 'soup.safetensors' if kind == 'files' else 'soup'
+  (soup,) = jax.tree.leaves(checkpoints.Ingredients([out])[0])
+  mean = np.mean(
+      [checkpoints.Ingredients([f'run{k}'])[0]['w'] for k in range(3)], 0
+  )
+  np.testing.assert_allclose(soup, mean, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent import futures
 import shlex
+from typing import Any
 
 import numpy as np
 
@@ -186,7 +187,10 @@ def _by_scores(case: _case.Case) -> Verdict:
   if not trials.soups:
     reason = f'no two ingredients can be averaged; use {single}.'
     return Verdict('do not soup', (best,), reason)
-  members, gain, num = trials.chosen, trials.gain, trials.score.num_examples
+  members, gain = trials.chosen, trials.gain
+  examples = f'{trials.score.num_examples} examples'
+  if trials.score.is_guess:
+    examples += ', the fewest that fit the scores (num_examples says how many)'
   soup = trials.soups[members].score
   scores = f'The soup of {len(members)} scores {soup:.3g}, {single}: {gain}.'
   if gain.is_below:
@@ -194,12 +198,12 @@ def _by_scores(case: _case.Case) -> Verdict:
   flattered = trials.optimism()
   if not gain.is_above and gain.value + flattered < 0:
     reason = (
-        f'with {num} examples the soup is neither better nor worse than the '
-        f'best model. {scores}'
+        f'with {examples} the soup is neither better nor worse than the best '
+        f'model. {scores}'
     )
     return Verdict('cannot tell', members, reason)
   if np.isfinite(gain.low) and not gain.is_above:
-    scores += f' With {num} examples it is as good, as far as they tell.'
+    scores += f' With {examples} it is as good, as far as they tell.'
     if gain.value < 0:
       scores += (
           f' (They also chose the best model, which is worth {flattered:.2g}.)'
@@ -211,14 +215,19 @@ def _by_scores(case: _case.Case) -> Verdict:
 
 def _command(case: _case.Case, members: Members) -> str:
   """What to type, with real paths; or the call."""
-  paths = getattr(case.pool.ingredients, 'paths', None)
+  ingredients: Any = case.pool.ingredients
   if not members:
     return ''
-  if paths is not None:
-    given = [shlex.quote(str(paths[k])) for k in members]
+  source = 'soup.params'
+  if hasattr(ingredients, 'given'):
+    words = [shlex.quote(ingredients.given[k]) for k in members]
+    if ingredients.item is not None:
+      words += ['--item', shlex.quote(ingredients.item)]
     if len(members) == 1:
-      return f'jaxsoup inspect {given[0]}'
-    text = f'jaxsoup soup uniform {" ".join(given)} --out soup'
+      return ' '.join(['jaxsoup inspect', *words])
+    out = f'soup{ingredients.ending()}'
+    source = f'jaxsoup.checkpoints.Ingredients(["{out}"])[0]'
+    text = ' '.join(['jaxsoup soup uniform', *words, '--out', out])
   elif len(members) == 1:
     return f'params = ingredients[{members[0]}]'
   elif len(members) == len(case.pool.names):
@@ -227,9 +236,6 @@ def _command(case: _case.Case, members: Members) -> str:
     text = f'soup = jaxsoup.uniform([ingredients[k] for k in {members}])'
   if not case.has_statistics:
     return text
-  source = 'soup.params'
-  if paths is not None:
-    source = 'jaxsoup.checkpoints.Ingredients(["soup"])[0]'
   if any(path[0] == 'batch_stats' for path in case.pool.leaves[0]):  # Of linen.
     return (
         f'{text}\nvariables = {source}\n'

@@ -122,6 +122,7 @@ class Scorer:
 
   Attributes:
     num_examples: how many examples a score is a mean over.
+    is_guess: whether that is the smallest number that fits the scores.
     num_calls: how many models were evaluated.
     recalibrates: whether averages get new statistics of BatchNorm.
   """
@@ -134,6 +135,7 @@ class Scorer:
       num_ahead: int | None = None,
   ):
     self.num_examples = num_examples
+    self.is_guess = False
     self.num_calls = 0
     self.recalibrates = evaluation.recalibrate_fn is not None
     self._evaluation = evaluation
@@ -171,6 +173,7 @@ class Scorer:
     off = np.abs(scores * numbers - np.round(scores * numbers))
     fits = np.flatnonzero((off < 1e-6 * numbers).all(1))
     self.num_examples = int(fits[0]) + 1 if len(fits) else None
+    self.is_guess = True
 
   def difference(self, a: Answer, b: Answer, num: int = 1) -> Interval:
     """`a - b`, one of `num` comparisons."""
