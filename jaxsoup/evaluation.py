@@ -215,7 +215,15 @@ class MeanOf:
 
   def __call__(self, params: Params) -> float:
     """The score of a model."""
-    parts = self._walk(self.step, params)
+    return self.answers(params)[0]
+
+  def answers(self, params: Params) -> tuple[float, np.ndarray | None]:
+    """The score, and which examples are right, `[N]` bool.
+
+    None in place of the second where the metric is not boolean, or weighted.
+    """
+    step = lambda params, batch: (*self.step(params, batch), batch.get('mask'))
+    parts = self._walk(step, params)
     totals = jax.device_get([part[:2] for part in parts])
     count = sum(n.item() for _, n in totals)
     _require_examples(count)
@@ -224,10 +232,20 @@ class MeanOf:
       self._is_boolean = all(x is not None for x in wrong)
       if self._is_boolean and isinstance(self.batches, _Batched):
         self._hard_first = _HardFirst(self.batches)
+    right = None
+    if self._is_boolean:
+      wrong = [_processes.gathered(x) for x in wrong]
+      masks = [
+          None if part[3] is None else _processes.gathered(part[3])
+          for part in parts
+      ]
+      kept = [~x if m is None else ~x[m] for x, m in zip(wrong, masks)]
+      right = np.concatenate(kept)
     if self._hard_first:
-      self._hard_first.saw_all([_processes.gathered(x) for x in wrong])
+      self._hard_first.saw_all(wrong)
     self._num = self.num_seen = count
-    return float(sum(float(s) for s, _ in totals) / count)
+    score = float(sum(float(s) for s, _ in totals) / count)
+    return score, right
 
   def _walk(self, step: Callable[..., _T], params: Params) -> list[_T]:
     """A step on each batch, few at a time: batches in flight take memory."""

@@ -31,6 +31,7 @@ def right(params):
 right.at_least = lambda params, bar, strict=False: _right().at_least(
     params, bar, strict=strict
 )
+right.answers = lambda params: _right().answers(params)
 
 
 def raises(params):

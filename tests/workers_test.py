@@ -18,6 +18,7 @@ import pytest
 import jaxsoup
 from jaxsoup import black_box
 from jaxsoup import checkpoints
+from jaxsoup import diagnosis
 from jaxsoup import ensembles
 from jaxsoup import evaluation
 from jaxsoup import landscape
@@ -388,6 +389,15 @@ def test_landscapes_of_processes(pool, chunk_size):
   mesh = NamedSharding(jax.make_mesh((1,), ('x',)), PartitionSpec('x'))
   with pytest.raises(ValueError, match='choose one'):
     landscape.line(_evals.quartic, *corners[:2], executor=pool, sharding=mesh)
+
+
+@pytest.mark.parametrize('eval_fn', [_evals.distance, _evals.right])
+def test_diagnoses_of_processes(runs, pool, eval_fn):
+  ingredients = checkpoints.Ingredients(runs)
+  options = dict(eval_fn=eval_fn, is_thorough=True)
+  expected = diagnosis.diagnose(ingredients, **options)
+  report = diagnosis.diagnose(ingredients, **options, executor=pool)
+  assert report.as_json() == expected.as_json()
 
 
 def test_what_cannot_be_sent(runs, pool):

@@ -321,6 +321,11 @@ class Ingredients(Sequence[Params]):
     is_of_flax = ending in ('', '.msgpack', '.msgpack.index.json')
     return path / file.relative_to(given) if is_of_flax else None
 
+  @property
+  def given(self) -> tuple[str, ...]:
+    """Absolute paths as they were given: directories of Hugging Face, too."""
+    return tuple(map(str, self._given))
+
   def ending(self) -> str:
     """That of the first ingredient if a file was given, else ''."""
     given = pathlib.Path(self._given[0])

@@ -299,17 +299,23 @@ class Scored(NamedTuple):
       log = checkpoints.ScoreLog(self.scores, ingredients, evaluation)
     objective = objective_of(self.objective)
     arguments = {'eval_fn': eval_fn, 'objective': objective, 'scores': log}
-    if self.workers == 1:
-      yield arguments
-      return
-    # A fork of a process that runs jax may hang.
-    context = multiprocessing.get_context('spawn')
-    executor = futures.ProcessPoolExecutor(self.workers, context)
-    num_ahead = 2 * self.workers
-    try:
-      yield {**arguments, 'executor': executor, 'num_ahead': num_ahead}
-    finally:
-      executor.shutdown(cancel_futures=True)
+    with on_workers(self.workers) as more:
+      yield {**arguments, **more}
+
+
+@contextlib.contextmanager
+def on_workers(num: int) -> Iterator[dict[str, Any]]:
+  """Arguments for so many processes; none for one."""
+  if num == 1:
+    yield {}
+    return
+  # A fork of a process that runs jax may hang.
+  context = multiprocessing.get_context('spawn')
+  executor = futures.ProcessPoolExecutor(num, context)
+  try:
+    yield {'executor': executor, 'num_ahead': 2 * num}
+  finally:
+    executor.shutdown(cancel_futures=True)
 
 
 def objective_of(given: Any) -> Any:

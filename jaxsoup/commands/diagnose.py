@@ -1,13 +1,13 @@
 """`jaxsoup diagnose`: why a soup of these runs fails, or whether it would."""
 
 import json
-import math
 import pathlib
 from typing import Annotated
 
 import typer
 
 from jaxsoup.commands import _common
+from jaxsoup.commands import _options
 from jaxsoup.runtime import user_code
 
 _FUNCTION = 'PACKAGE.MODULE:FUNCTION'
@@ -27,8 +27,9 @@ def diagnose(
         typer.Option(
             '--eval',
             metavar=_FUNCTION,
-            help='Measure barriers: FUNCTION(params) returns the score on '
-            'held-out data, higher is better. params are nested dicts.',
+            help='Compare the soup with the best run: FUNCTION(params) returns '
+            'the score on held-out data, higher is better. params are nested '
+            'dicts.',
         ),
     ] = None,
     logits_name: Annotated[
@@ -36,7 +37,7 @@ def diagnose(
         typer.Option(
             '--logits',
             metavar=_FUNCTION,
-            help='With --eval: measure how far predictions differ. '
+            help='With --eval: find classes in another order. '
             'FUNCTION(params) returns the logits on held-out data.',
         ),
     ] = None,
@@ -49,22 +50,37 @@ def diagnose(
             're-estimated BatchNorm statistics.',
         ),
     ] = None,
-    tolerance: Annotated[
-        float,
+    num_examples: Annotated[
+        int | None,
         typer.Option(
-            min=0,
-            help='With --eval: largest acceptable drop of the score, in its '
-            'units.',
+            min=1,
+            help='With --eval: number of held-out examples, for the intervals. '
+            'Not needed if FUNCTION is evaluation.mean_of(...).',
         ),
-    ] = 0.02,
+    ] = None,
+    is_thorough: Annotated[
+        bool,
+        typer.Option(
+            '--thorough',
+            help='With --eval: score all pairs, not at most 2 K + 4 models.',
+        ),
+    ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help='With --eval: processes of this machine that evaluate at a '
+            'time, with the same result.',
+        ),
+    ] = 1,
     report_file: Annotated[
         pathlib.Path | None,
         typer.Option(
             '--report',
             parser=_common.local_path,
             metavar='FILE.html',
-            help='Also write an HTML page; with --eval and up to 12 runs it '
-            'has a map of the barriers.',
+            help='Also write an HTML page; with --thorough and up to 12 runs '
+            'it has a map of the barriers.',
         ),
     ] = None,
     item: _common.Item = None,
@@ -73,13 +89,10 @@ def diagnose(
   """Explains why a soup of the runs fails, and which of them to average."""
   if len(runs) < 2:
     raise typer.BadParameter('give two or more runs.', param_hint='RUNS')
-  if not math.isfinite(tolerance):
-    raise typer.BadParameter(
-        f'{tolerance} is not a drop of a score: give a number such as 0.02.',
-        param_hint='--tolerance',
-    )
   for name, hint in (
-      (logits_name, '--logits'), (recalibrate_name, '--recalibrate')
+      (logits_name, '--logits'), (recalibrate_name, '--recalibrate'),
+      (num_examples, '--num-examples'), (is_thorough or None, '--thorough'),
+      (None if workers == 1 else workers, '--workers'),
   ):  # fmt: skip
     if name is not None and eval_name is None:
       raise typer.BadParameter('needs --eval as well.', param_hint=hint)
@@ -101,14 +114,19 @@ def diagnose(
     stages = dict(diagnosis.STAGES)
     if eval_name is None:
       stages = {'weights': stages['weights']}
-    with progress.shown(stages) as progress_fn:
+    with (
+        _options.on_workers(workers) as on_workers,
+        progress.shown(stages) as progress_fn,
+    ):
       diagnosed = diagnosis.diagnose(
           checkpoints.Ingredients(runs, item=item),
           theta_0=init and checkpoints.Ingredients([init], item=item)[0],
-          tolerance=tolerance,
+          num_examples=num_examples,
+          is_thorough=is_thorough,
           names=list(map(str, runs)),
           progress_fn=progress_fn,
           **functions,
+          **on_workers,
       )
     if report_file is not None:
       sections = report.diagnosis_sections(diagnosed.as_json())

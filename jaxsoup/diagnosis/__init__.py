@@ -12,4 +12,5 @@ from jaxsoup.diagnosis._findings import MARKS as MARKS
 from jaxsoup.diagnosis._findings import Diagnosis as Diagnosis
 from jaxsoup.diagnosis._findings import Finding as Finding
 from jaxsoup.diagnosis._findings import Verdict as Verdict
+from jaxsoup.diagnosis._matches import aligned as aligned
 from jaxsoup.diagnosis._trials import STAGES as STAGES

@@ -1,6 +1,7 @@
 """What a diagnosis says: findings, a verdict, and both as text or JSON."""
 
 from collections.abc import Sequence
+import math
 import textwrap
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ class Finding(NamedTuple):
     ingredients: which ingredients it is about; empty is all.
     leaves: which leaves it is about; empty is all.
     leave_out: ingredients that should not go into a soup.
+    cost: how far it lowers the score of an average of two, or of the soup; NaN
+      where that was not measured.
   """
 
   severity: str
@@ -36,21 +39,25 @@ class Finding(NamedTuple):
   ingredients: tuple[int, ...] = ()
   leaves: tuple[str, ...] = ()
   leave_out: tuple[int, ...] = ()
+  cost: float = math.nan
 
 
 class Verdict(NamedTuple):
   """What to do.
 
   Attributes:
-    action: 'soup all', 'soup a subset' or 'do not soup'.
-    members: the ingredients to average, ascending; for 'do not soup' the single
-      model to use instead, if one can be named.
-    reason: why, in one sentence.
+    action: 'soup all', 'soup a subset', 'do not soup', or 'cannot tell': the
+      soup is a little below the best model, and the examples are too few.
+    members: the ingredients to average, ascending, also where it cannot be
+      told; for 'do not soup' the single model to use instead, if there is one.
+    reason: why, in one sentence or two.
+    command: what to type, or the call in Python.
   """
 
   action: str
   members: tuple[int, ...]
   reason: str
+  command: str = ''
 
 
 class Diagnosis(NamedTuple):
@@ -62,14 +69,16 @@ class Diagnosis(NamedTuple):
     verdict: what to do.
     measured: the figures behind it by name: 'norms' of the task vectors [K],
       'distances' [K, K], 'cosines' [K, K] of the task vectors; with data
-      'scores' [K], 'barriers' [K, K], 'barriers_to_mean' [K] and more. What was
-      not measured is NaN.
+      'scores' [K], 'barriers' [K, K], 'gain' (of the soup over the best model,
+      with its interval) and more. What was not measured is NaN.
+    untested: checks that could not be made, and what they need.
   """
 
   names: tuple[str, ...]
   findings: tuple[Finding, ...]
   verdict: Verdict
   measured: Json
+  untested: tuple[str, ...] = ()
 
   def as_json(self) -> Json:
     """A dict for `json.dumps`; JSON has no NaN, so those are None."""
@@ -80,10 +89,15 @@ class Diagnosis(NamedTuple):
             'names': [self.names[k] for k in self.verdict.members],
         },
         'findings': [
-            {**f._asdict(), 'names': [self.names[k] for k in f.ingredients]}
+            {
+                **f._asdict(),
+                'cost': _json.plain(f.cost),
+                'names': [self.names[k] for k in f.ingredients],
+            }
             for f in self.findings
         ],
         'measured': _json.plain(self.measured),
+        'untested': list(self.untested),
     }
 
   def as_text(self, width: int = 80) -> str:
@@ -93,8 +107,6 @@ class Diagnosis(NamedTuple):
     )
     lines = [f'{self.verdict.action.upper()}: {self.verdict.reason}']
     lines = [textwrap.fill(lines[0], width, break_on_hyphens=False)]
-    if self.verdict.action == 'soup a subset':
-      lines.append(fill(listed(self.names, self.verdict.members, most=99)))
     for i, finding in enumerate(self.findings, 1):
       lines += ['', f'{i}. [{MARKS[finding.severity]}] {finding.title}']
       lines.append(fill(f'Seen: {finding.seen}'))
@@ -102,29 +114,29 @@ class Diagnosis(NamedTuple):
       lines.append(fill(f'Do: {finding.remedy}'))
     if not self.findings:
       lines += ['', 'No problems found.']
+    for text in self.untested:
+      lines += ['', fill(f'Not tested: {text}')[2:]]
+    lines += ['', self.verdict.command]
     return '\n'.join(lines)
 
 
 def ranked(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-  """The worst first; among equals, those that leave out the most."""
-  key = lambda f: (SEVERITIES.index(f.severity), -len(f.leave_out))
+  """The worst first: by severity; facts that were not scored, then costs."""
+  cost = lambda f: -math.inf if math.isnan(f.cost) else -f.cost
+  key = lambda f: (SEVERITIES.index(f.severity), cost(f))
   return tuple(sorted(findings, key=key))
 
 
-def listed(
-    names: Sequence[object], members: Sequence[int], most: int = 6
-) -> str:
-  """Names in a sentence.
+def listed(words: Sequence[object], most: int = 6) -> str:
+  """Words in a sentence.
 
   Example:
-    >>> listed(['a', 'b', 'c', 'd'], [0, 2, 3])
+    >>> listed(['a', 'c', 'd'])
     'a, c and d'
-    >>> listed(['a', 'b', 'c', 'd'], [0, 1, 2, 3], most=2)
+    >>> listed(['a', 'b', 'c', 'd'], most=2)
     'a, b and 2 more'
   """
-  words = [str(names[k]) for k in members]
-  if len(words) > most:
-    words = [*words[:most], f'{len(words) - most} more']
-  if len(words) < 2:
-    return ''.join(words)
-  return f'{", ".join(words[:-1])} and {words[-1]}'
+  shown = [str(word) for word in words]
+  if len(shown) > most:
+    shown = [*shown[:most], f'{len(shown) - most} more']
+  return ' and '.join(filter(None, [', '.join(shown[:-1]), *shown[-1:]]))

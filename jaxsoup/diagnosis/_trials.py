@@ -1,29 +1,33 @@
-"""What held-out data tell: scores, barriers, parts, disagreement.
+"""What held-out data tell: scores with intervals, barriers, which soup is best.
 
 ```
-measured = Trials(pool, examined.paths, eval_fn, tolerance=0.02).run(
-    examined.usable, examined.sound
-)
-measured.drops                                  # [K, K], fall below the chord
+trials = Trials(case, scorer).run()
+trials.chosen, trials.gain                  # members, Interval over best single
 ```
 """
 
-from collections.abc import Collection
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
+from concurrent import futures
+import copy
 import dataclasses
-import itertools
+import functools
 from typing import Any
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from jaxsoup import _tree
+from jaxsoup import _workers
+from jaxsoup import statistics
 from jaxsoup import studies
 from jaxsoup._recipes import _average
 from jaxsoup._recipes import _search
-from jaxsoup.diagnosis import _pool
+from jaxsoup.diagnosis import _case
 from jaxsoup.typing import EvalFn
+from jaxsoup.typing import Members
 from jaxsoup.typing import OutputsFn
 from jaxsoup.typing import Params
 from jaxsoup.typing import ParamsFn
@@ -31,261 +35,415 @@ from jaxsoup.typing import ProgressFn
 
 # What a diagnosis does, one after another, and about how long each takes; all
 # but the first need data.
-STAGES = {
-    'weights': 1.0,
-    'single models': 1.0,
-    'pairs': 3.0,
-    'each against the mean': 3.0,
-    'parts': 1.0,
-}
-# Tolerances below the median that make an ingredient weak.
-WEAK = 5
-# Parts that are averaged one by one.
-_MOST_PARTS = 24
+STAGES = {'weights': 1.0, 'single models': 2.0, 'averages': 2.0}
+# All comparisons of one kind together are wrong this often.
+_ERROR = 0.05
+# The number of examples is read off scores with denominators up to this one.
+_MOST_EXAMPLES = 5000
 
 
-class Measured(NamedTuple):
-  """Scores of single models and of averages; NaN where not measured.
+class Answer(NamedTuple):
+  """A score, and which examples were right, [N], if that is known."""
+
+  score: float
+  right: np.ndarray | None = None
+
+
+class Interval(NamedTuple):
+  """A difference of scores; the ends are NaN if nothing tells its error."""
+
+  value: float
+  low: float = np.nan
+  high: float = np.nan
+
+  def __str__(self) -> str:
+    if not np.isfinite(self.low):
+      return f'{self.value:+.3g}'
+    return f'{self.value:+.3g} [{self.low:+.3g}, {self.high:+.3g}]'
+
+  @property
+  def is_above(self) -> bool:
+    """Whether it is above 0 by more than chance."""
+    return self.low > 0 if np.isfinite(self.low) else self.value > 0
+
+  @property
+  def is_below(self) -> bool:
+    return Interval(-self.value, -self.high, -self.low).is_above
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Scores the average of some ingredients, here or on a worker.
 
   Attributes:
-    scores: of each ingredient, [K].
-    drops: how far the average of two lies below the mean of their scores,
-      [K, K]: the barrier, of scores. Negative where it gains.
-    weak: sound ingredients that score far below the median.
-    subset: the other sound ones, without a barrier between each other.
-    to_mean: the same as `drops`, between each of the subset and the mean of the
-      others, [K].
-    soup: score of the uniform soup of the subset.
-    statistics: scores of that soup with the running statistics of its first
-      ingredient, averaged ones, and estimated ones; {} without BatchNorm.
-    pair: the pair with the largest drop of all.
-    parts: by part, how much the score of the better one of that pair falls if
-      this part alone is averaged with the other's.
-    without: the part with the largest fall, and the drop of the average of all
-      else; None if there are no parts.
-    disagreement: share of examples that two predict differently, [K, K].
+    recalibrate_fn: gives averages new statistics of BatchNorm, or None.
   """
 
-  scores: np.ndarray
-  drops: np.ndarray
-  weak: list[int]
-  subset: list[int]
-  to_mean: np.ndarray
-  soup: float
-  statistics: dict[str, float]
-  pair: tuple[int, int] | None
-  parts: dict[str, float]
-  without: tuple[str, float] | None
-  disagreement: np.ndarray
-
-
-@dataclasses.dataclass
-class Trials:
-  """Evaluates ingredients and their averages.
-
-  At most two models and one average of them are in memory.
-  """
-
-  pool: _pool.Pool
-  paths: Sequence[_tree.Path]
+  ingredients: Sequence[Params]
   eval_fn: EvalFn
-  tolerance: float
   recalibrate_fn: ParamsFn | None = None
-  logits_fn: OutputsFn | None = None
-  progress_fn: ProgressFn | None = None
 
-  def __post_init__(self):
-    num = len(self.pool)
-    self.scores = np.full(num, np.nan)
-    self.drops = np.full((num, num), np.nan)
+  def __call__(self, members: Members) -> Answer:
+    params = self._average(members)
+    if hasattr(self.eval_fn, 'answers'):
+      score, right = self.eval_fn.answers(params)
+    else:
+      score, right = self.eval_fn(params), None
+    return Answer(_search.number(score, 'eval_fn returned', 'a model'), right)
 
-  def _tell(self, stage: str, share: float) -> None:
-    if self.progress_fn is not None:
-      self.progress_fn(stage, share)
-
-  def run(self, usable: Sequence[int], sound: Sequence[int]) -> Measured:
-    """Measures those that can be averaged, and the soup of the sound ones."""
-    disagreement = self._singles(usable)
-    self._pairs(usable)
-    bar = np.median(self.scores[list(sound)] if sound else [np.nan])
-    weak = [k for k in sound if self.scores[k] < bar - WEAK * self.tolerance]
-    subset = self._without_barriers([k for k in sound if k not in weak])
-    subset, to_mean = self._against_mean(subset)
-    soup, statistics = np.nan, {}
-    if len(subset) > 1:
-      mean = self._mean(subset)
-      statistics = self._statistics(mean, subset[0])
-      soup = self._of_soup(mean)
-    pair, parts, without = self._parts_of_worst()
-    return Measured(
-        self.scores, self.drops, weak, subset, to_mean, soup, statistics,
-        pair, parts, without, disagreement,
-    )  # fmt: skip
-
-  def _score(self, params: Params) -> float:
-    return _search.number(self.eval_fn(params), 'eval_fn returned', 'a model')
-
-  def _of_soup(self, params: Params) -> float:
-    """The score of an average, with re-estimated running statistics."""
-    if self.recalibrate_fn is not None:
-      params = _recalibrated(params, self.recalibrate_fn(params))
-    return self._score(params)
-
-  def _mean(self, members: Sequence[int]) -> Params:
-    alpha = np.zeros(len(self.pool), np.float32)
-    alpha[list(members)] = 1 / len(members)
+  def _average(self, members: Members) -> Params:
+    if len(members) == 1:
+      return self.ingredients[members[0]]
     # Ingredients with alpha 0 are not read, so they need not be compatible.
-    return _average.average(self.pool.ingredients, alpha).params
+    alpha = _search.alpha_of(members, len(self.ingredients))
+    params = _average.average(self.ingredients, alpha).params
+    if self.recalibrate_fn is None:
+      return params
+    return _recalibrated(params, self.recalibrate_fn(params))
 
-  def _singles(self, usable) -> np.ndarray:
-    num = len(self.pool)
-    classes = {}
-    for i, k in enumerate(usable):
-      self._tell('single models', i / len(usable))
-      params = self.pool.ingredients[k]
-      self.scores[k] = self._score(params)
-      if self.logits_fn is not None:
-        classes[k] = _classes(self.logits_fn(params))
-    sizes = sorted({len(x) for x in classes.values()})
-    if len(sizes) > 1:
-      raise ValueError(
-          f'logits_fn returned logits of {sizes[0]} examples for one model and '
-          f'of {sizes[-1]} for another: use the same examples for all.'
-      )
-    disagreement = np.full((num, num), np.nan)
-    for i, j in itertools.product(classes, repeat=2):
-      disagreement[i, j] = np.mean(classes[i] != classes[j])
-    return disagreement
+  def __copy__(self) -> 'Evaluation':
+    fns = copy.copy(self.ingredients), copy.copy(self.eval_fn)
+    return Evaluation(*fns, self.recalibrate_fn)
 
-  def _pairs(self, usable: Sequence[int]) -> None:
-    pairs = sorted(studies.connected_pairs(self.scores, usable))
-    held: tuple[int, Params] | None = None
-    for n, (i, j) in enumerate(pairs):
-      self._tell('pairs', n / len(pairs))
-      if held is None or held[0] != i:
-        held = i, self.pool.ingredients[i]
-      other = self.pool.ingredients[j]
-      half = self._of_soup(between(held[1], other))
-      chord = (self.scores[i] + self.scores[j]) / 2
-      self.drops[i, j] = self.drops[j, i] = chord - half
 
-  def _without_barriers(self, sound: Sequence[int]) -> list[int]:
-    """Removes the one with the most barriers until there are none."""
-    subset = list(sound)
-    while len(subset) > 1:
-      block = self.drops[np.ix_(subset, subset)]
-      num = (block > self.tolerance).sum(1)
-      if not num.any():
-        break
-      # Of equals the one with the lowest score.
-      subset.remove(
-          min(subset, key=lambda k: (-num[subset.index(k)], self.scores[k]))
-      )
-    return subset
+def _recalibrated(params: Params, returned: Any) -> Params:
+  """What recalibrate_fn returned, if it has all parameters."""
+  theirs = jax.tree.map(np.shape, returned, is_leaf=lambda x: x is None)
+  if theirs != jax.tree.map(np.shape, params):
+    raise ValueError(
+        f'recalibrate_fn returned {returned!r:.80}: expected all parameters '
+        'that it was given, in their shapes, with new statistics.'
+    )
+  return returned
 
-  def _against_mean(self, subset: list[int]) -> tuple[list[int], np.ndarray]:
-    """Each against the mean of the others; takes out the worst one by one."""
-    drops = np.full(len(self.pool), np.nan)
-    while len(subset) > 2:
-      for n, k in enumerate(subset):
-        self._tell('each against the mean', n / len(subset))
-        mean = self._mean([j for j in subset if j != k])
-        chord = (self.scores[k] + self._of_soup(mean)) / 2
-        half = between(mean, self.pool.ingredients[k])
-        drops[k] = chord - self._of_soup(half)
-      worst = max(subset, key=lambda k: drops[k])
-      if not drops[worst] > self.tolerance:
-        break
-      subset = [k for k in subset if k != worst]
-    return subset, drops
 
-  def _statistics(self, mean: Params, first: int) -> dict[str, float]:
-    paths = self.paths
-    is_statistic = _tree.statistics_of(paths)
-    if not is_statistic.any():
-      return {}
-    some = {p for p, x in zip(paths, is_statistic) if x}
-    own = between(mean, self.pool.ingredients[first], some, t=1.0)
-    scores = {'first': self._score(own), 'averaged': self._score(mean)}
-    if self.recalibrate_fn is not None:
-      scores['re-estimated'] = self._of_soup(mean)
+class Scorer:
+  """Scores averages of ingredients, and compares scores.
+
+  Attributes:
+    num_examples: how many examples a score is a mean over.
+    is_guess: whether that is the smallest number that fits the scores.
+    num_calls: how many models were evaluated.
+    recalibrates: whether averages get new statistics of BatchNorm.
+  """
+
+  def __init__(
+      self,
+      evaluation: Evaluation,
+      num_examples: int | None = None,
+      executor: futures.Executor | None = None,
+      num_ahead: int | None = None,
+  ):
+    self.num_examples = num_examples
+    self.is_guess = False
+    self.num_calls = 0
+    self.recalibrates = evaluation.recalibrate_fn is not None
+    self._evaluation = evaluation
+    self._answers: Callable[[Iterable[Members]], Iterator[Answer]]
+    self._answers = functools.partial(map, evaluation)
+    if executor is not None:
+      on_wait = getattr(evaluation.ingredients, 'look_for_stop', lambda: None)
+      calls = _workers.Calls(executor, evaluation, num_ahead, on_wait)
+      self._answers = calls.values
+
+  def answers(self, averages: Iterable[Members]) -> Iterator[Answer]:
+    """Of the averages of these members, one after another."""
+    for answer in self._answers(averages):
+      self.num_calls += 1
+      yield answer
+
+  def answer(self, members: Members, has_own_statistics: bool = True) -> Answer:
+    """The same of one, perhaps with averaged statistics."""
+    self.num_calls += 1
+    if has_own_statistics:
+      return self._evaluation(members)
+    return dataclasses.replace(self._evaluation, recalibrate_fn=None)(members)
+
+  def look(self, answers: Sequence[Answer]) -> None:
+    """How many examples there are: scores are quotients with one denominator.
+
+    A divisor of it fits too if all scores have it: intervals are then wider.
+    """
+    scores = np.array([a.score for a in answers])
+    if answers[0].right is not None:
+      self.num_examples = len(answers[0].right)
+    if self.num_examples or ((scores < 0) | (scores > 1)).any():
+      return
+    numbers = np.arange(1, _MOST_EXAMPLES + 1)[:, None]
+    off = np.abs(scores * numbers - np.round(scores * numbers))
+    fits = np.flatnonzero((off < 1e-6 * numbers).all(1))
+    self.num_examples = int(fits[0]) + 1 if len(fits) else None
+    self.is_guess = True
+
+  def difference(self, a: Answer, b: Answer, num: int = 1) -> Interval:
+    """`a - b`, one of `num` comparisons."""
+    if a.right is None or b.right is None:
+      return self.fall([a], b, num)
+    level = 1 - _ERROR / num
+    return Interval(*statistics.mcnemar(a.right, b.right, level=level)[:3])
+
+  def fall(
+      self, singles: Sequence[Answer], average: Answer, num: int = 1
+  ) -> Interval:
+    """How far an average lies below the mean of its ingredients."""
+    from scipy import special
+
+    answers = [*singles, average]
+    weights = np.array([*[1 / len(singles)] * len(singles), -1])
+    scores = np.array([a.score for a in answers])
+    value = float(weights @ scores)
+    rights = [a.right for a in answers if a.right is not None]
+    if len(rights) == len(answers):
+      each = weights @ np.array(rights)
+      error = each.std() / np.sqrt(len(each))
+    elif self.num_examples and ((scores >= 0) & (scores <= 1)).all():
+      # As if the examples were others each time, which is cautious.
+      variance = (weights**2 * scores * (1 - scores)).sum()
+      error = np.sqrt(variance / self.num_examples)
+    else:
+      return Interval(value)
+    half = float(special.ndtri(1 - _ERROR / num / 2) * error)
+    return Interval(value, value - half, value + half)
+
+
+class Trials:
+  """Evaluates ingredients and averages of them, at most 2 K + 4 models.
+
+  Attributes:
+    score: the scorer.
+    answers: of usable ingredients.
+    best: the best single one.
+    base: the best of those that no fact leaves out.
+    soups: answers by members.
+    chosen: members of the best soup; the best single model if there is none.
+    gain: of that soup over the best single model.
+    full: the same of the soup of all that no fact leaves out.
+    fall: how far that soup lies below the mean of its ingredients.
+    drops: by ingredient, how far its average with `base` lies below the mean of
+      their scores.
+    bad: ingredients with a barrier to `base`.
+    weak: the one that is much worse than all others.
+    uneven: others that are worse than the best, where the soup is too.
+    labels: by ingredient, how many predictions agree as they are, and in
+      another order of classes.
+    statistics: re-estimated minus averaged statistics; None without.
+    barriers: [K, K], NaN where not measured.
+    disagreement: [K, K], only if thorough.
+  """
+
+  def __init__(
+      self,
+      case: _case.Case,
+      scorer: Scorer,
+      logits_fn: OutputsFn | None = None,
+      is_thorough: bool = False,
+      progress_fn: ProgressFn | None = None,
+  ):
+    self.score = scorer
+    self._case, self._logits_fn = case, logits_fn
+    self._is_thorough = is_thorough
+    self._tell = progress_fn or (lambda stage, share: None)
+    num = len(case.pool.names)
+    self._most = 2 * num + 4
+    self.barriers = np.full((num, num), np.nan)
+    self.disagreement = np.full((num, num), np.nan)
+    self.drops: dict[int, Interval] = {}
+    self.labels: dict[int, tuple[float, float]] = {}
+    self.soups: dict[Members, Answer] = {}
+    self.full, self.fall = Interval(np.nan), Interval(np.nan)
+    self.statistics: Interval | None = None
+    self._classes: dict[int, np.ndarray] = {}
+
+  @property
+  def scores(self) -> np.ndarray:
+    """Of single models, [K]; NaN of those that were not scored."""
+    scores = np.full(len(self._case.pool.names), np.nan)
+    for k, answer in self.answers.items():
+      scores[k] = answer.score
     return scores
 
-  def _parts_of_worst(self):
-    """Averages part by part the pair with the largest barrier, if any has."""
-    if not np.nanmax(self.drops, initial=0) > self.tolerance:
-      return None, {}, None
-    ends = np.unravel_index(np.nanargmax(self.drops), self.drops.shape)
-    i, j = sorted(map(int, ends), key=lambda k: -self.scores[k])
-    better, other = (self.pool.ingredients[k] for k in (i, j))
-    parts = parts_of(self.paths)
-    falls = {}
-    for n, (name, paths) in enumerate(parts.items()):
-      self._tell('parts', n / len(parts))
-      mixed = between(better, other, paths)
-      falls[name] = self.scores[i] - self._of_soup(mixed)
-    if not falls:
-      return (i, j), {}, None
-    worst = max(falls, key=lambda name: falls[name])
-    rest = set(self.paths) - parts[worst]
-    left = self._of_soup(between(better, other, rest))
-    chord = (self.scores[i] + self.scores[j]) / 2
-    return (i, j), falls, (worst, chord - left)
+  @property
+  def num_predicted(self) -> int:
+    return len(next(iter(self._classes.values()), ()))
 
+  def run(self, usable: Sequence[int], suspects: Sequence[int]) -> 'Trials':
+    """Measures as much as it takes to choose a soup.
 
-def parts_of(paths: Sequence[_tree.Path]) -> dict[str, set[_tree.Path]]:
-  """Subtrees that are averaged one by one: blocks, the head; and all norms.
+    Args:
+      usable: ingredients that have a score.
+      suspects: those that only data can convict.
+    """
+    singles = self.score.answers((k,) for k in usable)
+    self.answers = dict(
+        zip(usable, self._told(singles, 'single models', len(usable)))
+    )
+    self.score.look(list(self.answers.values()))
+    sound = [k for k in self._case.members if k in usable]
+    by_score = lambda k: self.answers[k].score
+    self.best = max(usable, key=by_score)
+    self.base = max(sound, key=by_score, default=self.best)
+    if len(sound) > 1:
+      self._soup(sound)
+      self.full = self._gain(sound)
+      of_all = [self.answers[k] for k in sound]
+      self.fall = self.score.fall(of_all, self.soups[tuple(sound)])
+    below = self._below(usable)
+    self._compare_labels(
+        [k for k in sorted(sound, key=by_score)[:2] if k in below]
+    )
+    self._compare_halves(usable, suspects)
+    self._sort(sound, below)
+    out = {*self.bad, *self.weak, *self.uneven, *self.labels}
+    rest = [k for k in sound if k not in out]
+    self._try(rest)
+    if len(self.bad) > len(sound) / 2:
+      # Perhaps the best one is that which does not fit.
+      self._try([k for k in sound if k != self.base])
+    self._choose(rest)
+    if self._is_thorough:
+      self._compare_all(usable)
+    return self
 
-  The tree is cut where it has the most groups, but not too many.
-  """
-  flat = [tuple('/'.join(p).replace('.', '/').split('/')) for p in paths]
-  best: dict[str, set[_tree.Path]] = {}
-  for depth in range(1, max(map(len, flat), default=0) + 1):
-    groups: dict[str, set[_tree.Path]] = {}
-    for path, keys in zip(paths, flat):
-      groups.setdefault('/'.join(keys[:depth]), set()).add(path)
-    if len(groups) > _MOST_PARTS:
-      break
-    if len(groups) > len(best):
-      best = groups
-    if len(best) > 3:
-      break
-  return best if len(best) > 1 else {}
+  def _told(self, values: Iterable[Any], stage: str, num: int) -> Iterator[Any]:
+    for i, value in enumerate(values):
+      self._tell(stage, i / num)
+      yield value
 
+  def _below(self, usable: Sequence[int]) -> set[int]:
+    """Those that are worse than the base by more than chance."""
+    base, num = self.answers[self.base], max(len(usable) - 1, 1)
+    gap = lambda k: self.score.difference(base, self.answers[k], num)
+    return {k for k in usable if k != self.base and gap(k).is_above}
 
-def between(
-    theta_1: Params,
-    theta_2: Params,
-    paths: Collection[_tree.Path] | None = None,
-    t: float = 0.5,
-) -> Params:
-  """`(1 - t) theta_1 + t theta_2` in some leaves (None: all), else theta_1."""
-  first, second = _tree.flatten(theta_1), _tree.flatten(theta_2)
-  others = second.by_path
-  rows = [
-      i
-      for i, (path, x) in enumerate(zip(first.paths, first.leaves))
-      if _tree.is_float(x) and (paths is None or path in paths)
-  ]
-  mixed = _between(
-      [first.leaves[i] for i in rows],
-      [others[first.paths[i]] for i in rows],
-      _tree.numbers(t),
-  )
-  leaves = list(first.leaves)
-  for i, x in zip(rows, mixed):
-    leaves[i] = x
-  return first.replace(leaves)
+  def _compare_halves(
+      self, usable: Sequence[int], suspects: Sequence[int]
+  ) -> None:
+    """The average of each with the base: of all if the soup is worse."""
+    wanted = [
+        k
+        for k in (usable if self.full.is_below else suspects)
+        if k != self.base and k not in self.labels
+    ]
+    room = max(self._most - self.score.num_calls, 0)
+    self._pairs([(k, self.base) for k in wanted[:room]], len(usable) - 1)
 
+  def _pairs(self, pairs: Sequence[tuple[int, int]], num: int) -> None:
+    halves = self.score.answers([tuple(sorted(pair)) for pair in pairs])
+    for pair, half in zip(pairs, self._told(halves, 'averages', len(pairs))):
+      both = [self.answers[k] for k in pair]
+      drop = self.score.fall(both, half, max(num, 1))
+      self.barriers[pair] = self.barriers[pair[::-1]] = drop.value
+      if pair[1] == self.base:
+        self.drops[pair[0]] = drop
 
-@jax.jit
-def _between(first, second, t):
-  def mix(x, y):
-    x_wide, y_wide = (z.astype(_tree.wide_dtype(z.dtype)) for z in (x, y))
-    share = t.astype(x_wide.dtype)
-    return ((1 - share) * x_wide + share * y_wide).astype(x.dtype)
+  def _sort(self, sound: Sequence[int], below: set[int]) -> None:
+    """Tells members with a barrier, one that is weak, and uneven ones."""
+    self.bad = [k for k in sound if k in self.drops and self.drops[k].is_above]
+    left = [k for k in sound if k not in (*self.labels, *self.bad)]
+    self.weak = self._outlier(left)
+    is_uneven = lambda k: k in below and k not in self.weak
+    self.uneven = list(filter(is_uneven, left)) if self.full.is_below else []
 
-  return [mix(x, y) for x, y in zip(first, second)]
+  def _outlier(self, members: Sequence[int]) -> list[int]:
+    """The worst, if it is far below the next of at least four others.
+
+    By twice what those span, and with twice the errors of the next: once as
+    much was seen in pools without a fault (`tests/benchmarks/diagnosis.py`).
+    """
+    if len(members) < 5:
+      return []
+    last, *above = sorted(members, key=lambda k: self.answers[k].score)
+    scores = [self.answers[k].score for k in above]
+    gap = self.score.difference(self.answers[above[0]], self.answers[last])
+    is_double = gap.value > 1 - scores[0] or scores[0] > 1
+    is_out = gap.is_above and gap.value > 2 * (scores[-1] - scores[0])
+    return [last] if is_out and is_double else []
+
+  def _try(self, members: Sequence[int]) -> None:
+    is_new = len(members) > 1 and tuple(members) not in self.soups
+    if is_new and (self.score.num_calls < self._most or self._is_thorough):
+      self._soup(members)
+
+  def _soup(self, members: Sequence[int]) -> None:
+    self._tell('averages', 0.0)
+    self.soups[tuple(members)] = self.score.answer(tuple(members))
+
+  def _gain(self, members: Sequence[int]) -> Interval:
+    answer = self.soups[tuple(members)]
+    return self.score.difference(answer, self.answers[self.best])
+
+  def _choose(self, rest: Sequence[int]) -> None:
+    """The best soup; what new statistics of BatchNorm change in it."""
+    self.chosen: Members = (self.best,)
+    self.gain = Interval(0.0)
+    if not self.soups:
+      return
+    # Among equals that without what has a barrier.
+    key = lambda s: (self.soups[s].score, s == tuple(rest), len(s))
+    self.chosen = max(self.soups, key=key)
+    self.gain = self._gain(self.chosen)
+    if self.score.recalibrates and self._case.has_statistics:
+      old = self.score.answer(self.chosen, has_own_statistics=False)
+      new = self.soups[self.chosen]
+      self.statistics = self.score.difference(new, old)
+
+  def optimism(self) -> float:
+    """How much too high the best score is, as the same examples chose it.
+
+    The mean of `s*(best*) - s(best*)` over resamples *, with their own best.
+    """
+    rights = [a.right for a in self.answers.values()]
+    if any(right is None for right in rights):
+      return 0.0
+    right = np.array(rights, float)
+    num = right.shape[1]
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(num, np.full(num, 1 / num), 500)
+    scores = right @ draws.T / num
+    best = scores.argmax(0)
+    return float((scores.max(0) - right.mean(1)[best]).mean())
+
+  def _predicted(self, k: int) -> np.ndarray:
+    if k not in self._classes:
+      self.score.num_calls += 1
+      logits = self._logits_fn(self._case.pool.ingredients[k])  # type: ignore[misc]
+      self._classes[k] = _classes(logits)
+    num = len(self._classes[k])
+    if num != self.num_predicted:
+      raise ValueError(
+          f'logits_fn returned logits of {self.num_predicted} examples for one '
+          f'model and of {num} for another: use the same examples for all.'
+      )
+    return self._classes[k]
+
+  def _compare_labels(self, members: Sequence[int]) -> None:
+    """Whether another order of classes makes two models agree.
+
+    The confusion of their predictions, and the order that puts most on its
+    diagonal: by chance, of C classes that is some 1 / C more than before.
+    """
+    from scipy import optimize
+
+    for k in members if self._logits_fn else ():
+      mine, theirs = self._predicted(self.base), self._predicted(k)
+      num = max(mine.max(), theirs.max()) + 1
+      counts = np.zeros((num, num))
+      np.add.at(counts, (theirs, mine), 1)
+      order = optimize.linear_sum_assignment(counts, maximize=True)[1]
+      same, turned = mine == theirs, mine == order[theirs]
+      gain = statistics.mcnemar(turned, same)
+      if gain.low > 0 and turned.mean() > 0.5:
+        self.labels[k] = float(same.mean()), float(turned.mean())
+
+  def _compare_all(self, usable: Sequence[int]) -> None:
+    """All pairs, and what differs in predictions."""
+    pairs = studies.connected_pairs(self.scores, usable)
+    new = [pair for pair in pairs if np.isnan(self.barriers[pair])]
+    self._pairs(new, len(pairs))
+    for j in usable if self._logits_fn else ():
+      for k in usable:
+        apart = self._predicted(j) != self._predicted(k)
+        self.disagreement[j, k] = apart.mean()
 
 
 def _classes(logits: Any) -> np.ndarray:
@@ -299,15 +457,3 @@ def _classes(logits: Any) -> np.ndarray:
         '[N, C] of N held-out examples, without NaN.'
     )
   return array.argmax(-1)
-
-
-def _recalibrated(params: Params, returned: Any) -> Params:
-  """What recalibrate_fn returned, if it has all parameters."""
-  theirs = jax.tree.map(np.shape, returned, is_leaf=lambda x: x is None)
-  ours = jax.tree.map(np.shape, params)
-  if theirs != ours:
-    raise ValueError(
-        f'recalibrate_fn returned {returned!r:.80}: expected all parameters '
-        'that it was given, in their shapes, with new statistics.'
-    )
-  return returned

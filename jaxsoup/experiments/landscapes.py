@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import itertools
 import json
-import math
 import pathlib
 
 import jax
@@ -236,16 +235,18 @@ class Parts:
 
   def _diagnosis(self, on_points) -> Json:
     held_out = self._sets(['held_out'])
-    mean, num = float(np.mean(self._scores)), len(held_out.labels)
-    noise = 3 * math.sqrt(max(mean * (1 - mean), 0) / num)
-    has_statistics = self._work.model.recalibrate_fn is not None
+    model = self._work.model
+    # Right or wrong, by example: the same examples make intervals narrow.
+    config = {**self._work.config, 'select_by': 'metric'}
+    by_metric = ml_collections.ConfigDict(config)
     report = diagnosis.diagnose(
         self._ingredients,
         theta_0=self._theta_0,
-        eval_fn=held_out.score_of,
+        eval_fn=cook.score_fn(by_metric, model.logits_fn, held_out.batches),
         logits_fn=held_out.logits_of,
-        recalibrate_fn=self._prepare_fn if has_statistics else None,
-        tolerance=max(0.02, noise),
+        recalibrate_fn=model.recalibrate_fn and self._prepare_fn,
+        num_examples=len(held_out.labels),
+        is_thorough=True,
         names=[pathlib.Path(path).name for path in self._ingredients.paths],
         progress_fn=lambda stage, share: on_points(
             progress.total_done(diagnosis.STAGES, stage, share), 1

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,14 @@ from jaxsoup.typing import Nested
 from jaxsoup.typing import Params
 
 _Leaves = list[jax.Array]
+
+
+class Rows(_checked.Leaves, Protocol):
+  """Float leaves of models, one model at a time, and their paths."""
+
+  @property
+  def layers(self) -> Any:
+    ...
 
 
 def angle(theta_0: Params, theta_1: Params, theta_2: Params) -> float:
@@ -78,8 +88,9 @@ def angles(
   checked = _checked.Checked(ingredients)
   _checked.require_floats(checked.layers.paths)
   start = _checked.fitting_leaves(checked, theta_0)
-  products = _of_pairs(checked, lambda x, y: inner_products(x, y, start))
-  return jax.tree.map(_degrees, _grouped(products, checked, group_fn))
+  products = of_pairs(checked, lambda x, y: inner_products(x, y, start))
+  grouped = _grouped(products, checked.layers.paths, group_fn)
+  return jax.tree.map(_degrees, grouped)
 
 
 def distances(
@@ -108,8 +119,9 @@ def distances(
   """
   checked = _checked.Checked(ingredients)
   _checked.require_floats(checked.layers.paths)
-  squares = _of_pairs(checked, lambda x, y: inner_products(x, x, y))
-  return jax.tree.map(np.sqrt, _grouped(squares, checked, group_fn))
+  squares = of_pairs(checked, lambda x, y: inner_products(x, x, y))
+  grouped = _grouped(squares, checked.layers.paths, group_fn)
+  return jax.tree.map(np.sqrt, grouped)
 
 
 @jax.jit
@@ -124,8 +136,8 @@ def inner_products(x: _Leaves, y: _Leaves, origin: _Leaves) -> jax.Array:
   return jnp.stack(list(map(product, x, y, origin)))
 
 
-def _of_pairs(
-    checked: _checked.Checked,
+def of_pairs(
+    checked: Rows,
     product_fn: Callable[[_Leaves, _Leaves], jax.Array],
 ) -> np.ndarray:
   """`product(theta_i, theta_j)`, `[K, K, L]`, for as few reads as fit.
@@ -156,11 +168,11 @@ def _block_size(leaves: _Leaves) -> int:
 
 
 def _grouped(
-    products: np.ndarray, checked: _checked.Checked, group_fn: GroupFn
+    products: np.ndarray, paths: Sequence[_tree.Path], group_fn: GroupFn
 ) -> Nested:
   """Sums over the leaves of each group: nested dicts of `[K, K]`."""
   groups: dict[_tree.Path, np.ndarray] = {}
-  for i, group in enumerate(_tree.groups_of(checked.layers.paths, group_fn)):
+  for i, group in enumerate(_tree.groups_of(paths, group_fn)):
     groups[group] = groups.get(group, 0) + products[..., i]
   return _tree.nest(groups)
 

@@ -18,6 +18,7 @@ from jaxsoup import diagnosis
 from jaxsoup import landscape
 from jaxsoup import studies
 from jaxsoup.report import _landscapes
+from jaxsoup.report._page import Code
 from jaxsoup.report._page import Labelled
 from jaxsoup.report._page import Part
 from jaxsoup.report._page import Picture
@@ -316,7 +317,7 @@ def diagnosis_sections(report: Config) -> list[Section]:
   parts: list[Part] = [
       Labelled(f'{_sentence(verdict["action"])}:', verdict['reason'])
   ]
-  if verdict['action'] == 'soup a subset':
+  if len(verdict['names']) < len(report['names']):
     parts.append(Labelled('Models:', ', '.join(verdict['names'])))
   for finding in report['findings']:
     mark = diagnosis.MARKS[finding['severity']].capitalize()
@@ -329,6 +330,9 @@ def diagnosis_sections(report: Config) -> list[Section]:
       parts.append(Labelled(f'{label}:', finding[key], is_indented=True))
   if not report['findings']:
     parts.append('No problems found.')
+  parts += [Labelled('Not tested:', text) for text in report['untested']]
+  if verdict['command']:
+    parts.append(Code(verdict['command']))
   barriers = np.array(report['measured'].get('barriers', []), float)
   if barriers.size and np.isfinite(barriers).all(where=_off_diagonal(barriers)):
     parts.append(_barrier_map(barriers, report['names']))

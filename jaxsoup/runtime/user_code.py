@@ -92,8 +92,9 @@ class _Loaded:
   ) -> None:
     self._given = name, option
     self._called = guarded(function, file, name)
-    if hasattr(function, 'at_least'):
-      self.at_least = guarded(function.at_least, file, name)
+    for method in ('answers', 'at_least'):
+      if hasattr(function, method):
+        setattr(self, method, guarded(getattr(function, method), file, name))
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     return self._called(*args, **kwargs)

@@ -1,7 +1,8 @@
-"""Wall time of a greedy search on workers, against the ideal.
+"""Wall time of a greedy search and of a sweep on workers, against the ideal.
 
 ```
 python tests/benchmarks/workers.py
+python tests/benchmarks/workers.py --sweep [--config FILE OVERRIDE...]
 ```
 
 32 ingredients, evaluations that sleep for 0.2 s, threads as workers; scores
@@ -30,17 +31,24 @@ accepted  workers    time   ideal  speed-up  stale
       16       64    7.2 s   3.2 s      1.8x    197
 two processes: 4.2 s to start, 0.15 ms a call
 ```
+
+SWEEP
 """
 
+import argparse
 from concurrent import futures
 import math
 import multiprocessing
+import pathlib
+import tempfile
 import time
 
 import numpy as np
 
 import jaxsoup
 from jaxsoup import _workers
+from jaxsoup.experiments import configs
+from jaxsoup.experiments import main as experiments
 
 NUM = 32
 SECONDS = 0.2
@@ -108,7 +116,32 @@ def overhead(num=200):
     return start, (time.perf_counter() - began) / num
 
 
-def main():
+class _TrainedError(Exception):
+  """The fine-tuning is over."""
+
+
+def sweep(config, overrides, num_workers):
+  """Seconds of the fine-tuning on spawned processes; 0 is here."""
+  loaded, began = configs.load(config, overrides), []
+
+  def progress_fn(stage, share):
+    if stage == 'fine-tuning' and not began:
+      began.append(time.perf_counter())
+    if stage == 'souping':
+      raise _TrainedError
+
+  context = multiprocessing.get_context('spawn')
+  with tempfile.TemporaryDirectory() as workdir:
+    try:
+      if not num_workers:
+        experiments.run(loaded, workdir, progress_fn)
+      with futures.ProcessPoolExecutor(num_workers, context) as executor:
+        experiments.run(loaded, workdir, progress_fn, executor=executor)
+    except _TrainedError:
+      return time.perf_counter() - began[0]
+
+
+def searches():
   models, _ = problem(1)  # Compiled once.
   jaxsoup.greedy(models, lambda params: float(params[0]))
   print('accepted  workers    time   ideal  speed-up  stale')
@@ -119,6 +152,20 @@ def main():
   print(
       f'two processes: {start:.1f} s to start, {1000 * seconds:.2f} ms a call'
   )
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--sweep', action='store_true')
+  root = pathlib.Path(__file__).parents[2]
+  parser.add_argument('--config', default=str(root / 'configs' / 'digits.py'))
+  asked, overrides = parser.parse_known_args()
+  if not asked.sweep:
+    searches()
+    return
+  for num_workers in (0, 1, 2):
+    seconds = sweep(asked.config, overrides, num_workers)
+    print(f'{num_workers} workers: {seconds:.1f} s', flush=True)
 
 
 if __name__ == '__main__':

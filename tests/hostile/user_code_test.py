@@ -125,7 +125,8 @@ def test_losses(tmp_path, name):
 
 @pytest.mark.parametrize('name', LOGITS)
 def test_logits(name):
-  options = ('--eval', 'hostile_code:well', '--logits', f'hostile_code:{name}')
+  options = ('--eval', 'hostile_code:well', '--thorough')
+  options += ('--logits', f'hostile_code:{name}')
   assert LOGITS[name] in _said('diagnose', *RUNS, *options)
 
 
@@ -145,7 +146,7 @@ def test_names(name):
 @pytest.mark.parametrize(
     'options, words',
     [
-        (['diagnose', *RUNS, '--tolerance', 'inf'], 'is not a drop of a score'),
+        (['diagnose', *RUNS, '--num-examples', '9'], 'needs --eval as well'),
         (
             ['soup', 'learned', *RUNS, '--loss', 'hostile_code:learn_one']
             + ['--out', 'soup', '--learning-rate', '-1'],
