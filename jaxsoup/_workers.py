@@ -21,7 +21,6 @@ import threading
 import time
 import traceback
 from typing import Any
-from typing import NamedTuple
 import uuid
 
 import jax
@@ -175,9 +174,9 @@ class _Shared:
     self._function = function
     self._token = uuid.uuid4().hex
 
-  def here(self) -> Callable[..., Any]:
+  def __call__(self) -> Callable[..., Any]:
     # A copy, because workers may be threads, and keep what they have read.
-    return _kept(self._token, lambda: copy.copy(self._function))
+    return _kept(self._token, copy.copy, self._function)
 
   @functools.cached_property
   def _content(self) -> bytes:
@@ -193,37 +192,29 @@ class _Shared:
       raise self.error from e
 
   def __reduce__(self) -> Any:
-    return _Arrived, (self._token, self._content)
-
-
-class _Arrived(NamedTuple):
-  """The same on a worker."""
-
-  token: str
-  content: bytes
-
-  def here(self) -> Callable[..., Any]:
-    return _kept(self.token, lambda: pickle.loads(self.content))
+    # Unpickled where it is called, so that its errors are errors of the call.
+    given = self._token, pickle.loads, self._content
+    return functools.partial, (_kept, *given)
 
 
 # The last function of each worker, with what it keeps.
 _HERE = threading.local()
 
 
-def _kept(token: str, make_fn: Callable[[], Any]) -> Callable[..., Any]:
+def _kept(token: str, make_fn: Callable[[Any], Any], given: Any) -> Any:
   if getattr(_HERE, 'token', None) != token:
     _HERE.token = _HERE.function = None  # Two would not fit.
-    _HERE.function = make_fn()
+    _HERE.function = make_fn(given)
     _HERE.token = token
   return _HERE.function
 
 
 def _called(
-    shared: _Shared | _Arrived, args: Any
+    shared: Callable[[], Any], args: Any
 ) -> tuple[Any, Exception | None]:
   """Runs on a worker: what the function returns, or what it raises."""
   try:
-    return shared.here()(*args), None
+    return shared()(*args), None
   except Exception as e:
     said = ''.join(traceback.format_exception(e))
     try:

@@ -62,7 +62,6 @@ Runs = Annotated[
         parser=checkpoint,
         help='Checkpoints or run directories, also in buckets (gs://); or '
         'models on the Hugging Face hub (ORG/NAME, ORG/NAME@REVISION).',
-        show_default=False,
     ),
 ]
 

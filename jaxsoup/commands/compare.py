@@ -16,7 +16,6 @@ def compare(
             parser=_common.local_path,
             help='Workdir of an experiment, also of several seeds, or its '
             'results.json.',
-            show_default=False,
         ),
     ],
     b: Annotated[
@@ -24,7 +23,6 @@ def compare(
         typer.Argument(
             parser=_common.local_path,
             help='That of the other experiment.',
-            show_default=False,
         ),
     ],
     each_shift: Annotated[

@@ -16,7 +16,6 @@ def convert(
             parser=_common.local_path,
             help='Hugging Face directory, .safetensors, .npz or torch file, or '
             'Orbax checkpoint.',
-            show_default=False,
         ),
     ],
     out: Annotated[
@@ -24,7 +23,6 @@ def convert(
         typer.Argument(
             parser=_common.local_path,
             help='New file or directory.',
-            show_default=False,
         ),
     ],
     to: Annotated[

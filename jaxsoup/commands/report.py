@@ -18,7 +18,6 @@ def report(
             parser=_common.local_path,
             help='Workdir of an experiment, file of scores with one row per '
             'model (.jsonl, .json or .csv), or file of --scores of a search.',
-            show_default=False,
         ),
     ],
     out: Annotated[
@@ -28,7 +27,6 @@ def report(
             help='HTML file; figures and numbers go into the directory of the '
             'same name without .html. Default: WORKDIR/report.html, or the '
             'file of scores with the ending .html.',
-            show_default=False,
         ),
     ] = None,
     held_out: Annotated[
@@ -60,7 +58,6 @@ def report(
             metavar='NAME',
             help='File of --scores: a score that is compared. Repeatable. '
             'Default: all.',
-            show_default=False,
         ),
     ] = None,
     as_json: _common.Json = False,

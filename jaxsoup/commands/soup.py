@@ -227,7 +227,6 @@ def search(
         typer.Option(
             min=1,
             help='How many candidates are scored.',
-            show_default=False,
         ),
     ] = None,
     minutes: Annotated[
@@ -235,7 +234,6 @@ def search(
         typer.Option(
             min=0,
             help='No candidate is begun later than this.',
-            show_default=False,
         ),
     ] = None,
     method: Annotated[
@@ -277,7 +275,6 @@ def search(
         typer.Option(
             min=0,
             help='Stop after so many rounds without a better --val-objective.',
-            show_default=False,
         ),
     ] = None,
     stacks: _options.Stacks = (),  # type: ignore[assignment]
