@@ -235,18 +235,16 @@ def growth(
         f'1..{num_models}, at least one.'
     )
   rng = np.random.default_rng(seed)
-  rows: dict[str, list[list[float]]] = {name: [] for name in curves}
+  scores = {name: np.zeros((num_orders, len(nums))) for name in curves}
   for i in range(num_orders):
     order = rng.permutation(num_models).tolist()
-    for name in curves:
-      rows[name].append([])
     for j, num in enumerate(nums):
       members = tuple(sorted(order[:num]))
       for name, score_fn in curves.items():
-        rows[name][-1].append(float(jax.device_get(score_fn(members))))
+        scores[name][i, j] = float(jax.device_get(score_fn(members)))
       if on_step is not None:
         on_step(i * len(nums) + j + 1, num_orders * len(nums))
-  return Growth(np.array(nums), {k: np.array(x) for k, x in rows.items()})
+  return Growth(np.array(nums), scores)
 
 
 def random_orders(
@@ -493,9 +491,7 @@ def wise_ft(
     models: fine-tuned models and soups, by name.
     score_fns: by data set, as the loss in `landscape.line`.
     num: number of points, T.
-    chunk_size: as in `landscape.line`.
-    is_traced: as in `landscape.line`.
-    sharding: as in `landscape.line`.
+    chunk_size, is_traced, sharding: as in `landscape.line`.
 
   Returns:
     A `Curve` for each model.

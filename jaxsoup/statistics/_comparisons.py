@@ -231,13 +231,7 @@ def compare(
   `paired_bootstrap`.
 
   Args:
-    a: as in `paired_bootstrap`.
-    b: as in `paired_bootstrap`.
-    label: as in `paired_bootstrap`.
-    metric: as in `paired_bootstrap`.
-    num_resamples: as in `paired_bootstrap`.
-    seed: as in `paired_bootstrap`.
-    level: of the interval.
+    a, b, label, metric, num_resamples, seed, level: as in `paired_bootstrap`.
 
   Returns:
     A `Comparison`.
