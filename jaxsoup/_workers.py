@@ -52,12 +52,11 @@ class Calls:
       num_ahead: int | None = None,
       on_wait: Callable[[], None] = lambda: None,
   ):
-    """Checks the arguments; calls nothing.
+    """Calls nothing yet.
 
     Args:
       executor: where calls are made.
-      function: is pickled once, and unpickled once by each worker; where the
-        workers are threads, each has a copy.
+      function: each worker unpickles it once, or has a copy if it is a thread.
       num_ahead: how many calls may wait or run at a time.
       on_wait: called now and then while a value is awaited; may raise.
     """

@@ -182,8 +182,7 @@ class Scored(NamedTuple):
   ] = None
   scores: Annotated[
       pathlib.Path | None,
-      typer.Option(
-          parser=_common.local_path,
+      _common.path_option(
           help='File of scores, from which a repeated command resumes.',
       ),
   ] = None
@@ -255,13 +254,6 @@ class Scored(NamedTuple):
           'else the temporary directory.',
       ),
   ] = None
-
-  def check(self) -> None:
-    """Raises unless there is one source of scores."""
-    if (self.eval_name is None) == (self.command is None):
-      raise typer.BadParameter(
-          'give one of the two.', param_hint='--eval or --score-command'
-      )
 
   @contextlib.contextmanager
   def arguments(self, ingredients: Any) -> Iterator[dict[str, Any]]:

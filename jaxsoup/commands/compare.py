@@ -12,18 +12,14 @@ from jaxsoup.commands import _common
 def compare(
     a: Annotated[
         pathlib.Path,
-        typer.Argument(
-            parser=_common.local_path,
+        _common.path_argument(
             help='Workdir of an experiment, also of several seeds, or its '
             'results.json.',
         ),
     ],
     b: Annotated[
         pathlib.Path,
-        typer.Argument(
-            parser=_common.local_path,
-            help='That of the other experiment.',
-        ),
+        _common.path_argument(help='That of the other experiment.'),
     ],
     each_shift: Annotated[
         bool,

@@ -14,16 +14,14 @@ from jaxsoup.commands import _common
 def report(
     source: Annotated[
         pathlib.Path,
-        typer.Argument(
-            parser=_common.local_path,
+        _common.path_argument(
             help='Workdir of an experiment, file of scores with one row per '
             'model (.jsonl, .json or .csv), or file of --scores of a search.',
         ),
     ],
     out: Annotated[
         pathlib.Path | None,
-        typer.Option(
-            parser=_common.local_path,
+        _common.path_option(
             help='HTML file; figures and numbers go into the directory of the '
             'same name without .html. Default: WORKDIR/report.html, or the '
             'file of scores with the ending .html.',
