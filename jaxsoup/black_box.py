@@ -255,6 +255,8 @@ def category_experts(
   Source: Maiti et al. 2025, "Souper-Model" (arXiv 2511.13254), which goes on
   with a grid of weights for the experts.
   """
+  from scipy.sparse import csgraph
+
   rows = [scores.get((k,)) for k in range(num_ingredients)]
   known = [row for row in rows if isinstance(row, Mapping)]
   names = list(known[0]) if known else []
@@ -270,10 +272,8 @@ def category_experts(
   spread = table.std(0)
   table = (table - table.mean(0)) / np.where(spread, spread, 1)
   is_near = table.T @ table / num_ingredients >= correlation
-  np.fill_diagonal(is_near, True)
-  for _ in names:  # Linked by a third, a fourth...
-    is_near = is_near @ is_near
-  groups = np.unique(is_near, axis=0)
-  experts = [table[:, group].mean(1).argmax() for group in groups]
+  num_groups, group_of = csgraph.connected_components(is_near)
+  groups = [table[:, group_of == i] for i in range(num_groups)]
+  experts = [group.mean(1).argmax() for group in groups]
   counts = np.bincount(experts, minlength=num_ingredients)
   return (counts / len(experts)).astype(np.float32)

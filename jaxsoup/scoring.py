@@ -340,8 +340,7 @@ def identity(command: str, score_key: str = '') -> str:
   """The command, with hashes of the scripts that it names, for a `ScoreLog`.
 
   Args:
-    command: as for `from_command`.
-    score_key: as there.
+    command, score_key: as for `from_command`.
 
   Returns:
     A text that changes if one of these scripts does.

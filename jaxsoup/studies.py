@@ -421,27 +421,19 @@ def contributions(
         f'The numbers of runs are {lengths}: expected equal numbers.'
     )
   rows = []
-  for name, values in _numeric(configs, set(ignore)).items():
-    correlation, p_value = rank_correlation(values, scores)
+  names = {name for config in configs for name in config} - set(ignore)
+  for name in sorted(names):
+    values = [config.get(name) for config in configs]
+    if not all(isinstance(x, (bool, int, float, np.number)) for x in values):
+      continue
+    column = np.array(values, float)
+    correlation, p_value = rank_correlation(column, scores)
     inclusion = float('nan')
     if frequency is not None:
-      inclusion, _ = rank_correlation(values, frequency)
+      inclusion, _ = rank_correlation(column, frequency)
     rows.append(Contribution(name, correlation, p_value, inclusion))
   strength = lambda c: np.nan_to_num(abs(c.correlation), nan=-1)
   return sorted(rows, key=strength, reverse=True)
-
-
-def _numeric(
-    configs: Sequence[Config], ignore: set[str]
-) -> dict[str, np.ndarray]:
-  names = sorted({name for config in configs for name in config} - ignore)
-  columns = {name: [c.get(name) for c in configs] for name in names}
-  number = (bool, int, float, np.number)
-  return {
-      name: np.array(values, float)
-      for name, values in columns.items()
-      if all(isinstance(x, number) for x in values)
-  }
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:

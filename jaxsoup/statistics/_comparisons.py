@@ -60,8 +60,7 @@ def mcnemar(
   interval of `(n_a - n_b) / N` is the one that is compatible with this test.
 
   Args:
-    correct_a: whether the first is right, `[N]` bool.
-    correct_b: the same of the second.
+    correct_a, correct_b: whether each of the two is right, `[N]` bool.
     level: of the interval.
 
   Returns:
