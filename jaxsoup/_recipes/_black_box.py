@@ -247,7 +247,7 @@ class _Trials:
         if self.made and not self.has_budget():
           break
         left = self._num_most - len(self._evaluations.scores)
-        num_ahead = int(min(self._evaluations.num_ahead, left))
+        num_ahead = int(min(self._evaluations.calls.num_ahead, left))
         for ahead in alphas[i : i + num_ahead]:
           self._evaluations.announce(*self._space.named(ahead))
         candidate, _, who = self._space.named(alpha)

@@ -130,7 +130,7 @@ class Evaluations:
   Attributes:
     scores: of every candidate that was asked for, and is exact.
     metrics: the same, where `eval_fn` returns several numbers.
-    num_ahead: how many candidates to announce.
+    calls: of `eval_fn`, here or on workers.
   """
 
   def __init__(
@@ -152,13 +152,7 @@ class Evaluations:
     )
     self._objective = objective
     self._log: Scores = {} if log is None else log
-    self._calls = None
-    self.num_ahead = 0
-    if executor is not None:
-      self._calls = _workers.Calls(
-          executor, self._evaluation, num_ahead, on_wait
-      )
-      self.num_ahead = self._calls.num_ahead
+    self.calls = _workers.Calls(executor, self._evaluation, num_ahead, on_wait)
 
   def score(
       self, candidate: Candidate, recipe: Any, who: str, bar: float = -np.inf
@@ -169,11 +163,7 @@ class Evaluations:
     in the log, `who` that in messages; `params_fn` makes it from the recipe.
     """
     if self.is_open(candidate, bar):
-      self._log[candidate] = (
-          self._calls.value(candidate, recipe, who, bar)
-          if self._calls
-          else self._evaluation(recipe, who, bar)
-      )
+      self._log[candidate] = self.calls.value(candidate, recipe, who, bar)
     score = _valid(self._log[candidate], 'the score log holds', who)
     if isinstance(score, Mapping):
       self.metrics[candidate] = dict(score)
@@ -192,19 +182,13 @@ class Evaluations:
       self, candidate: Candidate, recipe: Any, who: str, bar: float = -np.inf
   ) -> None:
     """Has a worker evaluate what is likely to be asked for next."""
-    if self._calls and self.is_open(candidate, bar):
-      self._calls.begin(candidate, recipe, who, bar)
+    if self.is_open(candidate, bar):
+      self.calls.begin(candidate, recipe, who, bar)
 
   def drop(self) -> None:
     """Takes all announcements back."""
-    if self._calls:
-      self._calls.drop()
-      self._remember_late()
-
-  @property
-  def num_stale(self) -> int:
-    """How many evaluations were announced, made, and not asked for."""
-    return self._calls.num_stale if self._calls else 0
+    self.calls.drop()
+    self._remember_late()
 
   def is_open(self, candidate: Candidate, bar: float = -np.inf) -> bool:
     """Whether it is unknown if it reaches the bar: of -inf, its score."""
@@ -214,7 +198,7 @@ class Evaluations:
     return self._evaluation.reaches(score, bar)
 
   def _remember_late(self) -> None:
-    for candidate, score in self._calls.late() if self._calls else ():
+    for candidate, score in self.calls.late():
       if self._log.get(candidate) is None:
         self._log[candidate] = score
 
@@ -408,7 +392,7 @@ class Search:
         strict=self._strict,
         duplicates=self._checked.duplicates(),
         metrics=dict(sorted(self._evaluations.metrics.items())),
-        stale=self._evaluations.num_stale,
+        stale=self._evaluations.calls.num_stale,
     )
     return Soup(params, alpha_of(self.accepted, len(self._checked)), info)
 
@@ -417,7 +401,7 @@ class Search:
     try:
       for i, k in enumerate(to_try):
         self._means.then = next(iter(to_try[i + 1 :]), None)
-        for ahead in to_try[i : i + self._evaluations.num_ahead]:
+        for ahead in to_try[i : i + self._evaluations.calls.num_ahead]:
           self._evaluations.announce(
               *self._named((*self._steps, (ahead, sign))), self.score
           )
