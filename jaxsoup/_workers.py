@@ -21,7 +21,6 @@ import threading
 import time
 import traceback
 from typing import Any
-from typing import NamedTuple
 import uuid
 
 import jax
@@ -43,25 +42,33 @@ class Calls:
   worker dies is made again.
 
   Attributes:
+    num_ahead: how many may be begun before their values are asked for.
     num_stale: how many calls were dropped after a worker had begun them.
   """
 
   def __init__(
       self,
-      executor: futures.Executor,
+      executor: futures.Executor | None,
       function: Callable[..., Any],
       num_ahead: int | None = None,
       on_wait: Callable[[], None] = lambda: None,
   ):
-    """Checks the arguments; calls nothing.
+    """Calls nothing yet.
 
     Args:
-      executor: where calls are made.
-      function: is pickled once, and unpickled once by each worker; where the
-        workers are threads, each has a copy.
+      executor: where calls are made. None: here, when they are asked for.
+      function: each worker unpickles it once, or has a copy if it is a thread.
       num_ahead: how many calls may wait or run at a time.
       on_wait: called now and then while a value is awaited; may raise.
     """
+    self.num_stale = self.num_ahead = 0
+    self._executor = executor
+    self._shared = _Shared(function)
+    self._on_wait = on_wait
+    self._begun: dict[Any, futures.Future[Any]] = {}
+    self._late: dict[Any, futures.Future[Any]] = {}
+    if executor is None:
+      return
     if not hasattr(executor, 'submit'):
       raise TypeError(
           f'executor is {executor!r:.80}: expected a concurrent.futures.'
@@ -75,13 +82,7 @@ class Calls:
       )
     if num_ahead is not None and num_ahead < 1:
       raise ValueError(f'num_ahead is {num_ahead}: it must be at least 1.')
-    self.num_stale = 0
     self.num_ahead = num_ahead or 2 * (os.cpu_count() or 1)
-    self._executor = executor
-    self._shared = _Shared(function)
-    self._on_wait = on_wait
-    self._begun: dict[Any, futures.Future[Any]] = {}
-    self._late: dict[Any, futures.Future[Any]] = {}
 
   def begin(self, key: Any, *args: Any) -> None:
     """Makes a call, unless that has begun or too many are under way."""
@@ -89,6 +90,7 @@ class Calls:
       self._begin(key, args)
 
   def _begin(self, key: Any, args: Any) -> None:
+    assert self._executor is not None
     try:
       future = self._executor.submit(_called, self._shared, args)
     except Exception as e:  # It matters only if the value is asked for.
@@ -98,6 +100,8 @@ class Calls:
 
   def value(self, key: Any, *args: Any) -> Any:
     """What the function returns."""
+    if self._executor is None:
+      return self._shared.function(*args)
     for _ in range(_NUM_TRIES):
       if key not in self._begun:
         self._begin(key, args)
@@ -172,17 +176,17 @@ class _Shared:
 
   def __init__(self, function: Callable[..., Any]):
     self.error: TypeError | None = None
-    self._function = function
+    self.function = function
     self._token = uuid.uuid4().hex
 
-  def here(self) -> Callable[..., Any]:
+  def __call__(self) -> Callable[..., Any]:
     # A copy, because workers may be threads, and keep what they have read.
-    return _kept(self._token, lambda: copy.copy(self._function))
+    return _kept(self._token, copy.copy, self.function)
 
   @functools.cached_property
   def _content(self) -> bytes:
     try:
-      return cloudpickle.dumps(self._function)
+      return cloudpickle.dumps(self.function)
     except Exception as e:
       self.error = TypeError(
           f'eval_fn, or what it works on, cannot be sent to workers: {e}. Use '
@@ -193,37 +197,29 @@ class _Shared:
       raise self.error from e
 
   def __reduce__(self) -> Any:
-    return _Arrived, (self._token, self._content)
-
-
-class _Arrived(NamedTuple):
-  """The same on a worker."""
-
-  token: str
-  content: bytes
-
-  def here(self) -> Callable[..., Any]:
-    return _kept(self.token, lambda: pickle.loads(self.content))
+    # Unpickled where it is called, so that its errors are errors of the call.
+    given = self._token, pickle.loads, self._content
+    return functools.partial, (_kept, *given)
 
 
 # The last function of each worker, with what it keeps.
 _HERE = threading.local()
 
 
-def _kept(token: str, make_fn: Callable[[], Any]) -> Callable[..., Any]:
+def _kept(token: str, make_fn: Callable[[Any], Any], given: Any) -> Any:
   if getattr(_HERE, 'token', None) != token:
     _HERE.token = _HERE.function = None  # Two would not fit.
-    _HERE.function = make_fn()
+    _HERE.function = make_fn(given)
     _HERE.token = token
   return _HERE.function
 
 
 def _called(
-    shared: _Shared | _Arrived, args: Any
+    shared: Callable[[], Any], args: Any
 ) -> tuple[Any, Exception | None]:
   """Runs on a worker: what the function returns, or what it raises."""
   try:
-    return shared.here()(*args), None
+    return shared()(*args), None
   except Exception as e:
     said = ''.join(traceback.format_exception(e))
     try:

@@ -10,9 +10,13 @@ A method is a function that returns an object with `ask` and `tell`: see
 `Method`, to bring another one.
 """
 
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import dataclasses
+import itertools
 from typing import Any
+from typing import NamedTuple
 from typing import Protocol
 
 import numpy as np
@@ -82,54 +86,47 @@ def cma_es(
   "Evolutionary optimization of model merging recipes".
   """
   del score
-  return _CmaEs(start, rng, step, population)
+  try:
+    import cma
+  except ImportError as e:
+    raise ImportError(
+        'cma is not installed: pip install "jaxsoup[search]", or choose '
+        'another method (--method).'
+    ) from e
+  num = start.shape[-1]
+  options: dict[str, Any] = {
+      'randn': lambda *shape: rng.standard_normal(shape),
+      'seed': np.nan,  # NumPy's global generator is not touched.
+      'verbose': -9,
+      # Scores such as accuracy have plateaus; the budget ends the search.
+      'tolflatfitness': np.inf,
+      'tolfun': 0,
+      'tolfunhist': 0,
+  }
+  if population is not None:
+    options['popsize'] = population
+  sigma = step / np.sqrt(num - 1)
+  zeros = np.zeros(start[..., 1:].size)
+  state = cma.CMAEvolutionStrategy(zeros, sigma, options)
+  # The columns are orthonormal, and orthogonal to the ones.
+  basis = np.linalg.svd(np.eye(num) - 1 / num)[0][:, : num - 1]
+  return _CmaEs(state, start, basis)
 
 
-class _CmaEs:
-
-  def __init__(
-      self,
-      start: np.ndarray,
-      rng: np.random.Generator,
-      step: float,
-      population: int | None,
-  ):
-    try:
-      import cma
-    except ImportError as e:
-      raise ImportError(
-          'cma is not installed: pip install "jaxsoup[search]", or choose '
-          'another method (--method).'
-      ) from e
-    num = start.shape[-1]
-    self._start = start
-    # The columns are orthonormal, and orthogonal to the ones.
-    centred = np.eye(num) - 1 / num
-    self._basis = np.linalg.svd(centred)[0][:, : num - 1]
-    options: dict[str, Any] = {
-        'randn': lambda *shape: rng.standard_normal(shape),
-        'seed': np.nan,  # NumPy's global generator is not touched.
-        'verbose': -9,
-        # Scores such as accuracy have plateaus; the budget ends the search.
-        'tolflatfitness': np.inf,
-        'tolfun': 0,
-        'tolfunhist': 0,
-    }
-    if population is not None:
-      options['popsize'] = population
-    sigma = step / np.sqrt(num - 1)
-    zeros = np.zeros(start[..., 1:].size)
-    self._state = cma.CMAEvolutionStrategy(zeros, sigma, options)
+class _CmaEs(NamedTuple):
+  state: Any
+  start: np.ndarray
+  basis: np.ndarray
 
   def ask(self) -> np.ndarray:
-    if self._state.stop():
-      return np.empty((0, *self._start.shape))
-    points = np.reshape(self._state.ask(), (-1, *self._start[..., 1:].shape))
-    return self._start + points @ self._basis.T
+    if self.state.stop():
+      return np.empty((0, *self.start.shape))
+    points = np.reshape(self.state.ask(), (-1, *self.start[..., 1:].shape))
+    return self.start + points @ self.basis.T
 
   def tell(self, alphas: np.ndarray, scores: Sequence[float]) -> None:
-    points = ((alphas - self._start) @ self._basis).reshape(len(alphas), -1)
-    self._state.tell(list(points), [-score for score in scores])
+    points = ((alphas - self.start) @ self.basis).reshape(len(alphas), -1)
+    self.state.tell(list(points), [-score for score in scores])
 
 
 def random_search(
@@ -154,19 +151,14 @@ def random_search(
   return _RandomSearch(start.shape, rng, population)
 
 
-class _RandomSearch:
-
-  def __init__(
-      self,
-      shape: tuple[int, ...],
-      rng: np.random.Generator,
-      population: int,
-  ):
-    self._shape, self._rng, self._population = shape, rng, population
+class _RandomSearch(NamedTuple):
+  shape: tuple[int, ...]
+  rng: np.random.Generator
+  population: int
 
   def ask(self) -> np.ndarray:
-    num_groups, num = self._shape
-    return self._rng.dirichlet(np.ones(num), (self._population, num_groups))
+    num_groups, num = self.shape
+    return self.rng.dirichlet(np.ones(num), (self.population, num_groups))
 
   def tell(self, alphas: np.ndarray, scores: Sequence[float]) -> None:
     pass
@@ -196,44 +188,36 @@ def coordinate_search(
   Returns:
     An `Optimizer`.
   """
-  return _CoordinateSearch(start, score, rng, step, min_step)
+  places = itertools.cycle(rng.permutation(start.size))
+  return _CoordinateSearch(start, score, places, step, min_step)
 
 
+@dataclasses.dataclass
 class _CoordinateSearch:
-
-  def __init__(
-      self,
-      start: np.ndarray,
-      score: float,
-      rng: np.random.Generator,
-      step: float,
-      min_step: float,
-  ):
-    self._alpha, self._score = start, score
-    self._step, self._min_step = step, min_step
-    self._order = rng.permutation(start.size)
-    self._next = self._num_failed = 0
+  alpha: np.ndarray
+  score: float
+  places: Iterator[int]
+  step: float
+  min_step: float
+  num_failed: int = 0
 
   def ask(self) -> np.ndarray:
-    if self._num_failed == len(self._order):
-      self._step, self._num_failed = self._step / 2, 0
-    if self._step < self._min_step:
-      return np.empty((0, *self._alpha.shape))
-    place = self._order[self._next % len(self._order)]
-    group, k = np.unravel_index(place, self._alpha.shape)
-    self._next += 1
-    candidates = np.stack([self._alpha, self._alpha])
-    towards = np.eye(self._alpha.shape[1])[k] - self._alpha[group]
-    candidates[:, group] += np.outer([self._step, -self._step], towards)
+    if self.num_failed == self.alpha.size:
+      self.step, self.num_failed = self.step / 2, 0
+    if self.step < self.min_step:
+      return np.empty((0, *self.alpha.shape))
+    group, k = np.unravel_index(next(self.places), self.alpha.shape)
+    candidates = np.stack([self.alpha, self.alpha])
+    towards = np.eye(self.alpha.shape[1])[k] - self.alpha[group]
+    candidates[:, group] += np.outer([self.step, -self.step], towards)
     return candidates
 
   def tell(self, alphas: np.ndarray, scores: Sequence[float]) -> None:
     best = int(np.argmax(scores))
-    if scores[best] > self._score:
-      self._alpha, self._score = alphas[best], scores[best]
-      self._num_failed = 0
-    else:
-      self._num_failed += 1
+    self.num_failed += 1
+    if scores[best] > self.score:
+      self.alpha, self.score = alphas[best], scores[best]
+      self.num_failed = 0
 
 
 def category_experts(
@@ -271,6 +255,8 @@ def category_experts(
   Source: Maiti et al. 2025, "Souper-Model" (arXiv 2511.13254), which goes on
   with a grid of weights for the experts.
   """
+  from scipy.sparse import csgraph
+
   rows = [scores.get((k,)) for k in range(num_ingredients)]
   known = [row for row in rows if isinstance(row, Mapping)]
   names = list(known[0]) if known else []
@@ -286,10 +272,8 @@ def category_experts(
   spread = table.std(0)
   table = (table - table.mean(0)) / np.where(spread, spread, 1)
   is_near = table.T @ table / num_ingredients >= correlation
-  np.fill_diagonal(is_near, True)
-  for _ in names:  # Linked by a third, a fourth...
-    is_near = is_near @ is_near
-  groups = np.unique(is_near, axis=0)
-  experts = [table[:, group].mean(1).argmax() for group in groups]
+  num_groups, group_of = csgraph.connected_components(is_near)
+  groups = [table[:, group_of == i] for i in range(num_groups)]
+  experts = [group.mean(1).argmax() for group in groups]
   counts = np.bincount(experts, minlength=num_ingredients)
   return (counts / len(experts)).astype(np.float32)

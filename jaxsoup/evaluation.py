@@ -83,7 +83,7 @@ def batched(
     )
   arrays = {k: np.asarray(x) for k, x in data.items()}
   arrays.setdefault('mask', np.ones(num, bool))
-  return _Batched(arrays, num, divided(batch_size, sharding), sharding)
+  return _Batched(arrays, divided(batch_size, sharding), sharding)
 
 
 def divided(batch_size: int, sharding: jax.sharding.Sharding | None) -> int:
@@ -103,18 +103,15 @@ class _Batched(list[dict[str, jax.Array]]):
   def __init__(
       self,
       data: dict[str, np.ndarray],
-      num: int,
       size: int,
       sharding: jax.sharding.Sharding | None,
   ):
-    self._given = data, num, size, sharding
     self._data, self.size, self._sharding = data, size, sharding
-    super().__init__(
-        map(self.of, np.split(np.arange(num), range(size, num, size)))
-    )
+    rows = np.arange(len(data['mask']))
+    super().__init__(map(self.of, np.split(rows, range(size, len(rows), size))))
 
   def __reduce__(self) -> Any:
-    return _Batched, self._given
+    return _Batched, (self._data, self.size, self._sharding)
 
   def of(self, rows: np.ndarray) -> dict[str, jax.Array]:
     """A batch of at most B rows of the data, padded."""

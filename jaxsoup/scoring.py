@@ -7,11 +7,10 @@ soup = jaxsoup.greedy(ingredients, eval_fn)
 ```
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
-import functools
+import dataclasses
 import glob
 import hashlib
 import itertools
@@ -26,7 +25,6 @@ import subprocess
 import tempfile
 import time
 from typing import Any
-from typing import NamedTuple
 
 import jax
 
@@ -118,59 +116,16 @@ def from_command(
     shlex.split(command)
   except ValueError as e:
     raise ValueError(f'The command {command!r} cannot be read: {e}.') from e
-  outputs = None if outputs is None else pathlib.Path(outputs)
-  run = _Command(command, score_file, score_key, timeout, outputs)
-
-  # Not a closure, which could not be sent to workers.
-  return functools.partial(_score_of, run, ingredients, scratch, retries)
-
-
-def _score_of(
-    run: '_Command',
-    ingredients: checkpoints.Ingredients | None,
-    scratch: PathLike | None,
-    retries: int,
-    params: Params,
-) -> Any:
-  look_for_stop = getattr(ingredients, 'look_for_stop', None)
-  if look_for_stop is None or jax.process_count() > 1:
-    look_for_stop = lambda: None  # Several processes would have to agree.
-  with _written(params, ingredients, scratch) as path:
-    said: dict[str, Any] = {}
-    with _processes.together():
-      if _processes.is_main():
-        said = run.tried(path, 1 + retries, look_for_stop)
-    said = _processes.json_of_main(said)
-  if 'error' in said:
-    raise user_code.UserCodeError(said['error'])
-  return said['score']
-
-
-@contextlib.contextmanager
-def _written(
-    params: Params,
-    ingredients: checkpoints.Ingredients | None,
-    scratch: PathLike | None,
-) -> Iterator[str]:
-  """The path of a candidate, which is there meanwhile."""
-  if scratch is None and jax.process_count() > 1:
-    raise ValueError(
-        'Several processes write a candidate: pass scratch= (--scratch), a '
-        'directory that all of them see.'
-    )
-  folder = None
-  with _processes.together():
-    if _processes.is_main():
-      scratch = _with_room(params) if scratch is None else scratch
-      pathlib.Path(scratch).mkdir(parents=True, exist_ok=True)
-      folder = tempfile.mkdtemp(prefix='jaxsoup-', dir=scratch)
-  folder = _processes.json_of_main(folder)
-  try:
-    path = f'{folder}/candidate'
-    yield checkpoints.save_like(path, params, ingredients)
-  finally:
-    if _processes.is_main():
-      shutil.rmtree(folder, ignore_errors=True)
+  return _Command(
+      command,
+      ingredients,
+      score_file,
+      score_key,
+      timeout,
+      retries,
+      scratch,
+      outputs,
+  )
 
 
 def _with_room(params: Params) -> pathlib.Path:
@@ -186,40 +141,76 @@ class _Failure(Exception):
   """A run without a score; the message says why."""
 
 
-class _Command(NamedTuple):
-  """A command, and how it is run."""
+# Not a closure, which could not be sent to workers.
+@dataclasses.dataclass(frozen=True)
+class _Command:
+  """What `from_command` returns."""
 
   text: str
+  ingredients: checkpoints.Ingredients | None
   score_file: str | None
   score_key: str
   timeout: float | None
-  outputs: pathlib.Path | None
+  retries: int
+  scratch: PathLike | None
+  outputs: PathLike | None
 
-  def tried(
-      self, path: str, num_most: int, look_for_stop: Callable[[], None]
-  ) -> dict[str, Any]:
+  def __call__(self, params: Params) -> Any:
+    with self._written(params) as path:
+      said: dict[str, Any] = {}
+      with _processes.together():
+        if _processes.is_main():
+          said = self._tried(path)
+      said = _processes.json_of_main(said)
+    if 'error' in said:
+      raise user_code.UserCodeError(said['error'])
+    return said['score']
+
+  @contextlib.contextmanager
+  def _written(self, params: Params) -> Iterator[str]:
+    """The path of a candidate, which is there meanwhile."""
+    if self.scratch is None and jax.process_count() > 1:
+      raise ValueError(
+          'Several processes write a candidate: pass scratch= (--scratch), a '
+          'directory that all of them see.'
+      )
+    folder = None
+    with _processes.together():
+      if _processes.is_main():
+        scratch = _with_room(params) if self.scratch is None else self.scratch
+        pathlib.Path(scratch).mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix='jaxsoup-', dir=scratch)
+    folder = _processes.json_of_main(folder)
+    try:
+      path = f'{folder}/candidate'
+      yield checkpoints.save_like(path, params, self.ingredients)
+    finally:
+      if _processes.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+
+  def _tried(self, path: str) -> dict[str, Any]:
     """The score, or the error of the last run."""
     error = ''
     folder = pathlib.Path(path).parent
     own = set(folder.iterdir())
-    for _ in range(num_most):
+    for _ in range(1 + self.retries):
       for left in set(folder.iterdir()) - own:  # By a run that failed.
         shutil.rmtree(left) if left.is_dir() else left.unlink()
       with tempfile.TemporaryDirectory(prefix='jaxsoup-') as temporary:
         files = self._files(pathlib.Path(temporary))
         try:
-          self._run(path, files, look_for_stop)
+          self._run(path, files)
           return {'score': self._score(path, files[0])}
         except _Failure as e:
           error = self._described(e, path, files)
-    again = f' It was run {num_most} times.' if num_most > 1 else ''
+    again = f' It was run {1 + self.retries} times.' if self.retries else ''
     return {'error': error + again}
 
   def _files(self, temporary: pathlib.Path) -> list[pathlib.Path]:
     """Where standard output and standard error go."""
     folder, name = temporary, 'run'
     if self.outputs is not None:
-      folder = self.outputs
+      folder = pathlib.Path(self.outputs)
       folder.mkdir(parents=True, exist_ok=True)
       numbers = [int(p.stem) for p in folder.glob('[0-9]*.out')]
       for number in itertools.count(max(numbers, default=0) + 1):
@@ -229,12 +220,7 @@ class _Command(NamedTuple):
           break
     return [folder / f'{name}.out', folder / f'{name}.err']
 
-  def _run(
-      self,
-      path: str,
-      files: Sequence[pathlib.Path],
-      look_for_stop: Callable[[], None],
-  ) -> None:
+  def _run(self, path: str, files: Sequence[pathlib.Path]) -> None:
     """Runs it to its end; raises a `_Failure` unless it exits with 0."""
     if _OF_SHELLS.search(self.text.replace(PATH, '')):
       words = ['/bin/sh', '-c', self.text.replace(PATH, shlex.quote(path))]
@@ -254,7 +240,9 @@ class _Command(NamedTuple):
         raise _Failure(f'cannot be started: {e}') from e
       try:
         while (code := _waited(process, 0.2)) is None:
-          look_for_stop()
+          # Several processes would have to agree.
+          if self.ingredients is not None and jax.process_count() == 1:
+            self.ingredients.look_for_stop()
           if time.monotonic() > end:
             raise _Failure(
                 f'did not end within {self.timeout:g} s (--score-timeout)'
@@ -280,17 +268,13 @@ class _Command(NamedTuple):
       file = pathlib.Path(files[0])
     text = file.read_text(errors='replace')
     values = filter(None, map(_parsed, [text, *reversed(text.splitlines())]))
-    try:
-      (value,) = next(values)
-    except StopIteration:
+    parsed = next(values, None)
+    if parsed is None:
       raise _Failure(
           f'{"wrote" if self.score_file else "printed"} no score: expected '
           'JSON, a number or an object, in the last line'
-      ) from None
-    return self._inside(value)
-
-  def _inside(self, value: Any) -> Any:
-    """The number, or numbers by name, at the key."""
+      )
+    (value,) = parsed
     for key in filter(None, self.score_key.split('/')):
       if not isinstance(value, dict) or key not in value:
         has = ', '.join(value) if isinstance(value, dict) else repr(value)
@@ -356,8 +340,7 @@ def identity(command: str, score_key: str = '') -> str:
   """The command, with hashes of the scripts that it names, for a `ScoreLog`.
 
   Args:
-    command: as for `from_command`.
-    score_key: as there.
+    command, score_key: as for `from_command`.
 
   Returns:
     A text that changes if one of these scripts does.

@@ -235,18 +235,16 @@ def growth(
         f'1..{num_models}, at least one.'
     )
   rng = np.random.default_rng(seed)
-  rows: dict[str, list[list[float]]] = {name: [] for name in curves}
+  scores = {name: np.zeros((num_orders, len(nums))) for name in curves}
   for i in range(num_orders):
     order = rng.permutation(num_models).tolist()
-    for name in curves:
-      rows[name].append([])
     for j, num in enumerate(nums):
       members = tuple(sorted(order[:num]))
       for name, score_fn in curves.items():
-        rows[name][-1].append(float(jax.device_get(score_fn(members))))
+        scores[name][i, j] = float(jax.device_get(score_fn(members)))
       if on_step is not None:
         on_step(i * len(nums) + j + 1, num_orders * len(nums))
-  return Growth(np.array(nums), {k: np.array(x) for k, x in rows.items()})
+  return Growth(np.array(nums), scores)
 
 
 def random_orders(
@@ -423,27 +421,19 @@ def contributions(
         f'The numbers of runs are {lengths}: expected equal numbers.'
     )
   rows = []
-  for name, values in _numeric(configs, set(ignore)).items():
-    correlation, p_value = rank_correlation(values, scores)
+  names = {name for config in configs for name in config} - set(ignore)
+  for name in sorted(names):
+    values = [config.get(name) for config in configs]
+    if not all(isinstance(x, (bool, int, float, np.number)) for x in values):
+      continue
+    column = np.array(values, float)
+    correlation, p_value = rank_correlation(column, scores)
     inclusion = float('nan')
     if frequency is not None:
-      inclusion, _ = rank_correlation(values, frequency)
+      inclusion, _ = rank_correlation(column, frequency)
     rows.append(Contribution(name, correlation, p_value, inclusion))
   strength = lambda c: np.nan_to_num(abs(c.correlation), nan=-1)
   return sorted(rows, key=strength, reverse=True)
-
-
-def _numeric(
-    configs: Sequence[Config], ignore: set[str]
-) -> dict[str, np.ndarray]:
-  names = sorted({name for config in configs for name in config} - ignore)
-  columns = {name: [c.get(name) for c in configs] for name in names}
-  number = (bool, int, float, np.number)
-  return {
-      name: np.array(values, float)
-      for name, values in columns.items()
-      if all(isinstance(x, number) for x in values)
-  }
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:
@@ -493,9 +483,7 @@ def wise_ft(
     models: fine-tuned models and soups, by name.
     score_fns: by data set, as the loss in `landscape.line`.
     num: number of points, T.
-    chunk_size: as in `landscape.line`.
-    is_traced: as in `landscape.line`.
-    sharding: as in `landscape.line`.
+    chunk_size, is_traced, sharding: as in `landscape.line`.
 
   Returns:
     A `Curve` for each model.

@@ -104,6 +104,12 @@ def invoke(*args):
   return testing.CliRunner().invoke(cli.app, list(map(str, args)))
 
 
+def run(*args):
+  result = invoke(*args)
+  assert result.exit_code == 0, (result.output, result.exception)
+  return result
+
+
 def assert_fails(result, code, text):
   assert result.exit_code == code, (result.output, result.exception)
   assert isinstance(result.exception, SystemExit)
@@ -136,8 +142,7 @@ def assert_fails(result, code, text):
 )
 def test_recipes(runs, recipe, options, expected):
   checkpoints.save('start', {'w': np.full(2, -1, np.float32)})
-  result = invoke('soup', recipe, *runs, '--out', 'out', *options, '--json')
-  assert result.exit_code == 0, (result.output, result.exception)
+  result = run('soup', recipe, *runs, '--out', 'out', *options, '--json')
   printed = json.loads(result.stdout)
   # What is recorded is its name in Python.
   recipe = recipe.replace('-', '_')
@@ -163,8 +168,7 @@ def test_recipes(runs, recipe, options, expected):
 )
 def test_alpha_that_does_not_sum_to_one(runs, alpha, said):
   args = ('average', *runs, '--alpha', alpha, '--out', 'out')
-  result = invoke('soup', *args)
-  assert result.exit_code == 0
+  result = run('soup', *args)
   expected = f'Warning: alpha sums to {said}, not 1. It is not normalized: '
   assert result.stderr.startswith(expected) if said else not result.stderr
   values = [float(x) for x in alpha.split(',')]
@@ -180,8 +184,7 @@ def test_steps_that_no_average_uses_are_not_read(tmp_path):
     checkpoints.save(tmp_path / f'run/{step}', params)
   checkpoints.save(tmp_path / 'run/0', {'v': np.ones(3)})
   args = ('--last', 2, '--last', 1, '--eval', 'mine:score')
-  result = invoke('soup', 'trajectory', 'run', *args, '--out', 'out', '--json')
-  assert result.exit_code == 0, result.output
+  result = run('soup', 'trajectory', 'run', *args, '--out', 'out', '--json')
   alpha = json.loads(result.stdout)['alpha']
   assert {pathlib.Path(p).name: x for p, x in alpha.items()} == dict.fromkeys(
       ('3', '2'), 0.5
@@ -197,16 +200,14 @@ def test_best_single_is_said_if_all_were_scored(runs):
 
 def test_rejections_end_early(runs):
   args = ('greedy', *runs, '--eval', 'mine:early', '--scores', 'log.jsonl')
-  result = invoke('soup', *args, '--out', 'out')
-  assert result.exit_code == 0, (result.output, result.exception)
+  result = run('soup', *args, '--out', 'out')
   trials = checkpoints.load('out').info.trials
   num_early = sum(isinstance(t.score, jaxsoup.AtMost) for t in trials)
   assert num_early > 0
   assert f'rejections, {num_early} of them early' in result.stdout
   assert pathlib.Path('log.jsonl').read_text().count('at_most') == num_early
   # Again, from the log.
-  again = invoke('soup', *args, '--out', 'again', '--json')
-  assert again.exit_code == 0
+  again = run('soup', *args, '--out', 'again', '--json')
   assert json.loads(again.stdout)['score'] == checkpoints.load('out').info.score
 
 
@@ -233,8 +234,7 @@ def test_workers_make_the_same(runs, recipe):
 )
 def test_learned_says_its_mode_before_it_starts(runs, options, mode):
   args = ('learned', *runs, '--out', 'out', '--loss', 'mine:loss')
-  result = invoke('soup', *args, *options, '--json')
-  assert result.exit_code == 0, (result.output, result.exception)
+  result = run('soup', *args, *options, '--json')
   plan = checkpoints.load('out').info.plan
   assert result.stderr == f'learned: {mode}; {plan.reason}.\n'
   assert mode.startswith(plan.memory)
@@ -250,8 +250,7 @@ def test_learned_says_its_mode_before_it_starts(runs, options, mode):
     ],
 )
 def test_soup_as_text(runs, recipe, options):
-  result = invoke('soup', recipe, *runs, '--out', 'out', *options)
-  assert result.exit_code == 0, (result.output, result.exception)
+  result = run('soup', recipe, *runs, '--out', 'out', *options)
   assert result.stdout.count('run') == 3
   assert result.stdout.endswith('Soup: out\n')
   assert ('held-out score' in result.stdout) == (recipe == 'greedy')
@@ -287,8 +286,7 @@ def test_searches(runs, options, start, score):
   """The score of the start and of the soup, by the objective."""
   args = ('--eval', 'mine:several', '--scores', 'log.jsonl')
   command = ('soup', 'search', *runs, *args, '--evaluations', 12, '--out')
-  result = invoke(*command, 'out', '--objective', *options)
-  assert result.exit_code == 0, (result.output, result.exception)
+  result = run(*command, 'out', '--objective', *options)
   info = checkpoints.load('out').info
   x = float(checkpoints.load('out').params['w'][0])
   assert info.score == pytest.approx(score(x), abs=1e-5)
@@ -310,8 +308,7 @@ def test_a_score_command(runs):
   )
   command = f'{sys.executable} -S size.py {{path}}'
   args = ('soup', 'pruned', *runs, '--scores', 'log.jsonl', '--out')
-  result = invoke(*args, 'out', '--score-command', command)
-  assert result.exit_code == 0, (result.output, result.exception)
+  result = run(*args, 'out', '--score-command', command)
   score = checkpoints.load('out').info.score
   assert score == len(os.listdir('run0')) == len(os.listdir('out'))
   lines = pathlib.Path('log.jsonl').read_text().splitlines()
@@ -333,6 +330,9 @@ def test_a_score_command(runs):
   assert result.stderr.endswith('ZeroDivisionError: division by zero\n')
 
 
+ONE_OF_TWO = 'for --eval or --score-command: give one of the two'
+
+
 @pytest.mark.parametrize(
     'args, code, text',
     [
@@ -343,13 +343,13 @@ def test_a_score_command(runs):
             2,
             'Recipes: uniform, average, trajectory, model-stock,',
         ),
-        (('greedy',), 2, 'for --eval or --score-command: give one of the two'),
-        (('pruned',), 2, 'for --eval or --score-command: give one of the two'),
+        (('greedy',), 2, ONE_OF_TWO),
+        (('pruned',), 2, ONE_OF_TWO),
         (('greedy', '--workers', 2, '--shard'), 2, 'Choose one'),
         (
             ('greedy', '--eval', 'mine:score', '--score-command', 'x {path}'),
             2,
-            'for --eval or --score-command: give one of the two',
+            ONE_OF_TWO,
         ),
         (('greedy', '--score-command', 'x'), 1, "'x' has no {path}"),
         (('greedy', '--eval', 'mine:several'), 1, '(--objective)'),
@@ -367,39 +367,19 @@ def test_a_score_command(runs):
         (('model-stock',), 2, "Missing option '--init'"),
         (('uniform', '--nonsense'), 2, 'No such option'),
         (('uniform', '--seed', '3'), 2, 'No such option'),
-        (
-            ('greedy', '--eval', 'mine'),
-            1,
-            'package.module:function',
-        ),
-        (
-            ('greedy', '--eval', 'no_such:f'),
-            1,
-            'cannot import no_such',
-        ),
+        (('greedy', '--eval', 'mine'), 1, 'package.module:function'),
+        (('greedy', '--eval', 'no_such:f'), 1, 'cannot import no_such'),
         (('greedy', '--eval', 'broken:f'), 1, 'ZeroDivisionError'),
         (('greedy', '--eval', 'torn:f'), 1, 'SyntaxError'),
         (('greedy', '--eval', 'mine:g'), 1, 'no such function'),
-        (
-            ('greedy', '--eval', 'mine:number'),
-            1,
-            'no such function',
-        ),
-        (
-            ('greedy', '--eval', 'mine:raises'),
-            1,
-            'mine.py, line 40',
-        ),
+        (('greedy', '--eval', 'mine:number'), 1, 'no such function'),
+        (('greedy', '--eval', 'mine:raises'), 1, 'mine.py, line 40'),
         (('pruned', '--eval', 'mine:raises'), 1, 'raised KeyError'),
         (('greedy', '--eval', 'mine:nan'), 1, 'run0'),
         (('learned', '--loss', 'mine:score'), 1, 'mine:score'),
         (('learned', '--loss', 'mine:list'), 1, '--loss mine:list: mine has'),
         (('learned', '--memory', 'all'), 2, "'all' is not one of 'auto', "),
-        (
-            ('model-stock', '--init', 'gone'),
-            1,
-            'gone does not exist',
-        ),
+        (('model-stock', '--init', 'gone'), 1, 'gone does not exist'),
     ],
 )
 def test_mistakes(runs, args, code, text):
@@ -445,16 +425,10 @@ def test_runs_that_do_not_fit(runs):
 
 def test_score_log_is_used_again(runs):
   args = ('--scores', 'log.jsonl', '--eval')
-  assert (
-      invoke(
-          'soup', 'greedy', *runs, *args, 'mine:once', '--out', 'a'
-      ).exit_code
-      == 0
-  )
+  run('soup', 'greedy', *runs, *args, 'mine:once', '--out', 'a')
   # All scores are known, so the function is not called.
   pathlib.Path('scored').touch()
-  result = invoke('soup', 'greedy', *runs, *args, 'mine:once', '--out', 'b')
-  assert result.exit_code == 0, result.output
+  run('soup', 'greedy', *runs, *args, 'mine:once', '--out', 'b')
   np.testing.assert_array_equal(
       checkpoints.load('a').params['w'], checkpoints.load('b').params['w']
   )
@@ -474,8 +448,7 @@ def test_score_log_is_used_again(runs):
 
 
 def test_inspect(runs):
-  result = invoke('inspect', *runs)
-  assert result.exit_code == 0, result.output
+  result = run('inspect', *runs)
   assert 'The checkpoints match.' in result.stdout
   inspected = json.loads(invoke('inspect', *runs, '--json').stdout)
   assert inspected['leaves'] == [['w', [2], 'float32', 8]]

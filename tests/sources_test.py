@@ -28,15 +28,12 @@ class Numbered(tensorflow_datasets.core.GeneratorBasedBuilder):
   """Images whose pixels are their label, as tensors: no TensorFlow to write."""
 
   VERSION = tensorflow_datasets.core.Version('1.0.0')
+  IMAGE = tensorflow_datasets.features.Tensor(shape=(4, 4, 1), dtype=np.uint8)
 
   def _info(self):
+    label = tensorflow_datasets.features.ClassLabel(num_classes=NUM)
     features = tensorflow_datasets.features.FeaturesDict(
-        {
-            'image': tensorflow_datasets.features.Tensor(
-                shape=(4, 4, 1), dtype=np.uint8
-            ),
-            'label': tensorflow_datasets.features.ClassLabel(num_classes=NUM),
-        }
+        {'image': self.IMAGE, 'label': label}
     )
     return tensorflow_datasets.core.DatasetInfo(builder=self, features=features)
 
@@ -52,16 +49,9 @@ class Numbered(tensorflow_datasets.core.GeneratorBasedBuilder):
 class Pictures(Numbered):
   """The same as encoded images."""
 
-  def _info(self):
-    features = tensorflow_datasets.features.FeaturesDict(
-        {
-            'image': tensorflow_datasets.features.Image(
-                shape=(4, 4, 1), encoding_format='png'
-            ),
-            'label': tensorflow_datasets.features.ClassLabel(num_classes=NUM),
-        }
-    )
-    return tensorflow_datasets.core.DatasetInfo(builder=self, features=features)
+  IMAGE = tensorflow_datasets.features.Image(
+      shape=(4, 4, 1), encoding_format='png'
+  )
 
   def _generate_examples(self):
     for i in range(NUM):
@@ -94,12 +84,8 @@ def image_fn(record, rng):
 
 
 def record_fn(record, rng):
-  draw = 0.0 if rng is None else rng.random()
-  return {
-      'image': record['image'].astype(np.float32),
-      'label': np.int32(record['label']),
-      'draw': np.float32(draw),
-  }
+  image = record['image'].astype(np.float32)
+  return {'image': image, **example_fn(record['label'], rng)}
 
 
 @pytest.fixture(scope='module')
@@ -134,6 +120,24 @@ def _assert_equal(left, right):
       np.testing.assert_array_equal(a[name], b[name])
 
 
+def _of_all_processes(source, batch_size, process_count, **options):
+  """The batches of each process, joined."""
+  parts = [
+      sources.batches(
+          source,
+          batch_size,
+          process_index=i,
+          process_count=process_count,
+          **options,
+      )
+      for i in range(process_count)
+  ]
+  return [
+      {name: np.concatenate([b[name] for b in group]) for name in group[0]}
+      for group in zip(*parts, strict=True)
+  ]
+
+
 def test_training_batches_are_a_permutation(source):
   batches = list(sources.batches(source, 5, seed=3, epoch=1))
   seen = np.concatenate([batch['label'] for batch in batches])
@@ -165,22 +169,7 @@ def test_resumed_is_uninterrupted(source, seed):
 @pytest.mark.parametrize('seed', [None, 7])
 @pytest.mark.parametrize('process_count', [2, 4])
 def test_processes_together_have_the_whole_batch(source, seed, process_count):
-  parts = [
-      list(
-          sources.batches(
-              source,
-              8,
-              seed=seed,
-              process_index=i,
-              process_count=process_count,
-          )
-      )
-      for i in range(process_count)
-  ]
-  joined = [
-      {name: np.concatenate([b[name] for b in group]) for name in group[0]}
-      for group in zip(*parts, strict=True)
-  ]
+  joined = _of_all_processes(source, 8, process_count, seed=seed)
   _assert_equal(list(sources.batches(source, 8, seed=seed)), joined)
 
 
@@ -285,16 +274,7 @@ def _walk(num_workers, num_processes, **options):
 
   source = sources.Examples(np.arange(2 * NUM), drawn, num_workers=num_workers)
   source = sources.subset(source, np.arange(0, 2 * NUM, 2))
-  parts = [
-      sources.batches(
-          source, 4, process_index=i, process_count=num_processes, **options
-      )
-      for i in range(num_processes)
-  ]
-  return [
-      {name: np.concatenate([b[name] for b in group]) for name in group[0]}
-      for group in zip(*parts, strict=True)
-  ]
+  return _of_all_processes(source, 4, num_processes, **options)
 
 
 @pytest.mark.parametrize('num_workers, num_processes', [(1, 1), (2, 1), (1, 2)])
@@ -609,19 +589,7 @@ def test_stream_is_shuffled_by_seed_and_epoch(stream):
 def test_stream_resumes_and_divides(stream, seed):
   whole = list(sources.batches(stream, 4, seed=seed))
   _assert_equal(whole[3:], list(sources.batches(stream, 4, seed=seed, start=3)))
-  parts = [
-      list(
-          sources.batches(
-              stream, 4, seed=seed, process_index=i, process_count=2
-          )
-      )
-      for i in range(2)
-  ]
-  joined = [
-      {name: np.concatenate([a[name], b[name]]) for name in a}
-      for a, b in zip(*parts, strict=True)
-  ]
-  _assert_equal(whole, joined)
+  _assert_equal(whole, _of_all_processes(stream, 4, 2, seed=seed))
 
 
 def test_rows_of_a_stream(stream):

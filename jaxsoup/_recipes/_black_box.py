@@ -241,30 +241,27 @@ class _Trials:
 
   def scored(self, alphas: np.ndarray) -> list[float]:
     """The scores of a round; of fewer, if the budget ends, but at least one."""
+    scores: list[float] = []
     try:
-      return self._scored(alphas)
+      for i, alpha in enumerate(alphas):
+        if self.made and not self.has_budget():
+          break
+        left = self._num_most - len(self._evaluations.scores)
+        num_ahead = int(min(self._evaluations.calls.num_ahead, left))
+        for ahead in alphas[i : i + num_ahead]:
+          self._evaluations.announce(*self._space.named(ahead))
+        candidate, _, who = self._space.named(alpha)
+        score = self._evaluations.score(candidate, alpha, who)
+        assert not isinstance(score, AtMost)  # Without a bar.
+        metrics = self._evaluations.metrics.get(candidate, {})
+        scores.append(score)
+        self.made.append(AlphaTrial(self._space.nested(alpha), score, metrics))
+        self.alphas.append(alpha)
+        if score > self.made[self.best].score:
+          self.best = len(self.made) - 1
+        self._on_trial(self.made[-1])
     finally:
       self._evaluations.drop()
-
-  def _scored(self, alphas: np.ndarray) -> list[float]:
-    scores: list[float] = []
-    for i, alpha in enumerate(alphas):
-      if self.made and not self.has_budget():
-        break
-      left = self._num_most - len(self._evaluations.scores)
-      num_ahead = int(min(self._evaluations.num_ahead, left))
-      for ahead in alphas[i : i + num_ahead]:
-        self._evaluations.announce(*self._space.named(ahead))
-      candidate, _, who = self._space.named(alpha)
-      score = self._evaluations.score(candidate, alpha, who)
-      assert not isinstance(score, AtMost)  # Without a bar.
-      metrics = self._evaluations.metrics.get(candidate, {})
-      scores.append(score)
-      self.made.append(AlphaTrial(self._space.nested(alpha), score, metrics))
-      self.alphas.append(alpha)
-      if score > self.made[self.best].score:
-        self.best = len(self.made) - 1
-      self._on_trial(self.made[-1])
     return scores
 
 

@@ -130,7 +130,7 @@ class Evaluations:
   Attributes:
     scores: of every candidate that was asked for, and is exact.
     metrics: the same, where `eval_fn` returns several numbers.
-    num_ahead: how many candidates to announce.
+    calls: of `eval_fn`, here or on workers.
   """
 
   def __init__(
@@ -152,37 +152,18 @@ class Evaluations:
     )
     self._objective = objective
     self._log: Scores = {} if log is None else log
-    self._calls = None
-    self.num_ahead = 0
-    if executor is not None:
-      self._calls = _workers.Calls(
-          executor, self._evaluation, num_ahead, on_wait
-      )
-      self.num_ahead = self._calls.num_ahead
+    self.calls = _workers.Calls(executor, self._evaluation, num_ahead, on_wait)
 
   def score(
-      self,
-      candidate: Candidate,
-      recipe: Any,
-      who: str,
-      bar: float = -np.inf,
+      self, candidate: Candidate, recipe: Any, who: str, bar: float = -np.inf
   ) -> float | AtMost:
     """A candidate's score; it is made only if the log does not tell.
 
-    Exact if it reaches the bar, else maybe an `AtMost`.
-
-    Args:
-      candidate: its name in the log.
-      recipe: what `params_fn` makes it from.
-      who: its name in messages.
-      bar: the score to reach.
+    Exact if it reaches the bar, else maybe an `AtMost`. `candidate` is its name
+    in the log, `who` that in messages; `params_fn` makes it from the recipe.
     """
     if self.is_open(candidate, bar):
-      self._log[candidate] = (
-          self._calls.value(candidate, recipe, who, bar)
-          if self._calls
-          else self._evaluation(recipe, who, bar)
-      )
+      self._log[candidate] = self.calls.value(candidate, recipe, who, bar)
     score = _valid(self._log[candidate], 'the score log holds', who)
     if isinstance(score, Mapping):
       self.metrics[candidate] = dict(score)
@@ -201,19 +182,13 @@ class Evaluations:
       self, candidate: Candidate, recipe: Any, who: str, bar: float = -np.inf
   ) -> None:
     """Has a worker evaluate what is likely to be asked for next."""
-    if self._calls and self.is_open(candidate, bar):
-      self._calls.begin(candidate, recipe, who, bar)
+    if self.is_open(candidate, bar):
+      self.calls.begin(candidate, recipe, who, bar)
 
   def drop(self) -> None:
     """Takes all announcements back."""
-    if self._calls:
-      self._calls.drop()
-      self._remember_late()
-
-  @property
-  def num_stale(self) -> int:
-    """How many evaluations were announced, made, and not asked for."""
-    return self._calls.num_stale if self._calls else 0
+    self.calls.drop()
+    self._remember_late()
 
   def is_open(self, candidate: Candidate, bar: float = -np.inf) -> bool:
     """Whether it is unknown if it reaches the bar: of -inf, its score."""
@@ -223,7 +198,7 @@ class Evaluations:
     return self._evaluation.reaches(score, bar)
 
   def _remember_late(self) -> None:
-    for candidate, score in self._calls.late() if self._calls else ():
+    for candidate, score in self.calls.late():
       if self._log.get(candidate) is None:
         self._log[candidate] = score
 
@@ -365,8 +340,8 @@ class Search:
     singles = range(len(self._checked))
     unknown = [k for k in singles if self._evaluations.is_open((k,))]
     with contextlib.closing(self._in_turn(unknown, 1)) as turns:
-      for k, then in turns:
-        self._score(((k, 1),), then)
+      for k in turns:
+        self._score(((k, 1),))
     for k in singles:
       self._score(((k, 1),))
     return [self._evaluations.scores[k,] for k in singles]
@@ -397,8 +372,8 @@ class Search:
           k for k in order if with_replacement or (k in before) == (sign < 0)
       ]
       with contextlib.closing(self._in_turn(to_try, sign)) as turns:
-        for k, then in turns:
-          self._try(k, sign, then)
+        for k in turns:
+          self._try(k, sign)
           if len(self.accepted) == limit:
             break
       if self.accepted == before:
@@ -417,28 +392,28 @@ class Search:
         strict=self._strict,
         duplicates=self._checked.duplicates(),
         metrics=dict(sorted(self._evaluations.metrics.items())),
-        stale=self._evaluations.num_stale,
+        stale=self._evaluations.calls.num_stale,
     )
     return Soup(params, alpha_of(self.accepted, len(self._checked)), info)
 
-  def _in_turn(
-      self, to_try: Sequence[int], sign: int
-  ) -> Generator[tuple[int, int | None]]:
-    """Each with the next one; workers have begun with those that follow."""
+  def _in_turn(self, to_try: Sequence[int], sign: int) -> Generator[int]:
+    """Each of these; workers have begun with those that follow."""
     try:
       for i, k in enumerate(to_try):
-        for ahead in to_try[i : i + self._evaluations.num_ahead]:
+        self._means.then = next(iter(to_try[i + 1 :]), None)
+        for ahead in to_try[i : i + self._evaluations.calls.num_ahead]:
           self._evaluations.announce(
               *self._named((*self._steps, (ahead, sign))), self.score
           )
-        yield k, next(iter(to_try[i + 1 :]), None)
+        yield k
     finally:
+      self._means.then = None
       self._evaluations.drop()
 
-  def _try(self, k: int, sign: int, then: int | None) -> None:
-    """Changes the soup by ingredient k; `then` is likely to be tried next."""
+  def _try(self, k: int, sign: int) -> None:
+    """Changes the soup by ingredient k, if that is better."""
     steps = (*self._steps, (k, sign))
-    score, is_kept = self._score(steps, then), False
+    score, is_kept = self._score(steps), False
     if not isinstance(score, AtMost) and self._evaluations.reaches(
         score, self.score
     ):
@@ -448,8 +423,7 @@ class Search:
     self._trials.append(Trial(k, members, score, is_kept))
     self._on_trial(self._trials[-1])
 
-  def _score(self, steps: Steps, then: int | None = None) -> float | AtMost:
-    self._means.then = then
+  def _score(self, steps: Steps) -> float | AtMost:
     return self._evaluations.score(*self._named(steps), self.score)
 
   def _named(self, steps: Steps) -> tuple[Members, Steps, str]:

@@ -135,7 +135,8 @@ class Ingredients(Sequence[Params]):
     self._align_tokens = align_tokens
     self._opened: dict[int, _checkpoint.Checkpoint] = {}
     self._checkpoints: dict[int, _checkpoint.Checkpoint] = {}
-    self._pending: tuple[int, futures.Future[Params]] | None = None
+    # At most one.
+    self._pending: dict[int, futures.Future[Params]] = {}
     self._reader = _new_reader()
 
   def __len__(self) -> int:
@@ -145,35 +146,26 @@ class Ingredients(Sequence[Params]):
     if isinstance(k, slice):
       return [self[i] for i in range(len(self))[k]]
     k = range(len(self))[k]
-    if self._pending is not None and self._pending[0] == k:
-      future = self._pending[1]
-    else:
-      future = self._reader.submit(self._read, k)
-    self._pending = None
-    return future.result()
+    self.prefetch(k)
+    return self._pending.pop(k).result()
 
   def __iter__(self):
-    for k in range(len(self)):
-      params = self[k]
-      if k + 1 < len(self):
-        self.prefetch(k + 1)
-      yield params
+    return (params for _, params in _checked.in_order(self, range(len(self))))
 
   def __copy__(self) -> 'Ingredients':
     """The same, for another thread."""
     other = object.__new__(type(self))
-    own: dict[str, Any] = {'_pending': None, '_opened': {}, '_checkpoints': {}}
+    own: dict[str, Any] = {'_pending': {}, '_opened': {}, '_checkpoints': {}}
     vars(other).update({**vars(self), **own, '_reader': _new_reader()})
     vars(other).pop('_common', None)
     return other
 
   def __getstate__(self) -> dict[str, Any]:
     """Paths and options, but no shardings: devices are those of a process."""
-    state = vars(copy.copy(self))
+    state = vars(self.unsharded())
     del state['_reader']
     if (flat := state['_abstract']) is not None:
-      shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-      state['_abstract'] = flat.replace(map(shape, flat.leaves))
+      state['_abstract'] = flat.replace(flat.leaves)
     return state
 
   def __setstate__(self, state: dict[str, Any]) -> None:
@@ -183,8 +175,8 @@ class Ingredients(Sequence[Params]):
 
   def prefetch(self, k: int) -> None:
     """Starts reading ingredient k, which `self[k]` will return."""
-    if self._pending is None or self._pending[0] != k:
-      self._pending = k, self._reader.submit(self._read, k)
+    if k not in self._pending:
+      self._pending = {k: self._reader.submit(self._read, k)}
 
   def metadata(self, k: int) -> _source.Metadata:
     """Shapes, dtypes and stored metadata of ingredient k; reads no array."""
@@ -376,12 +368,11 @@ class Ingredients(Sequence[Params]):
 
   def unsharded(self) -> 'Ingredients':
     """The same, for one process alone."""
-    alone = self.of(self.paths)
-    alone._given = self._given
-    if self._abstract is not None:  # Else extra leaves of others mismatch.
+    alone = copy.copy(self)
+    if (flat := self._abstract) is not None:
+      # Or extra leaves of others would not match.
       shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-      leaves = list(map(shape, self._abstract.leaves))
-      alone._abstract = self._abstract._replace(leaves=leaves)
+      alone._abstract = flat._replace(leaves=list(map(shape, flat.leaves)))
     return alone
 
   def look_for_stop(self) -> None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 import contextlib
+import functools
 import os
 import pathlib
 import re
 from typing import Annotated
 from typing import Any
-from typing import NoReturn
 import warnings
 
 import typer
@@ -44,6 +44,10 @@ def local_path(text: str | pathlib.Path) -> pathlib.Path:
   return pathlib.Path(text)
 
 
+path_argument = functools.partial(typer.Argument, parser=local_path)
+path_option = functools.partial(typer.Option, parser=local_path)
+
+
 def checkpoint(text: str | pathlib.Path) -> Any:
   """A path of this machine, or of a bucket, from which it is read."""
   if not str(text).startswith(_files.BUCKETS):
@@ -62,7 +66,6 @@ Runs = Annotated[
         parser=checkpoint,
         help='Checkpoints or run directories, also in buckets (gs://); or '
         'models on the Hugging Face hub (ORG/NAME, ORG/NAME@REVISION).',
-        show_default=False,
     ),
 ]
 
@@ -72,12 +75,14 @@ def failures() -> Iterator[None]:
   """Turns errors that a user can fix into one line and an exit code."""
   try:
     with warnings.catch_warnings():
-      warnings.showwarning = _show_warning
+      show: Any = lambda said, *_, **__: echo(f'Warning: {said}', err=True)
+      warnings.showwarning = show
       yield
   except typer.Exit:
     raise
   except Exception as e:
-    _fail(user_code.message(e), code=getattr(e, 'exit_code', 1))
+    echo(f'Error: {user_code.message(e)}', err=True)
+    raise typer.Exit(getattr(e, 'exit_code', 1)) from e
 
 
 @contextlib.contextmanager
@@ -100,12 +105,3 @@ def echo(text: object, err: bool = False) -> None:
   typer.echo(
       re.sub(r'[^\n\t\x20-\x7e\xa0-\U0010ffff]', shown, str(text)), err=err
   )
-
-
-def _show_warning(message, *_, **__) -> None:
-  echo(f'Warning: {message}', err=True)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-  echo(f'Error: {message}', err=True)
-  raise typer.Exit(code)

@@ -28,14 +28,11 @@ def cook(
   """Makes a soup, saves it with its provenance, and shows it.
 
   Args:
-    order: the ingredients, and where the soup goes.
     recipe: its name in Python.
-    recipe_fn: `ingredients -> Soup`; None for an average, which is computed
-      from file to file where possible.
-    alpha: of an average; None for the mean.
-    seed: of the recipe, for the provenance.
+    recipe_fn: `ingredients -> Soup`; None for an average by `alpha` (None: the
+      mean), which is computed from file to file where possible.
     saved: what a SIGTERM leaves.
-    details: more of the recipe, for the provenance.
+    details: like `seed`, for the provenance; a recipe may still add to it.
     num_hosts: only tell what an average takes on so many.
   """
   with _common.failures():
@@ -81,7 +78,6 @@ def cook(
         mesh = loop.all_devices()
         shapes = sharding.fsdp(ingredients.abstract_params, mesh)
         ingredients = stopping.Ingredients(ingredients.paths, shapes, **options)
-      # The same dict, to which a recipe may still add.
       metadata = {} if details is None else details
       metadata |= {'recipe': recipe, 'seed': seed}
       soup = _make_and_save(order, ingredients, recipe_fn, alpha, metadata)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from concurrent import futures
 import contextlib
 import enum
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -161,7 +162,9 @@ class Order(NamedTuple):
   as_json: _common.Json = False
 
 
-_OF_COMMANDS = 'Scores of a command'
+_of_command = functools.partial(
+    typer.Option, rich_help_panel='Scores of a command'
+)
 _OBJECTIVE = 'NAME[=WEIGHT],...'
 
 
@@ -175,13 +178,11 @@ class Scored(NamedTuple):
           metavar='MODULE:FUNCTION',
           help='FUNCTION(params) returns the score on held-out data, higher is '
           'better, or a dict of several. params are nested dicts.',
-          show_default=False,
       ),
   ] = None
   scores: Annotated[
       pathlib.Path | None,
-      typer.Option(
-          parser=_common.local_path,
+      _common.path_option(
           help='File of scores, from which a repeated command resumes.',
       ),
   ] = None
@@ -192,7 +193,6 @@ class Scored(NamedTuple):
           parser=_objective,
           help='Of several scores: the one that counts, a weighted sum, or the '
           'worst of all.',
-          show_default=False,
       ),
   ] = None
   workers: Annotated[
@@ -205,73 +205,55 @@ class Scored(NamedTuple):
   ] = 1
   command: Annotated[
       str | None,
-      typer.Option(
+      _of_command(
           '--score-command',
           metavar='COMMAND',
           help="In place of --eval: such as 'python my_eval.py {path}', with "
           'the path of a candidate, stored as the runs are. The last line that '
           'it prints is the score: a number, or a JSON object of several.',
-          rich_help_panel=_OF_COMMANDS,
-          show_default=False,
       ),
   ] = None
   score_file: Annotated[
       str | None,
-      typer.Option(
+      _of_command(
           metavar='{path}...',
           help='JSON file that the command writes, in place of its output; or '
           "a pattern such as '{path}-out/*.json'.",
-          rich_help_panel=_OF_COMMANDS,
-          show_default=False,
       ),
   ] = None
   score_key: Annotated[
       str,
-      typer.Option(
+      _of_command(
           metavar='NAME/NAME',
           help='Where in the JSON object the score is, or the scores are.',
-          rich_help_panel=_OF_COMMANDS,
-          show_default=False,
       ),
   ] = ''
   timeout: Annotated[
       float | None,
-      typer.Option(
+      _of_command(
           '--score-timeout',
           metavar='SECONDS',
           min=0,
           help='Time limit of the command. Default: none.',
-          rich_help_panel=_OF_COMMANDS,
-          show_default=False,
       ),
   ] = None
   retries: Annotated[
       int,
-      typer.Option(
+      _of_command(
           '--score-retries',
           min=0,
           help='How often a command that fails is run again.',
-          rich_help_panel=_OF_COMMANDS,
       ),
   ] = 0
   scratch: Annotated[
       pathlib.Path | None,
-      typer.Option(
+      _of_command(
           metavar='DIR',
           parser=_common.local_path,
           help='Directory for candidates. Default: /dev/shm if two fit there, '
           'else the temporary directory.',
-          rich_help_panel=_OF_COMMANDS,
-          show_default=False,
       ),
   ] = None
-
-  def check(self) -> None:
-    """Raises unless there is one source of scores."""
-    if (self.eval_name is None) == (self.command is None):
-      raise typer.BadParameter(
-          'give one of the two.', param_hint='--eval or --score-command'
-      )
 
   @contextlib.contextmanager
   def arguments(self, ingredients: Any) -> Iterator[dict[str, Any]]:
@@ -333,7 +315,6 @@ Plan = Annotated[
         min=1,
         help='Print what this would read, write and hold with one process on '
         'each of HOSTS hosts, and how long it would take. Makes no soup.',
-        show_default=False,
     ),
 ]
 Strict = Annotated[
@@ -347,7 +328,6 @@ Stacks = Annotated[
         parser=_stacks,
         help='Module whose arrays hold all layers along an axis (default 0), '
         'such as params/decoder/layers: each layer counts as one. Repeatable.',
-        show_default=False,
     ),
 ]
 Steps = Annotated[
@@ -356,7 +336,6 @@ Steps = Annotated[
         metavar='START:STOP[:EVERY]',
         parser=_step_range,
         help='Steps that count, both ends included. Default: all.',
-        show_default=False,
     ),
 ]
 Last = Annotated[
@@ -364,19 +343,9 @@ Last = Annotated[
     typer.Option(
         min=1,
         help='Only the last so many of them. Repeatable with --eval.',
-        show_default=False,
     ),
 ]
-Curve = enum.StrEnum(
-    'Curve',
-    {
-        'mean': 'mean',
-        '1-sqrt': '1-sqrt',
-        'linear': 'linear',
-        'cosine': 'cosine',
-        'exponential': 'exponential',
-    },
-)
+Curve = enum.StrEnum('Curve', 'mean 1-sqrt linear cosine exponential')
 Curves = Annotated[
     list[Curve],
     typer.Option(
@@ -387,9 +356,7 @@ Curves = Annotated[
 ]
 Best = Annotated[
     int | None,
-    typer.Option(
-        min=1, help='Only so many with the best --metric.', show_default=False
-    ),
+    typer.Option(min=1, help='Only so many with the best --metric.'),
 ]
 Metric = Annotated[
     str | None,
@@ -398,7 +365,6 @@ Metric = Annotated[
         help='A metric that the CheckpointManager of the run has stored, or a '
         'FILE (JSON lines, CSV, trainer_state.json). Higher is better, unless '
         ':min.',
-        show_default=False,
     ),
 ]
 EvalOrNot = Annotated[
@@ -408,7 +374,6 @@ EvalOrNot = Annotated[
         metavar='MODULE:FUNCTION',
         help='FUNCTION(params) returns a score, higher is better: the best of '
         'the last step and all --last and --decay is saved.',
-        show_default=False,
     ),
 ]
 # Of each run; a list of floats when it is parsed.
@@ -431,6 +396,5 @@ ValObjective = Annotated[
         parser=_objective,
         help='The same for a second split of the held-out data: the candidate '
         'that is best there is returned, of those that were the best so far.',
-        show_default=False,
     ),
 ]

@@ -12,20 +12,14 @@ from jaxsoup.commands import _common
 def compare(
     a: Annotated[
         pathlib.Path,
-        typer.Argument(
-            parser=_common.local_path,
+        _common.path_argument(
             help='Workdir of an experiment, also of several seeds, or its '
             'results.json.',
-            show_default=False,
         ),
     ],
     b: Annotated[
         pathlib.Path,
-        typer.Argument(
-            parser=_common.local_path,
-            help='That of the other experiment.',
-            show_default=False,
-        ),
+        _common.path_argument(help='That of the other experiment.'),
     ],
     each_shift: Annotated[
         bool,

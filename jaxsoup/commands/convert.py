@@ -12,20 +12,14 @@ from jaxsoup.commands import _common
 def convert(
     source: Annotated[
         pathlib.Path,
-        typer.Argument(
-            parser=_common.local_path,
+        _common.path_argument(
             help='Hugging Face directory, .safetensors, .npz or torch file, or '
             'Orbax checkpoint.',
-            show_default=False,
         ),
     ],
     out: Annotated[
         pathlib.Path,
-        typer.Argument(
-            parser=_common.local_path,
-            help='New file or directory.',
-            show_default=False,
-        ),
+        _common.path_argument(help='New file or directory.'),
     ],
     to: Annotated[
         str | None,
@@ -46,8 +40,7 @@ def convert(
     ] = None,
     like: Annotated[
         pathlib.Path | None,
-        typer.Option(
-            parser=_common.local_path,
+        _common.path_option(
             help='File or directory of the same model with the wanted names; '
             'SOURCE then has the names of jaxsoup, as soups do, and may have '
             'another head.',
@@ -65,8 +58,7 @@ def convert(
     ] = None,
     labels: Annotated[
         pathlib.Path | None,
-        typer.Option(
-            parser=_common.local_path,
+        _common.path_option(
             help='Text file with the name of each class of the head, one a '
             'line, for config.json. Default: those of --like.',
         ),

@@ -12,10 +12,7 @@ from jaxsoup.commands import _common
 def demo(
     workdir: Annotated[
         pathlib.Path,
-        typer.Option(
-            parser=_common.local_path,
-            help='Directory for runs, soups and tables.',
-        ),
+        _common.path_option(help='Directory for runs, soups and tables.'),
     ] = pathlib.Path('runs/demo'),
     seeds: Annotated[
         int, typer.Option(min=1, help='Number of seeds, one sweep each.')

@@ -70,9 +70,8 @@ def plan(
     ] = 0.4,
     json_file: Annotated[
         pathlib.Path | None,
-        typer.Option(
+        _common.path_option(
             '--json',
-            parser=_common.local_path,
             help='Also write the plan to this file, as JSON.',
         ),
     ] = None,

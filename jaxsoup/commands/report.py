@@ -14,21 +14,17 @@ from jaxsoup.commands import _common
 def report(
     source: Annotated[
         pathlib.Path,
-        typer.Argument(
-            parser=_common.local_path,
+        _common.path_argument(
             help='Workdir of an experiment, file of scores with one row per '
             'model (.jsonl, .json or .csv), or file of --scores of a search.',
-            show_default=False,
         ),
     ],
     out: Annotated[
         pathlib.Path | None,
-        typer.Option(
-            parser=_common.local_path,
+        _common.path_option(
             help='HTML file; figures and numbers go into the directory of the '
             'same name without .html. Default: WORKDIR/report.html, or the '
             'file of scores with the ending .html.',
-            show_default=False,
         ),
     ] = None,
     held_out: Annotated[
@@ -60,7 +56,6 @@ def report(
             metavar='NAME',
             help='File of --scores: a score that is compared. Repeatable. '
             'Default: all.',
-            show_default=False,
         ),
     ] = None,
     as_json: _common.Json = False,

@@ -55,10 +55,9 @@ Asked = dict[str, Any]
 def _command(function: Callable[..., Asked]) -> None:
   """A command with the options of a recipe, and of `_options.Order`.
 
-  Args:
-    function: of its own options, and of groups of options, such as the order,
-      if it asks for them; returns further arguments of `_cook.cook`, and
-      perhaps another order.
+  The function takes its own options, and groups of options, such as the order,
+  if it asks for them; it returns further arguments of `_cook.cook`, and perhaps
+  another order.
   """
   own = inspect.signature(function).parameters
   fields = lambda group: list(inspect.signature(group).parameters.values())
@@ -224,19 +223,11 @@ def search(
     scored: _options.Scored,
     evaluations: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help='How many candidates are scored.',
-            show_default=False,
-        ),
+        typer.Option(min=1, help='How many candidates are scored.'),
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            help='No candidate is begun later than this.',
-            show_default=False,
-        ),
+        typer.Option(min=0, help='No candidate is begun later than this.'),
     ] = None,
     method: Annotated[
         _options.Method,
@@ -277,7 +268,6 @@ def search(
         typer.Option(
             min=0,
             help='Stop after so many rounds without a better --val-objective.',
-            show_default=False,
         ),
     ] = None,
     stacks: _options.Stacks = (),  # type: ignore[assignment]
@@ -303,14 +293,13 @@ def search(
         'random': black_box.random_search,
         'coordinates': black_box.coordinate_search,
     }
-    spaces = {'simplex': jaxsoup.simplex, 'hyperplane': jaxsoup.hyperplane}
     return jaxsoup.search(
         ingredients,
         num_evaluations=evaluations,
         minutes=minutes,
         method=methods[method],
         start=alpha,
-        alpha_fn=spaces[space],
+        alpha_fn=getattr(jaxsoup, space),
         group_fn=lambda path: path[:depth],
         stacks=dict(stacks),
         key=jax.random.key(seed),
@@ -327,7 +316,9 @@ def search(
 
 def _searched(recipe_fn: Callable[..., Any], scored: _options.Scored) -> Asked:
   """A recipe that scores candidates, and what a SIGTERM leaves of it."""
-  scored.check()
+  if (scored.eval_name is None) == (scored.command is None):
+    hint = '--eval or --score-command'
+    raise typer.BadParameter('give one of the two.', param_hint=hint)
   saved = f'{_cook.NOTHING_SAVED} (--scores FILE keeps the scores)'
   if scored.scores is not None:
     saved = f'{scored.scores} holds the scores so far'

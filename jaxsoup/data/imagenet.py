@@ -331,9 +331,11 @@ def _train(
 ) -> tuple[Any, Any, dict[str, Any]]:
   """Training set, held-out set and its rule."""
   label_fn = functools.partial(_label, shift=Shift('imagenet2012', 'train'))
-  options = {**options, 'label_fn': label_fn}
   held_out_fn = functools.partial(_example, spec, label_fn)
   train_fn = functools.partial(held_out_fn, min_area=min_area)
+  read = lambda split, fn: tfds.source(
+      'imagenet2012', split, fn, label_fn=label_fn, **options
+  )
   both: list[Any]
   if folder is not None:
     num_workers = options['num_workers']
@@ -344,12 +346,10 @@ def _train(
     )
     both, labels = [files, again], files.labels
   elif labels is None:
-    return _consecutive(train_fn, held_out_fn, share, seed, options)
+    rest, rule = _consecutive(share, seed)
+    return read(rest, train_fn), read(rule['split'], held_out_fn), rule
   else:
-    both = [
-        tfds.source('imagenet2012', 'train', fn, **options)
-        for fn in (train_fn, held_out_fn)
-    ]
+    both = [read('train', fn) for fn in (train_fn, held_out_fn)]
   if len(labels) != len(both[0]):
     raise ValueError(
         f'There are {len(labels)} labels for {len(both[0])} training images: '
@@ -363,17 +363,11 @@ def _train(
   )
 
 
-def _consecutive(
-    train_fn: sources.ExampleFn,
-    held_out_fn: sources.ExampleFn,
-    share: float,
-    seed: int,
-    options: dict[str, Any],
-) -> tuple[Any, Any, dict[str, Any]]:
+def _consecutive(share: float, seed: int) -> tuple[str, dict[str, Any]]:
+  """What stays of the training set, and the rule of what is held out."""
   count = round(share * NUM_TRAIN)
   # TFDS rejects empty slices: something is left on either side.
   first = int(np.random.default_rng(seed).integers(1, NUM_TRAIN - count))
-  chosen = f'train[{first}:{first + count}]'
   rest = f'train[:{first}]+train[{first + count}:]'
   rule = {
       'rule': 'consecutive records',
@@ -381,13 +375,9 @@ def _consecutive(
       'seed': seed,
       'count': count,
       'total': NUM_TRAIN,
-      'split': chosen,
+      'split': f'train[{first}:{first + count}]',
   }
-  return (
-      tfds.source('imagenet2012', rest, train_fn, **options),
-      tfds.source('imagenet2012', chosen, held_out_fn, **options),
-      rule,
-  )
+  return rest, rule
 
 
 def _shift(

@@ -418,7 +418,14 @@ def batches(
   own = slice(process_index * num_own, (process_index + 1) * num_own)
   if hasattr(source, 'batches'):
     return source.batches(batch_size, own, seed, epoch, start)
-  steps = _Steps(source, batch_size, own, seed, epoch, start)
+  num = len(source)
+  if seed is None:
+    order = np.arange(-(-num // batch_size) * batch_size)
+  else:
+    source = _drawn(source, seed, epoch)
+    order = shuffled(num, seed, epoch)[: num // batch_size * batch_size]
+  rows = order.reshape(-1, batch_size)[start:, own]
+  steps = _Steps(source, rows, is_masked=seed is None)
   if hasattr(source, 'arrays') or not len(steps):
     return (steps[step] for step in range(len(steps)))
   return _read_ahead(steps, getattr(source, 'num_workers', 0))
@@ -429,35 +436,21 @@ def shuffled(num: int, seed: int, epoch: int) -> np.ndarray:
   return np.random.default_rng([*b'shuffle', seed, epoch]).permutation(num)
 
 
+@dataclasses.dataclass
 class _Steps:
   """The batches of a walk by number: the rows of one process, one stacking."""
 
-  def __init__(
-      self,
-      source: Any,
-      batch_size: int,
-      own: slice,
-      seed: int | None,
-      epoch: int,
-      start: int,
-  ):
-    num = len(source)
-    self._source, self._num, self._is_masked = source, num, seed is None
-    if seed is None:
-      order = np.arange(-(-num // batch_size) * batch_size)
-    else:
-      self._source = _drawn(source, seed, epoch)
-      order = shuffled(num, seed, epoch)
-      order = order[: num // batch_size * batch_size]
-    self._rows = order.reshape(-1, batch_size)[start:, own]
+  source: Any
+  rows: np.ndarray
+  is_masked: bool
 
   def __len__(self) -> int:
-    return len(self._rows)
+    return len(self.rows)
 
   def __getitem__(self, step: int) -> Batch:
-    rows = self._rows[step]
-    batch = self._source[rows.clip(max=self._num - 1)]
-    return {**batch, 'mask': rows < self._num} if self._is_masked else batch
+    rows, num = self.rows[step], len(self.source)
+    batch = self.source[rows.clip(max=num - 1)]
+    return {**batch, 'mask': rows < num} if self.is_masked else batch
 
 
 def _read_ahead(steps: _Steps, num_workers: int) -> Iterator[Batch]:

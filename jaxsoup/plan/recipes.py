@@ -168,11 +168,11 @@ def of(
   num_hosts = programs.num_hosts(mesh)
   leaves = jax.tree.leaves(programs.abstract_params(model, mesh))
   narrow_bytes, host_reads, all_read = bytes_of_hosts(leaves)
-  model_bytes = sum(map(total_bytes, leaves))
+  model_bytes = sum(map(_tree.num_bytes, leaves))
   batches = programs.batches(config, mesh)
   evaluated = batches['evaluation']
   batch = programs.batch_of(model, evaluated).values()
-  example_bytes = sum(map(total_bytes, batch)) // evaluated.size
+  example_bytes = sum(map(_tree.num_bytes, batch)) // evaluated.size
   held_out = config.data.sizes.held_out
   is_kept = cook.are_kept(held_out * example_bytes, device_bytes)
   masked = programs.batch_of(model, evaluated, mask=bool).values()
@@ -424,11 +424,6 @@ def bytes_of_hosts(
       narrow[host] += len(parts) * size
       boxes[host] += math.prod(lengths) * x.dtype.itemsize
   return max(narrow.values()), max(boxes.values()), sum(boxes.values())
-
-
-def total_bytes(x: jax.ShapeDtypeStruct) -> int:
-  """Bytes of an array on all devices together."""
-  return x.size * x.dtype.itemsize
 
 
 # Fields that a plan reads, besides those of the model and the sweep.

@@ -60,8 +60,7 @@ def mcnemar(
   interval of `(n_a - n_b) / N` is the one that is compatible with this test.
 
   Args:
-    correct_a: whether the first is right, `[N]` bool.
-    correct_b: the same of the second.
+    correct_a, correct_b: whether each of the two is right, `[N]` bool.
     level: of the interval.
 
   Returns:
@@ -231,13 +230,7 @@ def compare(
   `paired_bootstrap`.
 
   Args:
-    a: as in `paired_bootstrap`.
-    b: as in `paired_bootstrap`.
-    label: as in `paired_bootstrap`.
-    metric: as in `paired_bootstrap`.
-    num_resamples: as in `paired_bootstrap`.
-    seed: as in `paired_bootstrap`.
-    level: of the interval.
+    a, b, label, metric, num_resamples, seed, level: as in `paired_bootstrap`.
 
   Returns:
     A `Comparison`.

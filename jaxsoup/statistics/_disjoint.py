@@ -240,16 +240,15 @@ def _row_hashes(data: Rows) -> Iterator[bytes]:
 
 def _in_chunks(data: Rows) -> Iterator[list[np.ndarray]]:
   """The inputs of a data set, sorted by name, some rows at a time."""
-  first = next(iter(data.values())) if isinstance(data, Mapping) else data
-  num = len(first)
+  if hasattr(data, 'shape'):
+    data = {'': data}
+  num = len(next(iter(data.values())) if isinstance(data, Mapping) else data)
   for start in range(0, num, _NUM_AT_ONCE):
-    rows = np.arange(start, min(start + _NUM_AT_ONCE, num))
+    end = min(start + _NUM_AT_ONCE, num)
     if isinstance(data, Mapping):
-      part = {name: x[rows[0] : rows[-1] + 1] for name, x in data.items()}
-    elif hasattr(data, 'shape'):
-      part = {'': data[rows[0] : rows[-1] + 1]}
+      part = {name: x[start:end] for name, x in data.items()}
     else:
-      part = data[rows]
+      part = data[np.arange(start, end)]
     names = sorted(part.keys() - set(_NOT_INPUTS))
     yield [np.asarray(jax.device_get(part[name])) for name in names]
 

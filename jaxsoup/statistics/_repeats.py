@@ -165,19 +165,14 @@ def _influence(metric: MetricFn | None, s: _comparisons.Set) -> np.ndarray:
   gain, num = s.differences, len(s.a)
   if gain.ndim:
     return (gain - gain.mean()) / num
+  gains_on = _comparisons.gain_fn(metric, s)
+  others = np.arange(num - 1, dtype=np.int32)
+  parts = np.array_split(np.arange(num), -(-num // 100))
+  # For each row all others.
   without = np.concatenate(
-      [
-          _comparisons.gain_fn(metric, s)(_all_but(rows, num))
-          for rows in np.array_split(np.arange(num), -(-num // 100))
-      ]
+      [gains_on(others + (others >= rows[:, None])) for rows in parts]
   )
   return (without.mean() - without) * (num - 1) / num
-
-
-def _all_but(rows: np.ndarray, num: int) -> np.ndarray:
-  """For each row the others, `[R, num - 1]`."""
-  others = np.arange(num - 1, dtype=np.int32)
-  return others + (others >= rows[:, None])
 
 
 def _ids_of(ids, s: _comparisons.Set) -> np.ndarray:

@@ -1,9 +1,8 @@
 """How stable the choice of a search is."""
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import MutableMapping
-from collections.abc import Sequence
+from typing import Any
 from typing import NamedTuple
 from typing import cast
 
@@ -89,14 +88,34 @@ def stability(
 
   Source: Meinshausen and Buehlmann 2010, "Stability selection".
   """
-  known = _Answers(values_fn, {} if answers is None else answers)
-  num = len(known[(0,)])
-  rng = np.random.default_rng(seed)
+  answers = {} if answers is None else answers
+  num_evaluated = 0
+
+  def values_of(members: Members) -> np.ndarray:
+    nonlocal num_evaluated
+    if members not in answers:
+      values = np.asarray(jax.device_get(values_fn(members)))
+      if values.ndim != 1 or not values.size:
+        raise ValueError(
+            f'values_fn returned shape {list(values.shape)} for {members}: '
+            'expected [N], one number per example.'
+        )
+      answers[members] = values
+      num_evaluated += 1
+    return answers[members]
+
   # Nothing is read but the numbers that stand for the ingredients.
   ingredients = list(np.arange(num_models, dtype=np.float32))
-  chosen = _choice(recipe, ingredients, known, np.ones(num, np.int64))
+
+  def choice(counts: np.ndarray) -> set[int]:
+    scores = _Scores(values_of, counts)
+    return set(recipe(ingredients, _never, scores=scores).info.accepted)
+
+  num = len(values_of((0,)))
+  rng = np.random.default_rng(seed)
+  chosen = choice(np.ones(num, np.int64))
   choices = [
-      _choice(recipe, ingredients, known, rng.multinomial(num, [1 / num] * num))
+      choice(rng.multinomial(num, [1 / num] * num))
       for _ in range(num_resamples)
   ]
   taken = np.array([[k in c for k in range(num_models)] for c in choices])
@@ -107,59 +126,29 @@ def stability(
           np.mean([len(c & chosen) / len(c | chosen) for c in choices])
       ),
       sizes=taken.sum(1),
-      num_evaluated=known.num_evaluated,
+      num_evaluated=num_evaluated,
   )
-
-
-def _choice(
-    recipe: Callable[..., Soup[SearchInfo]],
-    ingredients: Sequence[Params],
-    known: '_Answers',
-    counts: np.ndarray,
-) -> set[int]:
-  scores = _Scores(known, counts)
-  return set(recipe(ingredients, _never, scores=scores).info.accepted)
 
 
 def _never(params: Params) -> float:
   raise AssertionError('Every score is known.')
 
 
-class _Answers:
-  """Remembered answers of candidates, `[N]` each."""
-
-  def __init__(
-      self,
-      values_fn: Callable[[Members], ArrayLike],
-      answers: MutableMapping[Members, np.ndarray],
-  ):
-    self.num_evaluated = 0
-    self._values_fn = values_fn
-    self._answers = answers
-
-  def __getitem__(self, members: Members) -> np.ndarray:
-    if members not in self._answers:
-      values = np.asarray(jax.device_get(self._values_fn(members)))
-      if values.ndim != 1 or not values.size:
-        raise ValueError(
-            f'values_fn returned shape {list(values.shape)} for {members}: '
-            'expected [N], one number per example.'
-        )
-      self._answers[members] = values
-      self.num_evaluated += 1
-    return self._answers[members]
-
-
-class _Scores(MutableMapping[Candidate, Score]):
+class _Scores(dict[Candidate, Score]):
   """A score log that knows every candidate: the mean of resampled answers."""
 
-  def __init__(self, answers: _Answers, counts: np.ndarray):
-    self._answers = answers
-    self._counts = counts
+  def __init__(
+      self, values_of: Callable[[Members], np.ndarray], counts: np.ndarray
+  ):
+    super().__init__()
+    self._values_of, self._counts = values_of, counts
 
-  def __getitem__(self, candidate: Candidate) -> float:
+  def get(self, members: Candidate, default: Any = None) -> Any:
+    return self[members]
+
+  def __missing__(self, candidate: Candidate) -> float:
     members = cast(Members, candidate)
-    values = self._answers[members]
+    values = self._values_of(members)
     if values.shape != self._counts.shape:
       raise ValueError(
           f'values_fn returned {len(values)} numbers for {members}, and '
@@ -167,15 +156,3 @@ class _Scores(MutableMapping[Candidate, Score]):
       )
     # Sums of right answers are exact, so that ties stay ties.
     return float(self._counts @ values.astype(float) / self._counts.sum())
-
-  def __setitem__(self, members: Candidate, score: Score) -> None:
-    raise TypeError(f'The score of {members} follows from the answers.')
-
-  def __delitem__(self, members: Candidate) -> None:
-    raise TypeError(f'The score of {members} follows from the answers.')
-
-  def __iter__(self) -> Iterator[Candidate]:
-    return iter(())
-
-  def __len__(self) -> int:
-    return 0
