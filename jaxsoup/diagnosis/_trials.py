@@ -6,14 +6,12 @@ trials.chosen, trials.gain                  # members, Interval over best single
 ```
 """
 
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent import futures
 import copy
 import dataclasses
-import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -139,16 +137,12 @@ class Scorer:
     self.num_calls = 0
     self.recalibrates = evaluation.recalibrate_fn is not None
     self._evaluation = evaluation
-    self._answers: Callable[[Iterable[Members]], Iterator[Answer]]
-    self._answers = functools.partial(map, evaluation)
-    if executor is not None:
-      on_wait = getattr(evaluation.ingredients, 'look_for_stop', lambda: None)
-      calls = _workers.Calls(executor, evaluation, num_ahead, on_wait)
-      self._answers = calls.values
+    on_wait = getattr(evaluation.ingredients, 'look_for_stop', lambda: None)
+    self._calls = _workers.Calls(executor, evaluation, num_ahead, on_wait)
 
   def answers(self, averages: Iterable[Members]) -> Iterator[Answer]:
     """Of the averages of these members, one after another."""
-    for answer in self._answers(averages):
+    for answer in self._calls.values(averages):
       self.num_calls += 1
       yield answer
 
