@@ -33,7 +33,7 @@ def labels(case: Case) -> Iterator[Seen]:
 
 def batch_norm(case: Case) -> Iterator[Seen]:
   full, new = case.trials.full, case.trials.statistics
-  if new and new.is_above:
+  if new and case.trials.are_stale:
     text = f'Re-estimated statistics change the score of the soup by {new}.'
     yield Seen((), text, cost=new.value)
   elif new is None and full.is_below and case.has_statistics:
@@ -134,8 +134,7 @@ def _unexplained(case: Case) -> Iterator[Seen]:
   """A soup that is worse than the best model, and no member is to blame."""
   trials = case.trials
   is_explained = case.explained or trials.bad or trials.weak or trials.uneven
-  is_mended = trials.statistics and trials.statistics.is_above
-  if trials.full.is_below and not is_explained and not is_mended:
+  if trials.full.is_below and not is_explained and not trials.are_stale:
     text = (
         f'The soup is {trials.full} from the best model; it is {trials.fall} '
         'below the mean of its ingredients, and none has a barrier to the best.'

@@ -221,6 +221,7 @@ class Trials:
     labels: by ingredient, how many predictions agree as they are, and in
       another order of classes.
     statistics: re-estimated minus averaged statistics; None without.
+    are_stale: whether averaged ones bring the soup below its ingredients.
     barriers: [K, K], NaN where not measured.
     disagreement: [K, K], only if thorough.
   """
@@ -246,6 +247,7 @@ class Trials:
     self.soups: dict[Members, Answer] = {}
     self.full, self.fall = Interval(np.nan), Interval(np.nan)
     self.statistics: Interval | None = None
+    self.are_stale = False
     self._classes: dict[int, np.ndarray] = {}
 
   @property
@@ -380,6 +382,8 @@ class Trials:
       old = self.score.answer(self.chosen, has_own_statistics=False)
       new = self.soups[self.chosen]
       self.statistics = self.score.difference(new, old)
+      fall = self.score.fall([self.answers[k] for k in self.chosen], old)
+      self.are_stale = self.statistics.is_above and fall.is_above
 
   def optimism(self) -> float:
     """How much too high the best score is, as the same examples chose it.
