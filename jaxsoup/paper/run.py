@@ -149,15 +149,15 @@ def _verdicts(figures, shares: Mapping[str, float]) -> list[str]:
   lines += ['| | finding | number | |', '|---:|---|---:|---|']
   for number, rows in figures.items():
     seeds = list(_of_seeds(rows))
-    for criterion in criteria.CRITERIA.get(number, []):
+    for finding, value_fn in criteria.CRITERIA.get(number, {}).items():
       try:
-        values = [criterion.value_fn(x) for x in seeds]
+        values = [value_fn(x) for x in seeds]
       except LookupError:
         continue  # Of pools that this config does not have.
       gain = statistics.over_repeats(values, share=share)
       told = criteria.verdict(gain)
-      told += ', our criterion' if criterion.is_ours else ''
-      cells = (number, criterion.finding, _with_interval(gain), told)
+      told += ', our criterion' if number in criteria.OURS else ''
+      cells = (number, finding, _with_interval(gain), told)
       lines.append(f'| {" | ".join(map(str, cells))} |')
   return lines
 
