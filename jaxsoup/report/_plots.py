@@ -15,9 +15,9 @@ import numpy as np
 from jaxsoup._soup import AtMost
 from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Trial
-from jaxsoup.report._tables import Row
-from jaxsoup.report._tables import best_single
-from jaxsoup.report._tables import singles
+from jaxsoup.report._rows import Row
+from jaxsoup.report._rows import best_single
+from jaxsoup.report._rows import singles
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike

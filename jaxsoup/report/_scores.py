@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 from jaxsoup import _json
-from jaxsoup.report._tables import Row
+from jaxsoup.report._rows import Row
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike

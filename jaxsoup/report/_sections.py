@@ -20,13 +20,14 @@ import numpy as np
 from jaxsoup._soup import AtMost
 from jaxsoup._soup import SearchInfo
 from jaxsoup.report import _plots
+from jaxsoup.report import _rows
 from jaxsoup.report import _tables
 from jaxsoup.report._page import Part
 from jaxsoup.report._page import Picture
 from jaxsoup.report._page import Section
 from jaxsoup.report._page import Strong
 from jaxsoup.report._page import Table
-from jaxsoup.report._tables import Row
+from jaxsoup.report._rows import Row
 from jaxsoup.typing import Config
 from jaxsoup.typing import Nested
 
@@ -46,7 +47,7 @@ def table_section(
   `summary` the means and deviations of `mean_rows` over the splits, where the
   held-out set was drawn several times.
   """
-  shown, deviations = summary or (_tables.summary(rows), None)
+  shown, deviations = summary or (_rows.summary(rows), None)
   header, body = _tables.cells(shown, deviations, bold=Strong)
   legend = _tables.legend(shown, sets, bold='bold')
   if not any(row.gains for row in shown):
@@ -82,7 +83,7 @@ def _findings(shown: Sequence[Row]) -> list[str]:
 def _twice(rows: Sequence[Row]) -> list[str]:
   """Single models that are perhaps one, given more than once."""
   names: dict[tuple[float, ...], list[str]] = {}
-  for row in _tables.singles(rows):
+  for row in _rows.singles(rows):
     key = (row.held_out, row.test, *row.shifts.values())
     names.setdefault(key, []).append(row.name)
   return [
@@ -141,7 +142,7 @@ def scatter_sections(rows: Sequence[Row]) -> list[Section]:
   if not np.isfinite([row.mean_shift for row in rows]).any():
     return []
   fit = _plots.line_fit(rows)
-  singles = _tables.singles(rows)
+  singles = _rows.singles(rows)
   others = [row for row in rows if row.kind != 'single']
   alt = f'Scatter of the mean of shifts against test {rows[0].metric}. ' + (
       f'{len(singles)} single models: test {_range(r.test for r in singles)}, '

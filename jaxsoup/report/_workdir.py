@@ -20,13 +20,13 @@ from jaxsoup._soup import SearchInfo
 from jaxsoup.report import _candidates
 from jaxsoup.report import _landscape_sections
 from jaxsoup.report import _page
+from jaxsoup.report import _rows
 from jaxsoup.report import _scores
 from jaxsoup.report import _sections
-from jaxsoup.report import _tables
 from jaxsoup.report._page import Code
 from jaxsoup.report._page import Section
 from jaxsoup.report._page import Table
-from jaxsoup.report._tables import Row
+from jaxsoup.report._rows import Row
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
@@ -143,10 +143,10 @@ def read_workdir(workdir: PathLike) -> Contents:
     )
   try:
     results = {'config': {}, 'runs': [], **_json.read(path)}
-    rows = _tables.read_rows(path)
+    rows = _rows.read_rows(path)
     if not rows:
       raise ValueError('it has no rows')
-    summary = [_tables.rows_of(x) for x in results.get('summary', [])]
+    summary = [_rows.rows_of(x) for x in results.get('summary', [])]
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise ValueError(
         f'{path} is unreadable: {e}. Run the command of the experiment again, '
@@ -332,7 +332,7 @@ def _intro(rows: Sequence[Row]) -> str:
       for kind, name in names.items()
   ]
   text = ', '.join(f'{n} {name}{"s" * (n != 1)}' for n, name in counts if n)
-  best = _tables.best_single(rows)
+  best = _rows.best_single(rows)
   if best is None:
     return f'{text}.'
   return (
