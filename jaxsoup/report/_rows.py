@@ -226,25 +226,20 @@ def mean_rows(
   names = [row.name for row in tables[0]] if tables else []
   bests = [rows[names.index(_BEST)] for rows in tables if _BEST in names]
   means, deviations = [], []
-  for rows in zip(*tables):
-    columns = {
-        field: np.array([getattr(row, field) for row in rows])
-        for field in ('held_out', 'test', 'nll', 'ece', 'cost')
-    }
-    shifts = {
-        name: np.array([row.shifts[name] for row in rows])
-        for name in rows[0].shifts
-    }
-    # The deviation of the mean of the shifts is what the column shows.
-    per_table = np.array([row.mean_shift for row in rows])
-    mean = _aggregate(rows[0], columns, shifts, np.mean)
-    if len(rows) > 1 and rows[0].kind != 'single':
-      gains = _crossed(rows[0].name, answers) or _over_tables(rows, bests)
-      mean = mean._replace(gains=_with_sizes(gains, rows[0]))
+  for first, *others in zip(*tables):
+    rows = [first, *others]
+    shifts = {name: [row.shifts[name] for row in rows] for name in first.shifts}
+    mean = _aggregate(rows, shifts, np.mean)
+    if others and first.kind != 'single':
+      gains = _crossed(first.name, answers) or _over_tables(rows, bests)
+      # With the examples of one repetition.
+      num = {key: gain.num for key, gain in first.gains.items()}
+      gains = {k: x._replace(num=num.get(k, 0)) for k, x in gains.items()}
+      mean = mean._replace(gains=gains)
     means.append(mean)
-    deviations.append(
-        _aggregate(rows[0], columns, {'mean': per_table}, _deviation)
-    )
+    # The deviation of the mean of the shifts is what the column shows.
+    shifts = {'mean': [row.mean_shift for row in rows]}
+    deviations.append(_aggregate(rows, shifts, _deviation))
   return means, deviations
 
 
@@ -296,33 +291,27 @@ def _over_tables(
   """Gains over repetitions, each over its own best single model."""
   if not bests:
     return {}
-  by_table = {
-      key: [
-          getattr(row, field) - getattr(best, field)
-          for row, best in zip(rows, bests)
-      ]
+  of = lambda rows, field: np.array([getattr(row, field) for row in rows])
+  gains = {
+      key: of(rows, field) - of(bests, field)
       for key, field in _SCORES.items()
       if key != 'shifts' or rows[0].shifts
   }
-  optimism = np.subtract(by_table['held_out'], by_table['test'])
-  return {
-      key: statistics.over_repeats(x)
-      for key, x in {**by_table, 'optimism': optimism.tolist()}.items()
+  gains['optimism'] = gains['held_out'] - gains['test']
+  return {key: statistics.over_repeats(x) for key, x in gains.items()}
+
+
+def _aggregate(rows, shifts, fn) -> Row:
+  """What a function makes of each column, and of `shifts` by name."""
+  columns = {
+      field: [getattr(row, field) for row in rows]
+      for field in ('held_out', 'test', 'nll', 'ece', 'cost')
   }
-
-
-def _with_sizes(gains, row: Row) -> dict[str, Comparison]:
-  """The gains with the examples of one repetition."""
-  num = {key: gain.num for key, gain in row.gains.items()}
-  return {key: x._replace(num=num.get(key, 0)) for key, x in gains.items()}
-
-
-def _aggregate(row, columns, shifts, fn):
-  return row._replace(
+  return rows[0]._replace(
       **{field: float(fn(x)) for field, x in columns.items()},
       shifts={name: float(fn(x)) for name, x in shifts.items()},
   )
 
 
-def _deviation(x: np.ndarray) -> float:
+def _deviation(x: Sequence[float]) -> float:
   return float(np.std(x, ddof=1)) if len(x) > 1 else float('nan')

@@ -1,10 +1,8 @@
 """Tables of rows, as they are printed."""
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-import itertools
 import shutil
 from typing import Any
 from typing import NamedTuple
@@ -17,19 +15,19 @@ from jaxsoup.statistics import Comparison
 
 class _Column(NamedTuple):
   header: str
-  value: Callable[[Row], float]
+  field: str  # Of `Row`.
   scale: float
   digits: int
   gain: str = ''  # The key in `Row.gains`, where a table shows them.
 
 
 _COLUMNS = (
-    _Column('held-out', lambda row: row.held_out, 100, 1),
-    _Column('test', lambda row: row.test, 100, 1, 'test'),
-    _Column('mean of shifts', lambda row: row.mean_shift, 100, 1, 'shifts'),
-    _Column('NLL', lambda row: row.nll, 1, 3),
-    _Column('ECE', lambda row: row.ece, 100, 1),
-    _Column('cost at inference', lambda row: row.cost, 1, 0),
+    _Column('held-out', 'held_out', 100, 1),
+    _Column('test', 'test', 100, 1, 'test'),
+    _Column('mean of shifts', 'mean_shift', 100, 1, 'shifts'),
+    _Column('NLL', 'nll', 1, 3),
+    _Column('ECE', 'ece', 100, 1),
+    _Column('cost at inference', 'cost', 1, 0),
 )
 
 
@@ -78,12 +76,8 @@ def gains_by_shift(rows: Sequence[Row]) -> str:
   names = list(shown[0].shifts)
   lines = [('gain on', *names), ('---', *['---:'] * len(names))]
   for row in shown:
-    gains = [row.gains[name] for name in names]
-    texts = (
-        f'**{with_interval(x)}**' if _is_bold(x) else with_interval(x)
-        for x in gains
-    )
-    lines.append((row.name, *texts))
+    gains = (_gain(row.gains[name], '**{}**'.format) for name in names)
+    lines.append((row.name, *gains))
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
@@ -94,20 +88,14 @@ def cells(
     bold: Callable[[str], str],
 ) -> tuple[list[str], list[list[str]]]:
   """Headers and cells of a table; `bold` gets the significant gains."""
-  columns = _shown(rows)
-  headers = ['']
+  columns, lines = _grid(rows, deviations)
+  headers, body = [''], []
   for column in columns:
     headers += [column.header, 'gain'] if column.gain else [column.header]
-  body = []
-  for row, deviation in _with(rows, deviations):
-    line = [row.name]
-    for column in columns:
-      line.append(_score(column, row, deviation))
-      if column.gain:
-        gain = row.gains.get(column.gain)
-        text = with_interval(gain)
-        line.append(bold(text) if gain and _is_bold(gain) else text)
-    body.append(line)
+  for row, line in zip(rows, lines):
+    body.append([row.name])
+    for column, (score, gain) in zip(columns, line):
+      body[-1] += [score, _gain(gain, bold)] if column.gain else [score]
   return headers, body
 
 
@@ -130,100 +118,88 @@ def rich_table(
   Returns:
     A `rich.table.Table`.
   """
+  from rich import box
   from rich import console
+  from rich import table as rich_table_lib
+  from rich import text
 
   width = shutil.get_terminal_size().columns if width is None else width
   caption = '\n'.join(legend(rows, sets, bold='[bold]bold[/bold]'))
-  pairs = list(_with(rows, deviations))
-  for breaks in ((' ', ' '), ('\n', ' '), ('\n', '\n')):
-    table = _rich_table(pairs, _shown(rows), caption, breaks)
+  columns, lines = _grid(rows, deviations)
+  for before_deviation, before_interval in (
+      (' ', ' '),
+      ('\n', ' '),
+      ('\n', '\n'),
+  ):
+    table = rich_table_lib.Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        caption=text.Text.from_markup(caption),
+        caption_justify='left',
+    )
+    table.add_column('', no_wrap=True)
+    for column in columns:
+      header = column.header.removesuffix(' at inference')
+      header = header.replace(' of ', ' of\n')
+      table.add_column(header, justify='right', no_wrap=True)
+    for row, line in zip(rows, lines):
+      cells = [text.Text(row.name)]
+      for score, gain in line:
+        cells.append(text.Text(score.replace(' ± ', f'{before_deviation}±')))
+        if gain:
+          shown = with_interval(gain).replace(' ', before_interval)
+          style = 'bold' if _is_bold(gain) else ''
+          cells[-1].append('\n').append(shown, style)
+      table.add_row(*cells)
     if console.Console(width=10_000).measure(table).maximum <= width:
       break
   return table
 
 
-def _rich_table(pairs, columns, caption, breaks) -> Any:
-  from rich import box
-  from rich import table as rich_table_lib
-  from rich import text
-
-  table = rich_table_lib.Table(
-      box=box.SIMPLE_HEAD,
-      show_edge=False,
-      pad_edge=False,
-      collapse_padding=True,
-      caption=text.Text.from_markup(caption),
-      caption_justify='left',
-  )
-  table.add_column('', no_wrap=True)
-  for column in columns:
-    header = column.header.removesuffix(' at inference')
-    table.add_column(
-        header.replace(' of ', ' of\n'), justify='right', no_wrap=True
-    )
-  for row, deviation in pairs:
-    cells = (_rich_cell(column, row, deviation, *breaks) for column in columns)
-    table.add_row(text.Text(row.name), *cells)
-  return table
-
-
-def _rich_cell(column, row, deviation, before_deviation, before_interval):
-  from rich import text
-
-  score = _score(column, row, deviation).replace(' ± ', f'{before_deviation}±')
-  cell = text.Text(score)
-  if column.gain in row.gains:
-    gain = row.gains[column.gain]
-    shown = with_interval(gain).replace(' ', before_interval)
-    cell.append('\n').append(shown, 'bold' if _is_bold(gain) else '')
-  return cell
-
-
-def _with(
-    rows: Sequence[Row], deviations: Sequence[Row] | None
-) -> Iterator[tuple[Row, Row | None]]:
-  return zip(rows, itertools.repeat(None) if deviations is None else deviations)
-
-
-def _shown(rows: Sequence[Row]) -> list[_Column]:
-  """The columns that have values, and their gains."""
+def _grid(rows: Sequence[Row], deviations):
+  """The columns that have values, and by row the score and the gain of each."""
   known = {key for row in rows for key in row.gains}
-  return [
+  columns = [
       column if column.gain in known else column._replace(gain='')
       for column in _COLUMNS
-      if not np.isnan([column.value(row) for row in rows]).all()
+      if not np.isnan([getattr(row, column.field) for row in rows]).all()
   ]
+  lines = [
+      [(_score(x, row, deviation), row.gains.get(x.gain)) for x in columns]
+      for row, deviation in zip(rows, deviations or [None] * len(rows))
+  ]
+  return columns, lines
 
 
 def _score(column: _Column, row: Row, deviation: Row | None) -> str:
-  text = _text(column, column.value(row))
-  if column.header == 'cost at inference':
+  value = lambda row: getattr(row, column.field) * column.scale
+  text = f'{value(row):.{column.digits}f}'
+  if column.field == 'cost':
     return f'x{text}'
   if deviation is None:
     return text
-  return f'{text} ± {_text(column, column.value(deviation))}'
-
-
-def _text(column: _Column, value: float) -> str:
-  return f'{value * column.scale:.{column.digits}f}'
+  return f'{text} ± {value(deviation):.{column.digits}f}'
 
 
 def _is_bold(gain: Comparison) -> bool:
   return gain.is_significant and gain.gain > 0
 
 
+def _gain(gain: Comparison | None, bold: Callable[[str], str]) -> str:
+  text = with_interval(gain)
+  return bold(text) if gain and _is_bold(gain) else text
+
+
 def with_interval(gain: Comparison | None) -> str:
   """A gain and its interval, in per cent."""
   if gain is None:
     return ''
-  text = f'{_points(gain.gain):+.1f}'
-  if np.isfinite(gain.low):
-    text += f' [{_points(gain.low):.1f},{_points(gain.high):.1f}]'
-  return text
-
-
-def _points(value: float) -> float:
-  return round(value * 100, 1) + 0.0  # No minus before a zero.
+  # No minus before a zero.
+  points, low, high = (round(100 * x, 1) + 0.0 for x in gain[:3])
+  interval = f' [{low:.1f},{high:.1f}]' if np.isfinite(low) else ''
+  return f'{points:+.1f}{interval}'
 
 
 def legend(
@@ -235,9 +211,14 @@ def legend(
   """What the numbers are, their examples, and the selection optimism."""
   compared = [row for row in rows if row.gains]
   lines = [_what(compared[0], bold)] if compared else []
-  sets = _sets_of(compared[0]) if sets is None and compared else sets or {}
-  if sets:
-    lines.append(_on_what(sets))
+  if sets is None:
+    sets = _sets_of(compared[0]) if compared else {}
+  roles = []
+  for role, used in sets.items():
+    names = (f'{name} ({num:,})' for name, num in used.items())
+    roles.append(f'{role} on {", ".join(names)}')
+  if roles:
+    lines.append(f'Examples: {"; ".join(roles)}.')
   optimism = [
       f'{row.name} {with_interval(row.gains["optimism"])}'
       for row in compared
@@ -276,20 +257,12 @@ def _sets_of(row: Row) -> dict[str, dict[str, int]]:
   sizes = {key: gain.num for key, gain in row.gains.items() if gain.num}
   names = list(row.shifts)
   shifts = ', '.join(names) if len(names) <= 6 else f'{len(names)} shifts'
-  sets: dict[str, dict[str, int]] = {}
-  for role, name, key in (
-      ('selected', 'held-out', 'held_out'),
-      ('reported', 'test', 'test'),
-      ('reported', shifts, 'shifts'),
-  ):
-    if key in sizes:
-      sets.setdefault(role, {})[name] = sizes[key]
-  return sets
-
-
-def _on_what(sets: Mapping[str, Mapping[str, int]]) -> str:
-  roles = []
-  for role, used in sets.items():
-    names = (f'{name} ({num:,})' for name, num in used.items())
-    roles.append(f'{role} on {", ".join(names)}')
-  return f'Examples: {"; ".join(roles)}.'
+  roles = {
+      'selected': {'held-out': 'held_out'},
+      'reported': {'test': 'test', shifts: 'shifts'},
+  }
+  sets = {
+      role: {name: sizes[key] for name, key in used.items() if key in sizes}
+      for role, used in roles.items()
+  }
+  return {role: used for role, used in sets.items() if used}
