@@ -38,7 +38,7 @@ def table_section(
     rows: Sequence[Row],
     *,
     settings: Settings = (),
-    summary: tuple[Sequence[Row], Sequence[Row] | None] | None = None,
+    summary: Sequence[Sequence[Row]] = (),
     sets: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Section:
   """The table of the paper, and what is significant in it.
@@ -156,9 +156,10 @@ def scatter_sections(rows: Sequence[Row]) -> list[Section]:
   )
   caption = 'Each point is a model; right and up is better.'
   if fit is not None:
+    slope, _, r_squared = fit
     caption += (
         ' The line is fitted to the single models: '
-        f'R² = {fit.r_squared:.2f}, slope {fit.slope:.2f}.'
+        f'R² = {r_squared:.2f}, slope {slope:.2f}.'
     )
   picture = Picture(
       'test_against_shifts',

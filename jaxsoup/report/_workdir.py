@@ -40,7 +40,7 @@ class Contents(NamedTuple):
   Attributes:
     rows: a row a model.
     settings: hyper-parameters of each row, empty of soups and ensembles.
-    summary: means and deviations over the splits; None of one.
+    summary: means and deviations over the splits; empty of one.
     soups: `checkpoints.provenance` by name, of the first split.
     results: `results.json`.
     landscape: by part, `landscape/*.json`: planes, lines, angles, diagnosis.
@@ -48,7 +48,7 @@ class Contents(NamedTuple):
 
   rows: list[Row]
   settings: list[Json]
-  summary: tuple[list[Row], list[Row]] | None
+  summary: list[list[Row]]
   soups: dict[str, Json]
   results: Json
   landscape: Json = {}
@@ -156,7 +156,7 @@ def read_workdir(workdir: PathLike) -> Contents:
   return Contents(
       rows,
       settings,
-      (summary[0], summary[1]) if summary else None,
+      summary,
       _soups(workdir, rows),
       results,
       _landscape_sections.read_landscape(workdir),
