@@ -90,12 +90,23 @@ def write_report(
         'metrics= (--metrics) is for those, and names of columns are for '
         'tables of scores.'
     )
+  if columns and source.is_dir():
+    raise TypeError(
+        f'{source} is a workdir, whose data sets are known: leave out '
+        f'{sorted(columns)}, which name columns of a file of scores.'
+    )
+  intro = ''
   if is_log:
+    title = f'Searches in {source.name}'
     sections = [*_candidates.log_sections(source, metrics), *further]
-    out = source.with_suffix('.html') if out is None else out
-    return _page.write_page(out, f'Searches in {source.name}', sections)
-  if not source.is_dir():
+  elif source.is_dir():
+    contents = read_workdir(source)
+    *made, origin = sections_of(contents)
+    title, intro = f'Soups of {source.absolute().name}', _intro(contents.rows)
+    sections = [*made, *further, origin]
+  else:
     rows, settings = _scores.read_scores(source, **columns)
+    title, intro = f'Scores of {source.name}', _intro(rows)
     sections = [
         _sections.table_section(rows, settings=settings),
         *_sections.scatter_sections(rows),
@@ -103,22 +114,10 @@ def write_report(
         *_sections.setting_sections(rows, settings),
         *further,
     ]
-    out = source.with_suffix('.html') if out is None else out
-    title = f'Scores of {source.name}'
-    return _page.write_page(out, title, sections, intro=_intro(rows))
-  if columns:
-    raise TypeError(
-        f'{source} is a workdir, whose data sets are known: leave out '
-        f'{sorted(columns)}, which name columns of a file of scores.'
-    )
-  contents = read_workdir(source)
-  made = sections_of(contents)
-  return _page.write_page(
-      source / 'report.html' if out is None else out,
-      f'Soups of {source.absolute().name}',
-      [*made[:-1], *further, made[-1]],
-      intro=_intro(contents.rows),
-  )
+  if out is None:
+    is_dir = source.is_dir()
+    out = source / 'report.html' if is_dir else source.with_suffix('.html')
+  return _page.write_page(out, title, sections, intro=intro)
 
 
 def read_workdir(workdir: PathLike) -> Contents:
@@ -165,14 +164,11 @@ def read_workdir(workdir: PathLike) -> Contents:
 
 def _settings(rows: Sequence[Row], runs) -> list[Json]:
   """Hyper-parameters of each row, by the number that its name begins with."""
-  settings: list[Json] = []
-  for row in rows:
+  settings: list[Json] = [{} for _ in rows]
+  for row, setting in zip(rows, settings):
     number, _, copy = row.name.partition('_')
-    known = row.kind == 'single' and number.isdecimal()
-    if known and int(number) < len(runs):
-      settings.append(runs[int(number)] | ({'copy': copy} if copy else {}))
-    else:
-      settings.append({})
+    if row.kind == 'single' and number.isdecimal() and int(number) < len(runs):
+      setting.update(runs[int(number)], **{'copy': copy} if copy else {})
   return settings
 
 
