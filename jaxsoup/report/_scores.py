@@ -172,11 +172,9 @@ def _records(path: pathlib.Path) -> Iterator[Json]:
             f'{path}: a row has more or fewer cells than the header: {record}. '
             'Give each row one for each column, with commas between them.'
         )
-      yield {
-          # A run that is called 00 is no zero.
-          k: v if k in (*_NAMES, 'kind') else _value(v)
-          for k, v in record.items()
-      }
+      # A run that is called 00 is no zero.
+      is_text = (*_NAMES, 'kind')
+      yield {k: v if k in is_text else _value(v) for k, v in record.items()}
     return
   for where, record in _objects(path, text):
     if not isinstance(record, dict):
