@@ -215,20 +215,16 @@ def test_soups_against_numpy(made, problem):
   sweep = pool_of(workdir, 'sweep')
   check(5, 'uniform', mean(sweep))
   check(12, 'narrow: uniform soup', mean(pool_of(workdir, 'narrow')))
-  falling = 'falling rate, '
-  check(
-      14,
-      f'{falling}EMA: uniform soup',
-      mean(pool_of(workdir, 'averaged', '*_ema*')),
-  )
+  ema = mean(pool_of(workdir, 'averaged', '*_ema*'))
+  check(14, 'falling rate, EMA: uniform soup', ema)
   last = pool_of(workdir, 'averaged')
   # A moving average, four epochs and the last parameters of each run.
   assert len(last) == NUM_RUNS * 6
   swa = mean(pool_of(workdir, 'averaged', '*_step*'))
   plain = mean(pool_of(workdir, 'averaged', '??'))
   swa = jax.tree.map(lambda x, y: np.float32(0.8 * x + 0.2 * y), swa, plain)
-  check(14, f'{falling}SWA: uniform soup', swa)
-  check(14, f'{falling}last: uniform soup', plain)
+  check(14, 'falling rate, SWA: uniform soup', swa)
+  check(14, 'falling rate, last: uniform soup', plain)
   check(15, 'SAM: uniform soup', mean(pool_of(workdir, 'sam')))
   half = [*sweep[:2], *pool_of(workdir, 'sam')[2:]]
   check(15, 'half of each: uniform soup', mean(half))
