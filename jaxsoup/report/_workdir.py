@@ -267,11 +267,9 @@ def _origin(contents: Contents) -> Section:
   commands = dict.fromkeys(_command(own['command']) for own in owns)
   if commands:
     parts += ['To reproduce it:', Code('\n'.join(commands))]
-  versions = {
-      f'{name} {number}': ''
-      for own in owns
-      for name, number in own.get('versions', {}).items()
-  }
+  versions = dict.fromkeys(
+      ' '.join(x) for own in owns for x in own.get('versions', {}).items()
+  )
   if versions:
     times = sorted(own['time'][:19].replace('T', ' ') for own in owns)
     parts.append(
@@ -283,12 +281,12 @@ def _origin(contents: Contents) -> Section:
     parts.append(f'Left out, with NaN or infinite values: {names}.')
   if results.get('data'):
     parts.append(_data(results['data']))
-  config = [[k, json.dumps(v)] for k, v in results['config'].items()]
-  looked_at: Json = {}
+  config = dict(results['config'])
   for part in contents.landscape.values():
-    looked_at |= part.get('settings', {})
-  config += [[f'landscape.{k}', json.dumps(v)] for k, v in looked_at.items()]
-  parts.append(Table(['', 'value'], config, 'Config', is_folded=True))
+    settings = part.get('settings', {})
+    config |= {f'landscape.{k}': v for k, v in settings.items()}
+  cells = [[k, json.dumps(v)] for k, v in config.items()]
+  parts.append(Table(['', 'value'], cells, 'Config', is_folded=True))
   if soups:
     parts.append(_provenance(soups))
   return Section('Provenance', parts)
@@ -323,10 +321,8 @@ def _provenance(soups: Mapping[str, Config]) -> Table:
 
 def _intro(rows: Sequence[Row]) -> str:
   names = {'single': 'fine-tuned model', 'soup': 'soup', 'ensemble': 'ensemble'}
-  counts = [
-      (sum(row.kind == kind for row in rows), name)
-      for kind, name in names.items()
-  ]
+  kinds = [row.kind for row in rows]
+  counts = [(kinds.count(kind), name) for kind, name in names.items()]
   text = ', '.join(f'{n} {name}{"s" * (n != 1)}' for n, name in counts if n)
   best = _rows.best_single(rows)
   if best is None:
