@@ -387,14 +387,14 @@ def _scored(work, split, model: Compared):
       ece = float(metrics.expected_calibration_error(scaled, label))
       curve = metrics.reliability(scaled, label)._asdict()
   row = report.Row(
-      model.name,
-      model.kind,
-      scores.pop('held_out'),
-      scores.pop('test'),
-      scores,
-      nll,
-      ece,
-      model.cost,
+      name=model.name,
+      kind=model.kind,
+      held_out=scores.pop('held_out'),
+      test=scores.pop('test'),
+      shifts=scores,
+      nll=nll,
+      ece=ece,
+      cost=model.cost,
       metric=metric_name,
   )
   curve = {key: x.tolist() for key, x in curve.items()}

@@ -371,8 +371,10 @@ def _distilled(bench: Bench) -> Variant:
   pool = bench['sweep']
   batches = cook.batches_of(pool.work.splits.train, bench.config.batch_size)
   logits = ensembles.collect(pool.models, pool.work.model.logits_fn, batches)
-  taught = lambda train: loop.distilled(train, np.mean(logits, axis=0))
-  data_fn = lambda _, splits: splits._replace(train=taught(splits.train))
+  target = np.mean(logits, axis=0)
+  data_fn = lambda _, splits: splits._replace(
+      train=loop.distilled(splits.train, target)
+  )
   runs = [run for run in _one_factor(bench).runs if run['seed']]
   return Variant(runs, data_fn=data_fn)
 

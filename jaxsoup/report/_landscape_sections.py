@@ -140,7 +140,8 @@ def barrier_sections(
       pair: 100 * float(np.interp(0.5, t, path.above_chord))
       for pair, path in paths.items()
   }
-  worst, *_ = order = sorted(pairs, key=lambda pair: -barriers[pair])
+  order = sorted(pairs, key=lambda pair: -barriers[pair])
+  worst = order[0]
   text = (
       f'On the lines between {len(pairs)} pairs of models the test error rises '
       f'by at most {barriers[worst]:.1f} points above the chord (between '

@@ -309,8 +309,9 @@ def _table(table: Table) -> str:
 
 def _cell(text: str) -> str:
   escaped = html.escape(text)
-  is_strong = isinstance(text, Strong)
-  return f'<td>{f"<strong>{escaped}</strong>" if is_strong else escaped}</td>'
+  if isinstance(text, Strong):
+    return f'<td><strong>{escaped}</strong></td>'
+  return f'<td>{escaped}</td>'
 
 
 def _figure(picture: Picture) -> str:

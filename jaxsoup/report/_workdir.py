@@ -267,9 +267,11 @@ def _origin(contents: Contents) -> Section:
   commands = dict.fromkeys(_command(own['command']) for own in owns)
   if commands:
     parts += ['To reproduce it:', Code('\n'.join(commands))]
-  versions = dict.fromkeys(
-      ' '.join(x) for own in owns for x in own.get('versions', {}).items()
-  )
+  versions = {
+      f'{name} {number}': ''
+      for own in owns
+      for name, number in own.get('versions', {}).items()
+  }
   if versions:
     times = sorted(own['time'][:19].replace('T', ' ') for own in owns)
     parts.append(
