@@ -22,18 +22,19 @@ def labels():
   return {name: rng.integers(2, size=n) for name, n in SIZES.items()}
 
 
-def classes(skill, seed=1):
+def drawn_classes(rng, truth, skill):
   """By data set, `[rows, N]`: each row is right with its own probability."""
-  rng = np.random.default_rng(seed)
+  right = lambda y, i: rng.random(y.size) < skill + 0.03 * i
   return {
       name: np.stack(
-          [
-              np.where(rng.random(y.size) < skill + 0.03 * i, y, 1 - y)
-              for i in range(len(NAMES))
-          ]
+          [np.where(right(y, i), y, 1 - y) for i in range(len(NAMES))]
       )
-      for name, y in labels().items()
+      for name, y in truth.items()
   }
+
+
+def classes(skill, seed=1):
+  return drawn_classes(np.random.default_rng(seed), labels(), skill)
 
 
 def rows_of(given, metric='accuracy', truth=None):
@@ -155,17 +156,7 @@ def drawn(seed, skills):
   pool = np.random.default_rng(0).integers(2, size=400)
   ids = {name: rng.permutation(400)[:n] for name, n in SIZES.items()}
   truth = {name: pool[x] for name, x in ids.items()}
-  right = lambda y, i, skill: rng.random(y.size) < skill + 0.03 * i
-  both = [
-      {
-          name: np.stack(
-              [np.where(right(y, i, skill), y, 1 - y) for i in range(4)]
-          )
-          for name, y in truth.items()
-      }
-      for skill in skills
-  ]
-  return ids, truth, both
+  return ids, truth, [drawn_classes(rng, truth, skill) for skill in skills]
 
 
 def by_hand(repeats, names, row):
@@ -218,16 +209,12 @@ def test_repeats_are_paired(tmp_path, has_splits):
   if has_splits:
     ids, truth, both = drawn(9, (0.6, 0.66))
     write_answers(tmp_path / 'b/splits/2', both[1], truth=truth, ids=ids)
-    reason, *_ = [
-        x.reason
-        for x in comparing.compare(tmp_path / 'a', tmp_path / 'b').shared
-    ]
-    assert reason == 'A and B have different examples in held-out'
+    first, *_ = comparing.compare(tmp_path / 'a', tmp_path / 'b').shared
+    assert first.reason == 'A and B have different examples in held-out'
   else:
     one = write(tmp_path / 'c/seed2', rows_of(classes(0.7))).parent
-    (reason,) = {
-        x.reason for x in comparing.compare(tmp_path / 'a', one).shared
-    }
+    compared = comparing.compare(tmp_path / 'a', one)
+    (reason,) = {x.reason for x in compared.shared}
     assert re.fullmatch('one seed, and .* is missing: run .*', reason)
 
 

@@ -32,8 +32,9 @@ WILD = 'rate <b>&"\'é'
 class Page(parser.HTMLParser):
   """Walks through a page, and refuses tags that do not fit together."""
 
-  def __init__(self, text):
+  def __init__(self, files):
     super().__init__(convert_charrefs=True)
+    text = files[0].read_text(encoding='utf-8')
     self.open, self.tags, self.tables, self.texts = [], [], [], []
     self._cell = None
     self.feed(text)
@@ -198,8 +199,7 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope='module')
 def written(workdir):
   files = report.write_report(workdir)
-  text = files[0].read_text(encoding='utf-8')
-  return files, text, Page(text)
+  return files, files[0].read_text(encoding='utf-8'), Page(files)
 
 
 def test_the_page_is_whole_and_alone(written, workdir):
@@ -424,7 +424,7 @@ def test_further_sections_come_before_the_last(workdir, tmp_path):
       {'barriers': [{'a': 1}, {'a': 2, 'b': 3}]},
   )
   files = report.write_report(workdir, tmp_path / 'x.html', further=[further])
-  page = Page(files[0].read_text(encoding='utf-8'))
+  page = Page(files)
   links = [a['href'] for a in page.of('a')]
   assert links[-2:] == ['#barriers-more', '#provenance']
   assert len(drawn) == 3 and 'jaxsoup diagnose <run>' in page.text
@@ -450,7 +450,7 @@ def test_several_splits(workdir, tmp_path):
   soups.parent.mkdir(parents=True)
   soups.symlink_to(workdir / 'soups')
   files = report.write_report(tmp_path, tmp_path / 'out.html')
-  page = Page(files[0].read_text(encoding='utf-8'))
+  page = Page(files)
   cell = page.table('', 'held-out', 'test')['greedy']['test']
   mean = 100 * (rows_of_models()[6].test - 0.01)
   assert cell == f'{mean:.1f} ± {2 / np.sqrt(2):.1f}'
@@ -462,7 +462,7 @@ def test_least_of_an_experiment(tmp_path):
   """No soups on the disk, nothing shifted, nothing of what is left out."""
   rows = [r._replace(shifts={}, gains={})._asdict() for r in rows_of_models()]
   (tmp_path / 'results.json').write_text(json.dumps({'rows': rows}))
-  page = Page(report.write_report(tmp_path)[0].read_text(encoding='utf-8'))
+  page = Page(report.write_report(tmp_path))
   assert [a['href'] for a in page.of('a')] == [
       '#scores', '#all-models', '#provenance'
   ]  # fmt: skip
@@ -590,21 +590,16 @@ greedy,soup,0.83,0.80,0.72,0.55,,
 
 
 def as_json_lines(text):
-  head, *lines = text.strip().split('\n')
-  names = head.split(',')
   out = []
-  for line in lines:
+  for row in csv.DictReader(text.split()):
     record = {'shifts': {}, 'config': {}}
-    for name, cell in zip(names, line.split(',')):
-      if not cell:
-        continue
-      value = cell if name in ('name', 'kind', 'optimizer') else float(cell)
-      if name.startswith('shifts.'):
-        record['shifts'][name.removeprefix('shifts.')] = value
-      elif name in ('lr', 'optimizer'):
-        record['config'][name] = value
-      else:
-        record[name] = value
+    for name, cell in row.items():
+      is_text = name in ('name', 'kind', 'optimizer')
+      group, _, short = name.rpartition('.')
+      group = group or ('config' if name in ('lr', 'optimizer') else '')
+      if cell:
+        part = record[group] if group else record
+        part[short] = cell if is_text else float(cell)
     out.append(record)
   return out
 
@@ -653,7 +648,7 @@ def test_columns_of_others(tmp_path):
   assert rows[0].shifts == {'V2': 0.4} and settings == [{}] * 3
   files = report.write_report(path, **columns)
   assert files[0] == tmp_path / 'individual.html'
-  page = Page(files[0].read_text(encoding='utf-8'))
+  page = Page(files)
   table = page.table('', 'held-out', 'test', 'mean of shifts')
   assert table['best single']['test'] == '80.0'
   assert 'NLL' not in table['best single']
@@ -662,7 +657,7 @@ def test_columns_of_others(tmp_path):
 
 def test_report_of_scores_and_back(scores):
   files = report.write_report(scores)
-  page = Page(files[0].read_text(encoding='utf-8'))
+  page = Page(files)
   assert page.table('', 'held-out')['greedy']['test'] == '80.0'
   links = [a['href'] for a in page.of('a')]
   assert links == [
@@ -747,7 +742,7 @@ def test_command(scores, tmp_path):
   printed = json.loads(result.stdout)
   assert printed['out'] == str(out) and out.is_file()
   assert str(out.with_suffix('') / 'models.csv') in printed['files']
-  page = Page(out.read_text(encoding='utf-8'))
+  page = Page([out])
   assert page.table('', 'held-out')['greedy']['test'] == '55.0'
 
 

@@ -36,16 +36,13 @@ ROWS = [
 ]
 
 
-def test_mean_shift():
-  assert ROWS[0].mean_shift == pytest.approx(0.4)
-
-
 def test_summary():
   best, mean, *others = report.summary(ROWS)
   # Best on held-out, which is not the best on test.
   assert best == ROWS[1]._replace(name='best single')
   assert mean.name == 'mean of singles'
   assert mean.test == pytest.approx(np.mean([0.80, 0.78, 0.70]))
+  assert ROWS[0].mean_shift == pytest.approx(0.4)
   assert mean.shifts['blur'] == pytest.approx(np.mean([0.5, 0.7, 0.3]))
   assert others == ROWS[3:]
   assert report.summary(ROWS[3:]) == ROWS[3:]
@@ -297,17 +294,12 @@ def test_gains_over_repetitions_with_examples_in_common(rng):
   means, deviations = report.mean_rows(tables, given)
   gains, name = means[-1].gains, tables[0][-1].name
   of = lambda name, key: [x.rows[name][key] for (x,) in given]
-  ids = [x.ids['test'] for (x,) in given]
-  expected = statistics.crossed(
-      None, of(name, 'test'), of('best single', 'test'), ids
-  )
-  assert gains['test'] == expected._replace(num=0)
   shift, *others = tables[0][-1].shifts
-  expected = statistics.crossed(
-      None, of(name, shift), of('best single', shift),
-      [x.ids[shift] for (x,) in given],
-  )  # fmt: skip
-  assert gains[shift] == expected._replace(num=0)
+  for key in ('test', shift):
+    ids = [x.ids[key] for (x,) in given]
+    answers = of(name, key), of('best single', key)
+    expected = statistics.crossed(None, *answers, ids)
+    assert gains[key] == expected._replace(num=0)
   table = report.gains_by_shift(means)
   assert table.startswith(f'| gain on | {" | ".join([shift, *others])} |')
   assert report.with_interval(expected) in table
@@ -364,19 +356,16 @@ def test_streams_have_the_same_examples_in_all_seeds():
   first, second = (results.ids(splits, seed) for seed in (0, 1))
   for name in ('test', 'sketch'):
     np.testing.assert_array_equal(first[name], second[name])
-  known = [
-      first['test'],
-      first['sketch'],
-      first['held_out'],
-      second['held_out'],
-  ]
+  known = [first[k] for k in ('test', 'sketch', 'held_out')]
+  known.append(second['held_out'])
   assert len(np.unique(np.concatenate(known))) == 12
 
 
-def test_one_repetition_keeps_its_gains():
+def test_one_repetition_keeps_its_gains_and_has_no_deviation():
   table = report.summary(compared())
-  means, _ = report.mean_rows([table])
+  means, deviations = report.mean_rows([table])
   assert [row.gains for row in means] == [row.gains for row in table]
+  assert np.isnan([row.test for row in deviations]).all()
 
 
 def test_deviation_of_the_mean_of_shifts():
@@ -386,11 +375,6 @@ def test_deviation_of_the_mean_of_shifts():
   (mean,), (deviation,) = report.mean_rows(tables)
   assert mean.mean_shift == pytest.approx(0.5)
   assert deviation.mean_shift == pytest.approx(0, abs=1e-12)
-
-
-def test_one_repetition_has_no_deviation():
-  _, (deviation,) = report.mean_rows([[ROWS[0]]])
-  assert np.isnan(deviation.test)
 
 
 def printed(table, width):
@@ -435,31 +419,23 @@ def test_rich_table_is_bold_where_markdown_is():
 
 
 def test_rows_come_back(tmp_path):
-  for content in (
-      [r._asdict() for r in ROWS],
-      {'rows': [r._asdict() for r in ROWS]},
-  ):
-    (tmp_path / 'results.json').write_text(json.dumps(content))
-    assert report.read_rows(tmp_path / 'results.json') == ROWS
-
-
-def test_gains_come_back(tmp_path):
   path = tmp_path / 'results.json'
-  path.write_text(json.dumps([row._asdict() for row in compared()]))
-  rows = report.read_rows(path)
-  assert rows == compared()
-  assert rows[-1].gains['test'].is_significant
-  assert report.markdown(rows) == report.markdown(compared())
-
-
-def test_rows_of_older_versions_come_back(tmp_path):
-  path = tmp_path / 'results.json'
-  new = ('gains', 'metric')
+  as_json = lambda rows: [row._asdict() for row in rows]
   old = [
-      {k: v for k, v in row._asdict().items() if k not in new} for row in ROWS
+      {k: v for k, v in row.items() if k not in ('gains', 'metric')}
+      for row in as_json(ROWS)
   ]
-  path.write_text(json.dumps(old))
-  assert report.read_rows(path) == ROWS
+  for content, expected in (
+      (as_json(ROWS), ROWS),
+      ({'rows': as_json(ROWS)}, ROWS),
+      (old, ROWS),  # Of an older version.
+      (as_json(compared()), compared()),
+  ):
+    path.write_text(json.dumps(content))
+    rows = report.read_rows(path)
+    assert rows == expected
+    assert report.markdown(rows) == report.markdown(expected)
+  assert rows[-1].gains['test'].is_significant
 
 
 def axes():
@@ -498,16 +474,11 @@ def test_scatter_draws_no_two_soups_alike():
   assert len(looks) == 20
 
 
-def test_scatter_says_what_the_scores_are():
+def test_scatter_without_singles_says_what_the_scores_are():
   ax = axes()
-  report.scatter(ax, [row._replace(metric='F1') for row in ROWS])
-  assert ax.get_xlabel() == 'test F1 (%)'
-
-
-def test_scatter_without_singles():
-  ax = axes()
-  report.scatter(ax, ROWS[3:])
+  report.scatter(ax, [row._replace(metric='F1') for row in ROWS[3:]])
   assert legend(ax)[-1] == 'ensemble (x3)'
+  assert ax.get_xlabel() == 'test F1 (%)'
 
 
 def search():

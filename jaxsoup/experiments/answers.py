@@ -24,15 +24,9 @@ from jaxsoup.typing import Json
 FILE = 'answers.npz'
 # Of a damaged file of NumPy, and of one that is not that of the rows.
 _UNREADABLE = (
-    EOFError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    OSError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+    EOFError, LookupError, NotImplementedError, OSError, ValueError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 class Given(NamedTuple):
@@ -115,9 +109,16 @@ def read(folder: pathlib.Path, rows: Sequence[report.Row]) -> report.Answers:
 def of_workdir(workdir: pathlib.Path) -> list[report.Answers]:
   """The answers of an experiment: one entry a split."""
   content = _json.read(workdir / 'results.json')
+  return [read(folder, rows) for rows, folder in tables_of(content, workdir)]
+
+
+def tables_of(
+    content: Json, workdir: pathlib.Path
+) -> list[tuple[list[report.Row], pathlib.Path]]:
+  """Of each split in `results.json` its table, and where its answers are."""
   if 'splits' not in content:
-    return [read(workdir, report.rows_of(content['rows']))]
+    return [(report.rows_of(content['rows']), workdir)]
   return [
-      read(workdir / 'splits' / str(i), report.rows_of(rows))
+      (report.rows_of(rows), workdir / 'splits' / str(i))
       for i, rows in enumerate(content['splits'])
   ]

@@ -98,10 +98,6 @@ class _Repeat(NamedTuple):
   # Of each split of an experiment, and its answers.
   splits: list[tuple[list[report.Row], pathlib.Path]]
 
-  @property
-  def table(self) -> dict[str, report.Row]:
-    return {row.name: row for row in report.summary(self.rows)}
-
   def answers(self) -> list[report.Answers]:
     try:
       return [answers.read(folder, rows) for rows, folder in self.splits]
@@ -131,7 +127,10 @@ def compare(
       in common.
   """
   pairs = _paired(pathlib.Path(a), pathlib.Path(b))
-  tables = [[repeat.table for repeat in pair] for pair in pairs]
+  tables = [
+      [{row.name: row for row in report.summary(x.rows)} for x in pair]
+      for pair in pairs
+  ]
   first, second = tables[0]
   shared = [
       name
@@ -166,7 +165,7 @@ def compare(
   except _UnknownError as e:
     given = e
   differences = [
-      _difference(pairs, given, row, name, shifts)
+      _difference(tables, given, row, name, shifts)
       for row in shared
       for name in names
   ]
@@ -192,10 +191,9 @@ def _paired(a: pathlib.Path, b: pathlib.Path) -> list[tuple[_Repeat, _Repeat]]:
 
 def _seeds(path: pathlib.Path) -> dict[str, _Repeat]:
   """Experiments by the name of their seed; of one experiment ''."""
-  if path.is_file():
-    return {'': _read(path)}
-  if (path / 'results.json').is_file():
-    return {'': _read(path / 'results.json')}
+  for file in (path, path / 'results.json'):
+    if file.is_file():
+      return {'': _read(file)}
   files = sorted(path.glob('seed*/results.json'))
   if not files:
     raise FileNotFoundError(
@@ -218,24 +216,18 @@ def _read(path: pathlib.Path) -> _Repeat:
         f'{path} is not the results.json of an experiment: {e!r}. Give one, or '
         'run the command of the experiment again, which writes a new one.'
     ) from e
-  splits = [(rows, path.parent)]
-  if 'splits' in content:
-    splits = [
-        (report.rows_of(x), path.parent / 'splits' / str(i))
-        for i, x in enumerate(content['splits'])
-    ]
-  return _Repeat(rows, splits)
+  return _Repeat(rows, answers.tables_of(content, path.parent))
 
 
-def _difference(pairs, given, row: str, data: str, shifts) -> Difference:
+def _difference(tables, given, row: str, data: str, shifts) -> Difference:
   a, b = np.array(
-      [[_score(x.table[row], data, shifts) for x in pair] for pair in pairs]
+      [[_score(x[row], data, shifts) for x in pair] for pair in tables]
   ).T
   gain, reason = statistics.over_repeats(b - a, share=1), ''
   try:
     gain = _paired_gain(given, row, shifts if data == _MEAN else [data])
   except _UnknownError as e:
-    few = 'one seed, and ' if len(pairs) == 1 else ''
+    few = 'one seed, and ' if len(tables) == 1 else ''
     reason = f'{few}{e}'
   return Difference(row, data, float(a.mean()), float(b.mean()), gain, reason)
 

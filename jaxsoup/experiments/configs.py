@@ -92,17 +92,15 @@ def parse(
   is_override = lambda a: a.lstrip('-').startswith('config.')
   try:
     _, *rest = values(['main', *(a for a in argv if not is_override(a))])
-  except flags.Error as e:
+    parsed = types.SimpleNamespace(**{'only': [], **values.flag_values_dict()})
+    if rest:
+      raise ValueError(f'Unexpected argument {rest[0]!r}: write --NAME=VALUE')
+    if missing := [x for x in ('config', 'workdir') if not values[x].value]:
+      raise ValueError(f'--{missing[0]} is missing')
+    if not all(map(str.isdecimal, parsed.only)):
+      raise ValueError(f'--only is {parsed.only}. Write --only=4,13')
+  except (flags.Error, ValueError) as e:
     raise UsageError(f'{e}. Usage: {USAGE}') from e
-  parsed = types.SimpleNamespace(**{'only': [], **values.flag_values_dict()})
-  problems = [f'Unexpected argument {x!r}: write --NAME=VALUE' for x in rest]
-  for name in ('config', 'workdir'):
-    if not getattr(parsed, name):
-      problems.append(f'--{name} is missing')
-  if not all(map(str.isdecimal, parsed.only)):
-    problems.append(f'--only is {parsed.only}. Write --only=4,13')
-  if problems:
-    raise UsageError(f'{problems[0]}. Usage: {USAGE}')
   try:
     buckets.path_of(parsed.workdir)
   except ValueError as e:

@@ -311,9 +311,8 @@ def selection_score(
     return -float(metrics.negative_log_likelihood(logits, label))
   if config.get('metric', 'accuracy') == 'accuracy':
     # As `mean_of` adds it up: rounded to float32, a tie would be a loss.
-    return float(
-        np.mean(np.asarray(metrics.correct(logits, label)), dtype=float)
-    )
+    right = np.asarray(metrics.correct(logits, label))
+    return float(np.mean(right, dtype=float))
   return float(metric_of(config)(logits, label))
 
 

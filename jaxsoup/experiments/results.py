@@ -55,8 +55,7 @@ class Split(NamedTuple):
 
   def of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Logits or labels by data set, as this split has them."""
-    rows = self.rows
-    if rows is None:
+    if (rows := self.rows) is None:
       return arrays
 
     def read_fn(name):
@@ -249,21 +248,19 @@ def _add_stability(
   def metric_fn(logits_fn, members):
     return metric(jnp.asarray(logits_fn(members)), label)
 
-  stable: Json = {}
-  for name, num in _resamples(work.config).items():
-    stable[name] = content['stability'].get(name, {'sizes': ()})
-    if len(stable[name]['sizes']) != num:
+  asked = _resamples(work.config)
+  for name, num in asked.items():
+    known = content['stability'].get(name, {'sizes': ()})
+    if len(known['sizes']) != num:
       made = statistics.stability(
           functools.partial(metric_fn, fns[name]),
           len(singles),
           num_resamples=num,
           seed=work.config.seed,
       )
-      stable[name] = _json.plain(made)
-    # Each is kept when it is made.
-    content['stability'] |= stable
-    _store(work, content)
-  content['stability'] = stable
+      content['stability'][name] = _json.plain(made)
+      _store(work, content)  # Each is kept when it is made.
+  content['stability'] = {name: content['stability'][name] for name in asked}
   _store(work, content)
 
 
@@ -416,27 +413,25 @@ def _table(work, split, models) -> _Table:
   rows, given, curves = zip(*(_scored(work, split, x) for x in models))
   best = report.best_single(rows)
   report.refuse_twice(models[best].logits)
-  name = work.config.get('metric', 'accuracy')
   # Answers one by one are known: the exact test is of those.
-  metric = None if name == 'accuracy' else cook.METRICS[name]
+  is_mean = rows[0].metric == 'accuracy'
+  metric = None if is_mean else cook.METRICS[rows[0].metric]
   labels = split.of(work.labels)
-  with_gains = report.with_gains(rows, given, labels, metric=metric)
   calibration = {
       'best single' if i == best else row.name: curve
       for i, (row, curve) in enumerate(zip(rows, curves))
       if i == best or row.kind != 'single'
   }
-  answer = lambda x: x if x.ndim == 1 else x.argmax(-1).astype(np.int32)
+  answer = lambda x: x if is_mean else x.argmax(-1).astype(np.int32)
   stacked = {
       name: np.stack([answer(of_row[name]) for of_row in given])
       for name in labels
   }
+  own_ids = split.of(ids(work.splits, work.config.seed))
   return _Table(
-      with_gains,
+      report.with_gains(rows, given, labels, metric=metric),
       calibration,
-      answers.Given(
-          stacked, labels, split.of(ids(work.splits, work.config.seed))
-      ),
+      answers.Given(stacked, labels, own_ids),
   )
 
 

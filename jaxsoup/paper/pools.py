@@ -123,8 +123,7 @@ class Pool:
   @functools.cached_property
   def singles(self) -> list[Scores]:
     """Scores of each model."""
-    of = lambda k: {name: x[k] for name, x in self.logits.items()}
-    return [self.scores_of(of(k)) for k in range(len(self))]
+    return [self.soup((k,)) for k in range(len(self))]
 
   def kept(self) -> tuple[np.ndarray, list[list[Params]]]:
     """Steps of what is kept of each run, the last too, and these models."""
@@ -156,13 +155,11 @@ class Pool:
   def soup_logits(self, members: Iterable[int]) -> dict[str, np.ndarray]:
     """Of the uniform soup of some models, by data set."""
     members = tuple(sorted(members))
+    if len(members) == 1:
+      return {name: x[members[0]] for name, x in self.logits.items()}
     if members not in self._soups:
-      if len(members) == 1:
-        made = {name: x[members[0]] for name, x in self.logits.items()}
-      else:
-        soup = jaxsoup.uniform([self.models[k] for k in members])
-        made = self.work.logits(soup.params)
-      self._soups[members] = made
+      soup = jaxsoup.uniform([self.models[k] for k in members])
+      self._soups[members] = self.work.logits(soup.params)
     return self._soups[members]
 
   def soup(self, members: Iterable[int]) -> Scores:
@@ -275,13 +272,9 @@ def _spread(ends: tuple[float, float], num: int) -> list[float]:
 
 def _one_factor(bench: Bench) -> Variant:
   """Runs that differ in one hyper-parameter."""
-  values = {
-      name: _spread(bench.config.sweep[name], NUM_VALUES)
-      for name in FACTORS
-      if name != 'seed'
-  }
+  centre, sweep = middle(bench.config), bench.config.sweep
+  values = {k: _spread(sweep[k], NUM_VALUES) for k in FACTORS if k != 'seed'}
   values['seed'] = list(range(1, NUM_VALUES + 1))
-  centre = middle(bench.config)
   return Variant([{**centre, k: x} for k in FACTORS for x in values[k]])
 
 
@@ -309,9 +302,8 @@ def _scratch(bench: Bench, is_shared: bool) -> Variant:
       {**run, 'init_seed': 0 if is_shared else k}
       for k, run in enumerate(bench.runs[:NUM_RUNS])
   ]
-  return Variant(
-      runs, finetune={'num_epochs': bench.config.pretrain.num_epochs}
-  )
+  num_epochs = bench.config.pretrain.num_epochs
+  return Variant(runs, finetune={'num_epochs': num_epochs})
 
 
 def _averaged(bench: Bench, **others: Any) -> Variant:
@@ -349,9 +341,8 @@ def _probed(bench: Bench) -> Variant:
 
   def start_fn(work, theta_0):
     phase = dict(work.config.pretrain.to_dict(), run={'learning_rate': 3e-3})
-    return loop.probe(
-        work.model, phase, _new_head(work, theta_0), work.splits.train
-    )
+    head = _new_head(work, theta_0)
+    return loop.probe(work.model, phase, head, work.splits.train)
 
   return Variant(bench.runs[:NUM_RUNS], start_fn=start_fn)
 

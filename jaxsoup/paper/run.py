@@ -128,11 +128,11 @@ def _write(workdir: pathlib.Path, figures, shares: Mapping[str, float]) -> None:
     experiment = studies.EXPERIMENTS[number]
     lines += [f'## {number}. {experiment.title}', '', *_table(rows, shares), '']
     if experiment.has_dots:
-      per_cent = {
-          row: {k: x for k, x in columns.items() if '%' in k}
+      scores = {
+          row: per_cent
           for row, columns in rows.items()
+          if (per_cent := {k: x for k, x in columns.items() if '%' in k})
       }
-      scores = {row: x for row, x in per_cent.items() if x}
       draw = functools.partial(report.compared, scores=scores)
       path = workdir / 'experiments' / f'{number:02d}.png'
       report.save(draw, path, size=(6.4, 1.6 + 0.3 * len(rows)))
@@ -149,15 +149,15 @@ def _verdicts(figures, shares: Mapping[str, float]) -> list[str]:
   lines += ['| | finding | number | |', '|---:|---|---:|---|']
   for number, rows in figures.items():
     seeds = list(_of_seeds(rows))
-    for criterion in criteria.CRITERIA.get(number, []):
+    for finding, value_fn in criteria.CRITERIA.get(number, {}).items():
       try:
-        values = [criterion.value_fn(x) for x in seeds]
+        values = [value_fn(x) for x in seeds]
       except LookupError:
         continue  # Of pools that this config does not have.
       gain = statistics.over_repeats(values, share=share)
-      told = criteria.verdict(gain)
-      told += ', our criterion' if criterion.is_ours else ''
-      cells = (number, criterion.finding, _with_interval(gain), told)
+      ours = ', our criterion' if number in criteria.OURS else ''
+      told = f'{criteria.verdict(gain)}{ours}'
+      cells = (number, finding, _with_interval(gain), told)
       lines.append(f'| {" | ".join(map(str, cells))} |')
   return lines
 
@@ -188,8 +188,7 @@ def _table(
     where = next((x for x in ('shifts', 'test') if x in column), None)
     if where is None or not column.endswith('points') or None in values:
       return _cell(values)
-    gain = statistics.over_repeats(values, share=shares[where])
-    return _with_interval(gain)
+    return _with_interval(statistics.over_repeats(values, share=shares[where]))
 
   columns = list(dict.fromkeys(k for row in rows.values() for k in row))
   lines = [f'| | {" | ".join(columns)} |', f'|---|{"---:|" * len(columns)}']

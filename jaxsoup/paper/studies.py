@@ -348,35 +348,31 @@ def _calibration(pool: pools.Pool, num_orders: int):
   labels = jnp.asarray(pool.work.labels['test'])
   ece = metrics.expected_calibration_error
   sure = lambda x: jax.nn.softmax(x).max(-1).mean()
-  measures = {
-      **{
-          f'ECE of {n} bins, points': functools.partial(ece, num_bins=n)
-          for n in (5, 15, 50)
-      },
-      'confidence minus accuracy, points': lambda logits, labels: (
-          sure(logits) - metrics.accuracy(logits, labels)
-      ),
+  measures: dict[str, Callable[..., Any]] = {
+      f'ECE of {n} bins, points': functools.partial(ece, num_bins=n)
+      for n in (5, 15, 50)
   }
+  measures['confidence minus accuracy, points'] = lambda logits, labels: (
+      sure(logits) - metrics.accuracy(logits, labels)
+  )
   logits_fns = {
       'soup': lambda members: pool.soup_logits(members)['test'],
       'ensemble': lambda members: pool.logits['test'][list(members)].mean(0),
   }
   figures: Figures = collections.defaultdict(dict)
   nums, curves = _nums(len(pool)), {}
+
+  def score(measure_fn, logits_fn, members):
+    return 100 * float(measure_fn(jnp.asarray(logits_fn(members)), labels))
+
   for measure, fn in measures.items():
-    score = lambda members, logits_fn, fn=fn: 100 * float(
-        fn(jnp.asarray(logits_fn(members)), labels)
+    score_fns = {
+        name: functools.partial(score, fn, logits_fn)
+        for name, logits_fn in logits_fns.items()
+    }
+    curves[measure] = grown = studies.growth(
+        score_fns, len(pool), nums=nums, num_orders=num_orders
     )
-    grown = studies.growth(
-        {
-            name: functools.partial(score, logits_fn=logits_fn)
-            for name, logits_fn in logits_fns.items()
-        },
-        len(pool),
-        nums=nums,
-        num_orders=num_orders,
-    )
-    curves[measure] = grown
     for name, rows in grown.scores.items():
       for num in (1, nums[-1]):
         value = rows[:, nums.index(num)].mean()
@@ -409,10 +405,9 @@ def scratch(bench: pools.Bench) -> Result:
     lines = list(_lines(pool, pools.NUM_RUNS).values())
     paths[words] = lines[0]
     _, mean, soup = _first(words, pool).values()
+    barriers = [100 * landscape.barrier(path) for path in lines]
     figures[words] = {
-        'barrier, points': float(
-            np.mean([100 * landscape.barrier(path) for path in lines])
-        ),
+        'barrier, points': float(np.mean(barriers)),
         'mean of singles, %': mean[_TEST],
         'uniform soup, %': soup[_TEST],
     }
@@ -610,12 +605,9 @@ def data_sets(bench: pools.Bench) -> Result:
 
 def heads(bench: pools.Bench) -> Result:
   """The head of the start, a probed one, a random one."""
-  figures = (
-      _first('head of the start', bench['sweep'])
-      | _first('linear probe', bench['probed'])
-      | _first('random head', bench['random_head'])
-  )
-  return figures, None
+  figures = _first('head of the start', bench['sweep'])
+  figures |= _first('linear probe', bench['probed'])
+  return figures | _first('random head', bench['random_head']), None
 
 
 def significance(bench: pools.Bench) -> Result:

@@ -125,13 +125,9 @@ def log_sections(
   )
   if num_bounds:
     text += f' {num_bounds} more were rejected early, and have no exact score.'
-  texts = [f'{value:.5g}' for value in table.flat]
-  cells = np.reshape(texts, table.shape).tolist()
   best = table.max(0)
-  lines = [
-      [_name(k), *(Strong(x) if v == b else x for x, v, b in zip(c, row, best))]
-      for k, c, row in zip(rows, cells, table)
-  ]
+  cell = lambda x, best: (Strong if x == best else str)(f'{x:.5g}')
+  lines = [[_name(k), *map(cell, row, best)] for k, row in zip(rows, table)]
   header = ['candidate', *names]
   parts: list[Part] = [
       text,

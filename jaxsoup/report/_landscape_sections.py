@@ -64,17 +64,13 @@ def plane_sections(
   soups = measured['soups']
   num_others = len(measured['points']) - 3 - len(soups)
   labels = ['start', first, second, *[''] * num_others, *soups]
-  points, off = np.array(measured['points']), np.array(measured['off'])
+  x, y, points, off = (
+      np.array(measured[name]) for name in ('x', 'y', 'points', 'off')
+  )
   pictures = []
   for name, loss in measured['loss'].items():
     scale = _SCALES.get(name, 100)
-    plane = landscape.Plane(
-        np.array(measured['x']),
-        np.array(measured['y']),
-        np.array(loss),
-        points,
-        off,
-    )
+    plane = landscape.Plane(x, y, np.array(loss), points, off)
     lowest = np.unravel_index(plane.loss.argmin(), plane.loss.shape)
     text = (
         f'{_sentence(name)}: lowest {_number(plane.loss.min(), scale)}, at '
@@ -139,15 +135,17 @@ def barrier_sections(
       pair: landscape.Path(t, np.array(error))
       for pair, error in zip(pairs, measured['error'])
   }
-  barriers = {pair: landscape.barrier(path) for pair, path in paths.items()}
+  # In points: at most, and in the middle, at the soup of the two.
+  barriers = {k: 100 * landscape.barrier(path) for k, path in paths.items()}
   middle = {
-      pair: float(np.interp(0.5, t, path.above_chord))
+      pair: 100 * float(np.interp(0.5, t, path.above_chord))
       for pair, path in paths.items()
   }
-  worst = max(pairs, key=lambda pair: barriers[pair])
+  order = sorted(pairs, key=lambda pair: -barriers[pair])
+  worst = order[0]
   text = (
       f'On the lines between {len(pairs)} pairs of models the test error rises '
-      f'by at most {100 * barriers[worst]:.1f} points above the chord (between '
+      f'by at most {barriers[worst]:.1f} points above the chord (between '
       f'{_pair(worst, names)}; median {_median(barriers):.1f}). In the middle, '
       f'at the soup of the two, it is {-_median(middle):.1f} points below the '
       'chord (median).'
@@ -168,12 +166,10 @@ def barrier_sections(
       'Below zero, an average of two models is better than the two on average. '
       'A hump is a barrier: those models lie in different basins.',
   )
-  order = sorted(pairs, key=lambda pair: -barriers[pair])
-  points = lambda pair: (
-      f'{100 * barriers[pair]:.1f}',
-      f'{100 * middle[pair]:+.1f}',
-  )
-  rows = [[_pair(pair, names), *points(pair)] for pair in order]
+  rows = [
+      [_pair(pair, names), f'{barriers[pair]:.1f}', f'{middle[pair]:+.1f}']
+      for pair in order
+  ]
   header = ['pair', 'barrier', 'middle, above the chord']
   table = Table(header, rows, 'All pairs, in points', is_folded=True)
   records = [
@@ -185,7 +181,7 @@ def barrier_sections(
 
 
 def _median(values: Mapping[tuple[int, ...], float]) -> float:
-  return 100 * float(np.median(list(values.values())))
+  return float(np.median(list(values.values())))
 
 
 def _pair(pair: Sequence[int], names: Sequence[str]) -> str:

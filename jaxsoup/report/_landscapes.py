@@ -289,9 +289,8 @@ def varied(
   Source: Wortsman et al. 2022, appendix on varying one hyper-parameter.
   """
   rows = np.arange(len(groups))[::-1]
-  for i, (field, name) in enumerate(
-      (('soup', 'soup'), ('best', 'best run'), ('mean', 'mean of runs'))
-  ):
+  kinds = {'soup': 'soup', 'best': 'best run', 'mean': 'mean of runs'}
+  for i, (field, name) in enumerate(kinds.items()):
     values = [getattr(group, field) * scale for group in groups]
     _dots(ax, values, rows, i, name)
   ax.set_yticks(rows, [group.name.replace('_', ' ') for group in groups])
@@ -345,11 +344,10 @@ def contributions(ax: 'Axes', effects: Sequence[Contribution]) -> None:
   rows = np.arange(len(effects))[::-1]
   is_sure = np.array([c.p_value < 0.05 for c in effects], bool)
   correlations = np.array([c.correlation for c in effects])
-  for sure, colour, name in (
-      (True, _plots.COLOURS[0], 'score, p < 0.05'),
-      (False, _plots.COLOURS[5], 'score, not significant'),
+  for chosen, colour, name in (
+      (is_sure, _plots.COLOURS[0], 'score, p < 0.05'),
+      (~is_sure, _plots.COLOURS[5], 'score, not significant'),
   ):
-    chosen = is_sure == sure
     if chosen.any():
       look: Json = dict(height=0.55, color=colour, label=name)
       ax.barh(rows[chosen], correlations[chosen], **look)

@@ -8,16 +8,15 @@ import contextlib
 import pathlib
 from typing import TYPE_CHECKING
 from typing import Any
-from typing import NamedTuple
 
 import numpy as np
 
 from jaxsoup._soup import AtMost
 from jaxsoup._soup import SearchInfo
 from jaxsoup._soup import Trial
-from jaxsoup.report._tables import Row
-from jaxsoup.report._tables import best_single
-from jaxsoup.report._tables import singles
+from jaxsoup.report._rows import Row
+from jaxsoup.report._rows import best_single
+from jaxsoup.report._rows import singles
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
@@ -63,11 +62,11 @@ def scatter(ax: 'Axes', rows: Sequence[Row]) -> None:
   for kind, filled in (('soup', True), ('ensemble', False)):
     for i, row in enumerate(row for row in rows if row.kind == kind):
       # Other colours in each round of the markers: no two look alike.
-      colour = COLOURS[(i + i // len(MARKERS)) % len(COLOURS)]
+      (colour, *_), (_, marker, area) = look(i + i // 6), look(i)
       dots(
           [row],
-          s=AREAS[i % len(AREAS)] if filled else 48,
-          marker=MARKERS[i % len(MARKERS)] if filled else 's',
+          s=area if filled else 48,
+          marker=marker if filled else 's',
           facecolors=colour if filled else 'white',
           edgecolors='white' if filled else colour,
           linewidths=0.7 if filled else 1.6,
@@ -98,7 +97,7 @@ def trials(
     scale: multiplies the scores.
   """
   for i, (name, info) in enumerate(infos.items()):
-    colour = COLOURS[i % len(COLOURS)]
+    colour, _, _ = look(i)
     numbers = range(1, len(info.trials) + 1)
     # `greedy` accepts the first; `pruned` starts from all.
     bars, bar = [], info.scores.get(tuple(range(len(info.order))), np.nan)
@@ -146,29 +145,12 @@ def _outcome(trial: Trial) -> str:
   return 'rejected early, at most' if is_bound else 'rejected'
 
 
-class LineFit(NamedTuple):
-  """`y = slope x + intercept` by least squares.
-
-  Attributes:
-    slope: of the line.
-    intercept: of the line.
-    r_squared: the share of the variance of y that it explains.
-  """
-
-  slope: float
-  intercept: float
-  r_squared: float
-
-
-def line_fit(rows: Sequence[Row]) -> LineFit | None:
-  """Mean of shifts against test, over the single models.
-
-  Args:
-    rows: a row a model; only singles count.
+def line_fit(rows: Sequence[Row]) -> tuple[float, float, float] | None:
+  """Mean of shifts against test, over the single models, by least squares.
 
   Returns:
-    A `LineFit`; None where there is no line: for fewer than three models, or
-    equal scores.
+    (slope, intercept, R²); None where there is no line: for fewer than three
+    models, or equal scores.
 
   Source: Miller et al. 2021, "Accuracy on the line"; figure 1 of Wortsman et
   al. 2022.
@@ -177,20 +159,19 @@ def line_fit(rows: Sequence[Row]) -> LineFit | None:
   y = np.array([row.mean_shift for row in singles(rows)])
   if len(x) < 3 or not np.isfinite(y).all() or not np.ptp(x) * np.ptp(y):
     return None
-  slope, intercept = np.polyfit(x, y, 1)
-  r_squared = np.corrcoef(x, y)[0, 1] ** 2
-  return LineFit(float(slope), float(intercept), float(r_squared))
+  slope, intercept = np.polyfit(x, y, 1).tolist()
+  return slope, intercept, float(np.corrcoef(x, y)[0, 1] ** 2)
 
 
 def figure_1(ax: 'Axes', rows: Sequence[Row]) -> None:
   """The scatter of `scatter`, its line, and the legend below."""
   scatter(ax, rows)
-  fit = line_fit(rows)
-  if fit is not None:
+  if (fit := line_fit(rows)) is not None:
+    slope, intercept, r_squared = fit
     tests = [row.test for row in singles(rows)]
     x = np.array([min(tests), max(tests)])
-    label = f'fit to single models, R² = {fit.r_squared:.2f}'
-    y = fit.slope * x + fit.intercept
+    label = f'fit to single models, R² = {r_squared:.2f}'
+    y = slope * x + intercept
     ax.plot(100 * x, 100 * y, label=label, zorder=1, **_DASHED)
   legend(ax, 'below', 2)
 

@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 from jaxsoup import _json
-from jaxsoup.report._tables import Row
+from jaxsoup.report._rows import Row
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
@@ -73,9 +73,14 @@ def read_scores(
     shifts = [name for name in columns if name.startswith('shifts.')]
   used = [held_out, test, *shifts]
   for name in used:
-    _check_column(
-        path, name, columns, is_given=name not in ('held_out', 'test')
-    )
+    if name not in columns:
+      near = difflib.get_close_matches(name, columns, 3, 0.4)
+      guess = f' Did you mean {" or ".join(near)}?' if near else ''
+      if name in ('held_out', 'test'):  # Those that are not given.
+        guess += f' Name it with {name}= (--{name.replace("_", "-")}).'
+      raise ValueError(
+          f'{path} has no column {name!r}, it has: {", ".join(columns)}.{guess}'
+      )
   if twice := sorted({name for name in used if used.count(name) > 1}):
     raise ValueError(
         f'{path}: column {twice[0]!r} is used for more than one of held-out, '
@@ -97,20 +102,6 @@ def read_scores(
       for record in records
   ]
   return rows, settings
-
-
-def _check_column(path, name, columns, *, is_given: bool) -> None:
-  if name in columns:
-    return
-  near = difflib.get_close_matches(name, columns, 3, 0.4)
-  option = 'held_out' if name == 'held_out' else 'test'
-  flag = f'--{option.replace("_", "-")}'
-  way_out = '' if is_given else f' Name it with {option}= ({flag}).'
-  guess = f' Did you mean {" or ".join(near)}?' if near else ''
-  raise ValueError(
-      f'{path} has no column {name!r}, it has: {", ".join(columns)}.'
-      f'{guess}{way_out}'
-  )
 
 
 def _row(where, record, number, held_out, test, shifts) -> Row:
@@ -181,11 +172,9 @@ def _records(path: pathlib.Path) -> Iterator[Json]:
             f'{path}: a row has more or fewer cells than the header: {record}. '
             'Give each row one for each column, with commas between them.'
         )
-      yield {
-          # A run that is called 00 is no zero.
-          k: v if k in (*_NAMES, 'kind') else _value(v)
-          for k, v in record.items()
-      }
+      # A run that is called 00 is no zero.
+      is_text = (*_NAMES, 'kind')
+      yield {k: v if k in is_text else _value(v) for k, v in record.items()}
     return
   for where, record in _objects(path, text):
     if not isinstance(record, dict):

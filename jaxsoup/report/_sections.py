@@ -20,13 +20,14 @@ import numpy as np
 from jaxsoup._soup import AtMost
 from jaxsoup._soup import SearchInfo
 from jaxsoup.report import _plots
+from jaxsoup.report import _rows
 from jaxsoup.report import _tables
 from jaxsoup.report._page import Part
 from jaxsoup.report._page import Picture
 from jaxsoup.report._page import Section
 from jaxsoup.report._page import Strong
 from jaxsoup.report._page import Table
-from jaxsoup.report._tables import Row
+from jaxsoup.report._rows import Row
 from jaxsoup.typing import Config
 from jaxsoup.typing import Nested
 
@@ -37,7 +38,7 @@ def table_section(
     rows: Sequence[Row],
     *,
     settings: Settings = (),
-    summary: tuple[Sequence[Row], Sequence[Row] | None] | None = None,
+    summary: Sequence[Sequence[Row]] = (),
     sets: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Section:
   """The table of the paper, and what is significant in it.
@@ -46,7 +47,7 @@ def table_section(
   `summary` the means and deviations of `mean_rows` over the splits, where the
   held-out set was drawn several times.
   """
-  shown, deviations = summary or (_tables.summary(rows), None)
+  shown, deviations = summary or (_rows.summary(rows), None)
   header, body = _tables.cells(shown, deviations, bold=Strong)
   legend = _tables.legend(shown, sets, bold='bold')
   if not any(row.gains for row in shown):
@@ -82,7 +83,7 @@ def _findings(shown: Sequence[Row]) -> list[str]:
 def _twice(rows: Sequence[Row]) -> list[str]:
   """Single models that are perhaps one, given more than once."""
   names: dict[tuple[float, ...], list[str]] = {}
-  for row in _tables.singles(rows):
+  for row in _rows.singles(rows):
     key = (row.held_out, row.test, *row.shifts.values())
     names.setdefault(key, []).append(row.name)
   return [
@@ -141,7 +142,7 @@ def scatter_sections(rows: Sequence[Row]) -> list[Section]:
   if not np.isfinite([row.mean_shift for row in rows]).any():
     return []
   fit = _plots.line_fit(rows)
-  singles = _tables.singles(rows)
+  singles = _rows.singles(rows)
   others = [row for row in rows if row.kind != 'single']
   alt = f'Scatter of the mean of shifts against test {rows[0].metric}. ' + (
       f'{len(singles)} single models: test {_range(r.test for r in singles)}, '
@@ -155,9 +156,10 @@ def scatter_sections(rows: Sequence[Row]) -> list[Section]:
   )
   caption = 'Each point is a model; right and up is better.'
   if fit is not None:
+    slope, _, r_squared = fit
     caption += (
         ' The line is fitted to the single models: '
-        f'R² = {fit.r_squared:.2f}, slope {fit.slope:.2f}.'
+        f'R² = {r_squared:.2f}, slope {slope:.2f}.'
     )
   picture = Picture(
       'test_against_shifts',
@@ -317,10 +319,12 @@ def calibration_sections(curves: Mapping[str, Config]) -> list[Section]:
   """Whether models are calibrated; empty without `metrics.Reliability`."""
   if not curves:
     return []
-  body = [
-      [name, *(f'{100 * x:.1f}' for x in _calibration(curve))]
-      for name, curve in curves.items()
-  ]
+  body = []
+  for name, curve in curves.items():
+    confidence, accuracy = np.array(curve['confidence']), curve['accuracy']
+    gap = np.abs(confidence - accuracy)
+    means = np.average([confidence, accuracy, gap], 1, curve['num'])
+    body.append([name, *(f'{100 * x:.1f}' for x in means)])
   alt = 'Reliability diagram. Mean confidence and accuracy: ' + (
       '; '.join(f'{line[0]} {line[1]} %, {line[2]} %' for line in body)
   )
@@ -345,16 +349,6 @@ def calibration_sections(curves: Mapping[str, Config]) -> list[Section]:
   return [Section('Calibration', parts, {'calibration': records})]
 
 
-def _calibration(curve: Config) -> tuple[float, float, float]:
-  """Mean confidence, accuracy, expected calibration error."""
-  confidence, accuracy = np.array(curve['confidence']), curve['accuracy']
-  gap = np.abs(confidence - accuracy)
-  return tuple(
-      float(np.average(x, weights=curve['num']))
-      for x in (confidence, accuracy, gap)
-  )  # type: ignore[return-value]
-
-
 def setting_sections(
     rows: Sequence[Row],
     settings: Settings,
@@ -366,22 +360,16 @@ def setting_sections(
   `chosen` are places among the singles of those that the greedy soup took.
   """
   pairs, names = singles_with(settings, rows)
-  models = models_of(rows)
   pictures = []
   for name in names:
-    known = [k for k, (_, setting) in enumerate(pairs) if name in setting]
-    values = [pairs[k][1][name] for k in known]
+    known = [
+        (setting[name], row, model, k in chosen)
+        for k, ((row, setting), model) in enumerate(zip(pairs, models_of(rows)))
+        if name in setting
+    ]
     # A seed is a name, not a quantity.
-    if name != 'seed' and len(set(map(str, values))) > 1:
-      pictures.append(
-          _setting(
-              name,
-              values,
-              [pairs[k][0] for k in known],
-              [i for i, k in enumerate(known) if k in chosen],
-              [models[k] for k in known],
-          )
-      )
+    if name != 'seed' and len({str(value) for value, *_ in known}) > 1:
+      pictures.append(_setting(name, *zip(*known)))
   if not pictures:
     return []
   text = 'Each circle is a model.'
@@ -398,7 +386,8 @@ def singles_with(
   return pairs, list(dict.fromkeys(name for _, x in pairs for name in x))
 
 
-def _setting(name, values, rows, chosen, models) -> Picture:
+def _setting(name, values, rows, models, is_chosen) -> Picture:
+  chosen = np.flatnonzero(is_chosen).tolist()
   scores = [row.held_out for row in rows]
   best = int(np.argmax(scores))
   percents, height = [100 * score for score in scores], 3.2
@@ -426,7 +415,7 @@ def _setting(name, values, rows, chosen, models) -> Picture:
 
 def stability_sections(searches: Mapping[str, Config]) -> list[Section]:
   """How stable the choice of each search is; empty without resamples."""
-  return [_stability_section(name, stable) for name, stable in searches.items()]
+  return [_stability_section(*search) for search in searches.items()]
 
 
 def _stability_section(name: str, stable: Config) -> Section:
@@ -439,19 +428,19 @@ def _stability_section(name: str, stable: Config) -> Section:
       f'choice is {stable["overlap"]:.2f} (mean Jaccard index: 1 if the choice '
       'never changes).'
   )
-  often = [k for k, x in enumerate(frequency) if x >= 0.5]
+  often = [str(k) for k, x in enumerate(frequency) if x >= 0.5]
+  file = f'stability_{_file(name)}'
   picture = Picture(
-      f'stability_{_file(name)}',
+      file,
       lambda ax: _plots.frequencies(ax, frequency, chosen),
       'Bars: how many resamples choose each model. At least half choose '
-      f'{_listed(list(map(str, often)))}.',
+      f'{_listed(often)}.',
   )
   records = [
       {'model': k, 'frequency': x, 'chosen': k in chosen}
       for k, x in enumerate(frequency)
   ]
-  data = {f'stability_{_file(name)}': records}
-  return Section(f'Stability: {name}', [text, picture], data)
+  return Section(f'Stability: {name}', [text, picture], {file: records})
 
 
 def _file(name: str) -> str:

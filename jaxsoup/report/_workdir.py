@@ -20,13 +20,13 @@ from jaxsoup._soup import SearchInfo
 from jaxsoup.report import _candidates
 from jaxsoup.report import _landscape_sections
 from jaxsoup.report import _page
+from jaxsoup.report import _rows
 from jaxsoup.report import _scores
 from jaxsoup.report import _sections
-from jaxsoup.report import _tables
 from jaxsoup.report._page import Code
 from jaxsoup.report._page import Section
 from jaxsoup.report._page import Table
-from jaxsoup.report._tables import Row
+from jaxsoup.report._rows import Row
 from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
@@ -40,7 +40,7 @@ class Contents(NamedTuple):
   Attributes:
     rows: a row a model.
     settings: hyper-parameters of each row, empty of soups and ensembles.
-    summary: means and deviations over the splits; None of one.
+    summary: means and deviations over the splits; empty of one.
     soups: `checkpoints.provenance` by name, of the first split.
     results: `results.json`.
     landscape: by part, `landscape/*.json`: planes, lines, angles, diagnosis.
@@ -48,7 +48,7 @@ class Contents(NamedTuple):
 
   rows: list[Row]
   settings: list[Json]
-  summary: tuple[list[Row], list[Row]] | None
+  summary: list[list[Row]]
   soups: dict[str, Json]
   results: Json
   landscape: Json = {}
@@ -90,12 +90,23 @@ def write_report(
         'metrics= (--metrics) is for those, and names of columns are for '
         'tables of scores.'
     )
+  if columns and source.is_dir():
+    raise TypeError(
+        f'{source} is a workdir, whose data sets are known: leave out '
+        f'{sorted(columns)}, which name columns of a file of scores.'
+    )
+  intro = ''
   if is_log:
+    title = f'Searches in {source.name}'
     sections = [*_candidates.log_sections(source, metrics), *further]
-    out = source.with_suffix('.html') if out is None else out
-    return _page.write_page(out, f'Searches in {source.name}', sections)
-  if not source.is_dir():
+  elif source.is_dir():
+    contents = read_workdir(source)
+    *made, origin = sections_of(contents)
+    title, intro = f'Soups of {source.absolute().name}', _intro(contents.rows)
+    sections = [*made, *further, origin]
+  else:
     rows, settings = _scores.read_scores(source, **columns)
+    title, intro = f'Scores of {source.name}', _intro(rows)
     sections = [
         _sections.table_section(rows, settings=settings),
         *_sections.scatter_sections(rows),
@@ -103,22 +114,10 @@ def write_report(
         *_sections.setting_sections(rows, settings),
         *further,
     ]
-    out = source.with_suffix('.html') if out is None else out
-    title = f'Scores of {source.name}'
-    return _page.write_page(out, title, sections, intro=_intro(rows))
-  if columns:
-    raise TypeError(
-        f'{source} is a workdir, whose data sets are known: leave out '
-        f'{sorted(columns)}, which name columns of a file of scores.'
-    )
-  contents = read_workdir(source)
-  made = sections_of(contents)
-  return _page.write_page(
-      source / 'report.html' if out is None else out,
-      f'Soups of {source.absolute().name}',
-      [*made[:-1], *further, made[-1]],
-      intro=_intro(contents.rows),
-  )
+  if out is None:
+    is_dir = source.is_dir()
+    out = source / 'report.html' if is_dir else source.with_suffix('.html')
+  return _page.write_page(out, title, sections, intro=intro)
 
 
 def read_workdir(workdir: PathLike) -> Contents:
@@ -143,10 +142,10 @@ def read_workdir(workdir: PathLike) -> Contents:
     )
   try:
     results = {'config': {}, 'runs': [], **_json.read(path)}
-    rows = _tables.read_rows(path)
+    rows = _rows.read_rows(path)
     if not rows:
       raise ValueError('it has no rows')
-    summary = [_tables.rows_of(x) for x in results.get('summary', [])]
+    summary = [_rows.rows_of(x) for x in results.get('summary', [])]
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise ValueError(
         f'{path} is unreadable: {e}. Run the command of the experiment again, '
@@ -156,7 +155,7 @@ def read_workdir(workdir: PathLike) -> Contents:
   return Contents(
       rows,
       settings,
-      (summary[0], summary[1]) if summary else None,
+      summary,
       _soups(workdir, rows),
       results,
       _landscape_sections.read_landscape(workdir),
@@ -165,14 +164,11 @@ def read_workdir(workdir: PathLike) -> Contents:
 
 def _settings(rows: Sequence[Row], runs) -> list[Json]:
   """Hyper-parameters of each row, by the number that its name begins with."""
-  settings: list[Json] = []
-  for row in rows:
+  settings: list[Json] = [{} for _ in rows]
+  for row, setting in zip(rows, settings):
     number, _, copy = row.name.partition('_')
-    known = row.kind == 'single' and number.isdecimal()
-    if known and int(number) < len(runs):
-      settings.append(runs[int(number)] | ({'copy': copy} if copy else {}))
-    else:
-      settings.append({})
+    if row.kind == 'single' and number.isdecimal() and int(number) < len(runs):
+      setting.update(runs[int(number)], **{'copy': copy} if copy else {})
   return settings
 
 
@@ -287,12 +283,12 @@ def _origin(contents: Contents) -> Section:
     parts.append(f'Left out, with NaN or infinite values: {names}.')
   if results.get('data'):
     parts.append(_data(results['data']))
-  config = [[k, json.dumps(v)] for k, v in results['config'].items()]
-  looked_at: Json = {}
+  config = dict(results['config'])
   for part in contents.landscape.values():
-    looked_at |= part.get('settings', {})
-  config += [[f'landscape.{k}', json.dumps(v)] for k, v in looked_at.items()]
-  parts.append(Table(['', 'value'], config, 'Config', is_folded=True))
+    settings = part.get('settings', {})
+    config |= {f'landscape.{k}': v for k, v in settings.items()}
+  cells = [[k, json.dumps(v)] for k, v in config.items()]
+  parts.append(Table(['', 'value'], cells, 'Config', is_folded=True))
   if soups:
     parts.append(_provenance(soups))
   return Section('Provenance', parts)
@@ -327,12 +323,10 @@ def _provenance(soups: Mapping[str, Config]) -> Table:
 
 def _intro(rows: Sequence[Row]) -> str:
   names = {'single': 'fine-tuned model', 'soup': 'soup', 'ensemble': 'ensemble'}
-  counts = [
-      (sum(row.kind == kind for row in rows), name)
-      for kind, name in names.items()
-  ]
+  kinds = [row.kind for row in rows]
+  counts = [(kinds.count(kind), name) for kind, name in names.items()]
   text = ', '.join(f'{n} {name}{"s" * (n != 1)}' for n, name in counts if n)
-  best = _tables.best_single(rows)
+  best = _rows.best_single(rows)
   if best is None:
     return f'{text}.'
   return (
