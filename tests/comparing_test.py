@@ -228,6 +228,10 @@ def test_other_examples_are_not_paired(pair):
   assert compared['greedy', 'mean of shifts'].reason == expected
   assert np.isnan(compared['greedy', 'fog'].gain.low)
   assert not compared['greedy', 'blur'].reason
+  write_answers(second, b, ids={name: x + 1 for name, x in ids.items()})
+  compared = by_name(comparing.compare(first, second, has_each_shift=True))
+  expected = expected.replace('fog', 'blur')  # The first of them.
+  assert compared['greedy', 'mean of shifts'].reason == expected
 
 
 def test_command(pair):

@@ -648,6 +648,10 @@ def test_columns_of_others(tmp_path):
   assert rows[0].shifts == {'V2': 0.4} and settings == [{}] * 3
   files = report.write_report(path, **columns)
   assert files[0] == tmp_path / 'individual.html'
+  unnamed = [{k: x for k, x in r.items() if k in 'ImageNet2p'} for r in records]
+  path.write_text('\n'.join(map(json.dumps, unnamed)))
+  rows, _ = report.read_scores(path, **columns | {'shifts': []})
+  assert [row.name for row in rows] == ['row 1', 'row 2', 'row 3']
   page = Page(files)
   table = page.table('', 'held-out', 'test', 'mean of shifts')
   assert table['best single']['test'] == '80.0'

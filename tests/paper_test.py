@@ -249,6 +249,13 @@ def test_barriers_against_numpy(made, problem):
     assert row['barrier, points'] == pytest.approx([expected], abs=1e-3), name
 
 
+@pytest.mark.slow
+def test_fewer_runs_than_the_pools_take(made, monkeypatch):
+  workdir, rows_of = made
+  monkeypatch.setattr(pools, 'NUM_RUNS', 99)
+  assert run.run(CONFIG, workdir, TINY, only=[13]) == {13: rows_of[13]}
+
+
 def mean_of(first, second, t):
   return jax.tree.map(
       lambda x, y: np.float32(1 - t) * x + np.float32(t) * y, first, second

@@ -261,7 +261,7 @@ def _paired_gain(given, row: str, names: Sequence[str]) -> Comparison:
 
 
 def _require_equal(what: str, first, second) -> None:
-  for name in first.keys() | second.keys():
+  for name in {**first, **second}:
     if not np.array_equal(first.get(name, ()), second.get(name, ())):
       key = name.partition('/')[2]
       name = next((x for x in _KEYS if _KEYS[x] == key), key)

@@ -180,7 +180,7 @@ def _neighbours(num: int) -> list[tuple[int, int]]:
 
 def _lines(pool: pools.Pool, num: int) -> dict[Any, landscape.Path]:
   """The test error between neighbours."""
-  sets, members = _sets(pool, 'test'), _neighbours(num)
+  sets, members = _sets(pool, 'test'), _neighbours(min(num, len(pool)))
   error_fn = lambda params: 1 - sets.score_of(params)
   return landscape.lines(error_fn, pool.models, members, 11, is_traced=False)
 

@@ -112,7 +112,7 @@ def _row(where, record, number, held_out, test, shifts) -> Row:
     )
   name = next((record[n] for n in _NAMES if _is_there(record, n)), None)
   scores = {k: _score(where, record, k) for k in (held_out, test, *shifts)}
-  number = lambda k, default: (
+  known = lambda k, default: (
       _number(where, record, k) if _is_there(record, k) else default
   )
   return Row(
@@ -122,9 +122,9 @@ def _row(where, record, number, held_out, test, shifts) -> Row:
       test=scores[test],
       shifts={k.removeprefix('shifts.'): scores[k] for k in shifts},
       metric=record.get('metric') or 'accuracy',
-      nll=number('nll', math.nan),
-      ece=number('ece', math.nan),
-      cost=number('cost', 1.0),
+      nll=known('nll', math.nan),
+      ece=known('ece', math.nan),
+      cost=known('cost', 1.0),
   )
 
 
