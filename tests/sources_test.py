@@ -297,8 +297,10 @@ def _walk(num_workers, num_processes, **options):
   ]
 
 
-@pytest.mark.parametrize('num_workers, num_processes', [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize('seed, start', [(None, 0), (7, 2)])
+@pytest.mark.parametrize(
+    'num_workers, num_processes, seed, start',
+    [(2, 1, 7, 2), (1, 2, None, 0)],
+)
 def test_workers_and_processes_change_no_bit(
     num_workers, num_processes, seed, start
 ):
