@@ -76,6 +76,7 @@ def test_equals_numpy(is_lite, is_same_padded):
   )
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('padding', ['SAME', ((1, 1), (1, 1))])
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

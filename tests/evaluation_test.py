@@ -2,6 +2,7 @@
 
 import gc
 
+import _pairwise
 from flax import nnx
 from hypothesis import given
 from hypothesis import settings
@@ -301,9 +302,10 @@ def recalibrated_statistics(batches):
   return float(params['mean'][0]), float(params['var'][0])
 
 
-@pytest.mark.parametrize('is_on_device', (False, True))
-@pytest.mark.parametrize('bad', BAD_MASKS)
-@pytest.mark.parametrize('reader', READERS)
+@pytest.mark.parametrize(
+    'reader, bad, is_on_device',
+    _pairwise.product(READERS, BAD_MASKS, (False, True)),
+)
 def test_a_mask_that_is_none_is_an_error(reader, bad, is_on_device):
   mask, message = BAD_MASKS[bad]
   batches = [{'x': THREE}, {'x': THREE, 'mask': mask}]

@@ -543,6 +543,7 @@ def test_a_compressed_archive_of_keras(tmp_path):
     assert code == 1 and words in said
 
 
+@pytest.mark.slow
 def test_no_damage_of_hdf5_crashes(tmp_path):
   h5py = pytest.importorskip('h5py')
   with h5py.File(tmp_path / 'whole.weights.h5', 'w') as f:

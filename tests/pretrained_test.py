@@ -73,14 +73,20 @@ def write(path, kind, params, **options):
   )
 
 
-@pytest.fixture
-def vit(tmp_path):
+@pytest.fixture(scope='module')
+def vit(tmp_path_factory):
   """A file with our names, and the model."""
   kind = _pretrained.Kind('vit', 'flax', TINY['vit'])
   params = random_params(kind)
-  return write(tmp_path / 'vit.safetensors', kind, params), model_of(
-      kind, params
-  )
+  path = tmp_path_factory.mktemp('vit') / 'vit.safetensors'
+  return write(path, kind, params), model_of(kind, params)
+
+
+@pytest.fixture(scope='module')
+def efficientnet():
+  """The arrays of a file of timm."""
+  kind = _pretrained.Kind('efficientnet', 'timm', {'num_classes': 3})
+  return dict(_names.write(random_params(kind), kind.table()))
 
 
 def assert_same(params, expected):
@@ -223,10 +229,10 @@ def test_families_are_recognised_by_their_names(tmp_path, family, names):
 
 
 @pytest.mark.parametrize('architecture', ['tf_efficientnet_b0', 'other'])
-def test_a_config_of_timm_tells_the_padding(tmp_path, architecture):
-  kind = _pretrained.Kind('efficientnet', 'timm', {'num_classes': 3})
-  arrays = dict(_names.write(random_params(kind), kind.table()))
-  safetensors.save_file(arrays, tmp_path / 'model.safetensors')
+def test_a_config_of_timm_tells_the_padding(
+    tmp_path, efficientnet, architecture
+):
+  safetensors.save_file(efficientnet, tmp_path / 'model.safetensors')
   config = {'architecture': architecture, 'num_classes': 3}
   (tmp_path / 'config.json').write_text(json.dumps(config))
   identified = _pretrained.identify(checkpoints.Arrays(tmp_path))
@@ -237,15 +243,13 @@ def test_a_config_of_timm_tells_the_padding(tmp_path, architecture):
 
 
 @pytest.mark.parametrize('name', ['m.safetensors', 'm.pth'])
-def test_padding_that_nothing_tells_is_asked_for(tmp_path, name):
-  kind = _pretrained.Kind('efficientnet', 'timm', {'num_classes': 3})
-  arrays = dict(_names.write(random_params(kind), kind.table()))
+def test_padding_that_nothing_tells_is_asked_for(tmp_path, efficientnet, name):
   path = tmp_path / name
   if name == 'm.pth':
     torch = pytest.importorskip('torch', reason='writes a file of torch')
-    torch.save({n: torch.tensor(x) for n, x in arrays.items()}, path)
+    torch.save({n: torch.tensor(x) for n, x in efficientnet.items()}, path)
   else:
-    safetensors.save_file(arrays, path)
+    safetensors.save_file(efficientnet, path)
   with pytest.raises(ValueError, match='m.* does not say whether it came from'):
     models.load(path)
   result = run('convert', path, tmp_path / 'out')

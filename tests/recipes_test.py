@@ -238,6 +238,7 @@ TRACED = {
 }
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('name', TRACED)
 def test_traced(name):
   """Under transformations a recipe is the function that it is without."""
