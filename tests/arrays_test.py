@@ -259,7 +259,12 @@ BROKEN = {
         (st_file({'a': row(shape=(-2,), offsets=(0, -8))}), 'bytes'),
         (st_file({'a': row(shape=(1 << 62,), offsets=(0, 1 << 64))}), 'the'),
         (st_file({'a': row(shape='22')}, bytes(8)), 'not a list'),
+        (st_file({'a': row(offsets=(-8, 0))}, bytes(8)), 'header|begins'),
+        (st_file({'a': row(offsets=(0, 1 << 60))}, bytes(8)), 'bytes'),
+        (st_file({'a': row(offsets=None)}, bytes(8)), 'header'),
         (st_file({'a': 3}), 'header is wrong'),
+        (st_file(b'\xff\xfe{}'), 'header is wrong'),
+        (b'\x05', 'header declares'),
     ],
     'pth': [
         (b'', 'cannot be read'),

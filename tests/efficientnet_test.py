@@ -250,6 +250,7 @@ def test_a_file_says_what_it_holds(naming, name):
   }
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('naming', list(efficientnet.TABLES))
 @pytest.mark.parametrize('is_lite', [False, True])
 def test_round_trip_through_names(naming, is_lite):
