@@ -344,26 +344,6 @@ def test_adapters_are_not_averaged_by_their_factors(runs):
   assert result.exit_code == 1 and 'b is a LoRA adapter' in result.stderr
 
 
-def test_a_full_disk(runs, tmp_path):
-  code = (
-      'import resource, signal, sys\n'
-      'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
-      'resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))\n'
-      'from jaxsoup import cli; cli.main()'
-  )
-  args = ['uniform', *runs, '--out', 'soup']
-  result = subprocess.run(
-      # Neither of these is to be cut off for the tests that come later.
-      [sys.executable, '-B', '-c', code, 'soup', *args],
-      env={**os.environ, 'JAX_ENABLE_COMPILATION_CACHE': '0'},
-      capture_output=True,
-      text=True,
-  )
-  assert result.returncode == 1
-  assert 'the disk is full' in result.stderr
-  assert sorted(os.listdir()) == runs
-
-
 @pytest.mark.slow
 def test_a_kill_leaves_nothing_under_the_name(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)

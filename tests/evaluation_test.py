@@ -106,19 +106,6 @@ def test_right_answers_as_booleans():
   assert eval_fn(model()) == pytest.approx(expected, abs=1e-12)
 
 
-def test_compiled_once_for_many_models():
-  traces = []
-
-  def metric_fn(params, batch):
-    traces.append(1)
-    return nll_fn(params, batch)
-
-  eval_fn = evaluation.mean_of(metric_fn, evaluation.batched(dataset(), 5))
-  scores = {eval_fn(model(seed)) for seed in range(4)}
-  assert len(scores) == 4
-  assert len(traces) == 1
-
-
 def test_metric_that_returns_a_scalar_is_named():
   eval_fn = evaluation.mean_of(
       lambda p, b: nll_fn(p, b).mean(), evaluation.batched(dataset(), 5)
