@@ -268,6 +268,7 @@ def test_pretraining_is_a_role_too(tmp_path):
     main.run(experiment, tmp_path / 'w')
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_left_out(tmp_path, uninterrupted):
   # Else it is all trained, and then no soup can be made of it.
   shutil.copytree(uninterrupted / 'theta_0', tmp_path / 'w/theta_0')

@@ -243,6 +243,7 @@ def test_a_config_of_timm_tells_the_padding(
   assert identified.arguments['epsilon'] == (1e-3 if is_ported else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['m.safetensors', 'm.pth'])
 def test_padding_that_nothing_tells_is_asked_for(tmp_path, efficientnet, name):
   path = tmp_path / name

@@ -361,6 +361,7 @@ def _is_running(pid):
   return state[0] != 'Z'
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('num_workers', [0, 1])
 def test_an_example_that_cannot_be_made_is_named(tmp_path, num_workers):
   (tmp_path / 'cat').mkdir()

@@ -523,6 +523,7 @@ def _peak_bytes(function) -> int:
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_model_whatever_their_number(
     tmp_path, monkeypatch
 ):
