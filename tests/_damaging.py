@@ -10,8 +10,19 @@ import pathlib
 import resource
 import subprocess
 import sys
+from typing import Any
 
+from hypothesis import strategies as st
 import numpy as np
+
+
+def changed(content: bytes, data: Any) -> bytes:
+  """A file with a few bytes that hypothesis changed, or without its end."""
+  content = bytearray(content)
+  where = st.integers(0, len(content) - 1)
+  for place in data.draw(st.lists(where, max_size=4)):
+    content[place] = data.draw(st.integers(0, 255))
+  return bytes(content[: data.draw(st.none() | where)])
 
 
 def survives(module: str, folder: pathlib.Path, num: int) -> None:

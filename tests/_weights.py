@@ -6,9 +6,13 @@ import pathlib
 
 from flax import nnx
 import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from jaxsoup import checkpoints
+from jaxsoup import sharding
 from jaxsoup.models import _names
 
 
@@ -71,6 +75,42 @@ def run(model, *inputs, method='__call__'):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _call(graphdef, method, params, *inputs):
   return getattr(nnx.merge(graphdef, params), method)(*inputs)
+
+
+def check_scan(graphdef, scanned, params, stack, loss_fn, atol=1e-4):
+  """A scan over the blocks has the loss and the gradient of the loop."""
+  value_and_grad = lambda graphdef: jax.jit(
+      jax.value_and_grad(lambda p: loss_fn(nnx.merge(graphdef, p)))
+  )
+  expected, gradient = value_and_grad(graphdef)(params)
+  actual, stacked_gradient = value_and_grad(scanned)(stack(params))
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
+  jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol),
+      stacked_gradient,
+      stack(gradient),
+  )
+
+
+def check_sharded(graphdef, params, on_mesh, stacked, inputs):
+  """A scan on four devices gives the logits of the loop on one."""
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
+  inputs = [np.concatenate([x, x[:1]]) for x in inputs]
+
+  def model_fn(graphdef, params, *inputs):
+    return nnx.merge(graphdef, params)(*inputs)
+
+  expected = jax.jit(model_fn, static_argnums=0)(graphdef, params, *inputs)
+  shardings = jax.tree.map(
+      lambda x: x.sharding,
+      sharding.fsdp(jax.eval_shape(lambda: stacked), mesh, min_size=0),
+  )
+  with jax.set_mesh(mesh):
+    params = jax.device_put(stacked, shardings)
+    inputs = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec('fsdp')))
+    logits = jax.jit(model_fn, static_argnums=0)(on_mesh, params, *inputs)
+  assert logits.sharding.spec[0] == 'fsdp'
+  np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 def write(params, table):

@@ -259,7 +259,12 @@ BROKEN = {
         (st_file({'a': row(shape=(-2,), offsets=(0, -8))}), 'bytes'),
         (st_file({'a': row(shape=(1 << 62,), offsets=(0, 1 << 64))}), 'the'),
         (st_file({'a': row(shape='22')}, bytes(8)), 'not a list'),
+        (st_file({'a': row(offsets=(-8, 0))}, bytes(8)), 'header|begins'),
+        (st_file({'a': row(offsets=(0, 1 << 60))}, bytes(8)), 'bytes'),
+        (st_file({'a': row(offsets=None)}, bytes(8)), 'header'),
         (st_file({'a': 3}), 'header is wrong'),
+        (st_file(b'\xff\xfe{}'), 'header is wrong'),
+        (b'\x05', 'header declares'),
     ],
     'pth': [
         (b'', 'cannot be read'),
@@ -336,21 +341,12 @@ def whole(tmp_path_factory):
   return lambda suffix: write(folder / f'x.{suffix}', arrays_of()).read_bytes()
 
 
-def changed(content, data):
-  """The bytes of a file with a few of them changed, or without its end."""
-  content = bytearray(content)
-  where = st.integers(0, len(content) - 1)
-  for place in data.draw(st.lists(where, max_size=4)):
-    content[place] = data.draw(st.integers(0, 255))
-  return bytes(content[: data.draw(st.none() | where)])
-
-
 @pytest.mark.parametrize('suffix', ['safetensors', 'npz'])
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(st.data())
 def test_changed_bytes(whole, tmp_path_factory, suffix, data):
   path = tmp_path_factory.getbasetemp() / f'changed.{suffix}'
-  path.write_bytes(changed(whole(suffix), data))
+  path.write_bytes(_damaging.changed(whole(suffix), data))
   read_all(path)
 
 

@@ -4,18 +4,15 @@ import json
 import math
 import pathlib
 
+import _weights
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from jaxsoup import checkpoints
-from jaxsoup import sharding
 from jaxsoup.models import _names
 from jaxsoup.models import bert
 
@@ -151,46 +148,17 @@ def test_mean_pooled():
 def test_a_scan_over_the_blocks_is_the_loop():
   graphdef, params = make()
   scanned, _ = make(is_scanned=True, is_rematerialized=True)
-
-  def loss_of(graphdef):
-    return jax.jit(
-        jax.value_and_grad(
-            lambda p: jnp.square(nnx.merge(graphdef, p)(IDS, MASK)).sum()
-        )
-    )
-
-  expected, gradient = loss_of(graphdef)(params)
-  actual, stacked_gradient = loss_of(scanned)(stack(params, 2))
-  np.testing.assert_allclose(actual, expected, rtol=1e-5)
-  jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4),
-      stacked_gradient,
-      stack(gradient, 2),
-  )
+  loss_fn = lambda model: jnp.square(model(IDS, MASK)).sum()
+  of_two = lambda params: stack(params, 2)
+  _weights.check_scan(graphdef, scanned, params, of_two, loss_fn)
 
 
 @pytest.mark.slow
 def test_sharded_over_a_mesh_the_logits_are_the_same():
   graphdef, params = make()
   on_mesh, _ = make(batch_axis='fsdp', is_scanned=True)
-  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
-  inputs = [np.concatenate([x, x[:1]]) for x in (IDS, MASK, TYPES)]
-
-  def model_fn(graphdef, params, *inputs):
-    return nnx.merge(graphdef, params)(*inputs)
-
-  expected = jax.jit(model_fn, static_argnums=0)(graphdef, params, *inputs)
-  params = stack(params, 2)
-  shardings = jax.tree.map(
-      lambda x: x.sharding,
-      sharding.fsdp(jax.eval_shape(lambda: params), mesh, min_size=0),
-  )
-  with jax.set_mesh(mesh):
-    params = jax.device_put(params, shardings)
-    inputs = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec('fsdp')))
-    logits = jax.jit(model_fn, static_argnums=0)(on_mesh, params, *inputs)
-  assert logits.sharding.spec[0] == 'fsdp'
-  np.testing.assert_allclose(logits, expected, atol=1e-5)
+  inputs = IDS, MASK, TYPES
+  _weights.check_sharded(graphdef, params, on_mesh, stack(params, 2), inputs)
 
 
 @pytest.mark.slow

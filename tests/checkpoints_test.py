@@ -332,8 +332,8 @@ def test_orbax_checkpoint_of_four_devices_is_read_on_one(tmp_path):
   assert_equal(checkpoints.Ingredients([tmp_path / 'run'])[0], params_of())
 
 
-def test_reading_while_a_mesh_is_set(runs):
-  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
+def test_reading_while_a_mesh_is_set(runs, on_mesh):
+  mesh = on_mesh.mesh
   abstract_params = sharding.fsdp(abstract_of(params_of()), mesh, min_size=0)
   with jax.set_mesh(mesh), jax.transfer_guard('disallow'):
     models = list(checkpoints.Ingredients(runs, abstract_params))
@@ -533,30 +533,6 @@ def test_what_cannot_be_saved(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_every_flipped_byte_is_found(tmp_path):
-  # Values that no compressor shortens, so that most bytes are values.
-  rng = np.random.default_rng(0)
-  params = {f'w{i}': rng.normal(size=(16, 16)).astype('f4') for i in range(2)}
-  path = pathlib.Path(checkpoints.save(tmp_path / 'run', params))
-  files = [f for f in path.rglob('w*/*') if f.is_file()]
-  assert sum(f.stat().st_size for f in files) > 1024
-  num_found = 0
-  for file in files:
-    content = file.read_bytes()
-    for position in np.linspace(0, len(content) - 1, 6).astype(int):
-      damaged = bytearray(content)
-      damaged[position] ^= 0x10
-      file.write_bytes(damaged)
-      try:
-        assert_equal(checkpoints.Ingredients([path])[0], params)
-      except ValueError as e:
-        assert str(path) in str(e) and 'damaged' in str(e)
-        num_found += 1
-    file.write_bytes(content)
-  assert num_found > 3
-  assert_equal(checkpoints.Ingredients([path])[0], params)
-
-
 def test_other_values_under_our_checksums_are_named(runs, monkeypatch):
   original = _checkpoint.Checkpoint.stored_reader
 
@@ -728,25 +704,11 @@ def test_soup_of_nnx_states_loads_into_a_state(tmp_path):
   assert_equal(pure(loaded.params), pure(soup.params))
 
 
-def test_soup_is_an_ingredient_too(tmp_path, runs):
-  soup = jaxsoup.uniform(checkpoints.Ingredients(runs))
-  path = checkpoints.save(tmp_path / 'soup', soup)
-  again = jaxsoup.uniform(checkpoints.Ingredients([path, runs[0]]))
-  assert again.params['body']['bias'].shape == (4,)
-
-
 def test_any_orbax_reads_our_soups(tmp_path, runs):
-  soup = jaxsoup.uniform(checkpoints.Ingredients(runs))
-  path = checkpoints.save(tmp_path / 'soup', soup)
-  restored = ocp.PyTreeCheckpointer().restore(path)
-  np.testing.assert_array_equal(
-      restored['body']['kernel'], soup.params['body']['kernel']
-  )
-
-
-def test_custom_metadata_is_plain_json(tmp_path, runs):
   soup = jaxsoup.greedy(checkpoints.Ingredients(runs), eval_fn)
   path = pathlib.Path(checkpoints.save(tmp_path / 'soup', soup))
+  assert_equal(ocp.PyTreeCheckpointer().restore(path), soup.params)
+  assert_equal(checkpoints.Ingredients([path, runs[0]])[0], soup.params)
   stored = json.loads((path / '_CHECKPOINT_METADATA').read_text())
   assert 'jaxsoup' in stored['custom_metadata']
 

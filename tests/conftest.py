@@ -20,6 +20,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import functools
+import gc
 
 import hypothesis
 import jax
@@ -110,6 +111,11 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=others)
     items[:] = first.values()
   items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish():
+  """What is imported stays: no search for garbage needs to look at it."""
+  gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -10,7 +10,6 @@ import jaxsoup
 from jaxsoup import checkpoints
 from jaxsoup import evaluation
 from jaxsoup import metrics
-from jaxsoup import sharding
 from jaxsoup import statistics
 
 METRICS = (
@@ -93,15 +92,3 @@ def test_checkpoints(context, rng, tmp_path):
   expected = np.mean([m['w'] for m in models], axis=0)
   np.testing.assert_allclose(loaded.params['w'], expected, rtol=1e-6)
   np.testing.assert_array_equal(loaded.alpha, soup.alpha)
-
-
-def test_straight_onto_the_mesh_that_is_set(on_mesh, rng, tmp_path):
-  model = {'w': rng.normal(size=(8, 3)).astype('f')}
-  checkpoints.save(tmp_path / '0', model)
-  with jax.set_mesh(on_mesh.mesh):
-    abstract_params = sharding.fsdp(
-        jax.eval_shape(lambda: model), on_mesh.mesh, min_size=0
-    )
-    (read,) = checkpoints.Ingredients([tmp_path / '0'], abstract_params)
-  assert read['w'].sharding.spec[0] == 'fsdp'
-  np.testing.assert_array_equal(jax.device_get(read['w']), model['w'])

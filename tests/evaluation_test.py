@@ -2,6 +2,7 @@
 
 import gc
 
+import _pairwise
 from flax import nnx
 from hypothesis import given
 from hypothesis import settings
@@ -103,19 +104,6 @@ def test_right_answers_as_booleans():
   )
   expected = np.mean((data['x'] @ model()['w']).argmax(-1) == data['label'])
   assert eval_fn(model()) == pytest.approx(expected, abs=1e-12)
-
-
-def test_compiled_once_for_many_models():
-  traces = []
-
-  def metric_fn(params, batch):
-    traces.append(1)
-    return nll_fn(params, batch)
-
-  eval_fn = evaluation.mean_of(metric_fn, evaluation.batched(dataset(), 5))
-  scores = {eval_fn(model(seed)) for seed in range(4)}
-  assert len(scores) == 4
-  assert len(traces) == 1
 
 
 def test_metric_that_returns_a_scalar_is_named():
@@ -301,9 +289,10 @@ def recalibrated_statistics(batches):
   return float(params['mean'][0]), float(params['var'][0])
 
 
-@pytest.mark.parametrize('is_on_device', (False, True))
-@pytest.mark.parametrize('bad', BAD_MASKS)
-@pytest.mark.parametrize('reader', READERS)
+@pytest.mark.parametrize(
+    'reader, bad, is_on_device',
+    _pairwise.product(READERS, BAD_MASKS, (False, True)),
+)
 def test_a_mask_that_is_none_is_an_error(reader, bad, is_on_device):
   mask, message = BAD_MASKS[bad]
   batches = [{'x': THREE}, {'x': THREE, 'mask': mask}]

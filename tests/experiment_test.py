@@ -268,8 +268,11 @@ def test_pretraining_is_a_role_too(tmp_path):
     main.run(experiment, tmp_path / 'w')
 
 
-def test_a_run_that_diverges_is_left_out(tmp_path):
+@pytest.mark.slow
+def test_a_run_that_diverges_is_left_out(tmp_path, uninterrupted):
   # Else it is all trained, and then no soup can be made of it.
+  shutil.copytree(uninterrupted / 'theta_0', tmp_path / 'w/theta_0')
+  shutil.copy(uninterrupted / 'config.json', tmp_path / 'w')
   experiment = configs.load(CONFIG, TINY)
   experiment.runs[2]['learning_rate'] = 1e30
   with pytest.warns(UserWarning, match='02 diverged .*not be part of any soup'):

@@ -520,25 +520,6 @@ def test_inspect_deep_names_damage(tmp_path, runs):
   assert invoke('inspect', '--deep', *runs).exit_code == 0
 
 
-def test_score_log_that_is_none(tmp_path):
-  # Each with the file's name; `{}` and garbage with the line and a way out.
-  path = tmp_path / 'log'
-  for content in (b'', b'{"mem'):  # Cut in line 1.
-    path.write_bytes(content)
-    assert not checkpoints.ScoreLog(path)
-  for line in (b'\x00\xff\xfe', b'{}', b'null', b'"x"', b''):
-    good = b'{"members": [0], "score": 0.5}\n'
-    path.write_bytes(good + line + b'\n')
-    with pytest.raises(ValueError, match='log, line 2 is unreadable') as e:
-      checkpoints.ScoreLog(path)
-    assert 'Delete that line' in str(e.value)
-    assert path.read_bytes() == good + line + b'\n'
-  path.unlink()
-  path.mkdir()
-  with pytest.raises(ValueError, match=f'{path} is not a file'):
-    checkpoints.ScoreLog(path)
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')
 def test_score_log_without_permission(tmp_path):
   path = tmp_path / 'log'

@@ -672,6 +672,7 @@ def test_a_text_model_by_its_config(config):
   np.testing.assert_allclose(model.logits_fn(params, other), logits, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('is_read', [False, True])
 def test_images_train_as_bytes_as_they_do_in_floats(config, is_read):
   config = config.copy_and_resolve_references()

@@ -52,14 +52,6 @@ def inspect(path, *options):
   return result.exit_code, ' '.join(result.output.split())
 
 
-def changed(content, data):
-  content = bytearray(content)
-  where = st.integers(0, len(content) - 1)
-  for place in data.draw(st.lists(where, max_size=4)):
-    content[place] = data.draw(st.integers(0, 255))
-  return bytes(content[: data.draw(st.none() | where)])
-
-
 def read_all(path, *more):
   """Reads a file, which is whole, or damaged in a way that is said."""
   try:
@@ -189,7 +181,7 @@ def test_broken_msgpack(tmp_path, name):
 @hypothesis.given(st.data())
 def test_changed_msgpack(tmp_path_factory, data):
   path = tmp_path_factory.getbasetemp() / 'changed.msgpack'
-  path.write_bytes(changed(serialization.to_bytes(tree_of()), data))
+  path.write_bytes(_damaging.changed(serialization.to_bytes(tree_of()), data))
   read_all(path)
 
 
@@ -543,6 +535,7 @@ def test_a_compressed_archive_of_keras(tmp_path):
     assert code == 1 and words in said
 
 
+@pytest.mark.slow
 def test_no_damage_of_hdf5_crashes(tmp_path):
   h5py = pytest.importorskip('h5py')
   with h5py.File(tmp_path / 'whole.weights.h5', 'w') as f:
@@ -621,7 +614,7 @@ def test_changed_equinox(tmp_path_factory, data):
   for x in tree:  # As Equinox does.
     np.save(file, x)
   path = tmp_path_factory.getbasetemp() / 'changed.eqx'
-  path.write_bytes(changed(file.getvalue(), data))
+  path.write_bytes(_damaging.changed(file.getvalue(), data))
   read_all(path, tree)
 
 

@@ -49,7 +49,8 @@ def arrays_of(run, item=None):
 
 @pytest.mark.filterwarnings('ignore:The soup has the root module')
 @pytest.mark.parametrize('layout', layouts())
-def test_mean_of_two_runs(tmp_path, layout):
+def test_mean_of_two_runs_and_a_candidate(tmp_path, layout):
+  """Both are stored as the first run is."""
   if layout in NEEDED:
     pytest.importorskip(NEEDED[layout])
   with tarfile.open(GOLDEN / f'{layout}.tar.xz') as archive:
@@ -58,14 +59,16 @@ def test_mean_of_two_runs(tmp_path, layout):
   item = ITEMS.get(layout)
   (first, source), (other, _) = (arrays_of(run, item) for run in runs)
   is_orbax = source.layout is not None
+  place = lambda run, source: pathlib.Path(source.metadata.path).relative_to(
+      run
+  )
   # Files of other formats are written as such, too.
   soup = tmp_path / runs[0].name.replace('run0', 'soup')
-  checkpoints.save_average(soup, checkpoints.Ingredients(runs, item=item))
+  ingredients = checkpoints.Ingredients(runs, item=item)
+  checkpoints.save_average(soup, ingredients)
   averaged, written = arrays_of(soup, item)
   if is_orbax:
-    place = lambda run, path: pathlib.Path(path).relative_to(run)
-    actual = place(soup, written.metadata.path)
-    assert actual == place(runs[0], source.metadata.path)
+    assert place(soup, written) == place(runs[0], source)
     rows = {p: r['key_metadata'] for p, r in source.layout.rows.items()}
     for path, row in written.layout.rows.items():
       assert row['key_metadata'] == rows[path]
@@ -84,15 +87,6 @@ def test_mean_of_two_runs(tmp_path, layout):
       expected = mean.astype(expected.dtype)
     np.testing.assert_array_equal(x, expected)
 
-
-@pytest.mark.parametrize('layout', layouts())
-def test_a_candidate_is_stored_as_the_first_run(tmp_path, layout):
-  if layout in NEEDED:
-    pytest.importorskip(NEEDED[layout])
-  with tarfile.open(GOLDEN / f'{layout}.tar.xz') as archive:
-    archive.extractall(tmp_path, filter='data')
-  runs, item = sorted(tmp_path.glob('run[01]*')), ITEMS.get(layout)
-  ingredients = checkpoints.Ingredients(runs, item=item)
   save = lambda: checkpoints.save_like(
       tmp_path / 'candidate', ingredients[1], ingredients
   )
@@ -100,18 +94,16 @@ def test_a_candidate_is_stored_as_the_first_run(tmp_path, layout):
     with pytest.raises(ValueError, match='is a module of its own'):
       save()
     return
-  path = pathlib.Path(save())
-  assert path.suffixes == runs[0].suffixes
-  (first, source), (other, _) = (arrays_of(run, item) for run in runs)
-  made, written = arrays_of(path, item)
-  if source.layout is not None:
-    place = lambda run, p: pathlib.Path(p).relative_to(run)
-    actual = place(path, written.metadata.path)
-    assert actual == place(runs[0], source.metadata.path)
-  for key, x in made.items():
-    key = key if key in first else (item, *key)
-    if jnp.issubdtype(first[key].dtype, jnp.inexact) and key[0] not in TRAINING:
-      np.testing.assert_array_equal(x, other[key])
+  candidate = pathlib.Path(save())
+  assert candidate.suffixes == runs[0].suffixes
+  made, written = arrays_of(candidate, item)
+  if is_orbax:
+    assert place(candidate, written) == place(runs[0], source)
+  for path, x in made.items():
+    path = path if path in first else (item, *path)
+    is_float = jnp.issubdtype(first[path].dtype, jnp.inexact)
+    if is_float and path[0] not in TRAINING:
+      np.testing.assert_array_equal(x, other[path])
 
 
 def test_several_files_of_flax(tmp_path, monkeypatch):

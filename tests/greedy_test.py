@@ -68,7 +68,7 @@ def assert_consistent(soup, score, num):
 @pytest.mark.parametrize('order', ['sorted', 'given', 'key'])
 def test_greedy_is_recipe_1(order, strict):
   num_ties = 0
-  for seed in range(60):
+  for seed in range(20):
     rng = np.random.default_rng(seed)
     num = rng.integers(1, NUM_MOST + 1)
     models, score = one_hots(num), table_score(seed)
@@ -90,7 +90,7 @@ def test_greedy_is_recipe_1(order, strict):
     assert_consistent(soup, score, num)
     scores = [t.score for t in soup.info.trials]
     num_ties += len(set(scores)) < len(scores)
-  assert num_ties > 20  # Or the problems would not tell >= from >.
+  assert num_ties > 6  # Or the problems would not tell >= from >.
 
 
 def test_key_is_a_random_order():
@@ -276,7 +276,7 @@ def test_alpha_follows_its_ingredient(recipe):
 @pytest.mark.parametrize('strict', [False, True])
 def test_pruned_is_guarded(strict):
   num_fallbacks = num_cut = 0
-  for seed in range(120):
+  for seed in range(60):
     num = np.random.default_rng(seed).integers(1, NUM_MOST + 1)
     models, score = one_hots(num), table_score(seed)
     soup = jaxsoup.pruned(models, score, strict=strict)

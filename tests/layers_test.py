@@ -2,7 +2,6 @@
 
 import ast
 import pathlib
-import subprocess
 import sys
 
 import pytest
@@ -175,20 +174,3 @@ def test_the_face_is_complete():
     value = getattr(jaxsoup, name)
     if hasattr(value, '__qualname__'):
       assert f'{value.__module__}.{value.__qualname__}' == home
-
-
-@pytest.mark.parametrize(
-    'statement, absent',
-    [
-        ('import jaxsoup; jaxsoup.uniform; jaxsoup.learned; jaxsoup.mix',
-         'flax orbax tensorflow matplotlib tensorflow_datasets'),
-        ('import jaxsoup.cli', 'jax flax orbax tensorflow matplotlib'),
-    ],
-)  # fmt: skip
-def test_import_is_light(statement, absent):
-  loaded = f'set(sys.modules) & set({absent.split()!r})'
-  code = f'{statement}; import sys; print(*{loaded})'
-  result = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True
-  )
-  assert result.stdout.strip() == ''

@@ -110,16 +110,6 @@ def test_each_group_has_its_own_optimum(rng, name):
   jax.tree.map(close, soup.params, again)
 
 
-def test_a_finer_alpha_fits_no_worse(rng):
-  models = [
-      {k: rng.normal(size=3).astype(np.float32) for k in 'ab'}
-      for _ in range(NUM)
-  ]
-  target = {k: rng.normal(size=3).astype(np.float32) for k in 'ab'}
-  whole = fit(models, target).info.losses[-1]
-  assert fit(models, target, group_fn=BY_MODULE).info.losses[-1] < whole
-
-
 def test_a_group_is_how_a_path_begins():
   models = [{'a': {'x': np.float32(k)}} for k in range(2)]
   with pytest.raises(ValueError, match=r"\('x',\): expected the first keys"):

@@ -1,6 +1,5 @@
 """Metrics against scikit-learn and plain NumPy."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -206,15 +205,6 @@ def test_wrong_arguments_are_named(fn):
       fn(bad_logits, bad_label)
   with pytest.raises(TypeError, match='float32: expected integers'):
     fn(logits, label.astype(np.float32))
-
-
-@pytest.mark.parametrize('fn', ALL, ids=names)
-def test_numpy_input_passes_a_transfer_guard(fn):
-  logits, label = problem(0)
-  expected = fn(logits, label)
-  with jax.transfer_guard('disallow'):
-    got = fn(logits, label)
-  assert got == expected
 
 
 def test_correct_is_one_number_an_example():

@@ -2,6 +2,7 @@
 
 import math
 
+import _weights
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -167,9 +168,6 @@ def test_affine_moves_an_image_by_its_draw():
 @pytest.mark.parametrize('has_cls_token', [False, True])
 def test_a_scan_over_the_blocks_is_the_loop(has_cls_token, is_rematerialized):
   graphdef, params = make(has_cls_token)
-  blocks = [params.pop(f'block_{i}') for i in range(SMALL['depth'])]
-  stacked = {**params, 'blocks': jax.tree.map(lambda *x: np.stack(x), *blocks)}
-  params |= {f'block_{i}': block for i, block in enumerate(blocks)}
   scanned = vit.ViT(
       (6, 4, 2),
       num_classes=5,
@@ -180,23 +178,13 @@ def test_a_scan_over_the_blocks_is_the_loop(has_cls_token, is_rematerialized):
       **SMALL,
   )
 
-  def loss_of(graphdef):
-    return jax.jit(
-        jax.value_and_grad(
-            lambda p: jnp.square(nnx.merge(graphdef, p)(images())).sum()
-        )
-    )
+  def stack(params):
+    blocks = [params[f'block_{i}'] for i in range(SMALL['depth'])]
+    others = {k: x for k, x in params.items() if not k.startswith('block_')}
+    return others | {'blocks': jax.tree.map(lambda *x: np.stack(x), *blocks)}
 
-  expected, gradient = loss_of(graphdef)(params)
-  actual, stacked_gradient = loss_of(nnx.graphdef(scanned))(stacked)
-  np.testing.assert_allclose(actual, expected, rtol=1e-5)
-  blocks = [gradient.pop(f'block_{i}') for i in range(SMALL['depth'])]
-  gradient['blocks'] = jax.tree.map(lambda *x: np.stack(x), *blocks)
-  jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4),
-      stacked_gradient,
-      gradient,
-  )
+  loss_fn = lambda model: jnp.square(model(images())).sum()
+  _weights.check_scan(graphdef, nnx.graphdef(scanned), params, stack, loss_fn)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -73,14 +74,20 @@ def write(path, kind, params, **options):
   )
 
 
-@pytest.fixture
-def vit(tmp_path):
+@pytest.fixture(scope='module')
+def vit(tmp_path_factory):
   """A file with our names, and the model."""
   kind = _pretrained.Kind('vit', 'flax', TINY['vit'])
   params = random_params(kind)
-  return write(tmp_path / 'vit.safetensors', kind, params), model_of(
-      kind, params
-  )
+  path = tmp_path_factory.mktemp('vit') / 'vit.safetensors'
+  return write(path, kind, params), model_of(kind, params)
+
+
+@pytest.fixture(scope='module')
+def efficientnet():
+  """The arrays of a file of timm."""
+  kind = _pretrained.Kind('efficientnet', 'timm', {'num_classes': 3})
+  return dict(_names.write(random_params(kind), kind.table()))
 
 
 def assert_same(params, expected):
@@ -159,12 +166,12 @@ def test_a_part_is_left_out_only_when_told(vit):
   )
 
 
-@pytest.mark.parametrize('family', ['vit', 'bert'])
-@pytest.mark.parametrize('has_layer_scale', [False, True])
-def test_a_bare_backbone_gets_a_head(tmp_path, family, has_layer_scale):
-  arguments = TINY[family] | {'num_classes': 0}
-  if family == 'vit':
-    arguments |= {'has_layer_scale': has_layer_scale}
+@pytest.mark.parametrize(
+    'family, options',
+    [('vit', {}), ('vit', {'has_layer_scale': True}), ('bert', {})],
+)
+def test_a_bare_backbone_gets_a_head(tmp_path, family, options):
+  arguments = TINY[family] | {'num_classes': 0} | options
   kind = _pretrained.Kind(family, 'hf', arguments)
   params = random_params(kind)
   arrays = dict(_names.write(params, kind.table()))
@@ -223,10 +230,10 @@ def test_families_are_recognised_by_their_names(tmp_path, family, names):
 
 
 @pytest.mark.parametrize('architecture', ['tf_efficientnet_b0', 'other'])
-def test_a_config_of_timm_tells_the_padding(tmp_path, architecture):
-  kind = _pretrained.Kind('efficientnet', 'timm', {'num_classes': 3})
-  arrays = dict(_names.write(random_params(kind), kind.table()))
-  safetensors.save_file(arrays, tmp_path / 'model.safetensors')
+def test_a_config_of_timm_tells_the_padding(
+    tmp_path, efficientnet, architecture
+):
+  safetensors.save_file(efficientnet, tmp_path / 'model.safetensors')
   config = {'architecture': architecture, 'num_classes': 3}
   (tmp_path / 'config.json').write_text(json.dumps(config))
   identified = _pretrained.identify(checkpoints.Arrays(tmp_path))
@@ -236,16 +243,15 @@ def test_a_config_of_timm_tells_the_padding(tmp_path, architecture):
   assert identified.arguments['epsilon'] == (1e-3 if is_ported else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['m.safetensors', 'm.pth'])
-def test_padding_that_nothing_tells_is_asked_for(tmp_path, name):
-  kind = _pretrained.Kind('efficientnet', 'timm', {'num_classes': 3})
-  arrays = dict(_names.write(random_params(kind), kind.table()))
+def test_padding_that_nothing_tells_is_asked_for(tmp_path, efficientnet, name):
   path = tmp_path / name
   if name == 'm.pth':
     torch = pytest.importorskip('torch', reason='writes a file of torch')
-    torch.save({n: torch.tensor(x) for n, x in arrays.items()}, path)
+    torch.save({n: torch.tensor(x) for n, x in efficientnet.items()}, path)
   else:
-    safetensors.save_file(arrays, path)
+    safetensors.save_file(efficientnet, path)
   with pytest.raises(ValueError, match='m.* does not say whether it came from'):
     models.load(path)
   result = run('convert', path, tmp_path / 'out')
@@ -465,7 +471,7 @@ def test_convert(tmp_path, vit):
 
 
 def test_a_directory_without_a_config_copies_nothing(tmp_path, vit):
-  path, _ = vit
+  path = shutil.copy(vit[0], tmp_path)
   (tmp_path / 'mine.txt').write_text('not of the model')
   with pytest.warns(UserWarning, match='no config.json.* like='):
     made = models.convert(path, tmp_path / 'dir', names='hf')

@@ -238,6 +238,7 @@ TRACED = {
 }
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('name', TRACED)
 def test_traced(name):
   """Under transformations a recipe is the function that it is without."""
@@ -414,26 +415,6 @@ def test_bfloat16_mean_of_72_is_rounded_once():
     assert params.dtype == bfloat16
     error = np.abs(np.float64(params) - exact)
     assert (error <= np.abs(exact) * (2.0**-8 + 1e-6)).all()
-
-
-def test_task_vector_survives_bfloat16():
-  """A running mean in bfloat16 would lose most of what fine-tuning moved."""
-  start = np.float32(1.0)
-  models = [np.asarray(start + s, jnp.dtype('bfloat16')) for s in [2**-6] * 20]
-  models[0] = np.asarray(start, jnp.dtype('bfloat16'))
-  with pytest.warns(UserWarning, match='equal'):
-    soup = jaxsoup.uniform(models).params
-  assert float(soup) == 1 + 2**-6
-
-
-@pytest.mark.parametrize('t', [-0.5, 0.0, 0.3, 1.0, 1.5])
-def test_interpolate_and_extrapolate(t):
-  theta_0, (theta_1,) = values(1, 'float32')
-  soup = jaxsoup.interpolate(theta_0, theta_1, t)
-  expected = _reference.interpolate(theta_0, theta_1, t)
-  for x, exact in zip(leaves_of(soup.params), expected):
-    assert_rounded_once(x, exact)
-  np.testing.assert_allclose(soup.alpha, [1 - t, t], rtol=1e-6)
 
 
 def test_interpolate_curve_is_its_points(placement):

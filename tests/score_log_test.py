@@ -72,6 +72,11 @@ def test_every_truncation_is_survived(path, runs):
         '{"members": [0], "score": "high"}',
         '{"members": ["a"], "score": 0.5}',
         '\udcff',
+        '\0',
+        'null',
+        '"x"',
+        '{}',
+        '',
     ],
 )
 def test_unreadable_line_is_named(path, line):
@@ -80,8 +85,11 @@ def test_unreadable_line_is_named(path, line):
   with path.open('ab') as file:
     file.write(line.encode(errors='surrogateescape') + b'\n')
   log[(1,)] = 0.5
-  with pytest.raises(ValueError, match='scores.jsonl, line 2 is unreadable'):
+  before = path.read_bytes()
+  words = 'scores.jsonl, line 2 is unreadable.* Delete that line'
+  with pytest.raises(ValueError, match=words):
     checkpoints.ScoreLog(path)
+  assert path.read_bytes() == before
 
 
 def test_other_ingredients_are_refused(path, runs):

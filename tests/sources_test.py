@@ -277,8 +277,10 @@ def _walk(num_workers, num_processes, **options):
   return _of_all_processes(source, 4, num_processes, **options)
 
 
-@pytest.mark.parametrize('num_workers, num_processes', [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize('seed, start', [(None, 0), (7, 2)])
+@pytest.mark.parametrize(
+    'num_workers, num_processes, seed, start',
+    [(2, 1, 7, 2), (1, 2, None, 0)],
+)
 def test_workers_and_processes_change_no_bit(
     num_workers, num_processes, seed, start
 ):
@@ -339,6 +341,7 @@ def _is_running(pid):
   return state[0] != 'Z'
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('num_workers', [0, 1])
 def test_an_example_that_cannot_be_made_is_named(tmp_path, num_workers):
   (tmp_path / 'cat').mkdir()

@@ -50,6 +50,7 @@ def test_model_stock(axis):
   assert_close(soup.info.ratio, expected.info.ratio)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('memory', ['resident', 'streamed'])
 @pytest.mark.parametrize('depth', [3, 5])
 def test_learned(memory, depth):

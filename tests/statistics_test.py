@@ -457,6 +457,7 @@ def margin_of(num, chance=0.05):
   return 4 * np.sqrt(chance * (1 - chance) / num)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('num_repeats', (3, 8))
 @pytest.mark.parametrize('truth', (0.0, 0.01))
 def test_the_t_of_independent_repeats_is_right(num_repeats, truth, rng):
@@ -467,6 +468,7 @@ def test_the_t_of_independent_repeats_is_right(num_repeats, truth, rng):
     assert size == pytest.approx(1 - coverage)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize(
     'repeats, pool, report, plain',
     [(8, 100, 50, 0.46), (3, 100, 50, 0.16), (8, 200, 40, 0.22)],
@@ -522,6 +524,7 @@ def crossed_problem(rng, num, pool, report, deviations):
   return own[:, None] + shift[np.array(ids)] + noise, ids
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize(
     'num, pool, report, deviations',
     [

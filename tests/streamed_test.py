@@ -106,6 +106,7 @@ def test_equals_the_resident_one_in_narrow_dtypes(dtype):
   assert_equal_soups(streamed, resident, step, 2 * step)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize('num_keys', [0, 1])
 def test_on_a_mesh(on_mesh, num_keys):
   group_fn = lambda path: path[:num_keys]

@@ -2,17 +2,14 @@
 
 import json
 
+import _weights
 from flax import nnx
 import jax
-from jax.sharding import AxisType
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from jaxsoup import checkpoints
-from jaxsoup import sharding
 from jaxsoup.models import _names
 from jaxsoup.models import t5
 
@@ -185,43 +182,16 @@ def test_the_decoder_does_not_see_what_follows():
 def test_a_scan_over_the_blocks_is_the_loop():
   graphdef, params = make()
   scanned, _ = make(is_scanned=True, is_rematerialized=True)
-
-  def loss_of(graphdef):
-    loss_fn = lambda p: nnx.merge(graphdef, p)(IDS, TEXTS, MASK).std()
-    return jax.jit(jax.value_and_grad(loss_fn))
-
-  expected, gradient = loss_of(graphdef)(params)
-  actual, stacked_gradient = loss_of(scanned)(stack(params))
-  np.testing.assert_allclose(actual, expected, rtol=1e-5)
-  jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
-      stacked_gradient,
-      stack(gradient),
-  )
+  loss_fn = lambda model: model(IDS, TEXTS, MASK).std()
+  _weights.check_scan(graphdef, scanned, params, stack, loss_fn, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_sharded_over_a_mesh_the_logits_are_the_same():
   graphdef, params = make()
   on_mesh, _ = make(batch_axis='fsdp', is_scanned=True)
-  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
-  inputs = [np.concatenate([x, x[:1]]) for x in (IDS, TEXTS, MASK)]
-
-  def model_fn(graphdef, params, *inputs):
-    return nnx.merge(graphdef, params)(*inputs)
-
-  expected = jax.jit(model_fn, static_argnums=0)(graphdef, params, *inputs)
-  params = stack(params)
-  shardings = jax.tree.map(
-      lambda x: x.sharding,
-      sharding.fsdp(jax.eval_shape(lambda: params), mesh, min_size=0),
-  )
-  with jax.set_mesh(mesh):
-    params = jax.device_put(params, shardings)
-    inputs = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec('fsdp')))
-    logits = jax.jit(model_fn, static_argnums=0)(on_mesh, params, *inputs)
-  assert logits.sharding.spec[0] == 'fsdp'
-  np.testing.assert_allclose(logits, expected, atol=1e-5)
+  inputs = IDS, TEXTS, MASK
+  _weights.check_sharded(graphdef, params, on_mesh, stack(params), inputs)
 
 
 @pytest.mark.slow

@@ -43,55 +43,12 @@ def test_mix_is_the_sum(models, alpha):
   np.testing.assert_allclose(mixed(models, alpha), expected, atol=TOLERANCE)
 
 
-@hypothesis.given(MODELS, ALPHA, ALPHA, FLOATS, FLOATS)
-def test_mix_is_linear_in_alpha(models, alpha, other, a, b):
-  together = mixed(models, a * alpha + b * other)
-  apart = a * mixed(models, alpha) + b * mixed(models, other)
-  np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-3)
-
-
-@hypothesis.given(MODELS, MODELS, ALPHA)
-def test_mix_is_linear_in_the_models(models, others, alpha):
-  together = mixed([x + y for x, y in zip(models, others)], alpha)
-  apart = mixed(models, alpha) + mixed(others, alpha)
-  np.testing.assert_allclose(together, apart, rtol=1e-5, atol=TOLERANCE)
-
-
-@hypothesis.given(MODELS, ALPHA, st.permutations(range(NUM)))
-def test_mix_does_not_know_an_order(models, alpha, order):
-  shuffled = mixed([models[k] for k in order], alpha[list(order)])
-  np.testing.assert_allclose(shuffled, mixed(models, alpha), atol=TOLERANCE)
-
-
-@hypothesis.given(VECTOR, ALPHA)
-def test_mix_of_copies_is_the_copy(model, w):
-  alpha = np.exp(w) / np.exp(w).sum()
-  copies = mixed([model] * NUM, alpha)
-  np.testing.assert_allclose(copies, model, rtol=1e-6, atol=1e-6)
-
-
 @quiet
 @hypothesis.given(MODELS, st.integers(0, NUM - 1))
 def test_one_hot_returns_the_ingredient(models, k):
   stacked = jaxsoup.stack([{'w': m} for m in models])
   model = jaxsoup.mix(stacked, np.eye(NUM)[k])
   np.testing.assert_array_equal(model['w'], models[k])
-
-
-@quiet
-@hypothesis.given(MODELS, ALPHA)
-def test_average_is_mix(models, alpha):
-  hypothesis.assume(alpha.any())
-  soup = jaxsoup.average(models, alpha)
-  np.testing.assert_allclose(soup.params, mixed(models, alpha), atol=TOLERANCE)
-
-
-@quiet
-@hypothesis.given(MODELS)
-def test_uniform_is_the_mean(models):
-  soup = jaxsoup.uniform(models)
-  (expected,) = _reference.mean([[m] for m in models])
-  np.testing.assert_allclose(soup.params, expected, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize('count', [1, NUM])
@@ -287,18 +244,6 @@ def plain_mix(stacked, alpha):
 
 def loss_of(params):
   return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(params))
-
-
-@pytest.mark.parametrize('argnum', [0, 1])
-def test_gradient_is_that_of_a_plain_sum(rng, argnum):
-  stacked = {
-      'w': rng.normal(size=(NUM, 4, 2)).astype(np.float32),
-      'b': rng.normal(size=NUM).astype(np.float32),
-  }
-  args = (jax.device_put(stacked), jnp.float32([0.5, 0.75, -0.25]))
-  gradient = lambda f: jax.grad(lambda *a: loss_of(f(*a)), argnum)(*args)
-  close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
-  jax.tree.map(close, gradient(jaxsoup.mix), gradient(plain_mix))
 
 
 def test_gradient_in_a_prefix_tree(rng):

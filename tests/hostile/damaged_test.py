@@ -35,7 +35,6 @@ FILES = {
         'its header is wrong',
     ),
     'half an entry': (_safetensors({'w': _row([2.5])}), 'its header is wrong'),
-    'negative shape': (_safetensors({'w': _row([-2])}), 'its header is wrong'),
     'repeated name': (
         _safetensors(f'{{"w": {ROW}, "w": {ROW}}}'),
         'two of its entries have the same name',
@@ -45,18 +44,10 @@ FILES = {
         _safetensors({'__metadata__': {'jaxsoup': DEEP}, 'w': _row([2])}),
         'it is nested too deeply',
     ),
-    'long header': (
-        struct.pack('<Q', 2**62) + b'{}',
-        'its header declares 4,6',
-    ),
     'list': (_safetensors([1]), 'its header is wrong'),
     'metadata is a list': (
         _safetensors({'__metadata__': [1], 'w': _row([2])}),
         'its header is wrong',
-    ),
-    'unknown dtype': (
-        _safetensors({'w': _row([2]) | {'dtype': 'F99'}}),
-        "dtype 'F99', which is not supported",
     ),
     'no arrays': (_safetensors({}, b''), 'it holds no arrays'),
     'offsets that are fractions': (

@@ -221,16 +221,6 @@ def test_a_lock_that_was_cut_off_is_taken_over(tmp_path):
     assert not lock.exists()
 
 
-@pytest.mark.parametrize('cut', [5, 14, 25])
-def test_a_line_that_was_cut_off_is_computed_again(tmp_path, cut):
-  path = tmp_path / 'log'
-  path.write_text(LINE + LINE[:cut])
-  log = checkpoints.ScoreLog(path)
-  assert dict(log) == {(0,): 0.5} and path.read_text() == LINE
-  log[(1,)] = 0.25
-  assert dict(checkpoints.ScoreLog(path)) == {(0,): 0.5, (1,): 0.25}
-
-
 def test_a_second_reader_cuts_off_no_line_of_the_first(tmp_path):
   path = tmp_path / 'log'
   path.write_text(LINE + '{"mem')

@@ -34,23 +34,28 @@ COMMANDS = {
 }
 
 
-def _inputs():
+@pytest.fixture(scope='module')
+def vit(tmp_path_factory):
+  kind = _pretrained.Kind('vit', 'timm', pretrained_test.TINY['vit'])
+  path = tmp_path_factory.mktemp('vit') / 'vit.safetensors'
+  return pretrained_test.write(path, kind, pretrained_test.random_params(kind))
+
+
+def _inputs(vit):
   for k in range(2):
     os.makedirs(f'd{k}')
     arrays = {'w': np.full((300, 300), k, np.float32)}
     safetensors.save_file(arrays, f'd{k}/model.safetensors')
     pathlib.Path(f'd{k}/config.json').write_text('{}')
     os.symlink(f'd{k}/model.safetensors', f'm{k}.safetensors')
-  kind = _pretrained.Kind('vit', 'timm', pretrained_test.TINY['vit'])
-  params = pretrained_test.random_params(kind)
-  pretrained_test.write(pathlib.Path('vit.safetensors'), kind, params)
+  os.symlink(vit, 'vit.safetensors')
   pathlib.Path('s.jsonl').write_text(SCORES)
 
 
 @pytest.mark.parametrize('name', COMMANDS)
-def test_one_line_and_nothing_half(tmp_path, monkeypatch, capfd, name):
+def test_one_line_and_nothing_half(tmp_path, monkeypatch, capfd, vit, name):
   monkeypatch.chdir(tmp_path)
-  _inputs()
+  _inputs(vit)
   command, path = COMMANDS[name]
   command = [f'{x}.safetensors' if x in ('m0', 'm1') else x for x in command]
   before = sorted(os.listdir())
