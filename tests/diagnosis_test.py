@@ -175,7 +175,7 @@ def test_two_initializations(world, unrelated):
     assert report.verdict.members == (0, 1, 3, 4, 5)
     if 'eval_fn' in given:
       assert 'below the mean of the two' in finding.seen
-      assert report.measured['barriers'][0, 2] > 0.05
+      assert np.nanmax(report.measured['barriers'][2]) > 0.05
 
 
 def test_every_run_from_its_own_start(world, unrelated):
@@ -367,7 +367,7 @@ def test_bfloat16(world, is_cast_back):
   for given in [{}, {'theta_0': world.theta_0}, {'eval_fn': world.eval_fn}]:
     report = diagnosis.diagnose(pool, **given)
     finding = only(report, 'rounding')
-    assert 'bfloat16' in finding.title
+    assert 'bfloat16' in finding.seen
     assert report.verdict.action in ('soup all', 'cannot tell')
   # In float32 nothing is wrong, and in bfloat16 of runs that moved neither.
   assert codes(diagnosis.diagnose(world.train(world.theta_0, *hyper))) == []

@@ -107,7 +107,12 @@ def diagnose(
   findings = list(_seen(case, _table.OF_FILES))
   usable = case.members
   findings += _seen(case, _table.OF_WEIGHTS)
-  suspects = [k for f in findings for k in f.leave_out if k in case.members]
+  suspects = [
+      k
+      for f in findings
+      for k in f.leave_out
+      if k in usable and (f.severity == 'error' or k in case.members)
+  ]
   if eval_fn is None:
     verdict = _by_weights(case, suspects)
   else:

@@ -277,9 +277,12 @@ class _Rows:
 
   def __getitem__(self, i: int) -> list[jax.Array]:
     if i == len(self._members):
-      return [jnp.zeros_like(x) for x in self[0]]
+      stored = self._pool.leaves[self._members[0]]
+      like = [stored[path] for path in self.layers.paths]
+      dtype_of = lambda x: jax.dtypes.canonicalize_dtype(x.dtype)
+      return [jnp.zeros(x.shape, dtype_of(x)) for x in like]
     k = self._members[i]
-    if self._progress_fn is not None:
+    if self._progress_fn is not None and i not in self.seen:
       self._progress_fn('weights', i / len(self))
     try:
       by_path = self._pool.read(k)

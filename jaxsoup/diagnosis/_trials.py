@@ -267,12 +267,13 @@ class Trials:
 
     Args:
       usable: ingredients that have a score.
-      suspects: those that only data can convict.
+      suspects: those of which data tell what they cost.
     """
+    self.answers = {}
     singles = self.score.answers((k,) for k in usable)
-    self.answers = dict(
-        zip(usable, self._told(singles, 'single models', len(usable)))
-    )
+    for k, answer in zip(usable, singles):
+      self.answers[k] = answer
+      self._tell('single models', len(self.answers) / len(usable))
     self.score.look(list(self.answers.values()))
     sound = [k for k in self._case.members if k in usable]
     by_score = lambda k: self.answers[k].score
@@ -300,10 +301,13 @@ class Trials:
       self._compare_all(usable)
     return self
 
-  def _told(self, values: Iterable[Any], stage: str, num: int) -> Iterator[Any]:
-    for i, value in enumerate(values):
-      self._tell(stage, i / num)
-      yield value
+  def _tell_average(self) -> None:
+    """Of the models that may be evaluated after the single ones."""
+    done = self.score.num_calls - len(self.answers)
+    num = self._most - len(self.answers)
+    if self._is_thorough:
+      num += len(studies.connected_pairs(self.scores, list(self.answers)))
+    self._tell('averages', min(done / num, 1))
 
   def _below(self, usable: Sequence[int]) -> set[int]:
     """Those that are worse than the base by more than chance."""
@@ -325,12 +329,13 @@ class Trials:
 
   def _pairs(self, pairs: Sequence[tuple[int, int]], num: int) -> None:
     halves = self.score.answers([tuple(sorted(pair)) for pair in pairs])
-    for pair, half in zip(pairs, self._told(halves, 'averages', len(pairs))):
+    for pair, half in zip(pairs, halves):
       both = [self.answers[k] for k in pair]
       drop = self.score.fall(both, half, max(num, 1))
       self.barriers[pair] = self.barriers[pair[::-1]] = drop.value
       if pair[1] == self.base:
         self.drops[pair[0]] = drop
+      self._tell_average()
 
   def _sort(self, sound: Sequence[int], below: set[int]) -> None:
     """Tells members with a barrier, one that is weak, and uneven ones."""
@@ -361,8 +366,8 @@ class Trials:
       self._soup(members)
 
   def _soup(self, members: Sequence[int]) -> None:
-    self._tell('averages', 0.0)
     self.soups[tuple(members)] = self.score.answer(tuple(members))
+    self._tell_average()
 
   def _gain(self, members: Sequence[int]) -> Interval:
     answer = self.soups[tuple(members)]
