@@ -154,15 +154,18 @@ def of_seed(workdir, seed, config, overrides, budgets):
   """By name: scored, held-out, test, shifts, and the gains over the best."""
   experiment = configs.load(config, [*overrides, f'--config.seed={seed}'])
   file = workdir / f'seed{seed}.json'
-  if file.exists():
-    return json.loads(file.read_text())
-  rows = {}
+  rows, ids = json.loads(file.read_text()) if file.exists() else ({}, {})
+  if ids:
+    return rows, ids
   with pools.Bench(experiment, workdir / f'seed{seed}') as bench:
     pool = bench['sweep']
     ids = {'test': bench.ids()['test'].tolist()}
     best = max(pool.singles, key=lambda scores: scores.held_out)
     rows['best single'] = (len(pool.models), *best, 0.0, 0.0, 0.0)
     for name, make in searches(pool, seed, budgets).items():
+      if name in rows:
+        continue
+      file.write_text(json.dumps([rows, {}]))  # Some take an hour.
       soup, num = make()
       scores = pool.of(soup.params)
       rows[name] = (num, *scores, *np.subtract(scores, best).tolist())
