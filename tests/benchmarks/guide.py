@@ -217,9 +217,13 @@ def _column(records, name):
   return np.array([r[name] for r in records])
 
 
+def _known(records):
+  return [t for t in TARGETS if np.isfinite(_column(records, t)).all()]
+
+
 def _print_correlations(title, records, rng):
   print(f'{title}: {len(records)} pools')
-  targets = [t for t in TARGETS if np.isfinite(_column(records, t)).all()]
+  targets = _known(records)
   print(f'| | {" | ".join(targets)} |')
   for name in PREDICTORS:
     x, cells = _column(records, name), []
@@ -235,7 +239,7 @@ def _print_means(name, edges, records, rng):
     some = [r for r in records if low <= r[name] < high]
     if len(some) > 4:
       cells = []
-      for target in TARGETS:
+      for target in _known(some):
         y = 100 * _column(some, target)
         ends = _interval(lambda rows: y[rows].mean(), len(y), rng)  # noqa: B023
         cells.append(f'{y.mean():+.1f} [{ends[0]:+.1f}, {ends[1]:+.1f}]')
