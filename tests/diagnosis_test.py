@@ -626,6 +626,23 @@ def in_bowls(places, rng, size=60):
   return runs
 
 
+def test_data_overrule_the_length_of_a_task_vector(rng):
+  """A run that moved far, without a barrier, is one of the soup."""
+  start = rng.normal(size=(60, 60))
+  scales = [0.1, 0.1, 0.1, 0.1, 1.0]
+  pool = [{'w': start + x * rng.normal(size=start.shape)} for x in scales]
+  report = diagnosis.diagnose(pool, theta_0={'w': start})
+  assert only(report, 'far').leave_out == (4,)
+  assert report.verdict.members == (0, 1, 2, 3)
+  report = diagnosis.diagnose(
+      pool,
+      theta_0={'w': start},
+      eval_fn=lambda params: 0.8 + 0.01 * (params['w'] is pool[4]['w']),
+      num_examples=1000,
+  )
+  assert codes(report) == [] and report.verdict.members == (0, 1, 2, 3, 4)
+
+
 def test_a_barrier_that_only_data_show(rng):
   pool = in_bowls([0, 0.1, 10, 0.2, 9.9], rng)
   assert codes(diagnosis.diagnose(pool)) == []
