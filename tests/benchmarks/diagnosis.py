@@ -12,16 +12,27 @@ McNemar, 95 %) than the uniform soup of all, the best single model on the
 held-out images, and the soup of the models without the fault; "cannot tell" is,
 if the interval it gives and that of the test images have a point in common.
 
-Measured, with data and start (the code was made with seeds 0 and 1 in sight;
-with seed 2, a perceptron and a CNN only, it was run once, at the end):
+Measured, with data and start, perceptron and CNN. Seed 0 (and 1) was in sight
+when the code was made, one rule was changed after seed 3, seed 4 was never in
+sight. "Before" is the diagnosis of version 0.6, on the same pools:
 
-                       named first   invented    verdicts right
-seeds 0 1              134 of 138    0 of 74     138 of 138, 71 of 74
-seed 2 (mlp, cnn)       41 of 44     1 of 24      44 of 44, 22 of 24
+            named first           invented         verdicts right
+            before    now         before  now      before          now
+seed 0    22 of 44   43 of 44     0 of 24  0       41/44, 24/24   44/44, 24/24
+seed 2    23         41           1        1       41,    22      44,    22
+seed 3    23         41           0        0       43,    23      44,    23
+seed 4    24         42           0        0       34,    22      35,    22
+together  92 of 176  167 of 176   1 of 96  1       159,   91      167,   91
 
-and 1.6 evaluations per model, at most 2 K + 4. Not named are mostly models that
-were not fine-tuned, where the start is not given: distances alone do not tell
-them from runs that went another way.
+named wrongly: 52 before, 0 now; evaluations: 6.4 a model and up to 2 K + 94
+before, 1.5 a model and at most 2 K + 4 now
+
+With the transformer of seed 0: 67 of 69, 0 of 37, 69 and 35. Not named are
+models that were not fine-tuned, where the start is not given (the distances are
+those of a run that went another way), and noise in a layer that lowers nothing.
+In seed 4 one soup of four perceptrons, as good as the best model on the 400
+held-out images, is significantly worse on the 797 test images, and is in nine
+pools with a fault.
 """
 
 import argparse
