@@ -164,7 +164,8 @@ def _confirmed(
       worst = max(drops)
       base = case.pool.names[trials.base]
       f = f._replace(
-          seen=f'{f.seen} Half-way to {base} the score is {worst} below the '
+          seen=f'{f.seen} Half-way to {base} the score is '
+          f'{worst.unsigned} below the '
           'mean of the two.',
           cost=worst.value,
           severity='error' if is_confirmed else f.severity,

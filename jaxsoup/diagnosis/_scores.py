@@ -52,7 +52,7 @@ def _seen_in_pairs(case: Case, bad: Sequence[int], text: str = '') -> Seen:
   names, trials = case.pool.names, case.trials
   pairs = '; '.join(
       f'Half-way between {names[k]} and {names[trials.base]} the score is '
-      f'{trials.drops[k]} below the mean of the two'
+      f'{trials.drops[k].unsigned} below the mean of the two'
       for k in bad[:3]
   )
   worst = max(trials.drops[k].value for k in bad)
@@ -136,7 +136,8 @@ def _unexplained(case: Case) -> Iterator[Seen]:
   is_explained = case.explained or trials.bad or trials.weak or trials.uneven
   if trials.full.is_below and not is_explained and not trials.are_stale:
     text = (
-        f'The soup is {trials.full} from the best model; it is {trials.fall} '
+        f'The soup is {trials.full} from the best model; it is '
+        f'{trials.fall.unsigned} '
         'below the mean of its ingredients, and none has a barrier to the best.'
     )
     yield Seen((), text, cost=-trials.full.value)

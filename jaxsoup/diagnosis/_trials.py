@@ -60,6 +60,11 @@ class Interval(NamedTuple):
     return f'{self.value:+.3g} [{self.low:+.3g}, {self.high:+.3g}]'
 
   @property
+  def unsigned(self) -> str:
+    """For what is said to be below, or above."""
+    return str(self).replace('+', '')
+
+  @property
   def is_above(self) -> bool:
     """Whether it is above 0 by more than chance."""
     return self.low > 0 if np.isfinite(self.low) else self.value > 0
