@@ -199,9 +199,11 @@ def _by_scores(case: _case.Case) -> Verdict:
     examples += ', the fewest that fit the scores (num_examples says how many)'
   soup = trials.soups[members].score
   scores = f'The soup of {len(members)} scores {soup:.3g}, {single}: {gain}.'
-  if gain.is_below:
-    return Verdict('do not soup', (best,), f'use {names[best]}. {scores}')
+  # The same examples chose the best model, which flatters it.
   flattered = trials.optimism()
+  most = gain.high if np.isfinite(gain.high) else gain.value
+  if most + flattered < 0:
+    return Verdict('do not soup', (best,), f'use {names[best]}. {scores}')
   if not gain.is_above and gain.value + flattered < 0:
     reason = (
         f'with {examples} the soup is neither better nor worse than the best '
