@@ -502,6 +502,13 @@ def test_map_of_alpha_names_blocks_where_there_is_no_room():
   labels = [t.get_text() for t in ax.get_yticklabels()]
   assert labels == [f'block_{i}' for i in range(0, 40, 2)]
   np.testing.assert_array_equal(ax.get_yticks(), np.arange(0, 120, 6))
+  # In the order of their numbers; what is too close to the last has no name.
+  mixed = [f'block_{i}/{j}' for i in (10, 2) for j in range(20)] + ['a', 'b']
+  ax = drawn(lambda ax: _plots.alpha_map(ax, mixed, np.ones((42, 1))))
+  names = dict(zip(ax.get_yticks(), ax.get_yticklabels()))
+  assert {y: t.get_text() for y, t in names.items()} == {
+      0: 'a', 2: 'block_2', 22: 'block_10'
+  }  # fmt: skip
 
 
 def test_settings_are_numbers_or_kinds():

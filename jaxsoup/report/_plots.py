@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import pathlib
+import re
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -201,20 +202,22 @@ def alphas(ax: 'Axes', alpha: Mapping[str, np.ndarray]) -> None:
 
 def alpha_map(ax: 'Axes', paths: Sequence[str], alpha: np.ndarray) -> None:
   """Mixing coefficients of each tensor (rows) and model (columns), `[L, K]`."""
+  # By the numbers in the paths: block_2 is above block_10.
+  parts = [re.split(r'(\d+)', path) for path in paths]
+  key = lambda i: [(len(x) * x.isdigit(), x) for x in parts[i]]
+  order = sorted(range(len(paths)), key=key)
   shown = ax.imshow(
-      alpha, cmap='cividis', aspect='auto', interpolation='nearest'
+      alpha[order], cmap='cividis', aspect='auto', interpolation='nearest'
   )
   ax.figure.colorbar(shown, ax=ax, label='alpha')
-  labels = list(paths)
-  if len(paths) > _MAX_LABELS:
-    # The first tensor of each block, as far as there is room.
-    blocks = [path.partition('/')[0] for path in paths]
-    labels = [
-        block if i == 0 or block != blocks[i - 1] else ''
-        for i, block in enumerate(blocks)
-    ]
-  ticks = [i for i, label in enumerate(labels) if label]
-  ticks = ticks[:: -(-len(ticks) // _MAX_LABELS)]
+  labels = [paths[i] for i in order]
+  if len(paths) > _MAX_LABELS:  # The first tensor of each block.
+    labels = [label.partition('/')[0] for label in labels]
+  ticks: list[int] = []
+  for i, label in enumerate(labels):
+    is_first = i == 0 or label != labels[i - 1]
+    if is_first and (not ticks or i - ticks[-1] >= len(paths) / _MAX_LABELS):
+      ticks.append(i)
   ax.set_yticks(ticks, [labels[i] for i in ticks], fontsize=8)
   ax.set_xlabel('model')
   ax.locator_params(axis='x', integer=True)
