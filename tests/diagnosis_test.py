@@ -674,6 +674,13 @@ def test_few_examples_tell_nothing(rng):
   low, high = few.measured['gain'][1:]
   assert low < 0 < high
   assert many.verdict[:2] == ('do not soup', (0,))
+  assert 'unlike these examples' not in many.verdict.reason  # Below its models.
+  score_of = lambda x: {0: 0.9, 0.1: 0.6, 0.3: 0.6}.get(round(x, 6), 0.8)
+  above = diagnosis.diagnose(
+      pool, eval_fn=lambda x: score_of(at(x)), num_examples=2000
+  )
+  assert above.verdict[:2] == ('do not soup', (0,))
+  assert 'unlike these examples' in above.verdict.reason
 
 
 def test_no_pair_without_a_barrier(rng):

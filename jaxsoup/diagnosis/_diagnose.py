@@ -199,6 +199,12 @@ def _by_scores(case: _case.Case) -> Verdict:
     examples += ', the fewest that fit the scores (num_examples says how many)'
   soup = trials.soups[members].score
   scores = f'The soup of {len(members)} scores {soup:.3g}, {single}: {gain}.'
+  if gain.value < 0 and soup > np.mean(trials.scores[list(members)]):
+    scores += (
+        ' It is above the mean of its models: on data unlike these examples, '
+        'where soups gain most, it may still be the better one; score both '
+        'there.'
+    )
   # The same examples chose the best model, which flatters it.
   flattered = trials.optimism()
   most = gain.high if np.isfinite(gain.high) else gain.value
