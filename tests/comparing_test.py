@@ -302,3 +302,9 @@ def test_results_that_cannot_be_compared(pair, spoil, words):
   )
   assert done.exit_code == 1 and words in done.output, done.output
   assert done.output.count('\n') == 1
+
+
+def test_a_path_that_is_not_there(pair):
+  nothing = str(pair[0].parent / 'nothing')
+  done = testing.CliRunner().invoke(cli.app, ['compare', nothing, str(pair[1])])
+  assert done.exit_code == 1 and 'nothing does not exist: ' in done.output

@@ -196,9 +196,12 @@ def _seeds(path: pathlib.Path) -> dict[str, _Repeat]:
       return {'': _read(file)}
   files = sorted(path.glob('seed*/results.json'))
   if not files:
+    wrong = 'does not exist'
+    if path.exists():
+      wrong = 'has no results.json, and no seed*/results.json'
     raise FileNotFoundError(
-        f'{path} has no results.json, and no seed*/results.json: give the '
-        'workdir of a finished experiment, or its results.json.'
+        f'{path} {wrong}: give the workdir of a finished experiment, or its '
+        'results.json.'
     )
   return {file.parent.name: _read(file) for file in files}
 
