@@ -129,6 +129,10 @@ def _lengths(texts):
 
 
 def test_splits_drop_repeated_texts(folder):
+  # What a movie has as well may be trained on.
+  also = ('13_1', 3.0, 'superb!')
+  file = folder / 'hutto' / 'amazonReviewSnippets_GroundTruth.txt'
+  file.write_bytes(_content([*AMAZON, also]))
   sizes = dict(train=2, held_out=1, test=1)
   splits = sentiment.splits(folder, _lengths, sizes, seed=0)
   rows = [
@@ -139,7 +143,7 @@ def test_splits_drop_repeated_texts(folder):
   seen = [n for x in rows for n in x['input_ids'][:, 0]]
   texts = ['Fun for all & sundry.', 'A pretentious mess…', 'Superb']
   assert sorted(seen) == sorted(map(len, [*texts, 'Naïve and charming.']))
-  amazon = splits.shifts['amazon'][np.arange(3)]
+  amazon = splits.shifts['amazon'].arrays
   np.testing.assert_array_equal(amazon['label'], [1, 0, 1])
   np.testing.assert_array_equal(amazon['input_ids'][:, 0], [3, 9, 7])
   with pytest.raises(ValueError, match='ask for 5 of 4 examples, but .* test'):

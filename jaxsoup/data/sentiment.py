@@ -93,7 +93,8 @@ def splits(
 ) -> sources.Splits:
   """Movie reviews to train, select and test on; the other sets as shifts.
 
-  Duplicate texts count once, and sentences of one review are never in two sets.
+  Duplicate texts count once, also where two kinds have the same: it is in the
+  first of them. Sentences of one review are never in two sets.
   The ids of the movie snippets do not name their review: two of one film may be
   in different sets.
 
@@ -110,7 +111,8 @@ def splits(
     FileNotFoundError: see `load`.
     ValueError: sizes ask for more examples than there are.
   """
-  data = {name: unique(x) for name, x in load(path).items()}
+  seen: set[str] = set()
+  data = {name: unique(x, seen) for name, x in load(path).items()}
   movies = data.pop('movies')
   parts = split(movies['review'], sizes, seed)
 
@@ -129,11 +131,13 @@ def splits(
   )
 
 
-def unique(data: Dataset) -> Dataset:
+def unique(data: Dataset, seen: set[str] | None = None) -> Dataset:
   """Keeps the first of texts that are equal up to case and punctuation.
 
   Args:
     data: `text`, a list of N, and arrays [N, ...].
+    seen: texts that are left out, as this function compares them; those that
+      are kept are added.
 
   Returns:
     The same fields.
@@ -142,9 +146,14 @@ def unique(data: Dataset) -> Dataset:
     >>> unique({'text': ['Wow!', 'no', 'wow'], 'label': np.array([1, 0, 1])})
     {'text': ['Wow!', 'no'], 'label': array([1, 0])}
   """
-  # A text without words, as ':)', stands for itself.
-  keys = [re.sub(r'\W+', ' ', x.lower()).strip() or x for x in data['text']]
-  rows = sorted(dict(zip(reversed(keys), reversed(range(len(keys))))).values())
+  seen = set() if seen is None else seen
+  rows = []
+  for i, text in enumerate(data['text']):
+    # A text without words, as ':)', stands for itself.
+    key = re.sub(r'\W+', ' ', text.lower()).strip() or text
+    if key not in seen:
+      seen.add(key)
+      rows.append(i)
   return {
       name: [x[i] for i in rows] if isinstance(x, list) else x[rows]
       for name, x in data.items()
