@@ -54,7 +54,9 @@ calibrated. Over the mean of its ingredients the uniform soup gains 1.3 [0.8,
 ensemble of 16: +0.2 [-0.3, 0.7]; on test that is 1.5 [1.0, 2.0] better. By
 corruption the uniform soup gains +7.9 [4.7, 11.1] (impulse), +5.1 [2.1, 8.0]
 (noise), +2.5 [-0.4, 5.3] (blur), +1.4 [0.3, 2.5] (occlusion) and -0.2 [-1.7,
-1.3] (contrast). One severity of each was run.
+1.3] (contrast). One severity of each was run. Two rows are compared by
+
+  python tests/benchmarks/rows.py DIR uniform ensemble
 
 A seed takes about 20 minutes on two cores with no other load.
 """
