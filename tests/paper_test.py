@@ -18,7 +18,6 @@ from jaxsoup.experiments import configs
 from jaxsoup.paper import criteria
 from jaxsoup.paper import pools
 from jaxsoup.paper import run
-from jaxsoup.paper import studies
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENT = ROOT / 'jaxsoup/docs/experiments.md'
@@ -78,7 +77,7 @@ def test_functions_and_figures_exist(number):
 
 
 def test_titles_are_those_of_the_command():
-  for number, experiment in studies.EXPERIMENTS.items():
+  for number, experiment in run.EXPERIMENTS.items():
     assert table()[number][0] == experiment.title
 
 
@@ -147,15 +146,13 @@ def on_shifts(problem, params):
 @pytest.mark.slow
 def test_every_experiment_found_something(made):
   workdir, rows_of = made
-  assert list(rows_of) == list(studies.EXPERIMENTS)
+  assert list(rows_of) == list(run.EXPERIMENTS)
   text = (workdir / 'experiments.md').read_text()
   for number, rows in rows_of.items():
     assert rows and f'## {number}. ' in text
     values = [x for row in rows.values() for one in row.values() for x in one]
     assert all(isinstance(x, float) for x in values if x is not None), number
-    folder = (
-        workdir if studies.EXPERIMENTS[number].has_dots else workdir / 'seed0'
-    )
+    folder = workdir if run.EXPERIMENTS[number].has_dots else workdir / 'seed0'
     picture = folder / f'experiments/{number:02d}.png'
     assert picture.read_bytes().startswith(b'\x89PNG')
     (figures,) = run._of_seeds(rows)
@@ -329,7 +326,7 @@ def test_figures_of_several_seeds_are_means(tmp_path):
 @pytest.mark.parametrize(
     'argv, text',
     [
-        (['--only=99'], 'no experiments [99]: choose from 1 to 22'),
+        (['--only=99'], f'no experiments [99] for {CONFIG}: choose from 1, 2'),
         (['--only=x'], 'Write --only=4,13'),
         (['--seeds=0'], '0 is not a positive integer'),
         (['--sedes=2'], 'sedes'),
@@ -340,6 +337,15 @@ def test_usage(argv, text, tmp_path, capsys):
   assert run.main(argv) == 2
   error = capsys.readouterr().err
   assert text in error and 'Traceback' not in error
+  assert not (tmp_path / 'w').exists()
+
+
+def test_a_start_that_is_given_has_no_other_pools(tmp_path, capsys):
+  config = f'{ROOT}/configs/fashion_vit.py'
+  argv = [f'--config={config}', f'--workdir={tmp_path}/w', '--only=1,4,12']
+  assert run.main(argv) == 2
+  error = capsys.readouterr().err
+  assert f'no experiments [4, 12] for {config}: choose from 1, 2, 3' in error
   assert not (tmp_path / 'w').exists()
 
 

@@ -33,6 +33,7 @@ from jaxsoup.data import shifts
 from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
+from jaxsoup.experiments import landscapes
 from jaxsoup.experiments import results
 from jaxsoup.experiments import stages
 from jaxsoup.experiments import workdirs
@@ -61,6 +62,11 @@ class Scores(NamedTuple):
   held_out: float
   test: float
   shifts: float
+
+  @property
+  def row(self) -> dict[str, float]:
+    """What is reported."""
+    return {'test, %': self.test, 'shifts, %': self.shifts}
 
 
 class Variant(NamedTuple):
@@ -173,6 +179,17 @@ class Pool:
         {name: x[rows].mean(0) for name, x in self.logits.items()}
     )
 
+  def neighbours(self, num: int | None = None) -> list[tuple[int, int]]:
+    """Pairs of models, at most of the first `num`."""
+    members = range(len(self))[:num]
+    return list(zip(members[::2], members[1::2]))
+
+  def sets(self, where: str) -> landscapes.Sets:
+    """All test data ('test'), or all that are shifted ('shifts')."""
+    names = ['test'] if where == 'test' else list(self.work.splits.shifts)
+    num = len(names) * len(self.work.splits.test)
+    return landscapes.Sets(self.work, names, num)
+
   def greedy(self) -> jaxsoup.Soup[SearchInfo]:
     """The greedy soup."""
     return jaxsoup.greedy(self.models, self.eval_fn, scores=self.known)
@@ -198,8 +215,8 @@ class Bench(contextlib.ExitStack):
     """Trains nothing yet.
 
     Args:
-      experiment: of `configs.load`, with data in memory and the ranges of
-        `configs/digits.py` in its sweep.
+      experiment: of `configs.load`, with data in memory. Other pools than the
+        sweep need `pretrain` and the ranges of `configs/digits.py`.
       workdir: where the pools go.
       stop: whether the script is asked to stop.
     """
@@ -241,6 +258,11 @@ class Bench(contextlib.ExitStack):
     if name == 'sweep':
       results.make(work, theta_0)
     return pool
+
+  @property
+  def is_given(self) -> bool:
+    """Whether the start is not trained: nothing but the sweep is, then."""
+    return 'pretrain' not in self.config
 
   def ids(self) -> dict[str, np.ndarray]:
     """The examples that report, in all pools, as `results.ids`."""

@@ -27,11 +27,14 @@ from jaxsoup import statistics
 from jaxsoup.experiments import configs
 from jaxsoup.paper import criteria
 from jaxsoup.paper import pools
-from jaxsoup.paper import studies
+from jaxsoup.paper import sweeps
+from jaxsoup.paper import trainings
 from jaxsoup.runtime import distributed
 from jaxsoup.runtime import preemption
 from jaxsoup.runtime import progress
 from jaxsoup.typing import PathLike
+
+EXPERIMENTS = dict(sorted((sweeps.EXPERIMENTS | trainings.EXPERIMENTS).items()))
 
 
 def run(
@@ -49,23 +52,27 @@ def run(
     workdir: where everything goes.
     overrides: of the config: '--config.seed=3' is the first seed.
     num_seeds: seeds of split, pre-training and sweep.
-    only: numbers of experiments; all by default.
+    only: numbers of experiments; by default all, or those on the sweep if
+      the config does not pre-train.
 
   Returns:
     By number of the experiment, row and column: a figure for each seed.
 
   Raises:
-    UsageError: a wrong config, or an unknown number.
+    UsageError: a wrong config, or a number that it does not have.
   """
-  chosen = list(only) or list(studies.EXPERIMENTS)
-  if unknown := [n for n in chosen if n not in studies.EXPERIMENTS]:
+  config = configs.load(path, overrides).config
+  known = EXPERIMENTS if 'pretrain' in config else sweeps.EXPERIMENTS
+  chosen = list(only) or list(known)
+  if unknown := [n for n in chosen if n not in known]:
     raise configs.UsageError(
-        f'There are no experiments {unknown}: choose from 1 to '
-        f'{max(studies.EXPERIMENTS)}.'
+        f'There are no experiments {unknown} for {path}: choose from '
+        f'{", ".join(map(str, known))}. A config with `pretrain`, like '
+        'configs/digits.py, has 1 to 20 and 22.'
     )
   workdir = pathlib.Path(workdir).absolute()
-  first = configs.load(path, overrides).config.seed
-  figures: dict[int, list[studies.Figures]] = {n: [] for n in chosen}
+  first = config.seed
+  figures: dict[int, list[sweeps.Figures]] = {n: [] for n in chosen}
   ids: list[dict[str, np.ndarray]] = []
   shown = progress.shown({'experiments': 1})
   with preemption.handled() as stop, shown as progress_fn:
@@ -92,9 +99,9 @@ def shares_of(ids: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
   return {name: float(np.mean(x or [0.0])) for name, x in shared.items()}
 
 
-def _once(bench: pools.Bench, number: int) -> studies.Figures:
+def _once(bench: pools.Bench, number: int) -> sweeps.Figures:
   """The figures of an experiment, from the disk if they are there."""
-  experiment = studies.EXPERIMENTS[number]
+  experiment = EXPERIMENTS[number]
   path = bench.workdir / 'experiments' / f'{number:02d}.json'
   if path.exists():
     return json.loads(path.read_text())
@@ -106,7 +113,7 @@ def _once(bench: pools.Bench, number: int) -> studies.Figures:
 
 
 def _stacked(
-    of_seeds: Sequence[studies.Figures],
+    of_seeds: Sequence[sweeps.Figures],
 ) -> dict[str, dict[str, list[float]]]:
   """By row and column, one value for each seed."""
   stacked: dict[str, dict[str, list[float]]] = {}
@@ -125,7 +132,7 @@ def _write(workdir: pathlib.Path, figures, shares: Mapping[str, float]) -> None:
   lines = ['# The experiments of the paper: results', '']
   lines += [*_verdicts(figures, shares), '']
   for number, rows in figures.items():
-    experiment = studies.EXPERIMENTS[number]
+    experiment = EXPERIMENTS[number]
     lines += [f'## {number}. {experiment.title}', '', *_table(rows, shares), '']
     if experiment.has_dots:
       scores = {
@@ -162,7 +169,7 @@ def _verdicts(figures, shares: Mapping[str, float]) -> list[str]:
   return lines
 
 
-def _of_seeds(rows) -> Iterator[studies.Figures]:
+def _of_seeds(rows) -> Iterator[sweeps.Figures]:
   """What `_stacked` stacked."""
   num = max(len(x) for row in rows.values() for x in row.values())
   for i in range(num):
