@@ -215,8 +215,7 @@ class Bench(contextlib.ExitStack):
     """Trains nothing yet.
 
     Args:
-      experiment: of `configs.load`, with data in memory. Other pools than the
-        sweep need `pretrain` and the ranges of `configs/digits.py`.
+      experiment: of `configs.load`, with data in memory.
       workdir: where the pools go.
       stop: whether the script is asked to stop.
     """
@@ -261,7 +260,7 @@ class Bench(contextlib.ExitStack):
 
   @property
   def is_given(self) -> bool:
-    """Whether the start is not trained: nothing but the sweep is, then."""
+    """Whether the start is not trained: such models are large."""
     return 'pretrain' not in self.config
 
   def ids(self) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ import json
 import pathlib
 import sys
 
+import ml_collections
 import numpy as np
 
 from jaxsoup import _files
@@ -52,8 +53,8 @@ def run(
     workdir: where everything goes.
     overrides: of the config: '--config.seed=3' is the first seed.
     num_seeds: seeds of split, pre-training and sweep.
-    only: numbers of experiments; by default all, or those on the sweep if
-      the config does not pre-train.
+    only: numbers of experiments; by default all, or those that train nothing
+      but the sweep if the config does not pre-train.
 
   Returns:
     By number of the experiment, row and column: a figure for each seed.
@@ -62,14 +63,19 @@ def run(
     UsageError: a wrong config, or a number that it does not have.
   """
   config = configs.load(path, overrides).config
-  known = EXPERIMENTS if 'pretrain' in config else sweeps.EXPERIMENTS
-  chosen = list(only) or list(known)
-  if unknown := [n for n in chosen if n not in known]:
-    raise configs.UsageError(
-        f'There are no experiments {unknown} for {path}: choose from '
-        f'{", ".join(map(str, known))}. A config with `pretrain`, like '
-        'configs/digits.py, has 1 to 20 and 22.'
-    )
+  known = _known(config)
+  for number in only:
+    if number not in known:
+      needs = EXPERIMENTS[number].needs if number in EXPERIMENTS else ()
+      lacks = f' (it needs {", ".join(needs)})' if needs else ''
+      raise configs.UsageError(
+          f'There is no experiment {number}{lacks} for {path}: choose from '
+          f'{", ".join(map(str, known))}.'
+      )
+  # Large models by default train no others than those of the sweep.
+  chosen = list(only) or list(
+      known if 'pretrain' in config else sweeps.EXPERIMENTS
+  )
   workdir = pathlib.Path(workdir).absolute()
   first = config.seed
   figures: dict[int, list[sweeps.Figures]] = {n: [] for n in chosen}
@@ -88,6 +94,13 @@ def run(
   stacked = {n: _stacked(of_seeds) for n, of_seeds in figures.items()}
   _write(workdir, stacked, shares_of(ids))
   return stacked
+
+
+def _known(config: ml_collections.ConfigDict) -> list[int]:
+  """The experiments that this config can run."""
+  fields = [f'{name}.' for name in configs.flat(config)]
+  has = lambda need: any(x.startswith(f'{need}.') for x in fields)
+  return [n for n, one in EXPERIMENTS.items() if all(map(has, one.needs))]
 
 
 def shares_of(ids: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:

@@ -36,11 +36,19 @@ Result = tuple[Figures, Callable[[Any], None] | None]
 
 
 class Experiment(NamedTuple):
-  """One experiment of the paper: a title, and a function that runs it."""
+  """One experiment of the paper.
+
+  Attributes:
+    title: its name.
+    study: runs it.
+    has_dots: whether its picture is its figures, of all seeds.
+    needs: what the config has to set.
+  """
 
   title: str
   study: Callable[[pools.Bench], Result]
-  has_dots: bool = False  # Its picture is its figures, of all seeds.
+  has_dots: bool = False
+  needs: tuple[str, ...] = ()
 
 
 def plane(bench: pools.Bench) -> Result:

@@ -4,8 +4,8 @@
 figures, draw = trainings.EXPERIMENTS[4].study(bench)     # a `pools.Bench`
 ```
 
-They differ from the sweep in their starts, data, rates or losses, and need a
-config that pre-trains, like `configs/digits.py`.
+They differ from the sweep in their starts, data, rates or losses.
+`configs/digits.py` has all that they need.
 """
 
 import collections
@@ -290,17 +290,25 @@ def heads(bench: pools.Bench) -> sweeps.Result:
   return figures | _first('random head', bench['random_head']), None
 
 
+_FACTORS = tuple(f'sweep.{name}' for name in pools.FACTORS if name != 'seed')
+_SHIFTS = tuple(f'shifts.{name}' for name in pools.DATA_SETS)
 # By the number that they have in docs/experiments.md; those above 21 are not of
 # the paper.
 EXPERIMENTS = {
     4: sweeps.Experiment('learning-rate basin', basin),
-    8: sweeps.Experiment('one hyper-parameter', one_varied),
-    12: sweeps.Experiment('pre-training breadth', breadth, has_dots=True),
-    13: sweeps.Experiment('from scratch', scratch),
+    8: sweeps.Experiment('one hyper-parameter', one_varied, needs=_FACTORS),
+    12: sweeps.Experiment(
+        'pre-training breadth', breadth, has_dots=True, needs=('pretrain',)
+    ),
+    13: sweeps.Experiment('from scratch', scratch, needs=('pretrain',)),
     14: sweeps.Experiment('EMA and SWA', averages, has_dots=True),
     15: sweeps.Experiment('SAM', sharpness_aware, has_dots=True),
-    16: sweeps.Experiment('distillation', distillation, has_dots=True),
-    18: sweeps.Experiment('several data sets', data_sets, has_dots=True),
-    19: sweeps.Experiment('LP-FT', heads, has_dots=True),
+    16: sweeps.Experiment(
+        'distillation', distillation, has_dots=True, needs=_FACTORS
+    ),
+    18: sweeps.Experiment(
+        'several data sets', data_sets, has_dots=True, needs=_SHIFTS + _FACTORS
+    ),
+    19: sweeps.Experiment('LP-FT', heads, has_dots=True, needs=('pretrain',)),
     22: sweeps.Experiment('averages along a run', along_a_run, has_dots=True),
 }
