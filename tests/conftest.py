@@ -21,6 +21,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 
 import functools
 import gc
+import sys
 
 import hypothesis
 import jax
@@ -45,6 +46,19 @@ hypothesis.settings.register_profile(
     'jaxsoup', derandomize=True, deadline=None, max_examples=40, database=None
 )
 hypothesis.settings.load_profile('jaxsoup')
+
+
+@pytest.fixture(autouse=True)
+def _modules_of_a_test(request):
+  """A module that a test wrote is gone with its folder."""
+  if 'tmp_path' not in request.fixturenames:
+    yield
+    return
+  folder, known = str(request.getfixturevalue('tmp_path')), set(sys.modules)
+  yield
+  for name in sys.modules.keys() - known:
+    if (getattr(sys.modules[name], '__file__', '') or '').startswith(folder):
+      del sys.modules[name]
 
 
 @pytest.fixture
