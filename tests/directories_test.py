@@ -136,10 +136,8 @@ def test_recipes_that_hold_the_params(runs, monkeypatch):
       "  return -float(abs(params['shared']['weight']).sum())\n"
   )
   monkeypatch.setattr(sys, 'path', list(sys.path))
-  monkeypatch.delitem(sys.modules, 'mine', raising=False)  # Of another test.
   args = ('greedy', *runs, '--eval', 'mine:score', '--out', 'soup')
   assert invoke(*args).exit_code == 0
-  sys.modules.pop('mine')
   soup = checkpoints.load('soup')
   assert_near(read('soup'), mean([arrays_of(k) for k in range(3)], soup.alpha))
   card = pathlib.Path('soup/README.md').read_text()

@@ -60,8 +60,6 @@ def read(path):
 def cwd(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, 'path', list(sys.path))
-  yield
-  sys.modules.pop('mine', None)
 
 
 @pytest.fixture
