@@ -260,8 +260,13 @@ class Bench(contextlib.ExitStack):
 
   @property
   def is_given(self) -> bool:
-    """Whether the start is not trained: such models are large."""
-    return 'pretrain' not in self.config
+    """Whether nothing but the sweep is trained for experiments on it.
+
+    So it is where the start is given, as such models are large, and where the
+    sweep lacks ranges that `one_factor` varies.
+    """
+    ranges = {'seed', *self.config.sweep}
+    return 'pretrain' not in self.config or not ranges.issuperset(FACTORS)
 
   def ids(self) -> dict[str, np.ndarray]:
     """The examples that report, in all pools, as `results.ids`."""

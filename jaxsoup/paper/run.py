@@ -63,16 +63,17 @@ def run(
     UsageError: a wrong config, or a number that it does not have.
   """
   config = configs.load(path, overrides).config
-  known = _known(config)
+  known = [number for number in EXPERIMENTS if not _lacks(config, number)]
   for number in only:
     if number not in known:
-      needs = EXPERIMENTS[number].needs if number in EXPERIMENTS else ()
-      lacks = f' (it needs {", ".join(needs)})' if needs else ''
+      wrong = f'There is no experiment {number}'
+      if number in EXPERIMENTS:
+        lacks = ', '.join(_lacks(config, number))
+        wrong = f'Experiment {number} needs {lacks}, which {path} does not set'
       raise configs.UsageError(
-          f'There is no experiment {number}{lacks} for {path}: choose from '
-          f'{", ".join(map(str, known))}.'
+          f'{wrong}: choose from {", ".join(map(str, known))}.'
       )
-  # Large models by default train no others than those of the sweep.
+  # Of large models, by default those that train nothing but the sweep.
   chosen = list(only) or list(
       known if 'pretrain' in config else sweeps.EXPERIMENTS
   )
@@ -96,11 +97,11 @@ def run(
   return stacked
 
 
-def _known(config: ml_collections.ConfigDict) -> list[int]:
-  """The experiments that this config can run."""
+def _lacks(config: ml_collections.ConfigDict, number: int) -> list[str]:
+  """What an experiment needs, and the config does not set."""
   fields = [f'{name}.' for name in configs.flat(config)]
   has = lambda need: any(x.startswith(f'{need}.') for x in fields)
-  return [n for n, one in EXPERIMENTS.items() if all(map(has, one.needs))]
+  return [need for need in EXPERIMENTS[number].needs if not has(need)]
 
 
 def shares_of(ids: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:

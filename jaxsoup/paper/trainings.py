@@ -291,6 +291,7 @@ def heads(bench: pools.Bench) -> sweeps.Result:
 
 
 _FACTORS = tuple(f'sweep.{name}' for name in pools.FACTORS if name != 'seed')
+_SIZE = ('data.sizes.train',)
 _SHIFTS = tuple(f'shifts.{name}' for name in pools.DATA_SETS)
 # By the number that they have in docs/experiments.md; those above 21 are not of
 # the paper.
@@ -301,7 +302,7 @@ EXPERIMENTS = {
         'pre-training breadth', breadth, has_dots=True, needs=('pretrain',)
     ),
     13: sweeps.Experiment('from scratch', scratch, needs=('pretrain',)),
-    14: sweeps.Experiment('EMA and SWA', averages, has_dots=True),
+    14: sweeps.Experiment('EMA and SWA', averages, has_dots=True, needs=_SIZE),
     15: sweeps.Experiment('SAM', sharpness_aware, has_dots=True),
     16: sweeps.Experiment(
         'distillation', distillation, has_dots=True, needs=_FACTORS
@@ -310,5 +311,7 @@ EXPERIMENTS = {
         'several data sets', data_sets, has_dots=True, needs=_SHIFTS + _FACTORS
     ),
     19: sweeps.Experiment('LP-FT', heads, has_dots=True, needs=('pretrain',)),
-    22: sweeps.Experiment('averages along a run', along_a_run, has_dots=True),
+    22: sweeps.Experiment(
+        'averages along a run', along_a_run, has_dots=True, needs=_SIZE
+    ),
 }
