@@ -12,6 +12,7 @@ from collections.abc import Callable
 import functools
 import itertools
 import json
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -183,7 +184,7 @@ def random_orders(bench: pools.Bench) -> Result:
 def growth(bench: pools.Bench) -> Result:
   """Scores as the number of models grows."""
   pool = bench['sweep']
-  nums = _nums(len(pool))
+  nums = _nums(bench)
   figures: Figures = collections.defaultdict(dict)
   grown = {}
   for where in WHERE:
@@ -191,9 +192,7 @@ def growth(bench: pools.Bench) -> Result:
         pool.models, pool.eval_fn, field(pool.soup, where), scores=pool.known
     )
     curves['ensemble'] = field(pool.ensemble, where)
-    grown[where] = studies.growth(
-        curves, len(pool), nums=nums, num_orders=1 if bench.is_given else 3
-    )
+    grown[where] = studies.growth(curves, len(pool), nums=nums)
     for name, rows in grown[where].scores.items():
       for num, value in zip(nums, rows.mean(0)):
         if num in (1, nums[len(nums) // 2], nums[-1]):
@@ -208,8 +207,11 @@ def field(scores_fn: Callable[..., pools.Scores], where: str) -> Any:
   return lambda members: getattr(scores_fn(members), where)
 
 
-def _nums(num: int) -> list[int]:
-  """1, 2, 4, ... and all."""
+def _nums(bench: pools.Bench) -> list[int]:
+  """1, 2, 4, ... and all; of large models only one between the ends."""
+  num = len(bench['sweep'])
+  if bench.is_given:
+    return sorted({1, math.isqrt(num), num})
   return [2**i for i in range(num.bit_length()) if 2**i < num] + [num]
 
 
@@ -259,16 +261,16 @@ def calibration(bench: pools.Bench) -> Result:
   What may cause it is told apart: the number of bins, and targets that are not
   hard, from which models learn to be less sure than they are right.
   """
-  num_orders = 1 if bench.is_given else 20
-  figures, grown = _calibration(bench['sweep'], num_orders)
+  how = _nums(bench), 3 if bench.is_given else 20
+  figures, grown = _calibration(bench['sweep'], *how)
   if not bench.is_given:
-    others, _ = _calibration(bench['hard_labels'], num_orders)
+    others, _ = _calibration(bench['hard_labels'], *how)
     figures |= {f'hard labels, {name}': row for name, row in others.items()}
   draw = functools.partial(report.growth, label='test ECE, points')
   return figures, functools.partial(draw, grown=grown)
 
 
-def _calibration(pool: pools.Pool, num_orders: int):
+def _calibration(pool: pools.Pool, nums: list[int], num_orders: int):
   """Figures of soups and ensembles, and the error in 15 bins as they grow."""
   labels = jnp.asarray(pool.work.labels['test'])
   ece = metrics.expected_calibration_error
@@ -285,7 +287,7 @@ def _calibration(pool: pools.Pool, num_orders: int):
       'ensemble': lambda members: pool.logits['test'][list(members)].mean(0),
   }
   figures: Figures = collections.defaultdict(dict)
-  nums, curves = _nums(len(pool)), {}
+  curves = {}
 
   def score(measure_fn, logits_fn, members):
     return 100 * float(measure_fn(jnp.asarray(logits_fn(members)), labels))
