@@ -457,6 +457,7 @@ def _scatter(ax: 'Axes', x, y, values, *, has_diagonal: bool = False) -> None:
     colours: Json = dict(c=values, cmap=_MAP, norm=_norm(values))
     dots = ax.scatter(x, y, s=30, linewidths=0, **colours)
     ax.figure.colorbar(dots, ax=ax, label='mean learning rate')
+  ax.locator_params(axis='x', nbins=5)  # Small numbers have long labels.
   if has_diagonal:
     ends = [min(*x, *y), max(*x, *y)]
     ax.plot(ends, ends, color='black', linewidth=0.8, linestyle=':', zorder=1)
