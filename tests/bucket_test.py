@@ -301,6 +301,24 @@ def test_commands_read_from_a_bucket(fake, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_an_average_in_a_bucket_of_google(tmp_path, bucket):
+  models = [{'w': np.full((1500, 1000), k, np.float32)} for k in (1, 2)]
+  for k, params in enumerate(models):
+    checkpoints.save(tmp_path / f'{k}', params)  # 6 MB: several pieces.
+  code = (
+      'import sys\n'
+      'from jaxsoup import checkpoints\n'
+      '*paths, out = sys.argv[1:]\n'
+      'checkpoints.save_average(out, checkpoints.Ingredients(paths))\n'
+      'soup = checkpoints.load(out)\n'
+      "print(soup.alpha, set(soup.params['w'].ravel().tolist()))\n"
+  )
+  paths = [tmp_path / '0', tmp_path / '1', 'gs://bucket/soup']
+  said = run([sys.executable, '-c', code, *paths], env=bucket).stdout
+  assert said == '[0.5 0.5] {1.5}\n'
+
+
+@pytest.mark.slow
 def test_safetensors_in_a_bucket_of_google(tmp_path, bucket):
   models = list(map(model, range(2)))
   paths = [f'gs://bucket/{k}/model.safetensors' for k in range(2)]

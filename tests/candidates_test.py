@@ -86,6 +86,12 @@ def test_chosen_scores(log, tmp_path):
     report.write_report(table, metrics=['near'])
 
 
+def test_a_table_with_a_column_alpha_is_no_log(tmp_path):
+  path = tmp_path / 'scores.jsonl'
+  path.write_text('{"name": "00", "alpha": 0.2, "held_out": 0.9, "test": 0.9}')
+  assert 'alpha' in report.write_report(path)[0].read_text()
+
+
 def test_a_log_of_numbers_and_bounds(tmp_path):
   log = checkpoints.ScoreLog(tmp_path / 'scores.jsonl')
   log[(0,)], log[(1,)] = 0.5, 0.75

@@ -580,21 +580,23 @@ def test_identity_changes_when_written_anew(tmp_path, writer):
 
 def test_provenance(tmp_path, runs):
   ingredients = checkpoints.Ingredients(runs)
+  metadata = {
+      'recipe': 'uniform',
+      'nested': {'list': [1, 2.5, None]},
+      'like ours': {'__type__': 'tuple', 'x': 1},
+  }
   path = checkpoints.save(
       tmp_path / 'soup',
       jaxsoup.uniform(ingredients),
       ingredients=ingredients,
-      metadata={'recipe': 'uniform', 'nested': {'list': [1, 2.5, None]}},
+      metadata=metadata,
   )
   own = checkpoints.provenance(path)
   assert [row['path'] for row in own['ingredients']] == list(map(str, runs))
   assert [row['content_hash'] for row in own['ingredients']] == [
       ingredients.content_hash(k) for k in range(3)
   ]
-  assert own['metadata'] == {
-      'recipe': 'uniform',
-      'nested': {'list': [1, 2.5, None]},
-  }
+  assert own['metadata'] == metadata
   assert own['versions']['jax'] == jax.__version__
   assert own['versions']['jaxsoup'] == jaxsoup.__version__
   assert isinstance(own['command'], list) and own['time'].startswith('20')

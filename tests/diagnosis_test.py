@@ -683,6 +683,13 @@ def test_few_examples_tell_nothing(rng):
   assert 'unlike these examples' in above.verdict.reason
 
 
+def test_nothing_to_score():
+  pool = [{'w': np.full((3, 3), np.nan, 'f')}] * 2
+  report = diagnosis.diagnose(pool, eval_fn=lambda params: 0.5)
+  assert report.verdict[:2] == ('do not soup', ())
+  assert 'NaN' in only(report, 'not_finite').seen
+
+
 def test_no_pair_without_a_barrier(rng):
   report = diagnosis.diagnose(
       in_bowls([0, 10], rng), eval_fn=bowls, num_examples=1000

@@ -336,6 +336,25 @@ def test_ingredients_that_are_no_directories(runs):
     checkpoints.save_directory('soup', ingredients)
 
 
+def test_a_template_of_a_part(runs, tmp_path):
+  """A directory has all tensors: config and code expect them."""
+  ingredients = checkpoints.Ingredients(runs)
+  kept = dict(list(ingredients.abstract_params.items())[1:])
+  part = checkpoints.Ingredients(runs, kept)
+  for soup in (None, jaxsoup.uniform(part)):
+    with pytest.raises(
+        ValueError, match='abstract_params and .* differ in lea'
+    ):
+      checkpoints.save_directory(tmp_path / 'out', part, soup)
+
+
+@pytest.mark.parametrize('write', ['save_average', 'save_directory'])
+def test_no_ingredients(write, tmp_path):
+  with pytest.raises(ValueError, match='There are no ingredients'):
+    getattr(checkpoints, write)(tmp_path / 'out', checkpoints.Ingredients([]))
+  assert not os.listdir(tmp_path)
+
+
 def test_adapters_are_not_averaged_by_their_factors(runs):
   pathlib.Path('b/adapter_config.json').write_text('{}')
   result = uniform(*runs)

@@ -344,6 +344,22 @@ def test_report_has_the_numbers(workdir, tmp_path):
   assert {'plane.csv', 'barriers.csv', 'pairs.csv'} <= {f.name for f in files}
 
 
+def test_what_is_not_a_number_is_left_out(workdir, tmp_path):
+  """A loss that overflows on the plane, and a model that did not move."""
+  again = copied(workdir, tmp_path)
+  plane, pairs = part(again, 'plane'), part(again, 'pairs')
+  losses = next(iter(plane['loss'].values()))
+  lowest = min(x for row in losses[1:] for x in row)
+  losses[0] = [None] * len(losses[0])
+  pairs['test'] += [{**pairs['test'][0], 'angle': None}] * 5
+  for name, content in (('plane', plane), ('pairs', pairs)):
+    path = again / 'landscape' / f'{name}.json'
+    path.write_text(json.dumps(content))
+  text = report.write_report(again, tmp_path / 'report.html')[0].read_text()
+  assert f'Training loss: lowest {lowest:.3g}, at' in text
+  assert f'over {len(pairs["test"])} pairs' in text
+
+
 def test_sections_of_a_workdir_without_landscapes(workdir, tmp_path):
   again = copied(workdir, tmp_path)
   shutil.rmtree(again / 'landscape')

@@ -666,6 +666,18 @@ def test_columns_of_others(tmp_path):
   assert 'R² = 1.00' in page.text
 
 
+def test_settings_that_are_no_names_of_files(tmp_path):
+  """`lr` and `LR` would be one file, and no float holds the number."""
+  path = tmp_path / 'scores.csv'
+  path.write_text(
+      'name,held_out,test,lr,LR,steps\n'
+      f'00,0.9,0.8,inf,1,{10**400}\n'
+      '01,0.8,0.7,0.1,2,3\n'
+  )
+  files = {path.name for path in report.write_report(path)}
+  assert {'setting_lr.svg', 'setting_lr_1.svg', 'setting_steps.svg'} <= files
+
+
 def test_report_of_scores_and_back(scores):
   files = report.write_report(scores)
   page = Page(files)

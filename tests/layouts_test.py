@@ -206,6 +206,26 @@ def test_a_step_keeps_its_place_in_the_run(tmp_path):
     assert_mean(manager.restore(manager.latest_step()), trees)
 
 
+def test_metrics_are_those_of_no_soup(tmp_path):
+  trees = [params_of(k) for k in range(2)]
+  options = ocp.CheckpointManagerOptions(best_fn=lambda x: x['acc'])
+  with manager_of(tmp_path / 'run', options=options) as manager:
+    for k, tree in enumerate(trees):
+      args = ocp.args.StandardSave(tree)
+      manager.save(k, args=args, metrics={'acc': float(k)})
+  ingredients = checkpoints.Ingredients(
+      [tmp_path / 'run/1', tmp_path / 'run/0']
+  )
+  made = jaxsoup.uniform(ingredients)
+  path = tmp_path / 'soup'
+  checkpoints.save(path, made, ingredients=ingredients)
+  with pytest.raises(ValueError, match="no metric 'acc'"):
+    checkpoints.metric(path, 'acc')
+  with manager_of(path, options=options) as manager:
+    assert manager.metrics(1) is None and manager.latest_step() == 1
+    assert_mean(manager.restore(1), trees)
+
+
 # --- Trees --------------------------------------------------------------------
 
 
@@ -475,9 +495,13 @@ def test_what_is_left_of_another_selection_is_not_used(tmp_path, monkeypatch):
 def test_what_is_left_of_other_ingredients_goes(tmp_path):
   for k in range(2):
     checkpoints.save(tmp_path / f'run{k}', params_of(k))
-  (tmp_path / 'soup.resumable-0123456789ab').mkdir()
-  soup(tmp_path)
-  assert {p.name for p in tmp_path.iterdir()} == {'run0', 'run1', 'soup'}
+  (tmp_path / 'soup[1].resumable-0123456789ab').mkdir()
+  (tmp_path / 'soup1.resumable-0123456789ab').mkdir()  # Of another soup.
+  ingredients = checkpoints.Ingredients([tmp_path / 'run0', tmp_path / 'run1'])
+  checkpoints.save_average(tmp_path / 'soup[1]', ingredients, resume=True)
+  assert {p.name for p in tmp_path.iterdir()} == {
+      'run0', 'run1', 'soup[1]', 'soup1.resumable-0123456789ab',
+  }  # fmt: skip
 
 
 def describe(path: pathlib.Path, shapes: dict[str, tuple[int, ...]]):

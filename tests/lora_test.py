@@ -297,6 +297,30 @@ def test_paths(tmp_path):
     checkpoints.save_adapter(tmp_path / 'new' / 'a', adapter_of(0))
 
 
+@pytest.mark.parametrize(
+    'params, said',
+    [
+        (
+            {'q': {'kernel': np.ones((2, 2))}},
+            "'q/kernel' of shape .2, 2. is no",
+        ),
+        (
+            {'q': {'lora_a': np.ones((3, 2, 1))}},
+            r"'q/lora_a' of shape .3, 2, 1",
+        ),
+        ({'q': {'lora_a': np.ones((2, 1))}}, 'needs lora_a and lora_b'),
+        (
+            {'q': {'lora_a': np.ones((2, 1)), 'lora_b': np.ones((2, 2))}},
+            'factors of rank 1 and 2',
+        ),
+    ],
+)
+def test_what_peft_would_not_read_is_not_written(params, said, tmp_path):
+  with pytest.raises(ValueError, match=said):
+    checkpoints.save_adapter(tmp_path / 'a', params)
+  assert not os.listdir(tmp_path)
+
+
 # --- PEFT ---------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from jaxsoup import checkpoints
 from jaxsoup import landscape
 from jaxsoup.experiments import architectures
 from jaxsoup.experiments import configs
+from jaxsoup.experiments import workdirs
 from jaxsoup.paper import criteria
 from jaxsoup.paper import pools
 from jaxsoup.paper import run
@@ -165,7 +166,7 @@ def test_every_experiment_found_something(made):
     folder = workdir if run.EXPERIMENTS[number].has_dots else workdir / 'seed0'
     picture = folder / f'experiments/{number:02d}.png'
     assert picture.read_bytes().startswith(b'\x89PNG')
-    (figures,) = run._of_seeds(rows)
+    figures = {r: {k: x[0] for k, x in row.items()} for r, row in rows.items()}
     for finding, value_fn in criteria.CRITERIA[number].items():
       if finding.startswith('learned'):
         continue  # This config has no such recipe.
@@ -175,29 +176,29 @@ def test_every_experiment_found_something(made):
 
 def test_verdicts_are_of_intervals():
   """Of eight seeds that agree, of two that do not, and of the other side."""
-  rows = lambda gains: {
-      name: {
-          f'{where}, %': [base + x for x in gains]
-          for where in ('test', 'shifts')
-      }
-      for name, base in (('greedy', 90), ('greedy ensemble', 91))
-  }
-  rows = rows([0.0] * 8)
-  noise = np.linspace(-0.1, 0.1, 8)
-  rows['greedy ensemble']['test, %'] = list(91 + noise)
-  rows['greedy']['shifts, %'] = list(91 + 20 * noise)
   shares = {'test': 0.5, 'shifts': 0.5}
-  told = [x.split(' | ')[-1] for x in run._verdicts({9: rows}, shares)[4:]]
-  assert told == ['holds |', 'cannot tell |']
-  rows['greedy ensemble']['test, %'] = list(89 + noise)
-  told = [x.split(' | ')[-1] for x in run._verdicts({9: rows}, shares)[4:]]
-  assert told[0] == 'does not hold |'
+
+  def told(number, of_seeds, shares=shares):
+    lines = run._verdicts({number: of_seeds}, shares)
+    return lines[0], [line.split(' | ')[-1].strip(' |') for line in lines[4:]]
+
+  noise = np.linspace(-0.1, 0.1, 8)
+  row = lambda test, shifts: {'test, %': test, 'shifts, %': shifts}
+  of_seeds = lambda ensemble: [
+      {'greedy': row(90, 91 + 20 * x), 'greedy ensemble': row(ensemble + x, 91)}
+      for x in noise
+  ]
+  assert told(9, of_seeds(91))[1] == ['holds', 'cannot tell']
+  assert told(9, of_seeds(89))[1][0] == 'does not hold'
   # What a config has no pools for has no line.
-  few = {'soup of 1': {'ECE of 15 bins, points': [2.0, 3.0]}}
-  assert len(run._verdicts({11: few}, shares)) == 4 + 1
+  few = [{'soup of 1': {'ECE of 15 bins, points': x}} for x in (2.0, 3.0)]
+  assert len(told(11, few)[1]) == 1
   # The same examples in all seeds: of other seeds.
-  lines = run._verdicts({9: rows}, {'test': 1.0, 'shifts': 0.3})
-  assert lines[0] == 'Intervals tell of other seeds on the same examples.'
+  words, _ = told(9, of_seeds(91), {'test': 1.0, 'shifts': 0.3})
+  assert words == 'Intervals tell of other seeds on the same examples.'
+  # The correlation of one pair is NaN, which is null in JSON.
+  undefined = [{'rates of the sweep': {'correlation': x}} for x in (None, 0.9)]
+  assert told(10, undefined)[1][0].startswith('cannot tell')
 
 
 @pytest.mark.slow
@@ -207,6 +208,38 @@ def test_a_second_call_makes_nothing_anew(made):
   times = {p: p.stat().st_mtime_ns for p in made_once if p.is_file()}
   assert run.run(CONFIG, workdir, TINY) == rows_of
   assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+@pytest.mark.slow
+def test_another_config_makes_nothing(made):
+  workdir, _ = made
+  other = [*TINY, '--config.finetune.num_epochs=99']
+  with pytest.raises(configs.UsageError, match='finetune.num_epochs was'):
+    run.run(CONFIG, workdir, other, only=[5])
+
+
+@pytest.mark.slow
+def test_runs_that_diverged_leave_no_gap(made, monkeypatch):
+  """Each model keeps the hyper-parameters of its own run."""
+  workdir, _ = made
+  copies = workdirs.Work.copies
+  left = lambda work: [x for x in copies(work) if x[0] != 2]
+  bench_fn = lambda: pools.Bench(configs.load(CONFIG, TINY), workdir / 'seed0')
+  with bench_fn() as bench:
+    whole = bench['rates']
+  monkeypatch.setattr(workdirs.Work, 'copies', left)
+  with bench_fn() as bench:
+    pool = bench['rates']
+    assert pool.runs == [x for i, x in enumerate(whole.runs) if i != 2]
+    assert whole.neighbours() == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert whole.neighbours(4) == [(0, 1), (2, 3)]
+    pairs = pool.neighbours()
+    assert pairs == [(0, 1), (3, 4), (5, 6)]
+    for i, j in pairs:
+      assert pool.runs[i]['learning_rate'] == pool.runs[j]['learning_rate']
+    # Six models of each run: an average, four epochs, the last one.
+    steps, runs = bench['averaged'].kept()
+    assert len(runs) == NUM_RUNS - 1 and {len(x) for x in runs} == {6}
 
 
 @pytest.mark.slow
@@ -325,8 +358,7 @@ def test_figures_of_several_seeds_are_means(tmp_path):
       {'soup': {'test, %': x, 'p': y, 'test, points': x - 92}}
       for x, y in ((90, 0.5), (94, 0.1))
   ]
-  rows_of = {5: run._stacked(seeds)}
-  run._write(tmp_path, rows_of, {'test': 0.5, 'shifts': 0.5})
+  run._write(tmp_path, {5: seeds}, {'test': 0.5, 'shifts': 0.5})
   text = (tmp_path / 'experiments.md').read_text()
   # Deviations with one degree of freedom.
   # Of a gain an interval: t is 12.7, times 2.8 sqrt(1 / 2 + 1).

@@ -73,7 +73,9 @@ console.error = console.warn = (...x) => errors.push(x.join(' '));
 def run(tmp_path):
   """Runs a script on the page of all models, at a width in pixels."""
   rows, settings = rows_and_settings()
-  pairs = report.Table(['pair', ''], [['1 and 12', '3'], ['2 and 11', '4']])
+  pairs = report.Table(
+      ['pair', 'steps'], [['2 and 11', '400'], ['1 and 12', '1,797']]
+  )
   sections = [
       *_sections.scatter_sections(rows),
       _sections.models_section(rows, settings),
@@ -153,8 +155,12 @@ def test_hover_click_filter_and_sort(run):
       head(name).click();
       return [head(name).ariaSort, shown()];
     });
+    const table = [...document.querySelectorAll('table')]
+      .find((x) => x.tHead?.textContent.includes('steps'));
+    table.tHead.rows[0].cells[1].click();
+    const steps = [...table.tBodies[0].rows].map((x) => x.cells[1].textContent);
     return {hits, tips, isHidden, chosen, rings, none, byRow, atLeast, atMost,
-      out, all, ofKind, orders};
+      out, all, ofKind, orders, steps};
   """)
   assert len(got['hits']) == len(rows) and all(got['hits'])
   for row, setting, tip in zip(rows, settings, got['tips']):
@@ -187,6 +193,7 @@ def test_hover_click_filter_and_sort(run):
   assert [fog[n] for n in down] == sorted(fog.values(), reverse=True)
   assert [fog[n] for n in up] == sorted(fog.values())
   assert [n for n in by_name if n.isdigit()] == NAMES[1:30]
+  assert got['steps'] == ['1,797', '400']  # The largest first.
 
 
 def test_a_phone(run):

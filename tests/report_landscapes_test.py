@@ -64,6 +64,13 @@ def test_plane_of_a_constant_loss(ax):
   drawn(ax)
 
 
+def test_plane_with_a_loss_that_is_not_finite(ax):
+  loss = np.linspace(1, 2, 12).reshape(3, 4)
+  loss[2, 3], loss[0, 0] = np.nan, np.inf
+  report.plane(ax, grid(loss), ['init', 'a', 'b', 'soup'])
+  assert np.isfinite(drawn(ax).collections[0].levels).all()
+
+
 def test_plane_keeps_colours_for_the_basin(ax):
   """One point in twelve is a cliff, and takes one colour, not most of them."""
   loss = np.linspace(1, 2, 12).reshape(3, 4)

@@ -196,6 +196,19 @@ def test_what_cannot_be_aligned(tmp_path, runs):
   assert result.exit_code == 1 and '--align-tokens' in result.stderr
 
 
+@pytest.mark.parametrize('word', ['model', 'vocab', 'added_tokens'])
+def test_words_that_are_keys_of_another_file(tmp_path, word):
+  words = ['a', word, 'b', *WORDS[:4]]
+  runs = [
+      made(tmp_path / f'run{k}', arrays_of(k), order, 'vocab.json')
+      for k, order in enumerate((words, ['b', word, 'a', *WORDS[:4]]))
+  ]
+  for run in runs:
+    pathlib.Path(run, 'added_tokens.json').unlink()
+  with pytest.raises(ValueError, match="Token 'a' has id 0 in .*, but 2 in"):
+    jaxsoup.uniform(checkpoints.Ingredients(runs))
+
+
 @pytest.mark.parametrize('name', ['added_tokens.json', 'spiece.model'])
 def test_files_that_are_read_with_others_differ(tmp_path, name):
   """Added tokens next to an equal vocabulary, or SentencePiece alone."""

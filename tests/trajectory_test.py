@@ -521,6 +521,18 @@ def test_steps_of_a_run(run, tmp_path):
     checkpoints.steps(run)
 
 
+def test_a_soup_among_steps_of_an_older_orbax(tmp_path):
+  """Of which only the soup has the file that is written last."""
+  run = tmp_path / 'run'
+  for step in (100, 200):
+    params = {'w': jnp.full(2, float(step))}
+    checkpoints.save(run / f'ck_{step}', params)
+    (run / f'ck_{step}/commit_success.txt').unlink()
+  checkpoints.save(run / 'ck_150', {'w': jnp.full(2, 150.0)})
+  assert list(checkpoints.steps(run)) == [100, 150, 200]
+  assert checkpoints.Ingredients([run])[0]['w'][0] == 200
+
+
 def test_a_directory_that_is_no_run(tmp_path):
   """As the workdir of an experiment: `theta_0` is not a trajectory."""
   checkpoints.save(tmp_path / 'work/theta_0', {'w': np.ones(2, np.float32)})

@@ -66,13 +66,14 @@ def command() -> list[str]:
   Of other programs than ours only the name: their arguments may hold secrets.
   Of addresses a user and a password are left out.
   """
-  name = pathlib.Path(sys.argv[0])
-  is_ours = name.name == 'jaxsoup' or name.parts[-3:-1] == (
-      'jaxsoup',
-      'experiments',
-  )
-  arguments = sys.argv[1:] if is_ours else []
-  return [name.name, *(re.sub(r'//[^/@\s]*@', '//', x) for x in arguments)]
+  path = pathlib.Path(sys.argv[0])
+  module = path.with_suffix('').parts[-3:]
+  words = [path.name]
+  if module[:-1] in (('jaxsoup', 'experiments'), ('jaxsoup', 'paper')):
+    words = ['python', '-m', '.'.join(module)]
+  elif path.name != 'jaxsoup':
+    return words
+  return words + [re.sub(r'//[^/@\s]*@', '//', x) for x in sys.argv[1:]]
 
 
 def _escaped(name: str) -> str:

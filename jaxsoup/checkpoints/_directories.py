@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxsoup import _checked
 from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _processes
@@ -137,6 +138,13 @@ def save_directory(
     of_module = _ingredients.Ingredients(paths, dtype=ingredients.dtype)
     _require_one_alpha(own_alpha, of_module)
     parts.append(_part(module, of_module))
+  odd = ingredients.stored(0).keys() ^ parts[0].targets.keys()
+  if odd:
+    raise ValueError(
+        f'abstract_params and {ingredients.paths[0]} differ in leaf '
+        f'{_tree.name_of(min(odd))!r}: a directory has all tensors of '
+        'the first one. Leave abstract_params out, or use checkpoints.save.'
+    )
   averaged = parts if soup is None else parts[1:]
   streams = [_soups.streamed_soup(x.ingredients, own_alpha) for x in averaged]
   for module in ('', *_modules(folders[0])):
@@ -210,6 +218,7 @@ def save_like(
 
 
 def _require_directories(ingredients) -> None:
+  _checked.require_ingredients(ingredients)
   for path in ingredients.paths:
     if not is_directory(pathlib.Path(path).parent):
       raise ValueError(

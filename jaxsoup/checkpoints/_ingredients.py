@@ -219,11 +219,18 @@ class Ingredients(Sequence[Params]):
     checkpoint.verify(path, sums)
 
   def content_hash(self, k: int) -> str:
-    """A hash of the parameters of ingredient k, which are read if necessary."""
+    """A hash of the parameters of ingredient k, which are read if necessary.
+
+    Raises:
+      ValueError: each of several processes reads a part of them only.
+    """
     if self.known_hash(k) is None:
       self[k]
-    content_hash = self.known_hash(k)
-    assert content_hash is not None
+    if (content_hash := self.known_hash(k)) is None:
+      raise ValueError(
+          f'{self.paths[k]}: no process reads all of it. Make the ingredients '
+          'without shardings in abstract_params.'
+      )
     return content_hash
 
   def known_hash(self, k: int) -> str | None:
@@ -260,6 +267,7 @@ class Ingredients(Sequence[Params]):
       self, order: Sequence[int], alpha: Alpha | None, count: float
   ) -> _streaming.Average:
     """The same, not yet computed: it can go to a file instead."""
+    _checked.require_ingredients(self)
     for k in order:
       self.require_averageable(k)
     of_first = {name for k in order for name in self._of_first(k)}

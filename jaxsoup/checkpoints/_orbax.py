@@ -102,17 +102,13 @@ def _resolve(
   if item and item.partition('/')[0] in children:
     return children[item.partition('/')[0]]
   steps = {
-      int(match[1]): resolved
-      for name, resolved in children.items()
+      int(match[1]): path / name
+      for name in children
       if (match := re.fullmatch(r'(?:.*[_-])?(\d+)', name))
   }
   if steps and len(steps) == len(children):
-    # Where a step has the file that Orbax writes last in a bucket, steps that
-    # lack it are not finished, for Orbax neither.
-    marked = {
-        n for n in steps if (path / str(n) / _orbax_layout.COMMITTED).exists()
-    }
-    return steps[max(marked or steps)]
+    whole = _orbax_layout.finished(steps)
+    return children[whole[max(whole)].name]
   for usual in ('params', 'model_params', 'state', 'default', 'pytree'):
     if usual in children and item is None:
       return children[usual]

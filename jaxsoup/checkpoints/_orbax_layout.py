@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from etils import epath
 
+from jaxsoup import _files
 from jaxsoup import _json
 from jaxsoup import _tree
 from jaxsoup.typing import Config
@@ -17,6 +18,7 @@ TREE_FILE = '_METADATA'
 ROOT_FILE = '_CHECKPOINT_METADATA'
 COMMITTED = 'commit_success.txt'
 ARRAYS = 'array_metadatas'
+METRICS = 'metrics'
 
 _T = TypeVar('_T')
 
@@ -75,12 +77,15 @@ class Layout(NamedTuple):
     return bool((row.get('ext_metadata') or {}).get('random_key_impl'))
 
   def items(self) -> list[epath.Path]:
-    """The other directories of the step: further trees, JSON, iterators."""
+    """The other directories of the step: further trees, JSON, iterators.
+
+    Metrics are those of one model, and of no soup.
+    """
     own = {self.item, *self.parts} - {''}
     if self.root is None or not own:
       return []
     others = (p for p in self.root.iterdir() if p.is_dir())
-    return sorted(p for p in others if p.name not in own)
+    return sorted(p for p in others if p.name not in {*own, METRICS})
 
   def trees(self, arrays: Mapping[_tree.Path, _T]) -> list[Any]:
     """Each tree: its layout, and its arrays by their path in it."""
@@ -98,6 +103,30 @@ BARE = Layout()
 def path_of(row: Json) -> _tree.Path:
   """The path of a leaf, from its row in `_METADATA`."""
   return tuple(str(key['key']) for key in row['key_metadata'])
+
+
+def finished(steps: Mapping[int, epath.Path]) -> dict[int, epath.Path]:
+  """Steps whose writer was not stopped, by what Orbax writes at their end.
+
+  Older versions write a file last only in buckets, and the oldest no time: on
+  a disk a step without that file is unfinished where the time is missing.
+  """
+  marked = {n for n, path in steps.items() if (path / COMMITTED).exists()}
+  return {
+      n: path
+      for n, path in steps.items()
+      if not marked or n in marked or _has_ended(path)
+  }
+
+
+def _has_ended(step: epath.Path) -> bool:
+  file = step / ROOT_FILE
+  if _files.is_remote(step) or not file.exists():
+    return not _files.is_remote(step)
+  try:
+    return _json.parsed(file.read_bytes())['commit_timestamp_nsecs'] is not None
+  except (KeyError, TypeError, ValueError):
+    return False
 
 
 def is_tree(item: epath.Path) -> bool:

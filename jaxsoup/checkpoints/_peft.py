@@ -180,6 +180,7 @@ def save_adapter(
 
   Raises:
     FileExistsError: the path exists; it is not touched.
+    ValueError: leaves that are no pairs of matrices.
 
   Example:
     >>> import tempfile
@@ -192,13 +193,24 @@ def save_adapter(
   flat = _tree.flatten_in_place(params)
   arrays = {}
   ranks: dict[str, int] = {}
-  for leaf_path, leaf in zip(flat.paths, flat.leaves):
-    layer = '.'.join(leaf_path[:-1])
+  for (*layer, name), leaf in flat.by_path.items():
     factor = np.asarray(jax.device_get(leaf), np.float32)
-    name = f'lora_{leaf_path[-1][-1].upper()}.weight'
-    arrays[f'{_PREFIX}{layer}.{name}'] = np.ascontiguousarray(factor.T)
-    if leaf_path[-1] == 'lora_a':
-      ranks[layer] = factor.shape[1]
+    if name not in ('lora_a', 'lora_b') or factor.ndim != 2:
+      raise ValueError(
+          f'Leaf {_tree.name_of((*layer, name))!r} of shape {factor.shape} is '
+          'no factor lora_a [in, r] or lora_b [r, out], which PEFT has.'
+      )
+    module = '.'.join(layer)
+    key = f'{_PREFIX}{module}.lora_{name[-1].upper()}.weight'
+    arrays[key] = np.ascontiguousarray(factor.T)
+    rank = factor.shape[name == 'lora_a']
+    if ranks.setdefault(module, rank) != rank:
+      raise ValueError(
+          f'Layer {module!r} has factors of rank {ranks[module]} and {rank}: '
+          'lora_a is [in, r] and lora_b [r, out].'
+      )
+  if len(arrays) < 2 * len(ranks):
+    raise ValueError(f'Each of {[*ranks][:5]} needs lora_a and lora_b.')
   config = _config(ranks, config or {})
   metadata = {'scaling': _scaling_of(config)}
   with _resumable.shared(path) as folder:

@@ -61,8 +61,9 @@ def shared(
     with _processes.together():
       if _processes.is_main():
         if key is not None:
-          for other in final.parent.glob(f'{final.name}{_RESUMABLE}*'):
-            if other != folder:
+          for other in final.parent.iterdir():
+            is_ours = other.name.startswith(f'{final.name}{_RESUMABLE}')
+            if is_ours and other != folder:
               other.rmtree()  # Of other ingredients.
         folder.mkdir(parents=True, exist_ok=True)
     yield folder
@@ -70,12 +71,13 @@ def shared(
       if _processes.is_main():
         for file in folder.glob(_WRITTEN.format('*')):
           file.unlink()
+        if folder != final:
+          # A file or an empty directory would be replaced. Not every file
+          # system has the hard links that would not.
+          _files.require_new(final)
+          (folder / final.name if is_file else folder).rename(final)
         if is_file:
-          os.link(folder / final.name, final)  # It never overwrites.
           folder.rmtree()
-        elif folder != final:
-          _files.require_new(final)  # An empty directory would be replaced.
-          folder.rename(final)
   except BaseException as e:
     is_kept = key is not None and not isinstance(e, (OSError, ValueError))
     if _processes.is_main() and folder.exists() and not is_kept:

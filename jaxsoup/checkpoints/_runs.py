@@ -22,7 +22,7 @@ from jaxsoup.typing import PathLike
 _STEP = re.compile(r'(.*[_-])?(\d+)')
 _OF_A_STEP = (_orbax_layout.TREE_FILE, _orbax_layout.ROOT_FILE)
 # Where a CheckpointManager keeps the metrics of a step.
-_METRICS = 'metrics/metrics'
+_METRICS = f'{_orbax_layout.METRICS}/metrics'
 _OF_TRAINER = 'trainer_state.json'
 
 
@@ -97,13 +97,7 @@ def _steps_in(directory: epath.Path) -> dict[int, epath.Path]:
         f'{directory} has one step twice: {sorted(p.name for _, p in rows)}. '
         'Give the checkpoints themselves.'
     )
-  # In a bucket, steps that lack the file that Orbax writes last are unfinished.
-  marked = {
-      step: path
-      for step, path in numbered.items()
-      if (path / _orbax_layout.COMMITTED).exists()
-  }
-  return marked or numbered
+  return _orbax_layout.finished(numbered)
 
 
 def metric(source: PathLike, name: str) -> dict[int, float]:

@@ -197,7 +197,8 @@ def save_average(
 
   `theta = sum_k alpha_k theta_k`, piece by piece from file to file: what
   `save(path, uniform(ingredients), ingredients=ingredients)` writes, in some
-  hundred megabytes of memory whatever the size and number of the models.
+  hundred megabytes of memory whatever the size and number of the models; into
+  a bucket, in that of one model.
   Several processes each take a part of the leaves, except of a copy of the
   first file, such as `.npz`.
 
@@ -230,6 +231,9 @@ def save_average(
   ingredients = ingredients.unsharded()
   streamed, soup_fn = streamed_soup(ingredients, alpha)
   own_fn = lambda: own_of(soup_fn(), ingredients, metadata)
+  if _files.is_remote(path):  # There a file is written at once.
+    leaves = _orbax.savable(streamed.params())
+    return _write(path, leaves, own_fn, ingredients)
   key = key_of(alpha, [(ingredients, streamed.leaves)]) if resume else None
   return _write(path, streamed.leaves, own_fn, ingredients, streamed, key)
 
@@ -411,7 +415,7 @@ def _to_json(value: Any) -> Any:
     fields = value._asdict() if is_tuple else vars(value)
     return {'__type__': type(value).__name__, **_to_json(fields)}
   if isinstance(value, Mapping):
-    if all(isinstance(key, str) for key in value):
+    if all(isinstance(key, str) and key != '__type__' for key in value):
       return {key: _to_json(child) for key, child in value.items()}
     items = [[_to_json(k), _to_json(v)] for k, v in value.items()]
     return {'__type__': 'dict', 'items': items}

@@ -130,8 +130,12 @@ class Average:
     notes = {n: written.notes.get(target) for n, target in targets.items()}
     missing = [n for n in self._template.flat.paths if notes[n] is None]
     sizes = {n: _tree.num_bytes(self.leaves[n]) for n in missing}
-    number, num = jax.process_index(), written.num_writers
-    names = _processes.share_of(sizes, number, num) if number < num else []
+    shares = [
+        _processes.share_of(sizes, i, num) if i < num else []
+        for num in [written.num_writers]
+        for i in range(jax.process_count())
+    ]
+    names = shares[jax.process_index()]
 
     def piece_fn(i, index):
       piece = self._piece(names[i], index)
@@ -140,8 +144,7 @@ class Average:
       start = index[0].start * row_bytes if index else 0
       put_fn(targets[names[i]], start, piece)
 
-    # As often in each of several processes.
-    num_questions = len(self.leaves) // jax.process_count()
+    num_questions = min(map(len, shares))  # As often in each process.
     with _processes.together():
       for i in _pieces.run([self._plan(n) for n in names], piece_fn):
         self._verify(names[i])

@@ -149,13 +149,14 @@ def _tokens_in(file: pathlib.Path) -> dict[int, str]:
     lines = content.decode(errors='replace').removesuffix('\n').split('\n')
     return dict(enumerate(line.removesuffix('\r') for line in lines))
   try:
-    parsed = _json.parsed(content)
-    model = parsed.get('model', parsed)
-    tokens = model.get('vocab', model)
-    if isinstance(tokens, list):  # With scores, in the order of their ids.
-      tokens = {token: i for i, (token, _) in enumerate(tokens)}
-    added = {x['content']: x['id'] for x in parsed.get('added_tokens') or ()}
-    items = {**tokens, **added}.items()
+    tokens = _json.parsed(content)
+    if file.name == _VOCABULARIES[0]:  # Elsewhere any key is a token.
+      added = tokens.get('added_tokens') or ()
+      tokens = tokens['model']['vocab']
+      if isinstance(tokens, list):  # With scores, in the order of their ids.
+        tokens = {token: i for i, (token, _) in enumerate(tokens)}
+      tokens = tokens | {x['content']: x['id'] for x in added}
+    items = tokens.items()
     return {i: token for token, i in items if isinstance(i, int) and i >= 0}
   except (AttributeError, KeyError, TypeError, ValueError):
     return {}

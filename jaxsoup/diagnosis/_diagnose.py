@@ -1,5 +1,6 @@
 """The diagnosis: findings from the weights, then from data, and a verdict."""
 
+from collections.abc import Container
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -107,13 +108,13 @@ def diagnose(
   findings = list(_seen(case, _table.OF_FILES))
   usable = case.members
   findings += _seen(case, _table.OF_WEIGHTS)
-  suspects = [
+  suspects = dict.fromkeys(
       k
       for f in findings
       for k in f.leave_out
       if k in usable and (f.severity == 'error' or k in case.members)
-  ]
-  if eval_fn is None:
+  )
+  if eval_fn is None or not usable:
     verdict = _by_weights(case, suspects)
   else:
     evaluation = _trials.Evaluation(ingredients, eval_fn, recalibrate_fn)
@@ -123,7 +124,7 @@ def diagnose(
         logits_fn,
         is_thorough,
         progress_fn,
-    ).run(usable, suspects)
+    ).run(usable, list(suspects))
     findings = list(_confirmed(case, findings))
     findings += _seen(case, _table.OF_SCORES)
     verdict = _by_scores(case)
@@ -174,7 +175,7 @@ def _confirmed(
     yield f
 
 
-def _by_weights(case: _case.Case, suspects: Sequence[int]) -> Verdict:
+def _by_weights(case: _case.Case, suspects: Container[int]) -> Verdict:
   num = len(case.pool.names)
   sound = tuple(k for k in case.members if k not in suspects)
   if len(sound) == num:

@@ -82,23 +82,17 @@ class Diagnosis(NamedTuple):
 
   def as_json(self) -> Json:
     """A dict for `json.dumps`; JSON has no NaN, so those are None."""
-    return {
-        'names': list(self.names),
-        'verdict': {
-            **self.verdict._asdict(),
-            'names': [self.names[k] for k in self.verdict.members],
-        },
-        'findings': [
-            {
-                **f._asdict(),
-                'cost': _json.plain(f.cost),
-                'names': [self.names[k] for k in f.ingredients],
-            }
-            for f in self.findings
-        ],
-        'measured': _json.plain(self.measured),
-        'untested': list(self.untested),
+    named = lambda part, members: {
+        **part._asdict(),
+        'names': [self.names[k] for k in members],
     }
+    return _json.plain(
+        {
+            **self._asdict(),
+            'verdict': named(self.verdict, self.verdict.members),
+            'findings': [named(f, f.ingredients) for f in self.findings],
+        }
+    )
 
   def as_text(self, width: int = 80) -> str:
     """Lines for a terminal: the verdict, then the findings."""

@@ -9,6 +9,7 @@ with pools.Bench(experiment, workdir) as bench:
 Each pool is a separate workdir in `workdir`, in which everything resumes.
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -96,18 +97,19 @@ class Pool:
   Attributes:
     work: the experiment of this pool.
     theta_0: the start of its runs.
-    runs: hyper-parameters of each.
     names: of the models: '03', '03_ema_0.95'.
+    runs: hyper-parameters of each model, K dicts.
     models: K pytrees.
     known: remembered held-out scores, by members.
     eval_fn: the score on the held-out data.
   """
 
   def __init__(self, work: workdirs.Work, theta_0: Params):
-    self.work, self.theta_0, self.runs = work, theta_0, work.experiment.runs
+    self.work, self.theta_0 = work, theta_0
     stages.finetune_all(work, theta_0)
-    paths = [path for _, _, path in work.copies()]
+    self._run_of, _, paths = zip(*work.copies())
     self.names = [path.name for path in paths]
+    self.runs = [work.experiment.runs[i] for i in self._run_of]
     self.models = list(checkpoints.Ingredients(paths))
     self.known: dict[Any, Any] = {}  # Scores, or bounds on them.
     batches = cook.batches_of(work.splits.held_out, work.config.batch_size)
@@ -132,13 +134,18 @@ class Pool:
     return [self.soup((k,)) for k in range(len(self))]
 
   def kept(self) -> tuple[np.ndarray, list[list[Params]]]:
-    """Steps of what is kept of each run, the last too, and these models."""
+    """Steps of what is kept of each run, the last too, and these models.
+
+    Not of runs that diverged.
+    """
     names = loop.names_of(self.work.config.finetune)
     phase, num_train = self.work.config.finetune, len(self.work.splits.train)
     last = phase.num_epochs * (num_train // phase.batch_size)
-    starts = range(0, len(self), len(names))
-    runs = [self.models[i : i + len(names)] for i in starts]
-    return np.array([*phase.keep_steps, last]), [[*x[1:], x[0]] for x in runs]
+    of_run = collections.defaultdict(list)
+    for i, model in zip(self._run_of, self.models):
+      of_run[i].append(model)
+    runs = [[*x[1:], x[0]] for x in of_run.values() if len(x) == len(names)]
+    return np.array([*phase.keep_steps, last]), runs
 
   def by_set(self, logits: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The score of logits `[N, C]` by data set."""
@@ -180,9 +187,15 @@ class Pool:
     )
 
   def neighbours(self, num: int | None = None) -> list[tuple[int, int]]:
-    """Pairs of models, at most of the first `num`."""
-    members = range(len(self))[:num]
-    return list(zip(members[::2], members[1::2]))
+    """Pairs of the runs 2 i and 2 i + 1, at most of the first `num`."""
+    # The first copy of each run; of one that diverged there is none.
+    first = {i: self._run_of.index(i) for i in self._run_of}
+    runs = range(len(self.work.experiment.runs))[:num]
+    return [
+        (first[i], first[j])
+        for i, j in zip(runs[::2], runs[1::2])
+        if i in first and j in first
+    ]
 
   def sets(self, where: str) -> landscapes.Sets:
     """All test data ('test'), or all that are shifted ('shifts')."""
@@ -359,7 +372,8 @@ def _constant(bench: Bench) -> Variant:
 def _decayed(bench: Bench) -> Variant:
   """The same runs, whose rate falls in their second half."""
   finetune = {'final': 0.0, 'decay': '1-sqrt', 'decay_from': 0.5}
-  return Variant(bench['constant'].runs, start='constant', finetune=finetune)
+  runs = bench['constant'].work.experiment.runs
+  return Variant(runs, start='constant', finetune=finetune)
 
 
 def _probed(bench: Bench) -> Variant:

@@ -9,7 +9,6 @@ the paper has the same results. Finished work is not repeated. `jaxsoup report
 DIR/seed0/sweep` shows the sweep itself.
 """
 
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
@@ -60,7 +59,8 @@ def run(
     By number of the experiment, row and column: a figure for each seed.
 
   Raises:
-    UsageError: a wrong config, or a number that it does not have.
+    UsageError: a wrong config, another one than the workdir was started with,
+      or a number that it does not have.
   """
   config = configs.load(path, overrides).config
   known = [number for number in EXPERIMENTS if not _lacks(config, number)]
@@ -86,15 +86,15 @@ def run(
     for i, seed in enumerate(range(first, first + num_seeds)):
       loaded = configs.load(path, [*overrides, f'--config.seed={seed}'])
       with pools.Bench(loaded, workdir / f'seed{seed}', stop) as bench:
+        configs.check_unchanged(bench.config, bench.workdir / 'config.json')
         for j, number in enumerate(chosen):
           progress_fn('experiments', (i + j / len(chosen)) / num_seeds)
           stop.check(f'{workdir} holds the results so far')
           figures[number].append(_once(bench, number))
         ids.append(bench.ids())
     progress_fn('experiments', 1.0)
-  stacked = {n: _stacked(of_seeds) for n, of_seeds in figures.items()}
-  _write(workdir, stacked, shares_of(ids))
-  return stacked
+  _write(workdir, figures, shares_of(ids))
+  return {n: _stacked(of_seeds) for n, of_seeds in figures.items()}
 
 
 def _lacks(config: ml_collections.ConfigDict, number: int) -> list[str]:
@@ -138,15 +138,21 @@ def _stacked(
   return stacked
 
 
-def _write(workdir: pathlib.Path, figures, shares: Mapping[str, float]) -> None:
+# By number of the experiment, the figures of each seed.
+_OfSeeds = Mapping[int, Sequence[sweeps.Figures]]
+
+
+def _write(
+    workdir: pathlib.Path, figures: _OfSeeds, shares: Mapping[str, float]
+) -> None:
   """The figures as a Markdown file, and those that are drawn, of all seeds.
 
   Seeds have `shares` of the examples that report in common, by set.
   """
   lines = ['# The experiments of the paper: results', '']
   lines += [*_verdicts(figures, shares), '']
-  for number, rows in figures.items():
-    experiment = EXPERIMENTS[number]
+  for number, of_seeds in figures.items():
+    experiment, rows = EXPERIMENTS[number], _stacked(of_seeds)
     lines += [f'## {number}. {experiment.title}', '', *_table(rows, shares), '']
     if experiment.has_dots:
       scores = {
@@ -161,36 +167,27 @@ def _write(workdir: pathlib.Path, figures, shares: Mapping[str, float]) -> None:
     unfinished.write_text('\n'.join(lines))
 
 
-def _verdicts(figures, shares: Mapping[str, float]) -> list[str]:
+def _verdicts(figures: _OfSeeds, shares: Mapping[str, float]) -> list[str]:
   """Whether each finding held, by the criteria that were stated before."""
   share, among = max(shares.values()), 'other seeds and other examples'
   if share == 1:
     share, among = 0.0, 'other seeds on the same examples'
   lines = [f'Intervals tell of {among}.', '']
   lines += ['| | finding | number | |', '|---:|---|---:|---|']
-  for number, rows in figures.items():
-    seeds = list(_of_seeds(rows))
+  for number, of_seeds in figures.items():
     for finding, value_fn in criteria.CRITERIA.get(number, {}).items():
       try:
-        values = [value_fn(x) for x in seeds]
+        values = [value_fn(x) for x in of_seeds]
       except LookupError:
         continue  # Of pools that this config does not have.
-      gain = statistics.over_repeats(values, share=share)
+      except TypeError:  # None, such as the correlation of equal numbers.
+        text, told = 'undefined in a seed', 'cannot tell'
+      else:
+        gain = statistics.over_repeats(values, share=share)
+        text, told = _with_interval(gain), criteria.verdict(gain)
       ours = ', our criterion' if number in criteria.OURS else ''
-      told = f'{criteria.verdict(gain)}{ours}'
-      cells = (number, finding, _with_interval(gain), told)
-      lines.append(f'| {" | ".join(map(str, cells))} |')
+      lines.append(f'| {number} | {finding} | {text} | {told}{ours} |')
   return lines
-
-
-def _of_seeds(rows) -> Iterator[sweeps.Figures]:
-  """What `_stacked` stacked."""
-  num = max(len(x) for row in rows.values() for x in row.values())
-  for i in range(num):
-    yield {
-        name: {column: values[i] for column, values in row.items()}
-        for name, row in rows.items()
-    }
 
 
 def _with_interval(gain: statistics.Comparison) -> str:

@@ -66,7 +66,7 @@ def plane(bench: pools.Bench) -> Result:
       'mean of the two': pools.mean_scores(two).row,
       'middle of the two': pool.soup(corners).row,
   }
-  if not surfaces:
+  if 'loss' not in surfaces:  # Nor if no two models differ in direction.
     return figures, None
   (section,) = report.plane_sections(surfaces, pool.names)
   pictures = [p for p in section.parts if isinstance(p, report.Picture)]

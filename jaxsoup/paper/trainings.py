@@ -43,7 +43,9 @@ def _first(prefix: str, pool: pools.Pool) -> sweeps.Figures:
   return _compared(prefix, pool.singles[:num], pool.soup(range(num)))
 
 
-def _lines(pool: pools.Pool, num: int) -> dict[Any, landscape.Path]:
+def _lines(
+    pool: pools.Pool, num: int | None = None
+) -> dict[Any, landscape.Path]:
   """The test error between neighbours."""
   sets, members = pool.sets('test'), pool.neighbours(num)
   error_fn = lambda params: 1 - sets.score_of(params)
@@ -58,7 +60,7 @@ _draw_lines = functools.partial(
 def basin(bench: pools.Bench) -> sweeps.Result:
   """The barrier between two runs at each learning rate."""
   pool = bench['rates']
-  paths = _lines(pool, len(pool))
+  paths = _lines(pool)
   values = {pair: pool.runs[pair[0]]['learning_rate'] for pair in paths}
   figures = {
       f'rate {values[pair]:.2g}': {

@@ -30,7 +30,11 @@ from jaxsoup.typing import Candidate
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
 
-_KEYS = {'members', 'alpha', 'ingredients', 'evaluation'}
+# All that a line of a score log may have.
+_KEYS = {
+    'members', 'alpha', 'score', 'at_most', 'ingredients', 'evaluation',
+    'checksum',
+}  # fmt: skip
 _MOST_METRICS = 4  # In pictures, of each pair.
 _MOST_SHARES = 6
 
@@ -92,7 +96,7 @@ def is_score_log(path: pathlib.Path) -> bool:
       row = _json.parsed(file.readline())
     except ValueError:
       return False
-  return isinstance(row, dict) and bool(_KEYS & row.keys())
+  return isinstance(row, dict) and bool(row) and row.keys() <= _KEYS
 
 
 def log_sections(

@@ -70,10 +70,12 @@ def plane_sections(
   pictures = []
   for name, loss in measured['loss'].items():
     scale = _SCALES.get(name, 100)
-    plane = landscape.Plane(x, y, np.array(loss), points, off)
-    lowest = np.unravel_index(plane.loss.argmin(), plane.loss.shape)
+    plane = landscape.Plane(x, y, np.array(loss, float), points, off)
+    if not np.isfinite(plane.loss).any():
+      continue
+    lowest = np.unravel_index(np.nanargmin(plane.loss), plane.loss.shape)
     text = (
-        f'{_sentence(name)}: lowest {_number(plane.loss.min(), scale)}, at '
+        f'{_sentence(name)}: lowest {_number(plane.loss[lowest], scale)}, at '
         f'({plane.x[lowest[1]]:.2f}, {plane.y[lowest[0]]:.2f}). At the nearest '
         f'grid points: {_corner_values(plane, labels, scale)}.'
     )
@@ -233,7 +235,7 @@ def angle_sections(
   for where, rows in pairs.items():
     if where == 'settings' or not rows:
       continue
-    of_where = [landscape.Pair(**row) for row in rows]
+    of_where = list(map(_pair_of, rows))
     parts.append(text := _pairs_text(where, of_where))
     pictures += _pair_pictures(where, of_where, settings, metric, text)
     records += [
@@ -250,6 +252,12 @@ def angle_sections(
   return [Section('Angles and pairs', [*parts, *pictures], data)]
 
 
+def _pair_of(row: Config) -> landscape.Pair:
+  """JSON has no NaN, such as the angle of a model that did not move."""
+  known: Json = {k: np.nan if x is None else x for k, x in row.items()}
+  return landscape.Pair(**known)
+
+
 def _pairs_text(where: str, pairs: Sequence[landscape.Pair]) -> str:
   gains = [pair.gain for pair in pairs]
   less = [pair.soup - pair.ensemble for pair in pairs]
@@ -258,9 +266,9 @@ def _pairs_text(where: str, pairs: Sequence[landscape.Pair]) -> str:
       f'points over their mean (mean ± deviation over {len(pairs)} pairs), and '
       f'{_points(less)} over their ensemble.'
   )
-  angles = [pair.angle for pair in pairs]
-  if len(pairs) > 4 and np.ptp(angles) and np.ptp(gains):
-    correlation, p_value = studies.rank_correlation(angles, gains)
+  apart = [(p.angle, p.gain) for p in pairs if np.isfinite(p.angle)]
+  if len(apart) > 4 and np.ptp(apart, axis=0).all():
+    correlation, p_value = studies.rank_correlation(*zip(*apart))
     text += (
         " Spearman's correlation of the gain with the angle is "
         f'{correlation:.2f} (p = {p_value:.2g}).'

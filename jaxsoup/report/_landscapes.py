@@ -109,7 +109,9 @@ def _name_point(ax, point, name: str, *, is_below: bool) -> None:
 
 def _levels(loss: np.ndarray, num: int = 16) -> np.ndarray:
   """Of equal mass: a cliff in a corner takes no colours from the basin."""
-  levels = np.unique(np.quantile(loss, np.linspace(0, 1, num)))
+  levels = np.unique(
+      np.quantile(loss[np.isfinite(loss)], np.linspace(0, 1, num))
+  )
   return levels if len(levels) > 1 else levels[0] + np.array([0, 1])
 
 

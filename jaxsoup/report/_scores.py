@@ -236,7 +236,7 @@ def _flat(where: str, record: Config, level: int = 1) -> Iterator[_Pair]:
         raise ValueError(f'{where} is nested too deeply: leave out {key!r}.')
       inside = _flat(where, value, level + 1)
       yield from ((f'{key}.{name}', x) for name, x in inside)
-    elif isinstance(value, int) and abs(value) > sys.float_info.max:
+    elif isinstance(value, (int, float)) and abs(value) > sys.float_info.max:
       raise ValueError(f'{where}: {key} is too large: write it as text.')
     else:
       yield key, value
@@ -246,7 +246,8 @@ def _value(text: str) -> Any:
   """What a cell of CSV is: a number where it looks like one."""
   for kind in (int, float):
     try:
-      return kind(text)
-    except ValueError:
+      if not math.isinf(number := kind(text)):
+        return number
+    except (OverflowError, ValueError):  # Of an integer that no float holds.
       pass
   return text.strip()

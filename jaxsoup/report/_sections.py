@@ -360,7 +360,7 @@ def setting_sections(
   `chosen` are places among the singles of those that the greedy soup took.
   """
   pairs, names = singles_with(settings, rows)
-  pictures = []
+  pictures: list[Picture] = []
   for name in names:
     known = [
         (setting[name], row, model, k in chosen)
@@ -369,7 +369,10 @@ def setting_sections(
     ]
     # A seed is a name, not a quantity.
     if name != 'seed' and len({str(value) for value, *_ in known}) > 1:
-      pictures.append(_setting(name, *zip(*known)))
+      picture = _setting(name, *zip(*known))
+      if picture.name in [x.name for x in pictures]:  # Of `lr` and `LR`.
+        picture = picture._replace(name=f'{picture.name}_{len(pictures)}')
+      pictures.append(picture)
   if not pictures:
     return []
   text = 'Each circle is a model.'

@@ -31,8 +31,6 @@ from jaxsoup.typing import Config
 from jaxsoup.typing import Json
 from jaxsoup.typing import PathLike
 
-_MAIN = 'jaxsoup.experiments.main'
-
 
 class Contents(NamedTuple):
   """What a workdir says about its experiment.
@@ -264,7 +262,7 @@ def _origin(contents: Contents) -> Section:
   results, soups = contents.results, contents.soups
   parts: list[_page.Part] = []
   owns = [own for own in soups.values() if own.get('command')]
-  commands = dict.fromkeys(_command(own['command']) for own in owns)
+  commands = dict.fromkeys(shlex.join(own['command']) for own in owns)
   if commands:
     parts += ['To reproduce it:', Code('\n'.join(commands))]
   versions = {
@@ -292,14 +290,6 @@ def _origin(contents: Contents) -> Section:
   if soups:
     parts.append(_provenance(soups))
   return Section('Provenance', parts)
-
-
-def _command(argv: Sequence[str]) -> str:
-  """The command line, without the path of the program."""
-  program, *rest = argv
-  name = pathlib.PurePath(program).name
-  words = [name] if name != 'main.py' else ['python', '-m', _MAIN]
-  return shlex.join([*words, *rest])
 
 
 def _data(record: Mapping[str, Config]) -> Table:

@@ -1,7 +1,7 @@
 // Tables that sort; models that are shown, selected and filtered in the table
 // and all pictures at once. Without scripts the page is static.
 (() => {
-  const number = (text) => Number(text.replace(/^[x+]/, '').replace(/ .*/, ''));
+  const number = (text) => Number(text.replace(/^[x+]|,(?=\d{3})| .*/g, ''));
   const order = (all) => all.every((x) => !isNaN(number(x)))
     ? (a, b) => number(a) - number(b)
     : (a, b) => a.localeCompare(b, undefined, {numeric: true});

@@ -342,7 +342,13 @@ def test_a_step_without_the_mark_of_orbax(tmp_path):
     (path / str(step) / 'commit_success.txt').touch()
   assert read() == [2, 2]
   (path / '2' / 'commit_success.txt').unlink()
-  assert read() == [1, 1]
+  # As an older Orbax ends a step on a disk.
+  assert read() == [2, 2] and list(checkpoints.steps(path)) == [1, 2]
+  # As it begins one.
+  file = path / '2' / '_CHECKPOINT_METADATA'
+  content = json.loads(file.read_bytes())
+  file.write_text(json.dumps({**content, 'commit_timestamp_nsecs': None}))
+  assert read() == [1, 1] and list(checkpoints.steps(path)) == [1]
 
 
 @pytest.mark.parametrize('ending', ['.safetensors', '.npz'])
