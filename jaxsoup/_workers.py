@@ -23,12 +23,8 @@ import traceback
 from typing import Any
 import uuid
 
+import cloudpickle
 import jax
-
-try:  # What dask, loky, ray and submitit send functions of notebooks with.
-  import cloudpickle
-except ImportError:
-  cloudpickle = pickle
 
 # How often a call is made whose worker dies.
 _NUM_TRIES = 3
@@ -185,7 +181,7 @@ class _Shared:
 
   @functools.cached_property
   def _content(self) -> bytes:
-    try:
+    try:  # As dask, loky, ray and submitit send functions of notebooks.
       return cloudpickle.dumps(self.function)
     except Exception as e:
       self.error = TypeError(

@@ -510,6 +510,7 @@ WHOLE = [f'--config={CONFIG}', '--workdir=w']
          'no config configs/digit'),
         ([f'--config={ROOT}/configs/digit.py', '--workdir=w'], 'digits.py'),
         ([*WHOLE, 'extra'], "argument 'extra'"),
+        ([*WHOLE, 'config.seed=5'], "argument 'config.seed=5'"),
         ([*WHOLE, '--wrokdir=x'], 'wrokdir'),
         ([f'{WHOLE[0]}x', '--workdir=w'], "'runlocal'"),
         ([*WHOLE, '--config.sweep.num_run=3'], 'Did you mean sweep.num_runs'),
@@ -540,6 +541,32 @@ def test_a_copy_of_a_config_works_in_any_folder(file, tmp_path, monkeypatch):
   copy = configs.load('mine.py:runlocal')
   assert copy.config == original.config and copy.runs == original.runs
   assert copy.data_fn is not None
+
+
+CONFIG_WITH_DATA = """
+import ml_collections
+import numpy as np
+from jaxsoup.data import sources
+
+get_config = lambda arg: ml_collections.ConfigDict({'seed': 0})
+sweep = lambda config: [{}]
+
+def example(record, rng):
+  return {'x': np.array(record)}
+
+def data(config):
+  made = sources.Examples(list(range(8)), example, num_workers=1)
+  return sources.Splits(made, made, made)
+"""
+
+
+def test_examples_of_a_config_file_in_other_processes(tmp_path):
+  """Which cannot import the file."""
+  (tmp_path / 'mine.py').write_text(CONFIG_WITH_DATA)
+  experiment = configs.load(str(tmp_path / 'mine.py'))
+  train = experiment.data_fn(experiment.config).train
+  batches = list(sources.batches(train, 4))
+  assert [x['x'].tolist() for x in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_changed_settings_do_not_change_the_defaults():

@@ -402,6 +402,15 @@ def test_runs_with_initial_parameters_of_their_own(
     assert_close(tree(lambda x, k=k: x[k], stacked), expected, atol=1e-7)
 
 
+def test_a_group_with_and_without_initial_parameters_of_their_own(
+    config, model, theta_0, data
+):
+  runs = [{'init_seed': 1, 'learning_rate': 0.0}, {'learning_rate': 0.0}]
+  assert steps.grouped(runs, 2) == [[0], [1]]
+  with pytest.raises(ValueError, match='only some have init_seed'):
+    loop.train(model, config.finetune, theta_0, runs, data)
+
+
 def test_what_cannot_be_trained(config, model, theta_0, data):
   train = functools.partial(loop.train, model, config.finetune, theta_0)
   with pytest.raises(ValueError, match=r"Unknown hyper-parameters \['lr'\]"):
@@ -731,8 +740,9 @@ def test_steps_one_by_one_are_those_of_the_loop(config, model, theta_0, data):
   assert np.shape(losses) == (2, 2)
 
 
-def test_batches_are_augmented_as_the_runs_were(config, model, data):
-  runs = [{'flip': 0.0}, {'flip': 1.0}]
+@pytest.mark.parametrize('first', [{'flip': 0.0}, {}, {'noise': 0.0}])
+def test_batches_are_augmented_as_the_runs_were(config, model, data, first):
+  runs = [first, {'flip': 1.0}]
   walk = loop.augmented_batches(model, config.finetune, runs, data, seed=3)
   order = list(sources.batches(data, 8, seed=3))
   assert len(order) == 2

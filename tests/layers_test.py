@@ -61,7 +61,7 @@ ALLOWED = (
     | {'PIL', 'absl', 'etils', 'flax', 'grain', 'mlxtend', 'scipy'}
     | {'sentencepiece', 'sklearn', 'tensorflow_datasets', 'tokenizers'},
     FLAX | {'etils', 'orbax'},
-    FLAX | {'absl', 'rich'},
+    FLAX | {'absl', 'cloudpickle', 'rich'},
     FLAX | {'absl'},
     FLAX | {'rich', 'typer'},
 )

@@ -90,7 +90,7 @@ def read(folder: pathlib.Path, rows: Sequence[report.Row]) -> report.Answers:
     raise FileNotFoundError(f'{path} is missing: {advice}.')
   by_set: Json = {part: {} for part in Given._fields}
   try:
-    with np.load(path) as stored:
+    with path.open('rb') as file, np.load(file) as stored:
       for key in stored:
         part, _, name = key.partition('/')
         by_set[part][name] = stored[key]

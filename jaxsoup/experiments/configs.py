@@ -20,6 +20,7 @@ from typing import Any
 from typing import NamedTuple
 
 from absl import flags
+import cloudpickle
 from flax import traverse_util
 import ml_collections
 from ml_collections import config_flags
@@ -89,7 +90,7 @@ def parse(
     flags.DEFINE_list('only', [], '', flag_values=values)
   else:
     flags.DEFINE_bool('export', False, '', flag_values=values)
-  is_override = lambda a: a.lstrip('-').startswith('config.')
+  is_override = lambda a: a.startswith(('-config.', '--config.'))
   try:
     _, *rest = values(['main', *(a for a in argv if not is_override(a))])
     parsed = types.SimpleNamespace(**{'only': [], **values.flag_values_dict()})
@@ -300,6 +301,8 @@ def _module(file: str) -> Any:
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module  # Where dataclasses look it up.
   user_code.guarded(spec.loader.exec_module, file, file)(module)
+  # Workers that read data cannot import it.
+  cloudpickle.register_pickle_by_value(module)
   return module
 
 

@@ -63,8 +63,9 @@ class MetricLog:
       # One a curve: the files of two in one second would have one name.
       @functools.cache
       def writer_fn(name):
-        folder = str(pathlib.Path(tensorboard, name))
-        writer = tensorboardX.SummaryWriter(folder, max_queue=1, flush_secs=10)
+        writer = tensorboardX.SummaryWriter(
+            f'{tensorboard}/{name}', max_queue=1, flush_secs=10
+        )
         atexit.register(writer.close)
         return writer
 

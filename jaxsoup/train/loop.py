@@ -455,10 +455,13 @@ def augmented_batches(
   The seed is that of the order and of what is drawn.
   """
   settings = steps.settings_of(phase, runs[:1], len(source))
+  names = [name for name in augmentation.ALL if any(name in x for x in runs)]
+  settings = settings._replace(augmentations=tuple(names))
+  none = dict.fromkeys(names, 0.0)
   key = jax.random.key(seed)
   walk = sources.batches(source, settings.batch_size, seed=seed)
   for i, batch in enumerate(walk):
-    hyper = steps.stack_runs([runs[i % len(runs)]])
+    hyper = steps.stack_runs([{**none, **runs[i % len(runs)]}])
     batch = {name: batch[name] for name in (*model.inputs, 'label')}
     step_key = jax.random.fold_in(key, i)
     yield _augmented(model, settings, step_key, jax.device_put(batch), hyper)

@@ -108,13 +108,16 @@ OPTIMIZERS = {
 def grouped(runs: Sequence[Run], size: int) -> list[list[int]]:
   """Indices of runs that train together: alike in `STATIC`, at most `size`.
 
+  Those that draw their own initial parameters are apart from those that do not.
+
   Example:
     >>> grouped([{}, {'num_epochs': 3}, {}, {}], 2)
     [[0, 2], [3], [1]]
   """
   alike: dict[tuple[Any, ...], list[int]] = {}
   for i, run in enumerate(runs):
-    alike.setdefault(tuple(run.get(k) for k in STATIC), []).append(i)
+    kind = (*(run.get(k) for k in STATIC), 'init_seed' in run)
+    alike.setdefault(kind, []).append(i)
   return [
       rows[start : start + size]
       for rows in alike.values()
@@ -142,8 +145,8 @@ def settings_of(
     )
   if len(grouped(runs, len(runs))) > 1:
     raise ValueError(
-        f'Runs that differ in {STATIC} cannot train together: train each group '
-        'of steps.grouped by itself.'
+        f'Runs that differ in {STATIC}, or of which only some have init_seed, '
+        'cannot train together: train each group of steps.grouped by itself.'
     )
   given = {k: phase[k] for k in Settings._fields if k in phase}
   given |= {k: runs[0][k] for k in STATIC if k in runs[0]}
