@@ -33,6 +33,11 @@ def checked(batches: Batches) -> Iterator[dict[str, jax.Array]]:
   # A list of numbers is one array; a dict is a part of the batch.
   is_leaf = lambda x: not isinstance(x, Mapping)
   for i, batch in enumerate(batches):
+    if not isinstance(batch, Mapping):
+      raise TypeError(
+          f'batch {i} is a {type(batch).__name__}: expected a dict of arrays, '
+          "such as {'image': x, 'label': y}."
+      )
     if 'mask' in batch:
       _require_mask(batch['mask'], f'batch {i}')
     yield {

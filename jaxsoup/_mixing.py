@@ -58,7 +58,9 @@ def _bilinear(
     return jax.lax.platform_dependent(x, stacked, cpu=by_row, default=whole)
 
   def transposed(cotangent: jax.Array, x: Any, stacked: jax.Array) -> jax.Array:
-    return by_first(cotangent, stacked).astype(x.aval.dtype)
+    product, dtype = by_first(cotangent, stacked), x.aval.dtype
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    return (product if is_complex else product.real).astype(dtype)
 
   primitive = extend.core.Primitive(name)
   primitive.def_impl(jax.jit(fn))
@@ -196,6 +198,12 @@ def mix(stacked: Params, alpha: Alpha) -> Params:
   one_each = {id(a): a for a in alphas}
   placed = {key: _tree.on_device(a) for key, a in one_each.items()}
   mixed = mix_leaves([placed[id(a)] for a in alphas], list(floats.values()))
+  for path, leaf in others.items():
+    if leaf.ndim < 1:
+      raise ValueError(
+          f'Leaf {_tree.name_of(path)!r} is not stacked: expected [K, ...]. '
+          'Stack the ingredients with jaxsoup.stack.'
+      )
   rows = first_rows(list(others.values())) if others else ()
   return flat.combine(mixed, rows)
 

@@ -102,6 +102,8 @@ def cma_es(
       'tolflatfitness': np.inf,
       'tolfun': 0,
       'tolfunhist': 0,
+      # Of few candidates it would look for its own points in what it is told.
+      'CMA_mirrors': 0,
   }
   if population is not None:
     options['popsize'] = population
@@ -269,8 +271,10 @@ def category_experts(
         'eval_fn return {category: score}.'
     )
   table = np.array([[row[name] for name in names] for row in known])
-  spread = table.std(0)
-  table = (table - table.mean(0)) / np.where(spread, spread, 1)
+  table = table[:, np.ptp(table, axis=0) > 0]  # A tie speaks for none.
+  if not table.size:
+    return np.full(num_ingredients, 1 / num_ingredients, np.float32)
+  table = (table - table.mean(0)) / table.std(0)
   is_near = table.T @ table / num_ingredients >= correlation
   num_groups, group_of = csgraph.connected_components(is_near)
   groups = [table[:, group_of == i] for i in range(num_groups)]

@@ -81,7 +81,9 @@ def batched(
         f'{batch_size}: their lengths must be equal, and lengths and batch '
         'size at least 1.'
     )
-  arrays = {k: np.asarray(x) for k, x in data.items()}
+  arrays = {k: _tree.as_numbers(x, (k,)) for k, x in data.items()}
+  for name, x in arrays.items():
+    _tree.require_integers_fit(x, x.dtype, (name,))
   arrays.setdefault('mask', np.ones(num, bool))
   return _Batched(arrays, divided(batch_size, sharding), sharding)
 
@@ -513,7 +515,13 @@ def score_of(
 
   def eval_fn(params: Params) -> float:
     (logits, labels), _ = outputs_of(step, batches, params)
-    return float(jax.device_get(metric(logits, labels)))
+    score = np.asarray(jax.device_get(metric(logits, labels)))
+    if score.ndim:
+      raise ValueError(
+          f'metric returned shape {score.shape}: expected one number for all '
+          'examples. For one number an example use evaluation.mean_of.'
+      )
+    return float(score)
 
   eval_fn.step = step  # type: ignore[attr-defined]
   return eval_fn

@@ -110,7 +110,7 @@ def by_rules(
     try:
       sharding = NamedSharding(mesh, spec)
       sharding.shard_shape(leaf.shape)
-    except ValueError as e:
+    except Exception as e:  # Of jax's own kind, where an axis is named twice.
       raise ValueError(
           f'The rule {pattern!r}, {spec}, does not fit leaf {name!r} of shape '
           f'{leaf.shape} on a mesh of {dict(mesh.shape)}: {e}'

@@ -179,7 +179,9 @@ def decay(
       else CURVES[curve](counts / max(len(counts), 1))
   )
   starts = sorted_steps[:-1] - sorted_steps[0]
-  sums = np.add.reduceat(np.asarray(rates, np.float64), starts)
+  # A schedule may return one rate for all steps.
+  rates = np.broadcast_to(np.asarray(rates, np.float64), counts.shape)
+  sums = np.add.reduceat(rates, starts)
   kept = [1.0, *(sums / np.diff(sorted_steps)), 0.0]
   alpha[chosen] = np.subtract(kept[:-1], kept[1:])
   return alpha

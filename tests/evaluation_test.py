@@ -106,6 +106,22 @@ def test_right_answers_as_booleans():
   assert eval_fn(model()) == pytest.approx(expected, abs=1e-12)
 
 
+def test_what_is_no_batch_is_named():
+  eval_fn = evaluation.mean_of(nll_fn, [(np.ones((2, 3)), np.zeros(2, int))])
+  with pytest.raises(TypeError, match='batch 0 is a tuple: expected a dict'):
+    eval_fn(model())
+  with pytest.raises(ValueError, match="Leaf 'id' of dtype int64 holds 10995"):
+    evaluation.batched({'id': np.array([2**40, 1])}, 2)
+
+
+def test_a_metric_of_each_example_is_named():
+  logits_fn = lambda params, batch: batch['x'] @ params['w']
+  batches = evaluation.batched(dataset(), 5)
+  eval_fn = evaluation.score_of(metrics.correct, logits_fn, batches)
+  with pytest.raises(ValueError, match='metric returned shape .*mean_of'):
+    eval_fn(model())
+
+
 def test_metric_that_returns_a_scalar_is_named():
   eval_fn = evaluation.mean_of(
       lambda p, b: nll_fn(p, b).mean(), evaluation.batched(dataset(), 5)

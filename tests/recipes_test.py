@@ -437,6 +437,17 @@ def test_interpolate_repeats_non_floats():
   assert curve['w'].tolist() == [1.0, 2.0]
 
 
+@pytest.mark.parametrize('dtype', ['uint8', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('is_traced', [False, True])
+def test_interpolate_with_a_narrow_t(dtype, is_traced):
+  t = jnp.array([0, 1, 2] if dtype == 'uint8' else [0.1, 0.9], dtype)
+  run = lambda t: jaxsoup.interpolate(np.float32(1), np.float32(3), t)
+  soup = (jax.jit(run) if is_traced else run)(t)
+  exact = np.asarray(t, np.float32)
+  np.testing.assert_array_equal(soup.alpha, np.stack([1 - exact, exact], -1))
+  np.testing.assert_allclose(soup.params, 1 + 2 * exact, rtol=1e-6)
+
+
 @pytest.mark.parametrize('t', [np.nan, np.inf, [0.0, np.nan], [[0.5]]])
 def test_interpolate_refuses(t):
   with pytest.raises(ValueError, match='t has shape .* finite number'):

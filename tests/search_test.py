@@ -9,6 +9,7 @@ import cma
 import hypothesis
 from hypothesis import strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import optimize
@@ -155,6 +156,12 @@ def test_simplex_is_the_nearest_point(w):
   # As `alpha_fn` has to be, of its own values.
   again = np.asarray(jaxsoup.simplex(actual))
   np.testing.assert_allclose(again, actual, atol=1e-6)
+
+
+def test_simplex_of_large_numbers():
+  assert jaxsoup.simplex(np.float32([1e8, 0])).tolist() == [1, 0]
+  alpha = jaxsoup.simplex(np.float32([3e6, 3e6 + 0.25, 2]))
+  assert alpha.tolist() == [0.375, 0.625, 0]
 
 
 # The search.
@@ -339,6 +346,23 @@ def test_mistakes():
     jaxsoup.search(ingredients, lambda p: np.nan, num_evaluations=1)
   with pytest.raises(TypeError, match='an objective is given'):
     run(num_evaluations=1, objective='a')
+  for alpha_fn in (lambda w: w * jnp.nan, lambda w: w[:2]):
+    with pytest.raises(ValueError, match='alpha_fn returned .* as many finite'):
+      run(num_evaluations=1, alpha_fn=alpha_fn)
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('num', [2, 4])
+def test_few_candidates_a_round(num):
+  method = functools.partial(black_box.cma_es, population=4)
+  score = lambda params: -abs(float(params) - 1.7)
+  soup = jaxsoup.search(
+      [np.float32(k) for k in range(1, 1 + num)],
+      score,
+      num_evaluations=60,
+      method=method if num > 2 else black_box.cma_es,
+  )
+  assert soup.info.score > -1e-2
 
 
 def test_meshes():
@@ -437,8 +461,9 @@ def test_objectives_that_do_not_fit():
     run(lambda params: {'a': np.nan, 'b': 1}, objective='b')
   with pytest.raises(TypeError, match='returned {} for ingredient 0'):
     run(lambda params: {}, objective='b')
-  with pytest.raises(ValueError, match='the objective returned inf'):
-    run(several, objective=lambda scores: np.inf)
+  for objective in (lambda scores: np.inf, {'near': np.inf}):
+    with pytest.raises(ValueError, match='the objective returned -?inf'):
+      run(several, objective=objective)
 
 
 def test_bounds_of_one_score_are_not_those_of_several():
@@ -486,6 +511,11 @@ def test_category_experts():
   # All of one kind: the best model.
   alpha = black_box.category_experts(scores, 6, correlation=-1)
   assert alpha.max() == 1
+  # What all do alike has no expert.
+  scores = {(0,): {'a': 0.1, 'b': 0.5}, (1,): {'a': 0.9, 'b': 0.5}}
+  assert black_box.category_experts(scores, 2).tolist() == [0, 1]
+  alike = dict.fromkeys(scores, {'a': 0.1, 'b': 0.5})
+  assert black_box.category_experts(alike, 2).tolist() == [0.5, 0.5]
   with pytest.raises(ValueError, match='0 of 2 have one'):
     black_box.category_experts({(0,): 0.5, (1,): 0.7}, 2)
 

@@ -332,3 +332,6 @@ def test_the_first_rule_that_matches_shards_a_leaf():
   assert placed['head']['kernel'].dtype == 'bfloat16'
   with pytest.raises(ValueError, match=r"'head/kernel' of shape \(4, 5\)"):
     sharding.by_rules(shapes, mesh, [('kernel', PartitionSpec(None, 'data'))])
+  twice = PartitionSpec('data', 'data')
+  with pytest.raises(ValueError, match="'data'.*does not fit leaf 'mlp/kernel"):
+    sharding.by_rules(shapes, mesh, [('mlp', twice)])

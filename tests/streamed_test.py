@@ -211,11 +211,27 @@ def test_a_narrow_float_is_cached_as_it_is():
   np.testing.assert_array_equal(cached.alpha, streamed.alpha)
 
 
-def test_a_cache_holds_what_is_beyond_float16():
-  large = [jax.tree.map(lambda x: 2.0**20 * x, m) for m in models_of()]
-  source = _streamed.Source(checked := Checked(large), checked[0], True)
+@pytest.mark.parametrize('scale', [2.0**20, 2.0**-40, 0.0])
+def test_a_cache_holds_what_is_beyond_float16(scale):
+  models = [jax.tree.map(lambda x: scale * x, m) for m in models_of()]
+  source = _streamed.Source(checked := Checked(models), checked[0], True)
   for x, y in zip(source[1], checked[1], strict=True):
     np.testing.assert_allclose(x, y, rtol=2**-8)
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('memory', ['resident', 'streamed'])
+def test_complex_models(memory):
+  """The loss is lowest at 0.75 of the first: alpha is real."""
+  models = [{'w': np.complex64([x, 1j * x])} for x in (1, 2)]
+  loss_fn = lambda params, batch, beta: jnp.sum(
+      jnp.abs(params['w'] - batch) ** 2
+  )
+  soup = jaxsoup.learned(
+      models, loss_fn, [np.complex64([1.25, 1.25j])], tx=optax.adam(0.1),
+      num_epochs=200, memory=memory,
+  )  # fmt: skip
+  np.testing.assert_allclose(soup.alpha, [0.75, 0.25], atol=1e-3)
 
 
 @pytest.mark.parametrize('memory', ['auto', 'resident', 'streamed', 'cached'])

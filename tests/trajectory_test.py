@@ -97,6 +97,9 @@ def test_decay_replaces_the_schedule_where_gradients_do_not_move(name, every):
   assert alpha.sum() == pytest.approx(1) and alpha.min() >= 0
   by_schedule = trajectory.decay(np.arange(0, num + 1, every), curve)
   np.testing.assert_allclose(by_schedule, alpha, atol=1e-7)
+  # A rate that never falls: the last iterate.
+  constant = optax.constant_schedule(1.0)
+  assert trajectory.decay([0, 5, 9], constant).tolist() == [0, 0, 1]
 
 
 def test_decay_weights_the_updates_of_any_run():

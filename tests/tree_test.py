@@ -233,6 +233,8 @@ def test_mix_refuses_an_alpha(alpha, message):
 def test_mix_refuses_what_is_not_stacked():
   with pytest.raises(ValueError, match=r'Stack the ingredients'):
     jaxsoup.mix({'w': np.float32(1)}, [0.5, 0.5])
+  with pytest.raises(ValueError, match="'step' is not stacked"):
+    jaxsoup.mix({'w': np.ones((2, 3), 'f'), 'step': np.int32(3)}, [0.5, 0.5])
 
 
 # --- Gradients ----------------------------------------------------------------

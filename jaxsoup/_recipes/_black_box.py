@@ -60,6 +60,7 @@ def simplex(w: jax.Array) -> jax.Array:
   Source: Duchi et al. 2008, "Efficient projections onto the l1-ball".
   """
   w = jnp.asarray(w)
+  w = w - w.max()  # The same point, without cancellation.
   high = jnp.sort(w)[::-1]
   ts = (jnp.cumsum(high) - 1) / jnp.arange(1, w.size + 1)
   return jnp.maximum(w - ts[(high > ts).sum() - 1], 0)
@@ -310,6 +311,11 @@ class _Space:
   def alphas(self, points: np.ndarray) -> np.ndarray:
     """What `alpha_fn` makes of points, `[n, G, K]` float32."""
     alphas = jax.device_get(self._alpha_fn(_tree.numbers(points)))
+    if alphas.shape != points.shape or not np.isfinite(alphas).all():
+      raise ValueError(
+          f'alpha_fn returned {alphas[0, 0]} for {points[0, 0]}: expected as '
+          'many finite numbers.'
+      )
     # The last bits may differ between machines.
     content = _processes.from_main(np.asarray(alphas, np.float32).tobytes())
     return np.frombuffer(content, np.float32).reshape(points.shape)

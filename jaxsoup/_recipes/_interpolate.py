@@ -46,7 +46,7 @@ def interpolate(
 
   Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
   """
-  t = _tree.on_host(t)
+  t = _tree.on_host(t).astype(_tree.widest_float())
   is_traced = _tree.is_traced(t)
   if t.ndim > 1 or not (is_traced or np.isfinite(t).all()):
     raise ValueError(
@@ -56,7 +56,6 @@ def interpolate(
   checked = _checked.Checked([theta_0, theta_1])
   stacked = _mixing.stack_leaves(checked)
   alpha = (jnp if is_traced else np).stack([1 - t, t], axis=-1)
-  alpha = alpha.astype(_tree.widest_float())
   floats = _mixing.mix_many(_tree.on_device(alpha), stacked)
   if t.ndim:
     params = _mixing.with_rows(checked.template, floats, len(t))

@@ -159,11 +159,6 @@ def learned(
   checked = _checked.Checked(ingredients, stacks)
   first = checked[0]
   _checked.require_floats(checked.layers.paths)
-  if _tree.is_traced(*first):
-    raise TypeError(
-        'learned is a training loop, which jax cannot trace: call it outside '
-        'of jax.jit, jax.vmap and jax.grad.'
-    )
   plan = _streamed.plan(first, len(checked), memory)
   said = plan.memory, plan.reads_per_step, plan.reason
   text = 'learned: %s, %d reads per step; %s.'

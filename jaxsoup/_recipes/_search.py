@@ -79,7 +79,8 @@ def value_of(
         f'objective is {wanted}. Pass objective= (--objective): one of these '
         'names, a weight for each of several, or a function of all.'
     )
-  return float(sum(w * metrics[name] for name, w in weights.items()))
+  total = sum(w * metrics[name] for name, w in weights.items())
+  return number(total, 'the objective returned', who)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,8 +74,8 @@ def _copy_of(x: jax.Array) -> Callable[[], jax.Array]:
   """Places what this host has of an array, in 16 bits where it is wider."""
   dtype: Any = x.dtype
   if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 2:
-    # float16 has three more bits than bfloat16, but ends at 65,504.
-    dtype = np.float16 if jax.device_get(_is_small(x)) else jnp.bfloat16
+    # float16 has three more bits than bfloat16, but a smaller range.
+    dtype = np.float16 if jax.device_get(_is_medium(x)) else jnp.bfloat16
   # By what part it is, of which several devices may have the same. Copied, or
   # on a CPU it would be the memory of the ingredient itself.
   parts = {str(part.index): part.data for part in x.addressable_shards}
@@ -86,8 +86,10 @@ def _copy_of(x: jax.Array) -> Callable[[], jax.Array]:
 
 
 @jax.jit
-def _is_small(x: jax.Array) -> jax.Array:
-  return jnp.abs(x).max(initial=0) < 65_504
+def _is_medium(x: jax.Array) -> jax.Array:
+  """Whether float16 holds the largest value; those of LayerScale are 1e-6."""
+  top, limits = jnp.abs(x).max(initial=0), jnp.finfo(jnp.float16)
+  return (top >= limits.smallest_normal) & (top < limits.max)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -178,6 +180,11 @@ def plan(
     leaves: Sequence[jax.Array], num_ingredients: int, memory: str
 ) -> LearnedPlan:
   """Resident if the stack fits as well as what a step needs, else streamed."""
+  if _tree.is_traced(*leaves):
+    raise TypeError(
+        'learned and search are loops, which jax cannot trace: call them '
+        'outside of jax.jit, jax.vmap and jax.grad.'
+    )
   platform, model_bytes, free = memory_of(leaves)
   needed, is_fitting = fits(num_ingredients, model_bytes, free)
   reason = (

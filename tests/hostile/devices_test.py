@@ -69,5 +69,8 @@ def test_what_decides_by_values_cannot_be_traced(trace):
   with pytest.raises(TypeError, match='a search decides by its scores'):
     search = lambda x: jaxsoup.greedy(models(x), lambda p: p['w'].sum())
     trace(lambda x: search(x).params['w'])(x)
-  with pytest.raises(TypeError, match='learned is a training loop'):
-    trace(lambda x: learned(models(x)).params['w'])(x)
+  for recipe in (learned, lambda models: jaxsoup.search(
+      models, lambda p: p['w'].sum(), num_evaluations=3
+  )):  # fmt: skip
+    with pytest.raises(TypeError, match='learned and search are loops'):
+      trace(lambda x, recipe=recipe: recipe(models(x)).params['w'])(x)
