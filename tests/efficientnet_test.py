@@ -1,5 +1,7 @@
 """EfficientNets against NumPy, transformers, timm, and with real weights."""
 
+import pickle
+
 import _cnn
 from flax import nnx
 import jax
@@ -200,6 +202,15 @@ def test_bfloat16_computes_near_float32_on_float32_parameters():
   assert logits.dtype == np.float32
   error = np.abs(logits - expected).max()
   assert 1e-5 < error < 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize('is_lite', [False, True])
+def test_it_can_be_sent_to_workers(is_lite):
+  graphdef, params = make(is_lite=is_lite)
+  image = _cnn.images(64)
+  arrived = pickle.loads(pickle.dumps(graphdef))
+  expected = _cnn.apply(graphdef, params, image)
+  np.testing.assert_array_equal(_cnn.apply(arrived, params, image), expected)
 
 
 @pytest.mark.slow

@@ -143,6 +143,14 @@ def test_broken_files_are_named(folder):
     fashion.load(folder)
 
 
+@pytest.mark.parametrize('folder', ['gzip'], indirect=True)
+@pytest.mark.parametrize('content', [b'<html>', gzip.compress(b'0' * 99)[:20]])
+def test_broken_archives_are_named(folder, content):
+  (folder / 't10k-labels-idx1-ubyte.gz').write_bytes(content)
+  with pytest.raises(ValueError, match='t10k-labels.*gz is damaged: '):
+    fashion.load(folder)
+
+
 def test_tfds(decoded_mocks):
   tfds = pytest.importorskip('tensorflow_datasets')
   with tfds.testing.mock_data(num_examples=20):
@@ -214,3 +222,7 @@ def test_colours_stay_and_cannot_become_grey(rng):
   np.testing.assert_allclose(got, 2 * image - 1, atol=1e-6)
   with pytest.raises(ValueError, match='3 channels, but the model takes 1'):
     preparation.ImageSpec((8, 8, 1)).prepare(image)
+  with pytest.raises(
+      ValueError, match='3 and 3 numbers, but the model takes 1'
+  ):
+    preparation.ImageSpec((8, 8, 1)).prepare(image[..., :1])

@@ -140,6 +140,8 @@ def test_test_labels_are_secret():
     [
         ('sentence\tlabel\nGood.\t1\nBad.\n', 'train.tsv:3 has 1 columns'),
         ('sentence\tlabel\nGood.\t-1\n', "train.tsv:2 has the label '-1'"),
+        ('', 'train.tsv holds no examples'),
+        ('sentence\tlabel\n', 'train.tsv holds no examples'),
         ('text\tlabel\nGood.\t1\n', "no column 'sentence', only"),
     ],
 )

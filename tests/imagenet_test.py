@@ -370,6 +370,11 @@ def test_folders(tmp_path):
   )
   held_out = splits.held_out[np.arange(3)]
   assert held_out['label'].tolist() == [0, 6, 999]
+  # They are the middle of the images of these files.
+  files = sources.files_of(splits.held_out)
+  assert len({*files} - {*sources.files_of(splits.train)}) == 3
+  for image, file in zip(held_out['image'], files):
+    np.testing.assert_array_equal(image, imagenet.evaluated(file, SPEC))
   assert len(splits.train) == 9
   seen = [
       (int(label), int(image[8, 8, 1]))
@@ -459,6 +464,10 @@ def test_labels_need_no_image(tmp_path, monkeypatch):
 def test_sets_that_are_not_there(tmp_path):
   with pytest.raises(ValueError, match="No set 'ImageNet-C'"):
     imagenet.splits(SPEC, shifts=['ImageNet-C'])
+  with pytest.raises(ValueError, match="No set 'validation'"):
+    imagenet.splits(SPEC, shifts=['validation'])
+  with pytest.raises(ValueError, match='share is 1.0: expected a number betw'):
+    imagenet.splits(SPEC, share=1.0)
   with pytest.raises(FileNotFoundError, match='tfds build imagenet2012'):
     imagenet.splits(SPEC, data_dir=tmp_path)
   with pytest.raises(ValueError, match='one label per image'):

@@ -311,6 +311,32 @@ def test_dtypes_of_files_are_kept(tmp_path):
   assert {x.dtype for x in shapes} == {np.dtype(jax.numpy.bfloat16)}
 
 
+def test_one_of_stacked_blocks_cannot_be_new(tmp_path):
+  kind = _pretrained.Kind('vit', 'timm', TINY['vit'])
+  path = write(tmp_path / 'a.safetensors', kind, random_params(kind))
+  new = dict(without=['block_1'])
+  with pytest.raises(ValueError, match='block_1/.* pass is_scanned=False'):
+    models.load(path, is_scanned=True, **new)
+  params = models.params_of(models.load(path, is_scanned=False, **new))
+  np.testing.assert_array_equal(params['block_1']['norm_mlp']['scale'], 1)
+  assert np.ptp(params['block_0']['norm_mlp']['scale'])
+
+
+@pytest.mark.parametrize('names', ['hf', 'timm'])
+def test_stacked_blocks_are_read_once(tmp_path, monkeypatch, names):
+  kind = _pretrained.Kind('vit', 'flax', TINY['vit'] | {'is_scanned': True})
+  path = checkpoints.save(
+      tmp_path / 'a', random_params(kind), metadata={'model': kind.as_json()}
+  )
+  read, get = [], checkpoints.Arrays.__getitem__
+  monkeypatch.setattr(
+      checkpoints.Arrays, '__getitem__',
+      lambda arrays, name: read.append(name) or get(arrays, name),
+  )  # fmt: skip
+  models.convert(path, tmp_path / 'b.safetensors', names=names)
+  assert len(read) == len(set(read)) > 10
+
+
 # --- Converting ---------------------------------------------------------------
 
 

@@ -155,6 +155,9 @@ def test_errors(vocabulary, tmp_path):
   (tmp_path / 'merges.bpe').write_text('')
   with pytest.raises(ValueError, match='bpe is not a tokenizer.json'):
     text.tokenizer(tmp_path / 'merges.bpe', 8)
+  (tmp_path / 'tokenizer.json').write_text('{"version": ')
+  with pytest.raises(ValueError, match='json is no valid tokenizer.json: EOF'):
+    text.tokenizer(tmp_path / 'tokenizer.json', 8)
   vocabulary.write_text('[UNK]\n[CLS]\n[SEP]\n')
   with pytest.raises(ValueError, match=r'no padding token, \[PAD\] or <pad>'):
     text.tokenizer(vocabulary, 8)

@@ -444,6 +444,20 @@ def test_sizes_have_names():
     vit.size('XXL')
 
 
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    'name', ['vit_base_patch16_gap_224', 'vit_base_patch32_siglip_gap_256']
+)
+def test_what_only_the_name_of_timm_says(name, tmp_path):
+  """Heads of another width, and the approximate GELU."""
+  reference = _timm.run(name, tmp_path, num_classes=5, depth=1)
+  size = [3, *reference.data['image'].shape[2:]]
+  config = {'architecture': name, 'pretrained_cfg': {'input_size': size}}
+  model, *_ = _weights.load(vit.ViT, vit, 'timm', reference.file, config)
+  image = _weights.nhwc(reference.data['image'])
+  assert_close(_weights.run(model, image), reference.data['logits'])
+
+
 def test_files_that_are_none():
   with pytest.raises(ValueError, match=r"'patch_embed.proj.weight' is missing"):
     vit.arguments('timm', _weights.Dict(x=np.zeros(1)), {})

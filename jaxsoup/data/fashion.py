@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import gzip
 import pathlib
 from typing import Any
+import zlib
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def load(folder: Folder = FOLDER) -> dict[str, Dataset]:
 
   Args:
     folder: where the four idx files are, compressed by gzip or not; None takes
-      the set from TFDS, which downloads it where it is not there yet.
+      the set from TFDS, where `tfds build fashion_mnist` has made it.
 
   Returns:
     By name, `train` and `test`, a dict of `image`, float32 [N, 28, 28, 1] in
@@ -185,14 +186,18 @@ def _read_idx(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
   """An array of bytes [N, *shape]: its kind and sizes, then its numbers."""
   zipped = path.with_name(f'{path.name}.gz')
   if zipped.exists():
-    path, content = zipped, gzip.decompress(zipped.read_bytes())
+    path = zipped
+    try:
+      content = gzip.decompress(zipped.read_bytes())
+    except (EOFError, OSError, zlib.error) as e:
+      raise ValueError(f'{path} is damaged: {e}. Download it again.') from e
   elif path.exists():
     content = path.read_bytes()
   else:
     raise FileNotFoundError(
         f'{path.parent} has no {path.name} and no {zipped.name}: install them '
         'with `apt-get install dataset-fashion-mnist` and pass '
-        f'{FOLDER}, or pass None to let TFDS download them.'
+        f'{FOLDER}; or run `tfds build fashion_mnist`, and pass None.'
     )
   num_dims = 1 + len(shape)
   start = 4 * (1 + num_dims)

@@ -246,7 +246,9 @@ def _read_files(task: Task, split: str, folder: pathlib.Path) -> Texts:
   # The files quote nothing, and quotation marks are part of the texts.
   with file.open(encoding='utf-8-sig', newline='') as stream:
     rows = list(csv.reader(stream, delimiter='\t', quoting=csv.QUOTE_NONE))
-  header = list(task.header) or rows.pop(0)
+  header = list(task.header) or (rows.pop(0) if rows else [])
+  if not rows:
+    raise ValueError(f'{file} holds no examples: download it again.')
   missing = [field for field in task.fields if field not in header]
   if missing:
     raise ValueError(

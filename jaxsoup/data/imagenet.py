@@ -273,10 +273,12 @@ def splits(
     ValueError: no shift has such a name, or a folder has too many classes.
   """
   folders = dict(folders or {})
-  known = {'train', 'validation', *SHIFTS}
-  unknown = sorted({*shifts, *folders} - known)
-  if unknown:
-    raise ValueError(f'No set {unknown[0]!r}: choose from {sorted(known)}.')
+  for known, names in (
+      ({*SHIFTS}, shifts),
+      ({'train', 'validation', *SHIFTS}, folders),
+  ):
+    if unknown := sorted({*names} - known):
+      raise ValueError(f'No set {unknown[0]!r}: choose from {sorted(known)}.')
   options = dict(data_dir=data_dir, num_workers=num_workers)
   train, held_out, rule = _train(
       spec, min_area, folders.get('train'), share, seed, labels, options
@@ -338,13 +340,8 @@ def _train(
   )
   both: list[Any]
   if folder is not None:
-    num_workers = options['num_workers']
-    files = _folder(folder, train_fn, None, num_workers)
-    # The folder is listed once.
-    again = sources.Examples(
-        files.records, held_out_fn, label_fn=label_fn, num_workers=num_workers
-    )
-    both, labels = [files, again], files.labels
+    files = _folder(folder, train_fn, None, options['num_workers'])
+    both, labels = [files, files.remade(held_out_fn)], files.labels
   elif labels is None:
     rest, rule = _consecutive(share, seed)
     return read(rest, train_fn), read(rule['split'], held_out_fn), rule
@@ -366,6 +363,8 @@ def _train(
 def _consecutive(share: float, seed: int) -> tuple[str, dict[str, Any]]:
   """What stays of the training set, and the rule of what is held out."""
   count = round(share * NUM_TRAIN)
+  if not 0 < count < NUM_TRAIN - 1:
+    raise ValueError(f'share is {share}: expected a number between 0 and 1.')
   # TFDS rejects empty slices: something is left on either side.
   first = int(np.random.default_rng(seed).integers(1, NUM_TRAIN - count))
   rest = f'train[:{first}]+train[{first + count}:]'

@@ -81,6 +81,12 @@ class ImageSpec(NamedTuple):
           f'Images have {image.shape[-1]} channels, but the model takes '
           f'{num_channels}: expected {num_channels} or 1.'
       )
+    lengths = len(self.mean), len(self.std)
+    if not {*lengths} <= {1, num_channels}:
+      raise ValueError(
+          f'mean and std have {lengths[0]} and {lengths[1]} numbers, but the '
+          f'model takes {num_channels} channels: expected a number for each.'
+      )
     shape = (len(image), height, width, image.shape[-1])
     image = jnp.asarray(in_unit_range(image), jnp.float32)
     if image.shape != shape:

@@ -193,6 +193,12 @@ class Examples:
     source._draw = seed, epoch
     return source
 
+  def remade(self, example_fn: ExampleFn) -> 'Examples':
+    """Other examples of the same records, such as without augmentation."""
+    source = copy.copy(self)
+    source._example_fn = example_fn
+    return source
+
   def _example(self, row: int) -> Mapping[str, Any]:
     try:
       return self._example_fn(self.records[row], generator(self._draw, row))

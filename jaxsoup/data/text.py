@@ -135,7 +135,11 @@ def _file(path: pathlib.Path) -> pathlib.Path:
 
 def _from_json(file: pathlib.Path, length: int) -> Tokenizer:
   tokenizers = _library('tokenizers')
-  return _wrapped(tokenizers.Tokenizer.from_file(str(file)), file, length)
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+  except Exception as e:  # It raises nothing more special.
+    raise ValueError(f'{file} is no valid tokenizer.json: {e}.') from e
+  return _wrapped(tokenizer, file, length)
 
 
 def _from_vocabulary(file: pathlib.Path, length: int) -> Tokenizer:

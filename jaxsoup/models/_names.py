@@ -225,8 +225,8 @@ def reader(
   ]
   _check(arrays, leaves, rules, table, initial, advice)
   places = {p: (rule, i) for rule in rules for i, p in enumerate(rule.paths)}
-  # Of q, k and v in one array, which are asked for one after another.
-  array_of = functools.lru_cache(1)(arrays.__getitem__)
+  # Of q, k and v in one array, or of single blocks in three that are stacked.
+  array_of = functools.lru_cache(3)(arrays.__getitem__)
 
   def read_leaf(path):
     rule, i = places[path]
@@ -256,9 +256,14 @@ def read(
   leaves, flat_tree = _Leaves(wanted), _tree.flatten_in_place(wanted)
   boxes = dict(zip(leaves, flat_tree.leaves))
   for path in (p for rule in table.rules for p in rule.paths):
-    if is_below(path, initial):
-      continue
     place, row = leaves.place(path)
+    if is_below(path, initial):
+      if row is not None:
+        raise ValueError(
+            f'{path} is to be new, but its values lie in one array with those '
+            'of other blocks: pass is_scanned=False.'
+        )
+      continue
     if row is None:
       dtype = leaves[path].dtype
       boxes[place] = np.asarray(read_leaf(path), dtype, order='C')

@@ -159,7 +159,11 @@ def load(
   if wanted.is_clip_classifier:
     parts = ['image/projection'] * (wanted.arguments['embed_width'] is None)
     without = [*without, 'text', 'logit_scale', *parts]
-  is_resized = wanted.family == 'vit' and 'image_shape' in changes
+  is_resized = (
+      wanted.family == 'vit'
+      and 'image_shape' in changes
+      and not _names.is_below('position', without)
+  )
   native = dict(wanted.arguments)
   if is_resized:
     native['image_shape'] = kind.arguments['image_shape']
@@ -422,8 +426,13 @@ def _converted(
   """Writes what is stored as `kind` as `new`, next to files of `old`."""
   new, table = _for_path(path, new, is_orbax)
   abstract = params_of(new.abstract())
-  leaf_fn = _names.reader(stored, abstract, kind.table())
-  abstract = _names.with_dtypes_of(stored, abstract, kind.table())
+  ours = kind.table()
+  leaf_fn = _names.reader(stored, abstract, ours)
+  abstract = _names.with_dtypes_of(stored, abstract, ours)
+  # As they are read, or stacked blocks would be read again for each.
+  order = {p: i for i, rule in enumerate(ours.rules) for p in rule.paths}
+  rules = sorted(table.rules, key=lambda rule: order[rule.paths[0]])
+  table = table._replace(rules=rules)
   shapes = _names.shapes(abstract, table)
   configs: dict[str, Json] = {}
   is_folder = not str(path).endswith('.safetensors')

@@ -36,6 +36,11 @@ def relu(x: jax.Array) -> jax.Array:
   return nnx.relu(x)
 
 
+def relu6(x: jax.Array) -> jax.Array:
+  """`min(max(x, 0), 6)`."""
+  return nnx.relu6(x)
+
+
 def silu(x: jax.Array) -> jax.Array:
   """`x sigmoid(x)`."""
   return nnx.silu(x)

@@ -312,7 +312,19 @@ def _hf_arguments(shapes, config) -> Json:
   )
 
 
+# What neither shapes nor settings tell, by the beginnings of timm's names.
+_HAVE_16_HEADS = ('vit_base_patch16_gap_224', 'vit_giantopt_patch16_')
+_HAVE_GELU_TANH = (
+    'vit_base_patch32_siglip_',
+    'vit_giantopt_patch16_siglip_',
+    'vit_large_patch16_siglip_512',
+    'vit_large_patch16_siglip_gap_512',
+    'vit_so400m_patch16_siglip_',
+)
+
+
 def _timm_arguments(shapes, config) -> Json:
+  name = config.get('architecture', '')
   width, channels, patch_size, _ = shape_of(shapes, 'patch_embed.proj.weight')
   has_cls_token = 'cls_token' in shapes
   size = config.get('pretrained_cfg', {}).get('input_size', [None])[1:]
@@ -332,8 +344,9 @@ def _timm_arguments(shapes, config) -> Json:
       patch_size=patch_size,
       width=width,
       depth=_names.depth_of(shapes, r'blocks\.'),
-      num_heads=num_heads_of(width),
+      num_heads=16 if name.startswith(_HAVE_16_HEADS) else num_heads_of(width),
       mlp_width=mlp_width,
+      activation='gelu_tanh' if name.startswith(_HAVE_GELU_TANH) else 'gelu',
       has_cls_token=has_cls_token,
       has_cls_position=has_cls_position,
       pool='map' if 'attn_pool.latent' in shapes else pool,

@@ -219,7 +219,7 @@ class EfficientNet(nnx.Module):
         rngs=rngs,
     )
     dense = functools.partial(nnx.Linear, dtype=dtype_, rngs=rngs)
-    self.activation = jax.nn.relu6 if is_lite else nnx.swish
+    self.activation = _transformer.relu6 if is_lite else _transformer.silu
     places = _places(width_factor, depth_factor, is_lite)
     self.depth = len(places)
     stem_width, head_width = _ends(width_factor, is_lite)
