@@ -9,8 +9,6 @@ import sys
 import zipfile
 
 import _damaging
-import hypothesis
-from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -335,29 +333,6 @@ def read_all(path):
     assert str(path) in str(e)
 
 
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('whole')
-  return lambda suffix: write(folder / f'x.{suffix}', arrays_of()).read_bytes()
-
-
-@pytest.mark.parametrize('suffix', ['safetensors', 'npz'])
-@hypothesis.settings(max_examples=300)
-@hypothesis.given(st.data())
-def test_changed_bytes(whole, tmp_path_factory, suffix, data):
-  path = tmp_path_factory.getbasetemp() / f'changed.{suffix}'
-  path.write_bytes(_damaging.changed(whole(suffix), data))
-  read_all(path)
-
-
-@hypothesis.given(st.binary(max_size=300))
-def test_any_bytes(tmp_path_factory, content):
-  for suffix in ('safetensors', 'npz'):
-    path = tmp_path_factory.getbasetemp() / f'any.{suffix}'
-    path.write_bytes(content)
-    read_all(path)
-
-
 def test_no_damage_crashes_or_takes_all_memory(tmp_path):
   for suffix in FORMATS:
     if suffix == 'pth':
@@ -370,7 +345,7 @@ def test_no_damage_crashes_or_takes_all_memory(tmp_path):
       write(tmp_path / f'whole.{suffix}', arrays_of())
   bomb = npy(FLOATS % (1 << 30), b'')
   (tmp_path / 'bomb.npz').write_bytes(npz(x=bomb))
-  _damaging.survives('arrays_test', tmp_path, 150)
+  _damaging.survives('arrays_test', tmp_path, 300)
 
 
 @pytest.mark.parametrize(

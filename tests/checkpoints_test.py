@@ -299,29 +299,6 @@ def test_dtypes_come_back(tmp_path, dtype):
   assert_equal(checkpoints.Ingredients([tmp_path / 'run'])[0], params)
 
 
-@pytest.mark.parametrize('axis_type', (AxisType.Auto, AxisType.Explicit))
-def test_onto_a_mesh_and_back(tmp_path, runs, axis_type):
-  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(axis_type,))
-  abstract_params = sharding.fsdp(abstract_of(params_of()), mesh, min_size=0)
-  params = checkpoints.Ingredients(runs, abstract_params)[1]
-  jax.tree.map(lambda x, a: _assert_sharded(x, a), params, abstract_params)
-  assert_equal(params, params_of(1))
-
-  # Saved from four devices, read on one, and on four again.
-  checkpoints.save(tmp_path / 'spread', params)
-  one = checkpoints.Ingredients([tmp_path / 'spread'], abstract_of(params_of()))
-  assert_equal(one[0], params_of(1))
-  assert len(one[0]['body']['kernel'].sharding.device_set) == 1
-  four = checkpoints.Ingredients([tmp_path / 'spread'], abstract_params)
-  assert four[0]['body']['kernel'].sharding.spec[0] == 'fsdp'
-  assert four.content_hash(0) == checkpoints.Ingredients(runs).content_hash(1)
-
-
-def _assert_sharded(x, abstract):
-  assert x.sharding.is_equivalent_to(abstract.sharding, x.ndim)
-  assert len(x.sharding.device_set) == 4
-
-
 def test_orbax_checkpoint_of_four_devices_is_read_on_one(tmp_path):
   mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
   abstract_params = sharding.fsdp(abstract_of(params_of()), mesh, min_size=0)

@@ -514,8 +514,6 @@ def test_doctor():
             {'jax': '0.11.2', 'jaxlib': '0.11.2', 'flax': '0.12.8'},
             'fails to import',
         ),
-        ({'jax': '0.10.2', 'jaxlib': '0.9.1'}, 'does not match jax'),
-        ({'safetensors': '0.3.3'}, 'cannot read bfloat16'),
         ({'flax': None}, 'flax is not installed'),
     ],
 )

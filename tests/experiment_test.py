@@ -20,7 +20,6 @@ import pytest
 
 from jaxsoup import checkpoints
 from jaxsoup import report
-from jaxsoup.data import digits
 from jaxsoup.data import sources
 from jaxsoup.experiments import configs
 from jaxsoup.experiments import cook
@@ -583,26 +582,6 @@ def test_changed_settings_do_not_change_the_defaults():
   assert training['warmup'] == 0.3 and training['final'] == 0.0
   assert before == (defaults.config(), defaults.learned(), defaults.sweep(3))
   assert defaults.package_folder('no_such_package') is None
-
-
-def test_data_are_disjoint():
-  config = configs.load(CONFIG).config
-  splits = digits.load(config.seed, config.data.sizes)
-  sizes = {name: len(split['label']) for name, split in splits.items()}
-  assert sizes == config.data.sizes.to_dict()
-  # No two of the 1,797 images are equal, so equal images are one image.
-  seen = [x.tobytes() for split in splits.values() for x in split['image']]
-  assert len(set(seen)) == len(seen)
-
-
-def test_more_runs_begin_with_the_same():
-  few, many = (
-      configs.load(CONFIG, [f'--config.sweep.num_runs={num}']).runs
-      for num in (3, 9)
-  )
-  assert many[:3] == few and len(many) == 9
-  other = configs.load(CONFIG, ['--config.seed=1']).runs
-  assert other[0] != few[0]
 
 
 def test_runs_carry_their_config_and_score(uninterrupted):

@@ -13,7 +13,6 @@ from PIL import Image
 import pytest
 from safetensors import numpy as safetensors
 
-from jaxsoup import checkpoints
 from jaxsoup import models
 from jaxsoup.data import imagenet
 from jaxsoup.data import mock
@@ -335,20 +334,3 @@ def test_weights_of_augreg_with_another_head(tmp_path):
     assert start.pop('head')['kernel'].shape == (16, 1000)
     expected = {k: x for k, x in params.items() if k != 'head'}
     jax.tree.map(np.testing.assert_array_equal, start, expected)
-
-
-@pytest.mark.slow
-def test_the_average_is_what_is_souped(tmp_path):
-  experiment = load(
-      'imagenet_vit_g14:runlocal',
-      'sweep.num_runs=2',
-      "ingredients=('', 'ema_0.999', 'ema_0.9999')",
-  )
-  main.run(experiment, tmp_path)
-  names = ('theta_0', 'runs/00', 'runs/00_ema_0.999', 'runs/00_ema_0.9999')
-  start, last, low, high = (
-      jax.tree.leaves(checkpoints.Ingredients([tmp_path / name])[0])
-      for name in names
-  )
-  distance = lambda xs: sum(np.square(x - y).sum() for x, y in zip(xs, start))
-  assert 0 < distance(high) < distance(low) < distance(last)

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 
-import jaxsoup
 from jaxsoup import checkpoints
 
 
@@ -140,33 +139,3 @@ def test_scores_of_unknown_origin_are_refused(path, runs):
     checkpoints.ScoreLog(path, checkpoints.Ingredients(runs))
   with pytest.raises(ValueError, match="evaluation: None then, 'f1' now"):
     checkpoints.ScoreLog(path, evaluation='f1')
-
-
-@pytest.mark.parametrize('recipe', (jaxsoup.greedy, jaxsoup.pruned))
-@pytest.mark.parametrize('num_before', (1, 3, 4))
-def test_a_stopped_search_goes_on(path, runs, recipe, num_before):
-  score = lambda params: -abs(float(params['w'][0]) - 1.2)
-  expected = recipe(checkpoints.Ingredients(runs), score)
-  calls = []
-
-  def stopping(params):
-    if len(calls) == num_before:
-      raise KeyboardInterrupt
-    calls.append(1)
-    return score(params)
-
-  def counting(params):
-    calls.append(1)
-    return score(params)
-
-  ingredients = checkpoints.Ingredients(runs)
-  with pytest.raises(KeyboardInterrupt):
-    recipe(
-        ingredients, stopping, scores=checkpoints.ScoreLog(path, ingredients)
-    )
-  log = checkpoints.ScoreLog(path, ingredients)
-  assert len(log) == num_before
-  soup = recipe(ingredients, counting, scores=log)
-  assert soup.info == expected.info
-  np.testing.assert_array_equal(soup.params['w'], expected.params['w'])
-  assert len(calls) == len(expected.info.scores)

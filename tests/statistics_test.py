@@ -426,23 +426,6 @@ def split_gains(rng, num, repeats, pool, report, gain=0.0):
   return parts[..., :report].mean(-1)
 
 
-def trained_gains(rng, num, repeats, pool, report, train):
-  """Gains of two learners that are equally good, `[num, repeats]`.
-
-  Each has own features, as informative as the other's; a class's mean over the
-  part that trains makes its classifier, and another part reports.
-  """
-  label = rng.choice([-1.0, 1.0], (num, pool))
-  x = rng.normal(size=(num, pool, 2, 5)) + 0.3 * label[..., None, None]
-  rows = np.broadcast_to(np.arange(pool), (num, repeats, pool))
-  rows = rng.permuted(rows, axis=-1)[..., : report + train]
-  each = np.arange(num)[:, None, None]
-  signed = x[each, rows] * label[each, rows][..., None, None]
-  weights = signed[:, :, report:].mean(2, keepdims=True)
-  right = ((signed[:, :, :report] * weights).sum(-1) > 0).mean(2)
-  return right[..., 0] - right[..., 1]
-
-
 def size_and_coverage(gains, truth, share):
   """How often a gain is significant, and how often intervals hold the truth."""
   got = [statistics.over_repeats(x, share=share) for x in gains]
@@ -455,17 +438,6 @@ def size_and_coverage(gains, truth, share):
 def margin_of(num, chance=0.05):
   """Four standard errors of a share of `num` draws."""
   return 4 * np.sqrt(chance * (1 - chance) / num)
-
-
-@pytest.mark.slow_variants
-@pytest.mark.parametrize('num_repeats', (3, 8))
-@pytest.mark.parametrize('truth', (0.0, 0.01))
-def test_the_t_of_independent_repeats_is_right(num_repeats, truth, rng):
-  gains = rng.normal(truth, 0.02, (1000, num_repeats))
-  size, coverage = size_and_coverage(gains, truth, 0.0)
-  assert coverage == pytest.approx(0.95, abs=margin_of(1000))
-  if not truth:
-    assert size == pytest.approx(1 - coverage)
 
 
 @pytest.mark.slow_variants
@@ -488,27 +460,6 @@ def test_parts_of_one_pool_need_the_corrected_t(
   # The interval of a gain that is there.
   _, coverage = size_and_coverage(draw(gain=0.1), 0.1, share)
   assert coverage == pytest.approx(0.95, abs=margin_of(1000))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    'repeats, pool, report, train, plain',
-    [
-        (8, 100, 50, 50, 0.42),
-        (3, 100, 50, 50, 0.15),
-        (8, 100, 20, 80, 0.22),
-        (8, 100, 30, 30, 0.27),
-        (8, 400, 50, 50, 0.13),
-    ],
-)
-def test_the_corrected_t_of_learners(repeats, pool, report, train, plain, rng):
-  """They share training data as well; parts need not use up the pool."""
-  gains = trained_gains(rng, 2000, repeats, pool, report, train)
-  size, coverage = size_and_coverage(gains, 0.0, report / pool)
-  assert 0.015 < size < 0.05 + margin_of(2000)
-  assert coverage == pytest.approx(1 - size)
-  size, _ = size_and_coverage(gains, 0.0, 0.0)
-  assert size == pytest.approx(plain, abs=2 * margin_of(2000, plain))
 
 
 def crossed_problem(rng, num, pool, report, deviations):

@@ -116,31 +116,6 @@ def test_decay_weights_the_updates_of_any_run():
   np.testing.assert_allclose(alpha @ models, expected, atol=1e-6)
 
 
-def test_decay_does_what_annealing_does_on_a_noisy_quadratic():
-  """In 2,000 runs, both leave a quarter of the last iterate's excess loss."""
-  num, half, rate = 400, 200, 0.2
-  hessian = np.geomspace(0.05, 2, 8)
-  noise = np.random.default_rng(3).normal(size=(num, 2000, 8))
-
-  def run(rates):
-    theta = np.zeros((2000, 8))
-    path = [theta]
-    for scale, draw in zip(rates, noise):
-      theta = theta - scale * (hessian * theta + draw)
-      path.append(theta)
-    return np.array(path)
-
-  excess = lambda theta: float((hessian * theta**2).sum(-1).mean())
-  curve = 1 - np.sqrt(np.maximum(0, np.arange(num) - half) / half)
-  constant, annealed = run(np.full(num, rate)), run(rate * curve)[-1]
-  steps = np.arange(0, num + 1, 10)
-  alpha = trajectory.decay(steps, where=trajectory.window(steps, start=half))
-  merged = np.tensordot(alpha, constant[steps], 1)
-  last = excess(constant[-1])
-  assert excess(annealed) < 0.3 * last and excess(merged) < 0.3 * last
-  assert 0.5 < excess(merged) / excess(annealed) < 1.5
-
-
 @pytest.mark.parametrize('length', [0.05, 0.1, 0.25])
 def test_power_decay_is_the_recursion_of_the_source(walk, length):
   """`beta_t = (1 - 1/t)^(gamma + 1)`, and the deviation of its weights."""

@@ -310,58 +310,6 @@ def test_files_of_flax(naming, pool):
   assert arguments['pool'] == pool
 
 
-@pytest.mark.reference
-def test_augreg_as_hugging_face(tmp_path):
-  transformers = pytest.importorskip('transformers')
-  stored, image, logits = make_flax('augreg', 'cls')
-  _, params, arguments, _ = _weights.load(vit.ViT, vit, 'augreg', stored)
-  given = _weights.write(params, vit.TABLES['hf'](**arguments))
-  safetensors.save_file(given, tmp_path / 'model.safetensors')
-  config = transformers.ViTConfig(
-      **TINY,
-      intermediate_size=20,
-      image_size=8,
-      hidden_act='gelu_pytorch_tanh',
-      layer_norm_eps=1e-6,
-      num_labels=5,
-  )
-  config.save_pretrained(tmp_path)
-  theirs = transformers.ViTForImageClassification.from_pretrained(tmp_path)
-  assert_close(run_hf(theirs, image), logits)
-
-
-@pytest.mark.reference
-def test_big_vision_as_timm(tmp_path):
-  _, params, arguments = make(
-      image_shape=(32, 32, 3),
-      patch_size=8,
-      width=64,
-      depth=1,
-      num_heads=1,
-      pool='map',
-  )
-  stored = _weights.write(params, vit.TABLES['big_vision'](**arguments))
-  ours, params, arguments, _ = _weights.load(
-      vit.ViT, vit, 'big_vision', _weights.Dict(stored)
-  )
-  reference = _timm.run(
-      'vit_base_patch16_224',
-      tmp_path,
-      given=_weights.write(params, vit.TABLES['timm'](**arguments)),
-      img_size=32,
-      patch_size=8,
-      embed_dim=64,
-      depth=1,
-      num_heads=1,
-      num_classes=5,
-      class_token=False,
-      global_pool='map',
-      act_layer='gelu_tanh',
-  )
-  image = _weights.nhwc(reference.data['image'])
-  assert_close(_weights.run(ours, image), reference.data['logits'])
-
-
 def test_a_head_under_which_a_layer_lies_is_not_taken():
   stored, image, _ = make_flax('augreg', 'cls')
   layer = {'kernel': np.eye(12, dtype='f4'), 'bias': np.zeros(12, 'f4')}
@@ -411,9 +359,9 @@ def test_at_another_resolution_as_hugging_face(name, tmp_path):
   theirs.save_pretrained(tmp_path)
   _, params, arguments, _ = _weights.load(vit.ViT, vit, 'hf', tmp_path)
   side = arguments['patch_size']
-  params, arguments = vit.at_resolution(
-      params, arguments, (5 * side, 4 * side, 3)
-  )
+  shape = (5 * side, 4 * side, 3)
+  params['position'] = vit.at_resolution(params['position'], arguments, shape)
+  arguments['image_shape'] = [*shape]
   ours, _ = _weights.random(vit.ViT, **arguments)
   ours = nnx.merge(nnx.graphdef(ours), params)
   image = images(5 * side, 4 * side)
@@ -513,7 +461,9 @@ def test_dinov2_on_photographs(tmp_path, request):
   image = (image - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
   image = image.astype(np.float32)
   expected = features_fn(image)
-  params, arguments = vit.at_resolution(params, arguments, (224, 224, 3))
+  shape = (224, 224, 3)
+  params['position'] = vit.at_resolution(params['position'], arguments, shape)
+  arguments['image_shape'] = [*shape]
   for pool, wanted in [
       ('cls', expected[:, 0]),
       ('mean', expected[:, 1:].mean(axis=1)),

@@ -130,10 +130,6 @@ class Arrays:
   def __getitem__(self, rows: np.ndarray) -> Batch:
     return {name: x[rows] for name, x in self.arrays.items()}
 
-  def labels_of(self, rows: np.ndarray) -> np.ndarray:
-    """Labels of these rows."""
-    return self.arrays['label'][rows]
-
 
 class Examples:
   """Examples made from records when they are read.

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 import functools
 import os
-import types
 from typing import NamedTuple
 
 import jax
@@ -222,7 +221,7 @@ def measure(
       for p, known, x in zip(paths, has_start, first)
   ]
   tasks = _geometry.of_pairs(
-      rows, lambda x, y: _geometry.inner_products(x, y, origin)
+      rows, paths, lambda x, y: _geometry.inner_products(x, y, origin)
   )
   seen = [rows.seen[i] for i in range(len(members))]
   finite, low, narrow = map(np.array, zip(*seen))
@@ -267,8 +266,7 @@ class _Rows:
   """The members' float leaves, and zeros; notes what it sees on the way."""
 
   def __init__(self, pool, members, paths, progress_fn):
-    self._pool, self._members = pool, members
-    self.layers = types.SimpleNamespace(paths=paths)
+    self._pool, self._members, self._paths = pool, members, paths
     self._progress_fn = progress_fn
     self.seen: dict[int, list[np.ndarray]] = {}
 
@@ -278,7 +276,7 @@ class _Rows:
   def __getitem__(self, i: int) -> list[jax.Array]:
     if i == len(self._members):
       stored = self._pool.leaves[self._members[0]]
-      like = [stored[path] for path in self.layers.paths]
+      like = [stored[path] for path in self._paths]
       dtype_of = lambda x: jax.dtypes.canonicalize_dtype(x.dtype)
       return [jnp.zeros(x.shape, dtype_of(x)) for x in like]
     k = self._members[i]
@@ -292,7 +290,7 @@ class _Rows:
       self._pool.damaged[k] = str(e)
       stored = self._pool.leaves[k]
       by_path = {p: jnp.zeros(x.shape, x.dtype) for p, x in stored.items()}
-    leaves, *seen = _looked_at([by_path[path] for path in self.layers.paths])
+    leaves, *seen = _looked_at([by_path[path] for path in self._paths])
     self.seen[i] = [np.array(jax.device_get(x)) for x in seen]
     return leaves
 

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
-from typing import Any
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +15,6 @@ from jaxsoup.typing import Nested
 from jaxsoup.typing import Params
 
 _Leaves = list[jax.Array]
-
-
-class Rows(_checked.Leaves, Protocol):
-  """Float leaves of models, one model at a time, and their paths."""
-
-  @property
-  def layers(self) -> Any:
-    ...
 
 
 def angle(theta_0: Params, theta_1: Params, theta_2: Params) -> float:
@@ -87,9 +77,9 @@ def angles(
   """
   checked = _checked.Checked(ingredients)
   _checked.require_floats(checked.layers.paths)
-  start = _checked.fitting_leaves(checked, theta_0)
-  products = of_pairs(checked, lambda x, y: inner_products(x, y, start))
-  grouped = _grouped(products, checked.layers.paths, group_fn)
+  start, paths = _checked.fitting_leaves(checked, theta_0), checked.layers.paths
+  products = of_pairs(checked, paths, lambda x, y: inner_products(x, y, start))
+  grouped = _grouped(products, paths, group_fn)
   return jax.tree.map(_degrees, grouped)
 
 
@@ -119,8 +109,9 @@ def distances(
   """
   checked = _checked.Checked(ingredients)
   _checked.require_floats(checked.layers.paths)
-  squares = of_pairs(checked, lambda x, y: inner_products(x, x, y))
-  grouped = _grouped(squares, checked.layers.paths, group_fn)
+  paths = checked.layers.paths
+  squares = of_pairs(checked, paths, lambda x, y: inner_products(x, x, y))
+  grouped = _grouped(squares, paths, group_fn)
   return jax.tree.map(np.sqrt, grouped)
 
 
@@ -137,10 +128,11 @@ def inner_products(x: _Leaves, y: _Leaves, origin: _Leaves) -> jax.Array:
 
 
 def of_pairs(
-    checked: Rows,
+    checked: _checked.Leaves,
+    paths: Sequence[_tree.Path],
     product_fn: Callable[[_Leaves, _Leaves], jax.Array],
 ) -> np.ndarray:
-  """`product(theta_i, theta_j)`, `[K, K, L]`, for as few reads as fit.
+  """`product(theta_i, theta_j)` of L leaves, `[K, K, L]`, in few reads.
 
   Zero of running statistics, which follow the data and are not trained.
 
@@ -149,7 +141,7 @@ def of_pairs(
   """
   num = len(checked)
   size = _block_size(checked[0])
-  products = np.zeros((num, num, len(checked.layers.paths)))
+  products = np.zeros((num, num, len(paths)))
   for start in range(0, num, size):
     held: dict[int, _Leaves] = {}
     for j, leaves in _checked.in_order(checked, range(start, num)):
@@ -157,7 +149,7 @@ def of_pairs(
         held[j] = leaves
       row = jax.device_get([product_fn(x, leaves) for x in held.values()])
       products[list(held), j] = products[j, list(held)] = row
-  products[..., _tree.statistics_of(checked.layers.paths)] = 0
+  products[..., _tree.statistics_of(paths)] = 0
   return products
 
 

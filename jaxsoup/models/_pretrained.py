@@ -180,7 +180,8 @@ def load(
   params = params_of(wanted._replace(arguments=native).abstract())
   params = _names.read(stored, params, table, initial=without)
   if is_resized:
-    params, _ = vit.at_resolution(params, native, changes['image_shape'])
+    position, shape = params['position'], changes['image_shape']
+    params['position'] = vit.at_resolution(position, native, shape)
   initial, others = _initial(wanted, without, seed)
   graphdef, state, _ = _split(wanted.abstract())
   flat_tree = _tree.flatten_in_place(params)

@@ -88,7 +88,7 @@ def recalibrated(
         f'Nothing to estimate: there are {num} images and {len(stats or ())} '
         'statistics. Pass at least one batch, and a model with nnx.BatchNorm.'
     )
-  return _replaced(params, stats)
+  return replaced(params, stats)
 
 
 @_programs.jit_of(1, static_argnums=0)
@@ -137,9 +137,13 @@ def _pooled(stats, new, share):
   }
 
 
-def _replaced(params, stats):
-  if not isinstance(stats, dict):
-    return stats
-  return {
-      k: _replaced(x, stats[k]) if k in stats else x for k, x in params.items()
-  }
+def replaced(params: Params, new: Any) -> Any:
+  """`params` with those leaves that the nested dict `new` holds.
+
+  Example:
+    >>> replaced({'norm': {'mean': 0, 'scale': 1}}, {'norm': {'mean': 5}})
+    {'norm': {'mean': 5, 'scale': 1}}
+  """
+  if not isinstance(new, dict):
+    return new
+  return {k: replaced(x, new[k]) if k in new else x for k, x in params.items()}

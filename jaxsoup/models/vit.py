@@ -6,7 +6,6 @@ logits = model(image)  # [B, 8, 8, 1] -> [B, 10]
 ```
 """
 
-from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 from typing import Any
@@ -22,7 +21,6 @@ from jaxsoup.models._vit_names import TABLES as TABLES
 from jaxsoup.models._vit_names import arguments as arguments
 from jaxsoup.typing import Config
 from jaxsoup.typing import DType
-from jaxsoup.typing import Json
 
 _ACTIVATIONS = {
     'gelu': _transformer.gelu,
@@ -373,37 +371,28 @@ def _bicubic(num: int, new_num: int) -> np.ndarray:
 
 
 def at_resolution(
-    params: Mapping[str, Any],
-    arguments: Config,
-    image_shape: Sequence[int],
-) -> tuple[dict[str, Any], Json]:
-  """The same model for images of another size.
+    position: Any, arguments: Config, image_shape: Sequence[int]
+) -> np.ndarray:
+  """The positions of a model for images of another size.
 
   Args:
-    params: of a ViT, a nested dict.
-    arguments: of its constructor.
+    position: [N, width], perhaps with a row of the class token.
+    arguments: of the model's constructor.
     image_shape: (H, W, C) wanted.
 
   Returns:
-    Parameters with other positions, and arguments with `image_shape`.
+    [N', width].
 
   Example:
     >>> arguments = dict(image_shape=(8, 8, 3), patch_size=4, num_classes=0)
-    >>> params = {'position': np.zeros((4, 16))}
-    >>> params, arguments = at_resolution(params, arguments, (8, 12, 3))
-    >>> params['position'].shape, arguments['image_shape']
-    ((6, 16), [8, 12, 3])
+    >>> at_resolution(np.zeros((4, 16)), arguments, (8, 12, 3)).shape
+    (6, 16)
   """
   patch_size = arguments['patch_size']
   has_row = arguments.get('has_cls_token', False)
-  has_row = has_row and arguments.get('has_cls_position', True)
-  position = interpolate_position(
-      np.asarray(params['position']),
+  return interpolate_position(
+      np.asarray(position),
       grid(arguments['image_shape'], patch_size),
       grid(image_shape, patch_size),
-      int(has_row),
-  )
-  return (
-      {**params, 'position': position},
-      {**arguments, 'image_shape': [*image_shape]},
+      int(has_row and arguments.get('has_cls_position', True)),
   )

@@ -137,20 +137,26 @@ def lines(
     scale: multiplies the loss.
     is_named: whether lines without values have their names in a legend.
   """
-  colours = _colours(ax, values, values_label)
+  colours: dict[Any, Any] = {}
+  if values is not None:
+    from matplotlib import cm
+
+    mappable = cm.ScalarMappable(norm := _norm(values.values()), _MAP)
+    ax.figure.colorbar(mappable, ax=ax, label=values_label)
+    colours = {name: mappable.cmap(norm(x)) for name, x in values.items()}
   for i, (name, path) in enumerate(paths.items()):
     ax.plot(
         path.t,
         path.above_chord * scale,
-        color=_plots.look(i)[0] if colours is None else colours[name],
+        color=colours.get(name, _plots.look(i)[0]),
         linewidth=1.4,
-        label=str(name) if colours is None else None,
+        label=None if colours else str(name),
     )
   ax.axhline(0, color='black', linewidth=0.8, linestyle=':')
   _plots.tidy(
       ax, 'from one model (0) to the other (1)', f'{label} above the chord'
   )
-  if colours is None and is_named:
+  if not colours and is_named:
     _plots.legend(ax)
 
 
@@ -424,20 +430,6 @@ def matrix(
   ticks = range(0, len(names), -(-len(names) // _MAX_NUMBERS))
   for set_ticks in (ax.set_xticks, ax.set_yticks):
     set_ticks(ticks, [names[k] for k in ticks], fontsize=8)
-
-
-def _colours(
-    ax: 'Axes', values: Mapping[Any, float] | None, label: str
-) -> dict[Any, Any] | None:
-  """A colour for each value, and the bar that tells which."""
-  if values is None:
-    return None
-  from matplotlib import cm
-
-  norm = _norm(values.values())
-  mappable = cm.ScalarMappable(norm, _MAP)
-  ax.figure.colorbar(mappable, ax=ax, label=label)
-  return {name: mappable.cmap(norm(value)) for name, value in values.items()}
 
 
 def _norm(values: Iterable[float]) -> Any:

@@ -21,6 +21,7 @@ import optax
 from jaxsoup import trajectory
 from jaxsoup._recipes._running import AverageState
 from jaxsoup._recipes._running import running_average
+from jaxsoup.models import batch_norm
 from jaxsoup.train import augmentation
 from jaxsoup.train import modeling
 from jaxsoup.typing import Config
@@ -278,7 +279,8 @@ def train_step(
   more = {'grad_fn': grad_fn} if settings.is_sharp else {}
   updates, opt_state = tx.update(grads, state.opt_state, state.params, **more)
   updates = masked(updates)  # No decay of statistics.
-  params = _replaced(optax.apply_updates(state.params, updates), stats)
+  updated = optax.apply_updates(state.params, updates)
+  params = batch_norm.replaced(updated, stats)
   ema = {
       name: running_average(decay).update(copy, params, 1 - decay)
       for decay, (name, copy) in zip(settings.ema, state.ema.items())
@@ -294,10 +296,3 @@ def where_trained(model: modeling.Model, params: Params, other: Params) -> Any:
   return jax.tree_util.tree_map_with_path(
       lambda path, x, y: y if is_other(path) else x, params, other
   )
-
-
-def _replaced(params: Params, new: Any) -> Any:
-  """`params` with those leaves that the nested dict `new` holds."""
-  if not isinstance(new, dict):
-    return new
-  return {k: _replaced(x, new[k]) if k in new else x for k, x in params.items()}
