@@ -143,14 +143,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   Raises:
     ValueError: `arg` has another word, or two of one kind.
   """
-  words = arg.split(',') if arg else []
-  family = _one_of(MODELS, words, 'efficientnet')
-  start = _one_of(STARTS, words, 'pretrained')
-  if unknown := set(words) - {*MODELS, *STARTS, *OTHERS}:
-    raise ValueError(
-        f'Unknown argument {sorted(unknown)}: choose from '
-        f'{", ".join((*MODELS, *STARTS, *OTHERS))}, separated by commas.'
-    )
+  words = defaults.words(arg, *MODELS, *STARTS, *OTHERS)
+  family = defaults.one_of(MODELS, words, 'efficientnet')
+  start = defaults.one_of(STARTS, words, 'pretrained')
   is_short = 'runlocal' in words
   is_fashion = is_short or 'fashion' in words
   is_pretrained = start == 'pretrained'
@@ -194,14 +189,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.recipes = ('uniform', 'greedy', 'pruned')
   config.batch_size = 50 if is_fashion else 200
   return config
-
-
-def _one_of(known, words, default: str) -> str:
-  """The one word that is known, or the default."""
-  matches = [word for word in words if word in known] or [default]
-  if len(matches) > 1:
-    raise ValueError(f'{" and ".join(matches)} exclude each other: pass one.')
-  return matches[0]
 
 
 def _fashion(is_short: bool) -> dict[str, Any]:

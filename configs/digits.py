@@ -50,7 +50,7 @@ from jaxsoup.experiments import random_search
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The experiment; 'runlocal' makes it short: eight runs, fewer epochs."""
-  is_short = defaults.is_short(arg)
+  is_short = 'runlocal' in defaults.words(arg, 'runlocal')
   config = defaults.config()
   config.model = dict(
       image_shape=(8, 8, 1),

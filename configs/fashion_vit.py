@@ -80,7 +80,7 @@ from jaxsoup.experiments import random_search
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The experiment; 'runlocal' makes it short: four runs, few examples."""
-  is_short = defaults.is_short(arg)
+  is_short = 'runlocal' in defaults.words(arg, 'runlocal')
   config = defaults.config()
   config.inputs = dict(image=(28, 28, 1))
   config.image = dict(size=42, dtype='float32')

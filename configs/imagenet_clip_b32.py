@@ -74,13 +74,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   Raises:
     ValueError: `arg` is something else.
   """
-  args = set((arg or '').split(',')) - {''}
-  if unknown := sorted(args - {'runlocal', 'zero_shot'}):
-    raise ValueError(
-        f"Unknown argument {unknown[0]!r}: use 'runlocal', 'zero_shot', both "
-        'or none.'
-    )
-  is_short, is_zero_shot = 'runlocal' in args, 'zero_shot' in args
+  words = defaults.words(arg, 'runlocal', 'zero_shot')
+  is_short, is_zero_shot = 'runlocal' in words, 'zero_shot' in words
   image = preparation.ImageSpec(
       32 if is_short else 224,
       preparation.CLIP_MEAN,

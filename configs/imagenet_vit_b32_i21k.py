@@ -37,7 +37,7 @@ from jaxsoup.experiments import imagenet
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The experiment; 'runlocal' makes it a small model on random images."""
-  is_short = defaults.is_short(arg)
+  is_short = 'runlocal' in defaults.words(arg, 'runlocal')
   image = preparation.ImageSpec(
       32 if is_short else 224, preparation.HALF, preparation.HALF
   )

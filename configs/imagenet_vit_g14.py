@@ -53,7 +53,7 @@ G = dict(width=1664, depth=48, num_heads=16, mlp_width=8192)
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The experiment; 'runlocal' makes it a small model on random images."""
-  is_short = defaults.is_short(arg)
+  is_short = 'runlocal' in defaults.words(arg, 'runlocal')
   image = preparation.ImageSpec(
       28 if is_short else 518, preparation.HALF, preparation.HALF
   )

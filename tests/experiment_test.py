@@ -511,7 +511,7 @@ WHOLE = [f'--config={CONFIG}', '--workdir=w']
         ([*WHOLE, 'extra'], "argument 'extra'"),
         ([*WHOLE, 'config.seed=5'], "argument 'config.seed=5'"),
         ([*WHOLE, '--wrokdir=x'], 'wrokdir'),
-        ([f'{WHOLE[0]}x', '--workdir=w'], "'runlocal'"),
+        ([f'{WHOLE[0]}x', '--workdir=w'], "'runlocalx': choose from runlocal"),
         ([*WHOLE, '--config.sweep.num_run=3'], 'Did you mean sweep.num_runs'),
         ([*WHOLE, '--config.learning_rat=3'], 'The config has no'),
         ([*WHOLE, '--config.sweep.num_runs=many'],

@@ -14,6 +14,7 @@ from sklearn import neighbors
 from jaxsoup.data import fashion
 from jaxsoup.data import preparation
 from jaxsoup.data import shifts
+from jaxsoup.data import sources
 
 NUMS = {'train': 300, 't10k': 200}
 SIZES = dict(train=100, held_out=80, test=150)
@@ -51,16 +52,21 @@ def folder(request, tmp_path, monkeypatch):
   return tmp_path
 
 
+def read(folder):
+  return fashion.splits(folder, SIZES, 0, severities={})
+
+
 def test_files_are_read(folder):
-  data = fashion.load(folder)
-  assert list(data) == ['train', 'test']
-  for prefix, part in zip(NUMS, data.values()):
+  sizes = dict(train=300 - 1, held_out=1, test=200)
+  data = fashion.splits(folder, sizes, 0, severities={})
+  for prefix, part in zip(NUMS, (data.train.arrays, data.test.arrays)):
     assert part['image'].dtype == np.float32
     assert part['label'].dtype == np.int32
+    rows = _rows(sources.Arrays(part))
     np.testing.assert_allclose(
-        part['image'][..., 0], _image(prefix) / 255, atol=1e-7
+        part['image'][..., 0], _image(prefix)[rows] / 255, atol=1e-7
     )
-    np.testing.assert_array_equal(part['label'], _label(prefix))
+    np.testing.assert_array_equal(part['label'], _label(prefix)[rows])
 
 
 def _rows(source):
@@ -121,7 +127,7 @@ def test_errors(folder):
   with pytest.raises(
       FileNotFoundError, match='apt-get install dataset-fashion'
   ):
-    fashion.load(folder / 'nowhere')
+    read(folder / 'nowhere')
 
 
 @pytest.mark.parametrize('folder', ['plain'], indirect=True)
@@ -132,15 +138,15 @@ def test_broken_files_are_named(folder):
   with pytest.raises(
       ValueError, match='t10k-labels.* has 207 bytes: it is not'
   ):
-    fashion.load(folder)
+    read(folder)
   label.write_bytes((folder / 't10k-images-idx3-ubyte').read_bytes())
   with pytest.raises(
       ValueError, match=r'labels.* starts with .2051, 200. and .* .N.'
   ):
-    fashion.load(folder)
+    read(folder)
   label.write_bytes(struct.pack('>2I', 0x801, 199) + content[8:-1])
   with pytest.raises(ValueError, match='200 images and 199 labels of the test'):
-    fashion.load(folder)
+    read(folder)
 
 
 @pytest.mark.parametrize('folder', ['gzip'], indirect=True)
@@ -148,18 +154,25 @@ def test_broken_files_are_named(folder):
 def test_broken_archives_are_named(folder, content):
   (folder / 't10k-labels-idx1-ubyte.gz').write_bytes(content)
   with pytest.raises(ValueError, match='t10k-labels.*gz is damaged: '):
-    fashion.load(folder)
+    read(folder)
 
 
-def test_tfds(decoded_mocks):
+def test_tfds(decoded_mocks, monkeypatch):
   tfds = pytest.importorskip('tensorflow_datasets')
+  monkeypatch.setattr(
+      fashion, '_PARTS', {'train': ('train', 20), 'test': ('t10k', 20)}
+  )
   with tfds.testing.mock_data(num_examples=20):
-    expected = list(tfds.data_source('fashion_mnist', split='train'))
-    data = fashion.load(None)
-  assert data['train']['image'].shape == (20, 28, 28, 1)
-  for i, row in enumerate(expected):
-    np.testing.assert_allclose(data['train']['image'][i], row['image'] / 255)
-    assert data['train']['label'][i] == row['label']
+    rows = list(tfds.data_source('fashion_mnist', split='train'))
+    sizes = dict(train=19, held_out=1, test=20)
+    splits = fashion.splits(None, sizes, 0, severities={})
+  key = lambda image, label: (image.astype(np.float32).tobytes(), int(label))
+  assert splits.train.arrays['image'].shape == (19, 28, 28, 1)
+  assert {key(row['image'] / 255, row['label']) for row in rows} == {
+      key(*pair)
+      for part in (splits.train, splits.held_out)
+      for pair in zip(*part.arrays.values())
+  }
 
 
 @pytest.mark.pretrained

@@ -15,7 +15,7 @@ from safetensors import numpy as safetensors
 
 from jaxsoup import models
 from jaxsoup.data import imagenet
-from jaxsoup.data import mock
+from jaxsoup.data import made_up
 from jaxsoup.data import preparation
 from jaxsoup.data import sources
 from jaxsoup.experiments import architectures
@@ -122,7 +122,7 @@ def test_sweep_of_the_paper():
 
 @pytest.mark.parametrize('name', FILES)
 def test_unknown_arguments(name):
-  with pytest.raises(configs.UsageError, match="'runlocl'.*'runlocal'"):
+  with pytest.raises(configs.UsageError, match="'runlocl'.*runlocal"):
     load(f'{name}:runlocl')
 
 
@@ -143,7 +143,7 @@ def test_folders_in_place_of_tfds(tmp_path):
   both = sorted({*imagenet.R_CLASSES} & {*imagenet.A_CLASSES})[:2]
   shifted = [imagenet.wordnet_ids()[i] for i in both]
   sets = {'train': ids, 'validation': ids} | dict.fromkeys(SHIFTS, shifted)
-  folders = mock.folders(tmp_path, sets, num_images=10)
+  folders = made_up.folders(tmp_path, sets, num_images=10)
   experiment = load('imagenet_vit_b32_i21k:runlocal')
   config = experiment.config
   with config.unlocked():
@@ -176,7 +176,7 @@ def test_what_of_an_image_an_evaluation_sees(name, overrides, crop, tmp_path):
   a_class = [imagenet.wordnet_ids()[imagenet.A_CLASSES[0]]]
   sets = dict.fromkeys(('train', 'validation'), ids)
   sets |= dict.fromkeys(SHIFTS, shifted) | {'ImageNet-A': a_class}
-  folders = mock.folders(tmp_path, sets, num_images=5)
+  folders = made_up.folders(tmp_path, sets, num_images=5)
   framed = np.zeros((64, 64, 3), np.uint8)
   framed[[0, 1, -2, -1]] = framed[:, [0, 1, -2, -1]] = 255
   for file in tmp_path.rglob('*.*'):
@@ -206,7 +206,7 @@ def test_what_of_an_image_an_evaluation_sees(name, overrides, crop, tmp_path):
 
 def test_mocked_images_show_their_class(tmp_path):
   sets = {'train': ['a', 'b'], 'test': ['b', 'a']}
-  folders = mock.folders(tmp_path, sets, num_images=3)
+  folders = made_up.folders(tmp_path, sets, num_images=3)
   spec = preparation.ImageSpec(16)
 
   def mean_of(name, label):

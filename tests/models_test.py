@@ -145,11 +145,11 @@ def test_mixup_mixes_images_as_targets():
 def test_affine_moves_an_image_by_its_draw():
   image = np.zeros((5, 5, 1), np.float32)
   image[2, 2] = 1
-  moved = augment.warp(image, jnp.array([1.0, -1.0]), 0.0, 0.0)
+  moved = augment._turned(image, jnp.array([1.0, -1.0]), 0.0, 0.0)
   assert np.argmax(moved) == 3 * 5 + 1
   corner = np.zeros((5, 5, 1), np.float32)
   corner[0, 0] = 1
-  turned = augment.warp(corner, jnp.zeros(2), jnp.pi / 2, 0.0)
+  turned = augment._turned(corner, jnp.zeros(2), jnp.pi / 2, 0.0)
   np.testing.assert_allclose(
       turned[..., 0], np.rot90(corner[..., 0], -1), atol=1e-5
   )

@@ -296,8 +296,6 @@ def test_ignored_with_a_template_and_pieces(heads):
     np.testing.assert_array_equal(
         ingredients[k]['head']['bias'], heads[0]['head.bias']
     )
-    (piece,) = ingredients.pieces(k, ('head', 'bias'))
-    np.testing.assert_array_equal(piece, heads[0]['head.bias'])
     assert ingredients.stored(k)['head', 'bias'].shape == (5,)
   params = jaxsoup.uniform(ingredients).params
   np.testing.assert_allclose(

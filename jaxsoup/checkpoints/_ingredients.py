@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsoup import _checked
 from jaxsoup import _tree
@@ -192,31 +191,6 @@ class Ingredients(Sequence[Params]):
     """Shape and dtype of each leaf that is read, as stored; reads no array."""
     first = {n: self._checkpoint(0).stored[n] for n in self._of_first(k)}
     return self._checkpoint(k).stored | first
-
-  def pieces(
-      self, k: int, path: _tree.Path, like: int = 0
-  ) -> Iterator[np.ndarray]:
-    """One leaf of ingredient k as it is stored, cut along its first axis.
-
-    Args:
-      k: the ingredient.
-      path: of the leaf.
-      like: the ingredient whose layout says where to cut, so that the pieces
-        of several go together.
-
-    Yields:
-      Each piece, good until this thread reads again.
-
-    Raises:
-      ValueError: the file is damaged; after the last piece, if its checksum
-        differs.
-    """
-    k = 0 if path in self._of_first(k) else k
-    checkpoint, sums = self._checkpoint(k), _checkpoint.Sums()
-    read = checkpoint.reader(path, sums)
-    for index, _ in self._checkpoint(like).plan(path):
-      yield read(index)
-    checkpoint.verify(path, sums)
 
   def content_hash(self, k: int) -> str:
     """A hash of the parameters of ingredient k, which are read if necessary.

@@ -8,9 +8,6 @@ import pathlib
 from typing import Any
 import zipfile
 
-import jax.numpy as jnp
-import numpy as np
-
 from jaxsoup.checkpoints import _npz
 from jaxsoup.checkpoints import _raw
 from jaxsoup.checkpoints import _source
@@ -59,11 +56,9 @@ def _arrays(path, f, start: int) -> dict[tuple[str, ...], _raw.Array]:
     keys = tuple(name.split('/'))
     if not isinstance(item, h5py.Dataset) or keys[0] == 'optimizer':
       return
-    # Bytes without a meaning, as in .npz. An attribute says the same, but HDF5
-    # can hang where text is damaged.
-    is_bfloat16 = item.dtype == 'V2'
-    dtype = np.dtype(jnp.bfloat16) if is_bfloat16 else item.dtype
-    _source.checked_dtype(dtype)
+    # Of bfloat16 an attribute tells as well, but HDF5 can hang where text is
+    # damaged.
+    dtype = _source.checked_dtype(item.dtype)
     offset = item.id.get_offset() if item.size else 0
     is_whole = offset is not None and not (item.external or item.is_virtual)
     if not is_whole or dtype.itemsize != item.id.get_type().get_size():

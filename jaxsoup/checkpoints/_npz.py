@@ -4,28 +4,20 @@ Uncompressed members are read row by row, compressed ones as a whole. Objects
 are pickles, which can run code: they are refused.
 """
 
-import ast
 from collections.abc import Iterator
-import operator
 import pathlib
 import struct
-from typing import Any
 from typing import NamedTuple
 import zipfile
 import zlib
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsoup.checkpoints import _raw
 from jaxsoup.checkpoints import _source
 
-_MAGIC = b'\x93NUMPY'
-_MOST_HEADER_BYTES = 1 << 16
 _MOST_DEFLATED = 1032  # What a byte of deflate can stand for, at most.
 _ENCRYPTED = 1
-# NumPy has no bfloat16, and stores it as two bytes without a type.
-_BFLOAT16 = 'V2'
 
 
 class _Member(NamedTuple):
@@ -34,13 +26,11 @@ class _Member(NamedTuple):
   Attributes:
     array: its place, in the file if it is stored, else in the member.
     is_stored: not compressed, in C order.
-    is_fortran: in Fortran order.
     name: of the member.
   """
 
   array: _raw.Array
   is_stored: bool
-  is_fortran: bool
   name: str
 
 
@@ -96,24 +86,15 @@ def _reader(member: _Member, file: _raw.File) -> _source.ReadFn:
 
 def _whole(member: _Member) -> np.ndarray:
   """An array that cannot be read in parts."""
-  path, array = member.array.file, member.array
-  flat = _source.scratch('read', (array.num_bytes,), np.uint8)
+  path = member.array.file
   with (
       _source.parsing(path),
       zipfile.ZipFile(path) as archive,
       archive.open(member.name) as f,
   ):
-    f.read(array.start)
-    num_read = 0
-    while num_read < flat.size:
-      part = f.read(min(1 << 20, flat.size - num_read))
-      if not part:
-        raise EOFError(f'{member.name} ends too early')
-      flat[num_read : num_read + len(part)] = np.frombuffer(part, np.uint8)
-      num_read += len(part)
+    array = np.lib.format.read_array(f, allow_pickle=False)
     f.read(1)  # At the end its CRC-32 is compared.
-  order: Any = 'F' if member.is_fortran else 'C'
-  return flat.view(array.dtype).reshape(array.shape, order=order)
+  return array.view(member.array.dtype)
 
 
 def _members(path: pathlib.Path) -> dict[str, _Member]:
@@ -148,7 +129,7 @@ def _each_member(path, archive, infos, f) -> Iterator[tuple[str, _Member]]:
           f'{name!r} of shape {list(shape)} and dtype {dtype} has '
           f'{info.file_size - start} bytes'
       )
-    yield name, _Member(array, is_stored, is_fortran, info.filename)
+    yield name, _Member(array, is_stored, info.filename)
 
 
 def _check_size(info: zipfile.ZipInfo, num_bytes: int) -> None:
@@ -174,30 +155,16 @@ def data_start(f, info: zipfile.ZipInfo) -> int:
   return info.header_offset + 30 + name + extra
 
 
-def header(name: str, member) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+def header(name: str, f) -> tuple[tuple[int, ...], np.dtype, bool, int]:
   """Shape, dtype, order and size of the header of an array."""
-  start = member.read(8)
-  if start[:6] != _MAGIC:
-    raise ValueError(f'{name!r} is not a NumPy array')
-  size = 2 if start[6] == 1 else 4
-  length = int.from_bytes(member.read(size), 'little')
-  if length > _MOST_HEADER_BYTES:
-    raise ValueError(f'the header of {name!r} declares {length:,} bytes')
-  fields = ast.literal_eval(member.read(length).decode('latin1').strip())
-  dtype = np.dtype(fields['descr'])
-  if dtype.hasobject:
-    raise ValueError(
-        f'{name!r} holds pickled objects, which are not read because that can '
-        'run code'
-    )
-  is_bfloat16 = dtype.str[1:] == _BFLOAT16 and dtype.names is None
-  if dtype.kind not in 'biufc' and not is_bfloat16:
-    raise ValueError(f'{name!r} has dtype {dtype}, not numbers')
-  if dtype in (np.longdouble, np.clongdouble):
-    raise ValueError(f'{name!r} has dtype {dtype}, which jax does not have')
-  shape = tuple(map(operator.index, fields['shape']))
-  if min((*shape, 0)) < 0:
-    raise ValueError(f'{name!r} has shape {shape}')
-  if is_bfloat16:
-    dtype = np.dtype(jnp.bfloat16)
-  return shape, dtype, bool(fields['fortran_order']), 8 + size + length
+  start = f.tell()
+  try:
+    is_first = np.lib.format.read_magic(f) == (1, 0)
+    read_fn = getattr(np.lib.format, f'read_array_header_{2 - is_first}_0')
+    shape, is_fortran, dtype = read_fn(f)
+    if dtype.hasobject:
+      raise ValueError('pickled objects are not read, as that can run code')
+    shape, dtype = _source.checked_shape(shape), _source.checked_dtype(dtype)
+  except ValueError as e:
+    raise ValueError(f'array {name!r}: {e}') from e
+  return shape, dtype, is_fortran, f.tell() - start

@@ -130,7 +130,11 @@ def paths_of(names: Iterable[str], separator: str) -> list[_tree.Path]:
 
 
 def checked_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-  """A dtype that a file names; a ValueError if jax has no such numbers."""
+  """A dtype that a file names; a ValueError if jax has no such numbers.
+
+  NumPy has no bfloat16: two bytes without a type are that.
+  """
+  dtype = np.dtype(jnp.bfloat16) if dtype == 'V2' else dtype
   is_number = any(jnp.issubdtype(dtype, x) for x in (np.number, np.bool_))
   if not is_number or dtype in (np.longdouble, np.clongdouble):
     raise ValueError(f'dtype {dtype} is not one of numbers that jax has')

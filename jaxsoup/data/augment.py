@@ -52,39 +52,16 @@ def affine(
   draws = jax.random.uniform(key, (len(image), 4), minval=-1.0, maxval=1.0)
   limits = jnp.array([max_shift, max_shift, max_angle, max_log_scale])
   draws = draws * limits * strength
-  return jax.vmap(warp)(image, draws[:, :2], draws[:, 2], draws[:, 3])
+  return jax.vmap(_turned)(image, draws[:, :2], draws[:, 2], draws[:, 3])
 
 
-def warp(
-    image: jax.Array,
-    shift: jax.Array,
-    angle: jax.Array | float,
-    log_scale: jax.Array | float,
+def _turned(
+    image: jax.Array, shift: jax.Array, angle: jax.Array, log_scale: jax.Array
 ) -> jax.Array:
-  """Shifts, rotates and scales one image about its centre, bilinearly.
-
-  `out(p) = image(R(angle) (p - centre - shift) / scale + centre)`
-
-  Args:
-    image: [H, W, C].
-    shift: [2], rows and columns, in pixels.
-    angle: radians.
-    log_scale: log of the magnification.
-
-  Returns:
-    [H, W, C]; zero where the image did not reach.
-
-  Example:
-    >>> image = jnp.eye(4)[..., None]
-    >>> moved = warp(image, jnp.array([0.0, 1.0]), 0.0, 0.0)
-    >>> bool(jnp.allclose(moved[:, 1:], image[:, :-1]))
-    True
-  """
+  """`out(p) = image(R(angle) (p - centre - shift) / scale + centre)`."""
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   matrix = jnp.array([[cos, -sin], [sin, cos]]) * jnp.exp(-log_scale)
-  shift = jnp.asarray(shift)
-  offset = -(matrix * shift).sum(1)
-  return pixels.warp(image, matrix, offset)
+  return pixels.warp(image, matrix, -(matrix * shift).sum(1))
 
 
 def noise(

@@ -62,27 +62,6 @@ _PARTS = {'train': ('train', 60_000), 'test': ('t10k', 10_000)}
 _MAGIC = {1: 2049, 3: 2051}
 
 
-def load(folder: Folder = FOLDER) -> dict[str, Dataset]:
-  """Reads both splits.
-
-  Args:
-    folder: where the four idx files are, compressed by gzip or not; None takes
-      the set from TFDS, where `tfds build fashion_mnist` has made it.
-
-  Returns:
-    By name, `train` and `test`, a dict of `image`, float32 [N, 28, 28, 1] in
-    0..1, and `label`, int32 [N], an index of `CLASSES`.
-
-  Raises:
-    FileNotFoundError: a file is missing; the message says how to get it.
-    ValueError: the content of a file does not fit its name.
-
-  Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST: a Novel Image Dataset for
-  Benchmarking Machine Learning Algorithms", 2017.
-  """
-  return {name: _scaled(_read(folder, name)) for name in _PARTS}
-
-
 def splits(
     folder: Folder,
     sizes: Mapping[str, int],
@@ -93,7 +72,8 @@ def splits(
   """Draws disjoint sets, and corrupts the one that reports.
 
   Args:
-    folder: see `load`.
+    folder: where the four idx files are, compressed by gzip or not; None takes
+      the set from TFDS, where `tfds build fashion_mnist` has made it.
     sizes: numbers of examples of `train`, `held_out` and, if a common start is
       trained, `pretrain`, all from the 60,000 of the training split; of `test`
       from the 10,000 others.
@@ -105,9 +85,12 @@ def splits(
     Everything in memory.
 
   Raises:
-    FileNotFoundError: see `load`.
-    ValueError: sizes ask for more examples than there are; an unknown shift or
-      set.
+    FileNotFoundError: a file is missing; the message says how to get it.
+    ValueError: the content of a file does not fit its name; sizes ask for more
+      examples than there are; an unknown shift or set.
+
+  Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST: a Novel Image Dataset for
+  Benchmarking Machine Learning Algorithms", 2017.
   """
   drawn = _drawn(folder, sizes, seed)
   severities = SEVERITIES if severities is None else severities
@@ -148,15 +131,11 @@ def _drawn(
     )
     data = _read(folder, part)
     for name, rows in rows_of.items():
-      drawn[name] = _scaled({key: x[rows] for key, x in data.items()})
+      drawn[name] = {
+          'image': data['image'][rows].astype(np.float32) / 255,
+          'label': data['label'][rows].astype(np.int32),
+      }
   return drawn
-
-
-def _scaled(data: Dataset) -> Dataset:
-  return {
-      'image': data['image'].astype(np.float32) / 255,
-      'label': data['label'].astype(np.int32),
-  }
 
 
 def _read(folder: Folder, part: str) -> Dataset:

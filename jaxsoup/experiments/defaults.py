@@ -7,6 +7,8 @@ config.sweep = defaults.sweep(16, learning_rate=(2e-5, 1e-4))
 ```
 """
 
+from collections.abc import Container
+from collections.abc import Iterable
 import importlib.util
 import pathlib
 from typing import Any
@@ -20,15 +22,35 @@ SMALL = dict(width=384, depth=12, num_heads=6, mlp_width=1536)
 BASE = dict(width=768, depth=12, num_heads=12, mlp_width=3072)
 
 
-def is_short(arg: str | None) -> bool:
-  """Whether the argument of a config is 'runlocal'.
+def words(arg: str | None, *known: str) -> set[str]:
+  """The words of a config's argument, separated by commas.
 
   Raises:
-    ValueError: it is something else.
+    ValueError: there is another one.
+
+  Example:
+    >>> sorted(words('rte,runlocal', 'mrpc', 'rte', 'runlocal'))
+    ['rte', 'runlocal']
   """
-  if arg not in (None, '', 'runlocal'):
-    raise ValueError(f"Unknown argument {arg!r}: use 'runlocal' or none.")
-  return arg == 'runlocal'
+  found = {*(arg or '').split(',')} - {''}
+  if unknown := sorted(found - {*known}):
+    raise ValueError(
+        f'Unknown argument {unknown[0]!r}: choose from {", ".join(known)}, '
+        'separated by commas.'
+    )
+  return found
+
+
+def one_of(known: Iterable[str], found: Container[str], default: str) -> str:
+  """The one word that is known, or the default.
+
+  Raises:
+    ValueError: there are two.
+  """
+  matches = [word for word in known if word in found] or [default]
+  if len(matches) > 1:
+    raise ValueError(f'{" and ".join(matches)} exclude each other: pass one.')
+  return matches[0]
 
 
 def config() -> ml_collections.ConfigDict:

@@ -32,16 +32,10 @@ def parsed(arg: str | None) -> tuple[str, bool]:
     arg: such as 'rte', 'runlocal' or 'rte,runlocal'.
 
   Raises:
-    ValueError: `arg` has another word.
+    ValueError: `arg` has another word, or two tasks.
   """
-  words = [word for word in (arg or '').split(',') if word]
-  task = next((word for word in words if word in glue.TASKS), 'mrpc')
-  if unknown := [word for word in words if word not in (task, 'runlocal')]:
-    raise ValueError(
-        f'Unknown argument {unknown[0]!r}: choose from '
-        f"{', '.join(glue.TASKS)}; add ',runlocal' for a short version."
-    )
-  return task, 'runlocal' in words
+  words = defaults.words(arg, *glue.TASKS, 'runlocal')
+  return defaults.one_of(glue.TASKS, words, 'mrpc'), 'runlocal' in words
 
 
 def config(task: str, is_short: bool, length: int) -> ml_collections.ConfigDict:

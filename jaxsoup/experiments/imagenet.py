@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from jaxsoup.data import imagenet
-from jaxsoup.data import mock
+from jaxsoup.data import made_up
 from jaxsoup.data import preparation
 from jaxsoup.data import sources
 from jaxsoup.experiments import defaults
@@ -138,5 +138,5 @@ def _mocked(seed: int) -> dict[str, str]:
   both = sorted({*imagenet.R_CLASSES} & {*imagenet.A_CLASSES})[:8]
   names = [ids[label] for label in both]
   of_sets = dict.fromkeys(('validation', *imagenet.NATURAL), names)
-  train = mock.folders(root.name, {'train': names}, num_images=10, seed=seed)
-  return train | mock.folders(root.name, of_sets, num_images=5, seed=seed)
+  train = made_up.folders(root.name, {'train': names}, num_images=10, seed=seed)
+  return train | made_up.folders(root.name, of_sets, num_images=5, seed=seed)

@@ -155,7 +155,7 @@ def test_long_doubles(tmp_path):
   path = tmp_path / 'x.npz'
   np.savez(path, w=np.ones(3, np.longdouble))
   code, said = inspect(path)
-  assert code == 1 and 'which jax does not have' in said
+  assert code == 1 and 'dtype float128 is not one of numbers' in said
 
 
 def _within_itself():
@@ -213,7 +213,9 @@ def test_structs_are_not_bfloat16(tmp_path):
   path = tmp_path / 'x.npz'
   np.savez(path, w=np.zeros(3, [('a', 'u1'), ('b', 'u1')]))
   code, said = inspect(path)
-  assert code == 1 and "'w' has dtype" in said and 'not numbers' in said
+  assert (
+      code == 1 and "array 'w': dtype" in said and 'not one of numbers' in said
+  )
 
 
 @pytest.mark.parametrize('name', ['fifo', 'fifo.safetensors', 'fifo.npz'])
