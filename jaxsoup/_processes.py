@@ -69,11 +69,16 @@ def summed(array: np.ndarray) -> np.ndarray:
   return np.asarray(multihost_utils.broadcast_one_to_all(array, is_source=True))
 
 
+def is_spread(leaf: Any) -> bool:
+  """Whether no process has the whole of an array."""
+  return isinstance(leaf, jax.Array) and not (
+      leaf.is_fully_addressable or leaf.is_fully_replicated
+  )
+
+
 def gathered(leaf: Leaf) -> np.ndarray:
   """A whole array on the host of every process."""
-  if isinstance(leaf, jax.Array) and not (
-      leaf.is_fully_addressable or leaf.is_fully_replicated
-  ):
+  if is_spread(leaf):
     leaf = multihost_utils.process_allgather(leaf, tiled=True)
   return np.asarray(jax.device_get(leaf))
 

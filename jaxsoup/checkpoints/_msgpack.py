@@ -59,7 +59,6 @@ def open_source(path: pathlib.Path) -> _source.Source:
       reader_fn=lambda p: _raw.reader(
           arrays[p][0], _filler(file, arrays[p][1])
       ),
-      rows_fn=lambda p: 1,
       patch_fn=_raw.patcher({p: parts for p, (_, parts) in arrays.items()}),
   )
 

@@ -15,6 +15,7 @@ import tensorstore
 
 from jaxsoup import _files
 from jaxsoup import _json
+from jaxsoup import _processes
 from jaxsoup import _tree
 from jaxsoup import _warnings
 from jaxsoup.checkpoints import _checksum
@@ -344,6 +345,5 @@ def _savable(leaf: Leaf, path: _tree.Path) -> Array:
         f'Leaf {_tree.name_of(path)!r} is a PRNG key, not a parameter. '
         'Save parameters only: nnx.state(model, nnx.Param).'
     )
-  if leaf.is_fully_addressable or leaf.is_fully_replicated:
-    return np.asarray(jax.device_get(leaf))
-  return leaf
+  is_spread = _processes.is_spread(leaf)
+  return leaf if is_spread else np.asarray(jax.device_get(leaf))

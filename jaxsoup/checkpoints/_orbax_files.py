@@ -136,7 +136,7 @@ class _Array(_resumable.Array):
   def _chunk_shape(self) -> list[int]:
     leaf: Any = self._leaf
     shape = leaf.shape
-    if is_spread(leaf):  # Each process writes its own.
+    if _processes.is_spread(leaf):  # Each process writes its own.
       return list(leaf.sharding.shard_shape(shape))
     row_bytes = math.prod(shape[1:]) * self._dtype.itemsize
     num_rows = max(1, _CHUNK_BYTES // max(1, row_bytes))
@@ -168,7 +168,7 @@ class _Array(_resumable.Array):
 
   def put(self, start: int, piece: Any) -> None:
     """Writes a piece, or the part that this process has of a whole array."""
-    if not is_spread(piece):
+    if not _processes.is_spread(piece):
       super().put(start, piece)
       return
     self._spread = piece
@@ -185,13 +185,6 @@ class _Array(_resumable.Array):
     if self._spread is not None:
       return _checksum.of(self._spread)
     return super().digest()
-
-
-def is_spread(leaf: Any) -> bool:
-  """Whether no process has the whole of an array."""
-  return isinstance(leaf, jax.Array) and not (
-      leaf.is_fully_addressable or leaf.is_fully_replicated
-  )
 
 
 def _describe(

@@ -165,7 +165,6 @@ def source(
   return _source.Source(
       _source.plain_metadata(path, arrays),
       reader_fn=lambda p: reader(arrays[p], file.read),
-      rows_fn=lambda p: 1,
       patch_fn=patcher(
           {p: [(a.start, a.num_bytes)] for p, a in arrays.items()}, end_fn
       ),

@@ -94,7 +94,6 @@ def _open_file(path: pathlib.Path) -> _source.Source:
   return _source.Source(
       metadata,
       reader_fn=lambda p: _raw.reader(by_path[p], file.read),
-      rows_fn=lambda p: 1,
       separator='.',
   )
 

@@ -117,7 +117,7 @@ def _write(path, leaves, own_fn, ingredients, streamed=None, key=None) -> str:
       return
     for name, leaf in leaves.items():
       leaf = leaf if is_orbax else _processes.gathered(leaf)
-      if _processes.is_main() or _orbax_files.is_spread(leaf):
+      if _processes.is_main() or _processes.is_spread(leaf):
         put_fn(targets[name], 0, leaf)
 
   placed = {targets[name]: leaf for name, leaf in leaves.items()}

@@ -82,7 +82,7 @@ class Source(NamedTuple):
 
   metadata: Metadata
   reader_fn: Callable[[_tree.Path], ReadFn]
-  rows_fn: Callable[[_tree.Path], int]
+  rows_fn: Callable[[_tree.Path], int] = lambda path: 1
   separator: str = '/'
   layout: Any = None
   patch_fn: 'PatchFn | None' = None

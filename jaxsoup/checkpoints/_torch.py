@@ -73,7 +73,6 @@ def open_source(path: pathlib.Path, item: str | None = None) -> _source.Source:
   return _source.Source(
       _source.plain_metadata(path, shapes),
       reader_fn=lambda p: _reader(by_path[p]),
-      rows_fn=lambda p: 1,
       separator='.',
       patch_fn=lambda copy: _patched(copy, item),
   )
