@@ -35,8 +35,8 @@ def words(arg: str | None, *known: str) -> set[str]:
   found = {*(arg or '').split(',')} - {''}
   if unknown := sorted(found - {*known}):
     raise ValueError(
-        f'Unknown argument {unknown[0]!r}: choose from {", ".join(known)}, '
-        'separated by commas.'
+        f'Unknown argument {unknown[0]!r}: choose from {", ".join(known)}'
+        f'{", separated by commas" * (len(known) > 1)}.'
     )
   return found
 
