@@ -99,7 +99,7 @@ higher rates than the pre-trained ones, so that the effect of "the start" may be
 an effect of the distance from it.
 
 A pre-trained seed takes about ten minutes on two cores with no other load, one
-from scratch twenty, `runlocal` one or two.
+from scratch about fifteen, `runlocal` one or two.
 
 Source: Dansereau et al. 2023, "Model soups to increase inference without
 increasing compute time".

@@ -1,8 +1,10 @@
 """Checkpoints read piece by piece: safetensors, shards, averages, memory."""
 
 from concurrent import futures
+import errno
 import itertools
 import json
+import os
 import pathlib
 import tracemalloc
 import warnings
@@ -199,6 +201,28 @@ def test_never_overwrites(tmp_path):
     with pytest.raises((FileExistsError, ValueError)):
       write()
   assert path.read_text() == 'mine' and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize('has_links', [True, False])
+def test_a_file_that_comes_meanwhile_is_kept(tmp_path, monkeypatch, has_links):
+  """Also on file systems without hard links, as gcsfuse and exFAT."""
+  path = tmp_path / 'soup.safetensors'
+
+  def no_link(*_):
+    raise PermissionError(errno.EPERM, 'Operation not permitted')
+
+  if not has_links:
+    monkeypatch.setattr(os, 'link', no_link)
+  checkpoints.save(tmp_path / 'a.safetensors', params_of(0))
+  ingredients = checkpoints.Ingredients([tmp_path / 'a.safetensors'])
+  checkpoints.save_average(path, ingredients)
+  assert_equal(checkpoints.Ingredients([path])[0], params_of(0))
+  path.unlink()
+  ingredients.look_for_stop = lambda: path.write_text('mine')
+  with pytest.raises(FileExistsError):
+    checkpoints.save_average(path, ingredients)
+  names = {p.name for p in tmp_path.iterdir()}
+  assert path.read_text() == 'mine' and names == {'a.safetensors', path.name}
 
 
 def _checksum_of(array, cuts=(), rng=None):

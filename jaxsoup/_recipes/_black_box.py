@@ -313,8 +313,8 @@ class _Space:
     alphas = jax.device_get(self._alpha_fn(_tree.numbers(points)))
     if alphas.shape != points.shape or not np.isfinite(alphas).all():
       raise ValueError(
-          f'alpha_fn returned {alphas[0, 0]} for {points[0, 0]}: expected as '
-          'many finite numbers.'
+          f'alpha_fn returned {alphas} for {points}: expected as many numbers, '
+          'all finite.'
       )
     # The last bits may differ between machines.
     content = _processes.from_main(np.asarray(alphas, np.float32).tobytes())

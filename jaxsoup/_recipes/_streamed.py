@@ -87,7 +87,7 @@ def _copy_of(x: jax.Array) -> Callable[[], jax.Array]:
 
 @jax.jit
 def _is_medium(x: jax.Array) -> jax.Array:
-  """Whether float16 holds the largest value; those of LayerScale are 1e-6."""
+  """Whether float16 holds the largest value; LayerScale begins at 1e-6."""
   top, limits = jnp.abs(x).max(initial=0), jnp.finfo(jnp.float16)
   return (top >= limits.smallest_normal) & (top < limits.max)
 

@@ -121,8 +121,10 @@ def finished(steps: Mapping[int, epath.Path]) -> dict[int, epath.Path]:
 
 def _has_ended(step: epath.Path) -> bool:
   file = step / ROOT_FILE
-  if _files.is_remote(step) or not file.exists():
-    return not _files.is_remote(step)
+  if _files.is_remote(step):
+    return False
+  if not file.exists():
+    return True
   try:
     return _json.parsed(file.read_bytes())['commit_timestamp_nsecs'] is not None
   except (KeyError, TypeError, ValueError):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -71,18 +72,28 @@ def shared(
       if _processes.is_main():
         for file in folder.glob(_WRITTEN.format('*')):
           file.unlink()
-        if folder != final:
-          # A file or an empty directory would be replaced. Not every file
-          # system has the hard links that would not.
-          _files.require_new(final)
-          (folder / final.name if is_file else folder).rename(final)
         if is_file:
+          _link(folder / final.name, final)
           folder.rmtree()
+        elif folder != final:
+          _files.require_new(final)  # An empty directory would be replaced.
+          folder.rename(final)
   except BaseException as e:
     is_kept = key is not None and not isinstance(e, (OSError, ValueError))
     if _processes.is_main() and folder.exists() and not is_kept:
       folder.rmtree()
     raise
+
+
+def _link(file: epath.Path, final: epath.Path) -> None:
+  """Gives a file its name; never overwrites, where there are hard links."""
+  try:
+    os.link(file, final)
+  except OSError as e:
+    if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+      raise
+    _files.require_new(final)
+    file.rename(final)
 
 
 class Array:

@@ -130,11 +130,9 @@ class Average:
     notes = {n: written.notes.get(target) for n, target in targets.items()}
     missing = [n for n in self._template.flat.paths if notes[n] is None]
     sizes = {n: _tree.num_bytes(self.leaves[n]) for n in missing}
-    shares = [
-        _processes.share_of(sizes, i, num) if i < num else []
-        for num in [written.num_writers]
-        for i in range(jax.process_count())
-    ]
+    num = written.num_writers
+    shares = [_processes.share_of(sizes, i, num) for i in range(num)]
+    shares += [[]] * (jax.process_count() - num)
     names = shares[jax.process_index()]
 
     def piece_fn(i, index):
