@@ -285,6 +285,14 @@ def test_cifar100(tmp_path):
     np.testing.assert_array_equal(shift.arrays['label'], test['label'][12:])
     distance = np.abs(shift.arrays['image'] - test['image'][12:])
     assert distance.max() > 0.1
+  experiment.config.severities = (0.5, 1.0)
+  both = experiment.data_fn(experiment.config).shifts
+  assert set(both) == kinds | {f'{name}_0.5' for name in kinds}
+  moved, half = (
+      both[name].arrays['image'] - test['image'][12:]
+      for name in ('contrast', 'contrast_0.5')
+  )
+  np.testing.assert_allclose(half, moved / 2, atol=1e-6)
   experiment.config.data.name = 'mnist'
   with pytest.raises(ValueError, match="'mnist'.*'cifar100' or 'fashion'"):
     experiment.data_fn(experiment.config)
