@@ -483,7 +483,9 @@ def _stop(workdir, processes):
   log = workdir / 'metrics.jsonl'
   deadline = time.monotonic() + 240
   while not (log.exists() and '"run": 0' in log.read_text()):
-    assert time.monotonic() < deadline and processes[0].poll() is None
+    if time.monotonic() > deadline or processes[0].poll() is not None:
+      processes[1].kill()
+      pytest.fail(f'not begun: {_finish(processes)}')
     time.sleep(0.05)
   processes[1].send_signal(signal.SIGTERM)
   for code, _, err in _finish(processes):

@@ -496,6 +496,36 @@ def test_a_config_that_failed_at_once_is_put_right(tmp_path, capsys):
   assert stored.read_text() == '{"hidden_size": 4}'
 
 
+def test_another_process_writes_the_config_meanwhile(tmp_path, monkeypatch):
+  config = configs.load(CONFIG).config
+  stored = tmp_path / 'config.json'
+  unfinished = tmp_path / 'config.json.unfinished-0a1b'
+  unfinished.touch()
+  (tmp_path / '.lock_0_4').touch()
+  configs.check_unchanged(config, stored)
+  content = stored.read_bytes()
+  stored.unlink()
+
+  # It comes when the folder has been listed, with what is made next.
+  def listed(workdir, own, others=configs.others):
+    names = others(workdir, own)
+    stored.write_bytes(content)
+    (tmp_path / 'metrics.jsonl').touch()
+    return names
+
+  monkeypatch.setattr(configs, 'others', listed)
+  configs.check_unchanged(config, stored)
+
+
+def test_another_process_starts_the_first_seed_meanwhile(tmp_path, monkeypatch):
+  monkeypatch.setattr(main, 'run', lambda *_: [])
+  (tmp_path / 'seed0').mkdir()
+  assert len(main.run_seeds(CONFIG, tmp_path, num_seeds=2)) == 2
+  (tmp_path / 'notes.txt').touch()
+  with pytest.raises(configs.UsageError, match=r'holds notes\.txt, and no exp'):
+    main.run_seeds(CONFIG, tmp_path, num_seeds=2)
+
+
 WHOLE = [f'--config={CONFIG}', '--workdir=w']
 
 

@@ -328,6 +328,8 @@ def check_unchanged(
   # They decide where and how fast a run is trained, not what.
   for name in ('sweep.shard', 'data.num_workers'):
     now.pop(name, None)
+  # Listed before the file is read: another process may write it meanwhile.
+  names = others(file.parent, file.name)
   if file.exists():
     try:
       then = _lasting(dict(_json.parsed(file.read_bytes())))
@@ -343,22 +345,26 @@ def check_unchanged(
     ]
     if not differing:
       return
-    is_empty = {p.name for p in file.parent.iterdir()} <= {file.name, '.lock'}
-    if not is_empty or then.keys() != now.keys():
+    if {*names} - {'.lock'} or then.keys() != now.keys():
       raise UsageError(
           f'{file.parent} was started with another config: '
           f'{"; ".join(differing)}. Use another workdir, or delete this one.'
       )
   else:
-    require_new(file.parent)
+    require_new(file.parent, names)
   if _processes.is_main():
     _json.write(file, now, indent=2)
 
 
-def require_new(workdir: pathlib.Path) -> None:
-  """Raises if a workdir in which nothing was started yet holds something."""
+def others(workdir: pathlib.Path, own: str) -> list[str]:
+  """Names in a workdir, without those that begin with `own`."""
   paths = workdir.iterdir() if workdir.is_dir() else ()
-  if names := sorted(p.name for p in paths if not p.name.startswith('.lock')):
+  return sorted(p.name for p in paths if not p.name.startswith(own))
+
+
+def require_new(workdir: pathlib.Path, names: Sequence[str]) -> None:
+  """Raises if a workdir in which nothing was started yet holds something."""
+  if names := [name for name in names if not name.startswith('.lock')]:
     raise UsageError(
         f'{workdir} holds {", ".join(names[:5])}, and no experiment was '
         'started in it. Give another workdir, so that nothing is overwritten.'

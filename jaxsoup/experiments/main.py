@@ -178,7 +178,7 @@ def run_seeds(
   """
   parent = buckets.path_of(workdir)
   if num_seeds > 1 and not any(parent.glob('seed*/config.json')):
-    configs.require_new(parent)
+    configs.require_new(parent, configs.others(parent, 'seed'))
   loaded = configs.load(path, overrides)
   first = loaded.config.seed
   if is_exported:

@@ -199,11 +199,8 @@ def locked(
       stack.enter_context(locking.locked(folder / name, folder))
     if mesh:
       stack.enter_context(jax.set_mesh(mesh))
-    is_alone = _processes.is_main() and num_shards == 1
-    if is_alone:
-      _files.clear_leftovers(folder, 'config.json')
     configs.check_unchanged(experiment.config, folder / 'config.json')
-    if is_alone:  # It is ours.
+    if _processes.is_main() and num_shards == 1:  # It is ours.
       for name in ('.', 'runs', 'soups', 'exported', 'logits', 'landscape'):
         _files.clear_leftovers(folder / name)
       for path in folder.glob('splits/*/*'):
