@@ -260,15 +260,22 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
   """Disjoint sets in memory, and corruptions of a further one.
 
   Args:
-    config: the experiment: `seed`, `data`.
+    config: the experiment: `seed`, `data`, `shifts`, `severities`.
 
   Returns:
     Images in 0..1: the model prepares them.
 
   Raises:
     FileNotFoundError: files are missing; the message says how to get them.
-    ValueError: `data.name` is neither 'fashion' nor 'cifar100'.
+    ValueError: `data.name` is neither 'fashion' nor 'cifar100'; a severity is
+      not above 0.
   """
+  factors = config.severities
+  if not all(isinstance(x, (int, float)) and x > 0 for x in factors):
+    raise ValueError(
+        f'config.severities is {factors}: expected factors above 0, such as '
+        '(0.5, 1.0).'
+    )
   splits = _read(config)
   # With several splits the held-out set is drawn from held-out and test, and
   # its images choose: so the shifts have other images.
@@ -277,7 +284,7 @@ def data(config: ml_collections.ConfigDict) -> sources.Splits:
   source = sources.subset(splits.test, last).arrays
   shifted = {}
   for (name, severity), factor in itertools.product(
-      config.shifts.items(), config.severities
+      config.shifts.items(), factors
   ):
     if severity > 0:
       key = name if factor == 1 else f'{name}_{factor:g}'

@@ -293,6 +293,10 @@ def test_cifar100(tmp_path):
       for name in ('contrast', 'contrast_0.5')
   )
   np.testing.assert_allclose(half, moved / 2, atol=1e-6)
+  experiment.config.severities = (1.0, -0.5)
+  with pytest.raises(ValueError, match=r'\(1.0, -0.5\): expected factors abov'):
+    experiment.data_fn(experiment.config)
+  experiment.config.severities = (1.0,)
   experiment.config.data.name = 'mnist'
   with pytest.raises(ValueError, match="'mnist'.*'cifar100' or 'fashion'"):
     experiment.data_fn(experiment.config)
