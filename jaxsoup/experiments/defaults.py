@@ -34,9 +34,9 @@ def words(arg: str | None, *known: str) -> set[str]:
   """
   found = {*(arg or '').split(',')} - {''}
   if unknown := sorted(found - {*known}):
+    end = ', separated by commas' if len(known) > 1 else ''
     raise ValueError(
-        f'Unknown argument {unknown[0]!r}: choose from {", ".join(known)}'
-        f'{", separated by commas" * (len(known) > 1)}.'
+        f'Unknown argument {unknown[0]!r}: choose from {", ".join(known)}{end}.'
     )
   return found
 
